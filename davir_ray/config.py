@@ -1,0 +1,251 @@
+"""The configuration of a run: frozen, validated when it is made, every field with its unit and the meaning of None.
+
+One YAML file and dotted options on the command line fill the same fields (see cli.py). A stage receives its own section,
+never the whole.
+"""
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+from davir_ray.errors import ConfigError
+
+Format = Literal["alpaca", "gsm8k", "prompt_response", "messages"]
+Order = Literal["davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "length", "random"]
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+def _check(condition: bool, field_name: str, value: object, need: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field_name} is {value!r}; it must be {need}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named source of instruction data."""
+
+    name: str
+    """Name of the source; part of every example_id and the value of the column `source`."""
+    path: str | list[str]
+    """A file, a folder, a glob or a list of these (local, s3://, hf://); a folder written by `datasets`; or a hub name."""
+    format: Format
+    """How a record becomes prompt and response."""
+    prompt_column: str = "prompt"
+    """Column of the prompt, for the format prompt_response."""
+    response_column: str = "response"
+    """Column of the response, for the format prompt_response."""
+    messages_column: str = "messages"
+    """Column of the list of {role, content}, for the format messages."""
+    split: str = "train"
+    """Split to read, for a hub name or a folder written by `datasets` that holds several."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name.strip()), "source name", self.name, "a non-empty name")
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        _check(bool(paths) and all(p.strip() for p in paths), f"path of source {self.name!r}", self.path, "a path")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """From raw records to tokenised examples."""
+
+    max_tokens: int = 512
+    """Token limit for prompt and response together. A longer response loses its tail; a prompt that fills it is rejected."""
+    shard_rows: int = 4096
+    """Most rows in a shard, the unit of work, commit and resume. It grows with the corpus to keep about 20,000 shards."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")
+        _check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The reference fine-tune. Defaults: Stanford Alpaca's recipe, ours to choose; the paper does not state its own."""
+
+    epochs: int = 3
+    """Passes over the examples."""
+    batch_size: int = 128
+    """Examples in a global batch, over all workers; one optimiser step each."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = 0.03
+    """Share of the steps that warm up linearly; a cosine to 0 follows."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """The gradient's norm is clipped to this."""
+    seed: int = 0
+    """Seeds the data order (with the epoch) and dropout (with the step)."""
+    tokens_per_pack: int = 4096
+    """Token budget of one forward and backward pass; a memory knob, gradients accumulate over a batch's packs."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
+    precision: Precision = "auto"
+    """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
+    num_workers: int = 1
+    """Data-parallel workers (Ray Train). The steps are the same for any number."""
+    use_gpu: bool | None = None
+    """One GPU to a worker. None: if the cluster has any."""
+    checkpoint_every_steps: int = 200
+    """Steps between checkpoints; a killed worker or driver continues from the last."""
+    max_failures: int = 3
+    """Times that Ray Train restarts lost workers before it gives up."""
+    export_epochs: bool = False
+    """Also write the model after each epoch, to reference_epochs/<epoch>/."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "tokens_per_pack", "num_workers", "checkpoint_every_steps"):
+            _check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            _check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
+        _check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
+        _check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
+        _check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
+        _check(self.precision != "float64", "finetune.precision", self.precision, "auto, float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Scoring with a pool of actors, each holding base and reference."""
+
+    num_actors: int | None = None
+    """Actors in the pool. None: as many as the cluster holds, a CPU left for reading and writing."""
+    num_cpus: float = 1.0
+    """CPUs of one actor; on a CPU, also its number of threads (rounded down, at least 1), which is part of the numerics."""
+    num_gpus: float | None = None
+    """GPUs of one actor, fractions allowed. None: 1 if the cluster has any, else 0."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Log-likelihoods are float32, sums float64."""
+    tokens_per_pack: int = 4096
+    """Token budget of one forward pass; halved on its own when the device runs out of memory."""
+    no_progress_timeout_s: int = 1800
+    """Seconds without any finished task after which the run fails instead of hanging."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
+        _check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
+        _check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
+        _check(self.tokens_per_pack >= 1, "score.tokens_per_pack", self.tokens_per_pack, "at least 1")
+        _check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """The order of the ranking; every baseline of the paper is one option away."""
+
+    order: Order = "davir"
+    """Column to rank by (length = num_response_tokens), or random."""
+    lowest: bool = False
+    """Rank the lowest value first."""
+    seed: int = 0
+    """Seed of the random order."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Where the ranking is cut: exactly one rule."""
+
+    top_k: int | None = None
+    """The first N ranks."""
+    top_fraction: float | None = None
+    """This share of the rankable rows: floor of the exact decimal times the rows, at least 1. The paper's Alpaca: 0.06."""
+    top_tokens: int | None = None
+    """The longest prefix of the ranking whose scored tokens fit."""
+    min_score: float | None = None
+    """Every row whose ordering key is at least this (at most, with rank.lowest)."""
+
+    def __post_init__(self) -> None:
+        _check(self.top_k is None or self.top_k >= 1, "select.top_k", self.top_k, "at least 1")
+        _check(self.top_tokens is None or self.top_tokens >= 1, "select.top_tokens", self.top_tokens, "at least 1")
+        fraction = self.top_fraction
+        _check(fraction is None or 0 < fraction <= 1, "select.top_fraction", fraction, "above 0 and at most 1")
+        _check(self.min_score is None or self.min_score == self.min_score, "select.min_score", self.min_score, "a number")
+        if len(self.rules) > 1:
+            raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
+
+    @property
+    def rules(self) -> list[str]:
+        """Names of the rules that are set."""
+        return [name for name in SELECT_RULES if getattr(self, name) is not None]
+
+    def count_from_fraction(self, num_rankable: int) -> int:
+        """Rows that `top_fraction` means: floor of the exact decimal times the rows, at least 1."""
+        return max(1, int(Decimal(str(self.top_fraction)) * num_rankable))
+
+
+SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Score instruction data by DavIR and select the best part of it."""
+
+    output: str | None = None
+    """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
+    base: str | None = None
+    """The pre-trained causal language model: a folder or a hub name."""
+    reference: str | None = None
+    """A fine-tune of the base to score against. None: fine-tune one on the whole set."""
+    data: str | list[str] | None = None
+    """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs --format."""
+    format: Format | None = None
+    """Format of --data."""
+    sources: list[Source] = field(default_factory=list)
+    """Several named sources, instead of --data."""
+    chat_template: str | None = None
+    """Jinja file with a chat template for the format messages. None: the base's own."""
+    keep_record: bool = True
+    """Keep the source row as JSON in examples and selected."""
+    keep_token_nll: Literal["sample", "all", "none"] = "sample"
+    """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
+    max_bad_fraction: float = 0.01
+    """Largest share of rejected rows; above it the run stops with the reasons counted."""
+    limit: int | None = None
+    """Read at most this many records from each source, for a trial. None: all."""
+    dry_run: bool = False
+    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
+    overwrite: bool = False
+    """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub checkpoint."""
+    prepare: PrepareConfig = PrepareConfig()
+    """From raw records to tokenised examples."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """The reference fine-tune."""
+    score: ScoreConfig = ScoreConfig()
+    """The scoring pool."""
+    rank: RankConfig = RankConfig()
+    """The order of the ranking."""
+    select: SelectConfig = SelectConfig()
+    """Where the ranking is cut."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.data is not None and self.sources:
+            raise ConfigError("both data and sources are given; give exactly one of the two")
+        if (self.data is None) != (self.format is None):
+            given, absent = ("format", "data") if self.data is None else ("data", "format")
+            raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
+        names = [source.name for source in self.sources]
+        for name in names:
+            _check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
+
+    def all_sources(self) -> list[Source]:
+        """The sources, with --data and --format as one source named after its format."""
+        if self.data is None or self.format is None:
+            return self.sources
+        return [Source(name=self.format, path=self.data, format=self.format)]
+
+    def require(self, *names: Literal["output", "base", "data", "select"]) -> None:
+        """Raise ConfigError for the first of the named settings that this job needs and does not have."""
+        if "output" in names and not self.output:
+            raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
+        if "base" in names and not self.base:
+            raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
+        if "data" in names and not self.all_sources():
+            raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
+        if "select" in names and not self.select.rules:
+            rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
+            raise ConfigError(f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)")

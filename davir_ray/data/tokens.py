@@ -1,0 +1,116 @@
+"""Text → tokens: input_ids, the spans that are scored, truncation.
+
+Segments are encoded once and their ids joined, so the boundary between prompt and response cannot move. Plain formats
+get exactly one BOS in front where the model has one, and an EOS behind, which is scored; a chat template brings its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from davir_ray.data.render import Rendered, RowError
+from davir_ray.schema import RejectReason
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised example."""
+
+    input_ids: npt.NDArray[np.int32]
+    response_spans: list[int]
+    """(start, end) pairs into input_ids, end exclusive."""
+    truncated: bool
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Scored tokens, the EOS included."""
+        return sum(self.response_spans[1::2]) - sum(self.response_spans[::2])
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that are not scored."""
+        return len(self.input_ids) - self.num_response_tokens
+
+
+class Encoder:
+    """Encodes rendered examples with one tokenizer under one token limit."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self._special_ids = np.array(sorted(set(tokenizer.all_special_ids) - unknown), dtype=np.int32)
+
+    def encode(self, examples: Sequence[Rendered], *, templated: bool) -> list[Encoded | RowError]:
+        """Encode examples; a RowError stands for one that must be rejected.
+
+        `templated`: the segments come from a chat template and spell its special tokens; otherwise text that spells a
+        special token is encoded as plain text, and rejected where the tokenizer cannot.
+        """
+        texts = [segment.text for example in examples for segment in example.segments]
+        ids = iter(self._ids(texts, split_special_tokens=not templated))
+        return [
+            self._join([(next(ids), segment.scored) for segment in example.segments], templated) for example in examples
+        ]
+
+    def _ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoding = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(encoding["input_ids"])
+
+    def _join(self, parts: list[tuple[list[int], bool]], templated: bool) -> Encoded | RowError:
+        if not templated:
+            if error := self._spelt_special(parts):
+                return error
+            parts = [(self._bos, False), *parts, (self._eos, True)]
+        input_ids = np.array([token for ids, _ in parts for token in ids], dtype=np.int32)
+        spans = _spans(parts)
+        truncated = len(input_ids) > self._max_tokens
+        if truncated:
+            input_ids, spans = input_ids[: self._max_tokens], _clip(spans, self._max_tokens)
+        if not spans:
+            num_tokens = sum(len(ids) for ids, _ in parts)
+            detail = f"{num_tokens} tokens in all, none of the response within the limit of {self._max_tokens}"
+            return RowError(RejectReason.PROMPT_TOO_LONG, detail)
+        return Encoded(input_ids, spans, truncated)
+
+    def _spelt_special(self, parts: list[tuple[list[int], bool]]) -> RowError | None:
+        for ids, _ in parts:
+            found = np.intersect1d(np.array(ids, dtype=np.int32), self._special_ids)
+            if len(found):
+                token = self._tokenizer.convert_ids_to_tokens(int(found[0]))
+                detail = f"the text spells the special token {token!r}, which this tokenizer cannot encode as text"
+                return RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, detail)
+        return None
+
+
+def _spans(parts: list[tuple[list[int], bool]]) -> list[int]:
+    """(start, end) of each run of scored parts; neighbours (a response and its EOS) are one span."""
+    spans: list[int] = []
+    position = 0
+    for ids, scored in parts:
+        end = position + len(ids)
+        if scored and ids:
+            if spans and spans[-1] == position:
+                spans[-1] = end
+            else:
+                spans += [position, end]
+        position = end
+    return spans
+
+
+def _clip(spans: list[int], limit: int) -> list[int]:
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    return [edge for start, end in pairs if start < limit for edge in (start, min(end, limit))]

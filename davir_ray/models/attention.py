@@ -1,0 +1,140 @@
+"""Causal attention within each sequence of a pack, for any transformers model that uses AttentionInterface.
+
+Sequences lie end to end in one row of tokens and do not see each other; nothing is padded. So packed scores equal those
+of a batch of one, bit for bit on a CPU at one thread. The lengths travel as the keyword `sequence_lengths` through the
+backbone's forward. Packing by position_ids alone silently mixes examples in transformers 5.23 when use_cache is left on
+or a mask is passed; this does not rely on it.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+PACKED_ATTENTION = "davir_packed"
+"""Name under which the function is registered; a model is loaded with attn_implementation=PACKED_ATTENTION."""
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    sequence_lengths: tuple[int, ...] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend causally within each sequence; query [1, heads, T, D], result [1, T, heads, D].
+
+    Without `sequence_lengths` each row of the batch is one sequence. What a model asks for through other keywords
+    (attention sinks, ALiBi) is not honoured here: the self-check of likelihood.py finds such models.
+    """
+    batch, _heads, num_tokens, _dim = query.shape
+    if sequence_lengths is None:
+        return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    if batch != 1 or sum(sequence_lengths) != num_tokens:
+        raise ValueError(f"a pack is one row of {sum(sequence_lengths)} tokens; got {batch} rows of {num_tokens}")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout:
+        return _attend_cuda(query, key, value, sequence_lengths, scaling, sliding_window), None
+    outputs = []
+    for start, count, length in equal_runs(sequence_lengths):
+        q, k, v = (_stack(x[0, :, start : start + count * length], count) for x in (query, key, value))
+        out = _attend(q, k, v, scaling, dropout, sliding_window, softcap)
+        outputs.append(out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3]))
+    return torch.cat(outputs)[None], None
+
+
+def equal_runs(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Neighbouring sequences of equal length as (first token, number of sequences, length)."""
+    runs: list[tuple[int, int, int]] = []
+    position = 0
+    for length in lengths:
+        if runs and runs[-1][2] == length:
+            start, count, _ = runs[-1]
+            runs[-1] = (start, count + 1, length)
+        else:
+            runs.append((position, 1, length))
+        position += length
+    return runs
+
+
+def _stack(x: torch.Tensor, count: int) -> torch.Tensor:
+    """[heads, count * length, D] → [count, heads, length, D]."""
+    heads, num_tokens, dim = x.shape
+    return x.reshape(heads, count, num_tokens // count, dim).transpose(0, 1)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of equally long sequences, [N, heads, L, D] → the same; key and value may have fewer heads."""
+    length = query.shape[2]
+    windowed = sliding_window is not None and length > sliding_window
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_window_mask(length, sliding_window, query.device) if windowed else None,
+            dropout_p=dropout,
+            is_causal=not windowed,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[3] ** -0.5)
+    weights = softcap * torch.tanh(weights / softcap)
+    weights = weights.masked_fill(~_window_mask(length, sliding_window, query.device), float("-inf"))
+    weights = torch.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """[L, L], true where a query may see a key: itself and what lies before it, within the window."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < (sliding_window or length))
+
+
+def _attend_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Flash attention over all sequences of the pack in one launch."""
+    from torch.nn.attention.varlen import varlen_attn  # imported late: torch builds it for CUDA only
+
+    ends = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+    cumulative = ends.to(query.device, non_blocking=True)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = varlen_attn(
+        q, k, v, cumulative, cumulative, max(lengths), max(lengths),
+        scale=scaling, window_size=window, enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    return torch.as_tensor(out)[None]
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The packed function masks by lengths; a mask of [T, T] for a whole pack would never be used."""
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

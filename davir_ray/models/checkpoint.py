@@ -1,0 +1,158 @@
+"""Checkpoints: find, load, save and identify a causal language model and its tokenizer.
+
+Only safetensors are loaded: a pickled checkpoint can run code. A path is a local folder, a folder in object storage
+(s3://…, copied to the local cache once) or a hub name.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from davir_ray.errors import ModelError
+from davir_ray.models.attention import PACKED_ATTENTION
+from davir_ray.storage import Location, digest, file_digest
+
+SPEC_FILE = "scoring_spec.json"
+"""Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
+
+_WEIGHTS = ".safetensors"
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that can be loaded here."""
+
+    uri: str
+    """As the user named it."""
+    folder: str
+    """Local folder, or hub name."""
+    trust_remote_code: bool = False
+
+    @classmethod
+    def find(cls, uri: str, trust_remote_code: bool = False) -> "Checkpoint":
+        """The checkpoint of a local folder, s3://… or hub name. ModelError if it is none of these."""
+        if "://" in uri:
+            return cls(uri, _copy_to_cache(Location.of(uri)), trust_remote_code)
+        path = Path(uri)
+        if path.exists() or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
+            return cls(uri, str(_checked_folder(path.expanduser())), trust_remote_code)
+        return cls(uri, uri, trust_remote_code)
+
+    def config(self) -> Any:
+        """The model's configuration, without its weights."""
+        return self._load(AutoConfig)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        tokenizer = self._load(AutoTokenizer)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
+        return tokenizer
+
+    def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The causal language model in evaluation mode, for packs."""
+        model = self._load(
+            AutoModelForCausalLM, dtype=dtype, use_safetensors=True, attn_implementation=PACKED_ATTENTION
+        )
+        return model.to(device).eval()  # type: ignore[no-any-return]
+
+    def weights_digest(self) -> dict[str, str]:
+        """What changes when the model does: configuration and weight files of a folder, the commit of a hub name."""
+        if not Path(self.folder).is_dir():
+            return {"commit": str(getattr(self.config(), "_commit_hash", None) or self.folder)}
+        files = sorted(Path(self.folder).glob(f"*{_WEIGHTS}")) + [Path(self.folder, "config.json")]
+        return {file.name: file_digest(Location.of(file)) for file in files}
+
+    def spec(self) -> dict[str, Any] | None:
+        """The scoring spec that came with a reference, if it has one."""
+        file = Path(self.folder, SPEC_FILE)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def _load(self, auto_class: Any, **kwargs: Any) -> Any:
+        try:
+            return auto_class.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **kwargs)
+        except _LOAD_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no checkpoint; name the folder that holds it")
+    if not any(folder.glob(f"*{_WEIGHTS}")):
+        raise ModelError(f"{folder} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
+    return folder
+
+
+def _copy_to_cache(place: Location) -> str:
+    """Copy a checkpoint from object storage to the local cache, once a node, keyed by the files' etags."""
+    names = place.names()
+    if "config.json" not in names:
+        raise ModelError(f"{place} has no config.json, so it is no checkpoint; check the path")
+    key = digest([(name, file_digest(place / name)) for name in names])[:32]
+    cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / key
+    with FileLock(cache / f"{key}.lock"):
+        if not folder.is_dir():
+            partial = cache / f"{key}.partial"
+            partial.mkdir(exist_ok=True)
+            for name in names:
+                place.fs.get_file((place / name).path, str(partial / name))
+            partial.replace(folder)
+    return str(folder)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What changes when text would be encoded differently: vocabulary, merges, normalisation, special tokens."""
+    return digest([_encoding(tokenizer), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
+
+
+def check_same_encoding(base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
+    """Raise ModelError unless both encode text alike; added padding tokens and chat templates may differ."""
+    if _encoding(base) != _encoding(reference):
+        raise ModelError(
+            f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their losses "
+            "are not of the same tokens; give a reference that was fine-tuned from this base"
+        )
+    for token in ("bos_token", "eos_token"):
+        ours, theirs = getattr(base, token), getattr(reference, token)
+        if ours != theirs:
+            raise ModelError(f"{names[0]} has {token} {ours!r} and {names[1]} has {theirs!r}; they must be the same")
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of how text becomes ids, without added tokens and chat templates."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest(sorted(tokenizer.get_vocab().items()))
+    parts = json.loads(backend.to_str())
+    return digest([parts.get(name) for name in ("model", "normalizer", "pre_tokenizer")])
+
+
+def seed_from(*parts: object) -> int:
+    """A seed below 2**63 from values whose text is stable."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that a precision setting means on this device; auto: bfloat16 on a GPU that has it, else float32."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def local_device() -> torch.device:
+    """The GPU that this process was given, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

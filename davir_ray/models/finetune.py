@@ -1,0 +1,251 @@
+"""The fine-tuning loop over packs: response tokens only, the same steps at any world size.
+
+The plan is a pure function of (seed, epoch) and the examples: which examples form each global batch, and how they pack.
+Each rank takes its share of a batch's packs. The loss is the sum of response NLLs over the global batch divided by its
+response tokens, so neither gradient accumulation nor uneven packs change it. A resume is a step number.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from davir_ray.config import FinetuneConfig
+from davir_ray.data.packing import pack
+from davir_ray.errors import TrainingError
+from davir_ray.models.checkpoint import seed_from
+from davir_ray.models.likelihood import Likelihood, Pack
+
+log = logging.getLogger(__name__)
+
+TRAINING_COLUMNS = ["example_id", "input_ids", "response_spans"]
+"""Columns of examples that training reads."""
+
+STATE_FILE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """All examples of a run in memory, as flat arrays: 4 bytes a token."""
+
+    ids: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    token_edges: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.int32]
+    span_edges: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tables: Iterable[pa.Table]) -> Self:
+        """From tables with TRAINING_COLUMNS; examples whose first scored token nothing predicts are left out."""
+        table = pa.concat_tables([table.select(TRAINING_COLUMNS) for table in tables])
+        spans = table["response_spans"].combine_chunks()
+        trainable = np.array([bool(span) and span[0] > 0 for span in spans.to_pylist()], dtype=bool)
+        table = table.filter(pa.array(trainable))
+        tokens, spans = (table[name].combine_chunks() for name in TRAINING_COLUMNS[1:])
+        return cls(
+            ids=np.asarray(table["example_id"]),
+            tokens=tokens.flatten().to_numpy(),
+            token_edges=_edges(tokens),
+            spans=spans.flatten().to_numpy(),
+            span_edges=_edges(spans),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.token_edges)
+
+    def pack(self, rows: npt.NDArray[np.int64]) -> Pack:
+        """Some examples as one pack."""
+        return Pack.of([(self._tokens(row), self._spans(row)) for row in rows])
+
+    def num_response_tokens(self, rows: npt.NDArray[np.int64]) -> int:
+        """Scored tokens of some examples."""
+        return sum(int(np.diff(self._spans(row).reshape(-1, 2)).sum()) for row in rows)
+
+    def _tokens(self, row: int) -> npt.NDArray[np.int32]:
+        return self.tokens[self.token_edges[row] : self.token_edges[row + 1]]
+
+    def _spans(self, row: int) -> npt.NDArray[np.int32]:
+        return self.spans[self.span_edges[row] : self.span_edges[row + 1]]
+
+
+def _edges(lists: pa.ListArray) -> npt.NDArray[np.int64]:
+    lengths = np.asarray(lists.value_lengths()).astype(np.int64)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch: one optimiser step."""
+
+    step: int
+    """From 1."""
+    epoch: int
+    """From 1."""
+    rows: npt.NDArray[np.int64]
+    ends_epoch: bool
+
+
+def plan(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[Batch]:
+    """Every global batch of the run, in order: each epoch a permutation drawn from (seed, epoch)."""
+    step = 0
+    for epoch in range(1, epochs + 1):
+        order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        for start in range(0, num_examples, batch_size):
+            step += 1
+            yield Batch(step, epoch, order[start : start + batch_size], start + batch_size >= num_examples)
+
+
+def num_steps(num_examples: int, batch_size: int, epochs: int) -> int:
+    """Optimiser steps of the run."""
+    return epochs * math.ceil(num_examples / batch_size)
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Linear warm-up, then a cosine to 0: the share of the peak rate at a step counted from 1."""
+    warmup = math.ceil(warmup_ratio * total)
+    if step <= warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, total - warmup)))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step tells the outside; the same on every rank."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    ends_epoch: bool
+    loss: float
+    """Nats a response token, over the global batch, before the step."""
+    grad_norm: float
+    """Before clipping."""
+    tokens_per_second: float
+    """Of this step, prompt tokens included, over all ranks."""
+
+
+class Trainer:
+    """The model, its optimiser and the position in the plan; one on every rank."""
+
+    def __init__(
+        self, module: Likelihood | DistributedDataParallel, examples: TrainingSet, config: FinetuneConfig
+    ) -> None:
+        self._module = module
+        self._examples = examples
+        self._config = config
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._device = self.likelihood.model.device
+        self._optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self._step = 0
+        self._total = num_steps(len(examples), config.batch_size, config.epochs)
+        self._autocast = config.precision == "bfloat16" or (
+            config.precision == "auto" and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        if config.gradient_checkpointing:
+            self.likelihood.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The module without its data-parallel wrapping."""
+        wrapped = self._module.module if isinstance(self._module, DistributedDataParallel) else self._module
+        if not isinstance(wrapped, Likelihood):
+            raise TypeError(f"a Trainer trains a Likelihood, not {type(wrapped).__name__}")
+        return wrapped
+
+    def train(self, report: Callable[[StepReport], None]) -> None:
+        """Run every step after the current position; `report` is called after each, on every rank."""
+        self._module.train()
+        config = self._config
+        for batch in plan(len(self._examples), config.batch_size, config.epochs, config.seed):
+            if batch.step <= self._step:
+                continue
+            started = time.perf_counter()
+            loss, norm = self._train_batch(batch)
+            self._step = batch.step
+            rate = int(self._examples.lengths[batch.rows].sum()) / (time.perf_counter() - started)
+            report(StepReport(batch.step, self._total, batch.epoch, batch.ends_epoch, loss, norm, rate))
+
+    def save_state(self, folder: Path) -> None:
+        """Write weights, optimiser and position, for `load_state`."""
+        state = {
+            "step": self._step,
+            "model": self.likelihood.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, folder / STATE_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        """Continue after the step that a saved state holds."""
+        state = torch.load(folder / STATE_FILE, map_location=self._device, weights_only=True)
+        self.likelihood.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step = int(state["step"])
+        log.info("continuing after step %d of %d", self._step, self._total)
+
+    def _train_batch(self, batch: Batch) -> tuple[float, float]:
+        """One optimiser step; returns the global batch's loss in nats a token and the gradient's norm."""
+        config = self._config
+        torch.manual_seed(seed_from("dropout", config.seed, batch.step, self._rank))
+        num_tokens = self._examples.num_response_tokens(batch.rows)
+        total_nll = self._backward(batch.rows, num_tokens)
+        loss = float(total_nll) / num_tokens
+        norm = float(torch.nn.utils.clip_grad_norm_(self._module.parameters(), config.max_grad_norm))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss is {loss} nats a token and the gradient's norm {norm} at step {batch.step}; "
+                f"lower --finetune.learning_rate (now {config.learning_rate}) or look at the data of that step"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(batch.step, self._total, config.warmup_ratio)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _backward(self, rows: npt.NDArray[np.int64], num_tokens: int) -> torch.Tensor:
+        """Accumulate the gradient of (sum of response NLLs / response tokens) over the global batch; returns the sum."""
+        examples = self._examples
+        packs = pack(examples.lengths[rows], examples.ids[rows], self._config.tokens_per_pack)
+        total_nll = torch.zeros((), dtype=torch.float64, device=self._device)
+        turns = math.ceil(len(packs) / self._world_size)
+        for turn in range(turns):
+            mine = turn * self._world_size + self._rank
+            # A rank without a pack in the last turn repeats the first with weight 0: every rank must join the exchange.
+            weight = 1.0 if mine < len(packs) else 0.0
+            nll = weight * self._pack_nll(rows[packs[mine if weight else 0]], exchange=turn == turns - 1)
+            # DDP averages gradients over ranks; the sum over the global batch is wanted.
+            (nll * (self._world_size / num_tokens)).backward()  # type: ignore[no-untyped-call]
+            total_nll += nll.detach().double()
+        if self._world_size > 1:
+            dist.all_reduce(total_nll)
+        return total_nll
+
+    def _pack_nll(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
+        """Summed NLL of one pack; gradients are exchanged between ranks only in a batch's last turn."""
+        if isinstance(self._module, DistributedDataParallel):
+            self._module.require_backward_grad_sync = exchange
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            nll_R: torch.Tensor = self._module(self._examples.pack(rows))
+        return nll_R.sum()
+
+
+def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path) -> None:
+    """Write the model as a plain Hugging Face folder: safetensors, configuration, tokenizer."""
+    likelihood.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

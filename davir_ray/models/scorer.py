@@ -1,0 +1,190 @@
+"""Scoring in one worker: base and reference side by side, a shard's columns in, score columns out.
+
+An ordinary class: the same object serves a unit test, a notebook and a Ray actor.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from davir_ray.data.packing import pack
+from davir_ray.formulas import scores as formulas
+from davir_ray.models.checkpoint import Checkpoint, local_device, resolve_dtype, seed_from
+from davir_ray.models.likelihood import Likelihood, Pack, self_check
+from davir_ray.schema import SCORES, Status
+
+log = logging.getLogger(__name__)
+
+INPUT_COLUMNS = [
+    "example_id", "content_hash", "source", "num_prompt_tokens", "num_response_tokens", "truncated",
+    "input_ids", "response_spans",
+]  # fmt: skip
+"""Columns of examples that scoring reads; the text stays where it is."""
+
+_PASSED_ON = INPUT_COLUMNS[:6]
+
+TokenNlls = list[npt.NDArray[np.float32] | None]
+"""Nats of each scored token, for each example; None where it does not fit the device even alone."""
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """What the numbers depend on beside the models."""
+
+    precision: str = "auto"
+    tokens_per_pack: int = 4096
+    num_threads: int = 1
+    """Threads of the process on a CPU: another number may change the last bits."""
+    keep_token_nll: str = "none"
+    """'all', 'none', or 'sample': rows whose hash falls below sample_share."""
+    sample_share: float = 0.0
+
+
+class Scorer:
+    """Holds base and reference, and scores tables of examples."""
+
+    def __init__(self, base: Checkpoint, reference: Checkpoint, settings: ScorerSettings) -> None:
+        torch.set_num_threads(settings.num_threads)
+        self._settings = settings
+        device = local_device()
+        dtype = resolve_dtype(settings.precision, device)
+        self._base = Likelihood(base.model(dtype, device))
+        self._reference = Likelihood(reference.model(dtype, device))
+        self.numerics = {
+            "device": device.type,
+            "weights": str(dtype).removeprefix("torch."),
+            "logits": str(torch.promote_types(dtype, torch.float32)).removeprefix("torch."),
+            "sums": "float64",
+            "threads": torch.get_num_threads(),
+            "base_attention": self_check(self._base),
+            "reference_attention": self_check(self._reference),
+        }
+        log.info("scoring with %s", self.numerics)
+
+    def __call__(self, examples: pa.Table) -> pa.Table:
+        """Score a table with INPUT_COLUMNS; returns the columns of SCORES, in the same row order."""
+        sequences = list(_sequences(examples))
+        scorable = np.array([_has_predictor(spans) for _, spans in sequences], dtype=bool)
+        rows, same_as = _unique([sequence for sequence, ok in zip(sequences, scorable, strict=True) if ok])
+        ids = np.asarray(examples["example_id"])[scorable][rows]
+        unique = [sequence for sequence, ok in zip(sequences, scorable, strict=True) if ok]
+        unique = [unique[row] for row in rows]
+        base = self._token_nlls(self._base, unique, ids)
+        reference = self._token_nlls(self._reference, unique, ids)
+        place = np.full(len(sequences), -1)
+        place[scorable] = same_as
+        return self._score_table(examples, place, base, reference)
+
+    def _token_nlls(self, likelihood: Likelihood, sequences: list[Any], ids: npt.NDArray[np.int64]) -> TokenNlls:
+        lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
+        result: TokenNlls = [None] * len(sequences)
+        with torch.inference_mode():
+            for rows in pack(lengths, ids, self._settings.tokens_per_pack):
+                for row, nlls in zip(rows, _run(likelihood, [sequences[row] for row in rows]), strict=True):
+                    result[row] = nlls
+        return result
+
+    def _score_table(
+        self, examples: pa.Table, place: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls
+    ) -> pa.Table:
+        base_nll, base_status = _sums(base, place)
+        reference_nll, reference_status = _sums(reference, place)
+        davir = formulas.davir(base_nll, reference_nll)
+        status = np.where(base_status == Status.OK, reference_status, base_status)
+        status[(status == Status.OK) & (base_nll == 0)] = Status.ZERO_BASE_NLL
+        num_tokens = np.asarray(examples["num_response_tokens"])
+        known = np.isin(status, [Status.OK, Status.ZERO_BASE_NLL])
+        columns = {name: examples[name] for name in _PASSED_ON} | {
+            "base_nll": _nullable(base_nll, np.isfinite(base_nll)),
+            "reference_nll": _nullable(reference_nll, np.isfinite(reference_nll)),
+            "davir": _nullable(davir, status == Status.OK),
+            "rho_sum": _nullable(formulas.rho_sum(base_nll, reference_nll), known),
+            "rho_mean": _nullable(formulas.rho_mean(base_nll, reference_nll, num_tokens), known),
+            "status": pa.array(status.tolist(), pa.string()),
+            "base_token_nll": self._kept(examples, base, place),
+            "reference_token_nll": self._kept(examples, reference, place),
+        }
+        return pa.table(columns, schema=SCORES)
+
+    def _kept(self, examples: pa.Table, nlls: TokenNlls, place: npt.NDArray[np.int64]) -> pa.Array:
+        """Token losses of the rows whose are kept, null elsewhere."""
+        keep = self._settings.keep_token_nll
+        share = {"all": 1.0, "none": 0.0, "sample": self._settings.sample_share}[keep]
+        values = [
+            nlls[at] if at >= 0 and is_sampled(int(example_id), share) else None
+            for example_id, at in zip(examples["example_id"].to_pylist(), place, strict=True)
+        ]
+        return pa.array(values, pa.list_(pa.float32()))
+
+
+def is_sampled(example_id: int, share: float) -> bool:
+    """Whether a row belongs to a sample of this share: by its id alone, so the same rows in every run."""
+    return seed_from("token_nll", example_id) < share * 2**63
+
+
+def _sequences(examples: pa.Table) -> Iterator[tuple[npt.NDArray[np.int32], tuple[int, ...]]]:
+    """(input_ids, spans) of each row, the ids as views."""
+    ids, spans = (examples[name].combine_chunks() for name in ("input_ids", "response_spans"))
+    values, edges = np.asarray(ids.values), np.asarray(ids.offsets)
+    for row, span in enumerate(spans.to_pylist()):
+        yield values[edges[row] : edges[row + 1]], tuple(span)
+
+
+def _has_predictor(spans: tuple[int, ...]) -> bool:
+    return bool(spans) and spans[0] > 0
+
+
+def _unique(sequences: list[Any]) -> tuple[list[int], list[int]]:
+    """First rows of distinct sequences, and for each row the index of its like among them."""
+    seen: dict[tuple[bytes, tuple[int, ...]], int] = {}
+    first, same_as = [], []
+    for row, (input_ids, spans) in enumerate(sequences):
+        key = (input_ids.tobytes(), spans)
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(row)
+        same_as.append(seen[key])
+    return first, same_as
+
+
+def _run(likelihood: Likelihood, sequences: list[Any]) -> TokenNlls:
+    """Token losses of one pack; halved and redone where the device runs out of memory."""
+    try:
+        built = Pack.of(sequences)
+        nll_R = likelihood(built).cpu().numpy()
+        return list(np.split(nll_R, np.cumsum(built.num_scored)[:-1]))
+    except torch.OutOfMemoryError:
+        if len(sequences) == 1:
+            return [None]
+    torch.cuda.empty_cache()
+    log.warning("out of memory with %d examples in a pack; trying halves", len(sequences))
+    half = len(sequences) // 2
+    return _run(likelihood, sequences[:half]) + _run(likelihood, sequences[half:])
+
+
+def _sums(nlls: TokenNlls, place: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
+    """Summed nats of each example, in float64 and token order, and its status; NaN where there is none."""
+    sums = [np.nan if nll is None else float(nll.sum(dtype=np.float64)) for nll in nlls]
+    statuses = [_status(nll, total) for nll, total in zip(nlls, sums, strict=True)]
+    total = np.array([sums[at] if at >= 0 else np.nan for at in place], dtype=np.float64)
+    status = np.array([statuses[at] if at >= 0 else Status.NO_PREDICTOR for at in place], dtype=object)
+    return total, status
+
+
+def _status(nll: npt.NDArray[np.float32] | None, total: float) -> Status:
+    if nll is None:
+        return Status.OUT_OF_MEMORY
+    return Status.OK if np.isfinite(total) else Status.NON_FINITE_NLL
+
+
+def _nullable(values: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_]) -> pa.Array:
+    """Null where not valid: a score is never made up."""
+    array = pa.array(values, pa.float64(), mask=~np.asarray(valid, dtype=bool))
+    return pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)

@@ -1,0 +1,107 @@
+"""Every column that a stage writes, once: name, Arrow type, unit and meaning; reasons and statuses as closed lists.
+
+The stages hand each other Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`), so
+this file is the contract between them and with whoever reads the output.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class RejectReason(StrEnum):
+    """Why a row of the input is not an example. `detail` in rejects/ holds the particulars."""
+
+    BROKEN_JSON = "broken_json"  # the line or array element is not JSON
+    INVALID_TEXT = "invalid_text"  # not UTF-8, or holds a lone surrogate
+    NOT_AN_OBJECT = "not_an_object"  # JSON, but not an object with named fields
+    MISSING_COLUMN = "missing_column"  # a column of the format is absent or null
+    WRONG_TYPE = "wrong_type"  # a column holds something else than the format's type
+    EMPTY_RESPONSE = "empty_response"  # nothing to score: empty or white space only
+    PROMPT_TOO_LONG = "prompt_too_long"  # the prompt alone fills the token limit
+    SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text spells a special token that cannot be encoded as text
+    BAD_CONVERSATION = "bad_conversation"  # the chat template refuses the messages, or no assistant turn is found
+    EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
+    UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost
+
+
+class Status(StrEnum):
+    """Whether an example has a score; anything but OK means that `davir` is null."""
+
+    OK = "ok"
+    NO_PREDICTOR = "no_predictor"  # the first scored token has nothing before it (empty prompt, model without BOS)
+    ZERO_BASE_NLL = "zero_base_nll"  # base_nll is 0: the ratio is not defined
+    NON_FINITE_NLL = "non_finite_nll"  # a model returned NaN or infinity
+    OUT_OF_MEMORY = "out_of_memory"  # did not fit the device even alone in its pack
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the output."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+
+
+_ID = [
+    Column("example_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
+    Column("content_hash", pa.int64(), "first 63 bits of SHA-256 of (prompt, response); equal for exact duplicates"),
+    Column("source", pa.string(), "name of the source in the configuration"),
+]
+_ORIGIN = [
+    Column("source_file", pa.string(), "path relative to the source's root"),
+    Column("source_row", pa.int64(), "0-based record index in the file; the line index for JSONL, blank lines counted"),
+]
+_TEXT = [
+    Column("prompt", pa.string(), "rendered prompt: everything the response is conditioned on"),
+    Column("response", pa.string(), "the text whose likelihood is scored; assistant turns joined by blank lines"),
+    Column("record", pa.string(), "the source row as JSON; null with --keep_record false"),
+]
+_COUNTS = [
+    Column("num_prompt_tokens", pa.int32(), "tokens of input_ids that are not scored"),
+    Column("num_response_tokens", pa.int32(), "scored tokens, the end-of-sequence token included"),
+    Column("truncated", pa.bool_(), "the response's tail was cut at the token limit (then no end token is scored)"),
+]
+_LOSSES = [
+    Column("base_nll", pa.float64(), "nats, summed over the scored tokens, under the base"),
+    Column("reference_nll", pa.float64(), "nats, summed over the scored tokens, under the reference"),
+    Column("davir", pa.float64(), "(base_nll - reference_nll) / base_nll; null unless status is ok"),
+    Column("rho_sum", pa.float64(), "base_nll - reference_nll, nats"),
+    Column("rho_mean", pa.float64(), "(base_nll - reference_nll) / num_response_tokens, nats a token"),
+    Column("status", pa.string(), "ok, or why there is no score (see Status)"),
+]
+_TOKEN_LOSSES = [
+    Column("base_token_nll", pa.list_(pa.float32()), "nats for each scored token, in order; null where not kept"),
+    Column("reference_token_nll", pa.list_(pa.float32()), "nats for each scored token, in order; null where not kept"),
+]
+_TOKENS = [
+    Column("input_ids", pa.list_(pa.int32()), "prompt and response tokens, joined; at most prepare.max_tokens"),
+    Column("response_spans", pa.list_(pa.int32()), "(start, end) pairs into input_ids, end exclusive; what is scored"),
+]
+_RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
+_REJECT = [
+    Column("reason", pa.string(), "why the row was rejected (see RejectReason)"),
+    Column("detail", pa.string(), "the particulars, for the person who mends the data"),
+]
+
+_SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
+COLUMNS = {
+    "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
+    "rejects": [_ID[2], *_ORIGIN, *_REJECT],
+    "scores": _SCORES,
+    "ranked": [*_RANK, *_SCORES],
+    "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],
+}
+
+
+def _schema(folder: str) -> pa.Schema:
+    return pa.schema([pa.field(column.name, column.type) for column in COLUMNS[folder]])
+
+
+EXAMPLES = _schema("examples")
+REJECTS = _schema("rejects")
+SCORES = _schema("scores")
+RANKED = _schema("ranked")
+SELECTED = _schema("selected")
