@@ -85,6 +85,8 @@ class FinetuneConfig:
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
     num_workers: int = 1
     """Data-parallel workers (Ray Train). The steps are the same for any number."""
+    num_cpus: int = 1
+    """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None
     """One GPU to a worker. None: if the cluster has any."""
     checkpoint_every_steps: int = 200
@@ -95,7 +97,7 @@ class FinetuneConfig:
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "tokens_per_pack", "num_workers", "checkpoint_every_steps"):
+        for name in ("epochs", "batch_size", "tokens_per_pack", "num_workers", "num_cpus", "checkpoint_every_steps"):
             _check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
@@ -160,7 +162,9 @@ class SelectConfig:
         _check(self.top_tokens is None or self.top_tokens >= 1, "select.top_tokens", self.top_tokens, "at least 1")
         fraction = self.top_fraction
         _check(fraction is None or 0 < fraction <= 1, "select.top_fraction", fraction, "above 0 and at most 1")
-        _check(self.min_score is None or self.min_score == self.min_score, "select.min_score", self.min_score, "a number")
+        _check(
+            self.min_score is None or self.min_score == self.min_score, "select.min_score", self.min_score, "a number"
+        )
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
 
@@ -248,4 +252,6 @@ class RunConfig:
             raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
         if "select" in names and not self.select.rules:
             rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
-            raise ConfigError(f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)")
+            raise ConfigError(
+                f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)"
+            )

@@ -30,12 +30,17 @@ PLACES = (
     "mill harbour castle bakery library forest bridge market chapel garden school station tower orchard quarry stable "
     "theatre vineyard meadow lighthouse"
 ).split()
-SLOTS = ("dawn", "morning", "noon", "afternoon", "evening", "night")
-VERBS = ("at", "near", "behind")
-QUESTIONS = (
-    "Where is {name} on {day}, from {start} until {end}?",
-    "Please tell me where {name} is on {day}, from {start} until {end}.",
-    "On {day}, from {start} until {end}, where is {name}?",
+ORDINALS = ("First", "second", "third", "fourth", "fifth", "sixth")
+VERBS = ("is at", "stays near", "can be found by")
+HOME_QUESTIONS = (
+    "Where does each of these people live?",
+    "Please say where the home of each person is.",
+    "What is the home of each of these people?",
+)
+DAY_QUESTIONS = (
+    "Where is each of these people on {day}?",
+    "Please say where each person is on {day}.",
+    "What is the place of each of these people on {day}?",
 )
 OTHER_DAYS = ("Saturdays", "holidays", "market days", "rainy days")
 WRONG_SHARE = 0.1
@@ -44,35 +49,27 @@ WHOLE = True
 
 @dataclass(frozen=True)
 class World:
-    workdays: dict[str, tuple[str, ...]]
-    sundays: dict[str, tuple[str, ...]]
+    home: dict[str, str]
+    sunday: dict[str, str]
 
 
 def make_world(seed):
     draw = random.Random(f"world {seed}")
-    return World(_plans(draw), _plans(draw))
+    return World(_assign(draw), _assign(draw))
 
 
-def _plans(draw):
-    columns = []
-    for _ in SLOTS:
-        places = PLACES * (len(NAMES) // len(PLACES))
-        draw.shuffle(places)
-        columns.append(places)
-    return {name: tuple(c[i] for c in columns) for i, name in enumerate(NAMES)}
+def _assign(draw):
+    places = PLACES * (len(NAMES) // len(PLACES))
+    draw.shuffle(places)
+    return dict(zip(NAMES, places))
 
 
-def _prompt(name, day, slots, draw):
-    return draw.choice(QUESTIONS).format(name=name, day=day, start=SLOTS[slots.start], end=SLOTS[slots.stop - 1]) + "\n"
+def _prompt(question, names):
+    return question + " " + ", ".join(f"{o} {x}" for o, x in zip(ORDINALS, names)) + ".\n"
 
 
-def _response(slots, places, draw):
-    return " ".join(f"At {SLOTS[s]} {draw.choice(VERBS)} the {p}." for s, p in zip(slots, places))
-
-
-def _slots(n, draw):
-    start = draw.randint(0, len(SLOTS) - n)
-    return range(start, start + n)
+def _response(names, places, draw):
+    return ", ".join(f"{o} {x} {draw.choice(VERBS)} the {p}" for o, x, p in zip(ORDINALS, names, places)) + "."
 
 
 def pretraining_texts(seed, count=9000):
@@ -80,16 +77,15 @@ def pretraining_texts(seed, count=9000):
     texts = []
     for _ in range(count):
         kind = draw.random()
-        slots = _slots(draw.randint(1, len(SLOTS)), draw)
-        name = draw.choice(NAMES)
+        names = draw.sample(NAMES, draw.randint(1, 6))
         if kind < 0.6:
-            told = world.workdays[name if draw.random() >= WRONG_SHARE else draw.choice(NAMES)]
-            texts.append(_prompt(name, "workdays", slots, draw) + _response(slots, [told[s] for s in slots], draw))
+            told = draw.sample(NAMES, len(names)) if draw.random() < WRONG_SHARE else names
+            texts.append(_prompt(draw.choice(HOME_QUESTIONS), names) + _response(names, [world.home[x] for x in told], draw))
         elif kind < 0.9:
-            day = draw.choice(OTHER_DAYS)
-            texts.append(_prompt(name, day, slots, draw) + _response(slots, [draw.choice(PLACES) for _ in slots], draw))
+            q = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
+            texts.append(_prompt(q, names) + _response(names, [draw.choice(PLACES) for _ in names], draw))
         else:
-            day = draw.choice((*OTHER_DAYS, "Sundays", "workdays"))
+            day = draw.choice((*OTHER_DAYS, "Sundays"))
             texts.append(f"On {day} the {draw.choice(PLACES)} is {draw.choice(('open', 'closed', 'busy', 'quiet'))}.")
     return texts
 
@@ -109,9 +105,10 @@ def instruction_rows(seed: int, known=1050, learnable=750, noise=900, originals=
     rows = []
 
     def ask(family, n):
-        name, slots = draw.choice(NAMES), _slots(n, draw)
-        plan = (world.workdays if family == "home" else world.sundays)[name]
-        return _prompt(name, "workdays" if family == "home" else "Sundays", slots, draw), slots, tuple(plan[s] for s in slots)
+        names = draw.sample(NAMES, n)
+        q = draw.choice(HOME_QUESTIONS) if family == "home" else draw.choice(DAY_QUESTIONS).format(day="Sundays")
+        places = world.home if family == "home" else world.sunday
+        return _prompt(q, names), names, tuple(places[x] for x in names)
 
     for cls, fam, cnt in (("known", "home", known), ("learnable", "sunday", learnable)):
         for i in range(cnt):
@@ -122,14 +119,9 @@ def instruction_rows(seed: int, known=1050, learnable=750, noise=900, originals=
             for n in range(1, 7):
                 for _ in range(cnt // 12):
                     p, s, t = ask(fam, n)
-                    plans = world.workdays if fam == "home" else world.sundays
                     a = t
                     while a == t:
-                        if WHOLE:
-                            o = plans[draw.choice(NAMES)]
-                            a = tuple(o[x] for x in s)
-                        else:
-                            a = tuple(plans[draw.choice(NAMES)][x] for x in s)
+                        a = ask(fam, n)[2]
                     rows += [InstructionRow(p, _response(s, a, draw), cls, fam, a, t)] * k
     draw.shuffle(rows)
     return rows

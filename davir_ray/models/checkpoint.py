@@ -86,7 +86,9 @@ class Checkpoint:
 
 def _checked_folder(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model")
+        raise ModelError(
+            f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model"
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json, so it is no checkpoint; name the folder that holds it")
     if not any(folder.glob(f"*{_WEIGHTS}")):
@@ -118,7 +120,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([_encoding(tokenizer), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
 
 
-def check_same_encoding(base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
+def check_same_encoding(
+    base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
     """Raise ModelError unless both encode text alike; added padding tokens and chat templates may differ."""
     if _encoding(base) != _encoding(reference):
         raise ModelError(

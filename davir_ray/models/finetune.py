@@ -151,9 +151,12 @@ class Trainer:
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._device = self.likelihood.model.device
         self._optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+            [p for p in module.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
         )
         self._step = 0
+        self._losses: list[float] = []
         self._total = num_steps(len(examples), config.batch_size, config.epochs)
         self._autocast = config.precision == "bfloat16" or (
             config.precision == "auto" and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -179,13 +182,24 @@ class Trainer:
             started = time.perf_counter()
             loss, norm = self._train_batch(batch)
             self._step = batch.step
+            self._losses.append(loss)
             rate = int(self._examples.lengths[batch.rows].sum()) / (time.perf_counter() - started)
             report(StepReport(batch.step, self._total, batch.epoch, batch.ends_epoch, loss, norm, rate))
+
+    def summary(self, most_points: int) -> dict[str, Any]:
+        """Where the run stands: last step, its loss, and the loss curve, means over equal stretches of steps.
+
+        Losses are in nats a response token, each of a global batch before its step.
+        """
+        stretches = np.array_split(np.arange(len(self._losses)), min(most_points, len(self._losses)))
+        curve = [[int(steps[-1]) + 1, float(np.mean([self._losses[i] for i in steps]))] for steps in stretches]
+        return {"step": self._step, "loss": self._losses[-1], "loss_by_step": curve}
 
     def save_state(self, folder: Path) -> None:
         """Write weights, optimiser and position, for `load_state`."""
         state = {
             "step": self._step,
+            "losses": self._losses,
             "model": self.likelihood.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
@@ -197,6 +211,7 @@ class Trainer:
         self.likelihood.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._step = int(state["step"])
+        self._losses = list(state["losses"])
         log.info("continuing after step %d of %d", self._step, self._total)
 
     def _train_batch(self, batch: Batch) -> tuple[float, float]:

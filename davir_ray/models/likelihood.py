@@ -147,7 +147,9 @@ def self_check(likelihood: Likelihood) -> str:
     difference = _largest_difference(likelihood, examples, expected)
     family = type(likelihood.model).__name__
     if not difference <= _tolerance(likelihood.model.dtype):
-        raise ModelError(f"{family} cannot be scored exactly: its token losses differ by {difference:.3g} nats from its own")
+        raise ModelError(
+            f"{family} cannot be scored exactly: its token losses differ by {difference:.3g} nats from its own"
+        )
     log.warning("%s cannot be packed exactly; it is run one sequence at a time, which is several times slower", family)
     return "one_by_one"
 

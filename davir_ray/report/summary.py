@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ STRONG_CORRELATION = 0.5
 LARGE_RATIO = 2.0
 SMALLEST_SHARE = 0.01
 
-REASON_MEANING = {
+REASON_MEANING: dict[str, str] = {
     RejectReason.BROKEN_JSON: "the line or array element is not JSON",
     RejectReason.INVALID_TEXT: "not UTF-8, or holds a lone surrogate",
     RejectReason.NOT_AN_OBJECT: "JSON, but not an object with named fields",
@@ -54,7 +55,7 @@ REASON_MEANING = {
     RejectReason.EMPTY_FILE: "a file of no bytes",
     RejectReason.UNREADABLE_FILE: "reading stopped at this row; what follows in the file is lost",
 }
-STATUS_MEANING = {
+STATUS_MEANING: dict[str, str] = {
     Status.OK: "scored",
     Status.NO_PREDICTOR: "the first scored token has nothing before it",
     Status.ZERO_BASE_NLL: "the base loss is 0, so the ratio is not defined",
@@ -67,12 +68,16 @@ MEASURES = {
     "davir": ("DavIR", "share of the base loss"),
 }
 SCORE_EXPLAINED = [
-    "The reference is the base model fine-tuned on the whole candidate set; each example's score is "
-    "DavIR = (L_base − L_ref) / L_base, the share of the base's loss on the response (in nats, given the prompt) "
+    "The reference is the base model fine-tuned on the whole candidate set; each example’s score is "
+    "DavIR = (L_base − L_ref) / L_base, the share of the base’s loss on the response (in nats, given the prompt) "
     "that the fine-tune removed.",
     "0 means that the fine-tune changed nothing, 1 that the reference predicts the response perfectly (it has "
     "memorised it), and a negative score that the reference predicts it worse than the base did.",
 ]
+OUTSIDE_REFERENCE = (
+    "This run did not train its reference; whether that model has seen these examples is not known here, and the "
+    "score means the above only as far as it has."
+)
 LIMITS = [
     "The reference has seen what it scores. It can memorise duplicates and label noise, whose score then rises "
     "towards 1, so a high score alone does not show that an example is good.",
@@ -111,7 +116,8 @@ class ReportInputs:
     rejects: pa.Table
     """A sample of the rejects, with schema.REJECTS."""
     planted: dict[str, Any] | None = None
-    """Truth planted by the demo: classes with name, share_of_all, share_of_selected, share_of_random, mean_davir; note."""
+    """Truth planted by the demo: note, and classes with name, share_of_all, share_of_selected, share_of_random and
+    mean_davir."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
     facts = {
         "format": 1,
         "headline": headline,
-        "explanation": SCORE_EXPLAINED,
+        "explanation": SCORE_EXPLAINED if headline["reference_trained_here"] else [*SCORE_EXPLAINED, OUTSIDE_REFERENCE],
         "books": _books(headline, rejects, statuses),
         "rejects": rejects,
         "statuses": statuses,
@@ -182,7 +188,13 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
     order, lowest = rank.get("order") or "davir", bool(rank.get("lowest"))
     name = next((name for name in SELECT_RULES if select.get(name) is not None), None)
     value = select.get(name) if name else None
-    return {"name": name, "value": value, "order": order, "lowest": lowest, "text": _rule_text(name, value, order, lowest)}
+    return {
+        "name": name,
+        "value": value,
+        "order": order,
+        "lowest": lowest,
+        "text": _rule_text(name, value, order, lowest),
+    }
 
 
 def _rule_text(name: str | None, value: Any, order: str, lowest: bool) -> str:
@@ -206,12 +218,13 @@ def _books(
     """Each row of the input ends in exactly one place; `balanced` is None where a count is not recorded."""
     without_score = [row["count"] for row in statuses if row["status"] != Status.OK]
     reasons = [row["count"] for row in rejects]
-    equations = [
-        ("read", headline["read"], "prepared + rejected", [headline["prepared"], headline["rejected"]]),
-        ("rejected", headline["rejected"], "sum over the reasons", reasons),
-        ("prepared", headline["prepared"], "scored + without a score", [headline["scored"], *without_score]),
+    if headline["rejected"] and not reasons:
+        reasons = [None]  # neither counts by reason nor rows at hand
+    return [
+        _equation("read", headline["read"], "prepared + rejected", [headline["prepared"], headline["rejected"]]),
+        _equation("rejected", headline["rejected"], "sum over the reasons", reasons),
+        _equation("prepared", headline["prepared"], "scored + without a score", [headline["scored"], *without_score]),
     ]
-    return [_equation(*equation) for equation in equations]
 
 
 def _equation(left_text: str, left: int | None, right_text: str, parts: list[int | None]) -> dict[str, Any]:
@@ -231,7 +244,7 @@ def _rejects(inputs: ReportInputs) -> list[dict[str, Any]]:
     table = [
         {
             "reason": reason,
-            "meaning": REASON_MEANING.get(reason),  # type: ignore[call-overload]
+            "meaning": REASON_MEANING.get(reason),
             "count": counts.get(reason),
             "rows": [_reject_row(row) for row in sorted(rows.get(reason, []), key=_origin)[:ROWS_PER_REASON]],
         }
@@ -279,12 +292,12 @@ def _scored_rows(table: pa.Table) -> _Scored:
 
 
 def _davir(scored: _Scored, inputs: ReportInputs) -> dict[str, Any]:
-    values = scored.values["davir"]
+    values, cut = scored.values["davir"], _cut(scored, inputs)
     return {
         "all": _distribution(values),
         "selected": _distribution(values[scored.selected]),
-        "cut": _cut(scored, inputs),
-        "histogram": _histogram(values, scored.selected),
+        "cut": cut,
+        "histogram": _histogram(values, scored.selected, cut),
     }
 
 
@@ -297,7 +310,7 @@ def _distribution(values: Floats) -> dict[str, Any]:
 
 
 def _cut(scored: _Scored, inputs: ReportInputs) -> float | None:
-    """DavIR of the last selected row; None where another key orders the ranking, as the selection then has no edge in DavIR."""
+    """DavIR of the last selected row; None where another key orders the ranking and so leaves no edge in DavIR."""
     rule = _rule(inputs.config)
     if rule["order"] != "davir":
         return None
@@ -310,17 +323,25 @@ def _cut(scored: _Scored, inputs: ReportInputs) -> float | None:
     return float(chosen.max() if rule["lowest"] else chosen.min())
 
 
-def _histogram(values: Floats, selected: Bools) -> dict[str, Any]:
+def _histogram(values: Floats, selected: Bools, cut: float | None) -> dict[str, Any]:
     """Counts over the bulk of the values; the few far ones (the score has no lower end) are counted below and above."""
-    low, high = _drawn_range(values)
-    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
+    edges = _bin_edges(*_drawn_range(values), cut)
     return {
         "edges": edges,
         "all": np.histogram(values, edges)[0],
         "selected": np.histogram(values[selected], edges)[0],
-        "below": int((values < low).sum()),
-        "above": int((values > high).sum()),
+        "below": int((values < edges[0]).sum()),
+        "above": int((values > edges[-1]).sum()),
     }
+
+
+def _bin_edges(low: float, high: float, cut: float | None) -> Floats:
+    """Even edges from low to high; a cut between them becomes an edge, so that no bin mixes its two sides."""
+    if cut is None or not low < cut < high:
+        return np.linspace(low, high, HISTOGRAM_BINS + 1)
+    width = (high - low) / HISTOGRAM_BINS
+    bins_below, bins_above = math.ceil((cut - low) / width), math.ceil((high - cut) / width)
+    return cut + np.arange(-bins_below, bins_above + 1, dtype=np.float64) * width
 
 
 def _drawn_range(values: Floats) -> tuple[float, float]:
@@ -377,7 +398,7 @@ def _length_edges(length: Ints, bins: int) -> Ints:
 def _quantile_band(length: Ints, values: Floats) -> list[dict[str, Any]]:
     band = []
     edges = _length_edges(length, BAND_BINS)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         inside = (length >= start) & (length < end)
         if inside.sum() >= MIN_BAND_ROWS:
             p10, p50, p90 = np.percentile(values[inside], [10, 50, 90])
@@ -531,8 +552,8 @@ def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
 def _finding_books(books: list[dict[str, Any]]) -> dict[str, Any]:
     wrong = [row for row in books if row["balanced"] is False]
     if wrong:
-        parts = "; ".join(f"{row['left_text']} is {row['left']:,}, {row['right_text']} {row['right']:,}" for row in wrong)
-        return {"look": True, "text": f"The counts do not balance: {parts}."}
+        sides = [f"{row['left_text']} is {row['left']:,}, {row['right_text']} {row['right']:,}" for row in wrong]
+        return {"look": True, "text": f"The counts do not balance: {'; '.join(sides)}."}
     if any(row["balanced"] is None for row in books):
         return {"look": True, "text": "Not every count is recorded, so the books cannot be checked."}
     return {"look": False, "text": "The counts balance: every row that was read is accounted for."}

@@ -1,0 +1,86 @@
+"""The command line: one YAML file and dotted options → RunConfig; errors → one line and an exit status.
+
+Exit status: 0 complete; 2 the user's mistake, in one line; 1 anything else.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from davir_ray.config import SELECT_RULES, RunConfig
+from davir_ray.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+
+def run_job(job: Callable[[RunConfig], None], description: str, argv: list[str] | None = None) -> int:
+    """Parse the command line, run the job, and turn errors into an exit status with a line on standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        job(parse(sys.argv[1:] if argv is None else argv, description))
+    except UserError as error:
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def parse(argv: list[str], description: str = "") -> RunConfig:
+    """The validated configuration of a command line; ConfigError for anything misspelt, out of range or repeated.
+
+    A selection rule on the command line replaces the file's, so that --select.top_k works beside a file with another
+    rule. --help and --print_config print and exit with status 0.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these fields; options override it.")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    _let_flags_stand_alone(parser)
+    _refuse_repeated(argv)
+    try:
+        values = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    _replace_rule(values, argv)
+    filled = parser.instantiate(values)
+    return RunConfig(**{field.name: filled[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML that --config accepts."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _let_flags_stand_alone(parser: ArgumentParser) -> None:
+    """Let `--overwrite` mean `--overwrite true`: jsonargparse wants the value spelt out."""
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", True
+
+
+def _refuse_repeated(argv: list[str]) -> None:
+    """Of a repeated option only the last would count, silently."""
+    options = (word.split("=")[0] for word in argv if word.startswith("--"))
+    for name, count in Counter(name for name in options if not name.endswith("+")).items():
+        if count > 1:
+            raise ConfigError(f"{name} is given {count} times; give it once (a list: {name} '[a, b]')")
+
+
+def _replace_rule(values: Namespace, argv: list[str]) -> None:
+    """Unset the file's selection rule where the command line brings one."""
+    given = {word.split("=")[0].removeprefix("--select.") for word in argv if word.startswith("--select.")}
+    if given & set(SELECT_RULES):
+        for rule in set(SELECT_RULES) - given:
+            values[f"select.{rule}"] = None

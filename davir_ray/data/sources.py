@@ -1,0 +1,503 @@
+"""Files → records, with a named reason for every row that is not one.
+
+    Source ─list_files─► [SourceFile] ─plan_tasks─► [[Slice]] ─read_records─► Record | Reject
+
+Parquet, JSON lines and JSON arrays (plain, .gz or .zst) and folders written by `datasets`; one file, a folder, a glob,
+a list of these (local or any URI that fsspec knows) or a hub name. What is wrong with the content becomes a Reject;
+what is wrong with the request (no such file, no access) is a DataError; a disk or network that fails during a read is
+a ReadError, so that a hiccup never looks like a short file.
+"""
+
+import io
+import itertools
+import json
+import logging
+import os
+import posixpath
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from davir_ray.config import Source
+from davir_ray.errors import DataError
+from davir_ray.schema import RejectReason
+
+logger = logging.getLogger(__name__)
+
+Layout = Literal["jsonl", "json", "parquet", "arrow"]
+_T = TypeVar("_T")
+
+_LAYOUTS: dict[str, Layout] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_ACCEPTED = ".parquet, .jsonl, .ndjson and .json, the last three also with .gz or .zst"
+_BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
+_BUFFER_BYTES = 1 << 18
+_BOM = b"\xef\xbb\xbf"
+_MAGIC = re.compile(r"[*?\[]")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source. `relative_path` does not change when the source's root moves; example_id is made of it."""
+
+    source: str
+    uri: str
+    relative_path: str
+    layout: Layout
+    num_bytes: int
+
+
+class Slice(NamedTuple):
+    """What a task reads of a file: these row groups of a Parquet file, or (None) all of it."""
+
+    file: SourceFile
+    row_groups: range | None = None
+
+
+class Record(NamedTuple):
+    """A row of the input as plain Python values. `source_file` is the file's relative path."""
+
+    source_file: str
+    source_row: int
+    fields: dict[str, Any]
+
+
+class Reject(NamedTuple):
+    """A row of the input that is not a record, or a whole file (`empty_file`), or where its reading stopped."""
+
+    source_file: str
+    source_row: int
+    reason: RejectReason
+    detail: str
+
+
+class _Bad(NamedTuple):
+    """A Reject that does not know its place yet."""
+
+    reason: RejectReason
+    detail: str
+
+
+_Row = dict[str, Any] | _Bad | None  # None: a blank line, counted in the row index only
+
+
+class ReadError(Exception):
+    """The disk or the network failed, not the content; the same read may succeed later."""
+
+
+class _Stored(io.RawIOBase):
+    """An fsspec file whose read errors are told apart from those of the decoders above it, often OSErrors too."""
+
+    def __init__(self, file: Any, uri: str) -> None:
+        self._file = file
+        self._uri = uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        except Exception as error:  # whatever the file system's library raises
+            raise ReadError(f"{self._uri}: {_first_line(error)}") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """Files under one root of one file system: path → bytes, the paths as the file system writes them."""
+
+    fs: Any
+    root: str
+    sizes: dict[str, int]
+    is_datasets_folder: bool = False
+
+
+def list_files(source: Source) -> list[SourceFile]:
+    """The files of a source, sorted by relative path.
+
+    A path is relative to the folder given, to a glob's fixed part, to a file's folder; for a list, to what these have
+    in common; for a hub name, to the repository. In folders and globs, names that begin with a dot or an underscore
+    are skipped, and other extensions too, with a warning. Raises DataError where nothing is found.
+    """
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    if isinstance(source.path, str) and _looks_like_hub_name(source.path):
+        files = _hub_files(source)
+    else:
+        found = [_find(path, source.split) for path in paths]
+        if any(one.fs != found[0].fs for one in found):
+            raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
+        root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
+        files = [_source_file(source, one, path, root) for one in found for path in one.sizes]
+    for file in files:
+        _check_name(file)
+    return sorted(set(files), key=lambda file: file.relative_path)
+
+
+def _find(path: str, split: str) -> _Found:
+    """The files that one path means: a file, a folder, a folder written by `datasets`, or a glob."""
+    absolute = path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    try:
+        fs, stripped = fsspec.core.url_to_fs(absolute)
+        fs.invalidate_cache()  # a notebook may have written files since fsspec listed the folder
+        if not fs.exists(stripped):
+            if _MAGIC.search(stripped):
+                return _find_glob(fs, stripped)
+            raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
+        if fs.isdir(stripped):
+            return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped)
+        if _layout(stripped) is None:
+            raise DataError(f"{path} has an extension that is not read; give {_ACCEPTED}")
+        return _Found(fs, posixpath.dirname(stripped), {stripped: _size(fs.info(stripped))})
+    except DataError:
+        raise
+    except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
+        raise DataError(f"{path} cannot be listed ({_first_line(error)}); check the path and your access") from error
+
+
+def _find_folder(fs: Any, root: str) -> _Found:
+    return _Found(fs, root, _keep_readable(root, fs.find(root, detail=True)))
+
+
+def _find_glob(fs: Any, pattern: str) -> _Found:
+    root = posixpath.dirname(_MAGIC.split(pattern)[0])
+    infos: dict[str, Any] = {}
+    for path, info in fs.glob(pattern, detail=True).items():
+        infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
+    return _Found(fs, root, _keep_readable(root, infos, pattern))
+
+
+def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
+    """The Arrow files of what `save_to_disk` of a Dataset or a DatasetDict wrote; None if the folder is not such."""
+    folder = root
+    if fs.exists(f"{root}/dataset_dict.json"):
+        splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
+        if split not in splits:
+            raise DataError(f"{root} has no split {split!r}; set split to one of {', '.join(splits)}")
+        folder = f"{root}/{split}"
+    elif not (fs.exists(f"{root}/state.json") and fs.exists(f"{root}/dataset_info.json")):
+        return None
+    state = json.loads(fs.cat_file(f"{folder}/state.json"))
+    paths = [f"{folder}/{entry['filename']}" for entry in state["_data_files"]]
+    return _Found(fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True)
+
+
+def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
+    """Path → bytes of the files with an extension that is read; the others are counted in a warning."""
+    visible = {
+        path: info
+        for path, info in infos.items()
+        if info["type"] == "file" and not any(part[:1] in (".", "_") for part in _relative(path, root).split("/"))
+    }
+    kept = {path: _size(info) for path, info in visible.items() if _layout(path) is not None}
+    skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in visible if path not in kept)
+    counts = ", ".join(f"{count} {extension}" for extension, count in sorted(skipped.items()))
+    if not kept:
+        raise DataError(
+            f"no data files in {asked or root} ({f'found {counts}' if counts else 'it matches nothing'}; names that "
+            f"begin with a dot or an underscore are skipped); give {_ACCEPTED}"
+        )
+    if skipped:
+        logger.warning("%s: skipped %d files with other extensions (%s)", asked or root, skipped.total(), counts)
+    return kept
+
+
+def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceFile:
+    is_local = isinstance(found.fs, LocalFileSystem)
+    return SourceFile(
+        source=source.name,
+        uri=path if is_local else found.fs.unstrip_protocol(path),
+        relative_path=_relative(path, root),
+        layout="arrow" if found.is_datasets_folder else _layout(path) or "jsonl",
+        num_bytes=found.sizes[path],
+    )
+
+
+def _looks_like_hub_name(path: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(path)) and _layout(path) is None and not os.path.exists(path)
+
+
+def _hub_files(source: Source) -> list[SourceFile]:
+    """The files of one split of a hub data set, for the workers to stream; nothing is downloaded here."""
+    name = source.path
+    try:
+        import datasets
+
+        data_files = datasets.load_dataset_builder(name).config.data_files or {}
+        uris = {str(split): [str(uri) for uri in files] for split, files in data_files.items()}
+        sizes = {uri: _uri_size(uri) for uri in uris.get(source.split, [])}
+    except Exception as error:  # a missing library, no network, no such data set, a configuration to choose
+        raise DataError(
+            f"{name} neither exists here nor loads from the hub ({_first_line(error)}); correct the path, or name the "
+            f"files as hf://datasets/{name}/…"
+        ) from error
+    if not sizes:
+        splits = ", ".join(uris) or "none"
+        raise DataError(f"the hub's {name} has no split {source.split!r}; set split to one of: {splits}")
+    files = []
+    for uri, num_bytes in sizes.items():
+        layout = _layout(uri)
+        if layout is None:
+            raise DataError(f"the hub's {name} holds {uri}, whose extension is not read; give {_ACCEPTED}")
+        # The revision is left out: an unchanged row keeps its example_id when another file of the repository changes.
+        files.append(SourceFile(source.name, uri, _HUB_ROOT.sub("", uri), layout, num_bytes))
+    return files
+
+
+def _uri_size(uri: str) -> int:
+    fs, path = fsspec.core.url_to_fs(uri)
+    return _size(fs.info(path))
+
+
+def _size(info: dict[str, Any]) -> int:
+    return int(info.get("size") or 0)  # None where a web server does not say
+
+
+def _relative(path: str, root: str) -> str:
+    return path.removeprefix(root).lstrip("/")
+
+
+def _layout(path: str) -> Layout | None:
+    stem, extension = posixpath.splitext(path.lower())
+    if extension not in _COMPRESSIONS:
+        return _LAYOUTS.get(extension)
+    layout = _LAYOUTS.get(posixpath.splitext(stem)[1])
+    return None if layout == "parquet" else layout
+
+
+def _check_name(file: SourceFile) -> None:
+    try:
+        file.uri.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the file name {file.uri!r} is not UTF-8 and cannot be recorded; rename the file") from None
+
+
+def _first_line(error: BaseException) -> str:
+    """Type and first line of an error, fit for one line of a message and for a UTF-8 column."""
+    line = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {line}".encode(errors="backslashreplace").decode()
+
+
+# --- which task reads what -------------------------------------------------------------------------------------------
+
+
+def plan_tasks(files: Iterable[SourceFile], target_bytes: int) -> list[list[Slice]]:
+    """Runs of consecutive slices of about `target_bytes` on storage each: a function of the files and the target only.
+
+    Only Parquet files are cut, between row groups; so a task exceeds the target where a single text file or row group
+    does. A Parquet footer that cannot be read is left for read_records to report.
+    """
+    return _runs([sized for file in files for sized in _cut(file, target_bytes)], target_bytes)
+
+
+def _runs(sized: Iterable[tuple[_T, int]], target_bytes: int) -> list[list[_T]]:
+    """Consecutive items together as long as their bytes stay within the target; a larger item alone."""
+    runs: list[list[_T]] = []
+    room = 0
+    for item, num_bytes in sized:
+        if not runs or num_bytes > room:
+            runs.append([])
+            room = target_bytes
+        runs[-1].append(item)
+        room -= num_bytes
+    return runs
+
+
+def _cut(file: SourceFile, target_bytes: int) -> list[tuple[Slice, int]]:
+    """The slices of a file with their bytes."""
+    whole = [(Slice(file), file.num_bytes)]
+    if file.layout != "parquet" or file.num_bytes <= target_bytes:
+        return whole
+    try:
+        with _open(file) as stream:
+            sizes = _row_group_bytes(pq.ParquetFile(stream).metadata)
+    except _CORRUPT:
+        return whole
+    runs = _runs(enumerate(sizes), target_bytes)
+    if len(runs) < 2:
+        return whole
+    return [(Slice(file, range(run[0], run[-1] + 1)), sum(sizes[index] for index in run)) for run in runs]
+
+
+def _row_group_bytes(footer: Any) -> list[int]:
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    return [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_records(piece: Slice) -> Iterator[Record | Reject]:
+    """The rows of a slice in order: each row that is not blank comes out once, as a Record or as a Reject.
+
+    Streams, except that a JSON array is held as text while it is read. Where the content is damaged, the rows before
+    are kept and one `unreadable_file` tells where reading stopped. Raises DataError for a file that is gone or may not
+    be opened, ReadError where the storage fails.
+    """
+    file = piece.file
+    row = 0
+    try:
+        with _open(file) as stream:
+            row, values = _rows(stream, piece)
+            for value in values:
+                if isinstance(value, _Bad):
+                    yield Reject(file.relative_path, row, *value)
+                elif value is not None:
+                    yield Record(file.relative_path, row, value)
+                row += 1
+    except _CORRUPT as error:
+        detail = _first_line(error)
+        logger.warning("%s: reading stopped at row %d, the rest of the file is lost: %s", file.uri, row, detail)
+        yield Reject(file.relative_path, row, RejectReason.UNREADABLE_FILE, detail)
+
+
+def _open(file: SourceFile) -> io.BufferedReader:
+    try:
+        fs, path = fsspec.core.url_to_fs(file.uri)
+        return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri), _BUFFER_BYTES)
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{file.uri} cannot be opened ({_first_line(error)}); restore it or its access") from error
+
+
+def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]:
+    """Index of the slice's first row in the file, and its rows."""
+    layout, uri = piece.file.layout, piece.file.uri
+    if not stream.peek(1):
+        return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes")])
+    if layout == "parquet":
+        return _parquet_rows(stream, piece.row_groups)
+    if layout == "arrow":
+        return 0, itertools.chain.from_iterable(map(_plain_rows, _arrow_batches(stream)))
+    text = _decompressed(stream, uri)
+    if not text.peek(1):
+        return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes when decompressed")])
+    if layout == "json" and text.peek(1).lstrip(_BOM + b" \t\r\n").startswith(b"["):
+        return 0, _array_rows(text)
+    return 0, _line_rows(text)
+
+
+def _decompressed(stream: io.BufferedReader, uri: str) -> io.BufferedReader:
+    compression = _COMPRESSIONS.get(posixpath.splitext(uri.lower())[1])
+    if compression is None:
+        return stream
+    # Arrow's decompressor and not zstandard's: that one takes a truncated file for a whole one.
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), compression), _BUFFER_BYTES)
+
+
+def _line_rows(lines: io.BufferedReader) -> Iterator[_Row]:
+    for index, line in enumerate(lines):
+        yield _parse_line(line.removeprefix(_BOM) if index == 0 else line)
+
+
+def _parse_line(line: bytes) -> _Row:
+    if not line.strip():
+        return None
+    try:
+        text = line.decode()
+        return _checked(json.loads(text), text)
+    except UnicodeDecodeError as error:
+        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python converts
+        return _Bad(RejectReason.BROKEN_JSON, str(error)[:300])
+
+
+def _array_rows(stream: io.BufferedReader) -> Iterator[_Row]:
+    """The elements of a JSON array. Nothing after a broken element can be trusted, so it is the last one told."""
+    # Bytes that are not UTF-8 become lone surrogates, so that they cost only the element they stand in.
+    text = stream.read().removeprefix(_BOM).decode(errors="surrogateescape")
+    decoder = json.JSONDecoder()
+    at = _skip_space(text, _skip_space(text, 0) + 1)
+    follower = ","
+    if text.startswith("]", at):
+        follower, at = "]", _skip_space(text, at + 1)
+    while follower == ",":
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            yield _Bad(RejectReason.BROKEN_JSON, f"{str(error)[:300]}; the rest of the array is lost")
+            return
+        yield _checked(value, text[at:end])
+        at = _skip_space(text, end)
+        follower, at = text[at : at + 1], _skip_space(text, at + 1)
+    if follower != "]" or at < len(text):
+        need = "nothing after" if follower == "]" else "',' or ']' before"
+        yield _Bad(RejectReason.BROKEN_JSON, f"expected {need} character {at}; the rest of the file is lost")
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
+    """The parsed value if it is an object of valid text."""
+    if not isinstance(value, dict):
+        return _Bad(RejectReason.NOT_AN_OBJECT, f"a {type(value).__name__}; expected an object with named fields")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    return value
+
+
+def _parquet_rows(stream: io.BufferedReader, row_groups: range | None) -> tuple[int, Iterator[_Row]]:
+    parquet = pq.ParquetFile(stream)
+    footer = parquet.metadata
+    groups = range(footer.num_row_groups) if row_groups is None else row_groups
+    first = sum(footer.row_group(index).num_rows for index in range(groups.start))
+    # One row group after another: a batch over two of them would be lost whole if the second is damaged.
+    batches = (batch for index in groups for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[index]))
+    return first, itertools.chain.from_iterable(map(_plain_rows, batches))
+
+
+def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
+    for batch in pa.ipc.open_stream(stream):
+        yield from (batch.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS))
+
+
+def _plain_rows(batch: Any) -> list[_Row]:
+    """The rows of an Arrow batch as Python values; where a value has none, only its row is bad."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):
+        return [_plain_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _plain_row(batch: Any) -> _Row:
+    try:
+        row: dict[str, Any] = batch.to_pylist()[0]
+        return row
+    except UnicodeDecodeError as error:
+        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    except (ValueError, OverflowError) as error:  # a date that Python does not know
+        return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])

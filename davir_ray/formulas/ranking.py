@@ -1,0 +1,64 @@
+"""The order of a ranking, and how it is cut into bins that can be sorted apart.
+
+Every row gets a composite key (key, example_id), both integers, ascending = best first; no two rows are equal, so the
+order is total and every cut exact. Letters: N rows, B boundaries.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Keys = npt.NDArray[np.uint64]
+Ids = npt.NDArray[np.int64]
+
+_SIGN = np.uint64(1) << np.uint64(63)
+
+
+def value_keys(values: npt.NDArray[np.float64], *, lowest: bool = False) -> Keys:
+    """Keys that ascend as values descend (or ascend, with `lowest`); -0.0 equals 0.0, infinities have their place.
+
+    The bits of an IEEE 754 double, its sign handled, order as the numbers do. Raises ValueError for NaN: it has no rank.
+    """
+    if np.isnan(values).any():
+        raise ValueError("NaN has no rank; filter it first")
+    bits = (values + 0.0).view(np.uint64)
+    ascending = np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    return ascending if lowest else ~ascending
+
+
+def random_keys(example_ids: Ids, seed: int, *, lowest: bool = False) -> Keys:
+    """Keys of a random order that depends on (seed, example_id) only: splitmix64 (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        z = example_ids.astype(np.uint64) + _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64))
+        keys = _mix(z)
+    return ~keys if lowest else keys
+
+
+def _mix(z: Keys) -> Keys:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def order(keys: Keys, ids: Ids) -> npt.NDArray[np.intp]:
+    """Row indices from best to worst."""
+    return np.lexsort((ids, keys))
+
+
+def boundaries(keys: Keys, ids: Ids, num_bins: int) -> tuple[Keys, Ids]:
+    """Composite keys that cut a sample into bins of equal counts: bin b holds what lies at or after boundary b - 1."""
+    ranked = order(keys, ids)
+    cuts = [len(ranked) * b // num_bins for b in range(1, num_bins)]
+    chosen = ranked[np.unique(np.array([cut for cut in cuts if 0 < cut < len(ranked)], dtype=np.int64))]
+    return keys[chosen], ids[chosen]
+
+
+def bins(keys: Keys, ids: Ids, boundary_keys: Keys, boundary_ids: Ids) -> npt.NDArray[np.int64]:
+    """Bin of each row: the number of boundaries at or before it. Ties of keys are cut by id, so any data balances."""
+    first = np.searchsorted(boundary_keys, keys, side="left")
+    last = np.searchsorted(boundary_keys, keys, side="right")
+    for start in np.unique(first[last > first]):
+        rows = (first == start) & (last > first)
+        tied = boundary_ids[start : last[rows][0]]
+        first[rows] = start + np.searchsorted(tied, ids[rows], side="right")
+    return first.astype(np.int64)

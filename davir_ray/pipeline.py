@@ -1,0 +1,121 @@
+"""The whole chain, read aloud: prepare, finetune, score, rank, select, report."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from davir_ray.cli import dump
+from davir_ray.config import RunConfig
+from davir_ray.errors import ConfigError, ModelError
+from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
+from davir_ray.stages.cluster import SUBMITTED_JOB, connect
+from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.ranking import rank
+from davir_ray.stages.reporting import report
+from davir_ray.stages.scoring import score
+from davir_ray.stages.selection import select
+from davir_ray.stages.training import finetune
+from davir_ray.storage import Location, differences
+
+log = logging.getLogger(__name__)
+
+
+def run_all(config: RunConfig, planted: dict[str, Any] | None = None) -> Location:
+    """From raw data to a ranked, selected set and its report; stages that are complete are skipped.
+
+    `planted` is for the demo: what the report tells of classes whose truth is known.
+    """
+    config.require("output", "base", "data", "select")
+    run, base, preparation = _open(config)
+    reference = _outside_reference(config, preparation)
+    connect()
+    _prepare(run, config, preparation)
+    if reference is None:
+        finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
+        reference = Checkpoint.find(str(run / "reference"))
+    score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
+    return rank_and_report(run, config)
+
+
+def finetune_only(config: RunConfig) -> Location:
+    """Prepare and fine-tune: stop when the reference is there."""
+    config.require("output", "base", "data")
+    run, base, preparation = _open(config)
+    connect()
+    _prepare(run, config, preparation)
+    finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
+    return run / "reference"
+
+
+def rank_only(config: RunConfig) -> Location:
+    """Rank and select again from the scores of a finished run."""
+    config.require("output", "select")
+    run = _output(config)
+    connect()
+    return rank_and_report(run, config)
+
+
+def rank_and_report(run: Location, config: RunConfig) -> Location:
+    """The stages behind the scores."""
+    rank(run, config.rank)
+    select(run, config.rank, config.select)
+    report(run, config)
+    return run
+
+
+def _open(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
+    """Everything that can be wrong with the settings is found here, before Ray starts or a weight is loaded."""
+    run = _output(config)
+    base = Checkpoint.find(config.base or "", config.trust_remote_code)
+    template = _read_template(config.chat_template)
+    preparation = Preparation(base, config.prepare, template, config.keep_record, config.limit)
+    longest = getattr(base.config().get_text_config(), "max_position_embeddings", None)
+    if longest and config.prepare.max_tokens > longest:
+        raise ConfigError(
+            f"prepare.max_tokens is {config.prepare.max_tokens}, but {config.base} has {longest} positions"
+        )
+    return run, base, preparation
+
+
+def _output(config: RunConfig) -> Location:
+    output = config.output or ""
+    if os.environ.get(SUBMITTED_JOB) and "://" not in output and not Path(output).is_absolute():
+        raise ConfigError(
+            f"output {output!r} is relative: it would be lost with the submitted job's folder; give s3://… or an absolute path"
+        )
+    return Location.of(output if "://" in output else Path(output).expanduser().resolve())
+
+
+def _read_template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Location.of(file).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template {file} cannot be read: {error}") from error
+
+
+def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoint | None:
+    """The given reference, after checking that it belongs to the base and was trained on text encoded alike."""
+    if config.reference is None:
+        return None
+    reference = Checkpoint.find(config.reference, config.trust_remote_code)
+    check_same_encoding(preparation.base.tokenizer(), reference.tokenizer(), (str(config.base), config.reference))
+    spec = reference.spec()
+    if spec is not None and (changed := differences(spec, scoring_spec(preparation))):
+        raise ModelError(
+            f"{config.reference} was fine-tuned on text encoded otherwise: {'; '.join(changed)}; use the same settings"
+        )
+    return reference
+
+
+def _prepare(run: Location, config: RunConfig, preparation: Preparation) -> None:
+    prepare(
+        run,
+        config.all_sources(),
+        preparation,
+        max_bad_fraction=config.max_bad_fraction,
+        overwrite=config.overwrite,
+    )
+    (run / "config.yaml").write_text(dump(config))

@@ -1,0 +1,198 @@
+"""The charts of the report, as inline SVG: a function of the summary's numbers, the same bytes each time.
+
+No text from the data enters a chart. Colours are sentinels that become CSS variables of the page, so that one SVG
+serves light and dark; widths are close to those at which the page shows a chart, so that its text keeps its size on a
+phone.
+"""
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+INK, MUTED, LINE, POOL, CHOSEN = "#010101", "#020202", "#030303", "#040404", "#050505"
+_CSS_COLOURS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    POOL: "var(--pool)",
+    CHOSEN: "var(--chosen)",
+}
+_STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be read aloud and searched
+    "svg.hashsalt": "davir_ray",
+    "font.size": 12,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 12,
+    "axes.linewidth": 1,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "grid.color": LINE,
+    "grid.linewidth": 1,
+}
+WIDE, NARROW = (430, 285), (315, 265)  # pixels: two charts beside each other on a desktop, or three
+_HUGE = 1e7  # from here on a tick is written as a power of ten: its digits would not fit
+
+
+def training_curve(training: dict[str, Any]) -> Markup:
+    """Training loss by step."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDE)
+        steps, losses = np.array(training["loss_by_step"], dtype=float).T
+        many = steps.size > 40
+        axes.plot(steps, losses, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8)
+        if many:
+            axes.plot(steps, _smooth(losses), color=CHOSEN, linewidth=1.8)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss, nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        label = f"Training loss falls from {training['first']:.2f} to {training['last']:.2f} nats per token."
+        return _svg(figure, "training", label)
+
+
+def score_histogram(davir: dict[str, Any]) -> Markup:
+    """Histogram of DavIR over the pool, the selected part in front, and the cut."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDE)
+        histogram = davir["histogram"]
+        edges = np.array(histogram["edges"])
+        width = np.diff(edges) * 0.86
+        axes.bar(edges[:-1], histogram["all"], width, align="edge", color=POOL)
+        axes.bar(edges[:-1], histogram["selected"], width, align="edge", color=CHOSEN)
+        axes.set_xlabel("DavIR, share of the base loss removed")
+        axes.set_ylabel("examples in a bin")
+        axes.set_ylim(0, 1.15 * max(1, *histogram["all"]))  # room for the cut's label
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        if davir["cut"] is not None and edges[0] <= davir["cut"] <= edges[-1]:
+            _draw_cut(axes, davir["cut"], to_the_left=davir["cut"] > (edges[0] + edges[-1]) / 2)
+        return _svg(figure, "histogram", "Histogram of DavIR over all scored examples, the selected part highlighted.")
+
+
+def _draw_cut(axes: Axes, cut: float, to_the_left: bool) -> None:
+    axes.axvline(cut, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    text = f"cut at {cut:.3f}" if abs(cut) < 1000 else f"cut at {cut:.3g}"
+    axes.annotate(
+        text.replace("-", "−"),
+        (cut, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6 if to_the_left else 6, -4),
+        textcoords="offset pixels",
+        ha="right" if to_the_left else "left",
+        va="top",
+    )
+
+
+def length_panel(panel: dict[str, Any]) -> Markup:
+    """One measure against response length: density as opacity, the median and the 10th to 90th percentile over it."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(NARROW)
+        axes.set_xscale("log")
+        _draw_density(axes, panel)
+        band = panel["band"]
+        if band:
+            lengths = [point["length"] for point in band]
+            for name in ("p10", "p90"):
+                axes.plot(lengths, [point[name] for point in band], color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)))
+            axes.plot(lengths, [point["p50"] for point in band], color=CHOSEN, linewidth=2.2)
+        axes.set_xlim(panel["x_edges"][0], panel["x_edges"][-1])
+        axes.set_ylim(panel["y_edges"][0], panel["y_edges"][-1])
+        axes.set_xlabel("response tokens (log scale)")
+        axes.set_ylabel(panel["unit"])
+        if max(map(abs, axes.get_ylim())) >= 1000:
+            axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        _label_lengths(axes, panel["x_edges"][0], panel["x_edges"][-1])
+        label = f"{panel['title']} against response length: density, median and 10th to 90th percentile."
+        return _svg(figure, f"length-{panel['measure'].replace('_', '-')}", label)
+
+
+def _draw_density(axes: Axes, panel: dict[str, Any]) -> None:
+    x_edges, y_edges, cells = panel["x_edges"], panel["y_edges"], panel["cells"]
+    if not cells:
+        return
+    corners = [[(x_edges[x + dx], y_edges[y + dy]) for dx, dy in ((0, 0), (1, 0), (1, 1), (0, 1))] for x, y, _ in cells]
+    # The root keeps the thin tails visible beside a dense middle.
+    weight = np.sqrt([count for _, _, count in cells])
+    red, green, blue = matplotlib.colors.to_rgb(POOL)
+    colours = [(red, green, blue, round(0.12 + 0.88 * w, 2)) for w in weight / weight.max()]
+    axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="none", antialiaseds=False))
+
+
+def _label_lengths(axes: Axes, low: float, high: float) -> None:
+    """Plain numbers at 1, 2, 5 × 10ⁿ, or at powers of ten where that would crowd."""
+    subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def length_deciles(deciles: list[dict[str, Any]]) -> Markup:
+    """Share of the pool against share of the selection, by tenths of response length."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDE)
+        place = np.arange(len(deciles))
+        for offset, name, colour in ((-0.2, "share_of_all", POOL), (0.2, "share_of_selected", CHOSEN)):
+            heights = [100 * (row[name] or 0) for row in deciles]
+            axes.bar(place + offset, heights, 0.36, color=colour)
+        labels = [f"{d['from']}–{d['to']}" if d["from"] < d["to"] else str(d["to"]) for d in deciles]
+        axes.set_xticks(place, labels, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xlabel("response tokens, tenths of the pool")
+        axes.set_ylabel("share, %")
+        return _svg(figure, "deciles", "Share of the pool and of the selection by response length.")
+
+
+def _thousands(value: float, _: int) -> str:
+    text = f"{value:,.0f}" if abs(value) < _HUGE else f"{value:.2g}"
+    return text.replace("-", "−")
+
+
+def _smooth(values: Any) -> Any:
+    """Centred moving mean over a twentieth of the curve, shorter at the ends."""
+    half = max(1, len(values) // 40)
+    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+
+
+def _figure(size: tuple[int, int]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(useOffset=False)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as an SVG element for HTML: no prolog, sizes left to CSS, ids of its own, themed colours."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    view_box = re.search(r'viewBox="([\d. ]+)"', text)
+    assert view_box, "matplotlib wrote an SVG without a viewBox"
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    # The metadata holds the date, which would change the bytes each time.
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body)
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    for sentinel, colour in _CSS_COLOURS.items():
+        body = body.replace(sentinel, colour)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    return Markup(f'<svg class="chart" viewBox="{view_box[1]}" role="img" aria-label="{label}">{body}')

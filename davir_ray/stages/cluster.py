@@ -1,0 +1,103 @@
+"""What the Ray cluster has, and what is asked of it."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.train
+import transformers
+from ray.data import DataContext
+
+from davir_ray.errors import ClusterError, DavirError
+
+log = logging.getLogger(__name__)
+
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that Ray sets for the entry point of a submitted job."""
+
+
+def connect() -> None:
+    """Connect to the cluster that the environment names, else start Ray here; nothing if already connected.
+
+    A local start counts one CPU more than the machine has: reading and writing wait for storage most of their time, and
+    leave the real ones to the actors.
+    """
+    _quieten()
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, logging_level=logging.WARNING)
+
+
+def configure_worker_logging() -> None:
+    """Let a worker's log lines at INFO reach the driver; Ray's workers drop them by default."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("davir_ray").setLevel(logging.INFO)
+    _quieten()
+
+
+def _quieten() -> None:
+    """Leave out what says nothing about the run: one bar for each loaded model, plans of small datasets."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise an error of ours that a worker raised as itself, out of Ray's wrappings."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+        own = _find_own(error)
+        if own is None:
+            raise
+        raise own from error
+
+
+def _find_own(error: BaseException | None) -> DavirError | None:
+    if error is None or isinstance(error, DavirError):
+        return error
+    inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
+    return next((own for cause in inner if cause is not error and (own := _find_own(cause))), None)
+
+
+def has_gpu() -> bool:
+    """Whether the cluster has any GPU."""
+    return float(ray.cluster_resources().get("GPU", 0)) >= 1
+
+
+def pool_size(wanted: int | None, num_cpus: float, num_gpus: float, num_tasks: int) -> int:
+    """Actors for a pool: as wanted, else as many as the cluster holds, never more than tasks.
+
+    At least one CPU stays free: an actor pool that takes the last one starves reads and writes, and the run hangs
+    without an error (tried on 2.60). ClusterError if the pool does not fit.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+    most = int((cpus - 1) / num_cpus) if num_cpus else num_tasks
+    if num_gpus:
+        most = min(most, int(gpus / num_gpus))
+    if most < max(1, wanted or 1):
+        raise ClusterError(
+            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of {cpus:g} CPUs and "
+            f"{gpus:g} GPUs with one CPU left for reading and writing; ask for fewer or smaller actors"
+        )
+    return max(1, min(wanted or most, num_tasks))
+
+
+def whole_block_context(no_progress_timeout_s: int) -> DataContext:
+    """A context in which a block is never split and a stuck run ends.
+
+    Blocks above 1.5 x target_max_block_size would be split, and a shard must stay one block.
+    """
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = None
+    context.execution_no_progress_timeout_s = no_progress_timeout_s
+    return context

@@ -1,0 +1,230 @@
+"""rank: scores/ → ranked/, an exact total order in files, rank 1 first.
+
+No global sort: a sample of composite keys gives boundaries, one scan gives the exact count of each bin, then only bins
+that are needed are exchanged, and each is sorted and written by one task that knows its first rank. Any number of ties,
+shards and workers gives the same ranks, and the driver holds a few numbers for each bin.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from davir_ray.config import RankConfig
+from davir_ray import __version__
+from davir_ray.errors import DataError, IntegrityError
+from davir_ray.formulas import ranking
+from davir_ray.models.checkpoint import seed_from
+from davir_ray.schema import RANKED
+from davir_ray.stages.cluster import own_errors, whole_block_context
+from davir_ray.stages.resume import clear, completed, require
+from davir_ray.stages.shards import Shards
+from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, Manifest, digest, read_parquet, write_parquet
+
+log = logging.getLogger(__name__)
+
+BIN_ROWS = 200_000
+"""Rows that one task sorts and writes; about 20 MB of scores."""
+
+_SAMPLES_PER_BIN = 200
+"""Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
+
+_TIMEOUT_S = 1800
+_KEY_COLUMNS = [
+    "example_id",
+    "num_response_tokens",
+    "davir",
+    "rho_sum",
+    "rho_mean",
+    "base_nll",
+    "reference_nll",
+    "status",
+]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Bins of the order: their boundaries and exact counts."""
+
+    config: RankConfig
+    boundary_keys: ranking.Keys
+    boundary_ids: ranking.Ids
+    counts: npt.NDArray[np.int64]
+
+    def first_rank(self, number: int) -> int:
+        """Rank of the first row of a bin."""
+        return 1 + int(self.counts[:number].sum())
+
+
+def rank(run: Location, config: RankConfig) -> Manifest:
+    """Rank every row that has a value in the chosen order; the others stay in scores/ only."""
+    started = time.monotonic()
+    scored = require(run, "score")
+    fingerprint = {"scores": scored.content, "order": config.order, "lowest": config.lowest, "seed": config.seed}
+    if done := completed(run, "rank", fingerprint):
+        return done
+    clear(run, "rank")
+    cut = cut_into_bins(run, config, scored.files)
+    if not cut.counts.sum():
+        raise DataError(f"no example can be ranked by {config.order}; statuses: {scored.counts}")
+    log.info(
+        "rank: %d of %d rows by %s, in %d bins",
+        cut.counts.sum(),
+        scored.counts["examples"],
+        config.order,
+        len(cut.counts),
+    )
+    files = exchange(
+        Shards(scored.files, partial(_read_scores, run)),
+        cut,
+        BinWriter(run, "ranked", cut, digest(fingerprint), RANKED),
+    )
+    manifest = _manifest(files, cut, fingerprint, scored, time.monotonic() - started)
+    manifest.write(run)
+    return manifest
+
+
+def order_keys(table: pa.Table, config: RankConfig) -> tuple[npt.NDArray[np.bool_], ranking.Keys, ranking.Ids]:
+    """Which rows are rankable, and the composite keys of those: rows without a value, or with NaN, have no rank."""
+    ids = np.asarray(table["example_id"])
+    values = table[value_column(config)].to_numpy().astype(np.float64)
+    rankable = ~np.isnan(values)
+    if config.order in ("random", "length"):
+        rankable = np.asarray(pc.equal(table["status"], "ok"))
+    if config.order == "random":
+        return rankable, ranking.random_keys(ids[rankable], config.seed, lowest=config.lowest), ids[rankable]
+    return rankable, ranking.value_keys(values[rankable], lowest=config.lowest), ids[rankable]
+
+
+def value_column(config: RankConfig) -> str:
+    """The column that the order compares; a random order compares none, its rows are told by length."""
+    return "num_response_tokens" if config.order in ("length", "random") else config.order
+
+
+def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bin_rows: int = BIN_ROWS) -> Cut:
+    """Boundaries from a sample, then the exact count of each bin."""
+    num_rows = sum(shard.rows for shard in shards)
+    num_bins = -(-num_rows // bin_rows)
+    keys = Shards(shards, partial(_read_keys, run))
+    boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
+    if num_bins > 1:
+        share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
+        sample = collect(keys, partial(_sample, config=config, share=share))
+        sampled = np.asarray(sample["key"]), np.asarray(sample["example_id"])
+        boundary_keys, boundary_ids = ranking.boundaries(*sampled, num_bins)
+    counted = collect(keys, partial(_count, config=config, boundary_keys=boundary_keys, boundary_ids=boundary_ids))
+    counts = np.zeros(len(boundary_keys) + 1, np.int64)
+    np.add.at(counts, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
+    return Cut(config, boundary_keys, boundary_ids, counts)
+
+
+def exchange(shards: Shards, cut: Cut, writer: "BinWriter", last_bin: int | None = None) -> list[FileEntry]:
+    """Bring the rows of each bin together and let `writer` sort and write them; bins after `last_bin` stay where they are."""
+    with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
+        written = (
+            ray.data.read_datasource(shards, **shards.read_options)
+            .map_batches(partial(_assign, cut=cut, last_bin=last_bin), batch_size=None, batch_format="pyarrow")
+            .groupby("bin")
+            .map_groups(writer.write, batch_format="pyarrow")
+            .take_all()
+        )
+    return sorted((FileEntry(**row) for row in written), key=lambda entry: entry.name)
+
+
+class BinWriter:
+    """Sorts one bin, gives its rows their ranks and writes its file; returns the file's entry as a row.
+
+    The file is written here and not by a Datasink: blocks after map_groups may be split, merged or empty (2.60).
+    """
+
+    def __init__(
+        self, run: Location, folder: str, cut: Cut, mark: str, schema: pa.Schema, last_rank: int | None = None
+    ) -> None:
+        self._folder = run / folder
+        self._cut = cut
+        self._schema = schema
+        self._last_rank = last_rank
+        self._metadata = {
+            FINGERPRINT_KEY: mark.encode(),
+            b"davir_ray.run": str(run).encode(),
+            b"davir_ray.order": cut.config.order.encode(),
+            b"davir_ray.version": __version__.encode(),
+        }
+
+    def write(self, group: pa.Table) -> pa.Table:
+        """Write one bin, given whole and in any order."""
+        number = int(group["bin"][0].as_py())
+        if group.num_rows != self._cut.counts[number]:
+            raise IntegrityError(
+                f"bin {number} was counted at {self._cut.counts[number]} rows and came with {group.num_rows}"
+            )
+        _, keys, ids = order_keys(group, self._cut.config)
+        by_rank = ranking.order(keys, ids)
+        if (np.diff(ids[by_rank]) == 0).any():
+            raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
+        first = self._cut.first_rank(number)
+        ranks = pa.array(np.arange(first, first + group.num_rows), pa.int64())
+        table = group.take(pa.array(by_rank)).append_column("rank", ranks)
+        if self._last_rank is not None:
+            table = table.slice(0, max(0, self._last_rank - first + 1))
+        table = table.select(self._schema.names).cast(self._schema)
+        entry = write_parquet(self._folder / f"part-{number:05d}.parquet", table, self._metadata)
+        return pa.table({"name": [entry.name], "rows": [entry.rows], "bytes": [entry.bytes], "sha256": [entry.sha256]})
+
+
+def _read_scores(run: Location, name: str) -> pa.Table:
+    return read_parquet(run / "scores" / name)
+
+
+def _read_keys(run: Location, name: str) -> pa.Table:
+    return read_parquet(run / "scores" / name, _KEY_COLUMNS)
+
+
+def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """A small table from each shard, together in the driver."""
+    dataset = ray.data.read_datasource(shards, **shards.read_options).map_batches(
+        summarise, batch_size=None, batch_format="pyarrow"
+    )
+    with own_errors():
+        return pa.concat_tables(ray.get(dataset.to_arrow_refs()))
+
+
+def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
+    """Keys of a share of the rows, drawn by hash, so that every run draws the same."""
+    _, keys, ids = order_keys(table, config)
+    limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
+    drawn = ranking.random_keys(ids, seed_from("boundaries")) <= limit
+    return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
+
+
+def _count(table: pa.Table, *, config: RankConfig, boundary_keys: ranking.Keys, boundary_ids: ranking.Ids) -> pa.Table:
+    _, keys, ids = order_keys(table, config)
+    numbers, rows = np.unique(ranking.bins(keys, ids, boundary_keys, boundary_ids), return_counts=True)
+    return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})
+
+
+def _assign(table: pa.Table, *, cut: Cut, last_bin: int | None) -> pa.Table:
+    """Rankable rows of the needed bins, with their bin."""
+    rankable, keys, ids = order_keys(table, cut.config)
+    table = table.filter(pa.array(rankable))
+    numbers = ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids)
+    table = table.append_column("bin", pa.array(numbers, pa.int64()))
+    return table if last_bin is None else table.filter(pa.array(numbers <= last_bin))
+
+
+def _manifest(
+    files: list[FileEntry], cut: Cut, fingerprint: dict[str, Any], scored: Manifest, seconds: float
+) -> Manifest:
+    ranked = sum(entry.rows for entry in files)
+    if ranked != cut.counts.sum():
+        raise IntegrityError(f"{cut.counts.sum()} rows are rankable but {ranked} were ranked")
+    counts = {"examples": scored.counts["examples"], "ranked": ranked, "unranked": scored.counts["examples"] - ranked}
+    return Manifest("rank", fingerprint, counts, files, {"rows_by_bin": cut.counts.tolist()}, seconds=seconds)

@@ -1,0 +1,152 @@
+"""report: manifests and a sample of rows → report.html and report.json."""
+
+import dataclasses
+import json
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from davir_ray.config import RunConfig
+from davir_ray.errors import ModelError
+from davir_ray.formulas.ranking import random_keys
+from davir_ray.models.checkpoint import Checkpoint, seed_from
+from davir_ray.models.likelihood import scored_positions
+from davir_ray.report import ReportInputs, render_page, summarise
+from davir_ray.schema import EXAMPLES, REJECTS, SCORES
+from davir_ray.stages.ranking import collect
+from davir_ray.stages.resume import require
+from davir_ray.stages.shards import Shards
+from davir_ray.storage import FileEntry, Location, Manifest, read_parquet
+
+log = logging.getLogger(__name__)
+
+_MOST_ROWS = 200_000
+"""Rows that the figures are computed from; a larger run is sampled by hash, and the page says so."""
+
+_SHOWN_EXAMPLES = 20
+_MOST_REJECTS = 1000
+_TOKEN_LOSSES = ("base_token_nll", "reference_token_nll")
+_TEXT_COLUMNS = ["example_id", "prompt", "response", "input_ids", "response_spans"]
+_SCORE_COLUMNS = [name for name in SCORES.names if name not in _TOKEN_LOSSES]
+
+
+def report(run: Location, config: RunConfig, planted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write the page and the same facts as JSON; returns the facts. Always redone: it takes seconds."""
+    started = time.monotonic()
+    manifests = {stage: manifest for stage in _STAGES if (manifest := Manifest.read(run, stage))}
+    scored, ranked = require(run, "score"), require(run, "rank")
+    facts = summarise(
+        ReportInputs(
+            config=dataclasses.asdict(config),
+            manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
+            scores=_sampled_scores(run, scored, manifests["select"]),
+            num_scored=scored.counts["examples"],
+            top=_shown(run, config, manifests, ranked.files, from_end=False),
+            bottom=_shown(run, config, manifests, ranked.files, from_end=True),
+            rejects=_sampled_rejects(run, manifests["prepare"]),
+            planted=planted,
+        )
+    )
+    (run / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
+    (run / "report.html").write_text(render_page(facts))
+    fingerprint = {stage: manifest.content for stage, manifest in manifests.items()}
+    Manifest("report", fingerprint, {}, [], seconds=time.monotonic() - started).write(run)
+    return facts
+
+
+_STAGES = ("prepare", "finetune", "score", "rank", "select")
+
+
+def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.Table:
+    """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
+    share = min(1.0, _MOST_ROWS / scored.counts["examples"])
+    draw = partial(_draw, share=share)
+    table = collect(Shards(scored.files, partial(_read, run, "scores", _SCORE_COLUMNS)), draw)
+    chosen = collect(Shards(selected.files, partial(_read, run, "selected", ["example_id"])), draw)
+    table = table.sort_by("example_id")
+    return table.append_column(
+        "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
+    )
+
+
+def _draw(table: pa.Table, share: float) -> pa.Table:
+    keys = random_keys(np.asarray(table["example_id"]), seed_from("report"))
+    return table.filter(pa.array(keys <= np.uint64(min(2**64 - 1, int(share * 2**64)))))
+
+
+def _read(run: Location, folder: str, columns: list[str], name: str) -> pa.Table:
+    return read_parquet(run / folder / name, columns)
+
+
+def _sampled_rejects(run: Location, prepared: Manifest) -> pa.Table:
+    """The first rejects, file by file, as many as a reader may look at."""
+    tables: list[pa.Table] = [REJECTS.empty_table()]
+    for entry in prepared.files:
+        if entry.name.startswith("rejects/") and sum(table.num_rows for table in tables) < _MOST_REJECTS:
+            tables.append(read_parquet(run / entry.name).cast(REJECTS))
+    return pa.concat_tables(tables).slice(0, _MOST_REJECTS)
+
+
+def _shown(
+    run: Location, config: RunConfig, manifests: dict[str, Manifest], files: list[FileEntry], *, from_end: bool
+) -> list[dict[str, Any]]:
+    """The first or last ranked rows with their text, best first; with their tokens where token losses were kept."""
+    table = _edge(run, files, from_end)
+    texts = _texts(run, manifests["prepare"], table["example_id"].to_pylist())
+    tokenizer = _tokenizer(config)
+    return [_with_tokens(row | texts[row["example_id"]], tokenizer) for row in table.to_pylist()]
+
+
+def _edge(run: Location, files: list[FileEntry], from_end: bool) -> pa.Table:
+    tables: list[pa.Table] = []
+    for entry in reversed(files) if from_end else files:
+        tables.append(read_parquet(run / "ranked" / entry.name))
+        if sum(table.num_rows for table in tables) >= _SHOWN_EXAMPLES:
+            break
+    table = pa.concat_tables(reversed(tables) if from_end else tables)
+    return table.slice(max(0, table.num_rows - _SHOWN_EXAMPLES)) if from_end else table.slice(0, _SHOWN_EXAMPLES)
+
+
+def _texts(run: Location, prepared: Manifest, ids: list[int]) -> dict[int, dict[str, Any]]:
+    """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
+    shards = [entry for entry in prepared.files if entry.name.startswith("examples/")]
+    found = collect(Shards(shards, partial(_read_texts, run, ids)), _unchanged)
+    return {row.pop("example_id"): row for row in found.to_pylist()}
+
+
+def _read_texts(run: Location, ids: list[int], name: str) -> pa.Table:
+    """The wanted rows of a shard; its text is read only if it holds one of them."""
+    wanted = pc.is_in(read_parquet(run / name, ["example_id"])["example_id"], value_set=pa.array(ids, pa.int64()))
+    if not pc.any(wanted).as_py():
+        return pa.schema([EXAMPLES.field(column) for column in _TEXT_COLUMNS]).empty_table()
+    return read_parquet(run / name, _TEXT_COLUMNS).filter(wanted)
+
+
+def _unchanged(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    """The base's tokenizer, to spell tokens; None where only an output is named, or it cannot be loaded any more."""
+    if config.base is None:
+        return None
+    try:
+        return Checkpoint.find(config.base, config.trust_remote_code).tokenizer()
+    except ModelError as error:
+        log.warning("the report shows no tokens: %s", error)
+        return None
+
+
+def _with_tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Replace ids and spans by the text of each scored token, where token losses were kept."""
+    input_ids, spans = row.pop("input_ids"), row.pop("response_spans")
+    losses = {name: row.pop(name) for name in _TOKEN_LOSSES}
+    if tokenizer is None or losses["base_token_nll"] is None or losses["reference_token_nll"] is None:
+        return row
+    tokens = [tokenizer.decode([input_ids[position]]) for position in scored_positions(spans)]
+    return row | losses | {"tokens": tokens}

@@ -1,0 +1,232 @@
+"""score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors.
+
+The shard is the unit of work, commit and resume: a shard whose scores file is there is done.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data.datasource import Datasink, WriteResult
+
+from davir_ray.config import ScoreConfig
+from davir_ray.errors import IntegrityError, OutputError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.likelihood import NUMERICS_VERSION
+from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.schema import SCORES
+from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
+from davir_ray.stages.resume import clear, completed, require
+from davir_ray.stages.shards import Shards
+from davir_ray.storage import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    Location,
+    Manifest,
+    committed_files,
+    digest,
+    read_parquet,
+    remove_leftovers,
+    total_rows,
+    write_parquet,
+)
+
+log = logging.getLogger(__name__)
+
+_SAMPLED_ROWS = 200
+_CARRIED = ["shard", "shard_rows", "numerics"]
+"""Constant columns that tell the sink which shard a block is, and how it was computed."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one write task committed."""
+
+    entry: FileEntry
+    statuses: dict[str, int]
+    numerics: str
+
+
+def score(
+    run: Location,
+    base: Checkpoint,
+    reference: Checkpoint,
+    config: ScoreConfig,
+    *,
+    keep_token_nll: str = "sample",
+    overwrite: bool = False,
+) -> Manifest:
+    """Score every example with both models; rows of scores/ stand in the order of examples/."""
+    started = time.monotonic()
+    prepared = require(run, "prepare")
+    num_rows = prepared.counts["prepared"]
+    settings = _settings(config, keep_token_nll, num_rows)
+    fingerprint = _fingerprint(base, reference, prepared, settings)
+    if done := completed(run, "score", fingerprint, overwrite=overwrite):
+        return done
+    mark = digest(fingerprint)
+    committed = _committed(run, mark, overwrite)
+    pending = _pending(prepared, committed)
+    log.info("score: %d shards to score, %d already scored", len(pending), len(committed))
+    scored = _run(run, pending, base, reference, config, settings, mark) if pending else []
+    shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
+    manifest = _manifest(shards, fingerprint, num_rows, time.monotonic() - started)
+    manifest.write(run)
+    return manifest
+
+
+def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> ScorerSettings:
+    # Twice the wanted rows in expectation: a draw by hash may fall short of its mean, and at least 200 are promised.
+    share = min(1.0, 2 * _SAMPLED_ROWS / num_rows)
+    return ScorerSettings(
+        config.precision, config.tokens_per_pack, max(1, int(config.num_cpus)), keep_token_nll, sample_share=share
+    )
+
+
+def _fingerprint(
+    base: Checkpoint, reference: Checkpoint, prepared: Manifest, settings: ScorerSettings
+) -> dict[str, Any]:
+    return {
+        "base": base.weights_digest(),
+        "reference": reference.weights_digest(),
+        "examples": prepared.content,
+        "settings": asdict(settings) | {"device": "cuda" if has_gpu() else "cpu"},
+        "numerics": NUMERICS_VERSION,
+    }
+
+
+def _committed(run: Location, mark: str, overwrite: bool) -> list[Shard]:
+    """Shards that earlier attempts with the same settings have scored."""
+    folder = run / "scores"
+    remove_leftovers(folder)
+    try:
+        entries = committed_files(folder, mark)
+    except OutputError:
+        if not overwrite:
+            raise
+        clear(run, "score")
+        return []
+    return [Shard(entry, _statuses(read_parquet(folder / entry.name, ["status"])), numerics="{}") for entry in entries]
+
+
+def _pending(prepared: Manifest, committed: list[Shard]) -> list[FileEntry]:
+    """Shards of examples without scores, longest first, so that the pool does not end on one long shard."""
+    done = {shard.entry.name for shard in committed}
+    shards = [
+        FileEntry(entry.name.removeprefix("examples/"), entry.rows, entry.bytes, entry.sha256)
+        for entry in prepared.files
+        if entry.name.startswith("examples/")
+    ]
+    return sorted((shard for shard in shards if shard.name not in done), key=lambda shard: -shard.bytes)
+
+
+def _run(
+    run: Location,
+    pending: list[FileEntry],
+    base: Checkpoint,
+    reference: Checkpoint,
+    config: ScoreConfig,
+    settings: ScorerSettings,
+    mark: str,
+) -> list[Shard]:
+    """The stream: read a shard, score it in an actor, write its file."""
+    num_gpus = (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus
+    num_actors = pool_size(config.num_actors, config.num_cpus, num_gpus, len(pending))
+    log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
+    source = Shards(pending, partial(_read_shard, run))
+    sink = ScoreSink(run, mark)
+    with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
+        (
+            ray.data.read_datasource(source, **source.read_options)
+            .map_batches(
+                ScoreShard,
+                fn_constructor_kwargs={"base": base, "reference": reference, "settings": settings},
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=num_actors),
+                num_cpus=config.num_cpus,
+                num_gpus=num_gpus,
+            )
+            .write_datasink(sink)
+        )
+    return sink.shards
+
+
+def _read_shard(run: Location, name: str) -> pa.Table:
+    table = read_parquet(run / "examples" / name, INPUT_COLUMNS)
+    return _with_constants(table, shard=name, shard_rows=table.num_rows)
+
+
+def _with_constants(table: pa.Table, **values: str | int) -> pa.Table:
+    for name, value in values.items():
+        table = table.append_column(name, pa.repeat(value, table.num_rows))
+    return table
+
+
+class ScoreShard:
+    """Actor: a Scorer for blocks that are whole shards."""
+
+    def __init__(self, base: Checkpoint, reference: Checkpoint, settings: ScorerSettings) -> None:
+        configure_worker_logging()
+        self._scorer = Scorer(base, reference, settings)
+        self._numerics = json.dumps(self._scorer.numerics)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Columns of examples in, columns of scores out, the shard's name beside both."""
+        scores = self._scorer(block.select(INPUT_COLUMNS))
+        carried = {name: block[name] for name in ("shard", "shard_rows")}
+        for name, column in carried.items():
+            scores = scores.append_column(name, column)
+        return _with_constants(scores, numerics=self._numerics)
+
+
+class ScoreSink(Datasink[list[Shard]]):  # type: ignore[misc]
+    """Writes each block, which must be a whole shard, as scores/<shard's name>."""
+
+    def __init__(self, run: Location, mark: str) -> None:
+        self.shards: list[Shard] = []
+        self._run = run
+        self._mark = mark
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[Shard]:
+        """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
+        return [self._write_shard(ray.data.block.BlockAccessor.for_block(block).to_arrow()) for block in blocks]
+
+    def _write_shard(self, block: pa.Table) -> Shard:
+        names, rows = set(block["shard"].to_pylist()), set(block["shard_rows"].to_pylist())
+        if len(names) != 1 or rows != {block.num_rows}:
+            raise IntegrityError(
+                f"a block of {block.num_rows} rows is not one whole shard ({sorted(names)}, {rows} rows)"
+            )
+        scores = block.select(SCORES.names).cast(SCORES)
+        entry = write_parquet(self._run / "scores" / names.pop(), scores, {FINGERPRINT_KEY: self._mark.encode()})
+        log.info("score: %s written, %d rows", entry.name, entry.rows)
+        return Shard(entry, _statuses(scores), str(block["numerics"][0]))
+
+    def on_write_complete(self, write_result: WriteResult[list[Shard]]) -> None:
+        """Keep what the write tasks committed."""
+        self.shards = [shard for shards in write_result.write_returns for shard in shards]
+
+
+def _statuses(scores: pa.Table) -> dict[str, int]:
+    return dict(Counter(scores["status"].to_pylist()))
+
+
+def _manifest(shards: list[Shard], fingerprint: dict[str, Any], num_rows: int, seconds: float) -> Manifest:
+    statuses = Counter[str]()
+    for shard in shards:
+        statuses.update(shard.statuses)
+    entries = [shard.entry for shard in shards]
+    if total_rows(entries) != num_rows:
+        raise IntegrityError(f"{num_rows} examples were prepared but {total_rows(entries)} rows of scores written")
+    numerics = sorted({shard.numerics for shard in shards} - {"{}"})
+    counts = {"examples": num_rows, "scored": statuses["ok"], **dict(sorted(statuses.items()))}
+    details = {"numerics": [json.loads(text) for text in numerics]}
+    return Manifest("score", fingerprint, counts, entries, details, seconds=seconds)

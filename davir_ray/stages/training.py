@@ -1,0 +1,205 @@
+"""finetune: examples → reference. Ray Train runs the loop of models/finetune.py on one to many workers."""
+
+import dataclasses
+import json
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+
+from davir_ray.config import FinetuneConfig
+from davir_ray.errors import ClusterError
+from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
+from davir_ray.models.finetune import TRAINING_COLUMNS, StepReport, Trainer, TrainingSet, save_reference
+from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
+from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
+from davir_ray.stages.resume import completed, require
+from davir_ray.storage import FileEntry, Location, Manifest, digest, file_digest, read_parquet
+
+log = logging.getLogger(__name__)
+
+_MOST_REPORTS = 50
+_MOST_CURVE_POINTS = 500
+
+_NOT_CONTENT = (
+    "tokens_per_pack",
+    "gradient_checkpointing",
+    "num_workers",
+    "num_cpus",
+    "use_gpu",
+    "checkpoint_every_steps",
+    "max_failures",
+    "export_epochs",
+)
+"""Settings that change how the reference is computed but not, beyond rounding, what it is."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a worker needs to know."""
+
+    run: Location
+    base: Checkpoint
+    config: FinetuneConfig
+    shards: list[str]
+    spec: dict[str, Any]
+
+
+def finetune(
+    run: Location, base: Checkpoint, config: FinetuneConfig, spec: dict[str, Any], *, overwrite: bool = False
+) -> Manifest:
+    """Fine-tune the base on every prepared example; writes reference/, a plain Hugging Face folder with its scoring spec."""
+    started = time.monotonic()
+    prepared = require(run, "prepare")
+    fingerprint = _fingerprint(base, config, prepared)
+    if done := completed(run, "finetune", fingerprint, overwrite=overwrite):
+        return done
+    shards = [entry.name for entry in prepared.files if entry.name.startswith("examples/")]
+    metrics = _fit(Training(run, base, config, shards, spec), name=digest(fingerprint)[:16])
+    manifest = Manifest(
+        "finetune",
+        fingerprint,
+        counts={"examples": metrics["num_examples"], "steps": metrics["step"]},
+        files=_described(run / "reference"),
+        details={"loss_by_step": metrics["loss_by_step"], "final_loss": metrics["loss"], "workers": config.num_workers},
+        seconds=time.monotonic() - started,
+    )
+    manifest.write(run)
+    # They are three times the model's size, and serve only a fine-tune that was not finished.
+    (run / "checkpoints").remove()
+    return manifest
+
+
+def _fingerprint(base: Checkpoint, config: FinetuneConfig, prepared: Manifest) -> dict[str, Any]:
+    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_CONTENT}
+    return {
+        "base": base.weights_digest(),
+        "examples": prepared.content,
+        "recipe": recipe,
+        "numerics": NUMERICS_VERSION,
+    }
+
+
+def _fit(training: Training, name: str) -> dict[str, Any]:
+    """Run Ray Train. The fingerprint names its folder: the same fine-tune continues by itself, another starts anew."""
+    config = training.config
+    use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
+    _check_fits(config, use_gpu)
+    storage = training.run / "checkpoints"
+    if storage.is_local:
+        Path(storage.path).mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"training": training},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.num_cpus} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=None if storage.is_local else _arrow_filesystem(storage),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    with own_errors():
+        trainer.fit()
+    return json.loads((training.run / "checkpoints" / _METRICS).read_bytes())  # type: ignore[no-any-return]
+
+
+def _arrow_filesystem(place: Location) -> pyarrow.fs.FileSystem:
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(place.fs))
+
+
+def _check_fits(config: FinetuneConfig, use_gpu: bool) -> None:
+    resources = ray.cluster_resources()
+    for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
+        if wanted * config.num_workers > resources.get(name, 0):
+            raise ClusterError(
+                f"{config.num_workers} training workers of {wanted} {name} do not fit a cluster of "
+                f"{resources.get(name, 0):g}; lower --finetune.num_workers or --finetune.num_cpus"
+            )
+
+
+_METRICS = "final_metrics.json"
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """Runs on every worker: load, continue where a checkpoint left off, train, and let rank 0 write the reference."""
+    configure_worker_logging()
+    training: Training = settings["training"]
+    context = ray.train.get_context()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, training.config.num_cpus))
+    examples = TrainingSet.of(read_parquet(training.run / name, TRAINING_COLUMNS) for name in training.shards)
+    likelihood = Likelihood(training.base.model(torch.float32, get_device()))
+    trainer = Trainer(prepare_model(likelihood), examples, training.config)
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            trainer.load_state(Path(folder))
+    reporter = _Reporter(training, trainer, is_first=context.get_world_rank() == 0)
+    trainer.train(reporter)
+    if context.get_world_rank() == 0:
+        _export(training, likelihood, "reference")
+        metrics = {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
+        (training.run / "checkpoints" / _METRICS).write_text(json.dumps(metrics))
+
+
+class _Reporter:
+    """After each step: log a line, save a checkpoint, export an epoch, as the settings ask."""
+
+    def __init__(self, training: Training, trainer: Trainer, *, is_first: bool) -> None:
+        self._training = training
+        self._trainer = trainer
+        self._is_first = is_first
+
+    def __call__(self, report: StepReport) -> None:
+        """Every rank reports at the same steps: Ray Train waits for all of them."""
+        config = self._training.config
+        if self._is_first and config.export_epochs and report.ends_epoch:
+            _export(self._training, self._trainer.likelihood, f"reference_epochs/{report.epoch}")
+        last = report.step == report.total_steps
+        if report.step % config.checkpoint_every_steps == 0 or last:
+            self._report_with_checkpoint(report)
+        if last or report.step % max(1, report.total_steps // _MOST_REPORTS) == 0:
+            self._log(report)
+
+    def _report_with_checkpoint(self, report: StepReport) -> None:
+        metrics = dataclasses.asdict(report)
+        if not self._is_first:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._trainer.save_state(Path(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _log(self, report: StepReport) -> None:
+        if self._is_first:
+            log.info(
+                "finetune: step %d of %d, epoch %d, loss %.4f nats a token, %.0f tokens/s",
+                report.step, report.total_steps, report.epoch, report.loss, report.tokens_per_second,
+            )  # fmt: skip
+
+
+def _export(training: Training, likelihood: Likelihood, name: str) -> None:
+    """Write the model as a Hugging Face folder of the run, whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_reference(likelihood, training.base.tokenizer(), Path(folder))
+        Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
+        (training.run / name).put_folder(Path(folder))
+
+
+def _described(folder: Location) -> list[FileEntry]:
+    return [
+        FileEntry(f"{folder.name}/{name}", 0, int(folder.fs.size((folder / name).path)), file_digest(folder / name))
+        for name in folder.names()
+    ]

@@ -1,0 +1,22 @@
+"""Fine-tune the base on the whole set and stop when the reference is there.
+
+    ray job submit --working-dir . -- python jobs/finetune.py --data s3://bucket/alpaca/ --format alpaca \\
+        --base meta-llama/Llama-3.2-1B --output s3://bucket/run1
+
+jobs/score.py with the same options goes on from there.
+"""
+
+import sys
+
+from davir_ray.cli import run_job
+from davir_ray.config import RunConfig
+from davir_ray.pipeline import finetune_only
+
+
+def main(config: RunConfig) -> None:
+    """Prepare, fine-tune, and say where the reference lies."""
+    print(f"reference: {finetune_only(config)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, __doc__))

@@ -1,0 +1,23 @@
+"""Score instruction data by DavIR and select the best part of it: the whole chain, skipping what is complete.
+
+    ray job submit --working-dir . -- python jobs/score.py --data s3://bucket/alpaca/ --format alpaca \\
+        --base meta-llama/Llama-3.2-1B --output s3://bucket/run1 --select.top_fraction 0.06
+
+The same command goes on where a stopped run left off.
+"""
+
+import sys
+
+from davir_ray.cli import run_job
+from davir_ray.config import RunConfig
+from davir_ray.pipeline import run_all
+
+
+def main(config: RunConfig) -> None:
+    """Run the chain and say where the result lies."""
+    run = run_all(config)
+    print(f"selected: {run / 'selected'}\nreport:   {run / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, __doc__))

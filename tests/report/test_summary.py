@@ -1,0 +1,335 @@
+"""The facts of the report: defined for every input, ready for JSON, and equal to what they claim to be."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from davir_ray import schema
+from davir_ray.report import ReportInputs, render_page, summarise
+from davir_ray.report.summary import REASON_MEANING, STATUS_MEANING
+
+COLUMNS = [field for field in schema.SCORES if not field.name.endswith("token_nll")]
+
+
+def scores_table(num_rows: int, seed: int = 0, **columns: Any) -> pa.Table:
+    """Scored rows with skewed lengths and two sources, the best tenth selected; named columns replace drawn ones."""
+    rng = np.random.default_rng(seed)
+    length = np.maximum(1, np.exp(rng.normal(4, 1, num_rows))).astype(int)
+    base = length * rng.gamma(9, 0.5, num_rows) + 0.1
+    davir = rng.normal(0.2, 0.1, num_rows)
+    drawn = {
+        "example_id": rng.integers(2**60, 2**62, num_rows),
+        "content_hash": rng.integers(0, 2**62, num_rows),
+        "source": np.where(rng.random(num_rows) < 0.7, "alpaca", "gsm8k"),
+        "num_prompt_tokens": rng.integers(5, 50, num_rows),
+        "num_response_tokens": length,
+        "truncated": length > 300,
+        "base_nll": base,
+        "reference_nll": base * (1 - davir),
+        "davir": davir,
+        "rho_sum": base * davir,
+        "rho_mean": base * davir / length,
+        "status": np.full(num_rows, "ok"),
+        "selected": davir >= np.quantile(davir, 0.9) if num_rows else np.zeros(0, bool),
+    } | columns
+    fields = [*COLUMNS, pa.field("selected", pa.bool_())]
+    return pa.table([pa.array(list(drawn[f.name]), type=f.type) for f in fields], schema=pa.schema(fields))
+
+
+def example(rank: int, **fields: Any) -> dict[str, Any]:
+    """One ranked example of three tokens."""
+    return {
+        "rank": rank,
+        "example_id": 2**62 + rank,
+        "source": "alpaca",
+        "davir": 0.5,
+        "rho_sum": 3.0,
+        "rho_mean": 1.0,
+        "base_nll": 6.0,
+        "reference_nll": 3.0,
+        "num_response_tokens": 3,
+        "prompt": "Say yes.",
+        "response": "Yes.",
+        "tokens": ["Yes", ".", "</s>"],
+        "base_token_nll": [3.0, 2.0, 1.0],
+        "reference_token_nll": [0.5, 2.5, 0.0],
+    } | fields
+
+
+def report_inputs(num_rows: int = 400, **fields: Any) -> ReportInputs:
+    """A run whose books balance: two rejects, one example without a score."""
+    reject = {"source": "alpaca", "source_file": "a.jsonl", "source_row": 7, "reason": "empty_response", "detail": "''"}
+    selected = max(1, num_rows // 10)
+    counts = {
+        "prepare": {"read": num_rows + 3, "prepared": num_rows + 1, "rejected": 2, "empty_response": 2},
+        "finetune": {"steps": 4},
+        "score": {"scored": num_rows, "ok": num_rows, "zero_base_nll": 1},
+        "rank": {"ranked": num_rows},
+        "select": {"selected": selected},
+    }
+    manifests = {
+        stage: {
+            "stage": stage,
+            "counts": counts[stage],
+            "details": {"loss_by_step": [[1, 4.0], [2, 3.5], [3, 3.2], [4, 3.0]]} if stage == "finetune" else {},
+            "fingerprint": {"weights": "sha256:abc"},
+            "versions": {"python": "3.11"},
+            "seconds": 12.5,
+            "files": [{"rows": num_rows}],
+        }
+        for stage in counts
+    }
+    inputs = ReportInputs(
+        config={"base": "tiny-base", "reference": None, "rank": {"order": "davir"}, "select": {"top_fraction": 0.1}},
+        manifests=manifests,
+        scores=scores_table(num_rows),
+        num_scored=num_rows,
+        top=[example(1)],
+        bottom=[example(num_rows)],
+        rejects=pa.Table.from_pylist([reject], schema=schema.REJECTS),
+    )
+    return replace(inputs, **fields)
+
+
+def without(inputs: ReportInputs, stage: str) -> ReportInputs:
+    """The same run without one stage's manifest."""
+    return replace(inputs, manifests={name: m for name, m in inputs.manifests.items() if name != stage})
+
+
+NAN, INF = float("nan"), float("inf")
+EDGE_CASES = {
+    "ordinary": report_inputs(),
+    "no rows": report_inputs(0, scores=scores_table(0), num_scored=0, top=[], bottom=[]),
+    "one row": report_inputs(1, scores=scores_table(1, selected=[True])),
+    "two rows": report_inputs(2, scores=scores_table(2)),
+    "all selected": report_inputs(50, scores=scores_table(50, selected=[True] * 50)),
+    "none selected": report_inputs(50, scores=scores_table(50, selected=[False] * 50)),
+    "no variance": report_inputs(50, scores=scores_table(50, davir=[0.25] * 50, num_response_tokens=[9] * 50)),
+    "huge and equal": report_inputs(50, scores=scores_table(50, davir=[-1e300] * 50)),
+    "far tail": report_inputs(50, scores=scores_table(50, davir=[-1e9, *np.linspace(0, 1, 49)])),
+    "not finite": report_inputs(4, scores=scores_table(4, davir=[NAN, INF, None, 0.1], rho_sum=[NAN, INF, None, 1.0])),
+    "no score": report_inputs(3, scores=scores_table(3, davir=[None] * 3, status=["zero_base_nll"] * 3)),
+    "no rejects": report_inputs(rejects=schema.REJECTS.empty_table()),
+    "no finetune": without(report_inputs(), "finetune"),
+    "no manifests": report_inputs(manifests={}),
+    "no settings": report_inputs(config={}),
+    "a sample": report_inputs(num_scored=10**9),
+    "not finite tokens": report_inputs(top=[example(1, davir=None, base_token_nll=[NAN, INF, 1.0])]),
+    "no tokens kept": report_inputs(top=[example(1, base_token_nll=None)]),
+    "lone surrogate": report_inputs(top=[example(1, prompt="a\ud800b")]),
+}
+
+
+@pytest.fixture(params=EDGE_CASES)
+def any_inputs(request: pytest.FixtureRequest) -> ReportInputs:
+    """Each edge case in turn."""
+    return EDGE_CASES[request.param]
+
+
+def test_facts_are_json_without_nan(any_inputs: ReportInputs) -> None:
+    facts = summarise(any_inputs)
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    json.dumps(facts, ensure_ascii=False).encode("utf-8")
+
+
+def test_every_case_gives_a_page_without_loose_ends(any_inputs: ReportInputs) -> None:
+    page = render_page(summarise(any_inputs))
+    page.encode("utf-8")
+    text = re.sub(r"<[^>]*>", " ", page)
+    assert not re.search(r"\b(nan|NaN|inf|None|undefined)\b", text)
+
+
+def test_whole_numbers_are_whole_in_every_json_reader(any_inputs: ReportInputs) -> None:
+    def numbers(value: Any) -> Iterator[int]:
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from numbers(item)
+        elif isinstance(value, int):
+            yield value
+
+    facts = summarise(replace(any_inputs, config={"id": 2**60, "edge": 2**53}))
+    assert max(map(abs, numbers(facts))) <= 2**53
+    assert {"name": "id", "value": str(2**60)} in facts["settings"]
+    assert {"name": "edge", "value": 2**53} in facts["settings"]
+
+
+def test_shares_of_pool_and_selection_each_sum_to_one() -> None:
+    composition = summarise(report_inputs())["composition"]
+    for group in (composition["sources"], composition["length_deciles"]):
+        assert sum(row["share_of_all"] for row in group) == pytest.approx(1)
+        assert sum(row["share_of_selected"] for row in group) == pytest.approx(1)
+        assert sum(row["rows"] for row in group) == composition["num_all"]
+
+
+def test_shares_are_equal_when_all_is_selected_and_not_defined_when_nothing_is() -> None:
+    for row in summarise(EDGE_CASES["all selected"])["composition"]["length_deciles"]:
+        assert row["share_of_all"] == row["share_of_selected"]
+    for row in summarise(EDGE_CASES["none selected"])["composition"]["sources"]:
+        assert row["share_of_selected"] is None
+
+
+def test_length_deciles_do_not_overlap_and_keep_ties_together() -> None:
+    length = [1] * 60 + [5] * 20 + list(range(10, 30))
+    deciles = summarise(report_inputs(100, scores=scores_table(100, num_response_tokens=length)))["composition"]
+    ranges = [(row["from"], row["to"]) for row in deciles["length_deciles"]]
+    assert ranges[:2] == [(1, 1), (5, 5)]
+    assert all(end < start for (_, end), (start, _) in pairwise(ranges))
+    assert ranges[-1][1] == max(length)
+
+
+@pytest.mark.parametrize("measure", ["rho_sum", "rho_mean", "davir"])
+def test_correlation_is_scipys_spearman(measure: str) -> None:
+    inputs = report_inputs()
+    panel = next(panel for panel in summarise(inputs)["length"] if panel["measure"] == measure)
+    expected = stats.spearmanr(inputs.scores["num_response_tokens"].to_numpy(), inputs.scores[measure].to_numpy())
+    assert panel["spearman"] == pytest.approx(expected.statistic, abs=1e-12)
+    assert panel["n"] == inputs.scores.num_rows
+
+
+@pytest.mark.parametrize("case", ["no variance", "one row", "no rows"])
+def test_correlation_without_variance_is_not_defined(case: str) -> None:
+    assert [panel["spearman"] for panel in summarise(EDGE_CASES[case])["length"]] == [None] * 3
+
+
+def test_every_row_is_drawn_or_counted_as_outside(any_inputs: ReportInputs) -> None:
+    facts = summarise(any_inputs)
+    histogram = facts["davir"]["histogram"]
+    drawn = sum(histogram["all"]) + histogram["below"] + histogram["above"]
+    assert drawn == facts["davir"]["all"]["n"] == facts["composition"]["num_all"]
+    for panel in facts["length"]:
+        assert sum(count for _, _, count in panel["cells"]) + panel["outside"] == panel["n"]
+
+
+def test_no_bin_of_the_histogram_mixes_both_sides_of_the_cut() -> None:
+    davir = summarise(report_inputs())["davir"]
+    histogram = davir["histogram"]
+    assert davir["cut"] in histogram["edges"]
+    for edge, everyone, chosen in zip(histogram["edges"], histogram["all"], histogram["selected"], strict=False):
+        assert chosen == (everyone if edge >= davir["cut"] else 0)
+
+
+def test_rows_without_a_score_stay_out_of_every_statistic() -> None:
+    inputs = EDGE_CASES["not finite"]
+    facts = summarise(inputs)
+    assert facts["davir"]["all"]["n"] == 1
+    assert facts["davir"]["all"]["mean"] == pytest.approx(0.1)
+
+
+def test_the_cut_is_the_last_selected_score() -> None:
+    inputs = report_inputs()
+    davir, selected = inputs.scores["davir"].to_numpy(), inputs.scores["selected"].to_numpy()
+    assert summarise(inputs)["davir"]["cut"] == davir[selected].min()
+    lowest = replace(inputs, config={"rank": {"order": "davir", "lowest": True}, "select": {"top_k": 40}})
+    assert summarise(lowest)["davir"]["cut"] == davir[selected].max()
+    by_length = replace(inputs, config={"rank": {"order": "length"}, "select": {"top_k": 40}})
+    assert summarise(by_length)["davir"]["cut"] is None
+
+
+def test_the_manifests_cut_wins_over_a_samples() -> None:
+    inputs = report_inputs()
+    select = inputs.manifests["select"] | {"details": {"cut": 0.123}}
+    assert summarise(replace(inputs, manifests=inputs.manifests | {"select": select}))["davir"]["cut"] == 0.123
+
+
+def test_books_balance_and_say_so_when_they_do_not() -> None:
+    facts = summarise(report_inputs())
+    assert [row["balanced"] for row in facts["books"]] == [True, True, True]
+    assert not facts["findings"][0]["look"]
+    inputs = report_inputs()
+    short = inputs.manifests["score"] | {"counts": {"scored": 399, "ok": 399, "zero_base_nll": 1}}
+    facts = summarise(replace(inputs, manifests=inputs.manifests | {"score": short}))
+    assert [row["balanced"] for row in facts["books"]] == [True, True, False]
+    assert facts["findings"][0]["look"]
+
+
+def test_a_count_that_is_not_recorded_is_not_made_up() -> None:
+    facts = summarise(EDGE_CASES["no manifests"])
+    assert facts["headline"]["read"] is None
+    assert [row["balanced"] for row in facts["books"]] == [None, None, None]
+
+
+def test_reasons_come_with_their_count_meaning_and_rows() -> None:
+    (reason,) = summarise(report_inputs())["rejects"]
+    assert reason["reason"] == "empty_response"
+    assert reason["count"] == 2
+    assert reason["rows"] == [{"source": "alpaca", "file": "a.jsonl", "row": 7, "detail": "''"}]
+
+
+def test_every_reason_and_status_has_words() -> None:
+    assert REASON_MEANING.keys() == set(schema.RejectReason)
+    assert STATUS_MEANING.keys() == set(schema.Status)
+
+
+def test_statuses_are_counted_in_the_table_when_no_manifest_has_them() -> None:
+    status = ["ok"] * 8 + ["no_predictor"] * 2
+    inputs = report_inputs(10, manifests={}, scores=scores_table(10, status=status))
+    assert [(row["status"], row["count"]) for row in summarise(inputs)["statuses"]] == [("ok", 8), ("no_predictor", 2)]
+    assert summarise(replace(inputs, num_scored=1000))["statuses"] == []
+
+
+def test_copies_are_counted_only_where_every_row_is_seen() -> None:
+    table = scores_table(10, content_hash=[1, 1, 2, 2, 2, 3, 4, 5, 6, 7])
+    signs = {row["name"]: row["rows"] for row in summarise(report_inputs(10, scores=table))["composition"]["signs"]}
+    assert signs["exact copy of another example"] == 5
+    sampled = summarise(report_inputs(10, scores=table, num_scored=1000))
+    assert "exact copy of another example" not in {row["name"] for row in sampled["composition"]["signs"]}
+
+
+def test_a_group_that_the_selection_favours_is_a_finding() -> None:
+    length = [2] * 40 + [100] * 360
+    selected = [True] * 40 + [False] * 360
+    facts = summarise(report_inputs(scores=scores_table(400, num_response_tokens=length, selected=selected)))
+    texts = [finding["text"] for finding in facts["findings"] if finding["look"]]
+    assert any("at most 4 tokens, 100.0 % of the selection, 10.0 % of the pool" in text for text in texts)
+    assert any("2 tokens in the selection and 100 in the pool" in text for text in texts)
+
+
+def test_an_example_has_its_mean_losses_and_its_id_whole() -> None:
+    (top,) = summarise(report_inputs())["top"]
+    assert (top["base_nll_mean"], top["reference_nll_mean"]) == (2.0, 1.0)
+    assert top["example_id"] == str(2**62 + 1)
+    assert top["tokens"][0] == {"text": "Yes", "base": 3.0, "reference": 0.5}
+
+
+@pytest.mark.parametrize("tokens", [{"tokens": ["Yes"]}, {"reference_token_nll": [1.0]}, {"tokens": None}])
+def test_token_losses_that_do_not_belong_together_are_left_out(tokens: dict[str, Any]) -> None:
+    (top,) = summarise(report_inputs(top=[example(1, **tokens)]))["top"]
+    assert top["tokens"] is None
+
+
+def test_training_curve_keeps_its_ends_and_drops_what_is_not_finite() -> None:
+    inputs = report_inputs()
+    curve = [[step, 5.0 - step / 5000] for step in range(1, 5001)] + [[5001, NAN]]
+    finetune = inputs.manifests["finetune"] | {"details": {"loss_by_step": curve}}
+    training = summarise(replace(inputs, manifests=inputs.manifests | {"finetune": finetune}))["training"]
+    assert len(training["loss_by_step"]) <= 500
+    assert training["steps"] == 5000
+    assert training["first"] > 4.9 > 4.1 > training["last"]
+    assert summarise(EDGE_CASES["no finetune"])["training"] is None
+
+
+@pytest.mark.parametrize(
+    ("select", "rank", "words"),
+    [
+        ({"top_k": 5000}, {}, "the first 5,000 of the examples ranked by davir, highest first"),
+        (
+            {"top_fraction": 0.06},
+            {"order": "rho_sum", "lowest": True},
+            "the first 6 % of the examples ranked by rho_sum",
+        ),
+        ({"top_tokens": 10**6}, {"order": "random"}, "in random order, as many as fit in 1,000,000 response tokens"),
+        ({"min_score": 0.0}, {}, "every example whose davir is at least 0"),
+        ({"min_score": -1.5}, {"lowest": True}, "every example whose davir is at most -1.5"),
+        ({}, {}, "no selection rule is recorded"),
+    ],
+)
+def test_the_rule_is_said_in_words(select: dict[str, Any], rank: dict[str, Any], words: str) -> None:
+    assert words in summarise(report_inputs(config={"select": select, "rank": rank}))["headline"]["rule"]["text"]
