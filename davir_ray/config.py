@@ -1,9 +1,10 @@
 """The configuration of a run: frozen, validated when it is made, every field with its unit and the meaning of None.
 
-One YAML file and dotted options on the command line fill the same fields (see cli.py). A stage receives its own section,
-never the whole.
+One YAML file and dotted options on the command line fill the same fields (see cli.py). A stage receives its own
+section, never the whole.
 """
 
+import math
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
@@ -27,7 +28,7 @@ class Source:
     name: str
     """Name of the source; part of every example_id and the value of the column `source`."""
     path: str | list[str]
-    """A file, a folder, a glob or a list of these (local, s3://, hf://); a folder written by `datasets`; or a hub name."""
+    """A file, a folder, a glob, a list of these (local, s3://, hf://), a folder written by `datasets`, or a hub name."""
     format: Format
     """How a record becomes prompt and response."""
     prompt_column: str = "prompt"
@@ -50,9 +51,9 @@ class PrepareConfig:
     """From raw records to tokenised examples."""
 
     max_tokens: int = 512
-    """Token limit for prompt and response together. A longer response loses its tail; a prompt that fills it is rejected."""
+    """Token limit of prompt and response. A longer response loses its tail; a prompt that fills it is rejected."""
     shard_rows: int = 4096
-    """Most rows in a shard, the unit of work, commit and resume. It grows with the corpus to keep about 20,000 shards."""
+    """Most rows in a shard, the unit of work, commit and resume. Grows with the corpus to keep about 20,000 shards."""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")
@@ -114,11 +115,11 @@ class ScoreConfig:
     num_actors: int | None = None
     """Actors in the pool. None: as many as the cluster holds, a CPU left for reading and writing."""
     num_cpus: float = 1.0
-    """CPUs of one actor; on a CPU, also its number of threads (rounded down, at least 1), which is part of the numerics."""
+    """CPUs of one actor; on a CPU, also its number of threads (at least 1), which is part of the numerics."""
     num_gpus: float | None = None
     """GPUs of one actor, fractions allowed. None: 1 if the cluster has any, else 0."""
     precision: Precision = "auto"
-    """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Log-likelihoods are float32, sums float64."""
+    """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Token losses are float32."""
     tokens_per_pack: int = 4096
     """Token budget of one forward pass; halved on its own when the device runs out of memory."""
     no_progress_timeout_s: int = 1800
@@ -162,9 +163,7 @@ class SelectConfig:
         _check(self.top_tokens is None or self.top_tokens >= 1, "select.top_tokens", self.top_tokens, "at least 1")
         fraction = self.top_fraction
         _check(fraction is None or 0 < fraction <= 1, "select.top_fraction", fraction, "above 0 and at most 1")
-        _check(
-            self.min_score is None or self.min_score == self.min_score, "select.min_score", self.min_score, "a number"
-        )
+        _check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
 

@@ -31,7 +31,7 @@ PLACES = (
     "theatre vineyard meadow lighthouse"
 ).split()
 ORDINALS = ("First", "second", "third", "fourth", "fifth", "sixth")
-VERBS = ("is at", "stays near", "can be found by")
+VERBS = ("at", "near", "behind")
 HOME_QUESTIONS = (
     "Where does each of these people live?",
     "Please say where the home of each person is.",
@@ -65,7 +65,7 @@ def _assign(draw):
 
 
 def _prompt(question, names):
-    return question + " " + ", ".join(f"{o} {x}" for o, x in zip(ORDINALS, names)) + ".\n"
+    return question + "\n" + ", ".join(f"{o} {x}" for o, x in zip(ORDINALS, names)) + ".\n"
 
 
 def _response(names, places, draw):
@@ -80,7 +80,9 @@ def pretraining_texts(seed, count=9000):
         names = draw.sample(NAMES, draw.randint(1, 6))
         if kind < 0.6:
             told = draw.sample(NAMES, len(names)) if draw.random() < WRONG_SHARE else names
-            texts.append(_prompt(draw.choice(HOME_QUESTIONS), names) + _response(names, [world.home[x] for x in told], draw))
+            texts.append(
+                _prompt(draw.choice(HOME_QUESTIONS), names) + _response(names, [world.home[x] for x in told], draw)
+            )
         elif kind < 0.9:
             q = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
             texts.append(_prompt(q, names) + _response(names, [draw.choice(PLACES) for _ in names], draw))

@@ -28,7 +28,7 @@ from davir_ray.errors import IntegrityError, OutputError
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".partial-"
-"""Prefix of files still being written; readers skip it, and what a dead attempt left is removed when its stage restarts."""
+"""Prefix of files still being written: readers skip it, and a restarted stage removes what a dead attempt left."""
 
 FINGERPRINT_KEY = b"davir_ray.fingerprint"
 """Parquet metadata key of the fingerprint under which a file was written: how a resumed stage knows its own files."""

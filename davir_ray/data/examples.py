@@ -28,7 +28,7 @@ def stable_id(*parts: str | int) -> int:
 
 
 def example_row(source: str, record: Record, rendered: Rendered, encoded: Encoded, keep_record: bool) -> dict[str, Any]:
-    """One row of examples/. The id is made of where the row stands, so it survives re-sharding and a change of template."""
+    """One row of examples/. Its id says where it stands, so it survives re-sharding and a change of template."""
     return {
         "example_id": stable_id(source, record.source_file, record.source_row),
         "content_hash": stable_id(rendered.prompt, rendered.response),

@@ -40,6 +40,10 @@ GSM8K_PROMPT = "Question: {question}\nAnswer:\n"
 # template falls back to.
 TODAY = datetime(2024, 7, 26)
 
+# The public render_jinja_template puts a string in the place of the function strftime_now (transformers 5.23), so with it
+# a template that asks the clock cannot be given a date. Its two private parts, used here, take the function.
+_JINJA: Any = chat_template_utils
+
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Message = dict[str, Any]
@@ -229,14 +233,12 @@ class ChatTemplate:
         return markers[-1].start(), markers[-1].end()
 
     def _compiled(self) -> Any:
-        return chat_template_utils._compile_jinja_template(self.template)
+        return _JINJA._compile_jinja_template(self.template)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The rendered text and the spans inside generation marks."""
-        # The public render_jinja_template puts a string in the place of strftime_now (transformers 5.23), so with it a
-        # template that calls that function cannot be given a date. Its two parts, used here, take the function.
         try:
-            text, spans = chat_template_utils._render_with_assistant_indices(  # type: ignore[no-untyped-call]
+            text, spans = _JINJA._render_with_assistant_indices(
                 self._compiled(),
                 list(messages),
                 None,

@@ -460,13 +460,13 @@ def _skip_space(text: str, at: int) -> int:
 
 def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
     """The parsed value if it is an object of valid text."""
-    if not isinstance(value, dict):
-        return _Bad(RejectReason.NOT_AN_OBJECT, f"a {type(value).__name__}; expected an object with named fields")
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    if not isinstance(value, dict):
+        return _Bad(RejectReason.NOT_AN_OBJECT, f"a {type(value).__name__}; expected an object with named fields")
     return value
 
 

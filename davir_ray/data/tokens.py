@@ -1,7 +1,7 @@
 """Text → tokens: input_ids, the spans that are scored, truncation.
 
 Segments are encoded once and their ids joined, so the boundary between prompt and response cannot move. Plain formats
-get exactly one BOS in front where the model has one, and an EOS behind, which is scored; a chat template brings its own.
+get exactly one BOS in front where the model has one, and an EOS behind, which is scored. A chat template has its own.
 """
 
 from collections.abc import Sequence

@@ -62,13 +62,13 @@ class Checkpoint:
         model = self._load(
             AutoModelForCausalLM, dtype=dtype, use_safetensors=True, attn_implementation=PACKED_ATTENTION
         )
-        return model.to(device).eval()  # type: ignore[no-any-return]
+        return model.to(device).eval()
 
     def weights_digest(self) -> dict[str, str]:
         """What changes when the model does: configuration and weight files of a folder, the commit of a hub name."""
         if not Path(self.folder).is_dir():
             return {"commit": str(getattr(self.config(), "_commit_hash", None) or self.folder)}
-        files = sorted(Path(self.folder).glob(f"*{_WEIGHTS}")) + [Path(self.folder, "config.json")]
+        files = [*sorted(Path(self.folder).glob(f"*{_WEIGHTS}")), Path(self.folder, "config.json")]
         return {file.name: file_digest(Location.of(file)) for file in files}
 
     def spec(self) -> dict[str, Any] | None:

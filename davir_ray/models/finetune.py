@@ -8,6 +8,7 @@ response tokens, so neither gradient accumulation nor uneven packs change it. A 
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,9 @@ class Trainer:
             config.precision == "auto" and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         if config.gradient_checkpointing:
-            self.likelihood.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
+                warnings.simplefilter("ignore", FutureWarning)
+                self.likelihood.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def likelihood(self) -> Likelihood:

@@ -28,7 +28,7 @@ NUMERICS_VERSION = 1
 
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 
-Spans = Sequence[int]
+Spans = Sequence[int] | npt.NDArray[np.int32]
 """(start, end) pairs into an example's tokens, end exclusive: what is scored."""
 
 
@@ -48,7 +48,7 @@ class Pack:
 
     @classmethod
     def of(cls, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> "Pack":
-        """Lay out (input_ids, response_spans) of some examples. A span must not begin at token 0: nothing predicts it."""
+        """Lay out (input_ids, response_spans) of examples. No span may begin at token 0: nothing predicts it."""
         predictors, targets, num_scored = [], [], []
         start = 0
         for input_ids, spans in examples:
@@ -90,7 +90,7 @@ class Likelihood(torch.nn.Module):
         """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable."""
         hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_one_by_one(pack)
         targets_R = pack.targets_R.to(hidden_RH.device)
-        chunks = zip(hidden_RH.split(self._chunk_rows), targets_R.split(self._chunk_rows), strict=True)
+        chunks = zip(torch.split(hidden_RH, self._chunk_rows), torch.split(targets_R, self._chunk_rows), strict=True)
         if torch.is_grad_enabled():
             # Logits of a chunk are recomputed in the backward pass instead of kept.
             return torch.cat([checkpoint(self._head_nll, h, t, use_reentrant=False) for h, t in chunks])
@@ -111,7 +111,7 @@ class Likelihood(torch.nn.Module):
         """The slow, safe way: the backbone as transformers runs it, one sequence at a time."""
         rows = [
             self.model.base_model(input_ids=ids_L[None].to(self.model.device), use_cache=False).last_hidden_state[0]
-            for ids_L in pack.input_ids_T.split(list(pack.sequence_lengths))
+            for ids_L in torch.split(pack.input_ids_T, list(pack.sequence_lengths))
         ]
         return torch.cat(rows)[pack.predictors_R.to(self.model.device)]
 

@@ -144,7 +144,8 @@ def _has_predictor(spans: tuple[int, ...]) -> bool:
 def _unique(sequences: list[Any]) -> tuple[list[int], list[int]]:
     """First rows of distinct sequences, and for each row the index of its like among them."""
     seen: dict[tuple[bytes, tuple[int, ...]], int] = {}
-    first, same_as = [], []
+    first: list[int] = []
+    same_as: list[int] = []
     for row, (input_ids, spans) in enumerate(sequences):
         key = (input_ids.tobytes(), spans)
         if key not in seen:

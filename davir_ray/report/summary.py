@@ -87,7 +87,7 @@ LIMITS = [
     "size, and on a random one with the same lengths, and compare.",
     "Dividing by the base loss reduces the dependence on response length; it does not remove it.",
     "The end-of-sequence token is scored as part of the response, for both models; a truncated response has none. "
-    "The paper does not state which it does.",
+    "Whether the paper scores it is not stated; we do.",
 ]
 
 

@@ -46,6 +46,7 @@ def _quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
 
 

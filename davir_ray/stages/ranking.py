@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from davir_ray.config import RankConfig
 from davir_ray import __version__
+from davir_ray.config import RankConfig
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import ranking
 from davir_ray.models.checkpoint import seed_from
@@ -36,6 +36,9 @@ BIN_ROWS = 200_000
 
 _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
+
+_MOST_PARTITIONS = 200
+"""Partitions of the exchange: Ray's default, which costs seconds where there are only a few bins."""
 
 _TIMEOUT_S = 1800
 _KEY_COLUMNS = [
@@ -132,7 +135,7 @@ def exchange(shards: Shards, cut: Cut, writer: "BinWriter", last_bin: int | None
         written = (
             ray.data.read_datasource(shards, **shards.read_options)
             .map_batches(partial(_assign, cut=cut, last_bin=last_bin), batch_size=None, batch_format="pyarrow")
-            .groupby("bin")
+            .groupby("bin", num_partitions=min(len(cut.counts), _MOST_PARTITIONS))
             .map_groups(writer.write, batch_format="pyarrow")
             .take_all()
         )

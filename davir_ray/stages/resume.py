@@ -29,8 +29,8 @@ _REDONE_FREELY = ("rank", "select", "report")
 def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwrite: bool = False) -> Manifest | None:
     """The manifest of a stage that is complete under the same fingerprint; None if it must run.
 
-    A stage complete under another fingerprint is cleared with all that follow it where that is allowed, else OutputError
-    names what differs and the two ways out.
+    A stage complete under another fingerprint is cleared, with all that follow it, where that is allowed; otherwise
+    OutputError names what differs and the two ways out.
     """
     manifest = Manifest.read(run, stage)
     if manifest is None:

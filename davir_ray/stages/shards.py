@@ -11,7 +11,7 @@ from ray.data.datasource import Datasource, ReadTask
 from davir_ray.storage import FileEntry
 
 _READ_CPUS = 0.5
-"""Differs from an actor's CPUs on purpose: equal resources let Ray fuse reading into the actor, so they never overlap."""
+"""Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
 
 
 class Shards(Datasource):  # type: ignore[misc]

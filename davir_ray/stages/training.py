@@ -55,7 +55,7 @@ class Training:
 def finetune(
     run: Location, base: Checkpoint, config: FinetuneConfig, spec: dict[str, Any], *, overwrite: bool = False
 ) -> Manifest:
-    """Fine-tune the base on every prepared example; writes reference/, a plain Hugging Face folder with its scoring spec."""
+    """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec."""
     started = time.monotonic()
     prepared = require(run, "prepare")
     fingerprint = _fingerprint(base, config, prepared)
@@ -108,6 +108,7 @@ def _fit(training: Training, name: str) -> dict[str, Any]:
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else _arrow_filesystem(storage),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
