@@ -40,8 +40,8 @@ GSM8K_PROMPT = "Question: {question}\nAnswer:\n"
 # template falls back to.
 TODAY = datetime(2024, 7, 26)
 
-# The public render_jinja_template puts a string in the place of the function strftime_now (transformers 5.23), so with it
-# a template that asks the clock cannot be given a date. Its two private parts, used here, take the function.
+# The public render_jinja_template puts a string in the place of the function strftime_now (transformers 5.23), so with
+# it a template that asks the clock cannot be given a date. Its two private parts, used here, take the function.
 _JINJA: Any = chat_template_utils
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

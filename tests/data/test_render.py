@@ -221,6 +221,14 @@ def test_a_template_that_ends_only_the_last_turn_has_no_marker_inside() -> None:
     assert scored(chat(TALK, LAST_TURN_ENDED)) == ["1", "2, or\n more</s>"]
 
 
+def test_a_turn_whose_last_special_token_is_not_its_end_is_not_cut() -> None:
+    headed = ChatTemplate(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}",
+        special_tokens=("<|user|>", "<|assistant|>"),
+    )
+    assert scored(chat(TALK, headed)) == ["<|assistant|>1\n", "<|assistant|>2, or\n more\n"]
+
+
 def test_a_template_without_special_tokens_scores_to_the_turns_end() -> None:
     assert scored(chat(TALK, ChatTemplate(CHATML.template))) == ["1<|im_end|>\n", "2, or\n more<|im_end|>\n"]
 

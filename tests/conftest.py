@@ -1,0 +1,105 @@
+"""Fixtures that everything shares: one local Ray for the session, small real checkpoints, the folder of real data."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import davir_ray
+
+VOCABULARY = 1024
+NUM_CPUS = 4
+"""Logical: Ray may be given more than the machine has."""
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The one local Ray of the test session."""
+    import ray
+
+    ray.init(num_cpus=NUM_CPUS, include_dashboard=False, object_store_memory=200 * 2**20, logging_level="WARNING")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of the real data sets; only in CI is its absence a failure."""
+    folder = os.environ.get("DAVIR_TEST_DATA")
+    if folder and Path(folder).is_dir():
+        return Path(folder)
+    if os.environ.get("CI"):
+        pytest.fail("DAVIR_TEST_DATA names no folder, and CI must test on real data")
+    pytest.skip("DAVIR_TEST_DATA is not set")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with BOS, EOS and padding, trained on this package's own sources."""
+    return train_tokenizer(path.read_text() for path in sorted(Path(davir_ray.__file__).parent.rglob("*.py")))
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A real byte-level BPE tokenizer."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[int], Path]:
+    """Make a small Llama checkpoint from a seed.
+
+    Its head is sharpened: random logits are nearly uniform, and would give a wrong target almost the right loss.
+    """
+
+    def make(seed: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"model-{seed}")
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        with torch.no_grad():
+            model.lm_head.weight.mul_(8)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(make_checkpoint: Callable[[int], Path]) -> Path:
+    """A base checkpoint."""
+    return make_checkpoint(0)
+
+
+@pytest.fixture(scope="session")
+def reference_folder(make_checkpoint: Callable[[int], Path]) -> Path:
+    """Another model with the same tokenizer, to score against."""
+    return make_checkpoint(1)
