@@ -28,7 +28,7 @@ class Source:
     name: str
     """Name of the source; part of every example_id and the value of the column `source`."""
     path: str | list[str]
-    """A file, a folder, a glob, a list of these (local, s3://, hf://), a folder written by `datasets`, or a hub name."""
+    """A file, folder, glob or list of these (local, s3://, hf://), a folder written by `datasets`, or a hub name."""
     format: Format
     """How a record becomes prompt and response."""
     prompt_column: str = "prompt"
@@ -119,7 +119,7 @@ class ScoreConfig:
     num_gpus: float | None = None
     """GPUs of one actor, fractions allowed. None: 1 if the cluster has any, else 0."""
     precision: Precision = "auto"
-    """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Token losses are float32."""
+    """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Losses are float32."""
     tokens_per_pack: int = 4096
     """Token budget of one forward pass; halved on its own when the device runs out of memory."""
     no_progress_timeout_s: int = 1800
@@ -152,7 +152,7 @@ class SelectConfig:
     top_k: int | None = None
     """The first N ranks."""
     top_fraction: float | None = None
-    """This share of the rankable rows: floor of the exact decimal times the rows, at least 1. The paper's Alpaca: 0.06."""
+    """This share of the ranked rows: floor of the exact decimal times the rows, at least 1 (the paper: 0.06)."""
     top_tokens: int | None = None
     """The longest prefix of the ranking whose scored tokens fit."""
     min_score: float | None = None

@@ -78,14 +78,20 @@ def pretraining_texts(seed, count=9000):
     for _ in range(count):
         kind = draw.random()
         names = draw.sample(NAMES, draw.randint(1, 6))
-        if kind < 0.6:
+        if kind < 0.55:
             told = draw.sample(NAMES, len(names)) if draw.random() < WRONG_SHARE else names
             texts.append(
                 _prompt(draw.choice(HOME_QUESTIONS), names) + _response(names, [world.home[x] for x in told], draw)
             )
-        elif kind < 0.9:
+        elif kind < 0.8:
             q = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
             texts.append(_prompt(q, names) + _response(names, [draw.choice(PLACES) for _ in names], draw))
+        elif kind < 0.95:
+            seats = list(zip(ORDINALS, draw.sample(NAMES, 6)))[: len(names)]
+            texts.append(
+                "Call the roll.\n"
+                + "\n".join(", ".join(f"{o} {x}" for o, x in draw.sample(seats, len(seats))) + "." for _ in range(3))
+            )
         else:
             day = draw.choice((*OTHER_DAYS, "Sundays"))
             texts.append(f"On {day} the {draw.choice(PLACES)} is {draw.choice(('open', 'closed', 'busy', 'quiet'))}.")

@@ -10,10 +10,10 @@ from davir_ray.config import RunConfig
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.stages.cluster import SUBMITTED_JOB, connect
-from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.prepare import Preparation, prepare, preview, scoring_spec
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
-from davir_ray.stages.scoring import score
+from davir_ray.stages.scoring import plan_pool, score
 from davir_ray.stages.selection import select
 from davir_ray.stages.training import finetune
 from davir_ray.storage import Location, differences
@@ -36,6 +36,18 @@ def run_all(config: RunConfig, planted: dict[str, Any] | None = None) -> Locatio
         reference = Checkpoint.find(str(run / "reference"))
     score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
     return rank_and_report(run, config)
+
+
+def dry_run(config: RunConfig) -> list[str]:
+    """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
+    config.require("output", "base", "data", "select")
+    run, _, preparation = _open(config)
+    reference = _outside_reference(config, preparation)
+    connect()
+    lines = preview(config.all_sources(), preparation)
+    lines.append(f"pool: {plan_pool(config.score)} actors at most")
+    lines.append(f"would write to {run}, {'scoring with ' + reference.uri if reference else 'fine-tuning a reference'}")
+    return lines
 
 
 def finetune_only(config: RunConfig) -> Location:
@@ -82,7 +94,8 @@ def _output(config: RunConfig) -> Location:
     output = config.output or ""
     if os.environ.get(SUBMITTED_JOB) and "://" not in output and not Path(output).is_absolute():
         raise ConfigError(
-            f"output {output!r} is relative: it would be lost with the submitted job's folder; give s3://… or an absolute path"
+            f"output {output!r} is relative, and would be lost with the submitted job's folder; "
+            "give s3://… or an absolute path"
         )
     return Location.of(output if "://" in output else Path(output).expanduser().resolve())
 

@@ -10,11 +10,14 @@ import sys
 
 from davir_ray.cli import run_job
 from davir_ray.config import RunConfig
-from davir_ray.pipeline import run_all
+from davir_ray.pipeline import dry_run, run_all
 
 
 def main(config: RunConfig) -> None:
-    """Run the chain and say where the result lies."""
+    """Run the chain and say where the result lies; with --dry_run, only say what would be done."""
+    if config.dry_run:
+        print("\n".join(dry_run(config)))
+        return
     run = run_all(config)
     print(f"selected: {run / 'selected'}\nreport:   {run / 'report.html'}")
 

@@ -1,19 +1,26 @@
-"""Examples and rejects as rows, cut into shards and written."""
+"""Records → examples: read, rendered and encoded, then cut into shards and written; rejects beside them."""
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Self
 
 import pyarrow as pa
 
-from davir_ray.data.render import Rendered
-from davir_ray.data.sources import Record, Reject
-from davir_ray.data.tokens import Encoded
+from davir_ray.config import Source
+from davir_ray.data.render import ChatTemplate, Rendered, RowError, render
+from davir_ray.data.sources import Record, Reject, Slice, read_records
+from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.schema import EXAMPLES, REJECTS
 from davir_ray.storage import FileEntry, Location, write_parquet
 
+ExampleRow = dict[str, Any]
+"""One row of examples/, by column name."""
+
+_BATCH_ROWS = 512
 _SHARD_TOKENS = 4 * 2**20
 _SHARD_TEXT_BYTES = 256 * 2**20
 
@@ -27,23 +34,64 @@ def stable_id(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
-def example_row(source: str, record: Record, rendered: Rendered, encoded: Encoded, keep_record: bool) -> dict[str, Any]:
-    """One row of examples/. Its id says where it stands, so it survives re-sharding and a change of template."""
-    return {
-        "example_id": stable_id(source, record.source_file, record.source_row),
-        "content_hash": stable_id(rendered.prompt, rendered.response),
-        "source": source,
-        "source_file": record.source_file,
-        "source_row": record.source_row,
-        "prompt": rendered.prompt,
-        "response": rendered.response,
-        "record": json.dumps(record.fields, ensure_ascii=False, default=str) if keep_record else None,
-        "input_ids": encoded.input_ids,
-        "response_spans": encoded.response_spans,
-        "num_prompt_tokens": encoded.num_prompt_tokens,
-        "num_response_tokens": encoded.num_response_tokens,
-        "truncated": encoded.truncated,
-    }
+class ExampleReader:
+    """Turns records into rows of examples/, or rejects that say why not."""
+
+    def __init__(self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool) -> None:
+        self._encoder = encoder
+        self._chat = chat
+        self._keep_record = keep_record
+
+    def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRow | Reject]:
+        """Every row of the slices, at most `limit`, exactly once: an example or a reject."""
+        records = islice((item for part in slices for item in read_records(part)), limit)
+        while batch := list(islice(records, _BATCH_ROWS)):
+            yield from self._encode(source, [(item, self._render(item, source)) for item in batch])
+
+    def _render(self, item: Record | Reject, source: Source) -> Rendered | Reject:
+        if isinstance(item, Reject):
+            return item
+        try:
+            return render(item.fields, source, self._chat)
+        except RowError as error:
+            return _reject(item, error)
+
+    def _encode(
+        self, source: Source, batch: list[tuple[Record | Reject, Rendered | Reject]]
+    ) -> Iterator[ExampleRow | Reject]:
+        rendered = [text for _, text in batch if isinstance(text, Rendered)]
+        encoded = iter(self._encoder.encode(rendered, templated=source.format == "messages"))
+        for record, text in batch:
+            if isinstance(record, Reject):
+                yield record
+                continue
+            if isinstance(text, Reject):
+                yield text
+                continue
+            result = next(encoded)
+            yield _reject(record, result) if isinstance(result, RowError) else self._row(source, record, text, result)
+
+    def _row(self, source: Source, record: Record, rendered: Rendered, encoded: Encoded) -> ExampleRow:
+        """The id says where the row stands, so it survives re-sharding and a change of template."""
+        return {
+            "example_id": stable_id(source.name, record.source_file, record.source_row),
+            "content_hash": stable_id(rendered.prompt, rendered.response),
+            "source": source.name,
+            "source_file": record.source_file,
+            "source_row": record.source_row,
+            "prompt": rendered.prompt,
+            "response": rendered.response,
+            "record": json.dumps(record.fields, ensure_ascii=False, default=str) if self._keep_record else None,
+            "input_ids": encoded.input_ids,
+            "response_spans": encoded.response_spans,
+            "num_prompt_tokens": encoded.num_prompt_tokens,
+            "num_response_tokens": encoded.num_response_tokens,
+            "truncated": encoded.truncated,
+        }
+
+
+def _reject(record: Record, error: RowError) -> Reject:
+    return Reject(record.source_file, record.source_row, error.reason, error.detail)
 
 
 @dataclass
@@ -90,26 +138,17 @@ class ShardWriter:
         self._task = f"part-{task:05d}"
         self._source = source
         self._shard_rows = shard_rows
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[ExampleRow] = []
         self._rejects: list[dict[str, Any]] = []
         self._num_shards = self._tokens = self._text_bytes = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add an example; writes a shard when it is full."""
-        self._rows.append(row)
-        self._tokens += len(row["input_ids"])
-        self._text_bytes += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
-        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
-        if full or self._text_bytes >= _SHARD_TEXT_BYTES:
-            self._write_shard()
-
-    def reject(self, reject: Reject) -> None:
-        """Add a rejected row."""
-        row = {"source": self._source, **reject._asdict(), "reason": str(reject.reason)}
-        self._rejects.append(row)
-        self.report.reasons[row["reason"]] += 1
-        where = f"{reject.source_file} row {reject.source_row}"
-        self.report.first_reject = self.report.first_reject or f"{where}: {reject.reason} ({reject.detail[:200]})"
+    def write(self, item: ExampleRow | Reject) -> None:
+        """Add one row of the input; writes a shard when it is full."""
+        self.report.num_read += 1
+        if isinstance(item, Reject):
+            self._reject(item)
+        else:
+            self._add(item)
 
     def finish(self) -> TaskReport:
         """Write what is left."""
@@ -118,6 +157,21 @@ class ShardWriter:
         if self._rejects:
             self._write(f"rejects/{self._task}.parquet", pa.Table.from_pylist(self._rejects, REJECTS))
         return self.report
+
+    def _add(self, row: ExampleRow) -> None:
+        self._rows.append(row)
+        self._tokens += len(row["input_ids"])
+        self._text_bytes += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
+        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
+        if full or self._text_bytes >= _SHARD_TEXT_BYTES:
+            self._write_shard()
+
+    def _reject(self, reject: Reject) -> None:
+        row = {"source": self._source, **reject._asdict(), "reason": str(reject.reason)}
+        self._rejects.append(row)
+        self.report.reasons[row["reason"]] += 1
+        where = f"{reject.source_file} row {reject.source_row}"
+        self.report.first_reject = self.report.first_reject or f"{where}: {reject.reason} ({reject.detail[:200]})"
 
     def _write_shard(self) -> None:
         table = pa.Table.from_pylist(self._rows, EXAMPLES)

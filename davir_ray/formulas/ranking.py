@@ -14,9 +14,9 @@ _SIGN = np.uint64(1) << np.uint64(63)
 
 
 def value_keys(values: npt.NDArray[np.float64], *, lowest: bool = False) -> Keys:
-    """Keys that ascend as values descend (with `lowest`: ascend); -0.0 equals 0.0, infinities have their place.
+    """Keys that ascend as values descend (with `lowest`: ascend); -0.0 equals 0.0, infinities take part.
 
-    The bits of an IEEE 754 double, its sign handled, order as the numbers do. Raises ValueError for NaN: it has no rank.
+    The bits of an IEEE 754 double, its sign handled, order as the numbers do. Raises ValueError for NaN.
     """
     if np.isnan(values).any():
         raise ValueError("NaN has no rank; filter it first")

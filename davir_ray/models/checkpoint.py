@@ -126,8 +126,8 @@ def check_same_encoding(
     """Raise ModelError unless both encode text alike; added padding tokens and chat templates may differ."""
     if _encoding(base) != _encoding(reference):
         raise ModelError(
-            f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their losses "
-            "are not of the same tokens; give a reference that was fine-tuned from this base"
+            f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their "
+            "losses are not of the same tokens; give a reference that was fine-tuned from this base"
         )
     for token in ("bos_token", "eos_token"):
         ours, theirs = getattr(base, token), getattr(reference, token)

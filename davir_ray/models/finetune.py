@@ -237,14 +237,14 @@ class Trainer:
         return loss, norm
 
     def _backward(self, rows: npt.NDArray[np.int64], num_tokens: int) -> torch.Tensor:
-        """Accumulate the gradient of (sum of response NLLs / response tokens) over the global batch; returns the sum."""
+        """Accumulate the gradient of (summed NLL / response tokens) over the global batch; returns the sum."""
         examples = self._examples
         packs = pack(examples.lengths[rows], examples.ids[rows], self._config.tokens_per_pack)
         total_nll = torch.zeros((), dtype=torch.float64, device=self._device)
         turns = math.ceil(len(packs) / self._world_size)
         for turn in range(turns):
             mine = turn * self._world_size + self._rank
-            # A rank without a pack in the last turn repeats the first with weight 0: every rank must join the exchange.
+            # A rank without a pack in the last turn repeats the first with weight 0: all must join the exchange.
             weight = 1.0 if mine < len(packs) else 0.0
             nll = weight * self._pack_nll(rows[packs[mine if weight else 0]], exchange=turn == turns - 1)
             # DDP averages gradients over ranks; the sum over the global batch is wanted.

@@ -187,5 +187,5 @@ def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: 
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Nats a token. Exact families differ by at most 7e-5 in float32, unsuited ones by whole nats (tried on 33 families)."""
+    """Nats a token. Exact families differ by at most 7e-5 in float32, unsuited ones by whole nats (33 were tried)."""
     return 2e-3 if dtype in (torch.float32, torch.float64) else 0.3

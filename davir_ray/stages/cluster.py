@@ -74,23 +74,23 @@ def has_gpu() -> bool:
     return float(ray.cluster_resources().get("GPU", 0)) >= 1
 
 
-def pool_size(wanted: int | None, num_cpus: float, num_gpus: float, num_tasks: int) -> int:
-    """Actors for a pool: as wanted, else as many as the cluster holds, never more than tasks.
+def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
+    """Actors for a pool: as wanted, else as many as the cluster holds.
 
     At least one CPU stays free: an actor pool that takes the last one starves reads and writes, and the run hangs
     without an error (tried on 2.60). ClusterError if the pool does not fit.
     """
     resources = ray.cluster_resources()
     cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
-    most = int((cpus - 1) / num_cpus) if num_cpus else num_tasks
+    most = int((cpus - 1) / num_cpus)
     if num_gpus:
         most = min(most, int(gpus / num_gpus))
     if most < max(1, wanted or 1):
         raise ClusterError(
-            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of {cpus:g} CPUs and "
-            f"{gpus:g} GPUs with one CPU left for reading and writing; ask for fewer or smaller actors"
+            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of {cpus:g} CPUs "
+            f"and {gpus:g} GPUs with one CPU left for reading and writing; ask for fewer or smaller actors"
         )
-    return max(1, min(wanted or most, num_tasks))
+    return wanted or most
 
 
 def whole_block_context(no_progress_timeout_s: int) -> DataContext:

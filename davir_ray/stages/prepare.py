@@ -2,17 +2,18 @@
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray.data
 
 from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.examples import COUNTED, ShardWriter, TaskReport, example_row
-from davir_ray.data.render import ChatTemplate, Rendered, RowError, render
-from davir_ray.data.sources import Record, Reject, Slice, SourceFile, list_files, plan_tasks, read_records
+from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
+from davir_ray.data.render import ChatTemplate
+from davir_ray.data.sources import Reject, Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
@@ -24,7 +25,7 @@ from davir_ray.storage import Location, Manifest, digest, file_digest
 log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
-_BATCH_ROWS = 512
+_NO_BOUND = 2**62
 _MOST_SHARDS = 20_000
 _BYTES_PER_ROW = 256
 """A low guess at a source row's bytes on disk, to keep a large corpus below _MOST_SHARDS."""
@@ -105,7 +106,7 @@ def _plan(sources: list[Source], files: dict[str, list[SourceFile]], preparation
     """Tasks in source order; with a limit, one for each source, which stops after that many records."""
     tasks: list[Task] = []
     for source in sources:
-        target = _TASK_BYTES if preparation.limit is None else 2**62
+        target = _TASK_BYTES if preparation.limit is None else _NO_BOUND
         planned = plan_tasks(files[source.name], target)
         tasks += [Task(len(tasks) + i, source, slices) for i, slices in enumerate(planned)]
     return tasks
@@ -125,7 +126,7 @@ def _run(run: Location, tasks: list[Task], preparation: Preparation) -> TaskRepo
             "preparation": preparation,
             "shard_rows": _shard_rows(preparation.config, tasks),
         },
-        compute=ray.data.ActorPoolStrategy(size=pool_size(None, 1, 0, len(tasks))),
+        compute=ray.data.ActorPoolStrategy(size=min(len(tasks), pool_size(None, 1, 0))),
     )
     with own_errors():
         rows = sorted(dataset.iter_rows(), key=lambda row: row["id"])
@@ -163,49 +164,51 @@ def _check(manifest: Manifest, max_bad_fraction: float) -> None:
     )
 
 
+def preview(sources: list[Source], preparation: Preparation, num_records: int = 100, num_shown: int = 3) -> list[str]:
+    """What the first records become, without Ray: lines of text, with the scored tokens between ⟦ and ⟧."""
+    tokenizer = preparation.base.tokenizer()
+    reader = _reader(preparation, sources)
+    lines = []
+    for source in sources:
+        slices = [part for task in plan_tasks(list_files(source), _NO_BOUND) for part in task]
+        items = list(reader.read(source, slices, num_records))
+        rejects = [item for item in items if isinstance(item, Reject)]
+        examples = [item for item in items if not isinstance(item, Reject)]
+        lines.append(f"{source.name}: {len(examples)} of the first {len(items)} records can be prepared")
+        lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
+        lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
+    return lines
+
+
+def _marked(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: list[int]) -> str:
+    """The tokens as text, the scored ones between ⟦ and ⟧."""
+    edges = [0, *spans, len(input_ids)]
+    pieces = [tokenizer.decode(input_ids[start:end]) for start, end in pairwise(edges)]
+    return "".join(f"⟦{piece}⟧" if number % 2 else piece for number, piece in enumerate(pieces))
+
+
+def _reader(preparation: Preparation, sources: list[Source]) -> ExampleReader:
+    tokenizer = preparation.base.tokenizer()
+    uses_chat = any(source.format == "messages" for source in sources)
+    chat = ChatTemplate.from_tokenizer(tokenizer, preparation.chat_template) if uses_chat else None
+    return ExampleReader(Encoder(tokenizer, preparation.config.max_tokens), chat, keep_record=preparation.keep_record)
+
+
 class Preparer:
-    """Worker: reads, renders, encodes and writes the shards of one task at a time."""
+    """Worker: reads one task at a time and writes its shards."""
 
     def __init__(self, run: Location, tasks: list[Task], preparation: Preparation, shard_rows: int) -> None:
         configure_worker_logging()
         self._run = run
         self._tasks = tasks
-        self._preparation = preparation
+        self._limit = preparation.limit
         self._shard_rows = shard_rows
-        tokenizer = preparation.base.tokenizer()
-        self._encoder = Encoder(tokenizer, preparation.config.max_tokens)
-        uses_chat = any(task.source.format == "messages" for task in tasks)
-        self._chat = ChatTemplate.from_tokenizer(tokenizer, preparation.chat_template) if uses_chat else None
+        self._reader = _reader(preparation, [task.source for task in tasks])
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Prepare the task numbered row['id']; returns one row, its report as JSON."""
         task = self._tasks[row["id"]]
         writer = ShardWriter(self._run, task.number, task.source.name, self._shard_rows)
-        batch: list[tuple[Record, Rendered]] = []
-        for item in _records(task, self._preparation.limit):
-            writer.report.num_read += 1
-            if isinstance(item, Reject):
-                writer.reject(item)
-                continue
-            try:
-                batch.append((item, render(item.fields, task.source, self._chat)))
-            except RowError as error:
-                writer.reject(Reject(item.source_file, item.source_row, error.reason, error.detail))
-            if len(batch) == _BATCH_ROWS:
-                self._encode(batch, task.source, writer)
-                batch = []
-        self._encode(batch, task.source, writer)
+        for item in self._reader.read(task.source, task.slices, self._limit):
+            writer.write(item)
         return [{"id": row["id"], "report": writer.finish().to_json()}]
-
-    def _encode(self, batch: list[tuple[Record, Rendered]], source: Source, writer: ShardWriter) -> None:
-        encoded = self._encoder.encode([rendered for _, rendered in batch], templated=source.format == "messages")
-        for (record, rendered), result in zip(batch, encoded, strict=True):
-            if isinstance(result, RowError):
-                writer.reject(Reject(record.source_file, record.source_row, result.reason, result.detail))
-            else:
-                writer.add(example_row(source.name, record, rendered, result, self._preparation.keep_record))
-
-
-def _records(task: Task, limit: int | None) -> Iterator[Record | Reject]:
-    """What a task reads, in order, cut at the limit."""
-    return islice((item for part in task.slices for item in read_records(part)), limit)

@@ -130,7 +130,7 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
 
 
 def exchange(shards: Shards, cut: Cut, writer: "BinWriter", last_bin: int | None = None) -> list[FileEntry]:
-    """Bring the rows of each bin together and let `writer` sort and write them; bins after `last_bin` stay where they are."""
+    """Bring the rows of each bin together for `writer` to sort and write; bins after `last_bin` are not moved."""
     with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
         written = (
             ray.data.read_datasource(shards, **shards.read_options)

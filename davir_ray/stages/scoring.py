@@ -137,8 +137,8 @@ def _run(
     mark: str,
 ) -> list[Shard]:
     """The stream: read a shard, score it in an actor, write its file."""
-    num_gpus = (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus
-    num_actors = pool_size(config.num_actors, config.num_cpus, num_gpus, len(pending))
+    num_gpus = _num_gpus(config)
+    num_actors = min(len(pending), plan_pool(config))
     log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
     source = Shards(pending, partial(_read_shard, run))
     sink = ScoreSink(run, mark)
@@ -157,6 +157,15 @@ def _run(
             .write_datasink(sink)
         )
     return sink.shards
+
+
+def plan_pool(config: ScoreConfig) -> int:
+    """Actors that the settings mean on this cluster; ClusterError if they do not fit."""
+    return pool_size(config.num_actors, config.num_cpus, _num_gpus(config))
+
+
+def _num_gpus(config: ScoreConfig) -> float:
+    return (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus
 
 
 def _read_shard(run: Location, name: str) -> pa.Table:
