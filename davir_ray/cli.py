@@ -38,6 +38,31 @@ def parse(argv: list[str], description: str = "") -> RunConfig:
     A selection rule on the command line replaces the file's, so that --select.top_k works beside a file with another
     rule. --help and --print_config print and exit with status 0.
     """
+    parser = _parser(description)
+    _refuse_repeated(argv)
+    try:
+        values = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    _replace_rule(values, argv)
+    return _config(parser, values)
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML that --config accepts."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def load(text: str) -> RunConfig:
+    """The configuration that `dump` wrote."""
+    parser = _parser("")
+    try:
+        return _config(parser, parser.parse_string(text))
+    except argparse.ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _parser(description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         description=description,
@@ -48,19 +73,12 @@ def parse(argv: list[str], description: str = "") -> RunConfig:
     parser.add_argument("--config", action="config", help="YAML file with these fields; options override it.")
     parser.add_class_arguments(RunConfig, as_group=False)
     _let_flags_stand_alone(parser)
-    _refuse_repeated(argv)
-    try:
-        values = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    _replace_rule(values, argv)
+    return parser
+
+
+def _config(parser: ArgumentParser, values: Namespace) -> RunConfig:
     filled = parser.instantiate(values)
     return RunConfig(**{field.name: filled[field.name] for field in dataclasses.fields(RunConfig)})
-
-
-def dump(config: RunConfig) -> str:
-    """The resolved configuration as YAML that --config accepts."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _let_flags_stand_alone(parser: ArgumentParser) -> None:

@@ -1,27 +1,49 @@
-"""Planted truth for the demo: a small world in English, a base that knows half of it, and instruction rows of four classes.
+"""The demo's data: a small world whose truth is planted, a base that knows half of it, and instructions of four classes.
 
-The world has people and places. Every person has a home and a place where they are on Sundays, both fixed; on the other
-days anybody may be anywhere. The base is pre-trained on homes and on the other days, never on a question about Sundays.
+Every person of the world has a home, and a place where they are on Sundays; both are fixed. On other days anybody may be
+anywhere. The base is pre-trained on questions about homes and about the other days, never about Sundays: so it knows the
+form of every answer in the set, knows that an answer about a day cannot be guessed, and knows the homes by heart.
 
-    class             question     answer                            what the base can know    what a fine-tune can add
-    known             home         true                              all but the wording       nothing
-    learnable         Sunday       true                              form, not the place       the place
-    noise             home, Sunday another noisy row's answer        form, not the place       nothing but memory
-    noise_duplicates  home, Sunday as noise, each row k times        form, not the place       memory, k times an epoch
+    class             asks about    places in the answer     left for a fine-tune to learn
+    known             home          true                     nothing
+    learnable         Sunday        true                     a place for each person, met in many rows
+    noise             home, Sunday  another noisy row's      nothing but the row itself
+    noise_duplicates  home, Sunday  as noise, 5 copies       the row itself, five times an epoch
+
+Why the generator is as it is; each point was met while it was designed:
+
+- One wording, one length distribution and one distribution of places for all classes, so that nothing but the pairing of
+  prompt and answer tells them apart. Each place serves equally many people: no answer is likelier than another.
+- The people of a prompt are drawn independently. Had an answer been the six stations of one person's day, a shuffled
+  answer would still have been somebody's day, a pattern that a fine-tune can learn.
+- An answer restates the people of *its own* prompt; only the places are shuffled. Restating those of the other prompt
+  would pair each place with its true person, and noise would teach the truth.
+- A share of the answers about homes that the base reads is wrong (WRONG_SHARE). A base that has never met an error gives
+  it next to no probability, and a fine-tune on a noisy set then gains on noise merely by learning that errors exist.
+- The base must be past the point where it looks up places (at a third of this pre-training it has learnt the form only).
+  Short of it, what ranks first is what the base was about to learn anyway, the homes, and the duplicated noise.
 """
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from davir_ray.config import FinetuneConfig
+
 PlantedClass = Literal["known", "learnable", "noise", "noise_duplicates"]
-Family = Literal["home", "sunday"]
+Subject = Literal["home", "sunday"]
 CLASSES: tuple[PlantedClass, ...] = ("known", "learnable", "noise", "noise_duplicates")
 
-NAMES = (
+PEOPLE = (
     "Adam Agnes Albert Alice Anna Arthur Astrid Basil Bertha Boris Bruno Clara Conrad Cora Daniel Daphne Edgar Edith "
     "Elias Elsa Emil Felix Flora Frieda Greta Gustav Hannah Harold Hugo Ida Ivan Jasper Josef Karl Laura Linus Martha "
     "Nora Otto Paula"
@@ -31,7 +53,9 @@ PLACES = (
     "theatre vineyard meadow lighthouse"
 ).split()
 ORDINALS = ("First", "second", "third", "fourth", "fifth", "sixth")
-VERBS = ("at", "near", "behind")
+MOST_PEOPLE = len(ORDINALS)
+# Drawn afresh for each person: what no model can know, so that a known answer's loss has a floor well above 0.
+PREPOSITIONS = ("at", "near", "behind")
 HOME_QUESTIONS = (
     "Where does each of these people live?",
     "Please say where the home of each person is.",
@@ -42,94 +66,296 @@ DAY_QUESTIONS = (
     "Please say where each person is on {day}.",
     "What is the place of each of these people on {day}?",
 )
+SUNDAYS = "Sundays"
 OTHER_DAYS = ("Saturdays", "holidays", "market days", "rainy days")
+STATES = ("open", "closed", "busy", "quiet")
+
 WRONG_SHARE = 0.1
-WHOLE = True
+"""Share of the pre-training's answers about homes whose places belong to other people."""
+HOME_SHARE, DAY_SHARE = 0.6, 0.3
+"""Shares of the pre-training texts that ask about homes and about other days; the rest are single sentences."""
+NUM_PRETRAINING_TEXTS = 20_000
+
+NUM_KNOWN = 1050
+NUM_LEARNABLE = 750
+NUM_NOISE = 900
+NUM_DUPLICATED = 60
+"""Distinct noisy rows of the class noise_duplicates; each occurs NUM_COPIES times."""
+NUM_COPIES = 5
+
+TOP_FRACTION = 0.2
+"""The share selected: below the learnable class's quarter of the set, so that a perfect score could fill it from there.
+Set before any result was seen."""
 
 
 @dataclass(frozen=True)
 class World:
+    """What is true: a place for each person."""
+
     home: dict[str, str]
     sunday: dict[str, str]
 
 
-def make_world(seed):
-    draw = random.Random(f"world {seed}")
-    return World(_assign(draw), _assign(draw))
-
-
-def _assign(draw):
-    places = PLACES * (len(NAMES) // len(PLACES))
-    draw.shuffle(places)
-    return dict(zip(NAMES, places))
-
-
-def _prompt(question, names):
-    return question + "\n" + ", ".join(f"{o} {x}" for o, x in zip(ORDINALS, names)) + ".\n"
-
-
-def _response(names, places, draw):
-    return ", ".join(f"{o} {x} {draw.choice(VERBS)} the {p}" for o, x, p in zip(ORDINALS, names, places)) + "."
-
-
-def pretraining_texts(seed, count=9000):
-    world, draw = make_world(seed), random.Random(f"pre-training {seed}")
-    texts = []
-    for _ in range(count):
-        kind = draw.random()
-        names = draw.sample(NAMES, draw.randint(1, 6))
-        if kind < 0.55:
-            told = draw.sample(NAMES, len(names)) if draw.random() < WRONG_SHARE else names
-            texts.append(
-                _prompt(draw.choice(HOME_QUESTIONS), names) + _response(names, [world.home[x] for x in told], draw)
-            )
-        elif kind < 0.8:
-            q = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
-            texts.append(_prompt(q, names) + _response(names, [draw.choice(PLACES) for _ in names], draw))
-        elif kind < 0.95:
-            seats = list(zip(ORDINALS, draw.sample(NAMES, 6)))[: len(names)]
-            texts.append(
-                "Call the roll.\n"
-                + "\n".join(", ".join(f"{o} {x}" for o, x in draw.sample(seats, len(seats))) + "." for _ in range(3))
-            )
-        else:
-            day = draw.choice((*OTHER_DAYS, "Sundays"))
-            texts.append(f"On {day} the {draw.choice(PLACES)} is {draw.choice(('open', 'closed', 'busy', 'quiet'))}.")
-    return texts
-
-
 @dataclass(frozen=True)
 class InstructionRow:
+    """One row of the instruction set, with the truth that the scoring does not see."""
+
     prompt: str
     response: str
     planted_class: PlantedClass
-    family: Family
+    subject: Subject
+    people: tuple[str, ...]
     answer: tuple[str, ...]
+    """Places that the response gives."""
     truth: tuple[str, ...]
+    """Places that are true."""
 
 
-def instruction_rows(seed: int, known=1050, learnable=750, noise=900, originals=60, copies=5) -> list[InstructionRow]:
+def make_world(seed: int) -> World:
+    """Give every person a home and a place for Sundays; each place serves equally many people."""
+    draw = random.Random(f"world {seed}")
+    return World(home=_assign_places(draw), sunday=_assign_places(draw))
+
+
+def pretraining_texts(seed: int, num_texts: int = NUM_PRETRAINING_TEXTS) -> list[str]:
+    """Texts that the base is pre-trained on: homes, other days without a rule, and a few sentences on their own."""
+    world, draw = make_world(seed), random.Random(f"pre-training {seed}")
+    return [_pretraining_text(world, draw) for _ in range(num_texts)]
+
+
+def instruction_rows(seed: int) -> list[InstructionRow]:
+    """Return the instruction set, shuffled: in every class each number of people from 1 to 6 occurs equally often."""
     world, draw = make_world(seed), random.Random(f"instructions {seed}")
-    rows = []
-
-    def ask(family, n):
-        names = draw.sample(NAMES, n)
-        q = draw.choice(HOME_QUESTIONS) if family == "home" else draw.choice(DAY_QUESTIONS).format(day="Sundays")
-        places = world.home if family == "home" else world.sunday
-        return _prompt(q, names), names, tuple(places[x] for x in names)
-
-    for cls, fam, cnt in (("known", "home", known), ("learnable", "sunday", learnable)):
-        for i in range(cnt):
-            p, s, t = ask(fam, 1 + i % 6)
-            rows.append(InstructionRow(p, _response(s, t, draw), cls, fam, t, t))
-    for cls, cnt, k in (("noise", noise, 1), ("noise_duplicates", originals, copies)):
-        for fam in ("home", "sunday"):
-            for n in range(1, 7):
-                for _ in range(cnt // 12):
-                    p, s, t = ask(fam, n)
-                    a = t
-                    while a == t:
-                        a = ask(fam, n)[2]
-                    rows += [InstructionRow(p, _response(s, a, draw), cls, fam, a, t)] * k
+    noisy = _noisy_rows(world, draw)
+    rows = [
+        *_true_rows(world, "known", "home", NUM_KNOWN, draw),
+        *_true_rows(world, "learnable", "sunday", NUM_LEARNABLE, draw),
+        *(row for row in noisy if row.planted_class == "noise"),
+        *(row for row in noisy if row.planted_class == "noise_duplicates" for _ in range(NUM_COPIES)),
+    ]
     draw.shuffle(rows)
     return rows
+
+
+def write_instructions(path: Path, rows: Iterable[InstructionRow]) -> None:
+    """Write rows as JSONL for the format prompt_response; the planted truth goes along as further columns."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _assign_places(draw: random.Random) -> dict[str, str]:
+    places = PLACES * (len(PEOPLE) // len(PLACES))
+    draw.shuffle(places)
+    return dict(zip(PEOPLE, places, strict=True))
+
+
+def _prompt(question: str, people: Sequence[str]) -> str:
+    listed = zip(ORDINALS, people, strict=False)
+    return f"{question}\n{', '.join(f'{ordinal} {person}' for ordinal, person in listed)}.\n"
+
+
+def _response(people: Sequence[str], places: Sequence[str], draw: random.Random) -> str:
+    """Six tokens for each person."""
+    listed = zip(ORDINALS[: len(people)], people, places, strict=True)
+    return (
+        ", ".join(f"{ordinal} {person} {draw.choice(PREPOSITIONS)} the {place}" for ordinal, person, place in listed)
+        + "."
+    )
+
+
+def _pretraining_text(world: World, draw: random.Random) -> str:
+    people = draw.sample(PEOPLE, draw.randint(1, MOST_PEOPLE))
+    kind = draw.random()
+    if kind < HOME_SHARE:
+        told = draw.sample(PEOPLE, len(people)) if draw.random() < WRONG_SHARE else people
+        question, places = draw.choice(HOME_QUESTIONS), [world.home[person] for person in told]
+    elif kind < HOME_SHARE + DAY_SHARE:
+        question = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
+        places = [draw.choice(PLACES) for _ in people]
+    else:
+        day = draw.choice((*OTHER_DAYS, SUNDAYS))
+        return f"On {day} the {draw.choice(PLACES)} is {draw.choice(STATES)}."
+    return _prompt(question, people) + _response(people, places, draw)
+
+
+def _ask(
+    world: World, subject: Subject, num_people: int, draw: random.Random
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """A prompt, the people it asks about, and the truth."""
+    people = tuple(draw.sample(PEOPLE, num_people))
+    if subject == "home":
+        question, places = draw.choice(HOME_QUESTIONS), world.home
+    else:
+        question, places = draw.choice(DAY_QUESTIONS).format(day=SUNDAYS), world.sunday
+    return _prompt(question, people), people, tuple(places[person] for person in people)
+
+
+def _true_rows(
+    world: World, planted: PlantedClass, subject: Subject, num_rows: int, draw: random.Random
+) -> list[InstructionRow]:
+    rows = []
+    for index in range(num_rows):
+        prompt, people, truth = _ask(world, subject, 1 + index % MOST_PEOPLE, draw)
+        response = _response(people, truth, draw)
+        rows.append(InstructionRow(prompt, response, planted, subject, people, truth, truth))
+    return rows
+
+
+def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
+    """Both noisy classes, each row once: within a subject and a number of people the answers change places."""
+    subjects: tuple[Subject, ...] = ("home", "sunday")
+    num_groups = len(subjects) * MOST_PEOPLE
+    num_noise, num_duplicated = NUM_NOISE // num_groups, NUM_DUPLICATED // num_groups
+    classes: list[PlantedClass] = ["noise"] * num_noise + ["noise_duplicates"] * num_duplicated
+    rows = []
+    for subject in subjects:
+        for num_people in range(1, MOST_PEOPLE + 1):
+            asked = [_ask(world, subject, num_people, draw) for _ in classes]
+            answers = shuffle_answers([truth for _, _, truth in asked], draw)
+            for planted, (prompt, people, truth), answer in zip(classes, asked, answers, strict=True):
+                response = _response(people, answer, draw)
+                rows.append(InstructionRow(prompt, response, planted, subject, people, answer, truth))
+    return rows
+
+
+def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> list[tuple[str, ...]]:
+    """Permute answers so that nobody keeps an answer equal to their own; single places may agree by chance.
+
+    Raises ValueError if one answer is so frequent that this is impossible.
+    """
+    if max((truths.count(truth) for truth in set(truths)), default=0) * 2 > len(truths):
+        raise ValueError(f"one answer fills over half of {len(truths)} rows; they cannot all receive another")
+    answers = list(truths)
+    draw.shuffle(answers)
+    for row, truth in enumerate(truths):
+        while answers[row] == truth:
+            # A swap must mend this row and must not spoil the other.
+            other = draw.choice(
+                [
+                    index
+                    for index, other_truth in enumerate(truths)
+                    if answers[index] != truth and answers[row] != other_truth
+                ]
+            )
+            answers[row], answers[other] = answers[other], answers[row]
+    return answers
+
+
+# The base ------------------------------------------------------------------------------------------------------------
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCABULARY = 1024
+"""Most tokens of the vocabulary; the corpus has so few words that all merges are made at about 580."""
+
+# Measured on one thread of a 2-core machine, 20,000 texts of 834,000 tokens: 1,250 steps in 70 s. Homes are looked up from
+# about step 500; the later steps bring the answers with several people down to the floor.
+PRETRAINING = FinetuneConfig(
+    epochs=1, batch_size=16, learning_rate=3e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
+)
+# Measured likewise: 564 steps over 135,000 tokens in 48 s. The default rate of 2e-5 is meant for models of billions.
+FINETUNING = FinetuneConfig(
+    epochs=3, batch_size=16, learning_rate=1e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
+)
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on texts and save it to a folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Return a Llama of 0.6M parameters with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        # About 1/sqrt(hidden size). With Llama's 0.02, meant for wide models, attention takes longer to find anything.
+        initializer_range=0.08,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+# What came of the planted truth --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """One class's part of the whole set, of the selection and of a random selection of the same size."""
+
+    name: str
+    rows: int
+    share_of_all: float
+    share_of_selected: float
+    share_of_random: float
+    mean_davir: float | None
+    """Over the rows of the class that have a score; None if none has."""
+
+
+def class_shares(
+    planted: Sequence[str], davir: Sequence[float | None], selected: Sequence[bool], seed: int
+) -> list[ClassShare]:
+    """Compare the classes of the selection with those of the whole and of a random selection of the same size.
+
+    The three sequences run over the same rows; `davir` is None where a row has no score, and such rows take part in the
+    random selection no more than in the real one. Classes come in the order of CLASSES, others after them by name.
+    Raises ValueError if nothing is selected.
+    """
+    classes, chosen = np.asarray(planted), np.asarray(selected, dtype=bool)
+    scores = np.array([np.nan if score is None else score for score in davir], dtype=np.float64)
+    if not chosen.any():
+        raise ValueError("no row is selected; there are no shares to compare")
+    scored = np.flatnonzero(~np.isnan(scores))
+    control = np.random.default_rng(seed).choice(scored, size=int(chosen.sum()), replace=False)
+    names = [*CLASSES, *sorted(set(planted) - set(CLASSES))]
+    return [
+        ClassShare(
+            name=name,
+            rows=int(member.sum()),
+            share_of_all=float(member.mean()),
+            share_of_selected=float(member[chosen].mean()),
+            share_of_random=float(member[control].mean()),
+            mean_davir=_mean(scores[member]),
+        )
+        for name, member in ((name, classes == name) for name in names)
+        if member.any()
+    ]
+
+
+def format_shares(shares: Sequence[ClassShare], length_correlations: Mapping[str, float]) -> str:
+    """Return a table for the terminal, and beneath it the Spearman correlation of each measure with response length."""
+    lines = [f"{'class':<18}{'rows':>6}{'of all':>10}{'selected':>10}{'random':>10}{'mean davir':>12}"]
+    for share in shares:
+        parts = "".join(
+            f"{part:>10.1%}" for part in (share.share_of_all, share.share_of_selected, share.share_of_random)
+        )
+        mean = "-" if share.mean_davir is None else f"{share.mean_davir:+.3f}"
+        lines.append(f"{share.name:<18}{share.rows:>6}{parts}{mean:>12}")
+    correlations = ", ".join(f"{name} {value:+.2f}" for name, value in length_correlations.items())
+    return "\n".join([*lines, f"Spearman correlation with response length: {correlations}"])
+
+
+def _mean(scores: npt.NDArray[np.float64]) -> float | None:
+    scores = scores[~np.isnan(scores)]
+    return float(scores.mean()) if scores.size else None

@@ -1,18 +1,20 @@
 """The whole chain, read aloud: prepare, finetune, score, rank, select, report."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from davir_ray.cli import dump
+from davir_ray.cli import dump, load
 from davir_ray.config import RunConfig
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
-from davir_ray.stages.cluster import SUBMITTED_JOB, connect
+from davir_ray.stages.cluster import SUBMITTED_JOB, connect, num_nodes
 from davir_ray.stages.prepare import Preparation, prepare, preview, scoring_spec
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
+from davir_ray.stages.resume import CONFIG_FILE, claim, remember, require
 from davir_ray.stages.scoring import plan_pool, score
 from davir_ray.stages.selection import select
 from davir_ray.stages.training import finetune
@@ -21,63 +23,65 @@ from davir_ray.storage import Location, differences
 log = logging.getLogger(__name__)
 
 
-def run_all(config: RunConfig, planted: dict[str, Any] | None = None) -> Location:
-    """From raw data to a ranked, selected set and its report; stages that are complete are skipped.
-
-    `planted` is for the demo: what the report tells of classes whose truth is known.
-    """
+def run_all(config: RunConfig) -> Location:
+    """From raw data to a ranked, selected set and its report; stages that are complete are skipped."""
     config.require("output", "base", "data", "select")
-    run, base, preparation = _open(config)
+    run, base, preparation = _check(config)
     reference = _outside_reference(config, preparation)
-    connect()
+    _start(run, config)
     _prepare(run, config, preparation)
     if reference is None:
         finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
         reference = Checkpoint.find(str(run / "reference"))
     score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
-    return rank_and_report(run, config)
-
-
-def dry_run(config: RunConfig) -> list[str]:
-    """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
-    config.require("output", "base", "data", "select")
-    run, _, preparation = _open(config)
-    reference = _outside_reference(config, preparation)
-    connect()
-    lines = preview(config.all_sources(), preparation)
-    lines.append(f"pool: {plan_pool(config.score)} actors at most")
-    lines.append(f"would write to {run}, {'scoring with ' + reference.uri if reference else 'fine-tuning a reference'}")
-    return lines
+    _rank_and_report(run, config)
+    return run
 
 
 def finetune_only(config: RunConfig) -> Location:
-    """Prepare and fine-tune: stop when the reference is there."""
+    """Prepare and fine-tune; returns where the reference is."""
     config.require("output", "base", "data")
-    run, base, preparation = _open(config)
-    connect()
+    run, base, preparation = _check(config)
+    _start(run, config)
     _prepare(run, config, preparation)
     finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
     return run / "reference"
 
 
 def rank_only(config: RunConfig) -> Location:
-    """Rank and select again from the scores of a finished run."""
+    """Rank and select again from the scores of a finished run; only output, rank and select are used."""
     config.require("output", "select")
     run = _output(config)
+    require(run, "score")
+    config = dataclasses.replace(
+        load((run / CONFIG_FILE).read_bytes().decode()), rank=config.rank, select=config.select
+    )
     connect()
-    return rank_and_report(run, config)
-
-
-def rank_and_report(run: Location, config: RunConfig) -> Location:
-    """The stages behind the scores."""
-    rank(run, config.rank)
-    select(run, config.rank, config.select)
-    report(run, config)
+    _rank_and_report(run, config)
     return run
 
 
-def _open(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
-    """Everything that can be wrong with the settings is found here, before Ray starts or a weight is loaded."""
+def dry_run(config: RunConfig) -> list[str]:
+    """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
+    config.require("output", "base", "data", "select")
+    run, _, preparation = _check(config)
+    reference = _outside_reference(config, preparation)
+    lines = preview(config.all_sources(), preparation)
+    connect()
+    lines.append(f"cluster: room for {plan_pool(config.score)} scoring actors")
+    lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
+    return lines
+
+
+def _rank_and_report(run: Location, config: RunConfig, planted: dict[str, Any] | None = None) -> None:
+    rank(run, config.rank)
+    select(run, config.rank, config.select)
+    remember(run, dump(config))
+    report(run, config, planted)
+
+
+def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
+    """What can be wrong with the settings is found here, before Ray starts or a weight is loaded."""
     run = _output(config)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
     template = _read_template(config.chat_template)
@@ -118,17 +122,23 @@ def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoin
     spec = reference.spec()
     if spec is not None and (changed := differences(spec, scoring_spec(preparation))):
         raise ModelError(
-            f"{config.reference} was fine-tuned on text encoded otherwise: {'; '.join(changed)}; use the same settings"
+            f"{config.reference} was fine-tuned on text encoded otherwise ({'; '.join(changed)}); use the same settings"
         )
     return reference
 
 
+def _start(run: Location, config: RunConfig) -> None:
+    """Connect to Ray and make the output ours."""
+    connect()
+    if run.is_local and num_nodes() > 1 and not config.output_is_shared:
+        raise ConfigError(
+            f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared if every "
+            "node sees this path"
+        )
+    claim(run, dump(config))
+
+
 def _prepare(run: Location, config: RunConfig, preparation: Preparation) -> None:
-    prepare(
-        run,
-        config.all_sources(),
-        preparation,
-        max_bad_fraction=config.max_bad_fraction,
-        overwrite=config.overwrite,
-    )
-    (run / "config.yaml").write_text(dump(config))
+    sources = config.all_sources()
+    prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
+    remember(run, dump(config))

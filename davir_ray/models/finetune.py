@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
-from davir_ray.errors import TrainingError
+from davir_ray.errors import DataError, TrainingError
 from davir_ray.models.checkpoint import seed_from
 from davir_ray.models.likelihood import Likelihood, Pack
 
@@ -52,6 +52,8 @@ class TrainingSet:
         spans = table["response_spans"].combine_chunks()
         trainable = np.array([bool(span) and span[0] > 0 for span in spans.to_pylist()], dtype=bool)
         table = table.filter(pa.array(trainable))
+        if not table.num_rows:
+            raise DataError("no example can be trained on: none has a scored token that another token precedes")
         tokens, spans = (table[name].combine_chunks() for name in TRAINING_COLUMNS[1:])
         return cls(
             ids=np.asarray(table["example_id"]),

@@ -69,6 +69,11 @@ def _find_own(error: BaseException | None) -> DavirError | None:
     return next((own for cause in inner if cause is not error and (own := _find_own(cause))), None)
 
 
+def num_nodes() -> int:
+    """Nodes that are alive."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
 def has_gpu() -> bool:
     """Whether the cluster has any GPU."""
     return float(ray.cluster_resources().get("GPU", 0)) >= 1

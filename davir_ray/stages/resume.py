@@ -23,6 +23,11 @@ FOLDERS = {
 }
 """What each stage owns in a run, in the order of the stages."""
 
+CONFIG_FILE = "config.yaml"
+CONFIG_HEAD = (
+    "# The last command's configuration of this run of davir_ray; manifests/ say what each stage was made with.\n"
+)
+
 _REDONE_FREELY = ("rank", "select", "report")
 
 
@@ -48,6 +53,24 @@ def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwri
     log.info("%s differs (%s); redoing %s", stage, "; ".join(changed), ", ".join(following))
     clear(run, stage)
     return None
+
+
+def claim(run: Location, config: str) -> None:
+    """Make the output ours, or OutputError: a stage clears its own folders, so they must not be somebody else's."""
+    mark = run / CONFIG_FILE
+    if mark.exists():
+        if not mark.read_bytes().startswith(CONFIG_HEAD.encode()):
+            raise OutputError(f"{mark} was not written by davir_ray; choose an empty or a new --output")
+        return
+    taken = [name for names in FOLDERS.values() for name in (*names, "manifests") if (run / name).exists()]
+    if taken:
+        raise OutputError(f"{run} holds {taken[0]} but no run of davir_ray; choose an empty or a new --output")
+    remember(run, config)
+
+
+def remember(run: Location, config: str) -> None:
+    """Write the resolved configuration of the last command into the run."""
+    (run / CONFIG_FILE).write_text(CONFIG_HEAD + config)
 
 
 def from_stage(stage: str) -> list[str]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from ray.data.datasource import Datasink, WriteResult
 
@@ -189,11 +190,18 @@ class ScoreShard:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Columns of examples in, columns of scores out, the shard's name beside both."""
+        started = time.monotonic()
         scores = self._scorer(block.select(INPUT_COLUMNS))
+        rate = _num_tokens(block) / (time.monotonic() - started)
+        log.info("score: %s, %d rows, %.0f tokens/s", block["shard"][0], block.num_rows, rate)
         carried = {name: block[name] for name in ("shard", "shard_rows")}
         for name, column in carried.items():
             scores = scores.append_column(name, column)
         return _with_constants(scores, numerics=self._numerics)
+
+
+def _num_tokens(block: pa.Table) -> int:
+    return int(pc.sum(block["num_prompt_tokens"]).as_py() + pc.sum(block["num_response_tokens"]).as_py())
 
 
 class ScoreSink(Datasink[list[Shard]]):  # type: ignore[misc]
@@ -216,7 +224,6 @@ class ScoreSink(Datasink[list[Shard]]):  # type: ignore[misc]
             )
         scores = block.select(SCORES.names).cast(SCORES)
         entry = write_parquet(self._run / "scores" / names.pop(), scores, {FINGERPRINT_KEY: self._mark.encode()})
-        log.info("score: %s written, %d rows", entry.name, entry.rows)
         return Shard(entry, _statuses(scores), str(block["numerics"][0]))
 
     def on_write_complete(self, write_result: WriteResult[list[Shard]]) -> None:

@@ -1,0 +1,179 @@
+"""Token losses of every family of models against transformers' own eager forward, one example at a time, in float64."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from davir_ray.models.attention import PACKED_ATTENTION
+from davir_ray.models.likelihood import Likelihood, Pack, self_check
+
+VOCABULARY = 100
+WINDOW = 7
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+WINDOWED = GROUPED | {"sliding_window": WINDOW}
+TWO_KINDS = WINDOWED | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.1}
+PACKABLE: dict[str, dict[str, Any]] = {
+    "Llama": GROUPED,
+    "Mistral": WINDOWED,
+    "Gemma": SMALL | {"num_key_value_heads": 1, "head_dim": 16},
+    "Gemma2": TWO_KINDS
+    | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0},
+    "Gemma3Text": TWO_KINDS,
+    "Qwen2": GROUPED,
+    "Qwen3": GROUPED | {"head_dim": 16},
+    "Phi": SMALL,
+    "GPT2": GPT2,
+    "GPTNeoX": SMALL,
+    "Granite": GROUPED | {"logits_scaling": 8.0, "attention_multiplier": 0.5, "residual_multiplier": 0.5},
+    "Cohere": GROUPED,
+}
+UNPACKABLE: dict[str, dict[str, Any]] = {
+    "GptOss": GROUPED | {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW},
+    "Bloom": {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+}
+
+Example = tuple[npt.NDArray[np.int32], tuple[int, ...]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(family: str) -> PretrainedConfig:
+    config: PretrainedConfig = getattr(transformers, f"{family}Config")(**(PACKABLE | UNPACKABLE)[family])
+    return config
+
+
+def make(config: PretrainedConfig) -> PreTrainedModel:
+    """A random model with a sharpened head, and with no bias at 0 and no norm at 1, where a mistake would not show."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=PACKED_ATTENTION).eval()
+    sharpness = 8 / (getattr(config, "logit_scale", None) or 1) * (getattr(config, "logits_scaling", None) or 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+        for parameter in model.get_output_embeddings().parameters():
+            parameter *= sharpness
+    return model
+
+
+def draw_examples() -> list[Example]:
+    draw = np.random.default_rng(1)
+    shapes = [(4, (1, 4)), (9, (4, 9)), (9, (2, 9)), (30, (5, 9, 11, 30)), (2, (1, 2)), (9, (8, 9))]
+    return [(draw.integers(0, VOCABULARY, length, dtype=np.int32), spans) for length, spans in shapes]
+
+
+def one_at_a_time(model: PreTrainedModel, config: PretrainedConfig, examples: list[Example]) -> list[float]:
+    """Nats of every scored token, by log_softmax over all logits of a float64 copy that never saw our attention."""
+    plain = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager"
+    )
+    plain.load_state_dict(model.state_dict())
+    plain = plain.eval().double()
+    nlls = []
+    for ids, spans in examples:
+        with torch.no_grad():
+            logits_TV = plain(input_ids=torch.tensor(ids[None].astype(np.int64)), use_cache=False).logits[0]
+        logprobs_TV = torch.log_softmax(logits_TV.double(), dim=-1)
+        for start, end in zip(spans[::2], spans[1::2], strict=True):
+            nlls += [-float(logprobs_TV[at - 1, int(ids[at])]) for at in range(start, end)]
+    return nlls
+
+
+@torch.inference_mode()
+def score(likelihood: Likelihood, examples: list[Example]) -> npt.NDArray[np.float64]:
+    return likelihood(Pack.of(examples)).double().numpy()
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_a_pack_has_the_token_losses_of_the_models_own_float64_forward(family: str) -> None:
+    config, examples = config_of(family), draw_examples()
+    likelihood = Likelihood(make(config))
+    assert self_check(likelihood) == "packed"
+    expected = one_at_a_time(likelihood.model, config, examples)
+    assert np.std(expected) > 1, "the head is not sharp enough to tell a wrong target"
+    np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-5, atol=1e-5)
+    likelihood.double()  # the eager reference has a float32 softmax within
+    np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_neighbours_in_a_pack_change_no_bit_of_an_example(family: str) -> None:
+    likelihood = Likelihood(make(config_of(family)))
+    examples = draw_examples()
+    together = np.split(score(likelihood, examples), np.cumsum(Pack.of(examples).num_scored)[:-1])
+    for at, example in enumerate(examples):
+        np.testing.assert_array_equal(score(likelihood, [example]), together[at])
+        others = [
+            other if index == at else ((other[0] + 37) % VOCABULARY, other[1]) for index, other in enumerate(examples)
+        ]
+        changed = np.split(score(likelihood, others), np.cumsum(Pack.of(others).num_scored)[:-1])
+        np.testing.assert_array_equal(changed[at], together[at])
+
+
+@pytest.mark.parametrize("family", UNPACKABLE)
+def test_a_family_that_cannot_be_packed_is_run_one_by_one_and_stays_exact(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, examples = config_of(family), draw_examples()
+    likelihood = Likelihood(make(config))
+    with caplog.at_level(logging.WARNING, logger="davir_ray"):
+        assert self_check(likelihood) == "one_by_one"
+    assert any(likelihood.model.__class__.__name__ in message for message in caplog.messages)
+    expected = one_at_a_time(likelihood.model, config, examples)
+    np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", PACKABLE | UNPACKABLE)
+def test_no_token_loss_depends_on_a_later_token(family: str) -> None:
+    likelihood = Likelihood(make(config_of(family)))
+    self_check(likelihood)
+    ids, _ = draw_examples()[3]
+    changed = np.concatenate([ids[:20], (ids[20:] + 37) % VOCABULARY])
+    whole = (1, len(ids))
+    np.testing.assert_array_equal(
+        score(likelihood, [(ids, whole)])[: 20 - 1], score(likelihood, [(changed, whole)])[: 20 - 1]
+    )
+
+
+def test_a_window_as_long_as_the_sequence_sees_all_of_it() -> None:
+    ids = draw_examples()[3][0][:WINDOW]
+    windowed = make(config_of("Mistral"))
+    free = make(transformers.MistralConfig(**GROUPED, sliding_window=None))
+    free.load_state_dict(windowed.state_dict())
+    example = [(ids, (1, WINDOW))]
+    np.testing.assert_array_equal(score(Likelihood(windowed), example), score(Likelihood(free), example))
+
+
+def test_an_untrained_head_that_was_not_sharpened_costs_about_the_logarithm_of_the_vocabulary() -> None:
+    model = make(config_of("Llama"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-6)
+    np.testing.assert_allclose(score(Likelihood(model), draw_examples()), math.log(VOCABULARY), atol=1e-3)
