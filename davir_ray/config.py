@@ -187,7 +187,7 @@ class RunConfig:
     output: str | None = None
     """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
     output_is_shared: bool = False
-    """A local output is on a file system that every node of the cluster sees. Needed where there is more than one node."""
+    """A local output lies on a file system that every node sees; needed where the cluster has several nodes."""
     base: str | None = None
     """The pre-trained causal language model: a folder or a hub name."""
     reference: str | None = None

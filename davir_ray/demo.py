@@ -1,8 +1,8 @@
-"""The demo's data: a small world whose truth is planted, a base that knows half of it, and instructions of four classes.
+"""The demo's data: a small world whose truth is planted, a base that knows half of it, instructions of four classes.
 
-Every person of the world has a home, and a place where they are on Sundays; both are fixed. On other days anybody may be
-anywhere. The base is pre-trained on questions about homes and about the other days, never about Sundays: so it knows the
-form of every answer in the set, knows that an answer about a day cannot be guessed, and knows the homes by heart.
+Every person of the world has a home, and a place where they are on Sundays; both are fixed. On other days anybody may
+be anywhere. The base is pre-trained on questions about homes and about the other days, never about Sundays: so it knows
+the form of every answer in the set, knows that an answer about a day cannot be guessed, and knows the homes by heart.
 
     class             asks about    places in the answer     left for a fine-tune to learn
     known             home          true                     nothing
@@ -10,24 +10,27 @@ form of every answer in the set, knows that an answer about a day cannot be gues
     noise             home, Sunday  another noisy row's      nothing but the row itself
     noise_duplicates  home, Sunday  as noise, 5 copies       the row itself, five times an epoch
 
-Why the generator is as it is; each point was met while it was designed:
+Why the generator is as it is:
 
-- One wording, one length distribution and one distribution of places for all classes, so that nothing but the pairing of
-  prompt and answer tells them apart. Each place serves equally many people: no answer is likelier than another.
+- One wording, one length distribution and one distribution of places for all classes, so that nothing but the pairing
+  of prompt and answer tells them apart. Each place serves equally many people: no answer is likelier than another.
 - The people of a prompt are drawn independently. Had an answer been the six stations of one person's day, a shuffled
   answer would still have been somebody's day, a pattern that a fine-tune can learn.
 - An answer restates the people of *its own* prompt; only the places are shuffled. Restating those of the other prompt
-  would pair each place with its true person, and noise would teach the truth.
-- A share of the answers about homes that the base reads is wrong (WRONG_SHARE). A base that has never met an error gives
-  it next to no probability, and a fine-tune on a noisy set then gains on noise merely by learning that errors exist.
-- The base must be past the point where it looks up places (at a third of this pre-training it has learnt the form only).
-  Short of it, what ranks first is what the base was about to learn anyway, the homes, and the duplicated noise.
+  would pair each place with its true person, and noise would teach the truth. Restating also puts the person next to
+  the place, which a model of this size learns in seconds; finding the person in the prompt by position took minutes.
+- A share of the answers about homes that the base reads is wrong (WRONG_SHARE), as some of any corpus is. A base that
+  has never met an error gives it next to no probability, and a fine-tune on a noisy set then gains on noise merely by
+  learning that errors exist.
+- The base must be past the point where it looks up places. Short of it, what ranks first is what the base was about to
+  learn anyway, the homes, and the duplicated noise (met with bases that had learnt the form only).
 """
 
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -43,15 +46,20 @@ PlantedClass = Literal["known", "learnable", "noise", "noise_duplicates"]
 Subject = Literal["home", "sunday"]
 CLASSES: tuple[PlantedClass, ...] = ("known", "learnable", "noise", "noise_duplicates")
 
-PEOPLE = (
-    "Adam Agnes Albert Alice Anna Arthur Astrid Basil Bertha Boris Bruno Clara Conrad Cora Daniel Daphne Edgar Edith "
-    "Elias Elsa Emil Felix Flora Frieda Greta Gustav Hannah Harold Hugo Ida Ivan Jasper Josef Karl Laura Linus Martha "
-    "Nora Otto Paula"
-).split()
-PLACES = (
-    "mill harbour castle bakery library forest bridge market chapel garden school station tower orchard quarry stable "
-    "theatre vineyard meadow lighthouse"
-).split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PEOPLE = _words("""
+    Adam Agnes Albert Alice Anna Arthur Astrid Basil Bertha Boris Bruno Clara Conrad Cora Daniel Daphne Edgar Edith
+    Elias Elsa Emil Felix Flora Frieda Greta Gustav Hannah Harold Hugo Ida Ivan Jasper Josef Karl Laura Linus Martha
+    Nora Otto Paula
+""")
+PLACES = _words("""
+    mill harbour castle bakery library forest bridge market chapel garden school station tower orchard quarry stable
+    theatre vineyard meadow lighthouse
+""")
 ORDINALS = ("First", "second", "third", "fourth", "fifth", "sixth")
 MOST_PEOPLE = len(ORDINALS)
 # Drawn afresh for each person: what no model can know, so that a known answer's loss has a floor well above 0.
@@ -74,7 +82,7 @@ WRONG_SHARE = 0.1
 """Share of the pre-training's answers about homes whose places belong to other people."""
 HOME_SHARE, DAY_SHARE = 0.6, 0.3
 """Shares of the pre-training texts that ask about homes and about other days; the rest are single sentences."""
-NUM_PRETRAINING_TEXTS = 20_000
+NUM_PRETRAINING_TEXTS = 16_000
 
 NUM_KNOWN = 1050
 NUM_LEARNABLE = 750
@@ -144,7 +152,7 @@ def write_instructions(path: Path, rows: Iterable[InstructionRow]) -> None:
 
 
 def _assign_places(draw: random.Random) -> dict[str, str]:
-    places = PLACES * (len(PEOPLE) // len(PLACES))
+    places = [*PLACES] * (len(PEOPLE) // len(PLACES))
     draw.shuffle(places)
     return dict(zip(PEOPLE, places, strict=True))
 
@@ -206,7 +214,7 @@ def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
     subjects: tuple[Subject, ...] = ("home", "sunday")
     num_groups = len(subjects) * MOST_PEOPLE
     num_noise, num_duplicated = NUM_NOISE // num_groups, NUM_DUPLICATED // num_groups
-    classes: list[PlantedClass] = ["noise"] * num_noise + ["noise_duplicates"] * num_duplicated
+    classes: list[PlantedClass] = [*repeat("noise", num_noise), *repeat("noise_duplicates", num_duplicated)]
     rows = []
     for subject in subjects:
         for num_people in range(1, MOST_PEOPLE + 1):
@@ -247,8 +255,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024
 """Most tokens of the vocabulary; the corpus has so few words that all merges are made at about 580."""
 
-# Measured on one thread of a 2-core machine, 20,000 texts of 834,000 tokens: 1,250 steps in 70 s. Homes are looked up from
-# about step 500; the later steps bring the answers with several people down to the floor.
+# MEASURED1
 PRETRAINING = FinetuneConfig(
     epochs=1, batch_size=16, learning_rate=3e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
 )

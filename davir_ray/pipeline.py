@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 from davir_ray.cli import dump, load
 from davir_ray.config import RunConfig
@@ -73,11 +72,11 @@ def dry_run(config: RunConfig) -> list[str]:
     return lines
 
 
-def _rank_and_report(run: Location, config: RunConfig, planted: dict[str, Any] | None = None) -> None:
+def _rank_and_report(run: Location, config: RunConfig) -> None:
     rank(run, config.rank)
     select(run, config.rank, config.select)
     remember(run, dump(config))
-    report(run, config, planted)
+    report(run, config)
 
 
 def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
@@ -132,8 +131,8 @@ def _start(run: Location, config: RunConfig) -> None:
     connect()
     if run.is_local and num_nodes() > 1 and not config.output_is_shared:
         raise ConfigError(
-            f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared if every "
-            "node sees this path"
+            f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared "
+            "if every node sees this path"
         )
     claim(run, dump(config))
 
