@@ -30,6 +30,9 @@ INPUT_COLUMNS = [
 
 _PASSED_ON = INPUT_COLUMNS[:6]
 
+Tokenised = tuple[npt.NDArray[np.int32], tuple[int, ...]]
+"""(input_ids, response_spans) of one example."""
+
 TokenNlls = list[npt.NDArray[np.float32] | None]
 """Nats of each scored token, for each example; None where it does not fit the device even alone."""
 
@@ -71,18 +74,14 @@ class Scorer:
     def __call__(self, examples: pa.Table) -> pa.Table:
         """Score a table with INPUT_COLUMNS; returns the columns of SCORES, in the same row order."""
         sequences = list(_sequences(examples))
-        scorable = np.array([_has_predictor(spans) for _, spans in sequences], dtype=bool)
-        rows, same_as = _unique([sequence for sequence, ok in zip(sequences, scorable, strict=True) if ok])
-        ids = np.asarray(examples["example_id"])[scorable][rows]
-        unique = [sequence for sequence, ok in zip(sequences, scorable, strict=True) if ok]
-        unique = [unique[row] for row in rows]
-        base = self._token_nlls(self._base, unique, ids)
-        reference = self._token_nlls(self._reference, unique, ids)
-        place = np.full(len(sequences), -1)
-        place[scorable] = same_as
+        rows, place = _distinct(sequences)
+        ids = np.asarray(examples["example_id"])[rows]
+        distinct = [sequences[row] for row in rows]
+        base = self._token_nlls(self._base, distinct, ids)
+        reference = self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, place, base, reference)
 
-    def _token_nlls(self, likelihood: Likelihood, sequences: list[Any], ids: npt.NDArray[np.int64]) -> TokenNlls:
+    def _token_nlls(self, likelihood: Likelihood, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:
         lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
         result: TokenNlls = [None] * len(sequences)
         with torch.inference_mode():
@@ -129,7 +128,7 @@ def is_sampled(example_id: int, share: float) -> bool:
     return seed_from("token_nll", example_id) < share * 2**63
 
 
-def _sequences(examples: pa.Table) -> Iterator[tuple[npt.NDArray[np.int32], tuple[int, ...]]]:
+def _sequences(examples: pa.Table) -> Iterator[Tokenised]:
     """(input_ids, spans) of each row, the ids as views."""
     ids, spans = (examples[name].combine_chunks() for name in ("input_ids", "response_spans"))
     values, edges = np.asarray(ids.values), np.asarray(ids.offsets)
@@ -137,25 +136,23 @@ def _sequences(examples: pa.Table) -> Iterator[tuple[npt.NDArray[np.int32], tupl
         yield values[edges[row] : edges[row + 1]], tuple(span)
 
 
-def _has_predictor(spans: tuple[int, ...]) -> bool:
-    return bool(spans) and spans[0] > 0
-
-
-def _unique(sequences: list[Any]) -> tuple[list[int], list[int]]:
-    """First rows of distinct sequences, and for each row the index of its like among them."""
+def _distinct(sequences: list[Tokenised]) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Rows of distinct scorable sequences, and for each row its place among them; -1 where nothing predicts a token."""
     seen: dict[tuple[bytes, tuple[int, ...]], int] = {}
-    first: list[int] = []
-    same_as: list[int] = []
+    rows: list[int] = []
+    place = np.full(len(sequences), -1, dtype=np.int64)
     for row, (input_ids, spans) in enumerate(sequences):
+        if not spans or spans[0] == 0:
+            continue
         key = (input_ids.tobytes(), spans)
         if key not in seen:
-            seen[key] = len(first)
-            first.append(row)
-        same_as.append(seen[key])
-    return first, same_as
+            seen[key] = len(rows)
+            rows.append(row)
+        place[row] = seen[key]
+    return rows, place
 
 
-def _run(likelihood: Likelihood, sequences: list[Any]) -> TokenNlls:
+def _run(likelihood: Likelihood, sequences: list[Tokenised]) -> TokenNlls:
     """Token losses of one pack; halved and redone where the device runs out of memory."""
     try:
         built = Pack.of(sequences)
