@@ -78,8 +78,8 @@ class FinetuneConfig:
     """The gradient's norm is clipped to this."""
     seed: int = 0
     """Seeds the data order (with the epoch) and dropout (with the step)."""
-    tokens_per_pack: int = 4096
-    """Token budget of one forward and backward pass; a memory knob, gradients accumulate over a batch's packs."""
+    tokens_per_pack: int | None = None
+    """Token budget of one forward and backward pass; gradients accumulate over a batch's packs. None: by device."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
     precision: Precision = "auto"
@@ -98,7 +98,9 @@ class FinetuneConfig:
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "tokens_per_pack", "num_workers", "num_cpus", "checkpoint_every_steps"):
+        packed = self.tokens_per_pack
+        _check(packed is None or packed >= 1, "finetune.tokens_per_pack", packed, "at least 1")
+        for name in ("epochs", "batch_size", "num_workers", "num_cpus", "checkpoint_every_steps"):
             _check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
@@ -120,8 +122,8 @@ class ScoreConfig:
     """GPUs of one actor, fractions allowed. None: 1 if the cluster has any, else 0."""
     precision: Precision = "auto"
     """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Losses are float32."""
-    tokens_per_pack: int = 4096
-    """Token budget of one forward pass; halved on its own when the device runs out of memory."""
+    tokens_per_pack: int | None = None
+    """Token budget of one forward pass; halved on its own when the device runs out of memory. None: by device."""
     no_progress_timeout_s: int = 1800
     """Seconds without any finished task after which the run fails instead of hanging."""
 
@@ -129,7 +131,8 @@ class ScoreConfig:
         _check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
         _check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
         _check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
-        _check(self.tokens_per_pack >= 1, "score.tokens_per_pack", self.tokens_per_pack, "at least 1")
+        packed = self.tokens_per_pack
+        _check(packed is None or packed >= 1, "score.tokens_per_pack", packed, "at least 1")
         _check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")
 
 

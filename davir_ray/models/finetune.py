@@ -25,7 +25,7 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
 from davir_ray.errors import DataError, TrainingError
 from davir_ray.models.checkpoint import seed_from
-from davir_ray.models.likelihood import Likelihood, Pack
+from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +158,7 @@ class Trainer:
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
+        self._budget = config.tokens_per_pack or TOKENS_PER_PACK[self._device.type]
         self._step = 0
         self._losses: list[float] = []
         self._total = num_steps(len(examples), config.batch_size, config.epochs)
@@ -241,7 +242,7 @@ class Trainer:
     def _backward(self, rows: npt.NDArray[np.int64], num_tokens: int) -> torch.Tensor:
         """Accumulate the gradient of (summed NLL / response tokens) over the global batch; returns the sum."""
         examples = self._examples
-        packs = pack(examples.lengths[rows], examples.ids[rows], self._config.tokens_per_pack)
+        packs = pack(examples.lengths[rows], examples.ids[rows], self._budget)
         total_nll = torch.zeros((), dtype=torch.float64, device=self._device)
         turns = math.ceil(len(packs) / self._world_size)
         for turn in range(turns):

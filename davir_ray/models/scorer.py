@@ -17,7 +17,7 @@ import torch
 from davir_ray.data.packing import pack
 from davir_ray.formulas import scores as formulas
 from davir_ray.models.checkpoint import Checkpoint, local_device, resolve_dtype, seed_from
-from davir_ray.models.likelihood import Likelihood, Pack, self_check
+from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack, self_check
 from davir_ray.schema import SCORES, Status
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class ScorerSettings:
     """What the numbers depend on beside the models."""
 
     precision: str = "auto"
-    tokens_per_pack: int = 4096
+    tokens_per_pack: int | None = None
     num_threads: int = 1
     """Threads of the process on a CPU: another number may change the last bits."""
     keep_token_nll: str = "none"
@@ -58,6 +58,7 @@ class Scorer:
         self._settings = settings
         device = local_device()
         dtype = resolve_dtype(settings.precision, device)
+        self._budget = settings.tokens_per_pack or TOKENS_PER_PACK[device.type]
         self._base = Likelihood(base.model(dtype, device))
         self._reference = Likelihood(reference.model(dtype, device))
         self.numerics = {
@@ -85,7 +86,7 @@ class Scorer:
         lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
         result: TokenNlls = [None] * len(sequences)
         with torch.inference_mode():
-            for rows in pack(lengths, ids, self._settings.tokens_per_pack):
+            for rows in pack(lengths, ids, self._budget):
                 for row, nlls in zip(rows, _run(likelihood, [sequences[row] for row in rows]), strict=True):
                     result[row] = nlls
         return result
