@@ -18,19 +18,23 @@ Why the generator is as it is:
   answer would still have been somebody's day, a pattern that a fine-tune can learn.
 - An answer restates the people of *its own* prompt; only the places are shuffled. Restating those of the other prompt
   would pair each place with its true person, and noise would teach the truth. Restating also puts the person next to
-  the place, which a model of this size learns in seconds; finding the person in the prompt by position took minutes.
+  the place, which a model of this size learns in seconds; without it, a minute of training was not enough.
 - A share of the answers about homes that the base reads is wrong (WRONG_SHARE), as some of any corpus is. A base that
-  has never met an error gives it next to no probability, and a fine-tune on a noisy set then gains on noise merely by
-  learning that errors exist.
+  has never met an error gives it next to no probability (10.7 nats a person against 6.6), and a fine-tune on a noisy
+  set then gains on noise merely by learning that errors exist: after one epoch the mean davir of noise about homes
+  was 0.52 with WRONG_SHARE 0 and 0.22 with 0.1, that of the learnable rows 0.61 and 0.58.
 - The base must be past the point where it looks up places. Short of it, what ranks first is what the base was about to
-  learn anyway, the homes, and the duplicated noise (met with bases that had learnt the form only).
+  learn anyway, the homes, and the duplicated noise (met with an earlier generator).
+
+Duplicated noise is memorised, and the score cannot tell memory from learning. In a run of 8 epochs (seed 1) its share
+of the selection was 1, 2, 11, 23, 37, 43, 44 and 46 % after each epoch, of the set 10 %. The demo's 3 epochs end before
+it displaces the learnable rows (0 to 3 % of the selection); its mean davir rises from epoch to epoch all the same.
 """
 
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -80,8 +84,10 @@ STATES = ("open", "closed", "busy", "quiet")
 
 WRONG_SHARE = 0.1
 """Share of the pre-training's answers about homes whose places belong to other people."""
-HOME_SHARE, DAY_SHARE = 0.6, 0.3
-"""Shares of the pre-training texts that ask about homes and about other days; the rest are single sentences."""
+HOME_SHARE, DAY_SHARE, ROLL_SHARE = 0.55, 0.3, 0.1
+"""Shares of the pre-training texts that ask about homes, ask about other days, and call the roll (teaching to look a
+person up by ordinal: without it the base of seed 1 had stopped at 2.6 nats a person for known answers). The rest are
+single sentences."""
 NUM_PRETRAINING_TEXTS = 16_000
 
 NUM_KNOWN = 1050
@@ -176,14 +182,22 @@ def _pretraining_text(world: World, draw: random.Random) -> str:
     kind = draw.random()
     if kind < HOME_SHARE:
         told = draw.sample(PEOPLE, len(people)) if draw.random() < WRONG_SHARE else people
-        question, places = draw.choice(HOME_QUESTIONS), [world.home[person] for person in told]
-    elif kind < HOME_SHARE + DAY_SHARE:
+        places = [world.home[person] for person in told]
+        return _prompt(draw.choice(HOME_QUESTIONS), people) + _response(people, places, draw)
+    if kind < HOME_SHARE + DAY_SHARE:
         question = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
-        places = [draw.choice(PLACES) for _ in people]
-    else:
-        day = draw.choice((*OTHER_DAYS, SUNDAYS))
-        return f"On {day} the {draw.choice(PLACES)} is {draw.choice(STATES)}."
-    return _prompt(question, people) + _response(people, places, draw)
+        return _prompt(question, people) + _response(people, [draw.choice(PLACES) for _ in people], draw)
+    if kind < HOME_SHARE + DAY_SHARE + ROLL_SHARE:
+        return _roll_call(people, draw)
+    day = draw.choice((*OTHER_DAYS, SUNDAYS))
+    return f"On {day} the {draw.choice(PLACES)} is {draw.choice(STATES)}."
+
+
+def _roll_call(people: Sequence[str], draw: random.Random) -> str:
+    """Read the same list out three times, each time in another order."""
+    listed = [f"{ordinal} {person}" for ordinal, person in zip(ORDINALS, people, strict=False)]
+    readings = [", ".join(draw.sample(listed, len(listed))) + "." for _ in range(3)]
+    return "\n".join(["Call the roll.", *readings])
 
 
 def _ask(
@@ -214,7 +228,9 @@ def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
     subjects: tuple[Subject, ...] = ("home", "sunday")
     num_groups = len(subjects) * MOST_PEOPLE
     num_noise, num_duplicated = NUM_NOISE // num_groups, NUM_DUPLICATED // num_groups
-    classes: list[PlantedClass] = [*repeat("noise", num_noise), *repeat("noise_duplicates", num_duplicated)]
+    classes: list[PlantedClass] = [
+        "noise" if index < num_noise else "noise_duplicates" for index in range(num_noise + num_duplicated)
+    ]
     rows = []
     for subject in subjects:
         for num_people in range(1, MOST_PEOPLE + 1):
@@ -255,11 +271,13 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024
 """Most tokens of the vocabulary; the corpus has so few words that all merges are made at about 580."""
 
-# MEASURED1
+# 1,000 steps over 690,000 tokens: 115 s on one thread of a busy 2-core machine, about 60 s of an idle one. Restating
+# the people is still being learnt when it ends: known answers cost 1.5 to 1.8 nats a person over seeds 0 to 2;
+# 1.2 is the floor (1.1 of it the preposition). Rows of all classes carry about the same remainder.
 PRETRAINING = FinetuneConfig(
     epochs=1, batch_size=16, learning_rate=3e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
 )
-# Measured likewise: 564 steps over 135,000 tokens in 48 s. The default rate of 2e-5 is meant for models of billions.
+# 564 steps over 135,000 tokens: 43 s likewise. The default rate, 2e-5, is meant for models of billions of parameters.
 FINETUNING = FinetuneConfig(
     epochs=3, batch_size=16, learning_rate=1e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
 )
@@ -293,7 +311,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # About 1/sqrt(hidden size). With Llama's 0.02, meant for wide models, attention takes longer to find anything.
+        # About 1/sqrt(hidden size). With Llama's 0.02, meant for wide models, people after the second stayed a guess.
         initializer_range=0.08,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

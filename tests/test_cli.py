@@ -1,0 +1,254 @@
+"""Every mistake on the command line is one line on standard error and exit status 2, before a model is loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from davir_ray.cli import dump, parse, run_job
+from davir_ray.config import FinetuneConfig, RankConfig, RunConfig, SelectConfig, Source
+from davir_ray.errors import ConfigError
+from davir_ray.pipeline import dry_run, run_all
+from davir_ray.stages.cluster import SUBMITTED_JOB
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def good(base_folder: Path, tmp_path: Path) -> dict[str, str]:
+    """Options that would run; the data is two lines."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "Say x", "output": "x"}\n{"instruction": "Say y", "output": "y"}\n')
+    return {
+        "--data": str(data), "--format": "alpaca", "--base": str(base_folder), "--output": str(tmp_path / "run"),
+        "--select.top_k": "1",
+    }  # fmt: skip
+
+
+def words(options: dict[str, str]) -> list[str]:
+    return [word for pair in options.items() for word in pair]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fails:
+    """The one line of a command line that must fail with status 2 and without a model."""
+
+    def check(argv: list[str], job: Callable[[RunConfig], object] = run_all) -> str:
+        monkeypatch.setattr("davir_ray.pipeline.finetune", lambda *a, **k: pytest.fail("the fine-tune was started"))
+        monkeypatch.setattr("davir_ray.pipeline.score", lambda *a, **k: pytest.fail("scoring was started"))
+        capsys.readouterr()
+        assert run_job(lambda config: job(config) and None, "", argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        return err
+
+    return check
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("davir_ray.pipeline.connect", lambda: pytest.fail("Ray was started"))
+
+
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "unknown option": (["--no_such_option", "1"], "no_such_option"),
+    "abbreviated option": (["--outp", "x"], "outp"),
+    "unknown nested option": (["--score.actors", "1"], "actors"),
+    "stray word": (["stray"], "stray"),
+    "wrong type": (["--limit", "many"], "limit"),
+    "not a whole number": (["--select.top_k", "1.5"], "top_k"),
+    "unknown choice": (["--rank.order", "best"], "order"),
+    "unknown format": (["--format", "xml"], "format"),
+    "fraction above one": (["--select.top_fraction", "6"], "top_fraction is 6"),
+    "negative learning rate": (["--finetune.learning_rate", "-1"], "learning_rate is -1"),
+    "two rules": (["--select.top_k", "3", "--select.min_score", "0.5"], "give exactly one rule"),
+    "repeated option": (["--limit", "3", "--limit", "4"], "--limit is given 2 times"),
+    "repeated with equals sign": (["--limit=3", "--limit=4"], "--limit is given 2 times"),
+    "repeated flag": (["--overwrite", "--overwrite"], "--overwrite is given 2 times"),
+    "no such file": (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+    "data without format": (["--data", "x"], "data is given without format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_a_bad_option_is_one_line(name: str, fails: Fails, no_ray: None) -> None:
+    argv, told = BAD_OPTIONS[name]
+    assert told in fails(argv)
+
+
+@pytest.mark.parametrize("missing", ["--base", "--output", "--select.top_k"])
+def test_a_missing_option_is_named(missing: str, good: dict[str, str], fails: Fails, no_ray: None) -> None:
+    del good[missing]
+    assert missing.split(".")[0] in fails(words(good))
+
+
+BAD_FILES = {
+    "misspelt key": ("outputt: x", "outputt"),
+    "misspelt key in a section": ("score: {num_actor: 1}", "num_actor"),
+    "misspelt key in a source": ("sources: [{name: a, path: x, format: alpaca, spilt: train}]", "spilt"),
+    "missing key in a source": ("sources: [{name: a, path: x}]", "format"),
+    "wrong type in a source": ("sources: [{name: a, path: 3, format: alpaca}]", "path"),
+    "a source name twice": (
+        "sources: [{name: a, path: x, format: alpaca}, {name: a, path: y, format: alpaca}]",
+        "source name is 'a'; it must be unique",
+    ),
+    "wrong type": ("limit: many", "limit"),
+    "data and sources": (
+        "{data: x, format: alpaca, sources: [{name: a, path: x, format: alpaca}]}",
+        "both data and sources",
+    ),
+    "two rules": ("select: {top_k: 1, top_fraction: 0.5}", "give exactly one rule"),
+    "not YAML": ("a: [", "config"),
+    "a list": ("[1, 2]", "config"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_line(name: str, fails: Fails, no_ray: None, tmp_path: Path) -> None:
+    text, told = BAD_FILES[name]
+    (tmp_path / "run.yaml").write_text(text)
+    assert told in fails(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_path_without_data_is_one_line(good: dict[str, str], fails: Fails, ray_session: None) -> None:
+    assert "/no/such/data does not exist" in fails(words(good | {"--data": "/no/such/data"}))
+
+
+def test_a_base_that_is_none_is_one_line(good: dict[str, str], fails: Fails, no_ray: None, tmp_path: Path) -> None:
+    assert "is no folder" in fails(words(good | {"--base": str(tmp_path / "none")}))
+    assert "no config.json" in fails(words(good | {"--base": str(tmp_path)}))
+
+
+def test_a_pickled_base_is_refused(
+    good: dict[str, str], fails: Fails, no_ray: None, base_folder: Path, tmp_path: Path
+) -> None:
+    pickled = shutil.copytree(base_folder, tmp_path / "base")
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    assert "pickled weights are refused" in fails(words(good | {"--base": str(pickled)}))
+
+
+def test_the_output_of_another_run_is_one_line_that_names_the_difference(
+    good: dict[str, str], fails: Fails, ray_session: None
+) -> None:
+    with pytest.raises(pytest.fail.Exception, match="fine-tune was started"):
+        fails(words(good))
+    assert "limit: null → 1" in fails(words(good | {"--limit": "1"}))
+
+
+def test_somebodys_folder_is_one_line(good: dict[str, str], fails: Fails, ray_session: None) -> None:
+    Path(good["--output"], "examples").mkdir(parents=True)
+    assert "holds examples but no run" in fails(words(good))
+
+
+_IN_ACTOR = pytest.mark.xfail(strict=True, reason="found in an actor's constructor, so it comes out as ActorDiedError")
+
+
+@pytest.mark.parametrize("job", [pytest.param(run_all, marks=_IN_ACTOR), dry_run])
+def test_messages_without_a_chat_template_are_one_line(
+    good: dict[str, str], fails: Fails, ray_session: None, job: Callable[[RunConfig], object]
+) -> None:
+    Path(good["--data"]).write_text(json.dumps({"messages": []}) + "\n")
+    assert "--chat_template" in fails(words(good | {"--format": "messages"}), job)
+
+
+def test_a_chat_template_that_cannot_be_read_is_one_line(good: dict[str, str], fails: Fails, no_ray: None) -> None:
+    assert "chat_template /no/such/file" in fails(words(good | {"--chat_template": "/no/such/file"}))
+
+
+def test_a_relative_output_of_a_submitted_job_is_refused(
+    good: dict[str, str], fails: Fails, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SUBMITTED_JOB, "{}")
+    assert "output 'run' is relative" in fails(words(good | {"--output": "run"}))
+
+
+def test_a_dry_run_prints_examples_and_writes_nothing(good: dict[str, str], ray_session: None) -> None:
+    lines: list[str] = []
+    assert run_job(lambda config: lines.extend(dry_run(config)), "", [*words(good), "--dry_run"]) == 0
+    assert sum("⟦" in line for line in lines) == 2
+    assert not Path(good["--output"]).exists()
+
+
+# --- what is parsed --------------------------------------------------------------------------------------------------
+
+
+def test_flags_need_no_value() -> None:
+    config = parse(["--overwrite", "--rank.lowest", "--dry_run", "--keep_record", "false", "--limit", "3"])
+    assert (config.overwrite, config.rank.lowest, config.dry_run, config.keep_record, config.limit) == (
+        True, True, True, False, 3,
+    )  # fmt: skip
+
+
+def test_options_override_the_file_field_by_field(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("{limit: 5, finetune: {epochs: 2, batch_size: 4}}")
+    config = parse(["--config", str(file), "--finetune.epochs", "7"])
+    assert (config.limit, config.finetune) == (5, FinetuneConfig(epochs=7, batch_size=4))
+
+
+@pytest.mark.parametrize("given", [["--select.min_score", "-0.5"], ["--select.min_score=-0.5"]])
+def test_a_rule_on_the_command_line_replaces_the_files(tmp_path: Path, given: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("select: {top_fraction: 0.5}")
+    assert parse(["--config", str(file), *given]).select == SelectConfig(min_score=-0.5)
+    assert parse([*given, "--config", str(file)]).select == SelectConfig(min_score=-0.5)
+    assert parse(["--config", str(file)]).select == SelectConfig(top_fraction=0.5)
+
+
+def test_two_rules_on_the_command_line_are_refused_beside_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("select: {top_fraction: 0.5}")
+    with pytest.raises(ConfigError, match="exactly one"):
+        parse(["--config", str(file), "--select.top_k", "3", "--select.top_tokens", "3"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        RunConfig(data=["a", "b"], format="gsm8k", select=SelectConfig(top_fraction=1e-5), keep_token_nll="all"),
+        RunConfig(
+            output="s3://bucket/rün",
+            base="org/model",
+            sources=[
+                Source("a", "x: y # z", "messages", messages_column="true"),
+                Source("1.5", ["p", "q"], "prompt_response", response_column="null"),
+            ],
+            finetune=FinetuneConfig(learning_rate=2e-5, use_gpu=False),
+            rank=RankConfig("length", lowest=True, seed=3),
+            select=SelectConfig(min_score=float("-inf")),
+            overwrite=True,
+        ),
+    ],
+)
+def test_a_dumped_configuration_parses_back_to_itself(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump(config))
+    assert parse(["--config", str(tmp_path / "run.yaml")]) == config
+
+
+@pytest.mark.parametrize("option", ["--help", "--print_config"])
+def test_help_and_print_config_end_with_status_0(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_job(lambda config: pytest.fail("the job was started"), "What it does.", [option])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    if option == "--help":
+        assert "What it does." in out
+        assert "The first N ranks." in out
+    else:
+        assert yaml.safe_load(out)["finetune"]["learning_rate"] == 2e-5
+
+
+def test_an_error_that_is_not_the_users_is_not_hidden() -> None:
+    def job(config: RunConfig) -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        run_job(job, "", [])

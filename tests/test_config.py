@@ -1,0 +1,110 @@
+"""The configuration is checked when it is made: a value out of range never reaches a stage."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from davir_ray.config import (
+    FinetuneConfig,
+    PrepareConfig,
+    RunConfig,
+    ScoreConfig,
+    SelectConfig,
+    Source,
+)
+from davir_ray.errors import ConfigError
+
+OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
+    (PrepareConfig, {"max_tokens": 1}, "prepare.max_tokens is 1"),
+    (PrepareConfig, {"shard_rows": 0}, "prepare.shard_rows is 0"),
+    (PrepareConfig, {"shard_rows": 4097}, "prepare.shard_rows is 4097"),
+    *[
+        (FinetuneConfig, {name: 0}, f"finetune.{name} is 0")
+        for name in ("epochs", "batch_size", "tokens_per_pack", "num_workers", "num_cpus", "checkpoint_every_steps")
+    ],
+    (FinetuneConfig, {"learning_rate": 0.0}, "finetune.learning_rate"),
+    (FinetuneConfig, {"learning_rate": float("nan")}, "finetune.learning_rate"),
+    (FinetuneConfig, {"max_grad_norm": -1.0}, "finetune.max_grad_norm"),
+    (FinetuneConfig, {"warmup_ratio": 1.0}, "finetune.warmup_ratio"),
+    (FinetuneConfig, {"weight_decay": -0.1}, "finetune.weight_decay"),
+    (FinetuneConfig, {"max_failures": -1}, "finetune.max_failures"),
+    (FinetuneConfig, {"precision": "float64"}, "finetune.precision"),
+    (ScoreConfig, {"num_actors": 0}, "score.num_actors"),
+    (ScoreConfig, {"num_cpus": 0.0}, "score.num_cpus"),
+    (ScoreConfig, {"num_gpus": -1.0}, "score.num_gpus"),
+    (ScoreConfig, {"tokens_per_pack": 0}, "score.tokens_per_pack"),
+    (ScoreConfig, {"no_progress_timeout_s": 0}, "score.no_progress_timeout_s"),
+    (SelectConfig, {"top_k": 0}, "select.top_k"),
+    (SelectConfig, {"top_tokens": 0}, "select.top_tokens"),
+    (SelectConfig, {"top_fraction": 0.0}, "select.top_fraction"),
+    (SelectConfig, {"top_fraction": 1.0001}, "select.top_fraction"),
+    (SelectConfig, {"top_fraction": float("nan")}, "select.top_fraction"),
+    (SelectConfig, {"min_score": float("nan")}, "select.min_score"),
+    (RunConfig, {"max_bad_fraction": -0.01}, "max_bad_fraction"),
+    (RunConfig, {"max_bad_fraction": 1.01}, "max_bad_fraction"),
+    (RunConfig, {"limit": 0}, "limit"),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "told"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_with_its_name_and_value(
+    section: type, values: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        section(**values)
+
+
+@pytest.mark.parametrize("section", [PrepareConfig, FinetuneConfig, ScoreConfig, SelectConfig, RunConfig])
+def test_defaults_are_valid_and_frozen(section: type) -> None:
+    config = section()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.changed = 1
+
+
+@pytest.mark.parametrize("values", [{"name": " ", "path": "a"}, {"name": "a", "path": ""}, {"name": "a", "path": []}])
+def test_a_source_needs_a_name_and_a_path(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Source(**values, format="alpaca")
+
+
+def test_source_names_are_unique() -> None:
+    with pytest.raises(ConfigError, match="unique"):
+        RunConfig(sources=[Source("a", "x", "alpaca"), Source("a", "y", "gsm8k")])
+
+
+def test_exactly_one_selection_rule() -> None:
+    with pytest.raises(ConfigError, match="top_k and top_fraction"):
+        SelectConfig(top_k=3, top_fraction=0.1)
+    with pytest.raises(ConfigError, match="no selection rule"):
+        RunConfig().require("select")
+
+
+def test_data_and_sources_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="both data and sources"):
+        RunConfig(data="x", format="alpaca", sources=[Source("a", "x", "alpaca")])
+
+
+@pytest.mark.parametrize("given", [{"data": "x"}, {"format": "alpaca"}])
+def test_data_needs_a_format_and_the_reverse(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="without"):
+        RunConfig(**given)
+
+
+def test_data_is_one_source_named_after_its_format() -> None:
+    config = RunConfig(data=["x", "y"], format="gsm8k")
+    assert config.all_sources() == [Source("gsm8k", ["x", "y"], "gsm8k")]
+
+
+@pytest.mark.parametrize("name", ["output", "base", "data", "select"])
+def test_what_a_job_needs_is_asked_for_by_its_option(name: Any) -> None:
+    with pytest.raises(ConfigError, match=f"--{name}"):
+        RunConfig().require(name)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "rows", "expected"),
+    [(0.29, 100, 29), (0.06, 50, 3), (0.07, 100, 7), (0.1, 5, 1), (1.0, 7, 7), (1e-9, 10**9, 1), (0.57, 100, 57)],
+)
+def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows: int, expected: int) -> None:
+    assert SelectConfig(top_fraction=fraction).count_from_fraction(rows) == expected

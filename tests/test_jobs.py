@@ -1,0 +1,82 @@
+"""The doors: each script parses, calls its chain, says where the result lies and ends with the right status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import davir_ray
+
+ROOT = Path(davir_ray.__file__).parent.parent
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
+
+
+def run_script(name: str, *argv: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "jobs" / name), *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def test_the_main_jobs_have_their_fixed_names() -> None:
+    assert {"score.py", "finetune.py", "rank.py"} <= set(JOBS)
+    assert not {"select.py", "evaluate.py"} & set(JOBS)
+
+
+@pytest.mark.parametrize("name", ["score.py", "finetune.py", "rank.py"])
+def test_a_mistake_is_one_line_and_status_2(name: str) -> None:
+    ended = run_script(name, "--no_such_option", "1")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(f"{name}: ")
+    assert "no_such_option" in ended.stderr
+
+
+def test_help_shows_the_command_to_submit() -> None:
+    ended = run_script("score.py", "--help")
+    assert ended.returncode == 0
+    assert "ray job submit --working-dir . -- python jobs/score.py" in ended.stdout
+    assert "--select.top_fraction" in ended.stdout
+
+
+@pytest.mark.slow
+def test_the_main_job_end_to_end_and_ranked_again(data_folder: Path, base_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(
+            {
+                "data": str(data_folder / "gsm8k_train.jsonl.gz"),
+                "format": "gsm8k",
+                "base": str(base_folder),
+                "limit": 50,
+                "max_bad_fraction": 0.1,
+                "finetune": {"epochs": 1, "batch_size": 25},
+                "select": {"top_k": 49},
+            }
+        )
+    )
+    ended = run_script(
+        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--select.top_fraction", "0.06",
+        timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [f"selected: {output}/selected", f"report:   {output}/report.html"]
+    assert pd.read_parquet(output / "selected")["rank"].tolist() == [1, 2, 3]
+    assert len(pd.read_parquet(output / "scores")) == 50
+
+    again = run_script("rank.py", "--output", str(output), "--select.top_k", "5", "--rank.order", "length", timeout=120)
+    assert again.returncode == 0, again.stderr
+    selected = pd.read_parquet(output / "selected")
+    assert selected["rank"].tolist() == [1, 2, 3, 4, 5]
+    assert selected["num_response_tokens"].tolist() == sorted(selected["num_response_tokens"], reverse=True)
+
+    refused = run_script(
+        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--limit", "40", timeout=120
+    )
+    assert refused.returncode == 2
+    assert "limit: 50 → 40" in refused.stderr.splitlines()[-1]

@@ -1,0 +1,95 @@
+"""Imports run one way: storage, schema, config, errors ← data, formulas ← models ← stages ← pipeline."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import davir_ray
+
+PACKAGE = Path(davir_ray.__file__).parent
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
+GROUND = {"storage", "schema", "config", "errors"}
+ABOVE: dict[str, set[str]] = {
+    "errors": set(),
+    "schema": set(),
+    "config": {"errors"},
+    "storage": {"errors"},
+    "formulas": set(),
+    "data": GROUND,
+    "models": GROUND | {"data", "formulas"},
+    "report": GROUND | {"formulas", "data"},
+    "stages": GROUND | {"data", "formulas", "models", "report"},
+    "cli": {"config", "errors"},
+}
+"""Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything that a file imports, late imports included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_of(module: str, package: str) -> bool:
+    return any(name.split(".")[0] == package for name in imports(MODULES[module]))
+
+
+def part(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_the_walk_sees_the_package() -> None:
+    assert {"storage", "formulas.scores", "models.likelihood", "stages.scoring", "pipeline"} <= MODULES.keys()
+    assert imports_of("stages.scoring", "ray")
+    assert imports_of("models.likelihood", "torch")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_ray_is_imported_in_the_stages_and_doors_only(module: str) -> None:
+    assert part(module) in RAY_ALLOWED or not imports_of(module, "ray")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) in {"data", "storage", "report", "cli"}])
+def test_rows_and_files_know_no_torch(module: str) -> None:
+    assert not imports_of(module, "torch")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) in ABOVE])
+def test_imports_run_one_way(module: str) -> None:
+    allowed = ABOVE[part(module)] | {part(module), "__version__"}
+    inner = [name.split(".") for name in imports(MODULES[module]) if name.split(".")[0] == "davir_ray"]
+    assert {names[1] for names in inner if len(names) > 1} <= allowed
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert list(imports(PACKAGE / "__init__.py")) == []
+
+
+WITHOUT_RAY = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ray":
+            raise ImportError("ray is blocked")
+
+sys.meta_path.insert(0, Block())
+import davir_ray.models.finetune, davir_ray.models.scorer, davir_ray.data.examples, davir_ray.formulas.ranking
+assert "ray" not in sys.modules
+"""
+
+
+def test_models_and_data_can_be_imported_without_ray() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_RAY], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
