@@ -22,10 +22,15 @@ log = logging.getLogger(__name__)
 
 def run_job(job: Callable[[RunConfig], None], description: str, argv: list[str] | None = None) -> int:
     """Parse the command line, run the job, and turn errors into an exit status with a line on standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return exit_status(lambda: job(parse(sys.argv[1:] if argv is None else argv, description)))
+
+
+def exit_status(job: Callable[[], None]) -> int:
+    """Run a job that has its settings already: 0, or 2 after one line that tells the user's mistake."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("davir_ray").setLevel(logging.INFO)
     try:
-        job(parse(sys.argv[1:] if argv is None else argv, description))
+        job()
     except UserError as error:
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}\n")
         return 2

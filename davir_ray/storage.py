@@ -168,6 +168,8 @@ def file_digest(place: Location) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     info = place.fs.info(place.path)
     mark = info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("LastModified")
+    if mark is None:
+        return hashlib.sha256(place.read_bytes()).hexdigest()
     return f"{info['size']}-{str(mark).strip(chr(34))}"
 
 
@@ -207,7 +209,7 @@ class Manifest:
         try:
             body = json.loads(text)
             checksum = body.pop("checksum")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{place} is not a whole manifest ({error}); delete it to redo the stage") from error
         if digest(body) != checksum:
             raise IntegrityError(f"{place} does not match its own checksum; delete it to redo the stage {stage}")

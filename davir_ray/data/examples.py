@@ -22,7 +22,7 @@ ExampleRow = dict[str, Any]
 
 _BATCH_ROWS = 512
 _SHARD_TOKENS = 4 * 2**20
-_SHARD_TEXT_BYTES = 256 * 2**20
+_SHARD_CHARACTERS = 256 * 2**20
 
 COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
 """Columns whose sums a report carries."""
@@ -140,7 +140,7 @@ class ShardWriter:
         self._shard_rows = shard_rows
         self._rows: list[ExampleRow] = []
         self._rejects: list[dict[str, Any]] = []
-        self._num_shards = self._tokens = self._text_bytes = 0
+        self._num_shards = self._tokens = self._characters = 0
 
     def write(self, item: ExampleRow | Reject) -> None:
         """Add one row of the input; writes a shard when it is full."""
@@ -161,9 +161,9 @@ class ShardWriter:
     def _add(self, row: ExampleRow) -> None:
         self._rows.append(row)
         self._tokens += len(row["input_ids"])
-        self._text_bytes += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
+        self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
         full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
-        if full or self._text_bytes >= _SHARD_TEXT_BYTES:
+        if full or self._characters >= _SHARD_CHARACTERS:
             self._write_shard()
 
     def _reject(self, reject: Reject) -> None:
@@ -179,7 +179,7 @@ class ShardWriter:
         for column in COUNTED:
             self.report.sums[column] += sum(row[column] for row in self._rows)
         self._num_shards += 1
-        self._rows, self._tokens, self._text_bytes = [], 0, 0
+        self._rows, self._tokens, self._characters = [], 0, 0
 
     def _write(self, name: str, table: pa.Table) -> None:
         entry = write_parquet(self._run / name, table)

@@ -1,7 +1,8 @@
 """Causal attention within each sequence of a pack, for any transformers model that uses AttentionInterface.
 
 Sequences lie end to end in one row of tokens and do not see each other; nothing is padded. So packed scores equal those
-of a batch of one, bit for bit on a CPU at one thread. The lengths travel as the keyword `sequence_lengths` through the
+of a batch of one: bit for bit on a CPU at one thread, but for sequences of a few tokens, where the matrix library takes
+other paths for a few rows and the last bits differ. The lengths travel as the keyword `sequence_lengths` through the
 backbone's forward. Packing by position_ids alone silently mixes examples in transformers 5.23 when use_cache is left on
 or a mask is passed; this does not rely on it.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from davir_ray.errors import ModelError
@@ -23,7 +24,7 @@ SPEC_FILE = "scoring_spec.json"
 """Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
 
 _WEIGHTS = ".safetensors"
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,14 @@ class Checkpoint:
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The causal language model in evaluation mode, for packs."""
-        model = self._load(
-            AutoModelForCausalLM, dtype=dtype, use_safetensors=True, attn_implementation=PACKED_ATTENTION
-        )
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+        try:
+            model = self._load(AutoModelForCausalLM, attn_implementation=PACKED_ATTENTION, **options)
+        except ModelError as error:
+            if not (isinstance(error.__cause__, KeyError) and PACKED_ATTENTION in str(error.__cause__)):
+                raise
+            # Families with a table of attentions of their own (Falcon, GPT-J) look the name up when they are built.
+            model = self._load(AutoModelForCausalLM, attn_implementation="eager", **options)
         return model.to(device).eval()
 
     def weights_digest(self) -> dict[str, str]:
@@ -117,14 +123,15 @@ def _copy_to_cache(place: Location) -> str:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What changes when text would be encoded differently: vocabulary, merges, normalisation, special tokens."""
-    return digest([_encoding(tokenizer), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
+    added = sorted((i, str(token), token.special) for i, token in tokenizer.added_tokens_decoder.items())
+    return digest([_encoding(tokenizer), added, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
 
 
 def check_same_encoding(
     base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]
 ) -> None:
-    """Raise ModelError unless both encode text alike; added padding tokens and chat templates may differ."""
-    if _encoding(base) != _encoding(reference):
+    """Raise ModelError unless both encode text alike; added special tokens and chat templates may differ."""
+    if _encoding(base) != _encoding(reference) or _added_words(base) != _added_words(reference):
         raise ModelError(
             f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their "
             "losses are not of the same tokens; give a reference that was fine-tuned from this base"
@@ -133,6 +140,11 @@ def check_same_encoding(
         ours, theirs = getattr(base, token), getattr(reference, token)
         if ours != theirs:
             raise ModelError(f"{names[0]} has {token} {ours!r} and {names[1]} has {theirs!r}; they must be the same")
+
+
+def _added_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
+    """Added tokens that plain text can spell; special ones it cannot."""
+    return sorted((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items() if not token.special)
 
 
 def _encoding(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -86,7 +86,7 @@ class Likelihood(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.packed = True
+        self.packed = model.config._attn_implementation == PACKED_ATTENTION
         """Cleared when the self-check finds that this architecture cannot be packed exactly."""
         self._chunk_rows = _CHUNK_ROWS.get(model.device.type, 1024)
 
@@ -179,15 +179,39 @@ def _largest_difference(
 def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
     """Token losses by transformers' own whole forward with eager attention: shares nothing with the kernel."""
     ids_1T = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
-    model.set_attn_implementation("eager")
+    before = model.config._attn_implementation
+    use_attention(model, "eager")
     try:
         with torch.inference_mode():
             logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run in {model.dtype}: {' '.join(str(error).split())}"
+        ) from error
     finally:
-        model.set_attn_implementation(PACKED_ATTENTION)
+        use_attention(model, before)
     scored = torch.from_numpy(scored_positions(spans))
     logprobs_RV = torch.log_softmax(logits_TV[scored - 1], dim=-1)
     return -logprobs_RV.gather(1, ids_1T[0, scored][:, None]).squeeze(1).cpu()
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch the attention of a model.
+
+    Families that do not use AttentionInterface ignore set_attn_implementation but take their mask by the name in the
+    configuration: left at PACKED_ATTENTION, Bloom and CodeGen would silently see the future.
+    """
+    model.set_attn_implementation(name)
+    model.config._attn_implementation = name
+
+
+def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> None:
+    """Raise ModelError if a token's loss depends on a later token, by the model's own forward."""
+    changed = input_ids.copy()
+    changed[-1] = (changed[-1] + 1) % int(model.config.get_text_config().vocab_size)
+    difference = (_eager_nll(model, input_ids, spans)[:-1] - _eager_nll(model, changed, spans)[:-1]).abs().max()
+    if not difference <= _tolerance(model.dtype):
+        raise ModelError(f"{type(model).__name__} is not a causal model: its losses depend on later tokens")
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from davir_ray import demo
-from davir_ray.demo import InstructionRow
+from davir_ray.demo import base, truth, world
+from davir_ray.demo.world import InstructionRow
+from davir_ray.storage import Location
 
 SEEDS = (0, 1)
 
@@ -22,12 +23,12 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def rows(seed: int) -> list[InstructionRow]:
-    return demo.instruction_rows(seed)
+    return world.instruction_rows(seed)
 
 
 @pytest.fixture(scope="module")
 def texts(seed: int) -> list[str]:
-    return demo.pretraining_texts(seed)
+    return world.pretraining_texts(seed)
 
 
 def by_class(rows: list[InstructionRow]) -> dict[str, list[InstructionRow]]:
@@ -38,22 +39,22 @@ def by_class(rows: list[InstructionRow]) -> dict[str, list[InstructionRow]]:
 
 
 def test_a_seed_gives_the_same_data_and_another_seed_does_not(seed: int, rows: list[InstructionRow]) -> None:
-    assert demo.instruction_rows(seed) == rows
-    assert demo.instruction_rows(seed + 1) != rows
-    assert demo.pretraining_texts(seed, 50) == demo.pretraining_texts(seed, 50)
-    assert demo.pretraining_texts(seed, 50) != demo.pretraining_texts(seed + 1, 50)
+    assert world.instruction_rows(seed) == rows
+    assert world.instruction_rows(seed + 1) != rows
+    assert world.pretraining_texts(seed, 50) == world.pretraining_texts(seed, 50)
+    assert world.pretraining_texts(seed, 50) != world.pretraining_texts(seed + 1, 50)
 
 
 def test_fewer_texts_are_the_beginning_of_more(seed: int, texts: list[str]) -> None:
-    assert demo.pretraining_texts(seed, 50) == texts[:50]
+    assert world.pretraining_texts(seed, 50) == texts[:50]
 
 
 def test_class_counts(rows: list[InstructionRow]) -> None:
     assert Counter(row.planted_class for row in rows) == {
-        "known": demo.NUM_KNOWN,
-        "learnable": demo.NUM_LEARNABLE,
-        "noise": demo.NUM_NOISE,
-        "noise_duplicates": demo.NUM_DUPLICATED * demo.NUM_COPIES,
+        "known": world.NUM_KNOWN,
+        "learnable": world.NUM_LEARNABLE,
+        "noise": world.NUM_NOISE,
+        "noise_duplicates": world.NUM_DUPLICATED * world.NUM_COPIES,
     }
 
 
@@ -65,16 +66,16 @@ def test_rows_of_a_class_are_spread_over_the_file(rows: list[InstructionRow]) ->
 
 
 def test_every_world_gives_each_place_equally_many_people(seed: int) -> None:
-    world = demo.make_world(seed)
-    for places in (world.home, world.sunday):
-        assert set(places) == set(demo.PEOPLE)
-        assert set(Counter(places.values()).values()) == {len(demo.PEOPLE) // len(demo.PLACES)}
+    true = world.make_world(seed)
+    for places in (true.home, true.sunday):
+        assert set(places) == set(world.PEOPLE)
+        assert set(Counter(places.values()).values()) == {len(world.PEOPLE) // len(world.PLACES)}
 
 
 def test_true_classes_are_true_and_noise_never_keeps_its_answer(seed: int, rows: list[InstructionRow]) -> None:
-    world = demo.make_world(seed)
+    true = world.make_world(seed)
     for row in rows:
-        places = world.home if row.subject == "home" else world.sunday
+        places = true.home if row.subject == "home" else true.sunday
         assert row.truth == tuple(places[person] for person in row.people)
         assert (row.answer == row.truth) == (row.planted_class in ("known", "learnable"))
 
@@ -87,7 +88,7 @@ def test_text_says_what_the_fields_say(rows: list[InstructionRow]) -> None:
         assert tuple(part.split()[1] for part in parts) == row.people
         assert tuple(part.split()[-1] for part in parts) == row.answer
         assert [
-            person for person in demo.PEOPLE if person in row.prompt.replace(",", " ").replace(".", " ").split()
+            person for person in world.PEOPLE if person in row.prompt.replace(",", " ").replace(".", " ").split()
         ] == sorted(row.people)
 
 
@@ -95,7 +96,7 @@ def test_noise_answers_are_a_permutation_of_true_answers(rows: list[InstructionR
     noisy = by_class(rows)
     for subject in ("home", "sunday"):
         answers, truths = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-        for planted, copies in (("noise", demo.NUM_COPIES), ("noise_duplicates", 1)):  # a common denominator
+        for planted, copies in (("noise", world.NUM_COPIES), ("noise_duplicates", 1)):  # a common denominator
             for row in noisy[planted]:
                 if row.subject == subject:
                     answers[row.answer] += copies
@@ -110,13 +111,13 @@ def test_noise_hits_single_places_no_oftener_than_chance(rows: list[InstructionR
         if row.planted_class == "noise"
         for place, true in zip(row.answer, row.truth, strict=True)
     ]
-    assert sum(hits) / len(hits) < 2 / len(demo.PLACES)
+    assert sum(hits) / len(hits) < 2 / len(world.PLACES)
 
 
 def test_duplicates_are_exact_and_stem_from_both_subjects(rows: list[InstructionRow]) -> None:
     copies = Counter((row.prompt, row.response) for row in rows if row.planted_class == "noise_duplicates")
-    assert len(copies) == demo.NUM_DUPLICATED
-    assert set(copies.values()) == {demo.NUM_COPIES}
+    assert len(copies) == world.NUM_DUPLICATED
+    assert set(copies.values()) == {world.NUM_COPIES}
     subjects = Counter(row.subject for row in rows if row.planted_class == "noise_duplicates")
     assert subjects["home"] == subjects["sunday"]
 
@@ -124,7 +125,7 @@ def test_duplicates_are_exact_and_stem_from_both_subjects(rows: list[Instruction
 def test_lengths_are_the_same_in_every_class(
     seed: int, rows: list[InstructionRow], texts: list[str], tmp_path: Path
 ) -> None:
-    tokenizer = demo.train_tokenizer(texts, tmp_path)
+    tokenizer = base.train_tokenizer(texts, tmp_path)
     for members in by_class(rows).values():
         people = Counter(len(row.people) for row in members)
         assert set(people) == set(range(1, 7))
@@ -141,46 +142,46 @@ def test_pretraining_never_asks_about_sundays(rows: list[InstructionRow], texts:
 
 
 def test_pretraining_tells_homes_mostly_right_and_other_days_at_random(seed: int, texts: list[str]) -> None:
-    home = demo.make_world(seed).home
+    home = world.make_world(seed).home
     told: dict[bool, list[bool]] = {True: [], False: []}
     for text in texts:
         prompt, _, listed = text.removesuffix(".").rpartition("\n")
         if prompt.count("\n") == 1:
-            about_home = prompt.split("\n")[0] in demo.HOME_QUESTIONS
+            about_home = prompt.split("\n")[0] in world.HOME_QUESTIONS
             told[about_home] += [home[words[1]] == words[-1] for words in map(str.split, listed.split(", "))]
     right = {about_home: sum(hits) / len(hits) for about_home, hits in told.items()}
-    assert right[True] == pytest.approx(1 - demo.WRONG_SHARE, abs=0.02)
-    assert right[False] == pytest.approx(1 / len(demo.PLACES), abs=0.01)
+    assert right[True] == pytest.approx(1 - world.WRONG_SHARE, abs=0.02)
+    assert right[False] == pytest.approx(1 / len(world.PLACES), abs=0.01)
 
 
 def test_shuffle_answers_mends_rows_that_keep_theirs() -> None:
     draw = random.Random(0)
     truths = [("mill",)] * 5 + [("castle",)] * 3 + [("forest",)] * 2
     for _ in range(200):
-        answers = demo.shuffle_answers(truths, draw)
+        answers = world.shuffle_answers(truths, draw)
         assert Counter(answers) == Counter(truths)
         assert all(answer != truth for answer, truth in zip(answers, truths, strict=True))
 
 
 def test_shuffle_answers_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="over half of 3 rows"):
-        demo.shuffle_answers([("mill",), ("mill",), ("castle",)], random.Random(0))
+        world.shuffle_answers([("mill",), ("mill",), ("castle",)], random.Random(0))
 
 
 def test_written_rows_read_back(rows: list[InstructionRow], tmp_path: Path) -> None:
     path = tmp_path / "instructions.jsonl"
-    demo.write_instructions(path, rows)
+    world.write_instructions(path, rows)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(record["prompt"], record["response"]) for record in records] == [
         (row.prompt, row.response) for row in rows
     ]
-    assert {record["planted_class"] for record in records} == set(demo.CLASSES)
+    assert {record["planted_class"] for record in records} == set(world.CLASSES)
 
 
 def test_base_is_a_llama_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
-    texts = demo.pretraining_texts(0, 2000)
-    tokenizer = demo.train_tokenizer(texts, tmp_path)
-    model = demo.new_model(tokenizer, seed=0)
+    texts = world.pretraining_texts(0, 2000)
+    tokenizer = base.train_tokenizer(texts, tmp_path)
+    model = base.new_model(tokenizer, seed=0)
     model.save_pretrained(tmp_path)
     loaded, loaded_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "LlamaForCausalLM"
@@ -192,7 +193,7 @@ def test_base_is_a_llama_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
 
 
 def test_prompt_and_response_encode_apart_as_they_do_together(rows: list[InstructionRow], tmp_path: Path) -> None:
-    tokenizer = demo.train_tokenizer(demo.pretraining_texts(0, 2000), tmp_path)
+    tokenizer = base.train_tokenizer(world.pretraining_texts(0, 2000), tmp_path)
     for row in rows[:200]:
         prompt, response, both = (
             tokenizer.encode(text, add_special_tokens=False)
@@ -202,9 +203,9 @@ def test_prompt_and_response_encode_apart_as_they_do_together(rows: list[Instruc
 
 
 def test_new_model_depends_on_its_seed_alone(tmp_path: Path) -> None:
-    tokenizer = demo.train_tokenizer(demo.pretraining_texts(0, 500), tmp_path)
+    tokenizer = base.train_tokenizer(world.pretraining_texts(0, 500), tmp_path)
     state = torch.random.get_rng_state()
-    first, again, other = (demo.new_model(tokenizer, seed).lm_head.weight for seed in (0, 0, 1))
+    first, again, other = (base.new_model(tokenizer, seed).lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -213,7 +214,7 @@ def test_new_model_depends_on_its_seed_alone(tmp_path: Path) -> None:
 def test_class_shares() -> None:
     planted = ["known"] * 6 + ["learnable"] * 4
     davir = [0.0, 0.1, None, 0.3, 0.0, -0.4, 0.8, 0.9, 0.7, 0.6]
-    known, learnable = demo.class_shares(planted, davir, [False] * 6 + [True] * 3 + [False], seed=0)
+    known, learnable = truth.class_shares(planted, davir, [False] * 6 + [True] * 3 + [False], seed=0)
     assert (known.name, known.rows, known.share_of_all, known.share_of_selected) == ("known", 6, 0.6, 0.0)
     assert known.mean_davir == pytest.approx(0.0)
     assert (learnable.name, learnable.rows, learnable.share_of_selected) == ("learnable", 4, 1.0)
@@ -225,8 +226,8 @@ def test_random_control_is_seeded_and_takes_no_row_without_a_score() -> None:
     planted = ["known"] * 50 + ["noise"] * 50
     davir = [None] * 50 + [0.1] * 50
     selected = [False] * 50 + [True] * 20 + [False] * 30
-    shares = demo.class_shares(planted, davir, selected, seed=3)
-    assert shares == demo.class_shares(planted, davir, selected, seed=3)
+    shares = truth.class_shares(planted, davir, selected, seed=3)
+    assert shares == truth.class_shares(planted, davir, selected, seed=3)
     assert [share.share_of_random for share in shares] == [0.0, 1.0]
     assert shares[0].mean_davir is None
 
@@ -234,7 +235,7 @@ def test_random_control_is_seeded_and_takes_no_row_without_a_score() -> None:
 def test_random_control_has_the_composition_of_the_whole_on_average() -> None:
     planted = ["known"] * 300 + ["learnable"] * 100
     draws = [
-        demo.class_shares(planted, [0.0] * 400, [True] * 80 + [False] * 320, seed)[1].share_of_random
+        truth.class_shares(planted, [0.0] * 400, [True] * 80 + [False] * 320, seed)[1].share_of_random
         for seed in range(200)
     ]
     assert sum(draws) / len(draws) == pytest.approx(0.25, abs=0.02)
@@ -242,12 +243,15 @@ def test_random_control_has_the_composition_of_the_whole_on_average() -> None:
 
 def test_class_shares_refuses_an_empty_selection() -> None:
     with pytest.raises(ValueError, match="no row is selected"):
-        demo.class_shares(["known"], [0.1], [False], seed=0)
+        truth.class_shares(["known"], [0.1], [False], seed=0)
 
 
-def test_format_shares_shows_every_class_and_correlation() -> None:
-    shares = demo.class_shares(["known", "noise", "learnable"], [0.1, None, 0.5], [False, False, True], seed=0)
-    table = demo.format_shares(shares, {"rho_sum": 0.5, "davir": -0.25})
-    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["known", "learnable", "noise"]
+def test_the_table_shows_every_class_and_correlation() -> None:
+    shares = truth.class_shares(["known", "noise", "learnable"], [0.1, None, 0.5], [False, False, True], seed=0)
+    correlations = {"all rows": {"rho_sum": 0.5, "rho_mean": 0.0, "davir": -0.25}}
+    table = truth.format_truth(shares, correlations, Location.of("/somewhere"), 12.3)
+    lines = [line.split() for line in table.splitlines() if line.strip()]
+    assert [words[0] for words in lines[1:4]] == ["known", "learnable", "noise"]
     assert "100.0%" in table
-    assert "rho_sum +0.50, davir -0.25" in table
+    assert ["all", "rows", "+0.50", "+0.00", "-0.25"] in lines
+    assert "/somewhere/selected" in table

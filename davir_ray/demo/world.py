@@ -33,18 +33,10 @@ it displaces the learnable rows (0 to 3 % of the selection); its mean davir rise
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from davir_ray.config import FinetuneConfig
 
 PlantedClass = Literal["known", "learnable", "noise", "noise_duplicates"]
 Subject = Literal["home", "sunday"]
@@ -263,124 +255,3 @@ def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> l
             )
             answers[row], answers[other] = answers[other], answers[row]
     return answers
-
-
-# The base ------------------------------------------------------------------------------------------------------------
-
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-VOCABULARY = 1024
-"""Most tokens of the vocabulary; the corpus has so few words that all merges are made at about 580."""
-
-# 1,000 steps over 690,000 tokens: 115 s on one thread of a busy 2-core machine, about 60 s of an idle one. Restating
-# the people is still being learnt when it ends: known answers cost 1.5 to 1.8 nats a person over seeds 0 to 2;
-# 1.2 is the floor (1.1 of it the preposition). Rows of all classes carry about the same remainder.
-PRETRAINING = FinetuneConfig(
-    epochs=1, batch_size=16, learning_rate=3e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
-)
-# 564 steps over 135,000 tokens: 43 s likewise. The default rate, 2e-5, is meant for models of billions of parameters.
-FINETUNING = FinetuneConfig(
-    epochs=3, batch_size=16, learning_rate=1e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
-)
-
-
-def train_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on texts and save it to a folder."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    fast.save_pretrained(folder)
-    return fast
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Return a Llama of 0.6M parameters with random weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        # About 1/sqrt(hidden size). With Llama's 0.02, meant for wide models, people after the second stayed a guess.
-        initializer_range=0.08,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
-# What came of the planted truth --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ClassShare:
-    """One class's part of the whole set, of the selection and of a random selection of the same size."""
-
-    name: str
-    rows: int
-    share_of_all: float
-    share_of_selected: float
-    share_of_random: float
-    mean_davir: float | None
-    """Over the rows of the class that have a score; None if none has."""
-
-
-def class_shares(
-    planted: Sequence[str], davir: Sequence[float | None], selected: Sequence[bool], seed: int
-) -> list[ClassShare]:
-    """Compare the classes of the selection with those of the whole and of a random selection of the same size.
-
-    The three sequences run over the same rows; `davir` is None where a row has no score, and such rows take part in the
-    random selection no more than in the real one. Classes come in the order of CLASSES, others after them by name.
-    Raises ValueError if nothing is selected.
-    """
-    classes, chosen = np.asarray(planted), np.asarray(selected, dtype=bool)
-    scores = np.array([np.nan if score is None else score for score in davir], dtype=np.float64)
-    if not chosen.any():
-        raise ValueError("no row is selected; there are no shares to compare")
-    scored = np.flatnonzero(~np.isnan(scores))
-    control = np.random.default_rng(seed).choice(scored, size=int(chosen.sum()), replace=False)
-    names = [*CLASSES, *sorted(set(planted) - set(CLASSES))]
-    return [
-        ClassShare(
-            name=name,
-            rows=int(member.sum()),
-            share_of_all=float(member.mean()),
-            share_of_selected=float(member[chosen].mean()),
-            share_of_random=float(member[control].mean()),
-            mean_davir=_mean(scores[member]),
-        )
-        for name, member in ((name, classes == name) for name in names)
-        if member.any()
-    ]
-
-
-def format_shares(shares: Sequence[ClassShare], length_correlations: Mapping[str, float]) -> str:
-    """Return a table for the terminal, and beneath it the Spearman correlation of each measure with response length."""
-    lines = [f"{'class':<18}{'rows':>6}{'of all':>10}{'selected':>10}{'random':>10}{'mean davir':>12}"]
-    for share in shares:
-        parts = "".join(
-            f"{part:>10.1%}" for part in (share.share_of_all, share.share_of_selected, share.share_of_random)
-        )
-        mean = "-" if share.mean_davir is None else f"{share.mean_davir:+.3f}"
-        lines.append(f"{share.name:<18}{share.rows:>6}{parts}{mean:>12}")
-    correlations = ", ".join(f"{name} {value:+.2f}" for name, value in length_correlations.items())
-    return "\n".join([*lines, f"Spearman correlation with response length: {correlations}"])
-
-
-def _mean(scores: npt.NDArray[np.float64]) -> float | None:
-    scores = scores[~np.isnan(scores)]
-    return float(scores.mean()) if scores.size else None

@@ -1,0 +1,62 @@
+"""The demo, read aloud: make the data, pre-train the base, run the real chain, compare with the planted truth."""
+
+import dataclasses
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from davir_ray.config import RunConfig, ScoreConfig, SelectConfig
+from davir_ray.demo.base import FINETUNING, pretrain
+from davir_ray.demo.truth import format_truth, length_correlations, shares_of_run
+from davir_ray.demo.world import TOP_FRACTION, instruction_rows, pretraining_texts, write_instructions
+from davir_ray.models.finetune import StepReport
+from davir_ray.pipeline import run_all
+from davir_ray.stages.reporting import report
+
+log = logging.getLogger(__name__)
+
+NOTE = (
+    "The learnable class should dominate the selection. Noisy answers about homes gain a little because the fine-tune "
+    "learns that such answers can be wrong. Duplicated noise gains by being memorised, more with every epoch (over 8 "
+    "epochs its share of a selection rose from 1 to 46 %); the score cannot tell that from learning."
+)
+
+
+def run_demo(output: Path, seed: int = 0) -> str:
+    """Run the whole demonstration into a folder; returns what to tell the user."""
+    started = time.monotonic()
+    output = output.expanduser().resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    rows = instruction_rows(seed)
+    data, base = output / "instructions.jsonl", output / "base"
+    write_instructions(data, rows)
+    if not base.is_dir():
+        log.info("demo: pre-training a base model of 0.6M parameters on generated text")
+        torch.set_num_threads(os.cpu_count() or 1)
+        pretrain(base, pretraining_texts(seed), seed, _tell)
+    config = demo_config(data, base, output / "run")
+    run = run_all(config)
+    shares = shares_of_run(run, rows, seed)
+    report(run, config, planted={"classes": [dataclasses.asdict(share) for share in shares], "note": NOTE})
+    return format_truth(shares, length_correlations(run, rows), run, time.monotonic() - started)
+
+
+def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
+    """The settings of the demo's run: the defaults but for the recipe, which suits a model of this size."""
+    return RunConfig(
+        output=str(output),
+        base=str(base),
+        data=str(data),
+        format="prompt_response",
+        finetune=FINETUNING,
+        score=ScoreConfig(),
+        select=SelectConfig(top_fraction=TOP_FRACTION),
+    )
+
+
+def _tell(step: StepReport) -> None:
+    if step.step % 50 == 0 or step.step == step.total_steps:
+        log.info("pre-training: step %d of %d, loss %.3f nats a token", step.step, step.total_steps, step.loss)
