@@ -3,7 +3,7 @@
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -413,10 +413,9 @@ def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def untouched_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def untouched_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where Ray would be connected."""
     monkeypatch.setattr("davir_ray.pipeline.connect", lambda: pytest.fail("Ray was started"))
-    yield
 
 
 def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, target: Path) -> Path:

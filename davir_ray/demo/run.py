@@ -2,13 +2,12 @@
 
 import dataclasses
 import logging
-import os
 import time
 from pathlib import Path
 
 import torch
 
-from davir_ray.config import RunConfig, ScoreConfig, SelectConfig
+from davir_ray.config import PrepareConfig, RunConfig, SelectConfig
 from davir_ray.demo.base import FINETUNING, pretrain
 from davir_ray.demo.truth import format_truth, length_correlations, shares_of_run
 from davir_ray.demo.world import TOP_FRACTION, instruction_rows, pretraining_texts, write_instructions
@@ -35,7 +34,7 @@ def run_demo(output: Path, seed: int = 0) -> str:
     write_instructions(data, rows)
     if not base.is_dir():
         log.info("demo: pre-training a base model of 0.6M parameters on generated text")
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(1)  # such small products gain nothing from more, and lose much on a busy machine
         pretrain(base, pretraining_texts(seed), seed, _tell)
     config = demo_config(data, base, output / "run")
     run = run_all(config)
@@ -52,7 +51,7 @@ def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
         data=str(data),
         format="prompt_response",
         finetune=FINETUNING,
-        score=ScoreConfig(),
+        prepare=PrepareConfig(shard_rows=512),
         select=SelectConfig(top_fraction=TOP_FRACTION),
     )
 

@@ -142,18 +142,21 @@ def self_check(likelihood: Likelihood) -> str:
     Returns how the model will be run: 'packed', or 'one_by_one' with a warning where packing is not exact (attention
     sinks, ALiBi, linear attention). ModelError where even that differs, because the head does something unknown.
     """
-    examples = _check_examples(int(likelihood.model.config.get_text_config().vocab_size))
-    expected = [_eager_nll(likelihood.model, ids, spans) for ids, spans in examples]
-    if _largest_difference(likelihood, examples, expected) <= _tolerance(likelihood.model.dtype):
+    model, family = likelihood.model, type(likelihood.model).__name__
+    examples = _check_examples(int(model.config.get_text_config().vocab_size))
+    expected = [_eager_nll(model, ids, spans) for ids, spans in examples]
+    if not torch.cat(expected).isfinite().all():
+        raise ModelError(
+            f"{family} gives losses that are not finite; its weights may be damaged, or too large for {model.dtype}"
+        )
+    _check_causal(model, *examples[-1])
+    if likelihood.packed and _largest_difference(likelihood, examples, expected) <= _tolerance(model.dtype):
         return "packed"
     likelihood.packed = False
-    likelihood.model.set_attn_implementation("eager")
+    use_attention(model, "eager")
     difference = _largest_difference(likelihood, examples, expected)
-    family = type(likelihood.model).__name__
-    if not difference <= _tolerance(likelihood.model.dtype):
-        raise ModelError(
-            f"{family} cannot be scored exactly: its token losses differ by {difference:.3g} nats from its own"
-        )
+    if not difference <= _tolerance(model.dtype):
+        raise ModelError(f"{family} cannot be scored exactly: its losses differ by {difference:.3g} nats from its own")
     log.warning("%s cannot be packed exactly; it is run one sequence at a time, which is several times slower", family)
     return "one_by_one"
 

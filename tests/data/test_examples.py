@@ -207,7 +207,7 @@ def test_a_task_without_rows_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "most", "rows"), [("_SHARD_TOKENS", 30, [6, 3]), ("_SHARD_TEXT_BYTES", 6, [3, 3, 3])]
+    ("limit", "most", "rows"), [("_SHARD_TOKENS", 30, [6, 3]), ("_SHARD_CHARACTERS", 6, [3, 3, 3])]
 )
 def test_a_shard_of_long_rows_is_cut_before_its_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, rows: list[int]

@@ -95,7 +95,7 @@ def test_a_base_with_nan_weights_is_a_training_error_at_the_first_step(
     tensors = weights(base_folder)
     tensors["model.norm.weight"][:] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match="loss is nan .* at step 1;"):
+    with pytest.raises(TrainingError, match=r"loss is nan .* at step 1;"):
         finetune_copy(prepared, broken, tmp_path / "run", **RECIPE, max_failures=0)
 
 
