@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from davir_ray.cli import dump, load
 from davir_ray.config import RunConfig
@@ -76,7 +77,16 @@ def _rank_and_report(run: Location, config: RunConfig) -> None:
     rank(run, config.rank)
     select(run, config.rank, config.select)
     remember(run, dump(config))
-    report(run, config)
+    report(run, config, _tokenizer(config))
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    """The base's tokenizer, to spell tokens in the report; None if it cannot be loaded any more."""
+    try:
+        return Checkpoint.find(config.base or "", config.trust_remote_code).tokenizer()
+    except ModelError as error:
+        log.warning("the report shows no tokens: %s", error)
+        return None
 
 
 def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:

@@ -3,8 +3,13 @@
 Packing is a pure function of a shard's content, so a repeated shard gives the same bits whatever the worker count.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+
+Spans = Sequence[int] | npt.NDArray[np.int32]
+"""(start, end) pairs into an example's tokens, end exclusive: what is scored."""
 
 
 def pack(lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], budget: int) -> list[npt.NDArray[np.int64]]:
@@ -24,3 +29,9 @@ def pack(lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], budget: int
     if len(order) > start:
         packs.append(order[start:])
     return packs
+
+
+def scored_positions(spans: Spans) -> npt.NDArray[np.int64]:
+    """Positions that (start, end) pairs cover, in order."""
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    return np.concatenate([np.arange(start, end) for start, end in pairs] or [np.empty(0, np.int64)])

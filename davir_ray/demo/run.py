@@ -11,6 +11,7 @@ from davir_ray.config import PrepareConfig, RunConfig, SelectConfig
 from davir_ray.demo.base import FINETUNING, pretrain
 from davir_ray.demo.truth import format_truth, length_correlations, shares_of_run
 from davir_ray.demo.world import TOP_FRACTION, instruction_rows, pretraining_texts, write_instructions
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.finetune import StepReport
 from davir_ray.pipeline import run_all
 from davir_ray.stages.reporting import report
@@ -39,7 +40,12 @@ def run_demo(output: Path, seed: int = 0) -> str:
     config = demo_config(data, base, output / "run")
     run = run_all(config)
     shares = shares_of_run(run, rows, seed)
-    report(run, config, planted={"classes": [dataclasses.asdict(share) for share in shares], "note": NOTE})
+    report(
+        run,
+        config,
+        Checkpoint.find(str(base)).tokenizer(),
+        planted={"classes": [dataclasses.asdict(share) for share in shares], "note": NOTE},
+    )
     return format_truth(shares, length_correlations(run, rows), run, time.monotonic() - started)
 
 

@@ -4,6 +4,8 @@ Every row gets a composite key (key, example_id), both integers, ascending = bes
 order is total and every cut exact. Letters: N rows, B boundaries.
 """
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +33,11 @@ def random_keys(example_ids: Ids, seed: int, *, lowest: bool = False) -> Keys:
         z = example_ids.astype(np.uint64) + _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64))
         keys = _mix(z)
     return ~keys if lowest else keys
+
+
+def seed_from(*parts: object) -> int:
+    """A seed below 2**63 from values whose text is stable."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _mix(z: Keys) -> Keys:

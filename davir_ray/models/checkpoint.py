@@ -4,9 +4,10 @@ Only safetensors are loaded: a pickled checkpoint can run code. A path is a loca
 (s3://…, copied to the local cache once) or a hub name.
 """
 
-import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from davir_ray.errors import ModelError
 from davir_ray.models.attention import PACKED_ATTENTION
@@ -84,10 +86,23 @@ class Checkpoint:
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
         try:
-            return auto_class.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **kwargs)
+            with _quiet():
+                return auto_class.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar for each load: many actors would write many."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -154,11 +169,6 @@ def _encoding(tokenizer: PreTrainedTokenizerBase) -> str:
         return digest(sorted(tokenizer.get_vocab().items()))
     parts = json.loads(backend.to_str())
     return digest([parts.get(name) for name in ("model", "normalizer", "pre_tokenizer")])
-
-
-def seed_from(*parts: object) -> int:
-    """A seed below 2**63 from values whose text is stable."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
 from davir_ray.errors import DataError, TrainingError
-from davir_ray.models.checkpoint import seed_from
+from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 
 log = logging.getLogger(__name__)

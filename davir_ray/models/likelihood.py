@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from davir_ray.data.packing import Spans, scored_positions
 from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
 from davir_ray.models.attention import PACKED_ATTENTION
@@ -31,9 +32,6 @@ _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
 """Token budget of a pack unless the settings say otherwise: on a CPU what its caches hold (4096 took 1.6 times as long
 for a model of hidden size 256), on a GPU what keeps it busy."""
-
-Spans = Sequence[int] | npt.NDArray[np.int32]
-"""(start, end) pairs into an example's tokens, end exclusive: what is scored."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,6 @@ class Pack:
             sequence_lengths=lengths,
             num_scored=tuple(num_scored),
         )
-
-
-def scored_positions(spans: Spans) -> npt.NDArray[np.int64]:
-    """Positions that (start, end) pairs cover, in order."""
-    pairs = zip(spans[::2], spans[1::2], strict=True)
-    return np.concatenate([np.arange(start, end) for start, end in pairs] or [np.empty(0, np.int64)])
 
 
 class Likelihood(torch.nn.Module):

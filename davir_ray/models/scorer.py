@@ -16,7 +16,8 @@ import torch
 
 from davir_ray.data.packing import pack
 from davir_ray.formulas import scores as formulas
-from davir_ray.models.checkpoint import Checkpoint, local_device, resolve_dtype, seed_from
+from davir_ray.formulas.ranking import seed_from
+from davir_ray.models.checkpoint import Checkpoint, local_device, resolve_dtype
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack, self_check
 from davir_ray.schema import SCORES, Status
 

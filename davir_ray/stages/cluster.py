@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import ray
 import ray.train
-import transformers
 from ray.data import DataContext
 
 from davir_ray.errors import ClusterError, DavirError
@@ -42,9 +41,7 @@ def configure_worker_logging() -> None:
 
 
 def _quieten() -> None:
-    """Leave out what says nothing about the run: one bar for each loaded model, plans of small datasets."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """Leave out what says nothing about the run: the plans of small datasets."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = sys.stderr.isatty()

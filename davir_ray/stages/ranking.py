@@ -22,7 +22,6 @@ from davir_ray import __version__
 from davir_ray.config import RankConfig
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import ranking
-from davir_ray.models.checkpoint import seed_from
 from davir_ray.schema import RANKED
 from davir_ray.stages.cluster import own_errors, whole_block_context
 from davir_ray.stages.resume import clear, completed, require
@@ -204,7 +203,7 @@ def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
     """Keys of a share of the rows, drawn by hash, so that every run draws the same."""
     _, keys, ids = order_keys(table, config)
     limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
-    drawn = ranking.random_keys(ids, seed_from("boundaries")) <= limit
+    drawn = ranking.random_keys(ids, ranking.seed_from("boundaries")) <= limit
     return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
 
 

@@ -12,10 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config import RunConfig
-from davir_ray.errors import ModelError
-from davir_ray.formulas.ranking import random_keys
-from davir_ray.models.checkpoint import Checkpoint, seed_from
-from davir_ray.models.likelihood import scored_positions
+from davir_ray.data.packing import scored_positions
+from davir_ray.formulas.ranking import random_keys, seed_from
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.schema import EXAMPLES, REJECTS, SCORES
 from davir_ray.stages.ranking import collect
@@ -35,8 +33,14 @@ _TEXT_COLUMNS = ["example_id", "prompt", "response", "input_ids", "response_span
 _SCORE_COLUMNS = [name for name in SCORES.names if name not in _TOKEN_LOSSES]
 
 
-def report(run: Location, config: RunConfig, planted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write the page and the same facts as JSON; returns the facts. Always redone: it takes seconds."""
+def report(
+    run: Location, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the page and the same facts as JSON; returns the facts. Always redone: it takes seconds.
+
+    With the base's tokenizer the page shows the tokens of shown examples whose token losses were kept; `planted` is the
+    demo's truth.
+    """
     started = time.monotonic()
     manifests = {stage: manifest for stage in _STAGES if (manifest := Manifest.read(run, stage))}
     scored, ranked = require(run, "score"), require(run, "rank")
@@ -46,8 +50,8 @@ def report(run: Location, config: RunConfig, planted: dict[str, Any] | None = No
             manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
             scores=_sampled_scores(run, scored, manifests["select"]),
             num_scored=scored.counts["examples"],
-            top=_shown(run, config, manifests, ranked.files, from_end=False),
-            bottom=_shown(run, config, manifests, ranked.files, from_end=True),
+            top=_shown(run, tokenizer, manifests, ranked.files, from_end=False),
+            bottom=_shown(run, tokenizer, manifests, ranked.files, from_end=True),
             rejects=_sampled_rejects(run, manifests["prepare"]),
             planted=planted,
         )
@@ -93,12 +97,11 @@ def _sampled_rejects(run: Location, prepared: Manifest) -> pa.Table:
 
 
 def _shown(
-    run: Location, config: RunConfig, manifests: dict[str, Manifest], files: list[FileEntry], *, from_end: bool
+    run: Location, tokenizer: Any, manifests: dict[str, Manifest], files: list[FileEntry], *, from_end: bool
 ) -> list[dict[str, Any]]:
     """The first or last ranked rows with their text, best first; with their tokens where token losses were kept."""
     table = _edge(run, files, from_end)
     texts = _texts(run, manifests["prepare"], table["example_id"].to_pylist())
-    tokenizer = _tokenizer(config)
     return [_with_tokens(row | texts[row["example_id"]], tokenizer) for row in table.to_pylist()]
 
 
@@ -129,17 +132,6 @@ def _read_texts(run: Location, ids: list[int], name: str) -> pa.Table:
 
 def _unchanged(table: pa.Table) -> pa.Table:
     return table
-
-
-def _tokenizer(config: RunConfig) -> Any:
-    """The base's tokenizer, to spell tokens; None where only an output is named, or it cannot be loaded any more."""
-    if config.base is None:
-        return None
-    try:
-        return Checkpoint.find(config.base, config.trust_remote_code).tokenizer()
-    except ModelError as error:
-        log.warning("the report shows no tokens: %s", error)
-        return None
 
 
 def _with_tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

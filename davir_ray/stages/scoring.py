@@ -7,27 +7,23 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from ray.data.datasource import Datasink, WriteResult
 
 from davir_ray.config import ScoreConfig
 from davir_ray.errors import IntegrityError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
 from davir_ray.stages.resume import clear, completed, require
-from davir_ray.stages.shards import Shards
+from davir_ray.stages.shards import NAMED, ScoredShard, ScoreSink, Shards, count_statuses, read_named
 from davir_ray.storage import (
-    FINGERPRINT_KEY,
     FileEntry,
     Location,
     Manifest,
@@ -36,23 +32,11 @@ from davir_ray.storage import (
     read_parquet,
     remove_leftovers,
     total_rows,
-    write_parquet,
 )
 
 log = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 200
-_CARRIED = ["shard", "shard_rows", "numerics"]
-"""Constant columns that tell the sink which shard a block is, and how it was computed."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one write task committed."""
-
-    entry: FileEntry
-    statuses: dict[str, int]
-    numerics: str
 
 
 def score(
@@ -103,7 +87,7 @@ def _fingerprint(
     }
 
 
-def _committed(run: Location, mark: str, overwrite: bool) -> list[Shard]:
+def _committed(run: Location, mark: str, overwrite: bool) -> list[ScoredShard]:
     """Shards that earlier attempts with the same settings have scored."""
     folder = run / "scores"
     remove_leftovers(folder)
@@ -114,10 +98,13 @@ def _committed(run: Location, mark: str, overwrite: bool) -> list[Shard]:
             raise
         clear(run, "score")
         return []
-    return [Shard(entry, _statuses(read_parquet(folder / entry.name, ["status"])), numerics="{}") for entry in entries]
+    return [
+        ScoredShard(entry, count_statuses(read_parquet(folder / entry.name, ["status"])), numerics="{}")
+        for entry in entries
+    ]
 
 
-def _pending(prepared: Manifest, committed: list[Shard]) -> list[FileEntry]:
+def _pending(prepared: Manifest, committed: list[ScoredShard]) -> list[FileEntry]:
     """Shards of examples without scores, longest first, so that the pool does not end on one long shard."""
     done = {shard.entry.name for shard in committed}
     shards = [
@@ -136,12 +123,12 @@ def _run(
     config: ScoreConfig,
     settings: ScorerSettings,
     mark: str,
-) -> list[Shard]:
+) -> list[ScoredShard]:
     """The stream: read a shard, score it in an actor, write its file."""
     num_gpus = _num_gpus(config)
     num_actors = min(len(pending), plan_pool(config))
     log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
-    source = Shards(pending, partial(_read_shard, run))
+    source = Shards(pending, partial(read_named, run / "examples", INPUT_COLUMNS))
     sink = ScoreSink(run, mark)
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
         (
@@ -169,17 +156,6 @@ def _num_gpus(config: ScoreConfig) -> float:
     return (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus
 
 
-def _read_shard(run: Location, name: str) -> pa.Table:
-    table = read_parquet(run / "examples" / name, INPUT_COLUMNS)
-    return _with_constants(table, shard=name, shard_rows=table.num_rows)
-
-
-def _with_constants(table: pa.Table, **values: str | int) -> pa.Table:
-    for name, value in values.items():
-        table = table.append_column(name, pa.repeat(value, table.num_rows))
-    return table
-
-
 class ScoreShard:
     """Actor: a Scorer for blocks that are whole shards."""
 
@@ -194,48 +170,16 @@ class ScoreShard:
         scores = self._scorer(block.select(INPUT_COLUMNS))
         rate = _num_tokens(block) / (time.monotonic() - started)
         log.info("score: %s, %d rows, %.0f tokens/s", block["shard"][0], block.num_rows, rate)
-        carried = {name: block[name] for name in ("shard", "shard_rows")}
-        for name, column in carried.items():
-            scores = scores.append_column(name, column)
-        return _with_constants(scores, numerics=self._numerics)
+        for name in NAMED:
+            scores = scores.append_column(name, block[name])
+        return scores.append_column("numerics", pa.repeat(self._numerics, scores.num_rows))
 
 
 def _num_tokens(block: pa.Table) -> int:
     return int(pc.sum(block["num_prompt_tokens"]).as_py() + pc.sum(block["num_response_tokens"]).as_py())
 
 
-class ScoreSink(Datasink[list[Shard]]):  # type: ignore[misc]
-    """Writes each block, which must be a whole shard, as scores/<shard's name>."""
-
-    def __init__(self, run: Location, mark: str) -> None:
-        self.shards: list[Shard] = []
-        self._run = run
-        self._mark = mark
-
-    def write(self, blocks: Iterable[Any], ctx: Any) -> list[Shard]:
-        """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
-        return [self._write_shard(ray.data.block.BlockAccessor.for_block(block).to_arrow()) for block in blocks]
-
-    def _write_shard(self, block: pa.Table) -> Shard:
-        names, rows = set(block["shard"].to_pylist()), set(block["shard_rows"].to_pylist())
-        if len(names) != 1 or rows != {block.num_rows}:
-            raise IntegrityError(
-                f"a block of {block.num_rows} rows is not one whole shard ({sorted(names)}, {rows} rows)"
-            )
-        scores = block.select(SCORES.names).cast(SCORES)
-        entry = write_parquet(self._run / "scores" / names.pop(), scores, {FINGERPRINT_KEY: self._mark.encode()})
-        return Shard(entry, _statuses(scores), str(block["numerics"][0]))
-
-    def on_write_complete(self, write_result: WriteResult[list[Shard]]) -> None:
-        """Keep what the write tasks committed."""
-        self.shards = [shard for shards in write_result.write_returns for shard in shards]
-
-
-def _statuses(scores: pa.Table) -> dict[str, int]:
-    return dict(Counter(scores["status"].to_pylist()))
-
-
-def _manifest(shards: list[Shard], fingerprint: dict[str, Any], num_rows: int, seconds: float) -> Manifest:
+def _manifest(shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: int, seconds: float) -> Manifest:
     statuses = Counter[str]()
     for shard in shards:
         statuses.update(shard.statuses)

@@ -1,17 +1,29 @@
-"""Shards as blocks: a Ray Data source in which one read task is one shard, whole."""
+"""Shards as blocks: a Ray Data source in which one read task is one shard, and a sink in which one block is one file.
 
+What runs in reading and writing tasks lives here, apart from the models: a process that only moves columns need not
+import torch, which costs seconds.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 from ray.data import DataContext
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
+from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
-from davir_ray.storage import FileEntry
+from davir_ray.errors import IntegrityError
+from davir_ray.schema import SCORES
+from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet, write_parquet
 
 _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
+
+NAMED = ["shard", "shard_rows"]
+"""Constant columns that tell the sink which shard a block is, and how many rows it must have."""
 
 
 class Shards(Datasource):  # type: ignore[misc]
@@ -47,3 +59,52 @@ class Shards(Datasource):  # type: ignore[misc]
 
 def _read_one(read: Callable[[str], pa.Table], name: str) -> Iterable[pa.Table]:
     return [read(name)]
+
+
+def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
+    """The shard's columns, and the NAMED ones."""
+    table = read_parquet(folder / name, columns)
+    for column, value in zip(NAMED, (name, table.num_rows), strict=True):
+        table = table.append_column(column, pa.repeat(value, table.num_rows))
+    return table
+
+
+@dataclass(frozen=True)
+class ScoredShard:
+    """What one write task committed."""
+
+    entry: FileEntry
+    statuses: dict[str, int]
+    numerics: str
+
+
+class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
+    """Writes each block, which must be a whole shard, as scores/<shard's name>."""
+
+    def __init__(self, run: Location, mark: str) -> None:
+        self.shards: list[ScoredShard] = []
+        self._run = run
+        self._mark = mark
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[ScoredShard]:
+        """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
+        return [self._write_shard(BlockAccessor.for_block(block).to_arrow()) for block in blocks]
+
+    def _write_shard(self, block: pa.Table) -> ScoredShard:
+        names, rows = set(block["shard"].to_pylist()), set(block["shard_rows"].to_pylist())
+        if len(names) != 1 or rows != {block.num_rows}:
+            raise IntegrityError(
+                f"a block of {block.num_rows} rows is not one whole shard ({sorted(names)}, {rows} rows)"
+            )
+        scores = block.select(SCORES.names).cast(SCORES)
+        entry = write_parquet(self._run / "scores" / names.pop(), scores, {FINGERPRINT_KEY: self._mark.encode()})
+        return ScoredShard(entry, count_statuses(scores), str(block["numerics"][0]))
+
+    def on_write_complete(self, write_result: WriteResult[list[ScoredShard]]) -> None:
+        """Keep what the write tasks committed."""
+        self.shards = [shard for shards in write_result.write_returns for shard in shards]
+
+
+def count_statuses(scores: pa.Table) -> dict[str, int]:
+    """Rows by status."""
+    return dict(Counter(scores["status"].to_pylist()))

@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.errors import ModelError
+from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.checkpoint import (
     SPEC_FILE,
     Checkpoint,
     check_same_encoding,
     resolve_dtype,
-    seed_from,
     tokenizer_digest,
 )
 
