@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from davir_ray.errors import ModelError
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.likelihood import Likelihood, Pack, scored_positions, self_check
+from davir_ray.data.packing import scored_positions
+from davir_ray.models.likelihood import Likelihood, Pack, self_check
 
 VOCABULARY = 100
 CHUNK_ROWS = 256
