@@ -236,6 +236,8 @@ class RunConfig:
         if (self.data is None) != (self.format is None):
             given, absent = ("format", "data") if self.data is None else ("data", "format")
             raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
+        if self.select.min_score is not None and self.rank.order == "random":
+            raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
         names = [source.name for source in self.sources]
         for name in names:
             _check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")

@@ -16,9 +16,9 @@ from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
 from davir_ray.stages.resume import CONFIG_FILE, claim, remember, require
 from davir_ray.stages.scoring import plan_pool, score
-from davir_ray.stages.selection import select
+from davir_ray.stages.selection import check_count, select
 from davir_ray.stages.training import finetune
-from davir_ray.storage import Location, differences
+from davir_ray.storage import Location, Manifest, differences
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def run_all(config: RunConfig) -> Location:
     run, base, preparation = _check(config)
     reference = _outside_reference(config, preparation)
     _start(run, config)
-    _prepare(run, config, preparation)
+    prepared = _prepare(run, config, preparation)
+    check_count(config.select, prepared.counts["prepared"], "prepared")
     if reference is None:
         finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
         reference = Checkpoint.find(str(run / "reference"))
@@ -147,7 +148,8 @@ def _start(run: Location, config: RunConfig) -> None:
     claim(run, dump(config))
 
 
-def _prepare(run: Location, config: RunConfig, preparation: Preparation) -> None:
+def _prepare(run: Location, config: RunConfig, preparation: Preparation) -> Manifest:
     sources = config.all_sources()
-    prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
+    manifest = prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
     remember(run, dump(config))
+    return manifest

@@ -58,12 +58,17 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
     return manifest
 
 
+def check_count(config: SelectConfig, num_rows: int, what: str) -> None:
+    """Raise ConfigError if more rows are to be selected than there are: known before any model is loaded."""
+    if config.top_k is not None and config.top_k > num_rows:
+        raise ConfigError(f"select.top_k is {config.top_k}, but only {num_rows} rows are {what}; ask for fewer")
+
+
 def count_selected(run: Location, ranked: Manifest, rank_config: RankConfig, config: SelectConfig) -> int:
     """Rows that the rule selects; ConfigError if it asks for more than there are, or selects none."""
     num_ranked = ranked.counts["ranked"]
+    check_count(config, num_ranked, "ranked")
     if config.top_k is not None:
-        if config.top_k > num_ranked:
-            raise ConfigError(f"select.top_k is {config.top_k}, but only {num_ranked} rows are ranked")
         return config.top_k
     if config.top_fraction is not None:
         return config.count_from_fraction(num_ranked)
@@ -80,8 +85,6 @@ def count_selected(run: Location, ranked: Manifest, rank_config: RankConfig, con
 
 
 def _ranked_files(run: Location, ranked: Manifest, rank_config: RankConfig, config: SelectConfig) -> list[_RankedFile]:
-    if config.min_score is not None and rank_config.order == "random":
-        raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
     column = value_column(rank_config)
     read = partial(_read_ranked, run, columns=sorted({"num_response_tokens", column}))
     summarise = partial(_summarise_file, column=column, lowest=rank_config.lowest, min_score=config.min_score)

@@ -17,15 +17,14 @@ ROOT = Path(__file__).parents[2]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a finished demo, and what it printed."""
     output = tmp_path_factory.mktemp("demo")
-    done = subprocess.run(
-        [sys.executable, "jobs/demo.py", "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
+    return output, run_demo(output)
+
+
+def run_demo(output: Path) -> str:
+    command = [sys.executable, "jobs/demo.py", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    return output, done.stdout
+    return done.stdout
 
 
 def planted_classes(output: Path) -> list[str]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from davir_ray.data.packing import scored_positions
 from davir_ray.errors import ModelError
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.data.packing import scored_positions
 from davir_ray.models.likelihood import Likelihood, Pack, self_check
 
 VOCABULARY = 100

@@ -88,6 +88,7 @@ def test_divergence_names_the_step_and_the_value(prepared: Path, base_folder: Pa
     assert Manifest.read(Location.of(tmp_path / "run"), "finetune") is None
 
 
+@pytest.mark.slow
 def test_a_base_with_nan_weights_is_a_training_error_at_the_first_step(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
