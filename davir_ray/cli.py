@@ -47,7 +47,7 @@ def parse(argv: list[str], description: str = "") -> RunConfig:
     _refuse_repeated(argv)
     try:
         values = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     _replace_rule(values, argv)
     return _config(parser, values)

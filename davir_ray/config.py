@@ -106,6 +106,7 @@ class FinetuneConfig:
             _check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
         _check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
         _check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
+        _check(self.seed >= 0, "finetune.seed", self.seed, "0 or more")
         _check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
         _check(self.precision != "float64", "finetune.precision", self.precision, "auto, float32 or bfloat16")
 

@@ -8,17 +8,18 @@ from typing import Any
 
 from davir_ray.cli import dump, load
 from davir_ray.config import RunConfig
-from davir_ray.errors import ConfigError, ModelError
+from davir_ray.data.render import ChatTemplate
+from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.stages.cluster import SUBMITTED_JOB, connect, num_nodes
 from davir_ray.stages.prepare import Preparation, prepare, preview, scoring_spec
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
-from davir_ray.stages.resume import CONFIG_FILE, claim, remember, require
+from davir_ray.stages.resume import CONFIG_FILE, check_claim, claim, remember, require
 from davir_ray.stages.scoring import plan_pool, score
 from davir_ray.stages.selection import check_count, select
 from davir_ray.stages.training import finetune
-from davir_ray.storage import Location, Manifest, differences
+from davir_ray.storage import Location, Manifest, differences, translated
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def run_all(config: RunConfig) -> Location:
     prepared = _prepare(run, config, preparation)
     check_count(config.select, prepared.counts["prepared"], "prepared")
     if reference is None:
-        finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
+        spec = scoring_spec(preparation, config.all_sources())
+        finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
         reference = Checkpoint.find(str(run / "reference"))
     score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
     _rank_and_report(run, config)
@@ -45,7 +47,7 @@ def finetune_only(config: RunConfig) -> Location:
     run, base, preparation = _check(config)
     _start(run, config)
     _prepare(run, config, preparation)
-    finetune(run, base, config.finetune, scoring_spec(preparation), overwrite=config.overwrite)
+    finetune(run, base, config.finetune, scoring_spec(preparation, config.all_sources()), overwrite=config.overwrite)
     return run / "reference"
 
 
@@ -53,11 +55,11 @@ def rank_only(config: RunConfig) -> Location:
     """Rank and select again from the scores of a finished run; only output, rank and select are used."""
     config.require("output", "select")
     run = _output(config)
-    require(run, "score")
+    check_count(config.select, require(run, "score").counts["scored"], "scored")
     config = dataclasses.replace(
         load((run / CONFIG_FILE).read_bytes().decode()), rank=config.rank, select=config.select
     )
-    connect()
+    _connect(run, config)
     _rank_and_report(run, config)
     return run
 
@@ -68,7 +70,8 @@ def dry_run(config: RunConfig) -> list[str]:
     run, _, preparation = _check(config)
     reference = _outside_reference(config, preparation)
     lines = preview(config.all_sources(), preparation)
-    connect()
+    _connect(run, config)
+    check_claim(run)
     lines.append(f"cluster: room for {plan_pool(config.score)} scoring actors")
     lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
     return lines
@@ -101,6 +104,8 @@ def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
         raise ConfigError(
             f"prepare.max_tokens is {config.prepare.max_tokens}, but {config.base} has {longest} positions"
         )
+    if any(source.format == "messages" for source in config.all_sources()):
+        ChatTemplate.from_tokenizer(base.tokenizer(), template)
     return run, base, preparation
 
 
@@ -111,16 +116,15 @@ def _output(config: RunConfig) -> Location:
             f"output {output!r} is relative, and would be lost with the submitted job's folder; "
             "give s3://… or an absolute path"
         )
-    return Location.of(output if "://" in output else Path(output).expanduser().resolve())
+    with translated(output, OutputError):
+        return Location.of(output if "://" in output else Path(output).expanduser().resolve())
 
 
 def _read_template(file: str | None) -> str | None:
     if file is None:
         return None
-    try:
+    with translated(f"chat_template {file}", ConfigError):
         return Location.of(file).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template {file} cannot be read: {error}") from error
 
 
 def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoint | None:
@@ -130,7 +134,7 @@ def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoin
     reference = Checkpoint.find(config.reference, config.trust_remote_code)
     check_same_encoding(preparation.base.tokenizer(), reference.tokenizer(), (str(config.base), config.reference))
     spec = reference.spec()
-    if spec is not None and (changed := differences(spec, scoring_spec(preparation))):
+    if spec is not None and (changed := differences(spec, scoring_spec(preparation, config.all_sources()))):
         raise ModelError(
             f"{config.reference} was fine-tuned on text encoded otherwise ({'; '.join(changed)}); use the same settings"
         )
@@ -139,13 +143,18 @@ def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoin
 
 def _start(run: Location, config: RunConfig) -> None:
     """Connect to Ray and make the output ours."""
+    _connect(run, config)
+    claim(run, dump(config))
+
+
+def _connect(run: Location, config: RunConfig) -> None:
+    """Connect to Ray; ConfigError if not every node sees the output."""
     connect()
     if run.is_local and num_nodes() > 1 and not config.output_is_shared:
         raise ConfigError(
             f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared "
             "if every node sees this path"
         )
-    claim(run, dump(config))
 
 
 def _prepare(run: Location, config: RunConfig, preparation: Preparation) -> Manifest:

@@ -12,8 +12,9 @@ import platform
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -21,9 +22,10 @@ from typing import Any, Self
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.implementations.local import LocalFileSystem
 
-from davir_ray.errors import IntegrityError, OutputError
+from davir_ray.errors import IntegrityError, OutputError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +74,17 @@ class Location:
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the finished files directly in this folder; empty if there is no folder."""
+        return [name for name in self.sizes() if name.endswith(suffix)]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each finished file directly in this folder, by name, from one listing; empty if there is none."""
         self.fs.invalidate_cache()
         try:
             entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError:
-            return []
-        names = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
-        return sorted(name for name in names if name.endswith(suffix) and not name.startswith(TEMPORARY))
+            return {}
+        sizes = {posixpath.basename(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
+        return {name: sizes[name] for name in sorted(sizes) if not name.startswith(TEMPORARY)}
 
     def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError if it is not there."""
@@ -118,12 +124,12 @@ class Location:
             return
         self.remove()
         for file in sorted(path for path in local.rglob("*") if path.is_file()):
-            (self / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
+            self.fs.put_file(str(file), (self / file.relative_to(local).as_posix()).path)
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One committed file of a stage, as its manifest lists it."""
+    """One committed file of a stage. In a manifest its name begins with the stage's folder."""
 
     name: str
     rows: int
@@ -186,6 +192,11 @@ class Manifest:
     """What a reader may want to know and nothing depends on: numerics, timings, curves."""
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     seconds: float = 0.0
+
+    def files_in(self, folder: str) -> list[FileEntry]:
+        """The stage's files in one of its folders, their names without it."""
+        start = f"{folder}/"
+        return [replace(entry, name=entry.name[len(start) :]) for entry in self.files if entry.name.startswith(start)]
 
     @property
     def content(self) -> str:
@@ -261,6 +272,23 @@ def remove_leftovers(folder: Location) -> None:
     for path in Path(folder.path).glob(f"{TEMPORARY}*"):
         log.info("removing %s, left by an attempt that died", path)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def translated(uri: object, error_class: type[UserError]) -> Iterator[None]:
+    """Turn what a file system raises about a path that the user gave into one line of ours."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise error_class(
+            f"{uri} cannot be used ({type(error).__name__}: {reason[:300]}); check path and access"
+        ) from error
+
+
+def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:
+    """Entries as a manifest lists them: named from the run's folder."""
+    return [replace(entry, name=f"{folder}/{entry.name}") for entry in entries]
 
 
 def total_rows(entries: Iterable[FileEntry]) -> int:

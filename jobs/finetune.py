@@ -10,11 +10,12 @@ import sys
 
 from davir_ray.cli import run_job
 from davir_ray.config import RunConfig
-from davir_ray.pipeline import finetune_only
 
 
 def main(config: RunConfig) -> None:
     """Prepare, fine-tune, and say where the reference lies."""
+    from davir_ray.pipeline import finetune_only  # late: a mistake in the options is told before torch and Ray load
+
     print(f"reference: {finetune_only(config)}")
 
 

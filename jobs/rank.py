@@ -7,11 +7,12 @@ import sys
 
 from davir_ray.cli import run_job
 from davir_ray.config import RunConfig
-from davir_ray.pipeline import rank_only
 
 
 def main(config: RunConfig) -> None:
     """Rank, select, report, and say where the result lies."""
+    from davir_ray.pipeline import rank_only  # late: a mistake in the options is told before torch and Ray load
+
     run = rank_only(config)
     print(f"selected: {run / 'selected'}\nreport:   {run / 'report.html'}")
 

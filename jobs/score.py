@@ -10,11 +10,12 @@ import sys
 
 from davir_ray.cli import run_job
 from davir_ray.config import RunConfig
-from davir_ray.pipeline import dry_run, run_all
 
 
 def main(config: RunConfig) -> None:
     """Run the chain and say where the result lies; with --dry_run, only say what would be done."""
+    from davir_ray.pipeline import dry_run, run_all  # late: a mistake in the options is told before torch and Ray load
+
     if config.dry_run:
         print("\n".join(dry_run(config)))
         return

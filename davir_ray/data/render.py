@@ -96,6 +96,16 @@ def render(fields: Mapping[str, Any], source: Source, chat: "ChatTemplate | None
     return Rendered(prompt, response, (Segment(prompt, False), Segment(response, True)))
 
 
+def rendering(source: Source) -> list[str]:
+    """What the text of a source's examples depends on beside its records and a chat template."""
+    return {
+        "alpaca": [ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHOUT_INPUT],
+        "gsm8k": [GSM8K_PROMPT],
+        "prompt_response": [source.prompt_column, source.response_column],
+        "messages": [source.messages_column, TODAY.isoformat()],
+    }[source.format]
+
+
 def _alpaca(fields: Mapping[str, Any], source: Source) -> tuple[str, str]:
     instruction = _text(fields, "instruction")
     context = "" if fields.get("input") is None else _text(fields, "input")

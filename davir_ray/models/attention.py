@@ -37,6 +37,9 @@ def packed_attention(
     Without `sequence_lengths` each row of the batch is one sequence. What a model asks for through other keywords
     (attention sinks, ALiBi) is not honoured here: the self-check of likelihood.py finds such models.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embedding leaves queries and keys in float32 where values are in the autocast type.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     batch, _heads, num_tokens, _dim = query.shape
     if sequence_lengths is None:
         return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).contiguous(), None

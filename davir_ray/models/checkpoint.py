@@ -20,34 +20,37 @@ from transformers.utils import logging as hf_logging
 
 from davir_ray.errors import ModelError
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.storage import Location, digest, file_digest
+from davir_ray.storage import Location, digest, file_digest, translated
 
 SPEC_FILE = "scoring_spec.json"
 """Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
 
 _WEIGHTS = ".safetensors"
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that can be loaded here."""
+    """A checkpoint by name; each process that loads it finds the files for itself, so it can travel between nodes."""
 
     uri: str
-    """As the user named it."""
-    folder: str
-    """Local folder, or hub name."""
+    """A local folder as an absolute path, a folder in object storage, or a hub name."""
+    revision: str | None = None
+    """The commit of a hub name, so that every worker loads the same."""
     trust_remote_code: bool = False
 
     @classmethod
     def find(cls, uri: str, trust_remote_code: bool = False) -> "Checkpoint":
         """The checkpoint of a local folder, s3://… or hub name. ModelError if it is none of these."""
         if "://" in uri:
-            return cls(uri, _copy_to_cache(Location.of(uri)), trust_remote_code)
-        path = Path(uri)
+            with translated(uri, ModelError):
+                checked = _checked_names(uri, Location.of(uri).names())
+            return cls(checked, None, trust_remote_code)
+        path = Path(uri).expanduser()
         if path.exists() or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
-            return cls(uri, str(_checked_folder(path.expanduser())), trust_remote_code)
-        return cls(uri, uri, trust_remote_code)
+            return cls(_checked_folder(path.resolve()), None, trust_remote_code)
+        commit = getattr(cls(uri, None, trust_remote_code).config(), "_commit_hash", None)
+        return cls(uri, commit, trust_remote_code)
 
     def config(self) -> Any:
         """The model's configuration, without its weights."""
@@ -61,33 +64,48 @@ class Checkpoint:
         return tokenizer
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The causal language model in evaluation mode, for packs."""
-        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+        """The causal language model in evaluation mode, for packs. ModelError if the files lack any of its weights."""
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         try:
-            model = self._load(AutoModelForCausalLM, attn_implementation=PACKED_ATTENTION, **options)
+            model, info = self._load(AutoModelForCausalLM, attn_implementation=PACKED_ATTENTION, **options)
         except ModelError as error:
             if not (isinstance(error.__cause__, KeyError) and PACKED_ATTENTION in str(error.__cause__)):
                 raise
             # Families with a table of attentions of their own (Falcon, GPT-J) look the name up when they are built.
-            model = self._load(AutoModelForCausalLM, attn_implementation="eager", **options)
+            model, info = self._load(AutoModelForCausalLM, attn_implementation="eager", **options)
+        if absent := sorted(info["missing_keys"]):
+            # transformers would fill them with random numbers, others in every process.
+            raise ModelError(
+                f"{self.uri} lacks {len(absent)} weights of the model, such as {absent[0]}; it cannot be used"
+            )
         return model.to(device).eval()
 
     def weights_digest(self) -> dict[str, str]:
         """What changes when the model does: configuration and weight files of a folder, the commit of a hub name."""
-        if not Path(self.folder).is_dir():
-            return {"commit": str(getattr(self.config(), "_commit_hash", None) or self.folder)}
-        files = [*sorted(Path(self.folder).glob(f"*{_WEIGHTS}")), Path(self.folder, "config.json")]
-        return {file.name: file_digest(Location.of(file)) for file in files}
+        if self.is_hub_name:
+            return {"commit": str(self.revision or self.uri)}
+        place = Location.of(self.uri)
+        names = [name for name in place.names() if name.endswith(_WEIGHTS) or name == "config.json"]
+        return {name: file_digest(place / name) for name in names}
 
     def spec(self) -> dict[str, Any] | None:
         """The scoring spec that came with a reference, if it has one."""
-        file = Path(self.folder, SPEC_FILE)
-        return json.loads(file.read_text()) if file.is_file() else None
+        if self.is_hub_name:
+            return None
+        file = Location.of(self.uri) / SPEC_FILE
+        return json.loads(file.read_bytes()) if file.exists() else None
+
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether the hub has it, rather than a folder."""
+        return "://" not in self.uri and not Path(self.uri).is_absolute()
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
+        folder = self.uri if "://" not in self.uri else _copy_to_cache(Location.of(self.uri))
+        options = {"revision": self.revision, **kwargs} if self.revision else kwargs
         try:
             with _quiet():
-                return auto_class.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **kwargs)
+                return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **options)
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
@@ -105,23 +123,25 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path) -> str:
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model"
         )
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json, so it is no checkpoint; name the folder that holds it")
-    if not any(folder.glob(f"*{_WEIGHTS}")):
-        raise ModelError(f"{folder} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
-    return folder
+    return _checked_names(str(folder), [path.name for path in folder.iterdir()])
+
+
+def _checked_names(uri: str, names: list[str]) -> str:
+    if "config.json" not in names:
+        raise ModelError(f"{uri} has no config.json, so it is no checkpoint; name the folder that holds it")
+    if not any(name.endswith(_WEIGHTS) for name in names):
+        raise ModelError(f"{uri} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
+    return uri
 
 
 def _copy_to_cache(place: Location) -> str:
     """Copy a checkpoint from object storage to the local cache, once a node, keyed by the files' etags."""
     names = place.names()
-    if "config.json" not in names:
-        raise ModelError(f"{place} has no config.json, so it is no checkpoint; check the path")
     key = digest([(name, file_digest(place / name)) for name in names])[:32]
     cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
     cache.mkdir(parents=True, exist_ok=True)

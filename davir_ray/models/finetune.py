@@ -11,12 +11,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +33,15 @@ log = logging.getLogger(__name__)
 
 TRAINING_COLUMNS = ["example_id", "input_ids", "response_spans"]
 """Columns of examples that training reads."""
+
+_TRAINING_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.int64()),
+        # 64-bit offsets: a corpus may have more than 2**31 tokens.
+        pa.field("input_ids", pa.large_list(pa.int32())),
+        pa.field("response_spans", pa.large_list(pa.int32())),
+    ]
+)
 
 STATE_FILE = "training_state.pt"
 
@@ -48,10 +59,9 @@ class TrainingSet:
     @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> Self:
         """From tables with TRAINING_COLUMNS; examples whose first scored token nothing predicts are left out."""
-        table = pa.concat_tables([table.select(TRAINING_COLUMNS) for table in tables])
-        spans = table["response_spans"].combine_chunks()
-        trainable = np.array([bool(span) and span[0] > 0 for span in spans.to_pylist()], dtype=bool)
-        table = table.filter(pa.array(trainable))
+        table = pa.concat_tables([table.select(TRAINING_COLUMNS) for table in tables]).cast(_TRAINING_SCHEMA)
+        table = table.filter(pc.greater(pc.list_value_length(table["response_spans"]), 0))
+        table = table.filter(pc.greater(pc.list_element(table["response_spans"], 0), 0))
         if not table.num_rows:
             raise DataError("no example can be trained on: none has a scored token that another token precedes")
         tokens, spans = (table[name].combine_chunks() for name in TRAINING_COLUMNS[1:])
@@ -66,7 +76,7 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example."""
         return np.diff(self.token_edges)
@@ -86,7 +96,7 @@ class TrainingSet:
         return self.spans[self.span_edges[row] : self.span_edges[row + 1]]
 
 
-def _edges(lists: pa.ListArray) -> npt.NDArray[np.int64]:
+def _edges(lists: pa.LargeListArray) -> npt.NDArray[np.int64]:
     lengths = np.asarray(lists.value_lengths()).astype(np.int64)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 

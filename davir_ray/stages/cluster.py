@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,27 +11,31 @@ import ray
 import ray.train
 from ray.data import DataContext
 
-from davir_ray.errors import ClusterError, DavirError
+from davir_ray import errors
+from davir_ray.errors import ClusterError
 
 log = logging.getLogger(__name__)
+
+_OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
 
 
 def connect() -> None:
-    """Connect to the cluster that the environment names, else start Ray here; nothing if already connected.
+    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here; nothing if already connected.
 
-    A local start counts one CPU more than the machine has: reading and writing wait for storage most of their time, and
-    leave the real ones to the actors.
+    A local start is never another cluster that happens to run on this machine. It counts one CPU more than the machine
+    has: reading and writing wait for storage most of their time, and leave the real ones to the actors.
     """
     _quieten()
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
         ray.init(logging_level=logging.WARNING)
-    else:
-        ray.init(num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, logging_level=logging.WARNING)
+        return
+    cpus = (os.cpu_count() or 1) + 1
+    ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
 
 
 def configure_worker_logging() -> None:
@@ -53,17 +58,12 @@ def own_errors() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
-        own = _find_own(error)
-        if own is None:
+        # Of an error in a user function or an actor's constructor Ray keeps only the traceback's text (2.60).
+        told = _OWN_ERROR.findall(str(error))
+        if not told:
             raise
-        raise own from error
-
-
-def _find_own(error: BaseException | None) -> DavirError | None:
-    if error is None or isinstance(error, DavirError):
-        return error
-    inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
-    return next((own for cause in inner if cause is not error and (own := _find_own(cause))), None)
+        name, message = told[-1]
+        raise getattr(errors, name)(message) from error
 
 
 def num_nodes() -> int:

@@ -12,19 +12,22 @@ import ray.data
 
 from davir_ray.config import PrepareConfig, Source
 from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
-from davir_ray.data.render import ChatTemplate
+from davir_ray.data.render import ChatTemplate, rendering
 from davir_ray.data.sources import Reject, Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.schema import RejectReason
 from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
-from davir_ray.stages.resume import clear, completed
+from davir_ray.stages.resume import FOLDERS, clear, completed
 from davir_ray.storage import Location, Manifest, digest, file_digest
 
 log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
+PREPARE_VERSION = 1
+"""Raised when a change may make other examples of the same records; part of the stage's fingerprint."""
+
 _NO_BOUND = 2**62
 _MOST_SHARDS = 20_000
 _BYTES_PER_ROW = 256
@@ -61,6 +64,7 @@ def prepare(
     fingerprint = _fingerprint(sources, files, preparation)
     if done := completed(run, "prepare", fingerprint, overwrite=overwrite):
         return done
+    _check_outside(run, files)
     clear(run, "prepare")
     tasks = _plan(sources, files, preparation)
     log.info("prepare: %d files in %d tasks", sum(map(len, files.values())), len(tasks))
@@ -71,8 +75,17 @@ def prepare(
     return manifest
 
 
-def scoring_spec(preparation: Preparation) -> dict[str, Any]:
+def _check_outside(run: Location, files: dict[str, list[SourceFile]]) -> None:
+    """Refuse sources inside the run's own folders, which are about to be cleared."""
+    own = tuple(f"{(run / folder).path}/" for folders in FOLDERS.values() for folder in folders)
+    for file in (file for source in files.values() for file in source):
+        if Location.of(file.uri).path.startswith(own):
+            raise DataError(f"{file.uri} lies in the output {run}, which this run writes; choose another --output")
+
+
+def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, Any]:
     """How text becomes scored tokens: travels with a reference and is compared before it is used."""
+    uses_chat = any(source.format == "messages" for source in sources)
     tokenizer = preparation.base.tokenizer()
     return {
         "tokenizer": tokenizer_digest(tokenizer),
@@ -80,7 +93,7 @@ def scoring_spec(preparation: Preparation) -> dict[str, Any]:
         "eos_token": tokenizer.eos_token,
         "eos_scored": True,
         "max_tokens": preparation.config.max_tokens,
-        "chat_template": digest(preparation.chat_template or tokenizer.chat_template or ""),
+        "chat_template": digest(preparation.chat_template or tokenizer.chat_template or "") if uses_chat else None,
     }
 
 
@@ -89,13 +102,14 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
         "sources": {
             source.name: {
                 "format": source.format,
-                "columns": [source.prompt_column, source.response_column, source.messages_column],
+                "rendering": rendering(source),
                 "files": {f.relative_path: file_digest(Location.of(f.uri)) for f in files[source.name]},
             }
             for source in sources
         },
         "order": [source.name for source in sources],
-        "encoding": scoring_spec(preparation),
+        "encoding": scoring_spec(preparation, sources),
+        "version": PREPARE_VERSION,
         "shard_rows": preparation.config.shard_rows,
         "keep_record": preparation.keep_record,
         "limit": preparation.limit,

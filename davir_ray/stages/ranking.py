@@ -26,7 +26,16 @@ from davir_ray.schema import RANKED
 from davir_ray.stages.cluster import own_errors, whole_block_context
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, Manifest, digest, read_parquet, write_parquet
+from davir_ray.storage import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    Location,
+    Manifest,
+    digest,
+    in_folder,
+    read_parquet,
+    write_parquet,
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +82,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
     fingerprint = {"scores": scored.content, "order": config.order, "lowest": config.lowest, "seed": config.seed}
     if done := completed(run, "rank", fingerprint):
         return done
-    clear(run, "rank")
-    cut = cut_into_bins(run, config, scored.files)
+    cut = cut_into_bins(run, config, scored.files_in("scores"))
     if not cut.counts.sum():
         raise DataError(f"no example can be ranked by {config.order}; statuses: {scored.counts}")
     log.info(
@@ -84,8 +92,9 @@ def rank(run: Location, config: RankConfig) -> Manifest:
         config.order,
         len(cut.counts),
     )
+    clear(run, "rank")
     files = exchange(
-        Shards(scored.files, partial(_read_scores, run)),
+        Shards(scored.files_in("scores"), partial(_read_scores, run)),
         cut,
         BinWriter(run, "ranked", cut, digest(fingerprint), RANKED),
     )
@@ -133,7 +142,7 @@ def exchange(shards: Shards, cut: Cut, writer: "BinWriter", last_bin: int | None
     with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
         written = (
             ray.data.read_datasource(shards, **shards.read_options)
-            .map_batches(partial(_assign, cut=cut, last_bin=last_bin), batch_size=None, batch_format="pyarrow")
+            .map_batches(partial(assign_bins, cut=cut, last_bin=last_bin), batch_size=None, batch_format="pyarrow")
             .groupby("bin", num_partitions=min(len(cut.counts), _MOST_PARTITIONS))
             .map_groups(writer.write, batch_format="pyarrow")
             .take_all()
@@ -213,7 +222,7 @@ def _count(table: pa.Table, *, config: RankConfig, boundary_keys: ranking.Keys, 
     return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})
 
 
-def _assign(table: pa.Table, *, cut: Cut, last_bin: int | None) -> pa.Table:
+def assign_bins(table: pa.Table, cut: Cut, last_bin: int | None) -> pa.Table:
     """Rankable rows of the needed bins, with their bin."""
     rankable, keys, ids = order_keys(table, cut.config)
     table = table.filter(pa.array(rankable))
@@ -229,4 +238,6 @@ def _manifest(
     if ranked != cut.counts.sum():
         raise IntegrityError(f"{cut.counts.sum()} rows are rankable but {ranked} were ranked")
     counts = {"examples": scored.counts["examples"], "ranked": ranked, "unranked": scored.counts["examples"] - ranked}
-    return Manifest("rank", fingerprint, counts, files, {"rows_by_bin": cut.counts.tolist()}, seconds=seconds)
+    return Manifest(
+        "rank", fingerprint, counts, in_folder("ranked", files), {"rows_by_bin": cut.counts.tolist()}, seconds=seconds
+    )

@@ -17,7 +17,7 @@ from davir_ray.formulas.ranking import random_keys, seed_from
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.schema import EXAMPLES, REJECTS, SCORES
 from davir_ray.stages.ranking import collect
-from davir_ray.stages.resume import require
+from davir_ray.stages.resume import FOLDERS, require
 from davir_ray.stages.shards import Shards
 from davir_ray.storage import FileEntry, Location, Manifest, read_parquet
 
@@ -42,7 +42,8 @@ def report(
     demo's truth.
     """
     started = time.monotonic()
-    manifests = {stage: manifest for stage in _STAGES if (manifest := Manifest.read(run, stage))}
+    stages = [stage for stage in FOLDERS if stage != "report" and not (stage == "finetune" and config.reference)]
+    manifests = {stage: manifest for stage in stages if (manifest := Manifest.read(run, stage))}
     scored, ranked = require(run, "score"), require(run, "rank")
     facts = summarise(
         ReportInputs(
@@ -50,8 +51,8 @@ def report(
             manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
             scores=_sampled_scores(run, scored, manifests["select"]),
             num_scored=scored.counts["examples"],
-            top=_shown(run, tokenizer, manifests, ranked.files, from_end=False),
-            bottom=_shown(run, tokenizer, manifests, ranked.files, from_end=True),
+            top=_shown(run, tokenizer, manifests, ranked.files_in("ranked"), from_end=False),
+            bottom=_shown(run, tokenizer, manifests, ranked.files_in("ranked"), from_end=True),
             rejects=_sampled_rejects(run, manifests["prepare"]),
             planted=planted,
         )
@@ -63,15 +64,12 @@ def report(
     return facts
 
 
-_STAGES = ("prepare", "finetune", "score", "rank", "select")
-
-
 def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.Table:
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
     share = min(1.0, _MOST_ROWS / scored.counts["examples"])
     draw = partial(_draw, share=share)
-    table = collect(Shards(scored.files, partial(_read, run, "scores", _SCORE_COLUMNS)), draw)
-    chosen = collect(Shards(selected.files, partial(_read, run, "selected", ["example_id"])), draw)
+    table = collect(Shards(scored.files_in("scores"), partial(_read, run, "scores", _SCORE_COLUMNS)), draw)
+    chosen = collect(Shards(selected.files_in("selected"), partial(_read, run, "selected", ["example_id"])), draw)
     table = table.sort_by("example_id")
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
@@ -90,9 +88,9 @@ def _read(run: Location, folder: str, columns: list[str], name: str) -> pa.Table
 def _sampled_rejects(run: Location, prepared: Manifest) -> pa.Table:
     """The first rejects, file by file, as many as a reader may look at."""
     tables: list[pa.Table] = [REJECTS.empty_table()]
-    for entry in prepared.files:
-        if entry.name.startswith("rejects/") and sum(table.num_rows for table in tables) < _MOST_REJECTS:
-            tables.append(read_parquet(run / entry.name).cast(REJECTS))
+    for entry in prepared.files_in("rejects"):
+        if sum(table.num_rows for table in tables) < _MOST_REJECTS:
+            tables.append(read_parquet(run / "rejects" / entry.name).cast(REJECTS))
     return pa.concat_tables(tables).slice(0, _MOST_REJECTS)
 
 
@@ -117,17 +115,16 @@ def _edge(run: Location, files: list[FileEntry], from_end: bool) -> pa.Table:
 
 def _texts(run: Location, prepared: Manifest, ids: list[int]) -> dict[int, dict[str, Any]]:
     """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
-    shards = [entry for entry in prepared.files if entry.name.startswith("examples/")]
-    found = collect(Shards(shards, partial(_read_texts, run, ids)), _unchanged)
+    found = collect(Shards(prepared.files_in("examples"), partial(_read_texts, run / "examples", ids)), _unchanged)
     return {row.pop("example_id"): row for row in found.to_pylist()}
 
 
-def _read_texts(run: Location, ids: list[int], name: str) -> pa.Table:
+def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
     """The wanted rows of a shard; its text is read only if it holds one of them."""
-    wanted = pc.is_in(read_parquet(run / name, ["example_id"])["example_id"], value_set=pa.array(ids, pa.int64()))
+    wanted = pc.is_in(read_parquet(folder / name, ["example_id"])["example_id"], value_set=pa.array(ids, pa.int64()))
     if not pc.any(wanted).as_py():
         return pa.schema([EXAMPLES.field(column) for column in _TEXT_COLUMNS]).empty_table()
-    return read_parquet(run / name, _TEXT_COLUMNS).filter(wanted)
+    return read_parquet(folder / name, _TEXT_COLUMNS).filter(wanted)
 
 
 def _unchanged(table: pa.Table) -> pa.Table:

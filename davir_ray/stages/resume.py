@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from davir_ray.errors import OutputError
-from davir_ray.storage import Location, Manifest, differences
+from davir_ray.storage import Location, Manifest, differences, translated
 
 log = logging.getLogger(__name__)
 
@@ -28,44 +28,74 @@ CONFIG_HEAD = (
     "# The last command's configuration of this run of davir_ray; manifests/ say what each stage was made with.\n"
 )
 
+_MOST_TOLD = 5
+"""Differences named in one message."""
+
 _REDONE_FREELY = ("rank", "select", "report")
 
 
 def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwrite: bool = False) -> Manifest | None:
-    """The manifest of a stage that is complete under the same fingerprint; None if it must run.
+    """The manifest of a stage that is complete under the same fingerprint, files included; None if it must run.
 
-    A stage complete under another fingerprint is cleared, with all that follow it, where that is allowed; otherwise
-    OutputError names what differs and the two ways out.
+    OutputError names what differs, and the two ways out, where a difference may not be redone without --overwrite;
+    with it, the stage is cleared here with all that follow. A stage that redoes freely clears when it begins to write.
     """
     manifest = Manifest.read(run, stage)
     if manifest is None:
-        return None
-    changed = differences(manifest.fingerprint, json.loads(json.dumps(fingerprint)))
+        later = [name for name in from_stage(stage)[1:] if name not in _REDONE_FREELY and Manifest.read(run, name)]
+        if stage in _REDONE_FREELY or not later:
+            return None
+        changed = [f"its manifest is gone, but {later[0]} is complete"]
+    else:
+        changed = differences(manifest.fingerprint, json.loads(json.dumps(fingerprint))) or _damage(run, manifest)
     if not changed:
         log.info("%s: complete, skipped", stage)
         return manifest
-    if not overwrite and stage not in _REDONE_FREELY:
+    told = "; ".join(changed[:_MOST_TOLD]) + (f"; and {len(changed) - _MOST_TOLD} more" if changed[_MOST_TOLD:] else "")
+    if stage in _REDONE_FREELY:
+        log.info("%s differs (%s); redone", stage, told)
+        return None
+    if not overwrite:
         raise OutputError(
-            f"{run} holds another run: {stage} differs in {'; '.join(changed)}. "
+            f"{run} holds another run: {stage} differs in {told}. "
             "Add --overwrite to redo it and what follows, or choose another --output"
         )
     following = [name for name in from_stage(stage) if name == stage or Manifest.read(run, name) is not None]
-    log.info("%s differs (%s); redoing %s", stage, "; ".join(changed), ", ".join(following))
+    log.info("%s differs (%s); redoing %s", stage, told, ", ".join(following))
     clear(run, stage)
     return None
 
 
-def claim(run: Location, config: str) -> None:
-    """Make the output ours, or OutputError: a stage clears its own folders, so they must not be somebody else's."""
+def _damage(run: Location, manifest: Manifest) -> list[str]:
+    """Files of a complete stage that are gone or have another size, by one listing of each folder."""
+    damaged = []
+    for folder in FOLDERS[manifest.stage]:
+        sizes = (run / folder).sizes()
+        for entry in manifest.files_in(folder):
+            if sizes.get(entry.name) != entry.bytes:
+                damaged.append(f"{folder}/{entry.name}: {entry.bytes} bytes → {sizes.get(entry.name, 'missing')}")
+    return damaged
+
+
+def check_claim(run: Location) -> bool:
+    """Whether the output is a run of ours; OutputError if it holds something else, which a stage might clear."""
     mark = run / CONFIG_FILE
-    if mark.exists():
-        if not mark.read_bytes().startswith(CONFIG_HEAD.encode()):
-            raise OutputError(f"{mark} was not written by davir_ray; choose an empty or a new --output")
-        return
-    taken = [name for names in FOLDERS.values() for name in (*names, "manifests") if (run / name).exists()]
+    with translated(run, OutputError):
+        if mark.exists():
+            if not mark.read_bytes().startswith(CONFIG_HEAD.encode()):
+                raise OutputError(f"{mark} was not written by davir_ray; choose an empty or a new --output")
+            return True
+        taken = [name for names in FOLDERS.values() for name in (*names, "manifests") if (run / name).exists()]
     if taken:
         raise OutputError(f"{run} holds {taken[0]} but no run of davir_ray; choose an empty or a new --output")
-    remember(run, config)
+    return False
+
+
+def claim(run: Location, config: str) -> None:
+    """Make the output ours."""
+    if not check_claim(run):
+        with translated(run, OutputError):
+            remember(run, config)
 
 
 def remember(run: Location, config: str) -> None:

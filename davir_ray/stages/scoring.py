@@ -29,6 +29,7 @@ from davir_ray.storage import (
     Manifest,
     committed_files,
     digest,
+    in_folder,
     read_parquet,
     remove_leftovers,
     total_rows,
@@ -53,7 +54,7 @@ def score(
     prepared = require(run, "prepare")
     num_rows = prepared.counts["prepared"]
     settings = _settings(config, keep_token_nll, num_rows)
-    fingerprint = _fingerprint(base, reference, prepared, settings)
+    fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
     if done := completed(run, "score", fingerprint, overwrite=overwrite):
         return done
     mark = digest(fingerprint)
@@ -76,15 +77,22 @@ def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> Scorer
 
 
 def _fingerprint(
-    base: Checkpoint, reference: Checkpoint, prepared: Manifest, settings: ScorerSettings
+    base: Checkpoint, reference: Checkpoint, prepared: Manifest, settings: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "base": base.weights_digest(),
         "reference": reference.weights_digest(),
         "examples": prepared.content,
-        "settings": asdict(settings) | {"device": "cuda" if has_gpu() else "cpu"},
+        "settings": settings,
         "numerics": NUMERICS_VERSION,
     }
+
+
+def _what_matters(config: ScoreConfig, settings: ScorerSettings) -> dict[str, Any]:
+    """Settings that scores depend on: not the pack budget, which an out-of-memory halving may change on the way."""
+    kept = asdict(settings)
+    del kept["tokens_per_pack"]
+    return kept | {"device": "cuda" if _num_gpus(config) else "cpu"}
 
 
 def _committed(run: Location, mark: str, overwrite: bool) -> list[ScoredShard]:
@@ -107,12 +115,8 @@ def _committed(run: Location, mark: str, overwrite: bool) -> list[ScoredShard]:
 def _pending(prepared: Manifest, committed: list[ScoredShard]) -> list[FileEntry]:
     """Shards of examples without scores, longest first, so that the pool does not end on one long shard."""
     done = {shard.entry.name for shard in committed}
-    shards = [
-        FileEntry(entry.name.removeprefix("examples/"), entry.rows, entry.bytes, entry.sha256)
-        for entry in prepared.files
-        if entry.name.startswith("examples/")
-    ]
-    return sorted((shard for shard in shards if shard.name not in done), key=lambda shard: -shard.bytes)
+    shards = [shard for shard in prepared.files_in("examples") if shard.name not in done]
+    return sorted(shards, key=lambda shard: -shard.bytes)
 
 
 def _run(
@@ -189,4 +193,4 @@ def _manifest(shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: 
     numerics = sorted({shard.numerics for shard in shards} - {"{}"})
     counts = {"examples": num_rows, "scored": statuses["ok"], **dict(sorted(statuses.items()))}
     details = {"numerics": [json.loads(text) for text in numerics]}
-    return Manifest("score", fingerprint, counts, entries, details, seconds=seconds)
+    return Manifest("score", fingerprint, counts, in_folder("scores", entries), details, seconds=seconds)

@@ -12,10 +12,10 @@ import pyarrow as pa
 from davir_ray.config import RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.schema import SELECTED
-from davir_ray.stages.ranking import BinWriter, collect, cut_into_bins, exchange, value_column
+from davir_ray.stages.ranking import BinWriter, Cut, assign_bins, collect, cut_into_bins, exchange, value_column
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import FileEntry, Location, Manifest, digest, read_parquet, total_rows
+from davir_ray.storage import FileEntry, Location, Manifest, digest, in_folder, read_parquet, total_rows
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,13 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
     fingerprint = {"ranked": ranked.content, "rule": asdict(config)}
     if done := completed(run, "select", fingerprint):
         return done
-    clear(run, "select")
     last_rank = count_selected(run, ranked, rank_config, config)
-    cut = cut_into_bins(run, rank_config, scored.files, _BIN_ROWS)
+    shards = scored.files_in("scores")
+    cut = cut_into_bins(run, rank_config, shards, _BIN_ROWS)
     last_bin = int(np.searchsorted(np.cumsum(cut.counts), last_rank))
+    clear(run, "select")
     files = exchange(
-        Shards(scored.files, partial(_read_with_text, run)),
+        Shards(shards, partial(_read_with_text, run, cut, last_bin)),
         cut,
         BinWriter(run, "selected", cut, digest(fingerprint), SELECTED, last_rank=last_rank),
         last_bin=last_bin,
@@ -88,7 +89,7 @@ def _ranked_files(run: Location, ranked: Manifest, rank_config: RankConfig, conf
     column = value_column(rank_config)
     read = partial(_read_ranked, run, columns=sorted({"num_response_tokens", column}))
     summarise = partial(_summarise_file, column=column, lowest=rank_config.lowest, min_score=config.min_score)
-    rows = collect(Shards(ranked.files, read), summarise).sort_by("name").to_pylist()
+    rows = collect(Shards(ranked.files_in("ranked"), read), summarise).sort_by("name").to_pylist()
     return [_RankedFile(**row) for row in rows]
 
 
@@ -122,8 +123,8 @@ def _prefix_within_tokens(run: Location, files: list[_RankedFile], most: int) ->
     return rows
 
 
-def _read_with_text(run: Location, name: str) -> pa.Table:
-    """A shard's scores with its text beside them; both folders hold the same rows in the same order."""
+def _read_with_text(run: Location, cut: Cut, last_bin: int, name: str) -> pa.Table:
+    """A shard's scores in the needed bins, with their text; both folders hold the same rows in the same order."""
     scores = read_parquet(run / "scores" / name)
     text = read_parquet(run / "examples" / name, ["example_id", *_TEXT_COLUMNS])
     if not scores["example_id"].equals(text["example_id"]):
@@ -132,7 +133,7 @@ def _read_with_text(run: Location, name: str) -> pa.Table:
         )
     for column in _TEXT_COLUMNS:
         scores = scores.append_column(column, text[column])
-    return scores
+    return assign_bins(scores, cut, last_bin).drop_columns("bin")
 
 
 def _manifest(
@@ -148,7 +149,7 @@ def _manifest(
         raise IntegrityError(f"{last_rank} rows were to be selected but {total_rows(files)} were written")
     counts = {"ranked": ranked.counts["ranked"], "selected": last_rank}
     details = {"cut": _cut_value(run, files[-1], rank_config)}
-    return Manifest("select", fingerprint, counts, files, details, seconds=seconds)
+    return Manifest("select", fingerprint, counts, in_folder("selected", files), details, seconds=seconds)
 
 
 def _cut_value(run: Location, last: FileEntry, rank_config: RankConfig) -> float | None:

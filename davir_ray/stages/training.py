@@ -15,15 +15,19 @@ import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from davir_ray.config import FinetuneConfig
-from davir_ray.errors import ClusterError
+from davir_ray.errors import ClusterError, TrainingError
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
 from davir_ray.models.finetune import TRAINING_COLUMNS, StepReport, Trainer, TrainingSet, save_reference
-from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
+from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood, self_check
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
 from davir_ray.stages.resume import completed, require
 from davir_ray.storage import FileEntry, Location, Manifest, digest, file_digest, read_parquet
 
 log = logging.getLogger(__name__)
+
+_OUTCOME = "outcome.json"
+"""In checkpoints/: the last metrics, or the error that ended training. An error that is ours is not raised in a worker:
+Ray Train would take it for a lost worker and train again."""
 
 _MOST_REPORTS = 50
 _MOST_CURVE_POINTS = 500
@@ -36,7 +40,6 @@ _NOT_CONTENT = (
     "use_gpu",
     "checkpoint_every_steps",
     "max_failures",
-    "export_epochs",
 )
 """Settings that change how the reference is computed but not, beyond rounding, what it is."""
 
@@ -61,7 +64,7 @@ def finetune(
     fingerprint = _fingerprint(base, config, prepared)
     if done := completed(run, "finetune", fingerprint, overwrite=overwrite):
         return done
-    shards = [entry.name for entry in prepared.files if entry.name.startswith("examples/")]
+    shards = [entry.name for entry in prepared.files_in("examples")]
     metrics = _fit(Training(run, base, config, shards, spec), name=digest(fingerprint)[:16])
     manifest = Manifest(
         "finetune",
@@ -114,7 +117,10 @@ def _fit(training: Training, name: str) -> dict[str, Any]:
     )
     with own_errors():
         trainer.fit()
-    return json.loads((training.run / "checkpoints" / _METRICS).read_bytes())  # type: ignore[no-any-return]
+    outcome = json.loads((training.run / "checkpoints" / _OUTCOME).read_bytes())
+    if "error" in outcome:
+        raise TrainingError(outcome["error"])
+    return dict(outcome)
 
 
 def _arrow_filesystem(place: Location) -> pyarrow.fs.FileSystem:
@@ -131,9 +137,6 @@ def _check_fits(config: FinetuneConfig, use_gpu: bool) -> None:
             )
 
 
-_METRICS = "final_metrics.json"
-
-
 def _train_worker(settings: dict[str, Any]) -> None:
     """Runs on every worker: load, continue where a checkpoint left off, train, and let rank 0 write the reference."""
     configure_worker_logging()
@@ -141,18 +144,26 @@ def _train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, training.config.num_cpus))
-    examples = TrainingSet.of(read_parquet(training.run / name, TRAINING_COLUMNS) for name in training.shards)
+    examples = TrainingSet.of(
+        read_parquet(training.run / "examples" / name, TRAINING_COLUMNS) for name in training.shards
+    )
     likelihood = Likelihood(training.base.model(torch.float32, get_device()))
+    self_check(likelihood)
     trainer = Trainer(prepare_model(likelihood), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trainer.load_state(Path(folder))
     reporter = _Reporter(training, trainer, is_first=context.get_world_rank() == 0)
-    trainer.train(reporter)
+    try:
+        trainer.train(reporter)
+    except TrainingError as error:  # the loss is the same on every rank, so every rank ends here
+        outcome: dict[str, Any] = {"error": str(error)}
+    else:
+        outcome = {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
     if context.get_world_rank() == 0:
-        _export(training, likelihood, "reference")
-        metrics = {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
-        (training.run / "checkpoints" / _METRICS).write_text(json.dumps(metrics))
+        if "error" not in outcome:
+            _export(training, likelihood, "reference")
+        (training.run / "checkpoints" / _OUTCOME).write_text(json.dumps(outcome))
 
 
 class _Reporter:
