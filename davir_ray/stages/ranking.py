@@ -48,6 +48,9 @@ _SAMPLES_PER_BIN = 200
 _MOST_PARTITIONS = 200
 """Partitions of the exchange: Ray's default, which costs seconds where there are only a few bins."""
 
+_SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
+_COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
+
 _TIMEOUT_S = 1800
 _KEY_COLUMNS = [
     "example_id",
@@ -128,10 +131,11 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
     boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
-        sample = collect(keys, partial(_sample, config=config, share=share))
+        sample = collect(keys, partial(_sample, config=config, share=share), _SAMPLED)
         sampled = np.asarray(sample["key"]), np.asarray(sample["example_id"])
         boundary_keys, boundary_ids = ranking.boundaries(*sampled, num_bins)
-    counted = collect(keys, partial(_count, config=config, boundary_keys=boundary_keys, boundary_ids=boundary_ids))
+    count = partial(_count, config=config, boundary_keys=boundary_keys, boundary_ids=boundary_ids)
+    counted = collect(keys, count, _COUNTED)
     counts = np.zeros(len(boundary_keys) + 1, np.int64)
     np.add.at(counts, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
     return Cut(config, boundary_keys, boundary_ids, counts)
@@ -199,13 +203,14 @@ def _read_keys(run: Location, name: str) -> pa.Table:
     return read_parquet(run / "scores" / name, _KEY_COLUMNS)
 
 
-def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table]) -> pa.Table:
-    """A small table from each shard, together in the driver."""
-    dataset = ray.data.read_datasource(shards, **shards.read_options).map_batches(
-        summarise, batch_size=None, batch_format="pyarrow"
-    )
+def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table], schema: pa.Schema) -> pa.Table:
+    """A small table from each shard, with this schema, together in the driver."""
+    dataset = ray.data.read_datasource(shards, **shards.read_options)
+    dataset = dataset.map_batches(summarise, batch_size=None, batch_format="pyarrow")
     with own_errors():
-        return pa.concat_tables(ray.get(dataset.to_arrow_refs()))
+        tables = ray.get(dataset.to_arrow_refs())
+    # An empty block comes back without its columns (2.60).
+    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 
 
 def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:

@@ -68,9 +68,10 @@ def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.T
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
     share = min(1.0, _MOST_ROWS / scored.counts["examples"])
     draw = partial(_draw, share=share)
-    table = collect(Shards(scored.files_in("scores"), partial(_read, run, "scores", _SCORE_COLUMNS)), draw)
-    chosen = collect(Shards(selected.files_in("selected"), partial(_read, run, "selected", ["example_id"])), draw)
-    table = table.sort_by("example_id")
+    scores = Shards(scored.files_in("scores"), partial(_read, run, "scores", _SCORE_COLUMNS))
+    table = collect(scores, draw, _columns(SCORES, _SCORE_COLUMNS)).sort_by("example_id")
+    ids = Shards(selected.files_in("selected"), partial(_read, run, "selected", ["example_id"]))
+    chosen = collect(ids, draw, _columns(SCORES, ["example_id"]))
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
     )
@@ -115,7 +116,8 @@ def _edge(run: Location, files: list[FileEntry], from_end: bool) -> pa.Table:
 
 def _texts(run: Location, prepared: Manifest, ids: list[int]) -> dict[int, dict[str, Any]]:
     """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
-    found = collect(Shards(prepared.files_in("examples"), partial(_read_texts, run / "examples", ids)), _unchanged)
+    shards = Shards(prepared.files_in("examples"), partial(_read_texts, run / "examples", ids))
+    found = collect(shards, _unchanged, _columns(EXAMPLES, _TEXT_COLUMNS))
     return {row.pop("example_id"): row for row in found.to_pylist()}
 
 
@@ -123,8 +125,12 @@ def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
     """The wanted rows of a shard; its text is read only if it holds one of them."""
     wanted = pc.is_in(read_parquet(folder / name, ["example_id"])["example_id"], value_set=pa.array(ids, pa.int64()))
     if not pc.any(wanted).as_py():
-        return pa.schema([EXAMPLES.field(column) for column in _TEXT_COLUMNS]).empty_table()
+        return _columns(EXAMPLES, _TEXT_COLUMNS).empty_table()
     return read_parquet(folder / name, _TEXT_COLUMNS).filter(wanted)
+
+
+def _columns(schema: pa.Schema, names: list[str]) -> pa.Schema:
+    return pa.schema([schema.field(name) for name in names])
 
 
 def _unchanged(table: pa.Table) -> pa.Table:

@@ -25,6 +25,11 @@ _BIN_ROWS = 50_000
 _TEXT_COLUMNS = ["prompt", "response", "record", "source_file", "source_row"]
 
 
+_FILE_SUMMARY = pa.schema(
+    [("name", pa.string()), ("rows", pa.int64()), ("num_response_tokens", pa.int64()), ("rows_above", pa.int64())]
+)
+
+
 @dataclass(frozen=True)
 class _RankedFile:
     """What a rule needs to know of one file of ranked/."""
@@ -89,7 +94,7 @@ def _ranked_files(run: Location, ranked: Manifest, rank_config: RankConfig, conf
     column = value_column(rank_config)
     read = partial(_read_ranked, run, columns=sorted({"num_response_tokens", column}))
     summarise = partial(_summarise_file, column=column, lowest=rank_config.lowest, min_score=config.min_score)
-    rows = collect(Shards(ranked.files_in("ranked"), read), summarise).sort_by("name").to_pylist()
+    rows = collect(Shards(ranked.files_in("ranked"), read), summarise, _FILE_SUMMARY).sort_by("name").to_pylist()
     return [_RankedFile(**row) for row in rows]
 
 
