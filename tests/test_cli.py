@@ -147,10 +147,7 @@ def test_somebodys_folder_is_one_line(good: dict[str, str], fails: Fails, ray_se
     assert "holds examples but no run" in fails(words(good))
 
 
-_IN_ACTOR = pytest.mark.xfail(strict=True, reason="found in an actor's constructor, so it comes out as ActorDiedError")
-
-
-@pytest.mark.parametrize("job", [pytest.param(run_all, marks=_IN_ACTOR), dry_run])
+@pytest.mark.parametrize("job", [run_all, dry_run])
 def test_messages_without_a_chat_template_are_one_line(
     good: dict[str, str], fails: Fails, ray_session: None, job: Callable[[RunConfig], object]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from davir_ray.config import (
     FinetuneConfig,
     PrepareConfig,
+    RankConfig,
     RunConfig,
     ScoreConfig,
     SelectConfig,
@@ -78,6 +79,11 @@ def test_exactly_one_selection_rule() -> None:
         SelectConfig(top_k=3, top_fraction=0.1)
     with pytest.raises(ConfigError, match="no selection rule"):
         RunConfig().require("select")
+
+
+def test_min_score_has_no_meaning_for_a_random_order() -> None:
+    with pytest.raises(ConfigError, match="random"):
+        RunConfig(rank=RankConfig(order="random"), select=SelectConfig(min_score=0.5))
 
 
 def test_data_and_sources_exclude_each_other() -> None:

@@ -172,7 +172,7 @@ def test_the_books_balance(finished: Path) -> None:
 def test_manifests_name_every_file_with_its_rows(finished: Path) -> None:
     for stage, folder in {"score": "scores", "rank": "ranked", "select": "selected"}.items():
         entries = manifest(finished, stage).files
-        assert [entry.name for entry in entries] == [file.name for file in files_of(finished, folder)]
+        assert [entry.name for entry in entries] == [f"{folder}/{file.name}" for file in files_of(finished, folder)]
         assert [entry.rows for entry in entries] == [pq.read_metadata(f).num_rows for f in files_of(finished, folder)]
     prepared = {entry.name for entry in manifest(finished, "prepare").files}
     assert prepared == {
@@ -288,7 +288,7 @@ CHANGES: dict[str, Callable[[RunConfig], RunConfig]] = {
     "sources": lambda config: replace(config, sources=config.sources[:1]),
     "keep_record": lambda config: replace(config, keep_record=False),
     "learning_rate": lambda config: replace(config, finetune=replace(config.finetune, learning_rate=5e-4)),
-    "tokens_per_pack": lambda config: replace(config, score=replace(config.score, tokens_per_pack=2048)),
+    "num_threads": lambda config: replace(config, score=replace(config.score, num_cpus=2)),
     "keep_token_nll": lambda config: replace(config, keep_token_nll="all"),
 }
 
@@ -336,11 +336,19 @@ def test_overwrite_redoes_what_differs_with_a_given_reference_too(copied: RunCon
 def test_an_unfinished_score_stage_of_other_settings_is_refused(copied: RunConfig) -> None:
     Path(str(copied.output), "manifests/score.json").unlink()
     files_of(copied.output, "scores")[0].unlink()
-    other = replace(copied, score=replace(copied.score, tokens_per_pack=2048))
+    other = replace(copied, keep_token_nll="none")
     with pytest.raises(OutputError, match="unfinished run with other settings"):
         run_all(other)
     run_all(replace(other, overwrite=True))
     assert len(read_folder(copied.output, "scores")) == 2 * LIMIT
+
+
+@pytest.mark.parametrize("folder", ["examples", "scores", "reference"])
+def test_a_lost_file_of_a_complete_stage_is_named(copied: RunConfig, folder: str) -> None:
+    lost = next(Path(str(copied.output), folder).glob("*.parquet" if folder != "reference" else "*.safetensors"))
+    lost.unlink()
+    with pytest.raises(OutputError, match=f"{folder}/{lost.name}"):
+        run_all(copied)
 
 
 def test_a_flipped_byte_in_a_manifest_is_found(copied: RunConfig) -> None:
@@ -450,7 +458,6 @@ def test_a_limit_above_the_models_positions_is_refused(config: RunConfig, untouc
         run_all(replace(config, prepare=PrepareConfig(max_tokens=1025)))
 
 
-@pytest.mark.xfail(strict=True, reason="the number of examples is compared with top_k only after scoring")
 def test_more_than_all_is_refused_before_the_fine_tune(
     config: RunConfig, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,7 @@ class Checkpoint:
         folder = self.uri if "://" not in self.uri else _copy_to_cache(Location.of(self.uri))
         options = {"revision": self.revision, **kwargs} if self.revision else kwargs
         try:
-            with _quiet():
+            with quiet():
                 return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **options)
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())
@@ -112,8 +112,8 @@ class Checkpoint:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a progress bar for each load: many actors would write many."""
+def quiet() -> Iterator[None]:
+    """Without a progress bar for each load or save: many actors would write many."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

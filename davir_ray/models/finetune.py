@@ -27,6 +27,7 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
 from davir_ray.errors import DataError, TrainingError
 from davir_ray.formulas.ranking import seed_from
+from davir_ray.models.checkpoint import quiet
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 
 log = logging.getLogger(__name__)
@@ -278,5 +279,6 @@ class Trainer:
 
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path) -> None:
     """Write the model as a plain Hugging Face folder: safetensors, configuration, tokenizer."""
-    likelihood.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        likelihood.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

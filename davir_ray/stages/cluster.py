@@ -34,8 +34,18 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
         ray.init(logging_level=logging.WARNING)
         return
-    cpus = (os.cpu_count() or 1) + 1
-    ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(
+        "local",
+        num_cpus=(os.cpu_count() or 1) + 1,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": _silence_cleaner},
+    )
+
+
+def _silence_cleaner() -> None:
+    """Ray Train's cleaner warns every second that it cannot ask the dashboard, which a local start does without."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def configure_worker_logging() -> None:
@@ -46,8 +56,9 @@ def configure_worker_logging() -> None:
 
 
 def _quieten() -> None:
-    """Leave out what says nothing about the run: the plans of small datasets."""
+    """Leave out what says nothing about the run: plans of small datasets, placement of workers."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
 

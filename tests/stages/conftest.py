@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from davir_ray.schema import EXAMPLES, SCORES
-from davir_ray.storage import Location, Manifest, write_parquet
+from davir_ray.storage import Location, Manifest, in_folder, write_parquet
 
 MakeScores = Callable[..., Location]
 
@@ -47,7 +47,9 @@ def make_scores(tmp_path: Path) -> MakeScores:
             files.append(write_parquet(run / "scores" / place, scores.slice(start, count)))
             write_parquet(run / "examples" / place, examples.slice(start, count))
         ok = list(columns["status"]).count("ok")
-        Manifest("score", {"made": name}, {"examples": rows, "scored": ok, "ok": ok}, files).write(run)
+        Manifest("score", {"made": name}, {"examples": rows, "scored": ok, "ok": ok}, in_folder("scores", files)).write(
+            run
+        )
         return run
 
     return make

@@ -173,7 +173,6 @@ def test_a_preview_names_bad_rows_and_marks_scored_tokens(base_folder: Path, tmp
     assert "### Response:⟦x</s>⟧" in text
 
 
-@pytest.mark.xfail(strict=True, reason="what an actor's constructor raises comes out as Ray's ActorDiedError")
 def test_messages_without_a_chat_template_are_refused_as_a_model_error(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(ModelError, match="no chat template"):

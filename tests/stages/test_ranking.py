@@ -61,7 +61,7 @@ def check(run: Location, manifest: Manifest, expected: list[int]) -> None:
     assert manifest.counts["ranked"] == len(expected)
     assert manifest.counts["ranked"] + manifest.counts["unranked"] == manifest.counts["examples"]
     assert [entry.rows for entry in manifest.files] == [
-        pq.read_metadata(f"{run}/ranked/{entry.name}").num_rows for entry in manifest.files
+        pq.read_metadata(f"{run}/{entry.name}").num_rows for entry in manifest.files
     ]
 
 
@@ -193,13 +193,17 @@ def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: i
     run = make_scores(np.arange(100, dtype=float))
     scored = Manifest.read(run, "score")
     assert scored is not None
-    cut = cut_into_bins(run, RankConfig(), scored.files, BIN_ROWS)
+    cut = cut_into_bins(run, RankConfig(), scored.files_in("scores"), BIN_ROWS)
     assert len(cut.counts) > 1
     counts = cut.counts.copy()
     counts[1] += wrong
     cut = dataclasses.replace(cut, counts=counts)
     with pytest.raises(IntegrityError, match="bin 1 was counted"):
-        exchange(Shards(scored.files, partial(read_scores, run)), cut, BinWriter(run, "ranked", cut, "mark", RANKED))
+        exchange(
+            Shards(scored.files_in("scores"), partial(read_scores, run)),
+            cut,
+            BinWriter(run, "ranked", cut, "mark", RANKED),
+        )
 
 
 def read_scores(run: Location, name: str) -> pa.Table:

@@ -136,7 +136,6 @@ def test_a_pool_leaves_a_cpu_for_reading_and_writing() -> None:
             pool_size(wanted, num_cpus, num_gpus)
 
 
-@pytest.mark.xfail(strict=True, reason="what an actor's constructor raises comes out as Ray's ActorDiedError")
 def test_an_actor_that_cannot_load_its_model_says_why(
     prepared: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
 ) -> None:

@@ -39,6 +39,10 @@ LONG: dict[str, Any] = RECIPE | {"epochs": 25, "batch_size": 4, "checkpoint_ever
 LONG_STEPS = 25 * ROWS // 4
 
 
+def real_source(data_folder: Path) -> Source:
+    return Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca")
+
+
 def settings(base_folder: Path) -> Preparation:
     return Preparation(Checkpoint.find(str(base_folder)), PrepareConfig(max_tokens=256, shard_rows=10), limit=ROWS)
 
@@ -46,14 +50,13 @@ def settings(base_folder: Path) -> Preparation:
 @pytest.fixture(scope="module")
 def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "run"
-    source = Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca")
-    prepare(Location.of(folder), [source], settings(base_folder), max_bad_fraction=1)
+    prepare(Location.of(folder), [real_source(data_folder)], settings(base_folder), max_bad_fraction=1)
     return folder
 
 
 def finetune_copy(prepared: Path, base_folder: Path, target: Path, **options: Any) -> Manifest:
     shutil.copytree(prepared, target)
-    spec = scoring_spec(settings(base_folder))
+    spec = scoring_spec(settings(base_folder), [Source("alpaca", "any", "alpaca")])
     return finetune(Location.of(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
 
 
