@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import davir_ray
 
+# Ray starts its workers at nice 15, where any other process of the machine starves them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 VOCABULARY = 1024
 NUM_CPUS = 4
 """Logical: Ray may be given more than the machine has."""

@@ -27,9 +27,7 @@ def test_the_main_jobs_have_their_fixed_names() -> None:
     assert not {"select.py", "evaluate.py"} & set(JOBS)
 
 
-@pytest.mark.parametrize(
-    "name", ["score.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("finetune.py", "rank.py"))]
-)
+@pytest.mark.parametrize("name", ["score.py", "finetune.py", "rank.py"])
 def test_a_mistake_is_one_line_and_status_2(name: str) -> None:
     ended = run_script(name, "--no_such_option", "1")
     assert ended.returncode == 2

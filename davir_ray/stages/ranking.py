@@ -51,6 +51,9 @@ _MOST_PARTITIONS = 200
 _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
 _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
 
+_IDS_PER_PART = 2_000_000
+"""Ids that one task compares; 16 MB."""
+
 _TIMEOUT_S = 1800
 _KEY_COLUMNS = [
     "example_id",
@@ -95,6 +98,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
         config.order,
         len(cut.counts),
     )
+    _check_ids(run, scored.files_in("scores"))
     clear(run, "rank")
     files = exchange(
         Shards(scored.files_in("scores"), partial(_read_scores, run)),
@@ -183,8 +187,6 @@ class BinWriter:
             )
         _, keys, ids = order_keys(group, self._cut.config)
         by_rank = ranking.order(keys, ids)
-        if (np.diff(ids[by_rank]) == 0).any():
-            raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
         first = self._cut.first_rank(number)
         ranks = pa.array(np.arange(first, first + group.num_rows), pa.int64())
         table = group.take(pa.array(by_rank)).append_column("rank", ranks)
@@ -201,6 +203,42 @@ def _read_scores(run: Location, name: str) -> pa.Table:
 
 def _read_keys(run: Location, name: str) -> pa.Table:
     return read_parquet(run / "scores" / name, _KEY_COLUMNS)
+
+
+def _check_ids(run: Location, shards: list[FileEntry]) -> None:
+    """Raise IntegrityError if two rows have the same example_id: the order would not be total, nor a join exact.
+
+    Ids are hashes, so equal parts of their range hold equally many; each part is brought together and counted.
+    """
+    num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
+    source = Shards(shards, partial(_read_ids, run))
+    with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
+        found = (
+            ray.data.read_datasource(source, **source.read_options)
+            .map_batches(partial(_assign_part, num_parts=num_parts), batch_size=None, batch_format="pyarrow")
+            .groupby("part", num_partitions=min(num_parts, _MOST_PARTITIONS))
+            .map_groups(_repeated_ids, batch_format="pyarrow")
+            .take_all()
+        )
+    repeated = [row["example_id"] for row in found if row["example_id"] >= 0]
+    if repeated:
+        raise IntegrityError(f"two rows have the same example_id {repeated[0]}; rename a source to draw new ids")
+
+
+def _read_ids(run: Location, name: str) -> pa.Table:
+    return read_parquet(run / "scores" / name, ["example_id"])
+
+
+def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
+    part = np.minimum(np.asarray(table["example_id"]) // ((2**63 - 1) // num_parts), num_parts - 1)
+    return table.append_column("part", pa.array(part, pa.int64()))
+
+
+def _repeated_ids(group: pa.Table) -> pa.Table:
+    """One id that occurs twice, or -1: an empty answer would lose its column."""
+    ids = np.sort(np.asarray(group["example_id"]))
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    return pa.table({"example_id": pa.array(repeated[:1] if len(repeated) else [-1], pa.int64())})
 
 
 def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table], schema: pa.Schema) -> pa.Table:

@@ -14,8 +14,9 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
+from davir_ray import errors
 from davir_ray.config import FinetuneConfig
-from davir_ray.errors import ClusterError, TrainingError
+from davir_ray.errors import ClusterError, UserError
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
 from davir_ray.models.finetune import TRAINING_COLUMNS, StepReport, Trainer, TrainingSet, save_reference
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood, self_check
@@ -119,7 +120,7 @@ def _fit(training: Training, name: str) -> dict[str, Any]:
         trainer.fit()
     outcome = json.loads((training.run / "checkpoints" / _OUTCOME).read_bytes())
     if "error" in outcome:
-        raise TrainingError(outcome["error"])
+        raise getattr(errors, outcome["error"])(outcome["message"])
     return dict(outcome)
 
 
@@ -138,32 +139,34 @@ def _check_fits(config: FinetuneConfig, use_gpu: bool) -> None:
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
-    """Runs on every worker: load, continue where a checkpoint left off, train, and let rank 0 write the reference."""
+    """Runs on every worker; rank 0 leaves the outcome where the driver finds it."""
     configure_worker_logging()
     training: Training = settings["training"]
-    context = ray.train.get_context()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, training.config.num_cpus))
-    examples = TrainingSet.of(
-        read_parquet(training.run / "examples" / name, TRAINING_COLUMNS) for name in training.shards
-    )
+    is_first = ray.train.get_context().get_world_rank() == 0
+    try:
+        outcome = _train(training, is_first)
+    except UserError as error:  # of the model or the loss, which are the same on every rank: all of them end here
+        outcome = {"error": type(error).__name__, "message": str(error)}
+    if is_first:
+        (training.run / "checkpoints" / _OUTCOME).write_text(json.dumps(outcome))
+
+
+def _train(training: Training, is_first: bool) -> dict[str, Any]:
+    """Train to the end; rank 0 writes the reference."""
+    folder = training.run / "examples"
+    examples = TrainingSet.of(read_parquet(folder / name, TRAINING_COLUMNS) for name in training.shards)
     likelihood = Likelihood(training.base.model(torch.float32, get_device()))
     self_check(likelihood)
     trainer = Trainer(prepare_model(likelihood), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            trainer.load_state(Path(folder))
-    reporter = _Reporter(training, trainer, is_first=context.get_world_rank() == 0)
-    try:
-        trainer.train(reporter)
-    except TrainingError as error:  # the loss is the same on every rank, so every rank ends here
-        outcome: dict[str, Any] = {"error": str(error)}
-    else:
-        outcome = {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
-    if context.get_world_rank() == 0:
-        if "error" not in outcome:
-            _export(training, likelihood, "reference")
-        (training.run / "checkpoints" / _OUTCOME).write_text(json.dumps(outcome))
+        with checkpoint.as_directory() as state:
+            trainer.load_state(Path(state))
+    trainer.train(_Reporter(training, trainer, is_first=is_first))
+    if is_first:
+        _export(training, likelihood, "reference")
+    return {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
 
 
 class _Reporter:

@@ -146,9 +146,24 @@ def test_each_bad_line_has_its_reason_and_the_rest_is_kept(tmp_path: Path) -> No
     nan = seen.pop(13)
     assert nan["a"] != nan["a"] and nan["b"] == float("-inf")
     assert seen == {
-        0: {"a": 1}, 3: broken, 4: not_object, 5: not_object, 6: not_object, 7: text, 8: text, 9: text, 10: text,
-        11: {"a": "😀"}, 12: {"a": "\\ud83d"}, 14: {"a": 2}, 15: {"a": 2**53 + 1}, 16: broken, 17: broken,
-        18: broken, 19: broken, 20: {"last": "without a line end"},
+        0: {"a": 1},
+        3: broken,
+        4: not_object,
+        5: not_object,
+        6: not_object,
+        7: text,
+        8: text,
+        9: text,
+        10: text,
+        11: {"a": "😀"},
+        12: {"a": "\\ud83d"},
+        14: {"a": 2},
+        15: {"a": 2**53 + 1},
+        16: broken,
+        17: broken,
+        18: broken,
+        19: broken,
+        20: {"last": "without a line end"},
     }
 
 

@@ -4,13 +4,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas.ranking import seed_from
@@ -91,8 +93,26 @@ def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name: str) -> None
         Checkpoint.find(name)
 
 
-def test_a_hub_name_is_kept_as_it_is() -> None:
-    assert Checkpoint.find("org/model").folder == "org/model"
+def test_a_hub_name_is_pinned_to_the_commit_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def answer(name: str, **options: object) -> SimpleNamespace:
+        asked.append(options.get("revision"))
+        return SimpleNamespace(_commit_hash="abc")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", answer)
+    checkpoint = Checkpoint.find("org/model")
+    checkpoint.config()
+    assert (checkpoint.revision, asked) == ("abc", [None, "abc"])
+    assert checkpoint.weights_digest() == {"commit": "abc"}
+
+
+def test_a_checkpoint_without_some_weights_is_refused_instead_of_filled_at_random(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="lacks"):
+        Checkpoint.find(str(folder)).model(torch.float32, torch.device("cpu"))
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
@@ -139,10 +159,10 @@ def test_a_folder_in_object_storage_is_copied_once(
     uri = f"memory://models-{tmp_path.name}"
     first, second = Checkpoint.find(uri), Checkpoint.find(uri)
     assert first == second
-    assert Path(first.folder).is_relative_to(tmp_path / "cache")
-    assert {f.name: f.read_bytes() for f in Path(first.folder).iterdir()} == {
-        f.name: f.read_bytes() for f in folder.iterdir()
-    }
+    for checkpoint in (first, second):
+        checkpoint.model(torch.float32, torch.device("cpu"))
+    (copied,) = [path for path in (tmp_path / "cache" / "checkpoints").iterdir() if path.is_dir()]
+    assert {f.name: f.read_bytes() for f in copied.iterdir()} == {f.name: f.read_bytes() for f in folder.iterdir()}
     memory.rm(f"/models-{tmp_path.name}/config.json")
     with pytest.raises(ModelError, match=r"config\.json"):
         Checkpoint.find(uri)

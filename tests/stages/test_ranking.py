@@ -178,7 +178,6 @@ def test_two_rows_with_the_same_id_and_value_are_found(make_scores: MakeScores) 
     assert Manifest.read(run, "rank") is None
 
 
-@pytest.mark.xfail(strict=True, reason="only neighbours in rank are compared, and other text has another davir")
 @pytest.mark.parametrize("rows", [5, ROWS])
 def test_two_rows_with_the_same_id_are_found_whatever_their_values(make_scores: MakeScores, rows: int) -> None:
     ids = ids_of(rows)
