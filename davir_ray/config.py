@@ -82,7 +82,7 @@ class FinetuneConfig:
     """Token budget of one forward and backward pass; gradients accumulate over a batch's packs. None: by device."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
     num_workers: int = 1
     """Data-parallel workers (Ray Train). The steps are the same for any number."""
@@ -108,7 +108,6 @@ class FinetuneConfig:
         _check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
         _check(self.seed >= 0, "finetune.seed", self.seed, "0 or more")
         _check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
-        _check(self.precision != "float64", "finetune.precision", self.precision, "auto, float32 or bfloat16")
 
 
 @dataclass(frozen=True)

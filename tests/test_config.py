@@ -30,7 +30,6 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (FinetuneConfig, {"warmup_ratio": 1.0}, "finetune.warmup_ratio"),
     (FinetuneConfig, {"weight_decay": -0.1}, "finetune.weight_decay"),
     (FinetuneConfig, {"max_failures": -1}, "finetune.max_failures"),
-    (FinetuneConfig, {"precision": "float64"}, "finetune.precision"),
     (ScoreConfig, {"num_actors": 0}, "score.num_actors"),
     (ScoreConfig, {"num_cpus": 0.0}, "score.num_cpus"),
     (ScoreConfig, {"num_gpus": -1.0}, "score.num_gpus"),
