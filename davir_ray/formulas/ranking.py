@@ -35,6 +35,12 @@ def random_keys(example_ids: Ids, seed: int, *, lowest: bool = False) -> Keys:
     return ~keys if lowest else keys
 
 
+def drawn(example_ids: Ids, share: float, purpose: str) -> npt.NDArray[np.bool_]:
+    """Which rows belong to a sample of this share: by id and purpose alone, so every run draws the same."""
+    limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
+    return np.asarray(random_keys(example_ids, seed_from(purpose)) <= limit)
+
+
 def seed_from(*parts: object) -> int:
     """A seed below 2**63 from values whose text is stable."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -70,7 +70,7 @@ def prepare(
     log.info("prepare: %d files in %d tasks", sum(map(len, files.values())), len(tasks))
     report = _run(run, tasks, preparation)
     manifest = _manifest(report, fingerprint, time.monotonic() - started)
-    _check(manifest, max_bad_fraction)
+    _check_books(manifest, max_bad_fraction)
     manifest.write(run)
     return manifest
 
@@ -159,7 +159,7 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
 
 
-def _check(manifest: Manifest, max_bad_fraction: float) -> None:
+def _check_books(manifest: Manifest, max_bad_fraction: float) -> None:
     counts = manifest.counts
     reasons = {reason: counts[reason] for reason in RejectReason if reason in counts}
     if counts["read"] != counts["prepared"] + counts["rejected"]:

@@ -25,7 +25,7 @@ from davir_ray.formulas import ranking
 from davir_ray.schema import RANKED
 from davir_ray.stages.cluster import own_errors, whole_block_context
 from davir_ray.stages.resume import clear, completed, require
-from davir_ray.stages.shards import Shards
+from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import (
     FINGERPRINT_KEY,
     FileEntry,
@@ -33,7 +33,6 @@ from davir_ray.storage import (
     Manifest,
     digest,
     in_folder,
-    read_parquet,
     write_parquet,
 )
 
@@ -101,7 +100,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
     _check_ids(run, scored.files_in("scores"))
     clear(run, "rank")
     files = exchange(
-        Shards(scored.files_in("scores"), partial(_read_scores, run)),
+        Shards(scored.files_in("scores"), partial(read_columns, run / "scores", None)),
         cut,
         BinWriter(run, "ranked", cut, digest(fingerprint), RANKED),
     )
@@ -131,7 +130,7 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
     """Boundaries from a sample, then the exact count of each bin."""
     num_rows = sum(shard.rows for shard in shards)
     num_bins = -(-num_rows // bin_rows)
-    keys = Shards(shards, partial(_read_keys, run))
+    keys = Shards(shards, partial(read_columns, run / "scores", _KEY_COLUMNS))
     boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
@@ -197,21 +196,13 @@ class BinWriter:
         return pa.table({"name": [entry.name], "rows": [entry.rows], "bytes": [entry.bytes], "sha256": [entry.sha256]})
 
 
-def _read_scores(run: Location, name: str) -> pa.Table:
-    return read_parquet(run / "scores" / name)
-
-
-def _read_keys(run: Location, name: str) -> pa.Table:
-    return read_parquet(run / "scores" / name, _KEY_COLUMNS)
-
-
 def _check_ids(run: Location, shards: list[FileEntry]) -> None:
     """Raise IntegrityError if two rows have the same example_id: the order would not be total, nor a join exact.
 
     Ids are hashes, so equal parts of their range hold equally many; each part is brought together and counted.
     """
     num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
-    source = Shards(shards, partial(_read_ids, run))
+    source = Shards(shards, partial(read_columns, run / "scores", ["example_id"]))
     with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
         found = (
             ray.data.read_datasource(source, **source.read_options)
@@ -223,10 +214,6 @@ def _check_ids(run: Location, shards: list[FileEntry]) -> None:
     repeated = [row["example_id"] for row in found if row["example_id"] >= 0]
     if repeated:
         raise IntegrityError(f"two rows have the same example_id {repeated[0]}; rename a source to draw new ids")
-
-
-def _read_ids(run: Location, name: str) -> pa.Table:
-    return read_parquet(run / "scores" / name, ["example_id"])
 
 
 def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
@@ -254,8 +241,7 @@ def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table], schema: p
 def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
     """Keys of a share of the rows, drawn by hash, so that every run draws the same."""
     _, keys, ids = order_keys(table, config)
-    limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
-    drawn = ranking.random_keys(ids, ranking.seed_from("boundaries")) <= limit
+    drawn = ranking.drawn(ids, share, "boundaries")
     return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
 
 

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 
 from davir_ray.config import RunConfig
 from davir_ray.data.packing import scored_positions
-from davir_ray.formulas.ranking import random_keys, seed_from
+from davir_ray.formulas.ranking import drawn
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.schema import EXAMPLES, REJECTS, SCORES
 from davir_ray.stages.ranking import collect
 from davir_ray.stages.resume import FOLDERS, require
-from davir_ray.stages.shards import Shards
+from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import FileEntry, Location, Manifest, read_parquet
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,15 @@ def report(
     stages = [stage for stage in FOLDERS if stage != "report" and not (stage == "finetune" and config.reference)]
     manifests = {stage: manifest for stage in stages if (manifest := Manifest.read(run, stage))}
     scored, ranked = require(run, "score"), require(run, "rank")
+    top, bottom = _shown(run, tokenizer, manifests["prepare"], ranked.files_in("ranked"))
     facts = summarise(
         ReportInputs(
             config=dataclasses.asdict(config),
             manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
             scores=_sampled_scores(run, scored, manifests["select"]),
             num_scored=scored.counts["examples"],
-            top=_shown(run, tokenizer, manifests, ranked.files_in("ranked"), from_end=False),
-            bottom=_shown(run, tokenizer, manifests, ranked.files_in("ranked"), from_end=True),
+            top=top,
+            bottom=bottom,
             rejects=_sampled_rejects(run, manifests["prepare"]),
             planted=planted,
         )
@@ -68,9 +69,9 @@ def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.T
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
     share = min(1.0, _MOST_ROWS / scored.counts["examples"])
     draw = partial(_draw, share=share)
-    scores = Shards(scored.files_in("scores"), partial(_read, run, "scores", _SCORE_COLUMNS))
+    scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS))
     table = collect(scores, draw, _columns(SCORES, _SCORE_COLUMNS)).sort_by("example_id")
-    ids = Shards(selected.files_in("selected"), partial(_read, run, "selected", ["example_id"]))
+    ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", ["example_id"]))
     chosen = collect(ids, draw, _columns(SCORES, ["example_id"]))
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
@@ -78,12 +79,7 @@ def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.T
 
 
 def _draw(table: pa.Table, share: float) -> pa.Table:
-    keys = random_keys(np.asarray(table["example_id"]), seed_from("report"))
-    return table.filter(pa.array(keys <= np.uint64(min(2**64 - 1, int(share * 2**64)))))
-
-
-def _read(run: Location, folder: str, columns: list[str], name: str) -> pa.Table:
-    return read_parquet(run / folder / name, columns)
+    return table.filter(pa.array(drawn(np.asarray(table["example_id"]), share, "report")))
 
 
 def _sampled_rejects(run: Location, prepared: Manifest) -> pa.Table:
@@ -96,12 +92,13 @@ def _sampled_rejects(run: Location, prepared: Manifest) -> pa.Table:
 
 
 def _shown(
-    run: Location, tokenizer: Any, manifests: dict[str, Manifest], files: list[FileEntry], *, from_end: bool
-) -> list[dict[str, Any]]:
-    """The first or last ranked rows with their text, best first; with their tokens where token losses were kept."""
-    table = _edge(run, files, from_end)
-    texts = _texts(run, manifests["prepare"], table["example_id"].to_pylist())
-    return [_with_tokens(row | texts[row["example_id"]], tokenizer) for row in table.to_pylist()]
+    run: Location, tokenizer: Any, prepared: Manifest, files: list[FileEntry]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first and the last ranked rows with their text, best first; with tokens where token losses were kept."""
+    first, last = (_edge(run, files, from_end).to_pylist() for from_end in (False, True))
+    texts = _texts(run, prepared, [row["example_id"] for row in first + last])
+    told = [[_with_tokens(row | texts[row["example_id"]], tokenizer) for row in rows] for rows in (first, last)]
+    return told[0], told[1]
 
 
 def _edge(run: Location, files: list[FileEntry], from_end: bool) -> pa.Table:

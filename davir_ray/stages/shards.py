@@ -61,9 +61,14 @@ def _read_one(read: Callable[[str], pa.Table], name: str) -> Iterable[pa.Table]:
     return [read(name)]
 
 
+def read_columns(folder: Location, columns: list[str] | None, name: str) -> pa.Table:
+    """Columns of one shard; None: all."""
+    return read_parquet(folder / name, columns)
+
+
 def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
     """The shard's columns, and the NAMED ones."""
-    table = read_parquet(folder / name, columns)
+    table = read_columns(folder, columns, name)
     for column, value in zip(NAMED, (name, table.num_rows), strict=True):
         table = table.append_column(column, pa.repeat(value, table.num_rows))
     return table
