@@ -24,7 +24,14 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The one local Ray of the test session."""
     import ray
 
-    ray.init(num_cpus=NUM_CPUS, include_dashboard=False, object_store_memory=200 * 2**20, logging_level="WARNING")
+    ray.init(
+        num_cpus=NUM_CPUS,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        logging_level="WARNING",
+        # Lines of workers arrive at any time, in the output of whichever test runs then.
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 

@@ -353,9 +353,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
     for number, config in enumerate(DISTRIBUTED):
         alone = make()
         expected = run(trainer_of(alone, config))
@@ -371,12 +375,22 @@ def train_in_a_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for number, config in enumerate(DISTRIBUTED):
-        model = make()
-        module = DistributedDataParallel(Likelihood(model))
-        reports = run(Trainer(module, TrainingSet.of([draw_table()]), config))
-        (folder / f"losses-{number}-{rank}.json").write_text(json.dumps([report.loss for report in reports]))
-        torch.save(weights(model), folder / f"weights-{number}-{rank}.pt")
+        losses, found = train_wrapped(config)
+        (folder / f"losses-{number}-{rank}.json").write_text(json.dumps(losses))
+        torch.save(found, folder / f"weights-{number}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def train_wrapped(config: FinetuneConfig) -> tuple[list[float], Weights]:
+    """Train in DistributedDataParallel, which must be freed before the process group is destroyed.
+
+    Else it owns the group's last reference, and its destructor waits with the interpreter lock held for a thread that
+    wants the lock: one run in eight hung on a busy machine (torch 2.13).
+    """
+    model = make()
+    module = DistributedDataParallel(Likelihood(model))
+    reports = run(Trainer(module, TrainingSet.of([draw_table()]), config))
+    return [report.loss for report in reports], weights(model)
 
 
 if __name__ == "__main__":
