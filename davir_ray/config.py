@@ -94,6 +94,14 @@ class FinetuneConfig:
     """Steps between checkpoints; a killed worker or driver continues from the last."""
     max_failures: int = 3
     """Times that Ray Train restarts lost workers before it gives up."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank instead of all weights; wants about ten times the rate. None: all weights."""
+    lora_alpha: int | None = None
+    """The adapter's scale is this over its rank. None: twice the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter."""
+    lora_targets: str = "all-linear"
+    """Modules with an adapter: every linear layer but the head, or a regular expression of their full names."""
     export_epochs: bool = False
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
@@ -104,6 +112,10 @@ class FinetuneConfig:
             _check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
+        for name in ("lora_rank", "lora_alpha"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
+        _check(0 <= self.lora_dropout < 1, "finetune.lora_dropout", self.lora_dropout, "from 0 to below 1")
         _check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
         _check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
         _check(self.seed >= 0, "finetune.seed", self.seed, "0 or more")
@@ -124,6 +136,9 @@ class ScoreConfig:
     """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Losses are float32."""
     tokens_per_pack: int | None = None
     """Token budget of one forward pass; halved on its own when the device runs out of memory. None: by device."""
+    base_cache: str | None = None
+    """Folder (local or s3://…) of base losses that later runs share: a second reference on the same examples costs one
+    pass. None: no cache."""
     no_progress_timeout_s: int = 1800
     """Seconds without any finished task after which the run fails instead of hanging."""
 
@@ -194,7 +209,8 @@ class RunConfig:
     base: str | None = None
     """The pre-trained causal language model: a folder or a hub name."""
     reference: str | None = None
-    """A fine-tune of the base to score against. None: fine-tune one on the whole set."""
+    """A fine-tune of the base to score against: a checkpoint, or a folder with a peft adapter. None: fine-tune one on
+    the whole set."""
     data: str | list[str] | None = None
     """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs --format."""
     format: Format | None = None

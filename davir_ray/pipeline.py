@@ -97,6 +97,8 @@ def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
     """What can be wrong with the settings is found here, before Ray starts or a weight is loaded."""
     run = _output(config)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
+    if base.is_adapter:
+        raise ModelError(f"{config.base} is an adapter; give the model it was trained on as the base")
     template = _read_template(config.chat_template)
     preparation = Preparation(base, config.prepare, template, config.keep_record, config.limit)
     longest = getattr(base.config().get_text_config(), "max_position_embeddings", None)
@@ -132,7 +134,8 @@ def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoin
     if config.reference is None:
         return None
     reference = Checkpoint.find(config.reference, config.trust_remote_code)
-    check_same_encoding(preparation.base.tokenizer(), reference.tokenizer(), (str(config.base), config.reference))
+    if not reference.is_adapter:  # an adapter reads with the base's embeddings
+        check_same_encoding(preparation.base.tokenizer(), reference.tokenizer(), (str(config.base), config.reference))
     spec = reference.spec()
     if spec is not None and (changed := differences(spec, scoring_spec(preparation, config.all_sources()))):
         raise ModelError(

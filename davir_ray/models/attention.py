@@ -3,10 +3,11 @@
 Sequences lie end to end in one row of tokens and do not see each other; nothing is padded. So packed scores equal those
 of a batch of one: bit for bit on a CPU at one thread, but for sequences of a few tokens, where the matrix library takes
 other paths for a few rows and the last bits differ. The lengths travel as the keyword `sequence_lengths` through the
-backbone's forward. Packing by position_ids alone silently mixes examples in transformers 5.23 when use_cache is left on
-or a mask is passed; this does not rely on it.
+backbone's forward, and their edges as `sequence_edges`. Packing by position_ids alone silently mixes examples in
+transformers 5.23 when use_cache is left on or a mask is passed; this does not rely on it.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     sequence_lengths: tuple[int, ...] | None = None,
+    sequence_edges: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -34,8 +36,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend causally within each sequence; query [1, heads, T, D], result [1, T, heads, D].
 
-    Without `sequence_lengths` each row of the batch is one sequence. What a model asks for through other keywords
-    (attention sinks, ALiBi) is not honoured here: the self-check of likelihood.py finds such models.
+    `sequence_edges` are the lengths' cumulative sums from 0, int32, where a GPU has them at hand. Without
+    `sequence_lengths` each row of the batch is one sequence. What a model asks for through other keywords (attention
+    sinks, ALiBi) is not honoured here: self_check.py finds such models.
     """
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embedding leaves queries and keys in float32 where values are in the autocast type.
@@ -45,8 +48,9 @@ def packed_attention(
         return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).contiguous(), None
     if batch != 1 or sum(sequence_lengths) != num_tokens:
         raise ValueError(f"a pack is one row of {sum(sequence_lengths)} tokens; got {batch} rows of {num_tokens}")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout:
-        return _attend_cuda(query, key, value, sequence_lengths, scaling, sliding_window), None
+    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout
+    if flash and sequence_edges is not None:
+        return _attend_cuda(query, key, value, sequence_edges, max(sequence_lengths), scaling, sliding_window), None
     outputs = []
     for start, count, length in equal_runs(sequence_lengths):
         q, k, v = (_stack(x[0, :, start : start + count * length], count) for x in (query, key, value))
@@ -118,20 +122,21 @@ def _attend_cuda(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
+    edges: torch.Tensor,
+    longest: int,
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
     """Flash attention over all sequences of the pack in one launch."""
     from torch.nn.attention.varlen import varlen_attn  # imported late: torch builds it for CUDA only
 
-    ends = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    cumulative = ends.to(query.device, non_blocking=True)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    # One split: else the longest sequence of a pack decides in what order those beside it are summed.
+    splits: dict[str, Any] = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
     out = varlen_attn(
-        q, k, v, cumulative, cumulative, max(lengths), max(lengths),
-        scale=scaling, window_size=window, enable_gqa=k.shape[1] != q.shape[1],
+        q, k, v, edges, edges, longest, longest,
+        scale=scaling, window_size=window, enable_gqa=k.shape[1] != q.shape[1], **splits,
     )  # fmt: skip
     return torch.as_tensor(out)[None]
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from davir_ray.errors import ModelError
+from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.storage import Location, digest, file_digest, translated
 
@@ -38,6 +39,8 @@ class Checkpoint:
     revision: str | None = None
     """The commit of a hub name, so that every worker loads the same."""
     trust_remote_code: bool = False
+    is_adapter: bool = False
+    """A folder with a peft adapter and no weights of its own."""
 
     @classmethod
     def find(cls, uri: str, trust_remote_code: bool = False) -> "Checkpoint":
@@ -45,10 +48,11 @@ class Checkpoint:
         if "://" in uri:
             with translated(uri, ModelError):
                 checked = _checked_names(uri, Location.of(uri).names())
-            return cls(checked, None, trust_remote_code)
+            return cls(checked, None, trust_remote_code, ADAPTER_CONFIG in Location.of(uri).names())
         path = Path(uri).expanduser()
         if path.exists() or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
-            return cls(_checked_folder(path.resolve()), None, trust_remote_code)
+            folder = path.resolve()
+            return cls(_checked_folder(folder), None, trust_remote_code, (folder / ADAPTER_CONFIG).exists())
         commit = getattr(cls(uri, None, trust_remote_code).config(), "_commit_hash", None)
         return cls(uri, commit, trust_remote_code)
 
@@ -80,12 +84,17 @@ class Checkpoint:
             )
         return model.to(device).eval()
 
+    def attach_to(self, base: PreTrainedModel) -> None:
+        """Load this adapter into its base, switched on. ModelError if it does not fit."""
+        with quiet():
+            attach_adapter(base, self._folder())
+
     def weights_digest(self) -> dict[str, str]:
         """What changes when the model does: configuration and weight files of a folder, the commit of a hub name."""
         if self.is_hub_name:
             return {"commit": str(self.revision or self.uri)}
         place = Location.of(self.uri)
-        names = [name for name in place.names() if name.endswith(_WEIGHTS) or name == "config.json"]
+        names = [name for name in place.names() if name.endswith(_WEIGHTS) or name in ("config.json", ADAPTER_CONFIG)]
         return {name: file_digest(place / name) for name in names}
 
     def spec(self) -> dict[str, Any] | None:
@@ -101,14 +110,17 @@ class Checkpoint:
         return "://" not in self.uri and not Path(self.uri).is_absolute()
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
-        folder = self.uri if "://" not in self.uri else _copy_to_cache(Location.of(self.uri))
         options = {"revision": self.revision, **kwargs} if self.revision else kwargs
         try:
             with quiet():
-                return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **options)
+                return auto_class.from_pretrained(self._folder(), trust_remote_code=self.trust_remote_code, **options)
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
+
+    def _folder(self) -> str:
+        """Where transformers finds it: the name itself, or its copy in the local cache."""
+        return self.uri if "://" not in self.uri else _copy_to_cache(Location.of(self.uri))
 
 
 @contextmanager
@@ -132,6 +144,10 @@ def _checked_folder(folder: Path) -> str:
 
 
 def _checked_names(uri: str, names: list[str]) -> str:
+    if ADAPTER_CONFIG in names:
+        if ADAPTER_WEIGHTS not in names:
+            raise ModelError(f"{uri} has no {ADAPTER_WEIGHTS}; pickled weights are refused, save it with safetensors")
+        return uri
     if "config.json" not in names:
         raise ModelError(f"{uri} has no config.json, so it is no checkpoint; name the folder that holds it")
     if not any(name.endswith(_WEIGHTS) for name in names):
@@ -202,3 +218,8 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 def local_device() -> torch.device:
     """The GPU that this process was given, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or the vector instructions that torch uses on the CPU: another may round differently."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.backends.cpu.get_cpu_capability())

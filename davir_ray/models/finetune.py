@@ -213,11 +213,12 @@ class Trainer:
         return {"step": self._step, "loss": self._losses[-1], "loss_by_step": curve}
 
     def save_state(self, folder: Path) -> None:
-        """Write weights, optimiser and position, for `load_state`."""
+        """Write trained weights, optimiser and position, for `load_state`."""
+        model = self.likelihood.model
         state = {
             "step": self._step,
             "losses": self._losses,
-            "model": self.likelihood.model.state_dict(),
+            "model": {name: value for name, value in model.state_dict().items() if name not in _frozen(model)},
             "optimizer": self._optimizer.state_dict(),
         }
         torch.save(state, folder / STATE_FILE)
@@ -225,7 +226,10 @@ class Trainer:
     def load_state(self, folder: Path) -> None:
         """Continue after the step that a saved state holds."""
         state = torch.load(folder / STATE_FILE, map_location=self._device, weights_only=True)
-        self.likelihood.model.load_state_dict(state["model"])
+        model = self.likelihood.model
+        if set(state["model"]) != model.state_dict().keys() - _frozen(model):
+            raise ValueError(f"{folder} holds the state of another model")
+        model.load_state_dict(state["model"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
         self._step = int(state["step"])
         self._losses = list(state["losses"])
@@ -277,8 +281,12 @@ class Trainer:
         return nll_R.sum()
 
 
+def _frozen(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path) -> None:
-    """Write the model as a plain Hugging Face folder: safetensors, configuration, tokenizer."""
+    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer."""
     with quiet():
         likelihood.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -7,31 +7,33 @@ backward pass neither.
 Letters in tensor names: T tokens of the pack, R scored tokens of the pack, C rows of one chunk, H hidden, V vocabulary.
 """
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from davir_ray.data.packing import Spans, scored_positions
-from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
 from davir_ray.models.attention import PACKED_ATTENTION
 
-log = logging.getLogger(__name__)
-
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised when a change here may change the bits of a score; part of the score stage's fingerprint."""
 
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+"""Rows of the head at once."""
 
-TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
-"""Token budget of a pack unless the settings say otherwise: on a CPU what its caches hold (4096 took 1.6 times as long
-for a model of hidden size 256), on a GPU what keeps it busy."""
+_CACHED_LOGITS = 2**18
+"""Logits of a block whose softmax is taken at once on a CPU: 1 MiB in float32, which its own cache holds. Whole chunks
+go through memory four times, and freshly mapped memory at that: the head took 1.35 times as long."""
+
+TOKENS_PER_PACK = {"cpu": 2048, "cuda": 16384}
+"""Token budget of a pack unless the settings say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Pack:
     """Positions in the pack whose hidden state predicts a scored token."""
     targets_R: torch.Tensor
     """The scored tokens."""
+    edges_N1: torch.Tensor
+    """Where each of N sequences begins, and where the last ends; int32, as attention on a GPU wants them."""
     sequence_lengths: tuple[int, ...]
     num_scored: tuple[int, ...]
     """Scored tokens of each example; they lie end to end in R."""
 
     @classmethod
-    def of(cls, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> "Pack":
+    def of(cls, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Self:
         """Lay out (input_ids, response_spans) of examples. No span may begin at token 0: nothing predicts it."""
         predictors, targets, num_scored = [], [], []
         start = 0
@@ -67,9 +71,19 @@ class Pack:
             position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
             predictors_R=torch.from_numpy(np.concatenate(predictors)),
             targets_R=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+            edges_N1=torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32),
             sequence_lengths=lengths,
             num_scored=tuple(num_scored),
         )
+
+    def to(self, device: torch.device) -> Self:
+        """The same pack there; to a GPU from pinned memory, without waiting for what the GPU is doing."""
+        if device.type == "cpu":
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        pinned = {name: value.pin_memory() if value.is_cpu else value for name, value in tensors.items()}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in pinned.items()}
+        return replace(self, **moved)
 
 
 class Likelihood(torch.nn.Module):
@@ -84,36 +98,53 @@ class Likelihood(torch.nn.Module):
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable."""
-        hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_one_by_one(pack)
-        targets_R = pack.targets_R.to(hidden_RH.device)
-        chunks = zip(torch.split(hidden_RH, self._chunk_rows), torch.split(targets_R, self._chunk_rows), strict=True)
+        pack = pack.to(self.model.device)
+        hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_padded(pack)
+        chunks = zip(
+            torch.split(hidden_RH, self._chunk_rows), torch.split(pack.targets_R, self._chunk_rows), strict=True
+        )
         if torch.is_grad_enabled():
             # Logits of a chunk are recomputed in the backward pass instead of kept.
             return torch.cat([checkpoint(self._head_nll, h, t, use_reentrant=False) for h, t in chunks])
         return torch.cat([self._head_nll(hidden, targets) for hidden, targets in chunks])
 
     def _hidden_packed(self, pack: Pack) -> torch.Tensor:
-        device = self.model.device
         hidden_1TH = self.model.base_model(
-            input_ids=pack.input_ids_T[None].to(device),
-            position_ids=pack.position_ids_T[None].to(device),
+            input_ids=pack.input_ids_T[None],
+            position_ids=pack.position_ids_T[None],
             attention_mask=None,
             use_cache=False,
             sequence_lengths=pack.sequence_lengths,
+            sequence_edges=pack.edges_N1,
         ).last_hidden_state
-        return torch.as_tensor(hidden_1TH[0][pack.predictors_R.to(device)])
+        return torch.as_tensor(hidden_1TH[0, pack.predictors_R])
 
-    def _hidden_one_by_one(self, pack: Pack) -> torch.Tensor:
-        """The slow, safe way: the backbone as transformers runs it, one sequence at a time."""
-        rows = [
-            self.model.base_model(input_ids=ids_L[None].to(self.model.device), use_cache=False).last_hidden_state[0]
-            for ids_L in torch.split(pack.input_ids_T, list(pack.sequence_lengths))
-        ]
-        return torch.cat(rows)[pack.predictors_R.to(self.model.device)]
+    def _hidden_padded(self, pack: Pack) -> torch.Tensor:
+        """The backbone with its own attention over a padded batch; in a pack lengths are near each other.
+
+        Padding stands on the right, which no causal model can see.
+        """
+        rows = torch.split(pack.input_ids_T, list(pack.sequence_lengths))
+        mask_NL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        hidden_NLH = self.model.base_model(
+            input_ids=pad_sequence(list(rows), batch_first=True), attention_mask=mask_NL, use_cache=False
+        ).last_hidden_state
+        return torch.as_tensor(hidden_NLH[mask_NL.bool()][pack.predictors_R])
 
     def _head_nll(self, hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        logits_CV = self.model.get_output_embeddings()(hidden_CH)
-        return token_nll(_adjust_logits(self.model.config, logits_CV), targets_C)
+        logits_CV = self._logits(hidden_CH)
+        num_rows = max(1, _CACHED_LOGITS // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
+        blocks = zip(torch.split(logits_CV, num_rows), torch.split(targets_C, num_rows), strict=True)
+        return torch.cat([token_nll(_adjust_logits(self.model.config, logits), targets) for logits, targets in blocks])
+
+    def _logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        head = self.model.get_output_embeddings()
+        plain = type(head) is torch.nn.Linear and hidden_CH.dtype in (torch.bfloat16, torch.float16)
+        if not (plain and hidden_CH.is_cuda) or torch.is_grad_enabled():
+            return torch.as_tensor(head(hidden_CH))
+        # The product is summed in float32 anyway; the module would round it to half precision.
+        logits_CV = torch.mm(hidden_CH, head.weight.t(), out_dtype=torch.float32)
+        return logits_CV if head.bias is None else logits_CV + head.bias
 
 
 def _adjust_logits(config: object, logits: torch.Tensor) -> torch.Tensor:
@@ -126,89 +157,3 @@ def _adjust_logits(config: object, logits: torch.Tensor) -> torch.Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return logits
-
-
-def self_check(likelihood: Likelihood) -> str:
-    """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before scoring.
-
-    Returns how the model will be run: 'packed', or 'one_by_one' with a warning where packing is not exact (attention
-    sinks, ALiBi, linear attention). ModelError where even that differs, because the head does something unknown.
-    """
-    model, family = likelihood.model, type(likelihood.model).__name__
-    examples = _check_examples(int(model.config.get_text_config().vocab_size))
-    expected = [_eager_nll(model, ids, spans) for ids, spans in examples]
-    if not torch.cat(expected).isfinite().all():
-        raise ModelError(
-            f"{family} gives losses that are not finite; its weights may be damaged, or too large for {model.dtype}"
-        )
-    _check_causal(model, *examples[-1])
-    if likelihood.packed and _largest_difference(likelihood, examples, expected) <= _tolerance(model.dtype):
-        return "packed"
-    likelihood.packed = False
-    use_attention(model, "eager")
-    difference = _largest_difference(likelihood, examples, expected)
-    if not difference <= _tolerance(model.dtype):
-        raise ModelError(f"{family} cannot be scored exactly: its losses differ by {difference:.3g} nats from its own")
-    log.warning("%s cannot be packed exactly; it is run one sequence at a time, which is several times slower", family)
-    return "one_by_one"
-
-
-def _check_examples(vocab_size: int) -> list[tuple[npt.NDArray[np.int32], Spans]]:
-    tokens = np.random.default_rng(0)
-    return [(tokens.integers(0, vocab_size, length, dtype=np.int32), (1, length)) for length in (3, 8, 8, 21)]
-
-
-def _largest_difference(
-    likelihood: Likelihood, examples: list[tuple[npt.NDArray[np.int32], Spans]], expected: list[torch.Tensor]
-) -> float:
-    """In nats a token; infinite where the model refuses the packed call."""
-    with torch.inference_mode():
-        try:
-            nll_R = likelihood(Pack.of(examples)).cpu()
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            log.info("the packed forward was refused: %s", error)
-            return float("inf")
-    return float((nll_R - torch.cat(expected)).abs().nan_to_num(float("inf")).max())
-
-
-def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
-    """Token losses by transformers' own whole forward with eager attention: shares nothing with the kernel."""
-    ids_1T = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
-    before = model.config._attn_implementation
-    use_attention(model, "eager")
-    try:
-        with torch.inference_mode():
-            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
-    except RuntimeError as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot run in {model.dtype}: {' '.join(str(error).split())}"
-        ) from error
-    finally:
-        use_attention(model, before)
-    scored = torch.from_numpy(scored_positions(spans))
-    logprobs_RV = torch.log_softmax(logits_TV[scored - 1], dim=-1)
-    return -logprobs_RV.gather(1, ids_1T[0, scored][:, None]).squeeze(1).cpu()
-
-
-def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch the attention of a model.
-
-    Families that do not use AttentionInterface ignore set_attn_implementation but take their mask by the name in the
-    configuration: left at PACKED_ATTENTION, Bloom and CodeGen would silently see the future.
-    """
-    model.set_attn_implementation(name)
-    model.config._attn_implementation = name
-
-
-def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> None:
-    """Raise ModelError if a token's loss depends on a later token, by the model's own forward."""
-    changed = input_ids.copy()
-    changed[-1] = (changed[-1] + 1) % int(model.config.get_text_config().vocab_size)
-    difference = (_eager_nll(model, input_ids, spans)[:-1] - _eager_nll(model, changed, spans)[:-1]).abs().max()
-    if not difference <= _tolerance(model.dtype):
-        raise ModelError(f"{type(model).__name__} is not a causal model: its losses depend on later tokens")
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Nats a token. Exact families differ by at most 7e-5 in float32, unsuited ones by whole nats (33 were tried)."""
-    return 2e-3 if dtype in (torch.float32, torch.float64) else 0.3

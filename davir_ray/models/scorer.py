@@ -5,6 +5,7 @@ An ordinary class: the same object serves a unit test, a notebook and a Ray acto
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import transformers
 
 from davir_ray.data.packing import pack
 from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.ranking import seed_from
-from davir_ray.models.checkpoint import Checkpoint, local_device, resolve_dtype
-from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack, self_check
+from davir_ray.models.adapter import adapter_switched_off
+from davir_ray.models.base_cache import BaseCache
+from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
+from davir_ray.models.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.self_check import self_check
 from davir_ray.schema import SCORES, Status
 
 log = logging.getLogger(__name__)
@@ -52,25 +57,39 @@ class ScorerSettings:
 
 
 class Scorer:
-    """Holds base and reference, and scores tables of examples."""
+    """Holds base and reference, and scores tables of examples. An adapter shares the base's one copy of the weights."""
 
-    def __init__(self, base: Checkpoint, reference: Checkpoint, settings: ScorerSettings) -> None:
+    def __init__(
+        self, base: Checkpoint, reference: Checkpoint, settings: ScorerSettings, base_cache: BaseCache | None = None
+    ) -> None:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
+        self._cache = base_cache
         device = local_device()
         dtype = resolve_dtype(settings.precision, device)
         self._budget = settings.tokens_per_pack or TOKENS_PER_PACK[device.type]
         self._base = Likelihood(base.model(dtype, device))
-        self._reference = Likelihood(reference.model(dtype, device))
-        self.numerics = {
+        base_attention = self_check(self._base)
+        if reference.is_adapter:
+            reference.attach_to(self._base.model)
+            self._reference = self._base
+        else:
+            self._reference = Likelihood(reference.model(dtype, device))
+        self._base_numerics = {
+            "version": NUMERICS_VERSION,
             "device": device.type,
+            "device_name": device_name(device),
             "weights": str(dtype).removeprefix("torch."),
             "logits": str(torch.promote_types(dtype, torch.float32)).removeprefix("torch."),
             "sums": "float64",
             "threads": torch.get_num_threads(),
-            "base_attention": self_check(self._base),
-            "reference_attention": self_check(self._reference),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "base_attention": base_attention,
         }
+        reference_attention = self_check(self._reference)
+        fell_back = {base_attention, reference_attention} != {"packed"}
+        self.numerics = {**self._base_numerics, "reference_attention": reference_attention, "fell_back": fell_back}
         log.info("scoring with %s", self.numerics)
 
     def __call__(self, examples: pa.Table) -> pa.Table:
@@ -79,18 +98,39 @@ class Scorer:
         rows, place = _distinct(sequences)
         ids = np.asarray(examples["example_id"])[rows]
         distinct = [sequences[row] for row in rows]
-        base = self._token_nlls(self._base, distinct, ids)
+        base = self._base_token_nlls(distinct, ids)
         reference = self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, place, base, reference)
 
-    def _token_nlls(self, likelihood: Likelihood, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:
-        lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
-        result: TokenNlls = [None] * len(sequences)
-        with torch.inference_mode():
-            for rows in pack(lengths, ids, self._budget):
-                for row, nlls in zip(rows, _run(likelihood, [sequences[row] for row in rows]), strict=True):
-                    result[row] = nlls
-        return result
+    def _base_token_nlls(self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:
+        """The base's losses, from the cache if it has them."""
+        if self._cache is None:
+            return self._token_nlls(self._base, sequences, ids, switched_off=True)
+        place = self._cache.place(self._base_numerics, ids, sequences)
+        if kept := self._cache.read(place, sequences):
+            log.info("score: base losses from %s", place)
+            return list(kept)
+        nlls = self._token_nlls(self._base, sequences, ids, switched_off=True)
+        complete = [nll for nll in nlls if nll is not None]
+        if len(complete) == len(nlls):  # what did not fit this device may fit another
+            self._cache.write(place, complete)
+        return nlls
+
+    @torch.inference_mode()
+    def _token_nlls(
+        self,
+        likelihood: Likelihood,
+        sequences: list[Tokenised],
+        ids: npt.NDArray[np.int64],
+        *,
+        switched_off: bool = False,
+    ) -> TokenNlls:
+        """Token losses of every sequence, by the base where the adapter is switched off."""
+        run = _PackRun(likelihood, sequences, ids)
+        with adapter_switched_off(likelihood.model) if switched_off else nullcontext():
+            run(np.arange(len(sequences)), self._budget)
+        self._budget = min(self._budget, run.smallest_budget or self._budget)
+        return run.nlls
 
     def _score_table(
         self, examples: pa.Table, place: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls
@@ -154,19 +194,74 @@ def _distinct(sequences: list[Tokenised]) -> tuple[list[int], npt.NDArray[np.int
     return rows, place
 
 
-def _run(likelihood: Likelihood, sequences: list[Tokenised]) -> TokenNlls:
-    """Token losses of one pack; halved and redone where the device runs out of memory."""
-    try:
-        built = Pack.of(sequences)
-        nll_R = likelihood(built).cpu().numpy()
-        return list(np.split(nll_R, np.cumsum(built.num_scored)[:-1]))
-    except torch.OutOfMemoryError:
-        if len(sequences) == 1:
-            return [None]
-    torch.cuda.empty_cache()
-    log.warning("out of memory with %d examples in a pack; trying halves", len(sequences))
-    half = len(sequences) // 2
-    return _run(likelihood, sequences[:half]) + _run(likelihood, sequences[half:])
+class _PackRun:
+    """The packs of one table through one model. While a GPU works on a pack, the next is laid out and sent to it."""
+
+    def __init__(self, likelihood: Likelihood, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> None:
+        self._likelihood = likelihood
+        self._sequences = sequences
+        self._ids = ids
+        self._lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
+        self._last: tuple[npt.NDArray[np.int64], Pack, _HostCopy] | None = None
+        self.nlls: TokenNlls = [None] * len(sequences)
+        self.smallest_budget: int | None = None
+        """To which the budget was halved; None if there was room for every pack."""
+
+    def __call__(self, rows: npt.NDArray[np.int64], budget: int) -> None:
+        """Compute the losses of some rows."""
+        self._run(rows, budget)
+        self._collect()
+
+    def _run(self, rows: npt.NDArray[np.int64], budget: int) -> None:
+        for part in pack(self._lengths[rows], self._ids[rows], budget):
+            if not self._fits(rows[part]) and len(part) > 1:
+                half = max(1, min(budget, int(self._lengths[rows[part]].sum())) // 2)
+                log.warning("out of memory with %d examples in a pack; trying packs of %d tokens", len(part), half)
+                self.smallest_budget = half
+                self._run(rows[part], half)
+
+    def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Start a pack; false if the device has no room for it."""
+        try:
+            built = Pack.of([self._sequences[row] for row in rows]).to(self._likelihood.model.device)
+            nll_R = self._likelihood(built)
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            self._collect()
+            self._last = (rows, built, _HostCopy(nll_R))
+            return True
+        # Outside the handler: the error holds the failed forward's tensors.
+        self._collect()
+        torch.cuda.empty_cache()
+        return False
+
+    def _collect(self) -> None:
+        """Take the losses of the pack before; waits until the device has them."""
+        if self._last is None:
+            return
+        rows, built, copy = self._last
+        self._last = None
+        for row, nll in zip(rows, np.split(copy.wait(), np.cumsum(built.num_scored)[:-1]), strict=True):
+            self.nlls[row] = nll
+
+
+class _HostCopy:
+    """A tensor on its way from the device, in one copy that does not wait for what is started after it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor
+        self._done: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def wait(self) -> npt.NDArray[np.float32]:
+        """The values, once they have arrived."""
+        if self._done is not None:
+            self._done.synchronize()
+        return np.asarray(self._host)
 
 
 def _sums(nlls: TokenNlls, place: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,13 +17,14 @@ import pyarrow.compute as pc
 import ray.data
 
 from davir_ray.config import ScoreConfig
-from davir_ray.errors import IntegrityError, OutputError
-from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.models.base_cache import BaseCache
+from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
 from davir_ray.stages.resume import clear, completed, require
-from davir_ray.stages.shards import NAMED, ScoredShard, ScoreSink, Shards, count_statuses, read_named
+from davir_ray.stages.shards import NAMED, NUMERICS_KEY, ScoredShard, ScoreSink, Shards, count_statuses, read_named
 from davir_ray.storage import (
     FileEntry,
     Location,
@@ -33,6 +35,7 @@ from davir_ray.storage import (
     read_parquet,
     remove_leftovers,
     total_rows,
+    translated,
 )
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,8 @@ def score(
     committed = _committed(run, mark, overwrite)
     pending = _pending(prepared, committed)
     log.info("score: %d shards to score, %d already scored", len(pending), len(committed))
-    scored = _run(run, pending, base, reference, config, settings, mark) if pending else []
+    scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": _base_cache(base, config)}
+    scored = _run(run, pending, scorer, config, mark) if pending else []
     shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
     manifest = _manifest(shards, fingerprint, num_rows, time.monotonic() - started)
     manifest.write(run)
@@ -106,10 +110,20 @@ def _committed(run: Location, mark: str, overwrite: bool) -> list[ScoredShard]:
             raise
         clear(run, "score")
         return []
-    return [
-        ScoredShard(entry, count_statuses(read_parquet(folder / entry.name, ["status"])), numerics="{}")
-        for entry in entries
-    ]
+    return [_describe(entry, read_parquet(folder / entry.name, ["status"])) for entry in entries]
+
+
+def _describe(entry: FileEntry, scores: pa.Table) -> ScoredShard:
+    return ScoredShard(entry, count_statuses(scores), scores.schema.metadata[NUMERICS_KEY].decode())
+
+
+def _base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
+    if config.base_cache is None:
+        return None
+    folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
+    identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
+    with translated(config.base_cache, ConfigError):
+        return BaseCache(Location.of(folder), identity)
 
 
 def _pending(prepared: Manifest, committed: list[ScoredShard]) -> list[FileEntry]:
@@ -122,13 +136,11 @@ def _pending(prepared: Manifest, committed: list[ScoredShard]) -> list[FileEntry
 def _run(
     run: Location,
     pending: list[FileEntry],
-    base: Checkpoint,
-    reference: Checkpoint,
+    scorer: dict[str, Any],
     config: ScoreConfig,
-    settings: ScorerSettings,
     mark: str,
 ) -> list[ScoredShard]:
-    """The stream: read a shard, score it in an actor, write its file."""
+    """The stream: read a shard, score it in an actor, write its file. `scorer` holds the arguments of Scorer."""
     num_gpus = _num_gpus(config)
     num_actors = min(len(pending), plan_pool(config))
     log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
@@ -139,7 +151,7 @@ def _run(
             ray.data.read_datasource(source, **source.read_options)
             .map_batches(
                 ScoreShard,
-                fn_constructor_kwargs={"base": base, "reference": reference, "settings": settings},
+                fn_constructor_kwargs=scorer,
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -163,9 +175,9 @@ def _num_gpus(config: ScoreConfig) -> float:
 class ScoreShard:
     """Actor: a Scorer for blocks that are whole shards."""
 
-    def __init__(self, base: Checkpoint, reference: Checkpoint, settings: ScorerSettings) -> None:
+    def __init__(self, **scorer: Any) -> None:
         configure_worker_logging()
-        self._scorer = Scorer(base, reference, settings)
+        self._scorer = Scorer(**scorer)
         self._numerics = json.dumps(self._scorer.numerics)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -190,7 +202,7 @@ def _manifest(shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: 
     entries = [shard.entry for shard in shards]
     if total_rows(entries) != num_rows:
         raise IntegrityError(f"{num_rows} examples were prepared but {total_rows(entries)} rows of scores written")
-    numerics = sorted({shard.numerics for shard in shards} - {"{}"})
+    numerics = sorted({shard.numerics for shard in shards})
     counts = {"examples": num_rows, "scored": statuses["ok"], **dict(sorted(statuses.items()))}
     details = {"numerics": [json.loads(text) for text in numerics]}
     return Manifest("score", fingerprint, counts, in_folder("scores", entries), details, seconds=seconds)

@@ -26,6 +26,10 @@ NAMED = ["shard", "shard_rows"]
 """Constant columns that tell the sink which shard a block is, and how many rows it must have."""
 
 
+NUMERICS_KEY = b"davir_numerics"
+"""In the footer of a scores file: the arithmetic that made it, as JSON."""
+
+
 class Shards(Datasource):  # type: ignore[misc]
     """Named shards of a run; `read(name)` gives the table of one."""
 
@@ -102,8 +106,10 @@ class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
                 f"a block of {block.num_rows} rows is not one whole shard ({sorted(names)}, {rows} rows)"
             )
         scores = block.select(SCORES.names).cast(SCORES)
-        entry = write_parquet(self._run / "scores" / names.pop(), scores, {FINGERPRINT_KEY: self._mark.encode()})
-        return ScoredShard(entry, count_statuses(scores), str(block["numerics"][0]))
+        numerics = str(block["numerics"][0])
+        footer = {FINGERPRINT_KEY: self._mark.encode(), NUMERICS_KEY: numerics.encode()}
+        entry = write_parquet(self._run / "scores" / names.pop(), scores, footer)
+        return ScoredShard(entry, count_statuses(scores), numerics)
 
     def on_write_complete(self, write_result: WriteResult[list[ScoredShard]]) -> None:
         """Keep what the write tasks committed."""

@@ -17,9 +17,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from davir_ray import errors
 from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ClusterError, UserError
-from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
+from davir_ray.models.adapter import add_adapter
+from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint, resolve_dtype
 from davir_ray.models.finetune import TRAINING_COLUMNS, StepReport, Trainer, TrainingSet, save_reference
-from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood, self_check
+from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
+from davir_ray.models.self_check import self_check
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
 from davir_ray.stages.resume import completed, require
 from davir_ray.storage import FileEntry, Location, Manifest, digest, file_digest, read_parquet
@@ -157,8 +159,7 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
     """Train to the end; rank 0 writes the reference."""
     folder = training.run / "examples"
     examples = TrainingSet.of(read_parquet(folder / name, TRAINING_COLUMNS) for name in training.shards)
-    likelihood = Likelihood(training.base.model(torch.float32, get_device()))
-    self_check(likelihood)
+    likelihood = _load(training)
     trainer = Trainer(prepare_model(likelihood), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
@@ -167,6 +168,17 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
     if is_first:
         _export(training, likelihood, "reference")
     return {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
+
+
+def _load(training: Training) -> Likelihood:
+    """The base, ready to be trained; under an adapter its frozen weights are of the type that scoring will use."""
+    config, device = training.config, get_device()
+    dtype = torch.float32 if config.lora_rank is None else resolve_dtype(config.precision, device)
+    likelihood = Likelihood(training.base.model(dtype, device))
+    self_check(likelihood)
+    if config.lora_rank is not None:
+        add_adapter(likelihood.model, config, config.lora_rank)
+    return likelihood
 
 
 class _Reporter:

@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.likelihood import Likelihood, Pack, self_check
+from davir_ray.models.likelihood import Likelihood, Pack
+from davir_ray.models.self_check import self_check
 
 VOCABULARY = 100
 WINDOW = 7
@@ -47,7 +48,13 @@ PACKABLE: dict[str, dict[str, Any]] = {
     "GPTNeoX": SMALL,
     "Granite": GROUPED | {"logits_scaling": 8.0, "attention_multiplier": 0.5, "residual_multiplier": 0.5},
     "Cohere": GROUPED,
+    "Olmo": GROUPED,
+    "Olmo2": GROUPED,
+    "Mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
 }
+EXPERTS = ("Mixtral", "Qwen3Moe")
+"""Their grouped matrix product has no float64 (torch 2.13)."""
 UNPACKABLE: dict[str, dict[str, Any]] = {
     "GptOss": GROUPED | {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW},
     "Bloom": {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
@@ -128,8 +135,9 @@ def test_a_pack_has_the_token_losses_of_the_models_own_float64_forward(family: s
     expected = one_at_a_time(likelihood.model, config, examples)
     assert np.std(expected) > 1, "the head is not sharp enough to tell a wrong target"
     np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-5, atol=1e-5)
-    likelihood.double()  # the eager reference has a float32 softmax within
-    np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-6, atol=1e-6)
+    if family not in EXPERTS:
+        likelihood.double()  # the eager reference has a float32 softmax within
+        np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", PACKABLE)
@@ -150,19 +158,20 @@ def test_an_example_in_a_pack_scores_as_it_does_alone(family: str) -> None:
     for example, nll_R in zip(examples, by_example(likelihood, examples), strict=True):
         alone_R = score(likelihood, [example])
         np.testing.assert_allclose(nll_R, alone_R, rtol=1e-6)
-        if len(nll_R) >= 16:
+        if len(nll_R) >= 16 and family not in EXPERTS:  # of whose products neighbours change the shape
             np.testing.assert_array_equal(nll_R, alone_R)
 
 
 @pytest.mark.parametrize("family", UNPACKABLE)
-def test_a_family_that_cannot_be_packed_is_run_one_by_one_and_stays_exact(
+def test_a_family_that_cannot_be_packed_is_run_in_padded_batches_and_stays_exact(
     family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, examples = config_of(family), draw_examples()
     likelihood = Likelihood(make(config))
     with caplog.at_level(logging.WARNING, logger="davir_ray"):
-        assert self_check(likelihood) == "one_by_one"
-    assert any(likelihood.model.__class__.__name__ in message for message in caplog.messages)
+        assert self_check(likelihood) == "padded, eager"
+    warned = [message for message in caplog.messages if message.startswith(likelihood.model.__class__.__name__)]
+    assert len([message for message in warned if "padded" in message]) == 1
     expected = one_at_a_time(likelihood.model, config, examples)
     np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-5, atol=1e-5)
 

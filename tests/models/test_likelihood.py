@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from davir_ray.data.packing import scored_positions
 from davir_ray.errors import ModelError
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.likelihood import Likelihood, Pack, self_check
+from davir_ray.models.likelihood import Likelihood, Pack
+from davir_ray.models.self_check import self_check
 
 VOCABULARY = 100
 CHUNK_ROWS = 256
@@ -205,7 +206,7 @@ def test_the_self_check_leaves_the_model_as_it_found_it() -> None:
     assert likelihood.model.config._attn_implementation == PACKED_ATTENTION
 
 
-def test_one_by_one_has_the_losses_of_the_pack() -> None:
+def test_a_padded_batch_has_the_losses_of_the_pack() -> None:
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     config._attn_implementation = PACKED_ATTENTION
     torch.manual_seed(0)

@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.likelihood import Likelihood, Pack
+from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood, Pack
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings, is_sampled
 from davir_ray.schema import EXAMPLES, SCORES
 
@@ -231,6 +232,26 @@ def test_a_pack_that_does_not_fit_is_halved_until_it_does(
         np.testing.assert_allclose(values(scores, name), values(expected, name), rtol=1e-6)
 
 
+def test_a_budget_that_was_too_large_once_is_not_tried_again(
+    make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[int] = []
+
+    def fits(pack: Pack) -> bool:
+        if sum(pack.sequence_lengths) <= 300:
+            return True
+        refused.append(sum(pack.sequence_lengths))
+        return False
+
+    scorer = make_scorer(tokens_per_pack=1000)
+    limit_memory(monkeypatch, fits)
+    scorer(table_of(draw_sequences()))
+    assert refused
+    refused.clear()
+    scorer(table_of(draw_sequences(seed=1)))
+    assert not refused
+
+
 def test_an_example_that_does_not_fit_alone_is_named_and_costs_no_other(
     make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,11 +305,16 @@ def test_equal_models_score_zero(base_folder: Path) -> None:
 
 def test_the_numerics_are_named(make_scorer: MakeScorer) -> None:
     assert make_scorer(num_threads=1).numerics == {
+        "version": NUMERICS_VERSION,
         "device": "cpu",
+        "device_name": torch.backends.cpu.get_cpu_capability(),
         "weights": "float32",
         "logits": "float32",
         "sums": "float64",
         "threads": 1,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "base_attention": "packed",
         "reference_attention": "packed",
+        "fell_back": False,
     }

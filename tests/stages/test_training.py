@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import davir_ray
-from davir_ray.config import FinetuneConfig, PrepareConfig, Source
+from davir_ray.config import FinetuneConfig, PrepareConfig, ScoreConfig, Source
 from davir_ray.errors import ClusterError, ModelError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.stages import training
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.scoring import score
 from davir_ray.stages.training import finetune
-from davir_ray.storage import Location, Manifest
+from davir_ray.storage import Location, Manifest, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -58,6 +61,24 @@ def finetune_copy(prepared: Path, base_folder: Path, target: Path, **options: An
     shutil.copytree(prepared, target)
     spec = scoring_spec(settings(base_folder), [Source("alpaca", "any", "alpaca")])
     return finetune(Location.of(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
+
+
+def test_an_adapter_is_trained_scored_with_and_is_no_whole_model(
+    prepared: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    run = Location.of(tmp_path / "run")
+    manifest = finetune_copy(
+        prepared, base_folder, tmp_path / "run", **RECIPE | {"learning_rate": 1e-2}, lora_rank=16, num_workers=2
+    )
+    losses = [loss for _, loss in manifest.details["loss_by_step"]]
+    assert losses[-1] < losses[0]
+    reference = Checkpoint.find(str(run / "reference"))
+    assert reference.is_adapter
+    base_cache = str(tmp_path / "cache")
+    score(run, Checkpoint.find(str(base_folder)), reference, ScoreConfig(num_actors=1, base_cache=base_cache))
+    scores = pa.concat_tables([read_parquet(run / "scores" / name) for name in (run / "scores").names()])
+    assert pc.mean(scores["davir"]).as_py() > 0
+    assert len(list(Path(base_cache).rglob("*.parquet"))) == len((run / "scores").names())
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,77 @@
+"""Base losses kept between runs: a second reference on the same examples costs one pass, not two."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from davir_ray.data.packing import Spans, scored_positions
+from davir_ray.storage import Location, digest, read_parquet, write_parquet
+
+log = logging.getLogger(__name__)
+
+_CHECKSUM = b"davir_sha256"
+
+Nlls = list[npt.NDArray[np.float32]]
+"""Nats of each scored token, for each example."""
+
+
+@dataclass(frozen=True)
+class BaseCache:
+    """A folder of token losses: <model and numerics>/<content of the shard>.parquet, one row an example.
+
+    A hit has the bits that would be computed: the first part names everything but the examples that the losses depend
+    on, the second their ids, tokens and spans in order.
+    """
+
+    folder: Location
+    base: str
+    """Digest of the base's weights and tokenizer."""
+
+    def place(self, numerics: dict[str, Any], ids: npt.NDArray[np.int64], examples: Sequence[Any]) -> Location:
+        """Where the losses of these examples are kept."""
+        return self.folder / digest([self.base, numerics])[:32] / f"{_content_digest(ids, examples)}.parquet"
+
+    @staticmethod
+    def read(place: Location, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Nlls | None:
+        """The losses kept there; None if there are none, or if they are damaged."""
+        if not place.exists():
+            return None
+        try:
+            table = read_parquet(place)
+        except (OSError, pa.ArrowException) as error:
+            log.warning("the cached base losses %s cannot be read and are computed again: %s", place, error)
+            return None
+        column = table["token_nll"].combine_chunks()
+        values = np.asarray(column.flatten())
+        counts = [len(scored_positions(spans)) for _, spans in examples]
+        whole = (table.schema.metadata or {}).get(_CHECKSUM) == _checksum(values)
+        if not whole or column.value_lengths().to_pylist() != counts:
+            log.warning("the cached base losses %s are damaged and are computed again", place)
+            return None
+        return [values[end - count : end] for count, end in zip(counts, np.cumsum(counts), strict=True)]
+
+    @staticmethod
+    def write(place: Location, nlls: Nlls) -> None:
+        """Keep losses, whole or not at all; two workers at the same shard write the same."""
+        table = pa.table({"token_nll": pa.array(nlls, pa.list_(pa.float32()))})
+        write_parquet(place, table, {_CHECKSUM: _checksum(np.concatenate([np.empty(0, np.float32), *nlls]))})
+
+
+def _checksum(values: npt.NDArray[np.float32]) -> bytes:
+    return hashlib.sha256(values.tobytes()).hexdigest().encode()
+
+
+def _content_digest(
+    ids: npt.NDArray[np.int64], examples: Sequence[tuple[npt.NDArray[np.int32], tuple[int, ...]]]
+) -> str:
+    content = hashlib.sha256(np.ascontiguousarray(ids).tobytes())
+    for input_ids, spans in examples:
+        content.update(f"{len(input_ids)} {spans}".encode())
+        content.update(input_ids.tobytes())
+    return content.hexdigest()[:32]
