@@ -1,0 +1,256 @@
+"""The likelihood kernel against the machine and against how others score the same rows, in one process."""
+
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from davir_ray.benchmarks import rivals
+from davir_ray.benchmarks.measure import gemm_flops, useful_flops, with_peak
+from davir_ray.benchmarks.workload import Example, load_examples, load_model, plain_copy
+from davir_ray.config import Format, Precision
+from davir_ray.data.packing import pack
+from davir_ray.errors import ConfigError
+from davir_ray.models.checkpoint import device_name, local_device, resolve_dtype
+from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.self_check import self_check
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LikelihoodBenchmark:
+    """Measure the likelihood kernel: share of the machine's own matrix rate, ratios to other ways, the Ray pipeline.
+
+    Without options: 512 rows of Alpaca, a Llama of hidden size 256, 4 layers and a vocabulary of 32,000 with random
+    weights, float32, one thread.
+    """
+
+    json: str | None = None
+    """File for the result."""
+    model: str | None = None
+    """Checkpoint to measure: a folder or a hub name."""
+    random_init: str | None = None
+    """Instead of a checkpoint, random weights for a configuration: a hub name or folder, a JSON file, or JSON text with
+    a model_type. None: the small Llama."""
+    data: str | None = None
+    """Rows to score. None: alpaca_9k.jsonl.gz in $DAVIR_TEST_DATA, else random tokens."""
+    format: Format = "alpaca"
+    """Format of the data."""
+    lengths: list[int] = field(default_factory=list)
+    """Instead of data, random tokens in sequences of these lengths, over and over."""
+    rows: int = 512
+    """Examples to score."""
+    max_tokens: int = 512
+    """Token limit of an example."""
+    precision: Precision = "auto"
+    """As in scoring."""
+    tokens_per_pack: int | None = None
+    """As in scoring."""
+    num_threads: int = 1
+    """Threads on a CPU. Ratios are of CPU seconds, which mean most at one."""
+    repeats: int = 3
+    """Runs of each way, in turn; medians are told."""
+    rivals: bool = True
+    """Also run the other ways. Without, only the kernel: for a model whose full logits do not fit."""
+    reference_rows: int = 64
+    """Rows that are compared with a float64 model, spread over all; 0: none."""
+    training_rows: int = 64
+    """Rows of the training step that is compared; 0: none."""
+    pipeline_shards: int = 8
+    """Shards of `rows` rows that go through the Ray pipeline; 0: none. Eight take over two minutes by default."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.random_init is not None:
+            raise ConfigError("both model and random_init are given; give at most one of the two")
+        for name in ("rows", "max_tokens", "num_threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.pipeline_shards == 1:
+            raise ConfigError("pipeline_shards is 1; the first shard warms up, so give at least 2, or 0 for none")
+
+
+Results = dict[str, Any]
+
+
+def run(settings: LikelihoodBenchmark) -> Results:
+    """Run all that is asked for; returns what goes into the JSON file."""
+    torch.set_num_threads(settings.num_threads)
+    device = local_device()
+    dtype = resolve_dtype(settings.precision, device)
+    model, tokenizer = load_model(settings.model, settings.random_init, dtype, device)
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    examples, origin = load_examples(
+        settings.rows, settings.max_tokens, vocab_size, tokenizer, settings.data, settings.format, settings.lengths
+    )
+    likelihood = Likelihood(model)
+    results: Results = {
+        "settings": asdict(settings),
+        "examples": _describe(examples) | {"origin": origin},
+        "machine": _machine(device, dtype),
+        "attention": self_check(likelihood),
+    }
+    results |= _compare_ways(settings, likelihood, examples)
+    if settings.reference_rows:
+        results |= _compare_with_float64(settings, likelihood, examples)
+    if settings.training_rows:
+        results |= _compare_training(settings, likelihood, examples[: settings.training_rows])
+    if settings.pipeline_shards:
+        results |= _compare_pipeline(settings, model, examples)
+    return results
+
+
+def _describe(examples: Sequence[Example]) -> Results:
+    lengths = [len(example.input_ids) for example in examples]
+    scored = sum(example.num_scored for example in examples)
+    return {"rows": len(examples), "tokens": sum(lengths), "scored_tokens": scored, "longest": max(lengths)}
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> Results:
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None) -> list[float]:
+    """Our way: the summed NLL of each example, in the order given."""
+    budget = tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    sums = np.empty(len(examples))
+    for rows in pack(lengths, np.arange(len(examples)), budget):
+        built = Pack.of([(examples[row].input_ids, examples[row].spans) for row in rows])
+        nlls = np.split(likelihood(built).cpu().numpy(), np.cumsum(built.num_scored)[:-1])
+        sums[rows] = [nll.sum(dtype=np.float64) for nll in nlls]
+    return [float(value) for value in sums]
+
+
+@torch.inference_mode()
+def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
+    """Every way on the same rows, in turn, so that a slow spell of the machine hits all of them."""
+    model = likelihood.model
+    ways: dict[str, Callable[[], list[float]]] = {
+        "davir_ray": lambda: score_packed(likelihood, examples, settings.tokens_per_pack)
+    }
+    if settings.rivals:
+        plain = plain_copy(model, "sdpa" if model._supports_sdpa else "eager", model.dtype)
+        ways |= {
+            "naive": lambda: rivals.padded(plain, examples),
+            "one_at_a_time": lambda: rivals.one_at_a_time(plain, examples),
+            "lm_eval": lambda: rivals.lm_eval(plain, examples),
+        }
+    gemm, taken, peaks = _in_turn(settings.repeats, ways, model)
+    flops = useful_flops(model, examples)
+    ours = median(taken["davir_ray"])
+    results: Results = {
+        "gemm_tflops": gemm / 1e12,
+        "useful_tflops": flops / ours / 1e12,
+        "mfu": flops / ours / gemm,
+        "examples_per_second": len(examples) / ours,
+        "tokens_per_second": sum(len(example.input_ids) for example in examples) / ours,
+        "seconds": {name: median(values) for name, values in taken.items()},
+        "extra_memory_mib": peaks,
+    }
+    if settings.rivals:
+        results |= {f"speedup_vs_{name}": median(taken[name]) / ours for name in ways if name != "davir_ray"}
+        results["extra_memory_ratio"] = peaks["davir_ray"] / peaks["naive"]
+        results["mfu_of_naive"] = flops / median(taken["naive"]) / gemm
+    return results
+
+
+def _in_turn(
+    repeats: int, ways: dict[str, Callable[[], list[float]]], model: PreTrainedModel
+) -> tuple[float, dict[str, list[float]], dict[str, float]]:
+    """(GEMM rate, seconds of each run, largest extra memory in MiB)."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    peaks = dict.fromkeys(ways, 0.0)
+    rates = []
+    for turn in range(repeats):
+        rates.append(gemm_flops(model.dtype, model.device))
+        for name, way in ways.items():
+            spent, peak = with_peak(way, model.device)
+            taken[name].append(spent)
+            peaks[name] = max(peaks[name], peak)
+            log.info("benchmark: turn %d of %d, %s: %.2f s", turn + 1, repeats, name, spent)
+    return median(rates), taken, peaks
+
+
+@torch.inference_mode()
+def _compare_with_float64(
+    settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]
+) -> Results:
+    """The largest difference of a mean NLL, in nats a token, over rows spread from the shortest to the longest."""
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    picked = np.linspace(0, len(by_length) - 1, min(settings.reference_rows, len(by_length))).astype(int)
+    rows = [by_length[at] for at in picked]
+    log.info("benchmark: %d rows in float64", len(rows))
+    exact = rivals.float64(plain_copy(likelihood.model, "eager", torch.float64), rows)
+    ours = score_packed(likelihood, rows, settings.tokens_per_pack)
+    differences = [abs(a - b) / row.num_scored for a, b, row in zip(ours, exact, rows, strict=True)]
+    return {"max_abs_diff_vs_fp64": max(differences)}
+
+
+def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
+    """Forward and backward over the rows, ours against padded batches of 8 with full logits."""
+    likelihood.train()
+    plain = plain_copy(likelihood.model, "sdpa" if likelihood.model._supports_sdpa else "eager", torch.float32).train()
+    scored = sum(example.num_scored for example in examples)
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    budget = settings.tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
+
+    def ours() -> None:
+        for rows in pack(lengths, np.arange(len(examples)), budget):
+            nll_R = likelihood(Pack.of([(examples[row].input_ids, examples[row].spans) for row in rows]))
+            (nll_R.sum() / scored).backward()
+
+    def padded() -> None:
+        for start in range(0, len(examples), rivals.BATCH):
+            nll_N = rivals.padded_batch(plain, examples[start : start + rivals.BATCH])
+            (nll_N.sum() / scored).backward()  # type: ignore[no-untyped-call]
+
+    taken: dict[str, list[float]] = {"davir_ray": [], "padded": []}
+    peaks: dict[str, float] = {}
+    for turn in range(settings.repeats + 1):  # the first makes the gradients' own memory
+        for name, module, step in (("davir_ray", likelihood, ours), ("padded", plain, padded)):
+            if turn:
+                module.zero_grad(set_to_none=False)
+            spent, peak = with_peak(step, likelihood.model.device)
+            if turn:
+                taken[name].append(spent)
+                peaks[name] = max(peaks.get(name, 0.0), peak)
+        log.info("benchmark: training step, turn %d of %d", turn, settings.repeats)
+    likelihood.eval().zero_grad()
+    return {
+        "training_seconds": {name: median(values) for name, values in taken.items()},
+        "training_speedup_vs_padded": median(taken["padded"]) / median(taken["davir_ray"]),
+        "training_extra_memory_mib": peaks,
+        "training_extra_memory_ratio": peaks["davir_ray"] / peaks["padded"],
+    }
+
+
+def _compare_pipeline(settings: LikelihoodBenchmark, model: PreTrainedModel, examples: Sequence[Example]) -> Results:
+    """The Ray pipeline over copies of the rows, warm, as a fraction of the bare scorer over the same; wall time."""
+    try:
+        from davir_ray.benchmarks.pipeline import compare
+    except ModuleNotFoundError as error:
+        log.warning("benchmark: the pipeline is not measured: %s", error)
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(
+            Path(folder), model, examples, settings.pipeline_shards, settings.precision, settings.tokens_per_pack
+        )

@@ -1,0 +1,91 @@
+"""The scoring stage on a real Ray against the bare scorer in this process, over the same shards."""
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+from transformers import PreTrainedModel
+
+from davir_ray.benchmarks.workload import Example, as_shard
+from davir_ray.config import Precision, ScoreConfig
+from davir_ray.models.checkpoint import Checkpoint, quiet
+from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.stages.cluster import connect
+from davir_ray.stages.scoring import score
+from davir_ray.storage import Location, Manifest, in_folder, write_parquet
+
+log = logging.getLogger(__name__)
+
+
+def compare(
+    folder: Path,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    num_shards: int,
+    precision: Precision,
+    tokens_per_pack: int | None,
+) -> dict[str, Any]:
+    """Seconds a shard of the bare scorer and of the pipeline with one actor, once it is warm, and their ratio."""
+    base, reference = _save_pair(folder, model)
+    run = Location.of(folder / "run")
+    files = [
+        write_parquet(run / "examples" / f"{number:05d}.parquet", as_shard(examples, number * len(examples)))
+        for number in range(num_shards)
+    ]
+    num_rows = num_shards * len(examples)
+    Manifest("prepare", {"benchmark": num_rows}, {"prepared": num_rows}, in_folder("examples", files)).write(run)
+
+    bare = _bare_seconds(base, reference, examples, precision, tokens_per_pack, turns=max(2, num_shards // 4))
+    connect()
+    started = time.monotonic()
+    config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
+    score(run, base, reference, config, keep_token_nll="none")
+    whole = time.monotonic() - started
+    ray.shutdown()
+    # From the first file to the last: without the start of the actor and the loading of the models.
+    written = sorted(path.stat().st_mtime for path in (folder / "run" / "scores").glob("*.parquet"))
+    warm = (written[-1] - written[0]) / (len(written) - 1)
+    return {
+        "pipeline_efficiency": bare / warm,
+        "pipeline_seconds_per_shard": warm,
+        "bare_seconds_per_shard": bare,
+        "pipeline_seconds_with_start": whole,
+    }
+
+
+def _save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:
+    """The model, and a copy a small step away, as checkpoints."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1e-3 * torch.randn_like(parameter)
+    with quiet():
+        model.save_pretrained(folder / "base")
+        other.save_pretrained(folder / "reference")
+    return Checkpoint.find(str(folder / "base")), Checkpoint.find(str(folder / "reference"))
+
+
+def _bare_seconds(
+    base: Checkpoint,
+    reference: Checkpoint,
+    examples: Sequence[Example],
+    precision: Precision,
+    tokens_per_pack: int | None,
+    turns: int,
+) -> float:
+    """Median wall seconds of a shard, the first not counted."""
+    scorer = Scorer(base, reference, ScorerSettings(precision, tokens_per_pack, keep_token_nll="none"))
+    table = as_shard(examples, 0).select(INPUT_COLUMNS)
+    taken = []
+    for turn in range(turns + 1):
+        started = time.monotonic()
+        scorer(table)
+        taken.append(time.monotonic() - started)
+        log.info("benchmark: bare scorer, turn %d of %d: %.2f s", turn, turns, taken[-1])
+    return median(taken[1:])

@@ -1,0 +1,184 @@
+"""What is measured: a model and the examples that it scores, real or drawn."""
+
+import copy
+import gzip
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from davir_ray.config import Format, Source
+from davir_ray.data.examples import ExampleReader
+from davir_ray.data.sources import Reject, list_files, plan_tasks
+from davir_ray.data.tokens import Encoder
+from davir_ray.errors import ConfigError, DataError
+from davir_ray.models.attention import PACKED_ATTENTION
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.schema import EXAMPLES
+
+log = logging.getLogger(__name__)
+
+SMALL_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+"""The model of the goals in RESULTS.md."""
+
+_TEST_FILE = "alpaca_9k.jsonl.gz"
+_MEAN_LENGTH, _LENGTH_SPREAD, _RESPONSE_SHARE = 126, 0.6, 0.43
+"""Of Alpaca: mean tokens, standard deviation of their logarithm, share of the response."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example: what both our kernel and the rivals score."""
+
+    input_ids: npt.NDArray[np.int32]
+    spans: tuple[int, ...]
+
+    @property
+    def num_scored(self) -> int:
+        """Scored tokens."""
+        return sum(self.spans[1::2]) - sum(self.spans[::2])
+
+
+def load_model(
+    model: str | None, random_init: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, Any]:
+    """A checkpoint and its tokenizer, or a model of random weights and no tokenizer, for packs."""
+    if model is not None:
+        checkpoint = Checkpoint.find(model)
+        return checkpoint.model(dtype, device), checkpoint.tokenizer()
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = AutoModelForCausalLM.from_config(_config(random_init), attn_implementation=PACKED_ATTENTION, dtype=dtype)
+    return made.to(device).eval(), None
+
+
+def plain_copy(model: PreTrainedModel, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights as transformers runs them, with an attention of its own."""
+    plain: PreTrainedModel = copy.deepcopy(model).to(dtype)
+    plain.set_attn_implementation(attention)
+    return plain.eval()
+
+
+def _config(random_init: str | None) -> PretrainedConfig:
+    """From JSON text, a JSON file, or whatever AutoConfig can find."""
+    if random_init is None:
+        fields = SMALL_LLAMA
+    elif random_init.lstrip().startswith("{"):
+        fields = json.loads(random_init)
+    elif random_init.endswith(".json"):
+        fields = json.loads(Path(random_init).read_text())
+    else:
+        return AutoConfig.from_pretrained(random_init)
+    if "model_type" not in fields:
+        raise ConfigError(f"random_init has no model_type; it has {sorted(fields)}")
+    return AutoConfig.for_model(**fields)
+
+
+def load_examples(
+    rows: int,
+    max_tokens: int,
+    vocab_size: int,
+    tokenizer: Any,
+    data: str | None,
+    data_format: Format,
+    lengths: Sequence[int],
+) -> tuple[list[Example], str]:
+    """The examples and a word on where they come from: the data, given lengths, or lengths drawn like Alpaca's."""
+    if lengths:
+        return _drawn(list(np.resize(np.array(lengths), rows)), vocab_size), f"random tokens, lengths {list(lengths)}"
+    if data is None and (folder := os.environ.get("DAVIR_TEST_DATA")) and Path(folder, _TEST_FILE).exists():
+        data = str(Path(folder, _TEST_FILE))
+    if data is not None:
+        return _real(data, data_format, rows, max_tokens, vocab_size, tokenizer), data
+    log.warning("no --data and no DAVIR_TEST_DATA: random tokens are scored, with lengths drawn like those of Alpaca")
+    draw = np.random.default_rng(0)
+    centre = np.log(_MEAN_LENGTH) - _LENGTH_SPREAD**2 / 2
+    sizes = np.clip(draw.lognormal(centre, _LENGTH_SPREAD, rows).astype(int), 16, max_tokens)
+    return _drawn(sizes.tolist(), vocab_size), "random tokens, lengths drawn like those of Alpaca"
+
+
+def _drawn(lengths: list[int], vocab_size: int) -> list[Example]:
+    draw = np.random.default_rng(1)
+    return [
+        Example(
+            draw.integers(0, vocab_size, length, dtype=np.int32),
+            (max(1, round(length * (1 - _RESPONSE_SHARE))), int(length)),
+        )
+        for length in lengths
+    ]
+
+
+def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size: int, tokenizer: Any) -> list[Example]:
+    """The first rows that can be scored, through the same door as in a run."""
+    source = Source("benchmark", data, data_format)
+    tasks = plan_tasks(list_files(source), 2**62)
+    tokenizer = tokenizer or _trained_tokenizer(data, vocab_size)
+    reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)
+    items = (item for task in tasks for item in reader.read(source, task, None))
+    examples = (
+        Example(np.array(item["input_ids"], np.int32), tuple(item["response_spans"]))
+        for item in items
+        if not isinstance(item, Reject) and item["response_spans"] and item["response_spans"][0] > 0
+    )
+    found = list(islice(examples, rows))
+    if len(found) < rows:
+        raise DataError(f"{data} has {len(found)} rows that can be scored; lower --rows (now {rows})")
+    return found
+
+
+def _trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the file itself: the model of random weights has none."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_lines(data), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def _lines(data: str) -> Iterator[str]:
+    with gzip.open(data, "rt") if data.endswith(".gz") else open(data) as file:
+        yield from file
+
+
+def as_shard(examples: Sequence[Example], first_id: int) -> pa.Table:
+    """The examples as a shard of examples/, ids counted from `first_id`."""
+    columns: dict[str, Any] = {field.name: pa.nulls(len(examples), field.type) for field in EXAMPLES}
+    scored = [example.num_scored for example in examples]
+    columns |= {
+        "example_id": pa.array(range(first_id, first_id + len(examples)), pa.int64()),
+        "content_hash": pa.array(range(first_id, first_id + len(examples)), pa.int64()),
+        "source": pa.array(["benchmark"] * len(examples)),
+        "input_ids": pa.array([example.input_ids for example in examples], pa.list_(pa.int32())),
+        "response_spans": pa.array([example.spans for example in examples], pa.list_(pa.int32())),
+        "num_response_tokens": pa.array(scored, pa.int32()),
+        "num_prompt_tokens": pa.array(
+            [len(e.input_ids) - n for e, n in zip(examples, scored, strict=True)], pa.int32()
+        ),
+        "truncated": pa.array([False] * len(examples)),
+    }
+    return pa.table(columns, schema=EXAMPLES)
