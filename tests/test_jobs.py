@@ -44,6 +44,26 @@ def test_help_shows_the_command_to_submit() -> None:
     assert "--select.top_fraction" in ended.stdout
 
 
+@pytest.mark.parametrize("argv", [["--no_such", "1"], ["--rows", "0"], ["--rows", "many"]])
+def test_a_benchmark_tells_a_mistake_in_one_line(argv: list[str]) -> None:
+    ended = run_script("benchmark.py", "likelihood", *argv)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_kernel_writes_its_result(tmp_path: Path) -> None:
+    tiny = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
+    tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    ended = run_script(
+        "benchmark.py", "likelihood", "--json", str(tmp_path / "result.json"), "--random_init", json.dumps(tiny),
+        "--lengths", "[20, 30]", "--rows", "50", "--repeats", "1", "--pipeline_shards", "2", timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(ended.stdout) == result
+    assert result["pipeline_efficiency"] > 0
+
+
 @pytest.mark.slow
 def test_the_main_job_end_to_end_and_ranked_again(data_folder: Path, base_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"

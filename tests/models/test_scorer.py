@@ -71,9 +71,9 @@ def table_of(sequences: list[Sequence], first_id: int = 0) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS]))
 
 
-def one_at_a_time(folder: Path, sequences: list[Sequence]) -> npt.NDArray[np.float64]:
-    """Summed nats by a float64 copy with eager attention, in a Python loop."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
+def one_at_a_time(folder: Path, sequences: list[Sequence], attention: str = "eager") -> npt.NDArray[np.float64]:
+    """Summed nats by a float64 copy, one example at a time, in a Python loop."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float64).eval()
     sums = []
     for ids, spans in sequences:
         with torch.no_grad():
@@ -105,8 +105,8 @@ def test_scores_are_those_of_a_float64_loop_over_the_models_own_forward(
 def test_float64_scores_are_exact(make_scorer: MakeScorer, base_folder: Path) -> None:
     sequences = draw_sequences(count=8)
     scores = make_scorer(precision="float64")(table_of(sequences))
-    # The eager reference takes its softmax in float32, even in a float64 model.
-    np.testing.assert_allclose(values(scores, "base_nll"), one_at_a_time(base_folder, sequences), rtol=1e-7)
+    # Not eager: that takes its softmax in float32, even in a float64 model.
+    np.testing.assert_allclose(values(scores, "base_nll"), one_at_a_time(base_folder, sequences, "sdpa"), rtol=1e-10)
 
 
 def test_the_columns_agree_with_each_other(make_scorer: MakeScorer) -> None:
