@@ -102,8 +102,8 @@ def _refuse_repeated(argv: list[str]) -> None:
 
 
 def _replace_rule(values: Namespace, argv: list[str]) -> None:
-    """Unset the file's selection rule where the command line brings one."""
+    """Unset the file's selection rules where the command line brings one."""
     given = {word.split("=")[0].removeprefix("--select.") for word in argv if word.startswith("--select.")}
     if given & set(SELECT_RULES):
         for rule in set(SELECT_RULES) - given:
-            values[f"select.{rule}"] = None
+            values[f"select.{rule}"] = {"quotas": {}, "mixture": []}.get(rule)

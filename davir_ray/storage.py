@@ -22,10 +22,16 @@ from typing import Any, Self
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.errors import IntegrityError, OutputError, UserError
+
+try:
+    from botocore.exceptions import BotoCoreError, ClientError
+except ModuleNotFoundError:  # the kernel alone, on a machine without s3fs
+    _LOCATION_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, ImportError)
+else:
+    _LOCATION_ERRORS = (OSError, ValueError, ImportError, BotoCoreError, ClientError)
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +285,7 @@ def translated(uri: object, error_class: type[UserError]) -> Iterator[None]:
     """Turn what a file system raises about a path that the user gave into one line of ours."""
     try:
         yield
-    except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as error:
+    except _LOCATION_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise error_class(
             f"{uri} cannot be used ({type(error).__name__}: {reason[:300]}); check path and access"

@@ -37,10 +37,12 @@ def main() -> None:
     except argparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
     settings = likelihood.LikelihoodBenchmark(**found[found["benchmark"]])
+    if settings.json is not None and not Path(settings.json).absolute().parent.is_dir():
+        raise ConfigError(f"json is {settings.json}, whose folder does not exist; make it first")
     text = json.dumps(likelihood.run(settings), indent=1)
+    print(text)
     if settings.json is not None:
         Path(settings.json).write_text(text + "\n")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from davir_ray.config import (
     ScoreConfig,
     SelectConfig,
     Source,
+    count_from_fraction,
 )
 from davir_ray.errors import ConfigError
 
@@ -112,4 +113,4 @@ def test_what_a_job_needs_is_asked_for_by_its_option(name: Any) -> None:
     [(0.29, 100, 29), (0.06, 50, 3), (0.07, 100, 7), (0.1, 5, 1), (1.0, 7, 7), (1e-9, 10**9, 1), (0.57, 100, 57)],
 )
 def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows: int, expected: int) -> None:
-    assert SelectConfig(top_fraction=fraction).count_from_fraction(rows) == expected
+    assert count_from_fraction(fraction, rows) == expected

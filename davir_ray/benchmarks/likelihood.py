@@ -1,11 +1,13 @@
 """The likelihood kernel against the machine and against how others score the same rows, in one process."""
 
+import copy
 import logging
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,14 +75,20 @@ class LikelihoodBenchmark:
     def __post_init__(self) -> None:
         if self.model is not None and self.random_init is not None:
             raise ConfigError("both model and random_init are given; give at most one of the two")
-        for name in ("rows", "max_tokens", "num_threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        least = {"rows": 1, "max_tokens": 2, "num_threads": 1, "repeats": 1}
+        least |= {"reference_rows": 0, "training_rows": 0, "pipeline_shards": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        if min(self.lengths, default=2) < 2:
+            raise ConfigError(f"lengths holds {min(self.lengths)}; a sequence of less than 2 tokens has none to score")
         if self.pipeline_shards == 1:
             raise ConfigError("pipeline_shards is 1; the first shard warms up, so give at least 2, or 0 for none")
 
 
 Results = dict[str, Any]
+Way = Callable[[Sequence[Example]], list[float]]
+"""Summed NLL of each example."""
 
 
 def run(settings: LikelihoodBenchmark) -> Results:
@@ -144,17 +152,17 @@ def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per
 def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
     """Every way on the same rows, in turn, so that a slow spell of the machine hits all of them."""
     model = likelihood.model
-    ways: dict[str, Callable[[], list[float]]] = {
-        "davir_ray": lambda: score_packed(likelihood, examples, settings.tokens_per_pack)
-    }
+    ways: dict[str, Way] = {"davir_ray": lambda rows: score_packed(likelihood, rows, settings.tokens_per_pack)}
     if settings.rivals:
         plain = plain_copy(model, "sdpa" if model._supports_sdpa else "eager", model.dtype)
         ways |= {
-            "naive": lambda: rivals.padded(plain, examples),
-            "one_at_a_time": lambda: rivals.one_at_a_time(plain, examples),
-            "lm_eval": lambda: rivals.lm_eval(plain, examples),
+            "naive": lambda rows: rivals.padded(plain, rows),
+            "one_at_a_time": lambda rows: rivals.one_at_a_time(plain, rows),
+            "lm_eval": lambda rows: rivals.lm_eval(plain, rows),
         }
-    gemm, taken, peaks = _in_turn(settings.repeats, ways, model)
+    for way in ways.values():
+        way(examples[: rivals.BATCH])  # loads kernels and libraries
+    gemm, taken, peaks = _in_turn(settings.repeats, ways, examples, model)
     flops = useful_flops(model, examples)
     ours = median(taken["davir_ray"])
     results: Results = {
@@ -174,20 +182,20 @@ def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, example
 
 
 def _in_turn(
-    repeats: int, ways: dict[str, Callable[[], list[float]]], model: PreTrainedModel
+    repeats: int, ways: dict[str, Way], examples: Sequence[Example], model: PreTrainedModel
 ) -> tuple[float, dict[str, list[float]], dict[str, float]]:
-    """(GEMM rate, seconds of each run, largest extra memory in MiB)."""
+    """(GEMM rate, seconds of each run, extra memory in MiB)."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    peaks = dict.fromkeys(ways, 0.0)
+    peaks: dict[str, list[float]] = {name: [] for name in ways}
     rates = []
     for turn in range(repeats):
         rates.append(gemm_flops(model.dtype, model.device))
         for name, way in ways.items():
-            spent, peak = with_peak(way, model.device)
+            spent, peak = with_peak(partial(way, examples), model.device)
             taken[name].append(spent)
-            peaks[name] = max(peaks[name], peak)
-            log.info("benchmark: turn %d of %d, %s: %.2f s", turn + 1, repeats, name, spent)
-    return median(rates), taken, peaks
+            peaks[name].append(peak)
+            log.info("benchmark: turn %d of %d, %s: %.2f s, %.0f MiB", turn + 1, repeats, name, spent, peak)
+    return median(rates), taken, {name: median(values) for name, values in peaks.items()}
 
 
 @torch.inference_mode()
@@ -206,9 +214,15 @@ def _compare_with_float64(
 
 
 def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
-    """Forward and backward over the rows, ours against padded batches of 8 with full logits."""
-    likelihood.train()
+    """Forward and backward over the rows, ours against padded batches of 8 with full logits.
+
+    Both as a fine-tune runs: float32 weights, under bfloat16 autocast where the kernel is measured in bfloat16.
+    """
     plain = plain_copy(likelihood.model, "sdpa" if likelihood.model._supports_sdpa else "eager", torch.float32).train()
+    half = likelihood.model.dtype == torch.bfloat16
+    if half:
+        likelihood = Likelihood(copy.deepcopy(likelihood.model).float())
+    likelihood.train()
     scored = sum(example.num_scored for example in examples)
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
     budget = settings.tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
@@ -224,22 +238,24 @@ def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, exa
             (nll_N.sum() / scored).backward()  # type: ignore[no-untyped-call]
 
     taken: dict[str, list[float]] = {"davir_ray": [], "padded": []}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, list[float]] = {"davir_ray": [], "padded": []}
     for turn in range(settings.repeats + 1):  # the first makes the gradients' own memory
         for name, module, step in (("davir_ray", likelihood, ours), ("padded", plain, padded)):
             if turn:
                 module.zero_grad(set_to_none=False)
-            spent, peak = with_peak(step, likelihood.model.device)
+            device = likelihood.model.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                spent, peak = with_peak(step, device)
             if turn:
                 taken[name].append(spent)
-                peaks[name] = max(peaks.get(name, 0.0), peak)
+                peaks[name].append(peak)
         log.info("benchmark: training step, turn %d of %d", turn, settings.repeats)
     likelihood.eval().zero_grad()
     return {
         "training_seconds": {name: median(values) for name, values in taken.items()},
         "training_speedup_vs_padded": median(taken["padded"]) / median(taken["davir_ray"]),
-        "training_extra_memory_mib": peaks,
-        "training_extra_memory_ratio": peaks["davir_ray"] / peaks["padded"],
+        "training_extra_memory_mib": {name: median(values) for name, values in peaks.items()},
+        "training_extra_memory_ratio": median(peaks["davir_ray"]) / median(peaks["padded"]),
     }
 
 

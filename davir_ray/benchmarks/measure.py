@@ -83,9 +83,10 @@ def _active_parameters(model: PreTrainedModel) -> float:
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     routed: float = config.num_experts_per_tok / num_experts if num_experts else 1.0
-    embeddings = {id(module.weight) for module in model.base_model.modules() if isinstance(module, torch.nn.Embedding)}
+    decoder = model.get_decoder()  # of a model that also sees, the part that reads
+    embeddings = {id(module.weight) for module in decoder.modules() if isinstance(module, torch.nn.Embedding)}
     return sum(
         float(parameter.numel()) * (routed if parameter.ndim == 3 else 1.0)
-        for parameter in model.base_model.parameters()
+        for parameter in decoder.parameters()
         if parameter.ndim >= 2 and id(parameter) not in embeddings
     )

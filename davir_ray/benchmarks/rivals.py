@@ -1,6 +1,6 @@
 """How others score the same rows: the summed response NLL of each example, in nats."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
@@ -11,8 +11,6 @@ from davir_ray.data.packing import scored_positions
 
 BATCH = 8
 _IGNORED = -100
-
-Way = Callable[[PreTrainedModel, Sequence[Example]], list[float]]
 
 
 def padded(model: PreTrainedModel, examples: Sequence[Example]) -> list[float]:

@@ -73,24 +73,32 @@ def load_model(
 
 def plain_copy(model: PreTrainedModel, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     """The same weights as transformers runs them, with an attention of its own."""
-    plain: PreTrainedModel = copy.deepcopy(model).to(dtype)
+    plain: PreTrainedModel = copy.deepcopy(model)
+    if plain.dtype != dtype:  # it would also round the rotary frequencies, which stay in float32
+        plain = plain.to(dtype)
     plain.set_attn_implementation(attention)
+    if dtype == torch.float64 and plain._can_set_experts_implementation():
+        plain.set_experts_implementation("eager")  # a grouped product has no float64
     return plain.eval()
 
 
 def _config(random_init: str | None) -> PretrainedConfig:
     """From JSON text, a JSON file, or whatever AutoConfig can find."""
     if random_init is None:
-        fields = SMALL_LLAMA
-    elif random_init.lstrip().startswith("{"):
-        fields = json.loads(random_init)
-    elif random_init.endswith(".json"):
-        fields = json.loads(Path(random_init).read_text())
-    else:
-        return AutoConfig.from_pretrained(random_init)
-    if "model_type" not in fields:
-        raise ConfigError(f"random_init has no model_type; it has {sorted(fields)}")
-    return AutoConfig.for_model(**fields)
+        return AutoConfig.for_model(**SMALL_LLAMA)
+    try:
+        if random_init.lstrip().startswith("{"):
+            fields = json.loads(random_init)
+        elif random_init.endswith(".json"):
+            fields = json.loads(Path(random_init).read_text())
+        else:
+            return AutoConfig.from_pretrained(random_init)
+        if "model_type" not in fields:
+            raise ConfigError(f"random_init has no model_type; it has {sorted(fields)}")
+        return AutoConfig.for_model(**fields)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"random_init {random_init!r} is no configuration of a model: {reason}") from error
 
 
 def load_examples(

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _NAME = "reference"
+_REWRITES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> None:
@@ -54,8 +56,13 @@ def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> No
 
 
 def attach_adapter(model: PreTrainedModel, folder: str) -> None:
-    """Load an adapter into the model it was trained on, switched on. ModelError if it does not fit."""
-    _compare_names(model, folder)
+    """Load an adapter into the model it was trained on, switched on.
+
+    ModelError if it does not fit, or is of a kind that changes the base's own weights when it is loaded.
+    """
+    settings = json.loads(Path(folder, ADAPTER_CONFIG).read_text())
+    _check_kind(settings, folder)
+    _compare_names(model, settings.get("base_model_name_or_path"), folder)
     try:
         info = model.load_adapter(folder, adapter_name=_NAME)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -81,8 +88,21 @@ def adapter_switched_off(model: PreTrainedModel) -> Iterator[None]:
         model.enable_adapters()
 
 
-def _compare_names(model: PreTrainedModel, folder: str) -> None:
+def _check_kind(settings: dict[str, Any], folder: str) -> None:
+    """Refuse what switching off does not undo, and what transformers 5.23 cannot load."""
+    start = settings.get("init_lora_weights")
+    problems = {
+        "it trains the base's own biases": settings.get("bias") not in (None, "none"),
+        f"{start} rewrites the base's weights": isinstance(start, str) and start.startswith(_REWRITES_THE_BASE),
+        "DoRA is not supported": bool(settings.get("use_dora")),
+        "trainable_token_indices are not supported": bool(settings.get("trainable_token_indices")),
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            raise ModelError(f"the adapter {folder} cannot be switched off and on: {problem}; merge it into a model")
+
+
+def _compare_names(model: PreTrainedModel, named: str | None, folder: str) -> None:
     """Warn where the adapter names another base: of the same shape it would load, and score nonsense."""
-    named = json.loads(Path(folder, ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if named and Path(named).name != Path(model.name_or_path).name:
         log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)

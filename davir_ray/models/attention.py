@@ -8,12 +8,16 @@ transformers 5.23 when use_cache is left on or a mask is passed; this does not r
 """
 
 import inspect
+import logging
+from functools import cache
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+log = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "davir_packed"
 """Name under which the function is registered; a model is loaded with attn_implementation=PACKED_ATTENTION."""
@@ -132,13 +136,31 @@ def _attend_cuda(
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    # One split: else the longest sequence of a pack decides in what order those beside it are summed.
-    splits: dict[str, Any] = {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
     out = varlen_attn(
         q, k, v, edges, edges, longest, longest,
-        scale=scaling, window_size=window, enable_gqa=k.shape[1] != q.shape[1], **splits,
+        scale=scaling, window_size=window, **_varlen_options(q.device, q.dtype),
     )  # fmt: skip
     return torch.as_tensor(out)[None]
+
+
+@cache
+def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What this torch on this GPU takes: 2.11 groups heads unasked, and one split is refused by some kernels."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if "num_splits" not in known:
+        return options
+    heads = torch.zeros(2, 1, 64, device=device, dtype=dtype)
+    edges = torch.tensor([0, 2], device=device, dtype=torch.int32)
+    try:
+        varlen_attn(heads, heads, heads, edges, edges, 2, 2, window_size=(-1, 0), num_splits=1)
+    except RuntimeError as error:
+        log.info("flash attention may split keys, so neighbours in a pack may change the last bits: %s", error)
+        return options
+    # With more splits the longest sequence of a pack decides in what order those beside it are summed.
+    return options | {"num_splits": 1}
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -11,14 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.data.packing import Spans, scored_positions
-from davir_ray.storage import Location, digest, read_parquet, write_parquet
+from davir_ray.errors import OutputError
+from davir_ray.storage import Location, digest, read_parquet, translated, write_parquet
 
 log = logging.getLogger(__name__)
 
 _CHECKSUM = b"davir_sha256"
 
-Nlls = list[npt.NDArray[np.float32]]
-"""Nats of each scored token, for each example."""
+Nlls = list[npt.NDArray[np.floating[Any]]]
+"""Nats of each scored token, for each example; float32, or float64 of a float64 model."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class BaseCache:
     @staticmethod
     def read(place: Location, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Nlls | None:
         """The losses kept there; None if there are none, or if they are damaged."""
-        if not place.exists():
-            return None
         try:
-            table = read_parquet(place)
-        except (OSError, pa.ArrowException) as error:
+            with translated(place, OutputError):
+                if not place.exists():
+                    return None
+                table = read_parquet(place)
+        except OutputError as error:
             log.warning("the cached base losses %s cannot be read and are computed again: %s", place, error)
             return None
         column = table["token_nll"].combine_chunks()
@@ -58,12 +60,17 @@ class BaseCache:
 
     @staticmethod
     def write(place: Location, nlls: Nlls) -> None:
-        """Keep losses, whole or not at all; two workers at the same shard write the same."""
-        table = pa.table({"token_nll": pa.array(nlls, pa.list_(pa.float32()))})
-        write_parquet(place, table, {_CHECKSUM: _checksum(np.concatenate([np.empty(0, np.float32), *nlls]))})
+        """Keep losses, whole or not at all; two workers at the same shard write the same. A failure is a warning."""
+        values = np.concatenate(nlls)
+        kind = pa.list_(pa.from_numpy_dtype(values.dtype))
+        try:
+            with translated(place, OutputError):
+                write_parquet(place, pa.table({"token_nll": pa.array(nlls, kind)}), {_CHECKSUM: _checksum(values)})
+        except OutputError as error:
+            log.warning("the base losses are not cached: %s", error)
 
 
-def _checksum(values: npt.NDArray[np.float32]) -> bytes:
+def _checksum(values: npt.NDArray[np.floating[Any]]) -> bytes:
     return hashlib.sha256(values.tobytes()).hexdigest().encode()
 
 

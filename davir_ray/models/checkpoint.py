@@ -27,6 +27,7 @@ SPEC_FILE = "scoring_spec.json"
 """Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
 
 _WEIGHTS = ".safetensors"
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -48,11 +49,11 @@ class Checkpoint:
         if "://" in uri:
             with translated(uri, ModelError):
                 checked = _checked_names(uri, Location.of(uri).names())
-            return cls(checked, None, trust_remote_code, ADAPTER_CONFIG in Location.of(uri).names())
+            return cls(checked, None, trust_remote_code, "config.json" not in Location.of(uri).names())
         path = Path(uri).expanduser()
         if path.exists() or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
             folder = path.resolve()
-            return cls(_checked_folder(folder), None, trust_remote_code, (folder / ADAPTER_CONFIG).exists())
+            return cls(_checked_folder(folder), None, trust_remote_code, not (folder / "config.json").exists())
         commit = getattr(cls(uri, None, trust_remote_code).config(), "_commit_hash", None)
         return cls(uri, commit, trust_remote_code)
 
@@ -90,11 +91,11 @@ class Checkpoint:
             attach_adapter(base, self._folder())
 
     def weights_digest(self) -> dict[str, str]:
-        """What changes when the model does: configuration and weight files of a folder, the commit of a hub name."""
+        """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name."""
         if self.is_hub_name:
             return {"commit": str(self.revision or self.uri)}
         place = Location.of(self.uri)
-        names = [name for name in place.names() if name.endswith(_WEIGHTS) or name in ("config.json", ADAPTER_CONFIG)]
+        names = [name for name in place.names() if name.endswith((_WEIGHTS, ".py")) or name in _CONFIGS]
         return {name: file_digest(place / name) for name in names}
 
     def spec(self) -> dict[str, Any] | None:
@@ -144,7 +145,7 @@ def _checked_folder(folder: Path) -> str:
 
 
 def _checked_names(uri: str, names: list[str]) -> str:
-    if ADAPTER_CONFIG in names:
+    if ADAPTER_CONFIG in names and "config.json" not in names:
         if ADAPTER_WEIGHTS not in names:
             raise ModelError(f"{uri} has no {ADAPTER_WEIGHTS}; pickled weights are refused, save it with safetensors")
         return uri
@@ -211,7 +212,7 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type that a precision setting means on this device; auto: bfloat16 on a GPU that has it, else float32."""
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 

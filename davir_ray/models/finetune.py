@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
@@ -174,7 +175,9 @@ class Trainer:
         self._losses: list[float] = []
         self._total = num_steps(len(examples), config.batch_size, config.epochs)
         self._autocast = config.precision == "bfloat16" or (
-            config.precision == "auto" and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+            config.precision == "auto"
+            and self._device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
@@ -281,8 +284,17 @@ class Trainer:
         return nll_R.sum()
 
 
+def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
+    """Freeze a vision tower and its like: without a gradient of theirs, data-parallel training waits for ever."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    reached = {id(parameter) for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
 def _frozen(model: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path) -> None:

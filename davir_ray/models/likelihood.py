@@ -9,6 +9,7 @@ Letters in tensor names: T tokens of the pack, R scored tokens of the pack, C ro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from davir_ray.data.packing import Spans, scored_positions
+from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
 from davir_ray.models.attention import PACKED_ATTENTION
 
@@ -32,7 +34,7 @@ _CACHED_LOGITS = 2**18
 """Logits of a block whose softmax is taken at once on a CPU: 1 MiB in float32, which its own cache holds. Whole chunks
 go through memory four times, and freshly mapped memory at that: the head took 1.35 times as long."""
 
-TOKENS_PER_PACK = {"cpu": 2048, "cuda": 16384}
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
 """Token budget of a pack unless the settings say otherwise."""
 
 
@@ -76,6 +78,26 @@ class Pack:
             num_scored=tuple(num_scored),
         )
 
+    def stretches(self, length: int) -> list[Self]:
+        """The pack cut wherever its sequences change between at most `length` tokens and more."""
+        is_long = np.array(self.sequence_lengths) > length
+        cuts = [0, *(np.flatnonzero(is_long[1:] != is_long[:-1]) + 1).tolist(), len(is_long)]
+        return [self._sequences(first, last) for first, last in pairwise(cuts)]
+
+    def _sequences(self, first: int, last: int) -> Self:
+        start, end = int(self.edges_N1[first]), int(self.edges_N1[last])
+        scored = slice(sum(self.num_scored[:first]), sum(self.num_scored[:last]))
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T[start:end],
+            position_ids_T=self.position_ids_T[start:end],
+            predictors_R=self.predictors_R[scored] - start,
+            targets_R=self.targets_R[scored],
+            edges_N1=self.edges_N1[first : last + 1] - start,
+            sequence_lengths=self.sequence_lengths[first:last],
+            num_scored=self.num_scored[first:last],
+        )
+
     def to(self, device: torch.device) -> Self:
         """The same pack there; to a GPU from pinned memory, without waiting for what the GPU is doing."""
         if device.type == "cpu":
@@ -95,9 +117,25 @@ class Likelihood(torch.nn.Module):
         self.packed = model.config._attn_implementation == PACKED_ATTENTION
         """Cleared when the self-check finds that this architecture cannot be packed exactly."""
         self._chunk_rows = _CHUNK_ROWS.get(model.device.type, 1024)
+        self._rope_types, self._rope_length = _rope_that_switches(model.config.get_text_config())
 
     def forward(self, pack: Pack) -> torch.Tensor:
-        """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable."""
+        """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable.
+
+        ModelError for a sequence whose rotary frequencies would depend on what ran before it.
+        """
+        if self._rope_types and max(pack.sequence_lengths) > self._rope_length:
+            # transformers takes the frequencies of a whole call from its longest sequence.
+            if "dynamic" in self._rope_types:
+                raise ModelError(
+                    f"a sequence has {max(pack.sequence_lengths)} tokens, but dynamic rotary embedding is exact up to "
+                    f"{self._rope_length} only; lower prepare.max_tokens"
+                )
+            if len(stretches := pack.stretches(self._rope_length)) > 1:
+                return torch.cat([self._nll(stretch) for stretch in stretches])
+        return self._nll(pack)
+
+    def _nll(self, pack: Pack) -> torch.Tensor:
         pack = pack.to(self.model.device)
         hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_padded(pack)
         chunks = zip(
@@ -139,12 +177,29 @@ class Likelihood(torch.nn.Module):
 
     def _logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()
+        if getattr(head, "disable_adapters", False):  # the base's own head, which an adapter has wrapped
+            head = getattr(head, "base_layer", getattr(head, "original_module", head))
         plain = type(head) is torch.nn.Linear and hidden_CH.dtype in (torch.bfloat16, torch.float16)
         if not (plain and hidden_CH.is_cuda) or torch.is_grad_enabled():
             return torch.as_tensor(head(hidden_CH))
         # The product is summed in float32 anyway; the module would round it to half precision.
         logits_CV = torch.mm(hidden_CH, head.weight.t(), out_dtype=torch.float32)
         return logits_CV if head.bias is None else logits_CV + head.bias
+
+
+def _rope_that_switches(config: Any) -> tuple[set[str], int]:
+    """Rotary embeddings whose frequencies change with the length of a call, and the length above which they do."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    switching = [each for each in by_layer if each.get("rope_type") in ("longrope", "dynamic")]
+    most = getattr(config, "max_position_embeddings", 0)
+    lengths = [
+        each.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or most
+        for each in switching
+    ]
+    return {each["rope_type"] for each in switching}, min(lengths, default=0)
 
 
 def _adjust_logits(config: object, logits: torch.Tensor) -> torch.Tensor:

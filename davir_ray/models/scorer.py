@@ -17,13 +17,14 @@ import torch
 import transformers
 
 from davir_ray.data.packing import pack
+from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
 from davir_ray.models.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
-from davir_ray.models.self_check import self_check
+from davir_ray.models.self_check import probe, self_check
 from davir_ray.schema import SCORES, Status
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,12 @@ class Scorer:
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
         if reference.is_adapter:
-            reference.attach_to(self._base.model)
-            self._reference = self._base
+            self._reference = self._attach(reference)
         else:
             self._reference = Likelihood(reference.model(dtype, device))
+        reference_attention = self_check(self._reference)
+        if self._reference is self._base:  # what the check found for one holds for both
+            base_attention = reference_attention
         self._base_numerics = {
             "version": NUMERICS_VERSION,
             "device": device.type,
@@ -87,7 +90,6 @@ class Scorer:
             "transformers": transformers.__version__,
             "base_attention": base_attention,
         }
-        reference_attention = self_check(self._reference)
         fell_back = {base_attention, reference_attention} != {"packed"}
         self.numerics = {**self._base_numerics, "reference_attention": reference_attention, "fell_back": fell_back}
         log.info("scoring with %s", self.numerics)
@@ -102,17 +104,26 @@ class Scorer:
         reference = self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, place, base, reference)
 
+    def _attach(self, adapter: Checkpoint) -> Likelihood:
+        """The base with the adapter on it. ModelError if that changes the base, a bit of which would be enough."""
+        before = probe(self._base)
+        adapter.attach_to(self._base.model)
+        with adapter_switched_off(self._base.model):
+            if not torch.equal(probe(self._base), before):
+                raise ModelError(f"{adapter.uri} changes the base itself, also switched off; merge it into a model")
+        return self._base
+
     def _base_token_nlls(self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:
         """The base's losses, from the cache if it has them."""
         if self._cache is None:
             return self._token_nlls(self._base, sequences, ids, switched_off=True)
         place = self._cache.place(self._base_numerics, ids, sequences)
-        if kept := self._cache.read(place, sequences):
+        if (kept := self._cache.read(place, sequences)) is not None:
             log.info("score: base losses from %s", place)
             return list(kept)
         nlls = self._token_nlls(self._base, sequences, ids, switched_off=True)
         complete = [nll for nll in nlls if nll is not None]
-        if len(complete) == len(nlls):  # what did not fit this device may fit another
+        if complete and len(complete) == len(nlls):  # what did not fit this device may fit another
             self._cache.write(place, complete)
         return nlls
 
@@ -213,12 +224,14 @@ class _PackRun:
         self._collect()
 
     def _run(self, rows: npt.NDArray[np.int64], budget: int) -> None:
-        for part in pack(self._lengths[rows], self._ids[rows], budget):
+        packs = pack(self._lengths[rows], self._ids[rows], budget)
+        for number, part in enumerate(packs):
             if not self._fits(rows[part]) and len(part) > 1:
                 half = max(1, min(budget, int(self._lengths[rows[part]].sum())) // 2)
-                log.warning("out of memory with %d examples in a pack; trying packs of %d tokens", len(part), half)
-                self.smallest_budget = half
-                self._run(rows[part], half)
+                log.warning("out of memory with %d examples in a pack; going on with %d tokens", len(part), half)
+                self.smallest_budget = min(half, self.smallest_budget or half)
+                self._run(rows[np.concatenate(packs[number:])], half)
+                return
 
     def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
         """Start a pack; false if the device has no room for it."""

@@ -4,6 +4,10 @@ Models are told apart by what they compute, never by a list of names.
 """
 
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +20,9 @@ from davir_ray.models.likelihood import Likelihood, Pack
 
 log = logging.getLogger(__name__)
 
+_LONGEST_CHECK = 1100
+"""Tokens of the longest sequence of the check: eager attention takes memory with their square."""
+
 
 def self_check(likelihood: Likelihood) -> str:
     """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before scoring.
@@ -25,36 +32,60 @@ def self_check(likelihood: Likelihood) -> str:
     something unknown, or where the model is not causal.
     """
     model, family = likelihood.model, type(likelihood.model).__name__
-    examples = _check_examples(int(model.config.get_text_config().vocab_size))
+    examples = _check_examples(model)
     expected = [_eager_nll(model, ids, spans) for ids, spans in examples]
     if not torch.cat(expected).isfinite().all():
         raise ModelError(
             f"{family} gives losses that are not finite; its weights may be damaged, or too large for {model.dtype}"
         )
     _check_causal(model, *examples[-1])
-    if likelihood.packed and _largest_difference(likelihood, examples, expected) <= _tolerance(model.dtype):
-        return "packed"
+    if likelihood.packed:
+        difference = _difference(likelihood, examples, expected)
+        if difference <= _tolerance(model.dtype):
+            return "packed"
+        log.warning(
+            "%s cannot be packed exactly (%s); it is run in padded batches, which is slower",
+            family, "its forward refuses it" if math.isinf(difference) else f"losses differ by {difference:.3g} nats",
+        )  # fmt: skip
     likelihood.packed = False
     for attention in ("sdpa", "eager"):
         if attention == "sdpa" and not model._supports_sdpa:
             continue
         _use_attention(model, attention)
-        difference = _largest_difference(likelihood, examples, expected)
+        difference = _difference(likelihood, examples, expected)
         if difference <= _tolerance(model.dtype):
-            log.warning("%s cannot be packed exactly; it is run in padded batches, which is slower", family)
             return f"padded, {attention}"
     raise ModelError(f"{family} cannot be scored exactly: its losses differ by {difference:.3g} nats from its own")
 
 
-def _check_examples(vocab_size: int) -> list[tuple[npt.NDArray[np.int32], Spans]]:
+def probe(likelihood: Likelihood) -> torch.Tensor:
+    """Losses of the check's sequences: equal bits before and after say that a model has stayed what it was."""
+    with torch.inference_mode():
+        return torch.as_tensor(likelihood(Pack.of(_check_examples(likelihood.model)))).cpu()
+
+
+def _check_examples(model: PreTrainedModel) -> list[tuple[npt.NDArray[np.int32], Spans]]:
+    """Short sequences; on a GPU also one of several blocks of flash attention, and one beyond the sliding window."""
+    config = model.config.get_text_config()
+    lengths = [3, 8, 8, 21]
+    window = getattr(config, "sliding_window", None) or 0
+    longest = min(_LONGEST_CHECK, int(getattr(config, "max_position_embeddings", None) or _LONGEST_CHECK))
+    if model.device.type == "cuda":
+        lengths += [length for length in (200, window + 9) if length <= longest]
+    elif window and window + 9 <= longest:
+        lengths.append(window + 9)
     tokens = np.random.default_rng(0)
-    return [(tokens.integers(0, vocab_size, length, dtype=np.int32), (1, length)) for length in (3, 8, 8, 21)]
+    drawn = [tokens.integers(0, int(config.vocab_size), length, dtype=np.int32) for length in sorted(lengths)]
+    return [(input_ids, (1, len(input_ids))) for input_ids in drawn]
 
 
-def _largest_difference(
+def _difference(
     likelihood: Likelihood, examples: list[tuple[npt.NDArray[np.int32], Spans]], expected: list[torch.Tensor]
 ) -> float:
-    """In nats a token; infinite where the model refuses the packed call."""
+    """In nats a token, the largest; infinite where the model refuses the call.
+
+    In half precision all but the largest tenth: a few tokens may be routed to other experts by a rounding.
+    """
     with torch.inference_mode():
         try:
             nll_R = likelihood(Pack.of(examples)).cpu()
@@ -65,7 +96,9 @@ def _largest_difference(
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             log.info("the packed forward was refused: %s", error)
             return float("inf")
-    return float((nll_R - torch.cat(expected)).abs().nan_to_num(float("inf")).max())
+    differences_R = (nll_R - torch.cat(expected)).abs().nan_to_num(float("inf"))
+    exact = likelihood.model.dtype in (torch.float32, torch.float64)
+    return float(differences_R.max() if exact else differences_R.quantile(0.9))
 
 
 def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
@@ -74,7 +107,7 @@ def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: 
     before = model.config._attn_implementation
     _use_attention(model, "eager")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _logits_in_float32(model):
             logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
     except RuntimeError as error:
         raise ModelError(
@@ -85,6 +118,26 @@ def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: 
     scored = torch.from_numpy(scored_positions(spans))
     logprobs_RV = torch.log_softmax(logits_TV[scored - 1], dim=-1)
     return -logprobs_RV.gather(1, ids_1T[0, scored][:, None]).squeeze(1).cpu()
+
+
+@contextmanager
+def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Let a head on a GPU sum in float32 as the kernel's does: logits above 64 are rounded by a quarter of a nat."""
+
+    def product(head: Any, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
+
+    head = model.get_output_embeddings()
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if model.device.type != "cuda" or not half or type(head) is not torch.nn.Linear:
+        yield
+        return
+    hook = head.register_forward_hook(product)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

@@ -8,7 +8,7 @@ shards and workers gives the same ranks, and the driver holds a few numbers for 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ BIN_ROWS = 200_000
 _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
 
-_MOST_PARTITIONS = 200
+MOST_PARTITIONS = 200
 """Partitions of the exchange: Ray's default, which costs seconds where there are only a few bins."""
 
 _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
@@ -53,17 +53,13 @@ _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())]
 _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""
 
-_TIMEOUT_S = 1800
-_KEY_COLUMNS = [
-    "example_id",
-    "num_response_tokens",
-    "davir",
-    "rho_sum",
-    "rho_mean",
-    "base_nll",
-    "reference_nll",
-    "status",
-]
+TIMEOUT_S = 1800
+"""Seconds without any finished task after which an exchange fails instead of hanging."""
+
+KEY_COLUMNS = [
+    "example_id", "num_response_tokens", "davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "status",
+]  # fmt: skip
+"""What any order compares."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +80,27 @@ def rank(run: Location, config: RankConfig) -> Manifest:
     """Rank every row that has a value in the chosen order; the others stay in scores/ only."""
     started = time.monotonic()
     scored = require(run, "score")
-    fingerprint = {"scores": scored.content, "order": config.order, "lowest": config.lowest, "seed": config.seed}
+    fingerprint = {"scores": scored.content, **asdict(config)}
     if done := completed(run, "rank", fingerprint):
         return done
     cut = cut_into_bins(run, config, scored.files_in("scores"))
     if not cut.counts.sum():
         raise DataError(f"no example can be ranked by {config.order}; statuses: {scored.counts}")
+    last_rank = min(config.most or cut.counts.sum(), cut.counts.sum())
+    last_bin = int(np.searchsorted(np.cumsum(cut.counts), last_rank))
     log.info(
-        "rank: %d of %d rows by %s, in %d bins",
-        cut.counts.sum(),
-        scored.counts["examples"],
-        config.order,
-        len(cut.counts),
-    )
+        "rank: %d of %d rows by %s, in %d of %d bins",
+        last_rank, scored.counts["examples"], config.order, last_bin + 1, len(cut.counts),
+    )  # fmt: skip
     _check_ids(run, scored.files_in("scores"))
     clear(run, "rank")
     files = exchange(
         Shards(scored.files_in("scores"), partial(read_columns, run / "scores", None)),
-        cut,
-        BinWriter(run, "ranked", cut, digest(fingerprint), RANKED),
+        partial(assign_bins, cut=cut, last_bin=last_bin),
+        last_bin + 1,
+        BinWriter(run / "ranked", cut, last_rank, file_metadata(run, config, digest(fingerprint))).write,
     )
-    manifest = _manifest(files, cut, fingerprint, scored, time.monotonic() - started)
+    manifest = _manifest(files, cut, last_rank, fingerprint, scored, time.monotonic() - started)
     manifest.write(run)
     return manifest
 
@@ -130,7 +126,7 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
     """Boundaries from a sample, then the exact count of each bin."""
     num_rows = sum(shard.rows for shard in shards)
     num_bins = -(-num_rows // bin_rows)
-    keys = Shards(shards, partial(read_columns, run / "scores", _KEY_COLUMNS))
+    keys = Shards(shards, partial(read_columns, run / "scores", KEY_COLUMNS))
     boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
@@ -144,14 +140,20 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
     return Cut(config, boundary_keys, boundary_ids, counts)
 
 
-def exchange(shards: Shards, cut: Cut, writer: "BinWriter", last_bin: int | None = None) -> list[FileEntry]:
-    """Bring the rows of each bin together for `writer` to sort and write; bins after `last_bin` are not moved."""
-    with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
+def exchange(
+    shards: Shards, assign: Callable[[pa.Table], pa.Table], num_bins: int, write: Callable[[pa.Table], pa.Table]
+) -> list[FileEntry]:
+    """Bring the rows of each bin together to be written as one file.
+
+    `assign` adds the column `bin` to a block and drops what is not needed; `write` gets a bin whole, in any order, and
+    returns the entry of its file as a row.
+    """
+    with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
         written = (
             ray.data.read_datasource(shards, **shards.read_options)
-            .map_batches(partial(assign_bins, cut=cut, last_bin=last_bin), batch_size=None, batch_format="pyarrow")
-            .groupby("bin", num_partitions=min(len(cut.counts), _MOST_PARTITIONS))
-            .map_groups(writer.write, batch_format="pyarrow")
+            .map_batches(assign, batch_size=None, batch_format="pyarrow")
+            .groupby("bin", num_partitions=min(num_bins, MOST_PARTITIONS))
+            .map_groups(write, batch_format="pyarrow")
             .take_all()
         )
     return sorted((FileEntry(**row) for row in written), key=lambda entry: entry.name)
@@ -163,19 +165,11 @@ class BinWriter:
     The file is written here and not by a Datasink: blocks after map_groups may be split, merged or empty (2.60).
     """
 
-    def __init__(
-        self, run: Location, folder: str, cut: Cut, mark: str, schema: pa.Schema, last_rank: int | None = None
-    ) -> None:
-        self._folder = run / folder
+    def __init__(self, folder: Location, cut: Cut, last_rank: int, metadata: dict[bytes, bytes]) -> None:
+        self._folder = folder
         self._cut = cut
-        self._schema = schema
         self._last_rank = last_rank
-        self._metadata = {
-            FINGERPRINT_KEY: mark.encode(),
-            b"davir_ray.run": str(run).encode(),
-            b"davir_ray.order": cut.config.order.encode(),
-            b"davir_ray.version": __version__.encode(),
-        }
+        self._metadata = metadata
 
     def write(self, group: pa.Table) -> pa.Table:
         """Write one bin, given whole and in any order."""
@@ -189,11 +183,19 @@ class BinWriter:
         first = self._cut.first_rank(number)
         ranks = pa.array(np.arange(first, first + group.num_rows), pa.int64())
         table = group.take(pa.array(by_rank)).append_column("rank", ranks)
-        if self._last_rank is not None:
-            table = table.slice(0, max(0, self._last_rank - first + 1))
-        table = table.select(self._schema.names).cast(self._schema)
+        table = table.slice(0, self._last_rank - first + 1).select(RANKED.names).cast(RANKED)
         entry = write_parquet(self._folder / f"part-{number:05d}.parquet", table, self._metadata)
-        return pa.table({"name": [entry.name], "rows": [entry.rows], "bytes": [entry.bytes], "sha256": [entry.sha256]})
+        return pa.table({name: [value] for name, value in asdict(entry).items()})
+
+
+def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, bytes]:
+    """What each file of ranked/ and selected/ says of itself."""
+    return {
+        FINGERPRINT_KEY: mark.encode(),
+        b"davir_ray.run": str(run).encode(),
+        b"davir_ray.order": config.order.encode(),
+        b"davir_ray.version": __version__.encode(),
+    }
 
 
 def _check_ids(run: Location, shards: list[FileEntry]) -> None:
@@ -203,11 +205,11 @@ def _check_ids(run: Location, shards: list[FileEntry]) -> None:
     """
     num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
     source = Shards(shards, partial(read_columns, run / "scores", ["example_id"]))
-    with own_errors(), ray.data.DataContext.current(whole_block_context(_TIMEOUT_S)):
+    with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
         found = (
             ray.data.read_datasource(source, **source.read_options)
             .map_batches(partial(_assign_part, num_parts=num_parts), batch_size=None, batch_format="pyarrow")
-            .groupby("part", num_partitions=min(num_parts, _MOST_PARTITIONS))
+            .groupby("part", num_partitions=min(num_parts, MOST_PARTITIONS))
             .map_groups(_repeated_ids, batch_format="pyarrow")
             .take_all()
         )
@@ -251,22 +253,23 @@ def _count(table: pa.Table, *, config: RankConfig, boundary_keys: ranking.Keys, 
     return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})
 
 
-def assign_bins(table: pa.Table, cut: Cut, last_bin: int | None) -> pa.Table:
+def assign_bins(table: pa.Table, cut: Cut, last_bin: int) -> pa.Table:
     """Rankable rows of the needed bins, with their bin."""
     rankable, keys, ids = order_keys(table, cut.config)
     table = table.filter(pa.array(rankable))
     numbers = ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids)
     table = table.append_column("bin", pa.array(numbers, pa.int64()))
-    return table if last_bin is None else table.filter(pa.array(numbers <= last_bin))
+    return table.filter(pa.array(numbers <= last_bin))
 
 
 def _manifest(
-    files: list[FileEntry], cut: Cut, fingerprint: dict[str, Any], scored: Manifest, seconds: float
+    files: list[FileEntry], cut: Cut, last_rank: int, fingerprint: dict[str, Any], scored: Manifest, seconds: float
 ) -> Manifest:
-    ranked = sum(entry.rows for entry in files)
-    if ranked != cut.counts.sum():
-        raise IntegrityError(f"{cut.counts.sum()} rows are rankable but {ranked} were ranked")
-    counts = {"examples": scored.counts["examples"], "ranked": ranked, "unranked": scored.counts["examples"] - ranked}
+    ranked, rankable = sum(entry.rows for entry in files), int(cut.counts.sum())
+    if ranked != last_rank:
+        raise IntegrityError(f"{last_rank} rows were to be ranked but {ranked} were written")
+    num_examples = scored.counts["examples"]
+    counts = {"examples": num_examples, "rankable": rankable, "unranked": num_examples - rankable, "ranked": ranked}
     return Manifest(
         "rank", fingerprint, counts, in_folder("ranked", files), {"rows_by_bin": cut.counts.tolist()}, seconds=seconds
     )

@@ -18,7 +18,7 @@ FOLDERS = {
     "finetune": ("checkpoints", "reference", "reference_epochs"),
     "score": ("scores",),
     "rank": ("ranked",),
-    "select": ("selected",),
+    "select": ("selected", "duplicates", "mixture", "jsonl"),
     "report": ("report.html", "report.json"),
 }
 """What each stage owns in a run, in the order of the stages."""

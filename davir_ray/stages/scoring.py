@@ -41,6 +41,7 @@ from davir_ray.storage import (
 log = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 200
+_PROBE = "davir_ray_may_write_here"
 
 
 def score(
@@ -123,7 +124,11 @@ def _base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
     folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
     identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
     with translated(config.base_cache, ConfigError):
-        return BaseCache(Location.of(folder), identity)
+        cache = BaseCache(Location.of(folder), identity)
+        # Told now rather than by a warning for each shard.
+        (cache.folder / _PROBE).write_text("")
+        (cache.folder / _PROBE).remove()
+        return cache
 
 
 def _pending(prepared: Manifest, committed: list[ScoredShard]) -> list[FileEntry]:

@@ -1,165 +1,441 @@
-"""select: the first ranks, cut by exactly one rule, with their text → selected/."""
+"""select: ranked/ + text → selected/, by one rule, after filters, within groups where the rows are shared out.
+
+The files of ranked/ stand in rank order, so what is taken of a group is a prefix of it. One scan counts each group in
+each file, the driver says how much each file may give, a second scan finds the chosen rows, and only those are
+exchanged with their text. Exact for any number of files and workers.
+"""
 
 import logging
 import time
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from davir_ray.config import RankConfig, SelectConfig
+from davir_ray.config import Part, RankConfig, SelectConfig, count_from_fraction
 from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.formulas import ranking
+from davir_ray.formulas.quotas import Limit, prefix_rows, proportional, spread
 from davir_ray.schema import SELECTED
-from davir_ray.stages.ranking import BinWriter, Cut, assign_bins, collect, cut_into_bins, exchange, value_column
+from davir_ray.stages.duplicates import find_duplicates, read_duplicates
+from davir_ray.stages.mixing import write_jsonl, write_mixture
+from davir_ray.stages.ranking import KEY_COLUMNS, collect, exchange, file_metadata, order_keys, value_column
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import FileEntry, Location, Manifest, digest, in_folder, read_parquet, total_rows
+from davir_ray.storage import FileEntry, Location, Manifest, digest, in_folder, read_parquet, total_rows, write_parquet
 
 log = logging.getLogger(__name__)
 
-_BIN_ROWS = 50_000
+BIN_ROWS = 50_000
 """Rows with their text that one task sorts and writes; about 100 MB."""
 
 _TEXT_COLUMNS = ["prompt", "response", "record", "source_file", "source_row"]
+_RANKED_COLUMNS = ["rank", "source", *KEY_COLUMNS]
 
-
-_FILE_SUMMARY = pa.schema(
-    [("name", pa.string()), ("rows", pa.int64()), ("num_response_tokens", pa.int64()), ("rows_above", pa.int64())]
+_ELIGIBLE = "eligible"
+_COUNTED = pa.schema(
+    [("name", pa.string()), ("what", pa.string()), ("group", pa.string()), ("rows", pa.int64()), ("tokens", pa.int64())]
 )
+_CHOSEN = pa.schema(
+    [
+        ("name", pa.string()),
+        ("group", pa.string()),
+        ("source", pa.string()),
+        ("rows", pa.int64()),
+        ("tokens", pa.int64()),
+        ("key", pa.uint64()),
+        ("example_id", pa.int64()),
+    ]
+)
+
+Limits = dict[str, Limit]
+"""How much one file may give of each group."""
 
 
 @dataclass(frozen=True)
-class _RankedFile:
-    """What a rule needs to know of one file of ranked/."""
+class Choice:
+    """What decides whether a row of a file of ranked/ is selected; the same wherever it is asked."""
 
-    name: str
-    rows: int
-    num_response_tokens: int
-    rows_above: int
+    run: Location
+    rank_config: RankConfig
+    config: SelectConfig
+    limits: dict[str, Limits]
+    """By file; empty while the groups are still being counted."""
+
+    def reasons(self, table: pa.Table, name: str) -> dict[str, npt.NDArray[np.bool_]]:
+        """Rows that each filter leaves out; a row is counted by the first that does."""
+        config, tokens = self.config, np.asarray(table["num_response_tokens"])
+        left: dict[str, npt.NDArray[np.bool_]] = {}
+        if config.drop_duplicates:
+            left["duplicates"] = np.isin(np.asarray(table["rank"]), read_duplicates(self.run, name))
+        if config.min_response_tokens is not None:
+            left["too_short"] = tokens < config.min_response_tokens
+        if config.max_response_tokens is not None:
+            left["too_long"] = tokens > config.max_response_tokens
+        if config.min_score is not None:
+            values = table[value_column(self.rank_config)].to_numpy().astype(np.float64)
+            left["beyond_min_score"] = ~(
+                values <= config.min_score if self.rank_config.lowest else values >= config.min_score
+            )
+        return left
+
+    def eligible(self, table: pa.Table, name: str) -> npt.NDArray[np.bool_]:
+        """Rows that no filter leaves out."""
+        left_out = np.zeros(table.num_rows, bool)
+        for reason in self.reasons(table, name).values():
+            left_out |= reason
+        return ~left_out
+
+    def groups(self, table: pa.Table) -> npt.NDArray[np.str_]:
+        """Group of each row; one for all without balance, quotas or mixture."""
+        if self.config.mixture:
+            return np.asarray(table["source"].to_pylist(), dtype=np.str_)
+        parts = [self._labels(table, dimension) for dimension in self.config.balance]
+        if not parts:
+            return np.full(table.num_rows, "", dtype=np.str_)
+        return parts[0] if len(parts) == 1 else np.char.add(np.char.add(parts[0], "/"), parts[1])
+
+    def selected(self, table: pa.Table, name: str) -> npt.NDArray[np.bool_]:
+        """Which rows of the file are selected."""
+        eligible, groups = self.eligible(table, name), self.groups(table)
+        tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
+        selected = np.zeros(table.num_rows, bool)
+        for group, limit in self.limits[name].items():
+            rows = np.flatnonzero(eligible & (groups == group))
+            selected[rows[: prefix_rows(limit, tokens[rows])]] = True
+        return selected
+
+    def _labels(self, table: pa.Table, dimension: str) -> npt.NDArray[np.str_]:
+        if dimension == "source":
+            return np.asarray(table["source"].to_pylist(), dtype=np.str_)
+        edges = self.config.length_edges
+        labels = np.array([f"{a}-{b - 1}" for a, b in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}-"])
+        return labels[np.searchsorted(edges, np.asarray(table["num_response_tokens"]), side="right")]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The selected rows, cut into the files of selected/, and what lies beyond them in each group."""
+
+    choice: Choice
+    counts: Counter[str]
+    """Selected rows and scored tokens by group and source: 'rows of …', 'tokens of …'."""
+    files: list[str]
+    """File of ranked/ that each file of selected/ is made of."""
+    starts: list[int]
+    """Where its rows begin among the selected rows of that file."""
+    rows: list[int]
+    boundary_keys: ranking.Keys
+    boundary_ids: ranking.Ids
+    last: dict[str, tuple[int, int]]
+    """Composite key of the last selected row of each group."""
 
 
 def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Manifest:
-    """Take the prefix of the ranking that the rule means, text included."""
+    """Take what the rule means of the rows that may be selected, text included, in rank order."""
     started = time.monotonic()
     ranked, scored = require(run, "rank"), require(run, "score")
     fingerprint = {"ranked": ranked.content, "rule": asdict(config)}
     if done := completed(run, "select", fingerprint):
         return done
-    last_rank = count_selected(run, ranked, rank_config, config)
-    shards = scored.files_in("scores")
-    cut = cut_into_bins(run, rank_config, shards, _BIN_ROWS)
-    last_bin = int(np.searchsorted(np.cumsum(cut.counts), last_rank))
+    check_count(config, ranked.counts["rankable"], "ranked")
     clear(run, "select")
+    mark = digest(fingerprint)
+    if config.drop_duplicates:
+        find_duplicates(run, ranked.files_in("ranked"))
+    choice = Choice(run, rank_config, config, {})
+    counted = _count(choice, ranked.files_in("ranked"))
+    choice = Choice(run, rank_config, config, _limits(counted, config, ranked))
+    plan = _plan(choice, ranked.files_in("ranked"))
     files = exchange(
-        Shards(shards, partial(_read_with_text, run, cut, last_bin)),
-        cut,
-        BinWriter(run, "selected", cut, digest(fingerprint), SELECTED, last_rank=last_rank),
-        last_bin=last_bin,
+        Shards(scored.files_in("scores"), partial(_read_with_text, plan)),
+        partial(_assign_bins, plan=plan),
+        len(plan.files),
+        partial(_write_bin, plan=plan, metadata=file_metadata(run, rank_config, mark)),
     )
-    manifest = _manifest(run, files, last_rank, fingerprint, ranked, rank_config, time.monotonic() - started)
+    written = {"selected": files}
+    if config.mixture:
+        written["mixture"] = write_mixture(run, files, config, mark)
+    if config.jsonl:
+        source = "mixture" if config.mixture else "selected"
+        written["jsonl"] = write_jsonl(run, source, written[source])
+    manifest = _manifest(plan, written, counted, fingerprint, ranked, time.monotonic() - started)
     manifest.write(run)
-    log.info("select: %d of %d ranked rows", last_rank, ranked.counts["ranked"])
+    log.info("select: %d of %d ranked rows", manifest.counts["selected"], ranked.counts["ranked"])
     return manifest
 
 
 def check_count(config: SelectConfig, num_rows: int, what: str) -> None:
     """Raise ConfigError if more rows are to be selected than there are: known before any model is loaded."""
-    if config.top_k is not None and config.top_k > num_rows:
-        raise ConfigError(f"select.top_k is {config.top_k}, but only {num_rows} rows are {what}; ask for fewer")
+    wanted = {"select.top_k": config.top_k or 0, "the sum of select.quotas": sum(config.quotas.values())}
+    for name, rows in wanted.items():
+        if rows > num_rows:
+            raise ConfigError(f"{name} is {rows}, but only {num_rows} rows are {what}; ask for fewer")
 
 
-def count_selected(run: Location, ranked: Manifest, rank_config: RankConfig, config: SelectConfig) -> int:
-    """Rows that the rule selects; ConfigError if it asks for more than there are, or selects none."""
-    num_ranked = ranked.counts["ranked"]
-    check_count(config, num_ranked, "ranked")
-    if config.top_k is not None:
-        return config.top_k
-    if config.top_fraction is not None:
-        return config.count_from_fraction(num_ranked)
-    files = _ranked_files(run, ranked, rank_config, config)
-    if config.min_score is not None:
-        count = sum(file.rows_above for file in files)
-        rule = f"select.min_score {config.min_score:g}"
-    else:
-        count = _prefix_within_tokens(run, files, config.top_tokens or 0)
-        rule = f"select.top_tokens {config.top_tokens}"
-    if count == 0:
-        raise ConfigError(f"{rule} selects no row of {num_ranked}; choose another value")
-    return count
-
-
-def _ranked_files(run: Location, ranked: Manifest, rank_config: RankConfig, config: SelectConfig) -> list[_RankedFile]:
-    column = value_column(rank_config)
-    read = partial(_read_ranked, run, columns=sorted({"num_response_tokens", column}))
-    summarise = partial(_summarise_file, column=column, lowest=rank_config.lowest, min_score=config.min_score)
-    rows = collect(Shards(ranked.files_in("ranked"), read), summarise, _FILE_SUMMARY).sort_by("name").to_pylist()
-    return [_RankedFile(**row) for row in rows]
-
-
-def _read_ranked(run: Location, name: str, columns: list[str]) -> pa.Table:
-    table = read_parquet(run / "ranked" / name, columns)
+def _read_ranked(folder: Location, name: str) -> pa.Table:
+    table = read_parquet(folder / name, _RANKED_COLUMNS)
     return table.append_column("name", pa.repeat(name, table.num_rows))
 
 
-def _summarise_file(table: pa.Table, *, column: str, lowest: bool, min_score: float | None) -> pa.Table:
-    values = table[column].to_numpy().astype(np.float64)
-    above = 0 if min_score is None else int((values <= min_score if lowest else values >= min_score).sum())
-    return pa.table(
-        {
-            "name": table["name"][:1],
-            "rows": [table.num_rows],
-            "num_response_tokens": [int(np.asarray(table["num_response_tokens"]).astype(np.int64).sum())],
-            "rows_above": [above],
+def _count(choice: Choice, files: list[FileEntry]) -> pa.Table:
+    """Rows and scored tokens of each file: by filter for those left out, by group for the others."""
+    ranked = Shards(files, partial(_read_ranked, choice.run / "ranked"))
+    return collect(ranked, partial(_count_file, choice=choice), _COUNTED).sort_by("name")
+
+
+def _count_file(table: pa.Table, choice: Choice) -> pa.Table:
+    name = table["name"][0].as_py()
+    tokens, groups = np.asarray(table["num_response_tokens"]).astype(np.int64), choice.groups(table)
+    left = np.ones(table.num_rows, bool)
+    rows = []
+    for reason, mask in choice.reasons(table, name).items():
+        rows.append((name, reason, "", int((left & mask).sum()), int(tokens[left & mask].sum())))
+        left &= ~mask
+    for group in np.unique(groups[left]):
+        members = left & (groups == group)
+        rows.append((name, _ELIGIBLE, str(group), int(members.sum()), int(tokens[members].sum())))
+    return pa.table(dict(zip(_COUNTED.names, map(list, zip(*rows, strict=True)), strict=True)), schema=_COUNTED)
+
+
+def _limits(counted: pa.Table, config: SelectConfig, ranked: Manifest) -> dict[str, Limits]:
+    """How much each file may give of each group. ConfigError if the rule asks for more than there is, or takes none."""
+    by_group: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for row in counted.to_pylist():
+        if row["what"] == _ELIGIBLE:
+            by_group[row["group"]][row["name"]] = (row["rows"], row["tokens"])
+    pools = {
+        group: Limit(sum(rows for rows, _ in files.values()), sum(tokens for _, tokens in files.values()))
+        for group, files in by_group.items()
+    }
+    limits: dict[str, Limits] = defaultdict(dict)
+    for group, limit in _group_limits(pools, config, ranked).items():
+        rows, tokens = zip(*by_group[group].values(), strict=True)
+        for name, part in zip(by_group[group], spread(limit, rows, tokens), strict=True):
+            limits[name][group] = part
+    return dict(limits)
+
+
+def _group_limits(pools: Limits, config: SelectConfig, ranked: Manifest) -> Limits:
+    """What the rule takes of each group."""
+    if config.quotas:
+        return {
+            group: _at_most(f"select.quotas of {group!r}", rows, pools.get(group))
+            for group, rows in config.quotas.items()
         }
+    if config.mixture:
+        return {part.source: _part_limit(part, pools.get(part.source)) for part in config.mixture}
+    num_rows = sum(pool.rows or 0 for pool in pools.values())
+    num_tokens = sum(pool.tokens or 0 for pool in pools.values())
+    if not num_rows:
+        raise ConfigError(f"select leaves no row of {ranked.counts['ranked']}; loosen its filters or select.min_score")
+    if config.top_tokens is not None:
+        shares = proportional(
+            min(config.top_tokens, num_tokens), {group: pool.tokens or 0 for group, pool in pools.items()}
+        )
+        return {group: Limit(tokens=tokens) for group, tokens in shares.items()}
+    if config.min_score is not None:
+        return dict.fromkeys(pools, Limit())
+    total = config.top_k
+    if total is None:
+        total = count_from_fraction(config.top_fraction or 1.0, num_rows)
+    if total > num_rows:
+        raise ConfigError(f"select.top_k is {total}, but only {num_rows} rows may be selected; ask for fewer")
+    shares = proportional(total, {group: pool.rows or 0 for group, pool in pools.items()})
+    return {group: Limit(rows=rows) for group, rows in shares.items()}
+
+
+def _at_most(rule: str, rows: int, pool: Limit | None) -> Limit:
+    there = pool.rows or 0 if pool else 0
+    if rows > there:
+        raise ConfigError(f"{rule} is {rows}, but only {there} rows of it may be selected; ask for fewer")
+    return Limit(rows=rows)
+
+
+def _part_limit(part: Part, pool: Limit | None) -> Limit:
+    """What a part of a mixture takes of its source."""
+    rule = f"select.mixture of {part.source!r}:"
+    if pool is None or not pool.rows:
+        raise ConfigError(
+            f"{rule} no row of this source may be selected; name one of the sources, or loosen the filters"
+        )
+    if part.top_k is not None:
+        return _at_most(f"{rule} top_k", part.top_k, pool)
+    if part.top_fraction is not None:
+        return Limit(rows=count_from_fraction(part.top_fraction, pool.rows))
+    return Limit(tokens=part.top_tokens)
+
+
+def _plan(choice: Choice, files: list[FileEntry]) -> Plan:
+    """Find the selected rows: their number, the keys that cut them into files, the last of each group."""
+    needed = [entry for entry in files if entry.name in choice.limits]
+    ranked = Shards(needed, partial(_read_ranked, choice.run / "ranked"))
+    # Rows of a file come back in the order in which _choose_in_file gave them.
+    chosen = collect(ranked, partial(_choose_in_file, choice=choice, bin_rows=BIN_ROWS), _CHOSEN).to_pylist()
+    bins = sorted(
+        (row for row in chosen if row["group"] is None and row["source"] is None),
+        key=lambda row: (row["name"], row["key"], row["example_id"]),
+    )
+    if not bins:
+        raise ConfigError("select selects no row: the first in rank order has more scored tokens than the rule allows")
+    starts: list[int] = []
+    for before, row in zip([None, *bins], bins, strict=False):
+        starts.append(starts[-1] + before["rows"] if before and before["name"] == row["name"] else 0)
+    counts: Counter[str] = Counter()
+    last: dict[str, tuple[int, int]] = {}
+    for row in chosen:
+        if row["source"] is not None:
+            counts[f"rows of {row['source']}"] += row["rows"]
+            counts[f"tokens of {row['source']}"] += row["tokens"]
+        if row["group"] is not None:
+            counts[f"rows in {row['group']}"] += row["rows"]
+            counts[f"tokens in {row['group']}"] += row["tokens"]
+            key = row["key"], row["example_id"]
+            last[row["group"]] = max(last.get(row["group"], key), key)
+    return Plan(
+        choice,
+        counts,
+        [row["name"] for row in bins],
+        starts,
+        [row["rows"] for row in bins],
+        np.array([row["key"] for row in bins[1:]], np.uint64),
+        np.array([row["example_id"] for row in bins[1:]], np.int64),
+        last,
     )
 
 
-def _prefix_within_tokens(run: Location, files: list[_RankedFile], most: int) -> int:
-    """Rows of the longest prefix whose scored tokens fit: whole files first, then rows of the file where it ends."""
-    rows = tokens = 0
-    for file in files:
-        if tokens + file.num_response_tokens > most:
-            table = _read_ranked(run, file.name, ["num_response_tokens"])
-            cumulative = tokens + np.cumsum(np.asarray(table["num_response_tokens"]).astype(np.int64))
-            return rows + int(np.searchsorted(cumulative, most, side="right"))
-        rows, tokens = rows + file.rows, tokens + file.num_response_tokens
-    return rows
+def _choose_in_file(table: pa.Table, choice: Choice, bin_rows: int) -> pa.Table:
+    """Of a file's selected rows: stretches of `bin_rows` with their first key, groups with their last, sources."""
+    name = table["name"][0].as_py()
+    selected = choice.selected(table, name)
+    groups, tokens = choice.groups(table)[selected], np.asarray(table["num_response_tokens"]).astype(np.int64)[selected]
+    sources = np.asarray(table["source"].to_pylist(), dtype=np.str_)[selected]
+    _, keys, ids = order_keys(table.filter(pa.array(selected)), choice.rank_config)
+    rows: list[tuple[Any, ...]] = []
+    for start in range(0, len(ids), bin_rows):
+        part = slice(start, start + bin_rows)
+        rows.append((name, None, None, len(ids[part]), int(tokens[part].sum()), keys[start], ids[start]))
+    for group in np.unique(groups):
+        (members,) = np.nonzero(groups == group)
+        final = members[-1]
+        rows.append((name, str(group), None, len(members), int(tokens[members].sum()), keys[final], ids[final]))
+    for source in np.unique(sources):
+        members = sources == source
+        rows.append((name, None, str(source), int(members.sum()), int(tokens[members].sum()), None, None))
+    if not rows:
+        return _CHOSEN.empty_table()
+    return pa.table(dict(zip(_CHOSEN.names, map(list, zip(*rows, strict=True)), strict=True)), schema=_CHOSEN)
 
 
-def _read_with_text(run: Location, cut: Cut, last_bin: int, name: str) -> pa.Table:
-    """A shard's scores in the needed bins, with their text; both folders hold the same rows in the same order."""
-    scores = read_parquet(run / "scores" / name)
-    text = read_parquet(run / "examples" / name, ["example_id", *_TEXT_COLUMNS])
+def _read_with_text(plan: Plan, name: str) -> pa.Table:
+    """A shard's scores with their text, of rows that no group's last selected row precedes.
+
+    Both folders hold the same rows in the same order. Some that a filter left out may be among them.
+    """
+    choice = plan.choice
+    scores = read_parquet(choice.run / "scores" / name)
+    rankable, keys, ids = order_keys(scores, choice.rank_config)
+    groups = choice.groups(scores)[rankable]
+    wanted = np.zeros(len(ids), bool)
+    for group, (key, example_id) in plan.last.items():
+        wanted |= (groups == group) & ((keys < np.uint64(key)) | ((keys == np.uint64(key)) & (ids <= example_id)))
+    at = np.flatnonzero(rankable)[wanted]
+    columns = _TEXT_COLUMNS if len(at) else []
+    text = read_parquet(choice.run / "examples" / name, ["example_id", *columns])
     if not scores["example_id"].equals(text["example_id"]):
         raise IntegrityError(
             f"scores/{name} and examples/{name} do not hold the same rows; score again with --overwrite"
         )
+    scores = scores.take(pa.array(at))
     for column in _TEXT_COLUMNS:
-        scores = scores.append_column(column, text[column])
-    return assign_bins(scores, cut, last_bin).drop_columns("bin")
+        values = text[column].take(pa.array(at)) if len(at) else pa.nulls(0, SELECTED.field(column).type)
+        scores = scores.append_column(column, values)
+    return scores
+
+
+def _assign_bins(table: pa.Table, plan: Plan) -> pa.Table:
+    _, keys, ids = order_keys(table, plan.choice.rank_config)
+    numbers = ranking.bins(keys, ids, plan.boundary_keys, plan.boundary_ids)
+    return table.append_column("bin", pa.array(numbers, pa.int64()))
+
+
+def _write_bin(group: pa.Table, plan: Plan, metadata: dict[bytes, bytes]) -> pa.Table:
+    """Write one file of selected/: the rows of ranked/ that are selected, with the text that came for them."""
+    number = int(group["bin"][0].as_py())
+    name, start, rows = plan.files[number], plan.starts[number], plan.rows[number]
+    ranked = _read_ranked(plan.choice.run / "ranked", name)
+    ranked = ranked.filter(pa.array(plan.choice.selected(ranked, name))).slice(start, rows)
+    at = pc.index_in(ranked["example_id"], value_set=group["example_id"].combine_chunks())
+    if at.null_count or ranked.num_rows != rows:
+        raise IntegrityError(
+            f"{rows} rows of ranked/{name} are selected, of which {at.null_count} came without text; rank again"
+        )
+    table = group.take(at).append_column("rank", ranked["rank"]).select(SELECTED.names).cast(SELECTED)
+    entry = write_parquet(plan.choice.run / "selected" / f"part-{number:05d}.parquet", table, metadata)
+    return pa.table({name: [value] for name, value in asdict(entry).items()})
 
 
 def _manifest(
-    run: Location,
-    files: list[FileEntry],
-    last_rank: int,
+    plan: Plan,
+    written: dict[str, list[FileEntry]],
+    counted: pa.Table,
     fingerprint: dict[str, Any],
     ranked: Manifest,
-    rank_config: RankConfig,
     seconds: float,
 ) -> Manifest:
-    if total_rows(files) != last_rank:
-        raise IntegrityError(f"{last_rank} rows were to be selected but {total_rows(files)} were written")
-    counts = {"ranked": ranked.counts["ranked"], "selected": last_rank}
-    details = {"cut": _cut_value(run, files[-1], rank_config)}
-    return Manifest("select", fingerprint, counts, in_folder("selected", files), details, seconds=seconds)
+    num_selected = sum(plan.rows)
+    if total_rows(written["selected"]) != num_selected:
+        raise IntegrityError(
+            f"{num_selected} rows were to be selected but {total_rows(written['selected'])} were written"
+        )
+    left_out: Counter[str] = Counter()
+    pools: Counter[str] = Counter()
+    for row in counted.to_pylist():
+        left_out[row["what"]] += row["rows"]
+        if row["what"] == _ELIGIBLE:
+            pools[row["group"]] += row["rows"]
+    counts = {"ranked": ranked.counts["ranked"], **dict(sorted(left_out.items())), "selected": num_selected}
+    details = {
+        "cut": _cut_value(plan, written["selected"][-1]),
+        "groups": [
+            {
+                "group": group,
+                "eligible": pools[group],
+                "selected": plan.counts[f"rows in {group}"],
+                "tokens": plan.counts[f"tokens in {group}"],
+            }
+            for group in sorted(pools)
+        ],
+        "sources": _by_source(plan),
+    }
+    files = [entry for folder, entries in written.items() for entry in in_folder(folder, entries)]
+    return Manifest("select", fingerprint, counts, files, details, seconds=seconds)
 
 
-def _cut_value(run: Location, last: FileEntry, rank_config: RankConfig) -> float | None:
-    """The ordering key of the last row taken: where the ranking was cut."""
-    if rank_config.order == "random":
+def _by_source(plan: Plan) -> list[dict[str, Any]]:
+    """Rows and scored tokens by source, and with a mixture how often each row stands in it."""
+    repeats = {part.source: part.repeat for part in plan.choice.config.mixture}
+    names = sorted(name.removeprefix("rows of ") for name in plan.counts if name.startswith("rows of "))
+    return [
+        {
+            "source": name,
+            "rows": plan.counts[f"rows of {name}"],
+            "tokens": plan.counts[f"tokens of {name}"],
+            "repeat": repeats.get(name, 1),
+        }
+        for name in names
+    ]
+
+
+def _cut_value(plan: Plan, last: FileEntry) -> float | None:
+    """The ordering key of the last row taken, where one cut of the ranking made the selection."""
+    choice = plan.choice
+    if choice.rank_config.order == "random" or choice.config.balance or choice.config.mixture:
         return None
-    table = read_parquet(run / "selected" / last.name, [value_column(rank_config)])
+    table = read_parquet(choice.run / "selected" / last.name, [value_column(choice.rank_config)])
     return float(table.column(0)[-1].as_py())

@@ -19,7 +19,14 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ClusterError, UserError
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint, resolve_dtype
-from davir_ray.models.finetune import TRAINING_COLUMNS, StepReport, Trainer, TrainingSet, save_reference
+from davir_ray.models.finetune import (
+    TRAINING_COLUMNS,
+    StepReport,
+    Trainer,
+    TrainingSet,
+    freeze_what_text_does_not_reach,
+    save_reference,
+)
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
 from davir_ray.models.self_check import self_check
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
@@ -178,6 +185,7 @@ def _load(training: Training) -> Likelihood:
     self_check(likelihood)
     if config.lora_rank is not None:
         add_adapter(likelihood.model, config, config.lora_rank)
+    freeze_what_text_does_not_reach(likelihood.model)
     return likelihood
 
 

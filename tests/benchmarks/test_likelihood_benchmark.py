@@ -178,6 +178,8 @@ def test_the_kernel_can_be_measured_alone() -> None:
         ({"rows": 0}, "rows is 0"),
         ({"pipeline_shards": 1}, "pipeline_shards is 1"),
         ({"model": "somewhere"}, "both model and random_init"),
+        ({"lengths": [5, 1]}, "lengths holds 1"),
+        ({"reference_rows": -1}, "reference_rows is -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:
@@ -185,9 +187,18 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: 
         small(**changes)
 
 
-def test_a_configuration_without_a_model_type_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model_type"):
-        run(small(random_init='{"hidden_size": 4}'))
+@pytest.mark.parametrize(
+    "wrong", ['{"hidden_size": 4}', "{broken", '{"model_type": "no such"}', "/no/such/file.json", "/no/such/folder"]
+)
+def test_a_configuration_of_no_model_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="random_init"):
+        run(small(random_init=wrong))
+
+
+def test_experts_are_measured_too() -> None:
+    experts = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    result = run(small(random_init=json.dumps(experts)))
+    assert result["max_abs_diff_vs_fp64"] < 1e-5
 
 
 def test_a_benchmark_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

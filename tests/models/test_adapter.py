@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ConfigError, ModelError
+from davir_ray.models import checkpoint
 from davir_ray.models.adapter import adapter_switched_off, add_adapter
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.finetune import Trainer, TrainingSet, save_reference
@@ -186,6 +187,70 @@ def test_an_adapter_that_lacks_weights_is_refused(base_folder: Path, adapter_fol
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="does not fit the base: missing keys"):
         scorer_of(base_folder, folder)
+
+
+def peft_adapter(base_folder: Path, folder: Path, **settings: Any) -> Path:
+    """An adapter as peft itself makes and saves it, its weights not those of the start."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"} | settings
+    model = get_peft_model(base, LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+    ids=str,
+)
+def test_adapters_that_peft_made_leave_the_base_as_it_was(
+    base_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = peft_adapter(base_folder, tmp_path / "adapter", **settings)
+    scores, plain = (scorer_of(base_folder, other)(draw_table()) for other in (folder, base_folder))
+    assert scores["base_token_nll"].equals(plain["base_token_nll"])
+    assert min(abs(value) for value in scores["davir"].to_pylist()) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"init_lora_weights": "pissa"}, "pissa rewrites the base"),
+        ({"init_lora_weights": "olora"}, "olora rewrites the base"),
+        ({"use_dora": True}, "DoRA is not supported"),
+    ],
+)
+def test_adapters_that_cannot_be_switched_off_are_refused(
+    base_folder: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    folder = peft_adapter(base_folder, tmp_path / "adapter", **settings)
+    with pytest.raises(ModelError, match=told):
+        scorer_of(base_folder, folder)
+
+
+def test_an_adapter_that_changes_the_base_is_found_by_what_it_does(
+    base_folder: Path, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = checkpoint.attach_adapter
+
+    def attach_and_touch(model: PreTrainedModel, folder: str) -> None:
+        attach(model, folder)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.001)
+
+    monkeypatch.setattr(checkpoint, "attach_adapter", attach_and_touch)
+    with pytest.raises(ModelError, match="changes the base itself"):
+        scorer_of(base_folder, adapter_folder)
 
 
 def test_pickled_adapter_weights_are_refused(adapter_folder: Path, tmp_path: Path) -> None:

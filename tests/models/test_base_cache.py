@@ -82,6 +82,24 @@ def test_an_empty_shard_is_kept_too(base_folder: Path, cache: BaseCache, counted
         assert (scores.num_rows, passes) == (0, 0)
 
 
+def test_losses_of_a_float64_model_keep_their_bits(base_folder: Path, cache: BaseCache, counted: Counted) -> None:
+    settings = replace(SETTINGS, precision="float64")
+    first, _ = counted(scorer_of(base_folder, base_folder, cache, settings), TABLE)
+    second, passes = counted(scorer_of(base_folder, base_folder, cache, settings), TABLE)
+    assert passes == 0
+    assert second.equals(first)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    base_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = BaseCache(Location.of(tmp_path / "file"), "base")
+    scores = scorer_of(base_folder, base_folder, cache)(TABLE)
+    assert set(scores["status"].to_pylist()) == {"ok"}
+    assert any("not cached" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize(
     "change",
     [

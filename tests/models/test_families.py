@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from davir_ray.errors import ModelError
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.likelihood import Likelihood, Pack
 from davir_ray.models.self_check import self_check
@@ -186,6 +187,41 @@ def test_no_token_loss_depends_on_a_later_token(family: str) -> None:
     np.testing.assert_array_equal(
         score(likelihood, [(ids, whole)])[: 20 - 1], score(likelihood, [(changed, whole)])[: 20 - 1]
     )
+
+
+SWITCH = 16
+"""Tokens above which the rotary frequencies of these change."""
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+LONGROPE["original_max_position_embeddings"] = SWITCH
+
+
+def test_rotary_frequencies_do_not_come_from_a_neighbour() -> None:
+    config = transformers.Phi3Config(
+        **GROUPED, rope_parameters=LONGROPE, original_max_position_embeddings=SWITCH, tie_word_embeddings=False
+    )
+    likelihood = Likelihood(make(config))
+    assert self_check(likelihood) == "packed"
+    draw = np.random.default_rng(2)
+    examples = [
+        (draw.integers(0, VOCABULARY, length, dtype=np.int32), (1, length)) for length in (9, SWITCH, SWITCH + 1, 40, 5)
+    ]
+    expected = one_at_a_time(likelihood.model, config, examples)
+    np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-5, atol=1e-5)
+    likelihood.packed = False
+    np.testing.assert_allclose(score(likelihood, examples), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dynamic_frequencies_are_refused_where_they_change() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(**GROUPED | {"max_position_embeddings": SWITCH}, rope_parameters=rope)
+    likelihood = Likelihood(make(config))
+    draw = np.random.default_rng(2)
+    short, long = (
+        [(draw.integers(0, VOCABULARY, length, dtype=np.int32), (1, length))] for length in (SWITCH, SWITCH + 1)
+    )
+    np.testing.assert_allclose(score(likelihood, short), one_at_a_time(likelihood.model, config, short), rtol=1e-5)
+    with pytest.raises(ModelError, match=r"lower prepare\.max_tokens"):
+        score(likelihood, long)
 
 
 def test_a_window_as_long_as_the_sequence_sees_all_of_it() -> None:

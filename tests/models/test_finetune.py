@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -36,6 +38,7 @@ from davir_ray.models.finetune import (
     StepReport,
     Trainer,
     TrainingSet,
+    freeze_what_text_does_not_reach,
     learning_rate_factor,
     num_steps,
     plan,
@@ -311,6 +314,28 @@ def test_every_step_draws_its_own_dropout() -> None:
 def test_dropout_is_on_while_training() -> None:
     losses = [run(trainer_of(make(GPT2), replace(CONFIG, seed=0, tokens_per_pack=b)))[0].loss for b in (1, 10_000)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_what_text_does_not_reach_is_frozen_and_nothing_else() -> None:
+    text = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    seeing = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text,
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        )
+    )
+    freeze_what_text_does_not_reach(seeing)
+    for name, parameter in seeing.named_parameters():
+        assert parameter.requires_grad == ("vision" not in name and "projector" not in name), name
+    for model in (make(), make(GPT2)):
+        freeze_what_text_does_not_reach(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_saved_reference_is_a_plain_checkpoint(tmp_path: Path, tokenizer: Any) -> None:

@@ -13,9 +13,8 @@ import pytest
 
 from davir_ray.config import RankConfig
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.schema import RANKED
 from davir_ray.stages import ranking
-from davir_ray.stages.ranking import BinWriter, cut_into_bins, exchange, rank
+from davir_ray.stages.ranking import BinWriter, assign_bins, cut_into_bins, exchange, rank
 from davir_ray.stages.shards import Shards
 from davir_ray.storage import Location, Manifest, read_parquet
 
@@ -200,8 +199,9 @@ def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: i
     with pytest.raises(IntegrityError, match="bin 1 was counted"):
         exchange(
             Shards(scored.files_in("scores"), partial(read_scores, run)),
-            cut,
-            BinWriter(run, "ranked", cut, "mark", RANKED),
+            partial(assign_bins, cut=cut, last_bin=len(counts) - 1),
+            len(counts),
+            BinWriter(run / "ranked", cut, 100, {}).write,
         )
 
 

@@ -26,7 +26,7 @@ BY_DAVIR = RankConfig()
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many files of ranked/ and, cut elsewhere, of selected/."""
     monkeypatch.setattr(ranking, "cut_into_bins", partial(cut_into_bins, bin_rows=15))
-    monkeypatch.setattr(selection, "_BIN_ROWS", 11)
+    monkeypatch.setattr(selection, "BIN_ROWS", 11)
 
 
 def ranked_run(make_scores: MakeScores, rows: int = 100, config: RankConfig = BY_DAVIR, **columns: object) -> Location:
