@@ -238,7 +238,7 @@ def test_help_and_print_config_end_with_status_0(option: str, capsys: pytest.Cap
     out = capsys.readouterr().out
     if option == "--help":
         assert "What it does." in out
-        assert "The first N ranks." in out
+        assert "The first N rows." in out
     else:
         assert yaml.safe_load(out)["finetune"]["learning_rate"] == 2e-5
 

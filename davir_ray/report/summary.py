@@ -151,6 +151,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "davir": _davir(scored, inputs),
         "length": [_length_panel(scored, measure) for measure in MEASURES],
         "composition": _composition(scored, is_sample),
+        "selection": _selection(inputs.manifests),
         "top": [_example(row) for row in inputs.top],
         "bottom": [_example(row) for row in inputs.bottom],
         "planted": inputs.planted,
@@ -186,15 +187,21 @@ def _headline(inputs: ReportInputs) -> dict[str, Any]:
 def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
     select, rank = config.get("select") or {}, config.get("rank") or {}
     order, lowest = rank.get("order") or "davir", bool(rank.get("lowest"))
-    name = next((name for name in SELECT_RULES if select.get(name) is not None), None)
+    name = next((name for name in SELECT_RULES if select.get(name) not in (None, {}, [])), None)
     value = select.get(name) if name else None
     return {
         "name": name,
         "value": value,
         "order": order,
         "lowest": lowest,
-        "text": _rule_text(name, value, order, lowest),
+        "text": _rule_text(name, value, order, lowest) + _balance_text(name, select.get("balance")),
     }
+
+
+def _balance_text(name: str | None, balance: list[str] | None) -> str:
+    if not balance or name == "quotas":
+        return ""
+    return f", shared out by {' and '.join(balance)} as the pool is"
 
 
 def _rule_text(name: str | None, value: Any, order: str, lowest: bool) -> str:
@@ -206,6 +213,10 @@ def _rule_text(name: str | None, value: Any, order: str, lowest: bool) -> str:
             return f"the first {100 * value:.4g} % of the examples ranked {by}"
         case "top_tokens":
             return f"the first examples ranked {by}, as many as fit in {value:,} response tokens"
+        case "quotas":
+            return f"the first of each group ranked {by}, by quotas"
+        case "mixture":
+            return f"a mixture of {len(value)} sources, the first of each ranked {by}"
         case "min_score":
             return f"every example whose {order} is at {'most' if lowest else 'least'} {value:g}"
         case _:
@@ -405,6 +416,28 @@ def _quantile_band(length: Ints, values: Floats) -> list[dict[str, Any]]:
             middle = float(np.exp(np.log(length[inside]).mean()))
             band.append({"length": middle, "p10": p10, "p50": p50, "p90": p90, "rows": int(inside.sum())})
     return band
+
+
+# Selection
+
+
+_LEFT_OUT = {
+    "duplicates": "same prompt and response as a higher-ranked row",
+    "too_short": "fewer response tokens than the filter asks for",
+    "too_long": "more response tokens than the filter allows",
+    "beyond_min_score": "the score does not reach min_score",
+}
+
+
+def _selection(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the select stage counted: rows that filters left out, groups, and sources with their repetitions."""
+    counts, details = _counts(manifests, "select"), _details(manifests, "select")
+    return {
+        "left_out": [{"name": text, "rows": counts[reason]} for reason, text in _LEFT_OUT.items() if reason in counts],
+        "groups": [row for row in details.get("groups", []) if row["group"]],
+        "sources": details.get("sources", []),
+        "is_mixture": any(row["repeat"] > 1 for row in details.get("sources", [])),
+    }
 
 
 # Composition

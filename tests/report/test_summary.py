@@ -333,3 +333,34 @@ def test_training_curve_keeps_its_ends_and_drops_what_is_not_finite() -> None:
 )
 def test_the_rule_is_said_in_words(select: dict[str, Any], rank: dict[str, Any], words: str) -> None:
     assert words in summarise(report_inputs(config={"select": select, "rank": rank}))["headline"]["rule"]["text"]
+
+
+def test_what_the_select_stage_counted_is_told() -> None:
+    inputs = report_inputs()
+    select = inputs.manifests["select"]
+    select["counts"] |= {"duplicates": 12, "too_long": 0}
+    select["details"] = {
+        "groups": [{"group": "alpaca", "eligible": 90, "selected": 9, "tokens": 700}],
+        "sources": [{"source": "alpaca", "rows": 9, "tokens": 700, "repeat": 2}],
+    }
+    told = summarise(inputs)["selection"]
+    assert [row["rows"] for row in told["left_out"]] == [12, 0]
+    assert told["groups"] == select["details"]["groups"]
+    assert told["is_mixture"]
+    assert summarise(report_inputs())["selection"] == {
+        "left_out": [], "groups": [], "sources": [], "is_mixture": False
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("select", "told"),
+    [
+        ({"top_k": 5, "quotas": {}, "mixture": [], "balance": ["source"]}, "shared out by source"),
+        ({"top_k": None, "quotas": {"a": 3}, "mixture": [], "balance": ["source"]}, "by quotas"),
+        ({"top_k": None, "quotas": {}, "mixture": [{"source": "a"}, {"source": "b"}]}, "a mixture of 2 sources"),
+    ],
+)
+def test_the_rule_is_told_in_words(select: dict[str, Any], told: str) -> None:
+    inputs = report_inputs()
+    inputs.config["select"] = select
+    assert told in summarise(inputs)["headline"]["rule"]["text"]

@@ -43,7 +43,8 @@ def table_of(run: Location, folder: str) -> pd.DataFrame:
 
 def check_prefix(run: Location, manifest: Manifest, expected: int) -> None:
     ranked, selected = table_of(run, "ranked"), table_of(run, "selected")
-    assert manifest.counts == {"ranked": len(ranked), "selected": expected}
+    assert manifest.counts["ranked"] == len(ranked)
+    assert manifest.counts["selected"] == expected
     pd.testing.assert_frame_equal(selected[ranked.columns], ranked[:expected])
     assert selected["prompt"].tolist() == [f"prompt {i}" for i in ranked["example_id"][:expected]]
 
@@ -124,7 +125,7 @@ def test_more_than_all_is_refused_with_the_count(make_scores: MakeScores) -> Non
 @pytest.mark.parametrize("rule", [SelectConfig(min_score=1.5), SelectConfig(top_tokens=4)])
 def test_a_rule_that_selects_nothing_is_refused(make_scores: MakeScores, rule: SelectConfig) -> None:
     run = ranked_run(make_scores, num_response_tokens=[5] * 100)
-    with pytest.raises(ConfigError, match="selects no row"):
+    with pytest.raises(ConfigError, match="no row"):
         select(run, BY_DAVIR, rule)
 
 
