@@ -39,12 +39,22 @@ def with_peak(job: Callable[[], object], device: torch.device) -> tuple[float, f
         before = torch.cuda.memory_allocated()
         taken = seconds(job, device)
         return taken, (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What the allocator holds back from earlier jobs would hide what this one needs.
+    before = start_peak()
+    taken = seconds(job, device)
+    return taken, peak_since(before)
+
+
+def start_peak() -> int:
+    """Forget this process' peak of resident memory; returns what is resident now, in KiB."""
+    # What the allocator holds back from earlier jobs would hide what the next one needs.
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR_PEAK.write_text("5")
-    before_kib = _resident("VmRSS")
-    taken = seconds(job, device)
-    return taken, (_resident("VmHWM") - before_kib) / 2**10
+    return _resident("VmRSS")
+
+
+def peak_since(before_kib: int) -> float:
+    """MiB of the peak since `start_peak`, beyond what was resident then."""
+    return (_resident("VmHWM") - before_kib) / 2**10
 
 
 def _resident(field: str) -> int:

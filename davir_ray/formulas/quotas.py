@@ -39,15 +39,15 @@ def spread(limit: Limit, rows: Iterable[int], tokens: Iterable[int]) -> list[Lim
     """What each file, in rank order, may give of one group that has these rows and tokens in it.
 
     A file in which the tokens run out gets what is left; those after it give nothing, even where a row would fit.
+    Every row has at least one token.
     """
-    left_rows, left_tokens, full = limit.rows, limit.tokens, False
+    left_rows, left_tokens = limit.rows, limit.tokens
     limits = []
     for num_rows, num_tokens in zip(rows, tokens, strict=True):
-        limits.append(Limit(0) if full else Limit(left_rows, left_tokens))
+        limits.append(Limit(left_rows, left_tokens))
         if left_rows is not None:
             left_rows = max(0, left_rows - num_rows)
         if left_tokens is not None:
-            full = full or num_tokens > left_tokens
             left_tokens = max(0, left_tokens - num_tokens)
     return limits
 

@@ -173,6 +173,8 @@ def test_a_mixture_takes_repeats_and_shuffles(run: Location) -> None:
     assert len((run / "mixture").names()) > 1
     places = np.flatnonzero(mixture["source"] == "gsm8k")
     assert abs(places.mean() / len(mixture) - 0.5) < 0.15, "one source stands at one end"
+    ids = mixture["example_id"].to_numpy()
+    assert (ids[1:] == ids[:-1]).mean() < 0.05, "copies of a row stand together"
     assert {row["source"]: row["repeat"] for row in manifest.details["sources"]} == {
         "alpaca": 1,
         "gsm8k": 3,

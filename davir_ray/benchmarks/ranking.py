@@ -1,0 +1,221 @@
+"""The exact ranking against Ray Data's own sort, on generated scores of any size, in one run."""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pyarrow as pa
+import ray.data
+
+from davir_ray.benchmarks.measure import peak_since, start_peak
+from davir_ray.config import RankConfig
+from davir_ray.errors import ConfigError
+from davir_ray.schema import SCORES
+from davir_ray.stages.cluster import connect
+from davir_ray.stages.ranking import rank
+from davir_ray.storage import FileEntry, Location, Manifest, in_folder, read_parquet, write_parquet
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class RankingBenchmark:
+    """Measure the ranking of generated scores: the first 6 % and all, against sort().limit() and sort() of Ray Data."""
+
+    json: str | None = None
+    """File for the result."""
+    rows: int = 1_000_000
+    """Scores to rank."""
+    shard_rows: int = 50_000
+    """Rows of one file of scores."""
+    fraction: float = 0.06
+    """Share of the rows that the short ranking keeps."""
+    values: Literal["distinct", "tied"] = "distinct"
+    """Scores: normal ones, or a hundred different values."""
+    baselines: bool = True
+    """Also run Ray Data's sort. Without, only ours: for sizes that it cannot do here."""
+    folder: str | None = None
+    """Where the files are written, and removed at the end. None: a temporary folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; it must be above 0 and at most 1")
+
+
+def run(settings: RankingBenchmark) -> dict[str, Any]:
+    """Generate, rank both ways, sort both ways, and compare every rank with one sort in NumPy."""
+    connect()
+    _warm_up()
+    with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+        run_folder = Location.of(Path(folder) / "run")
+        files = _generate(run_folder, settings)
+        num_kept = max(1, int(settings.rows * settings.fraction))
+        results: dict[str, Any] = {"settings": asdict(settings), "rows": settings.rows, "kept": num_kept}
+        expected = _oracle(run_folder, files)
+        taken: dict[str, float] = {}
+        exact = True
+        for name, config in {"top": RankConfig(most=num_kept), "full": RankConfig()}.items():
+            with _watched() as peaks:
+                taken[name], manifest = _timed(partial(rank, run_folder, config))
+            log.info("benchmark: %s ranking in %.1f s", name, taken[name])
+            exact &= _is_exact(run_folder, manifest, expected)
+            results[f"{name}_driver_peak_mib"] = peaks["driver"]
+            results[f"{name}_largest_worker_mib"] = peaks["worker"]
+            bins = manifest.details["rows_by_bin"]
+            results["largest_bin_ratio"] = max(bins) / (sum(bins) / len(bins))
+            results["bins"] = len(bins)
+        results["driver_peak_mib"] = max(results[f"{name}_driver_peak_mib"] for name in taken)
+        results["largest_worker_mib"] = max(results[f"{name}_largest_worker_mib"] for name in taken)
+        results["exact"] = exact
+        if settings.baselines:
+            taken |= _sorts(run_folder, num_kept)
+            results["speedup_vs_sort_limit"] = taken["sort_limit"] / taken["top"]
+            results["speedup_vs_sort"] = taken["sort"] / taken["full"]
+        results["seconds"] = taken
+        results["rows_per_second"] = {name: settings.rows / seconds for name, seconds in taken.items()}
+        results["bytes_of_scores"] = sum(entry.bytes for entry in files)
+    return results
+
+
+def _warm_up() -> None:
+    """Let the workers start and load what both ways need, on a few rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_folder = Location.of(folder)
+        _generate(run_folder, RankingBenchmark(rows=4000, shard_rows=1000))
+        rank(run_folder, RankConfig())
+        _sorts(run_folder, 100)
+
+
+def _generate(run_folder: Location, settings: RankingBenchmark) -> list[FileEntry]:
+    """Write shards of scores in parallel, and the manifest that ranking wants."""
+    starts = range(0, settings.rows, settings.shard_rows)
+    write = ray.remote(_write_shard)
+    files: list[FileEntry] = ray.get(
+        [
+            write.remote(run_folder, number, min(settings.shard_rows, settings.rows - start), settings.values)
+            for number, start in enumerate(starts)
+        ]
+    )
+    counts = {"examples": settings.rows, "scored": settings.rows, "ok": settings.rows}
+    Manifest("score", {"benchmark": asdict(settings)}, counts, in_folder("scores", files)).write(run_folder)
+    log.info("benchmark: %d rows in %d files", settings.rows, len(files))
+    return files
+
+
+def _write_shard(run_folder: Location, number: int, rows: int, values: str) -> FileEntry:
+    draw = np.random.default_rng(number)
+    base_nll = draw.lognormal(4, 1, rows)
+    davir = draw.normal(0.2, 0.2, rows) if values == "distinct" else draw.integers(0, 100, rows) / 100
+    tokens = draw.integers(1, 500, rows)
+    columns: dict[str, Any] = {field.name: pa.nulls(rows, field.type) for field in SCORES}
+    columns |= {
+        "example_id": _ids(draw, number, rows),
+        "content_hash": draw.integers(0, 2**63 - 1, rows),
+        "source": pa.array(["generated"] * rows),
+        "num_prompt_tokens": draw.integers(1, 200, rows),
+        "num_response_tokens": tokens,
+        "truncated": pa.array([False] * rows),
+        "base_nll": base_nll,
+        "reference_nll": base_nll * (1 - davir),
+        "davir": davir,
+        "rho_sum": base_nll * davir,
+        "rho_mean": base_nll * davir / tokens,
+        "status": pa.array(["ok"] * rows),
+    }
+    table = pa.table({name: pa.array(column) for name, column in columns.items()}).cast(SCORES)
+    return write_parquet(run_folder / "scores" / f"part-{number:05d}.parquet", table)
+
+
+def _ids(draw: np.random.Generator, number: int, rows: int) -> npt.NDArray[np.int64]:
+    """Distinct ids in no order: the shard's number, a stride for each row, and a random rest."""
+    stride = 2**42 // rows
+    return draw.permutation(number * 2**42 + np.arange(rows) * stride + draw.integers(0, stride, rows))
+
+
+def _oracle(run_folder: Location, files: list[FileEntry]) -> npt.NDArray[np.int64]:
+    """Ids in rank order by one lexsort."""
+    tables = [read_parquet(run_folder / "scores" / entry.name, ["davir", "example_id"]) for entry in files]
+    davir = np.concatenate([table["davir"].to_numpy() for table in tables])
+    ids = np.concatenate([table["example_id"].to_numpy() for table in tables])
+    return np.asarray(ids[np.lexsort((ids, -davir))])
+
+
+def _is_exact(run_folder: Location, manifest: Manifest, expected: npt.NDArray[np.int64]) -> bool:
+    """Whether every written row has the rank that the oracle gives it, and none is missing."""
+    start = 0
+    for entry in manifest.files_in("ranked"):
+        table = read_parquet(run_folder / "ranked" / entry.name, ["rank", "example_id"])
+        end = start + table.num_rows
+        ranks, ids = table["rank"].to_numpy(), table["example_id"].to_numpy()
+        if not (np.array_equal(ranks, np.arange(start + 1, end + 1)) and np.array_equal(ids, expected[start:end])):
+            return False
+        start = end
+    return start == manifest.counts["ranked"]
+
+
+def _sorts(run_folder: Location, num_kept: int) -> dict[str, float]:
+    """Ray Data's own way: a sort of everything by (davir descending, example_id ascending), written as Parquet."""
+    taken = {}
+    for name, limit in {"sort_limit": num_kept, "sort": None}.items():
+        taken[name], _ = _timed(partial(_sort, run_folder, name, limit))
+        log.info("benchmark: %s in %.1f s", name, taken[name])
+    return taken
+
+
+def _sort(run_folder: Location, folder: str, limit: int | None) -> None:
+    dataset = ray.data.read_parquet(f"{run_folder}/scores")
+    dataset = dataset.sort(["davir", "example_id"], descending=[True, False])
+    (dataset if limit is None else dataset.limit(limit)).write_parquet(f"{run_folder}/{folder}")
+
+
+def _timed(job: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.monotonic()
+    result = job()
+    return time.monotonic() - started, result
+
+
+@contextmanager
+def _watched() -> Iterator[dict[str, float]]:
+    """Peak memory in MiB: `driver`, beyond what it had, and `worker`, the largest; filled in at the end."""
+    peaks = {"driver": 0.0, "worker": 0.0}
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.wait(_POLL_S):
+            peaks["worker"] = max([peaks["worker"], *_worker_sizes()])
+
+    thread = threading.Thread(target=poll, daemon=True)
+    before = start_peak()
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        thread.join()
+        peaks["driver"] = peak_since(before)
+
+
+def _worker_sizes() -> Iterator[float]:
+    """MiB of each worker of this process' Ray, without the object store that all of them map."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith("ray::"):
+                memory = process.memory_info()
+                yield (memory.rss - memory.shared) / 2**20
+        except (psutil.NoSuchProcess, IndexError):  # it has ended, or is about to
+            continue
