@@ -82,6 +82,11 @@ def num_nodes() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
+def num_cpus() -> float:
+    """CPUs of the cluster."""
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
 def has_gpu() -> bool:
     """Whether the cluster has any GPU."""
     return float(ray.cluster_resources().get("GPU", 0)) >= 1

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from davir_ray.stages.cluster import own_errors, whole_block_context
+from davir_ray.stages.cluster import num_cpus, own_errors, whole_block_context
 from davir_ray.stages.ranking import MOST_PARTITIONS, TIMEOUT_S
 from davir_ray.stages.shards import Shards
 from davir_ray.storage import FileEntry, Location, read_parquet, write_parquet
@@ -27,10 +27,10 @@ def find_duplicates(run: Location, files: list[FileEntry]) -> None:
     num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
     first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
     source = Shards(files, partial(_read, run / "ranked"))
+    source = source.then(partial(_assign_part, num_parts=num_parts), num_cpus())
     with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
         (
             ray.data.read_datasource(source, **source.read_options)
-            .map_batches(partial(_assign_part, num_parts=num_parts), batch_size=None, batch_format="pyarrow")
             .groupby("part", num_partitions=min(num_parts, MOST_PARTITIONS))
             .map_groups(partial(_later_copies, first_ranks=first_ranks), batch_format="pyarrow")
             .groupby("file", num_partitions=min(len(files), MOST_PARTITIONS))

@@ -23,7 +23,7 @@ from davir_ray.config import RankConfig
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import ranking
 from davir_ray.schema import RANKED
-from davir_ray.stages.cluster import own_errors, whole_block_context
+from davir_ray.stages.cluster import num_cpus, own_errors, whole_block_context
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import (
@@ -50,16 +50,8 @@ MOST_PARTITIONS = 200
 _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
 _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
 
-_IDS_PER_PART = 2_000_000
-"""Ids that one task compares; 16 MB."""
-
 TIMEOUT_S = 1800
 """Seconds without any finished task after which an exchange fails instead of hanging."""
-
-KEY_COLUMNS = [
-    "example_id", "num_response_tokens", "davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "status",
-]  # fmt: skip
-"""What any order compares."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,6 @@ def rank(run: Location, config: RankConfig) -> Manifest:
         "rank: %d of %d rows by %s, in %d of %d bins",
         last_rank, scored.counts["examples"], config.order, last_bin + 1, len(cut.counts),
     )  # fmt: skip
-    _check_ids(run, scored.files_in("scores"))
     clear(run, "rank")
     files = exchange(
         Shards(scored.files_in("scores"), partial(read_columns, run / "scores", None)),
@@ -117,6 +108,12 @@ def order_keys(table: pa.Table, config: RankConfig) -> tuple[npt.NDArray[np.bool
     return rankable, ranking.value_keys(values[rankable], lowest=config.lowest), ids[rankable]
 
 
+def key_columns(config: RankConfig) -> list[str]:
+    """What the order compares."""
+    status = ["status"] if config.order in ("random", "length") else []
+    return ["example_id", value_column(config), *status]
+
+
 def value_column(config: RankConfig) -> str:
     """The column that the order compares; a random order compares none, its rows are told by length."""
     return "num_response_tokens" if config.order in ("length", "random") else config.order
@@ -126,7 +123,7 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
     """Boundaries from a sample, then the exact count of each bin."""
     num_rows = sum(shard.rows for shard in shards)
     num_bins = -(-num_rows // bin_rows)
-    keys = Shards(shards, partial(read_columns, run / "scores", KEY_COLUMNS))
+    keys = Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
     boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
@@ -148,10 +145,10 @@ def exchange(
     `assign` adds the column `bin` to a block and drops what is not needed; `write` gets a bin whole, in any order, and
     returns the entry of its file as a row.
     """
+    shards = shards.then(assign, num_cpus())
     with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
         written = (
             ray.data.read_datasource(shards, **shards.read_options)
-            .map_batches(assign, batch_size=None, batch_format="pyarrow")
             .groupby("bin", num_partitions=min(num_bins, MOST_PARTITIONS))
             .map_groups(write, batch_format="pyarrow")
             .take_all()
@@ -180,6 +177,8 @@ class BinWriter:
             )
         _, keys, ids = order_keys(group, self._cut.config)
         by_rank = ranking.order(keys, ids)
+        if (np.diff(ids[by_rank]) == 0).any():
+            raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
         first = self._cut.first_rank(number)
         ranks = pa.array(np.arange(first, first + group.num_rows), pa.int64())
         table = group.take(pa.array(by_rank)).append_column("rank", ranks)
@@ -198,44 +197,11 @@ def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, b
     }
 
 
-def _check_ids(run: Location, shards: list[FileEntry]) -> None:
-    """Raise IntegrityError if two rows have the same example_id: the order would not be total, nor a join exact.
-
-    Ids are hashes, so equal parts of their range hold equally many; each part is brought together and counted.
-    """
-    num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
-    source = Shards(shards, partial(read_columns, run / "scores", ["example_id"]))
-    with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
-        found = (
-            ray.data.read_datasource(source, **source.read_options)
-            .map_batches(partial(_assign_part, num_parts=num_parts), batch_size=None, batch_format="pyarrow")
-            .groupby("part", num_partitions=min(num_parts, MOST_PARTITIONS))
-            .map_groups(_repeated_ids, batch_format="pyarrow")
-            .take_all()
-        )
-    repeated = [row["example_id"] for row in found if row["example_id"] >= 0]
-    if repeated:
-        raise IntegrityError(f"two rows have the same example_id {repeated[0]}; rename a source to draw new ids")
-
-
-def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
-    part = np.minimum(np.asarray(table["example_id"]) // ((2**63 - 1) // num_parts), num_parts - 1)
-    return table.append_column("part", pa.array(part, pa.int64()))
-
-
-def _repeated_ids(group: pa.Table) -> pa.Table:
-    """One id that occurs twice, or -1: an empty answer would lose its column."""
-    ids = np.sort(np.asarray(group["example_id"]))
-    repeated = ids[1:][ids[1:] == ids[:-1]]
-    return pa.table({"example_id": pa.array(repeated[:1] if len(repeated) else [-1], pa.int64())})
-
-
 def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table], schema: pa.Schema) -> pa.Table:
     """A small table from each shard, with this schema, together in the driver."""
-    dataset = ray.data.read_datasource(shards, **shards.read_options)
-    dataset = dataset.map_batches(summarise, batch_size=None, batch_format="pyarrow")
+    shards = shards.then(summarise, num_cpus())
     with own_errors():
-        tables = ray.get(dataset.to_arrow_refs())
+        tables = ray.get(ray.data.read_datasource(shards, **shards.read_options).to_arrow_refs())
     # An empty block comes back without its columns (2.60).
     return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 

@@ -23,6 +23,7 @@ from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
+from davir_ray.stages.identity import check_ids
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import NAMED, NUMERICS_KEY, ScoredShard, ScoreSink, Shards, count_statuses, read_named
 from davir_ray.storage import (
@@ -68,6 +69,7 @@ def score(
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": _base_cache(base, config)}
     scored = _run(run, pending, scorer, config, mark) if pending else []
     shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
+    check_ids(run, [shard.entry for shard in shards])
     manifest = _manifest(shards, fingerprint, num_rows, time.monotonic() - started)
     manifest.write(run)
     return manifest

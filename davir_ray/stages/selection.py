@@ -24,7 +24,7 @@ from davir_ray.formulas.quotas import Limit, prefix_rows, proportional, spread
 from davir_ray.schema import SELECTED
 from davir_ray.stages.duplicates import find_duplicates, read_duplicates
 from davir_ray.stages.mixing import write_jsonl, write_mixture
-from davir_ray.stages.ranking import KEY_COLUMNS, collect, exchange, file_metadata, order_keys, value_column
+from davir_ray.stages.ranking import collect, exchange, file_metadata, key_columns, order_keys, value_column
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards
 from davir_ray.storage import FileEntry, Location, Manifest, digest, in_folder, read_parquet, total_rows, write_parquet
@@ -35,8 +35,6 @@ BIN_ROWS = 50_000
 """Rows with their text that one task sorts and writes; about 100 MB."""
 
 _TEXT_COLUMNS = ["prompt", "response", "record", "source_file", "source_row"]
-_RANKED_COLUMNS = ["rank", "source", *KEY_COLUMNS]
-
 _ELIGIBLE = "eligible"
 _COUNTED = pa.schema(
     [("name", pa.string()), ("what", pa.string()), ("group", pa.string()), ("rows", pa.int64()), ("tokens", pa.int64())]
@@ -178,14 +176,15 @@ def check_count(config: SelectConfig, num_rows: int, what: str) -> None:
             raise ConfigError(f"{name} is {rows}, but only {num_rows} rows are {what}; ask for fewer")
 
 
-def _read_ranked(folder: Location, name: str) -> pa.Table:
-    table = read_parquet(folder / name, _RANKED_COLUMNS)
+def _read_ranked(folder: Location, rank_config: RankConfig, name: str) -> pa.Table:
+    columns = {"rank", "source", "num_response_tokens", *key_columns(rank_config)}
+    table = read_parquet(folder / name, sorted(columns))
     return table.append_column("name", pa.repeat(name, table.num_rows))
 
 
 def _count(choice: Choice, files: list[FileEntry]) -> pa.Table:
     """Rows and scored tokens of each file: by filter for those left out, by group for the others."""
-    ranked = Shards(files, partial(_read_ranked, choice.run / "ranked"))
+    ranked = Shards(files, partial(_read_ranked, choice.run / "ranked", choice.rank_config))
     return collect(ranked, partial(_count_file, choice=choice), _COUNTED).sort_by("name")
 
 
@@ -274,7 +273,7 @@ def _part_limit(part: Part, pool: Limit | None) -> Limit:
 def _plan(choice: Choice, files: list[FileEntry]) -> Plan:
     """Find the selected rows: their number, the keys that cut them into files, the last of each group."""
     needed = [entry for entry in files if entry.name in choice.limits]
-    ranked = Shards(needed, partial(_read_ranked, choice.run / "ranked"))
+    ranked = Shards(needed, partial(_read_ranked, choice.run / "ranked", choice.rank_config))
     # Rows of a file come back in the order in which _choose_in_file gave them.
     chosen = collect(ranked, partial(_choose_in_file, choice=choice, bin_rows=BIN_ROWS), _CHOSEN).to_pylist()
     bins = sorted(
@@ -368,7 +367,7 @@ def _write_bin(group: pa.Table, plan: Plan, metadata: dict[bytes, bytes]) -> pa.
     """Write one file of selected/: the rows of ranked/ that are selected, with the text that came for them."""
     number = int(group["bin"][0].as_py())
     name, start, rows = plan.files[number], plan.starts[number], plan.rows[number]
-    ranked = _read_ranked(plan.choice.run / "ranked", name)
+    ranked = _read_ranked(plan.choice.run / "ranked", plan.choice.rank_config, name)
     ranked = ranked.filter(pa.array(plan.choice.selected(ranked, name))).slice(start, rows)
     at = pc.index_in(ranked["example_id"], value_set=group["example_id"].combine_chunks())
     if at.null_count or ranked.num_rows != rows:

@@ -22,6 +22,10 @@ from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet
 _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
 
+_TASKS_PER_CPU = 4
+_TASK_BYTES = 32 * 2**20
+"""Of a task that reads several shards, on disk: a few times as much in memory."""
+
 NAMED = ["shard", "shard_rows"]
 """Constant columns that tell the sink which shard a block is, and how many rows it must have."""
 
@@ -31,38 +35,69 @@ NUMERICS_KEY = b"davir_numerics"
 
 
 class Shards(Datasource):  # type: ignore[misc]
-    """Named shards of a run; `read(name)` gives the table of one."""
+    """Named shards of a run; `read(name)` gives the table of one. One read task, and one block, is one shard."""
 
     def __init__(self, shards: list[FileEntry], read: Callable[[str], pa.Table]) -> None:
         super().__init__()
-        self._shards = shards
+        self._tasks = [[shard] for shard in shards]
         self._read = read
+
+    def then(self, change: Callable[[pa.Table], pa.Table], num_cpus: float) -> "Shards":
+        """The shards with `change` done to the table of each as it is read, several to a task and block.
+
+        A task costs about as much as reading 2 MB, so there are no more of them than keep the cluster busy.
+        """
+        changed = Shards([], partial(_read_then, self._read, change))
+        shards = [shard for task in self._tasks for shard in task]
+        changed._tasks = _grouped(shards, max(1, int(len(shards) / (_TASKS_PER_CPU * num_cpus))))
+        return changed
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes on disk, as a lower bound."""
-        return sum(shard.bytes for shard in self._shards)
+        return sum(shard.bytes for task in self._tasks for shard in task)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """One task for each shard, whatever parallelism is asked for."""
+        """The tasks, whatever parallelism is asked for."""
         return [
             ReadTask(
-                partial(_read_one, self._read, shard.name),
-                BlockMetadata(num_rows=shard.rows, size_bytes=shard.bytes, exec_stats=None),
+                partial(_read_all, self._read, [shard.name for shard in task]),
+                BlockMetadata(
+                    num_rows=sum(shard.rows for shard in task),
+                    size_bytes=sum(shard.bytes for shard in task),
+                    exec_stats=None,
+                ),
                 per_task_row_limit=per_task_row_limit,
             )
-            for shard in self._shards
+            for task in self._tasks
         ]
 
     @property
     def read_options(self) -> dict[str, float | int]:
         """Keywords for ray.data.read_datasource."""
-        return {"num_cpus": _READ_CPUS, "override_num_blocks": len(self._shards)}
+        return {"num_cpus": _READ_CPUS, "override_num_blocks": len(self._tasks)}
 
 
-def _read_one(read: Callable[[str], pa.Table], name: str) -> Iterable[pa.Table]:
-    return [read(name)]
+def _grouped(shards: list[FileEntry], most: int) -> list[list[FileEntry]]:
+    """Runs of neighbours, at most so many and so many bytes."""
+    groups: list[list[FileEntry]] = []
+    size = 0
+    for shard in shards:
+        if not groups or len(groups[-1]) == most or size + shard.bytes > _TASK_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += shard.bytes
+    return groups
+
+
+def _read_all(read: Callable[[str], pa.Table], names: list[str]) -> Iterable[pa.Table]:
+    return [pa.concat_tables([read(name) for name in names])]
+
+
+def _read_then(read: Callable[[str], pa.Table], change: Callable[[pa.Table], pa.Table], name: str) -> pa.Table:
+    return change(read(name))
 
 
 def read_columns(folder: Location, columns: list[str] | None, name: str) -> pa.Table:

@@ -1,8 +1,13 @@
 """The ranking in many bins is the order of one plain sort, whatever the values, ties and shards."""
 
 import dataclasses
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -177,15 +182,6 @@ def test_two_rows_with_the_same_id_and_value_are_found(make_scores: MakeScores) 
     assert Manifest.read(run, "rank") is None
 
 
-@pytest.mark.parametrize("rows", [5, ROWS])
-def test_two_rows_with_the_same_id_are_found_whatever_their_values(make_scores: MakeScores, rows: int) -> None:
-    ids = ids_of(rows)
-    ids[-1] = ids[0]
-    run = make_scores(np.linspace(1, 0, rows), example_id=ids)
-    with pytest.raises(IntegrityError, match="the same example_id"):
-        rank(run, RankConfig())
-
-
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: int) -> None:
     run = make_scores(np.arange(100, dtype=float))
@@ -203,6 +199,42 @@ def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: i
             len(counts),
             BinWriter(run / "ranked", cut, 100, {}).write,
         )
+
+
+def write_once_killed(group: pa.Table, write: Callable[[pa.Table], pa.Table], mark: Path) -> pa.Table:
+    """The first process that gets here says who it is and waits to be killed."""
+    if not mark.exists():
+        mark.write_text(str(os.getpid()))
+        time.sleep(60)
+    return write(group)
+
+
+def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores, tmp_path: Path) -> None:
+    values, ids = np.random.default_rng(6).integers(0, 9, ROWS).astype(float), ids_of(ROWS)
+    run = make_scores(values, example_id=ids)
+    mark, killed = tmp_path / "pid", []
+
+    def kill() -> None:
+        while not mark.exists() or not mark.read_text():
+            time.sleep(0.05)
+        killed.append(int(mark.read_text()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    exchange_as_it_is = ranking.exchange
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ranking,
+            "exchange",
+            lambda shards, assign, num_bins, write: exchange_as_it_is(
+                shards, assign, num_bins, partial(write_once_killed, write=write, mark=mark)
+            ),
+        )
+        manifest = rank(run, RankConfig())
+    killer.join()
+    assert len(killed) == 1
+    check(run, manifest, expected_ids(values, ids))
 
 
 def read_scores(run: Location, name: str) -> pa.Table:
