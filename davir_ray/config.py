@@ -334,11 +334,23 @@ class RunConfig:
         if self.select.min_score is not None and self.rank.order == "random":
             raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
         self._check_most()
+        self._check_source_names()
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
         names = [source.name for source in self.sources]
         for name in names:
             _check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
+
+    def _check_source_names(self) -> None:
+        """A selection may name only sources that there are; known before hours are spent on a fine-tune."""
+        names = [source.name for source in self.all_sources()]
+        asked = [part.source for part in self.select.mixture]
+        if self.select.balance[:1] == ["source"]:
+            asked += [group.split("/")[0] for group in self.select.quotas] if len(self.select.balance) > 1 else []
+            asked += list(self.select.quotas) if len(self.select.balance) == 1 else []
+        for name in asked:
+            if names and name not in names:
+                raise ConfigError(f"select names the source {name!r}; the sources are {', '.join(names)}")
 
     def _check_most(self) -> None:
         """A ranking of the first ranks only cannot tell what lies beyond."""

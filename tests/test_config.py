@@ -7,6 +7,7 @@ import pytest
 
 from davir_ray.config import (
     FinetuneConfig,
+    Part,
     PrepareConfig,
     RankConfig,
     RunConfig,
@@ -114,3 +115,76 @@ def test_what_a_job_needs_is_asked_for_by_its_option(name: Any) -> None:
 )
 def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows: int, expected: int) -> None:
     assert count_from_fraction(fraction, rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("select", "told"),
+    [
+        ({"quotas": {"a": 1}}, "quotas needs select.balance"),
+        ({"quotas": {"a": 0}, "balance": ["source"]}, "quotas of 'a' is 0"),
+        ({"quotas": {"a": 1}, "balance": ["source"], "top_k": 1}, "top_k and quotas"),
+        ({"mixture": [Part("a", all=True)], "top_k": 1}, "top_k and mixture"),
+        ({"mixture": [Part("a", all=True)], "balance": ["source"]}, "leave select.balance out"),
+        ({"mixture": [Part("a", all=True), Part("a", top_k=1)]}, "given once"),
+        ({"length_edges": [32, 32]}, "length_edges"),
+        ({"length_edges": [0, 32]}, "length_edges"),
+        ({"balance": ["length", "length"]}, "without repetition"),
+        ({"min_response_tokens": 9, "max_response_tokens": 8}, "at most 8"),
+    ],
+)
+def test_selections_that_contradict_themselves_are_refused(select: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
+        SelectConfig(**select)
+
+
+@pytest.mark.parametrize("part", [{}, {"all": True, "top_k": 1}, {"top_k": 0}, {"all": True, "repeat": 0}])
+def test_a_part_of_a_mixture_has_exactly_one_rule(part: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="mixture of 'a'"):
+        Part("a", **part)
+
+
+SOURCES = [Source("a", "x", "alpaca"), Source("b", "y", "gsm8k")]
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        SelectConfig(mixture=[Part("a", all=True), Part("nobody", all=True)]),
+        SelectConfig(balance=["source"], quotas={"nobody": 3}),
+        SelectConfig(balance=["source", "length"], quotas={"nobody/0-31": 3}),
+    ],
+)
+def test_a_selection_of_a_source_that_is_not_there_is_refused_at_once(select: SelectConfig) -> None:
+    with pytest.raises(ConfigError, match="names the source 'nobody'; the sources are a, b"):
+        RunConfig(sources=SOURCES, select=select)
+    RunConfig(select=select)  # ranking again, from a run whose sources are on record
+
+
+def test_groups_of_the_sources_that_are_there_are_taken() -> None:
+    RunConfig(sources=SOURCES, select=SelectConfig(balance=["source", "length"], quotas={"a/0-31": 3}))
+    RunConfig(sources=SOURCES, select=SelectConfig(balance=["length"], quotas={"0-31": 3}))
+    RunConfig(sources=SOURCES, select=SelectConfig(mixture=[Part("b", all=True)]))
+
+
+@pytest.mark.parametrize(
+    ("select", "fits"),
+    [
+        ({"top_k": 10}, True),
+        ({"top_k": 11}, False),
+        ({"top_fraction": 0.1}, False),
+        ({"min_score": 0.1}, False),
+        ({"top_k": 3, "balance": ["source"]}, False),
+        ({"quotas": {"a": 3}, "balance": ["source"]}, True),
+    ],
+)
+def test_a_ranking_of_the_first_ranks_serves_rules_that_need_no_more(select: dict[str, Any], fits: bool) -> None:
+    if fits:
+        RunConfig(rank=RankConfig(most=10), select=SelectConfig(**select))
+        return
+    with pytest.raises(ConfigError, match=r"rank\.most"):
+        RunConfig(rank=RankConfig(most=10), select=SelectConfig(**select))
+
+
+def test_json_lines_need_the_records() -> None:
+    with pytest.raises(ConfigError, match="keep_record"):
+        RunConfig(keep_record=False, select=SelectConfig(top_k=1, jsonl=True))
