@@ -222,10 +222,12 @@ def _count(table: pa.Table, *, config: RankConfig, boundary_keys: ranking.Keys, 
 def assign_bins(table: pa.Table, cut: Cut, last_bin: int) -> pa.Table:
     """Rankable rows of the needed bins, with their bin."""
     rankable, keys, ids = order_keys(table, cut.config)
-    table = table.filter(pa.array(rankable))
     numbers = ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids)
-    table = table.append_column("bin", pa.array(numbers, pa.int64()))
-    return table.filter(pa.array(numbers <= last_bin))
+    needed = rankable.copy()
+    needed[rankable] = numbers <= last_bin
+    if not needed.all():  # else the table need not be copied
+        table = table.filter(pa.array(needed))
+    return table.append_column("bin", pa.array(numbers[numbers <= last_bin], pa.int64()))
 
 
 def _manifest(
