@@ -244,7 +244,7 @@ class SelectConfig:
         _check(least is None or most is None or least <= most, "select.min_response_tokens", least, f"at most {most}")
         edges = self.length_edges
         ascending = all(a < b for a, b in pairwise([0, *edges]))
-        _check(ascending, "select.length_edges", edges, "ascending numbers above 0")
+        _check(bool(edges) and ascending, "select.length_edges", edges, "ascending numbers above 0")
         _check(len(set(self.balance)) == len(self.balance), "select.balance", self.balance, "without repetition")
         if self.quotas and not self.balance:
             raise ConfigError("select.quotas needs select.balance: [source], [length] or [source, length]")

@@ -128,6 +128,7 @@ def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows:
         ({"mixture": [Part("a", all=True), Part("a", top_k=1)]}, "given once"),
         ({"length_edges": [32, 32]}, "length_edges"),
         ({"length_edges": [0, 32]}, "length_edges"),
+        ({"length_edges": []}, "length_edges"),
         ({"balance": ["length", "length"]}, "without repetition"),
         ({"min_response_tokens": 9, "max_response_tokens": 8}, "at most 8"),
     ],

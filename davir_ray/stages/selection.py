@@ -10,19 +10,20 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config import Part, RankConfig, SelectConfig, count_from_fraction
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas import ranking
-from davir_ray.formulas.quotas import Limit, prefix_rows, proportional, spread
+from davir_ray.formulas.quotas import Limit, proportional, spread
 from davir_ray.schema import SELECTED
-from davir_ray.stages.duplicates import find_duplicates, read_duplicates
+from davir_ray.stages.choice import Choice, Limits
+from davir_ray.stages.duplicates import find_duplicates
 from davir_ray.stages.mixing import write_jsonl, write_mixture
 from davir_ray.stages.ranking import collect, exchange, file_metadata, key_columns, order_keys, value_column
 from davir_ray.stages.resume import clear, completed, require
@@ -42,8 +43,8 @@ _COUNTED = pa.schema(
 _CHOSEN = pa.schema(
     [
         ("name", pa.string()),
-        ("group", pa.string()),
-        ("source", pa.string()),
+        ("what", pa.string()),
+        ("of", pa.string()),
         ("rows", pa.int64()),
         ("tokens", pa.int64()),
         ("key", pa.uint64()),
@@ -51,69 +52,19 @@ _CHOSEN = pa.schema(
     ]
 )
 
-Limits = dict[str, Limit]
-"""How much one file may give of each group."""
 
+@dataclass
+class Totals:
+    """What is selected of a group or a source."""
 
-@dataclass(frozen=True)
-class Choice:
-    """What decides whether a row of a file of ranked/ is selected; the same wherever it is asked."""
+    rows: int = 0
+    tokens: int = 0
+    """Scored tokens."""
 
-    run: Location
-    rank_config: RankConfig
-    config: SelectConfig
-    limits: dict[str, Limits]
-    """By file; empty while the groups are still being counted."""
-
-    def reasons(self, table: pa.Table, name: str) -> dict[str, npt.NDArray[np.bool_]]:
-        """Rows that each filter leaves out; a row is counted by the first that does."""
-        config, tokens = self.config, np.asarray(table["num_response_tokens"])
-        left: dict[str, npt.NDArray[np.bool_]] = {}
-        if config.drop_duplicates:
-            left["duplicates"] = np.isin(np.asarray(table["rank"]), read_duplicates(self.run, name))
-        if config.min_response_tokens is not None:
-            left["too_short"] = tokens < config.min_response_tokens
-        if config.max_response_tokens is not None:
-            left["too_long"] = tokens > config.max_response_tokens
-        if config.min_score is not None:
-            values = table[value_column(self.rank_config)].to_numpy().astype(np.float64)
-            left["beyond_min_score"] = ~(
-                values <= config.min_score if self.rank_config.lowest else values >= config.min_score
-            )
-        return left
-
-    def eligible(self, table: pa.Table, name: str) -> npt.NDArray[np.bool_]:
-        """Rows that no filter leaves out."""
-        left_out = np.zeros(table.num_rows, bool)
-        for reason in self.reasons(table, name).values():
-            left_out |= reason
-        return ~left_out
-
-    def groups(self, table: pa.Table) -> npt.NDArray[np.str_]:
-        """Group of each row; one for all without balance, quotas or mixture."""
-        if self.config.mixture:
-            return np.asarray(table["source"].to_pylist(), dtype=np.str_)
-        parts = [self._labels(table, dimension) for dimension in self.config.balance]
-        if not parts:
-            return np.full(table.num_rows, "", dtype=np.str_)
-        return parts[0] if len(parts) == 1 else np.char.add(np.char.add(parts[0], "/"), parts[1])
-
-    def selected(self, table: pa.Table, name: str) -> npt.NDArray[np.bool_]:
-        """Which rows of the file are selected."""
-        eligible, groups = self.eligible(table, name), self.groups(table)
-        tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
-        selected = np.zeros(table.num_rows, bool)
-        for group, limit in self.limits[name].items():
-            rows = np.flatnonzero(eligible & (groups == group))
-            selected[rows[: prefix_rows(limit, tokens[rows])]] = True
-        return selected
-
-    def _labels(self, table: pa.Table, dimension: str) -> npt.NDArray[np.str_]:
-        if dimension == "source":
-            return np.asarray(table["source"].to_pylist(), dtype=np.str_)
-        edges = self.config.length_edges
-        labels = np.array([f"{a}-{b - 1}" for a, b in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}-"])
-        return labels[np.searchsorted(edges, np.asarray(table["num_response_tokens"]), side="right")]
+    def add(self, row: dict[str, Any]) -> None:
+        """Count what one file gives."""
+        self.rows += row["rows"]
+        self.tokens += row["tokens"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +72,8 @@ class Plan:
     """The selected rows, cut into the files of selected/, and what lies beyond them in each group."""
 
     choice: Choice
-    counts: Counter[str]
-    """Selected rows and scored tokens by group and source: 'rows of …', 'tokens of …'."""
+    groups: dict[str, Totals]
+    sources: dict[str, Totals]
     files: list[str]
     """File of ranked/ that each file of selected/ is made of."""
     starts: list[int]
@@ -274,31 +225,30 @@ def _plan(choice: Choice, files: list[FileEntry]) -> Plan:
     """Find the selected rows: their number, the keys that cut them into files, the last of each group."""
     needed = [entry for entry in files if entry.name in choice.limits]
     ranked = Shards(needed, partial(_read_ranked, choice.run / "ranked", choice.rank_config))
-    # Rows of a file come back in the order in which _choose_in_file gave them.
     chosen = collect(ranked, partial(_choose_in_file, choice=choice, bin_rows=BIN_ROWS), _CHOSEN).to_pylist()
+    groups: dict[str, Totals] = defaultdict(Totals)
+    sources: dict[str, Totals] = defaultdict(Totals)
+    last: dict[str, tuple[int, int]] = {}
+    for row in chosen:
+        if row["what"] == "source":
+            sources[row["of"]].add(row)
+        elif row["what"] == "group":
+            groups[row["of"]].add(row)
+            key = row["key"], row["example_id"]
+            last[row["of"]] = max(last.get(row["of"], key), key)
     bins = sorted(
-        (row for row in chosen if row["group"] is None and row["source"] is None),
+        (row for row in chosen if row["what"] == "stretch"),
         key=lambda row: (row["name"], row["key"], row["example_id"]),
     )
     if not bins:
         raise ConfigError("select selects no row: the first in rank order has more scored tokens than the rule allows")
-    starts: list[int] = []
-    for before, row in zip([None, *bins], bins, strict=False):
-        starts.append(starts[-1] + before["rows"] if before and before["name"] == row["name"] else 0)
-    counts: Counter[str] = Counter()
-    last: dict[str, tuple[int, int]] = {}
-    for row in chosen:
-        if row["source"] is not None:
-            counts[f"rows of {row['source']}"] += row["rows"]
-            counts[f"tokens of {row['source']}"] += row["tokens"]
-        if row["group"] is not None:
-            counts[f"rows in {row['group']}"] += row["rows"]
-            counts[f"tokens in {row['group']}"] += row["tokens"]
-            key = row["key"], row["example_id"]
-            last[row["group"]] = max(last.get(row["group"], key), key)
+    starts = [0]
+    for before, row in pairwise(bins):
+        starts.append(starts[-1] + before["rows"] if before["name"] == row["name"] else 0)
     return Plan(
         choice,
-        counts,
+        groups,
+        sources,
         [row["name"] for row in bins],
         starts,
         [row["rows"] for row in bins],
@@ -318,14 +268,14 @@ def _choose_in_file(table: pa.Table, choice: Choice, bin_rows: int) -> pa.Table:
     rows: list[tuple[Any, ...]] = []
     for start in range(0, len(ids), bin_rows):
         part = slice(start, start + bin_rows)
-        rows.append((name, None, None, len(ids[part]), int(tokens[part].sum()), keys[start], ids[start]))
+        rows.append((name, "stretch", "", len(ids[part]), int(tokens[part].sum()), keys[start], ids[start]))
     for group in np.unique(groups):
         (members,) = np.nonzero(groups == group)
         final = members[-1]
-        rows.append((name, str(group), None, len(members), int(tokens[members].sum()), keys[final], ids[final]))
+        rows.append((name, "group", str(group), len(members), int(tokens[members].sum()), keys[final], ids[final]))
     for source in np.unique(sources):
         members = sources == source
-        rows.append((name, None, str(source), int(members.sum()), int(tokens[members].sum()), None, None))
+        rows.append((name, "source", str(source), int(members.sum()), int(tokens[members].sum()), None, None))
     if not rows:
         return _CHOSEN.empty_table()
     return pa.table(dict(zip(_CHOSEN.names, map(list, zip(*rows, strict=True)), strict=True)), schema=_CHOSEN)
@@ -399,36 +349,26 @@ def _manifest(
         if row["what"] == _ELIGIBLE:
             pools[row["group"]] += row["rows"]
     counts = {"ranked": ranked.counts["ranked"], **dict(sorted(left_out.items())), "selected": num_selected}
+    repeats = {part.source: part.repeat for part in plan.choice.config.mixture}
+    none = Totals()
     details = {
         "cut": _cut_value(plan, written["selected"][-1]),
         "groups": [
             {
                 "group": group,
                 "eligible": pools[group],
-                "selected": plan.counts[f"rows in {group}"],
-                "tokens": plan.counts[f"tokens in {group}"],
+                "selected": plan.groups.get(group, none).rows,
+                "tokens": plan.groups.get(group, none).tokens,
             }
             for group in sorted(pools)
         ],
-        "sources": _by_source(plan),
+        "sources": [
+            {"source": name, **asdict(plan.sources[name]), "repeat": repeats.get(name, 1)}
+            for name in sorted(plan.sources)
+        ],
     }
     files = [entry for folder, entries in written.items() for entry in in_folder(folder, entries)]
     return Manifest("select", fingerprint, counts, files, details, seconds=seconds)
-
-
-def _by_source(plan: Plan) -> list[dict[str, Any]]:
-    """Rows and scored tokens by source, and with a mixture how often each row stands in it."""
-    repeats = {part.source: part.repeat for part in plan.choice.config.mixture}
-    names = sorted(name.removeprefix("rows of ") for name in plan.counts if name.startswith("rows of "))
-    return [
-        {
-            "source": name,
-            "rows": plan.counts[f"rows of {name}"],
-            "tokens": plan.counts[f"tokens of {name}"],
-            "repeat": repeats.get(name, 1),
-        }
-        for name in names
-    ]
 
 
 def _cut_value(plan: Plan, last: FileEntry) -> float | None:
