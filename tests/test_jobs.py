@@ -44,9 +44,19 @@ def test_help_shows_the_command_to_submit() -> None:
     assert "--select.top_fraction" in ended.stdout
 
 
-@pytest.mark.parametrize("argv", [["--no_such", "1"], ["--rows", "0"], ["--rows", "many"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["likelihood", "--no_such", "1"],
+        ["likelihood", "--rows", "0"],
+        ["likelihood", "--json", "/no/such/folder/result.json"],
+        ["ranking", "--rows", "many"],
+        ["ranking", "--fraction", "2"],
+        ["sorting"],
+    ],
+)
 def test_a_benchmark_tells_a_mistake_in_one_line(argv: list[str]) -> None:
-    ended = run_script("benchmark.py", "likelihood", *argv)
+    ended = run_script("benchmark.py", *argv)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -235,6 +237,46 @@ def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores
     killer.join()
     assert len(killed) == 1
     check(run, manifest, expected_ids(values, ids))
+
+
+RANK_ALONE = """
+import sys
+from functools import partial
+import ray
+from davir_ray.config import RankConfig, SelectConfig
+from davir_ray.stages import ranking, selection
+from davir_ray.storage import Location
+ray.init("local", num_cpus=int(sys.argv[2]), include_dashboard=False, logging_level="ERROR")
+ranking.cut_into_bins = partial(ranking.cut_into_bins, bin_rows=40)
+selection.BIN_ROWS = 15
+run = Location.of(sys.argv[1])
+ranking.rank(run, RankConfig())
+selection.select(run, RankConfig(), SelectConfig(top_fraction=0.4, drop_duplicates=True, balance=["length"]))
+"""
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_rows_in_the_same_files(make_scores: MakeScores) -> None:
+    draw = np.random.default_rng(8)
+    values, tokens = draw.integers(0, 9, ROWS) / 9, draw.integers(1, 600, ROWS)
+    hashes = draw.integers(0, ROWS, ROWS)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    found = []
+    for workers in (1, 3, 8):
+        run = make_scores(
+            values, example_id=ids_of(ROWS), num_shards=20, name=f"run-{workers}", num_response_tokens=tokens,
+            content_hash=hashes, source=["a"] * ROWS,
+        )  # fmt: skip
+        command = [sys.executable, "-c", RANK_ALONE, str(run), str(workers)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        places = [run / folder / name for folder in ("ranked", "selected") for name in (run / folder).names()]
+        found.append({f"{place}".removeprefix(str(run)): read_parquet(place) for place in places})
+    assert len(found[0]) > 10
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, table in found[0].items():
+            assert table.equals(other[name]), name
 
 
 def read_scores(run: Location, name: str) -> pa.Table:
