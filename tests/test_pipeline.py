@@ -160,7 +160,9 @@ def test_the_books_balance(finished: Path) -> None:
     assert prepared["prepared"] == scored["examples"] == sum(statuses.values())
     assert scored["scored"] == statuses["ok"]
     assert scored["examples"] == ranked["ranked"] + ranked["unranked"]
-    assert selected == {"ranked": ranked["ranked"], "selected": int(ranked["ranked"] * 29) // 100}
+    assert selected == {
+        "ranked": ranked["ranked"], "eligible": ranked["ranked"], "selected": int(ranked["ranked"] * 29) // 100
+    }  # fmt: skip
     for folder, count in {
         "scores": scored["examples"],
         "ranked": ranked["ranked"],
