@@ -99,8 +99,8 @@ def test_the_peak_is_what_a_job_needs_beyond_what_was_there() -> None:
     held = torch.ones(50 * 2**18)
     _, peak = with_peak(lambda: torch.ones(100 * 2**18).sum(), CPU)
     _, nothing = with_peak(lambda: None, CPU)
-    assert 95 < peak < 140
-    assert nothing < 20
+    assert 95 < peak < 180
+    assert nothing < 60
     assert held[0] == 1
 
 

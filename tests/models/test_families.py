@@ -123,6 +123,11 @@ def by_example(likelihood: Likelihood, examples: list[Example]) -> list[npt.NDAr
     return np.split(score(likelihood, examples), np.cumsum(Pack.of(examples).num_scored)[:-1])
 
 
+def assert_same(family: str, found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> None:
+    """To the bit, but for experts: other tokens change how many rows each one's product has."""
+    np.testing.assert_allclose(found, expected, rtol=1e-6 if family in EXPERTS else 0)
+
+
 def redrawn(example: Example) -> Example:
     """The same shape, every token another."""
     return (example[0] + 37) % VOCABULARY, example[1]
@@ -148,7 +153,7 @@ def test_neighbours_in_a_pack_change_no_bit_of_an_example(family: str) -> None:
     together = by_example(likelihood, examples)
     for at in range(len(examples)):
         others = [example if index == at else redrawn(example) for index, example in enumerate(examples)]
-        np.testing.assert_array_equal(by_example(likelihood, others)[at], together[at])
+        assert_same(family, by_example(likelihood, others)[at], together[at])
 
 
 @pytest.mark.parametrize("family", PACKABLE)
@@ -184,9 +189,7 @@ def test_no_token_loss_depends_on_a_later_token(family: str) -> None:
     ids, _ = draw_examples()[3]
     changed = np.concatenate([ids[:20], (ids[20:] + 37) % VOCABULARY])
     whole = (1, len(ids))
-    np.testing.assert_array_equal(
-        score(likelihood, [(ids, whole)])[: 20 - 1], score(likelihood, [(changed, whole)])[: 20 - 1]
-    )
+    assert_same(family, score(likelihood, [(ids, whole)])[: 20 - 1], score(likelihood, [(changed, whole)])[: 20 - 1])
 
 
 SWITCH = 16
