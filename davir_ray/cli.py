@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from davir_ray.config import SELECT_RULES, RunConfig
-from davir_ray.errors import ConfigError, UserError
+from davir_ray.errors import ConfigError, DavirError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,17 @@ def run_job(job: Callable[[RunConfig], None], description: str, argv: list[str] 
 
 
 def exit_status(job: Callable[[], None]) -> int:
-    """Run a job that has its settings already: 0, or 2 after one line that tells the user's mistake."""
+    """Run a job that has its settings already: 0, or 2 after one line that tells the user's mistake.
+
+    1 after one line where storage failed or a file is damaged; any other error is a defect, and shows its traceback.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("davir_ray").setLevel(logging.INFO)
     try:
         job()
-    except UserError as error:
+    except DavirError as error:
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}\n")
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 
@@ -68,7 +71,7 @@ def load(text: str) -> RunConfig:
 
 
 def _parser(description: str) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
     parser = ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

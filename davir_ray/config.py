@@ -5,6 +5,7 @@ section, never the whole.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
@@ -20,6 +21,13 @@ Precision = Literal["auto", "float32", "bfloat16", "float64"]
 def _check(condition: bool, field_name: str, value: object, need: str) -> None:
     if not condition:
         raise ConfigError(f"{field_name} is {value!r}; it must be {need}")
+
+
+def _check_no_secret(field_name: str, uri: str | None) -> None:
+    """Refuse credentials in a URI: it is written to config.yaml and to messages."""
+    if uri and re.match(r"\w+://[^/]*:[^/]*@", uri):
+        shown = re.sub(r"//.*@", "//…@", uri)
+        raise ConfigError(f"{field_name} is {shown!r}, with a password in it; give credentials by the environment")
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,15 @@ class Source:
 
     def __post_init__(self) -> None:
         _check(bool(self.name.strip()), "source name", self.name, "a non-empty name")
-        paths = [self.path] if isinstance(self.path, str) else self.path
-        _check(bool(paths) and all(p.strip() for p in paths), f"path of source {self.name!r}", self.path, "a path")
+        named = f"path of source {self.name!r}"
+        _check(bool(self.paths) and all(path.strip() for path in self.paths), named, self.path, "a path")
+        for path in self.paths:
+            _check_no_secret(named, path)
+
+    @property
+    def paths(self) -> list[str]:
+        """The path, or the list of them."""
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 @dataclass(frozen=True)
@@ -278,6 +293,21 @@ def _check_rules(where: str, config: Part | SelectConfig) -> None:
 
 
 @dataclass(frozen=True)
+class EstimateConfig:
+    """What --dry_run reckons with; a run does not depend on it."""
+
+    device_tflops: float | None = None
+    """TFLOP/s that one device sustains. None: a share of the peak of the cluster's GPUs, or of a measured CPU's."""
+    price_per_device_hour: float | None = None
+    """Price of a device for an hour, in your currency. None: no cost is told."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_tflops", "price_per_device_hour"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"estimate.{name}", value, "above 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Score instruction data by DavIR and select the best part of it."""
 
@@ -322,6 +352,8 @@ class RunConfig:
     """The order of the ranking."""
     select: SelectConfig = SelectConfig()
     """Where the ranking is cut."""
+    estimate: EstimateConfig = EstimateConfig()
+    """What --dry_run reckons with."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
@@ -334,6 +366,12 @@ class RunConfig:
         if self.select.min_score is not None and self.rank.order == "random":
             raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
         self._check_most()
+        places = {"output": self.output, "base": self.base, "reference": self.reference}
+        places |= {"chat_template": self.chat_template, "score.base_cache": self.score.base_cache}
+        for name, uri in places.items():
+            _check_no_secret(name, uri)
+        for path in [self.data] if isinstance(self.data, str) else self.data or []:
+            _check_no_secret("data", path)
         self._check_source_names()
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")

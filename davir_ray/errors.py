@@ -8,6 +8,8 @@
     │   ├── OutputError      the output holds another run, or cannot be written
     │   ├── ClusterError     the cluster does not have what the settings ask for
     │   └── TrainingError    the fine-tune diverged
+    ├── ProgressError        nothing has finished for so long that the run counts as stuck: exit status 1
+    ├── StorageError         disk or network failed during a run, which the same command continues: exit status 1
     └── IntegrityError       our books do not balance, or a committed file is damaged: exit status 1
 
 Each message says what is wrong, the value seen and what to change. The classes take one string, so that they survive
@@ -45,6 +47,14 @@ class ClusterError(UserError):
 
 class TrainingError(UserError):
     """The fine-tune diverged: its loss is not finite."""
+
+
+class ProgressError(DavirError):
+    """Nothing has finished for so long that the run counts as stuck."""
+
+
+class StorageError(DavirError):
+    """Disk or network failed during a run; the same command goes on where it stopped."""
 
 
 class IntegrityError(DavirError):

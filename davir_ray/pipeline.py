@@ -3,15 +3,25 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from davir_ray.access import check_readable, probe_output, storage_errors, translated
+from davir_ray.benchmarks.measure import gemm_flops
 from davir_ray.cli import dump, load
-from davir_ray.config import RunConfig
+from davir_ray.config import EstimateConfig, RunConfig
 from davir_ray.data.render import ChatTemplate
-from davir_ray.errors import ConfigError, ModelError, OutputError
+from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
+from davir_ray.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, estimate, told
+from davir_ray.lease import Lease
+from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
-from davir_ray.stages.cluster import SUBMITTED_JOB, connect, num_nodes
+from davir_ray.models.size import ModelSize
+from davir_ray.stages.cluster import SUBMITTED_JOB, accelerators, connect, has_gpu, num_nodes
 from davir_ray.stages.prepare import Preparation, prepare, preview, scoring_spec
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
@@ -19,7 +29,8 @@ from davir_ray.stages.resume import CONFIG_FILE, check_claim, claim, remember, r
 from davir_ray.stages.scoring import plan_pool, score
 from davir_ray.stages.selection import check_count, select
 from davir_ray.stages.training import finetune
-from davir_ray.storage import Location, Manifest, differences, translated
+from davir_ray.stages.verification import Verification, verify
+from davir_ray.storage import Location, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +40,15 @@ def run_all(config: RunConfig) -> Location:
     config.require("output", "base", "data", "select")
     run, base, preparation = _check(config)
     reference = _outside_reference(config, preparation)
-    _start(run, config)
-    prepared = _prepare(run, config, preparation)
-    check_count(config.select, prepared.counts["prepared"], "prepared")
-    if reference is None:
-        spec = scoring_spec(preparation, config.all_sources())
-        finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
-        reference = Checkpoint.find(str(run / "reference"))
-    score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
-    _rank_and_report(run, config)
+    with _writing(run, config):
+        prepared = _prepare(run, config, preparation)
+        check_count(config.select, prepared.counts["prepared"], "prepared")
+        if reference is None:
+            spec = scoring_spec(preparation, config.all_sources())
+            finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
+            reference = Checkpoint.find(str(run / "reference"))
+        score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
+        _rank_and_report(run, config)
     return run
 
 
@@ -45,9 +56,10 @@ def finetune_only(config: RunConfig) -> Location:
     """Prepare and fine-tune; returns where the reference is."""
     config.require("output", "base", "data")
     run, base, preparation = _check(config)
-    _start(run, config)
-    _prepare(run, config, preparation)
-    finetune(run, base, config.finetune, scoring_spec(preparation, config.all_sources()), overwrite=config.overwrite)
+    with _writing(run, config):
+        _prepare(run, config, preparation)
+        spec = scoring_spec(preparation, config.all_sources())
+        finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
     return run / "reference"
 
 
@@ -55,26 +67,68 @@ def rank_only(config: RunConfig) -> Location:
     """Rank and select again from the scores of a finished run; only output, rank and select are used."""
     config.require("output", "select")
     run = _output(config)
-    check_count(config.select, require(run, "score").counts["scored"], "scored")
-    config = dataclasses.replace(
-        load((run / CONFIG_FILE).read_bytes().decode()), rank=config.rank, select=config.select
-    )
-    _connect(run, config)
-    _rank_and_report(run, config)
+    probe_output(run)
+    with storage_errors(run):
+        check_count(config.select, require(run, "score").counts["scored"], "scored")
+        config = dataclasses.replace(_remembered(run), rank=config.rank, select=config.select)
+    with _writing(run, config):
+        _rank_and_report(run, config)
     return run
 
 
 def dry_run(config: RunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
     config.require("output", "base", "data", "select")
-    run, _, preparation = _check(config)
+    run, base, preparation = _check(config)
     reference = _outside_reference(config, preparation)
-    lines = preview(config.all_sources(), preparation)
+    lines, data = preview(config.all_sources(), preparation)
     _connect(run, config)
     check_claim(run)
-    lines.append(f"cluster: room for {plan_pool(config.score)} scoring actors")
+    num_actors = plan_pool(config.score)
+    found = estimate(ModelSize.of(base), data, config.prepare.shard_rows, None if reference else config.finetune)
+    lines += told(found, *_device_rate(config.estimate), num_actors, config.estimate.price_per_device_hour)
+    lines.append(f"cluster: room for {num_actors} scoring actors")
     lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
     return lines
+
+
+def _device_rate(config: EstimateConfig) -> tuple[float, str]:
+    """TFLOP/s that one device is reckoned to sustain, and where the number comes from."""
+    if config.device_tflops is not None:
+        return config.device_tflops, "as given"
+    names = accelerators()
+    known = [name for name in names if name in PEAK_TFLOPS]
+    if known:
+        slowest = min(known, key=lambda name: PEAK_TFLOPS[name])
+        return GPU_SHARE * PEAK_TFLOPS[slowest], f"assumed {GPU_SHARE:.0%} of the peak of {slowest}"
+    if has_gpu():
+        raise ConfigError(
+            f"the rate of the cluster's GPUs ({', '.join(names) or 'unnamed'}) is not known; "
+            "give --estimate.device_tflops, what one sustains"
+        )
+    of_a_thread = gemm_flops(torch.float32, torch.device("cpu")) / 1e12  # of CPU time, so of one thread
+    return CPU_SHARE * of_a_thread, f"{CPU_SHARE:.0%} of a matrix product here; a device is one CPU thread"
+
+
+def verify_only(output: str, num_rows: int, seed: int) -> Verification:
+    """Check the files of a finished run, and score random rows again one at a time."""
+    run = _output(RunConfig(output=output))
+    check_readable([(str(run), OutputError)])
+    with storage_errors(run):
+        require(run, "score")
+        config = _remembered(run)
+        base = Checkpoint.find(config.base or "", config.trust_remote_code)
+        reference = Checkpoint.find(config.reference or str(run / "reference"), config.trust_remote_code)
+        _connect(run, config)
+        return verify(run, base, reference, num_rows, seed)
+
+
+def _remembered(run: Location) -> RunConfig:
+    """The configuration of the run's last command."""
+    try:
+        return load((run / CONFIG_FILE).read_bytes().decode())
+    except FileNotFoundError as error:
+        raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
 
 
 def _rank_and_report(run: Location, config: RunConfig) -> None:
@@ -96,6 +150,7 @@ def _tokenizer(config: RunConfig) -> Any:
 def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
     """What can be wrong with the settings is found here, before Ray starts or a weight is loaded."""
     run = _output(config)
+    _check_access(run, config)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
     if base.is_adapter:
         raise ModelError(f"{config.base} is an adapter; give the model it was trained on as the base")
@@ -109,6 +164,16 @@ def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
     if any(source.format == "messages" for source in config.all_sources()):
         ChatTemplate.from_tokenizer(base.tokenizer(), template)
     return run, base, preparation
+
+
+def _check_access(run: Location, config: RunConfig) -> None:
+    """Use the output and list the inputs, before anything that takes time."""
+    paths = [path for source in config.all_sources() for path in source.paths]
+    inputs: list[tuple[str, type[UserError]]] = [(path, DataError) for path in paths]
+    inputs += [(model, ModelError) for model in (config.base, config.reference) if model]
+    inputs += [(place, ConfigError) for place in (config.chat_template, config.score.base_cache) if place]
+    probe_output(run)
+    check_readable(inputs)
 
 
 def _output(config: RunConfig) -> Location:
@@ -144,10 +209,15 @@ def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoin
     return reference
 
 
-def _start(run: Location, config: RunConfig) -> None:
-    """Connect to Ray and make the output ours."""
+@contextmanager
+def _writing(run: Location, config: RunConfig) -> Iterator[None]:
+    """Connect to Ray and hold the output, alone, with what dead attempts left behind cleared away."""
     _connect(run, config)
-    claim(run, dump(config))
+    check_claim(run)
+    with Lease(run), storage_errors(run):
+        claim(run, dump(config))
+        remove_leftovers(run)
+        yield
 
 
 def _connect(run: Location, config: RunConfig) -> None:

@@ -1,39 +1,35 @@
-"""Files of a run, local or in object storage: locations, atomic writes, Parquet with checksums, manifests.
+"""Files, local or in object storage: locations, atomic writes, Parquet with checksums.
 
 A reader never sees a torn file under its final name: locally a file is written beside its place and renamed, in object
-storage it is one PUT. A stage is complete when its manifest is there, and the manifest is written last.
+storage it is one PUT, or an upload in parts that appears when it is complete.
 """
 
 import hashlib
 import json
 import logging
 import os
-import platform
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from davir_ray.errors import IntegrityError, OutputError, UserError
-
-try:
-    from botocore.exceptions import BotoCoreError, ClientError
-except ModuleNotFoundError:  # the kernel alone, on a machine without s3fs
-    _LOCATION_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, ImportError)
-else:
-    _LOCATION_ERRORS = (OSError, ValueError, ImportError, BotoCoreError, ClientError)
+from davir_ray.errors import IntegrityError
 
 log = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 TEMPORARY = ".partial-"
 """Prefix of files still being written: readers skip it, and a restarted stage removes what a dead attempt left."""
@@ -41,7 +37,28 @@ TEMPORARY = ".partial-"
 FINGERPRINT_KEY = b"davir_ray.fingerprint"
 """Parquet metadata key of the fingerprint under which a file was written: how a resumed stage knows its own files."""
 
-_PACKAGES = ("davir_ray", "ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+_S3 = ("s3://", "s3a://")
+_S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 6}}}
+"""Exponential backoff of up to 20 s where a store throttles. s3fs tries five times in addition, but knows a throttled
+HEAD, which has no body, by no name. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS come first where they are set."""
+
+_THREADS = 32
+"""Requests at a time where many files are looked at: they wait for the store, not for this process."""
+
+
+def file_system(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URI, and the path in it. Only S3's patience with a throttling store is ours."""
+    own = uri.startswith(_S3) and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys()
+    fs, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if own else {}))
+    return fs, str(path)
+
+
+class Stored(NamedTuple):
+    """What a listing tells of a file: bytes, and a mark that changes when the file is written again."""
+
+    bytes: int
+    mark: str | None
+    """The store's etag, else the time of the last change; None where a file system has neither."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ class Location:
     @classmethod
     def of(cls, uri: str | os.PathLike[str]) -> Self:
         """The location of a local path or a URI such as s3://bucket/key; credentials come from the default chain."""
-        fs, path = fsspec.core.url_to_fs(os.fspath(uri))
+        fs, path = file_system(os.fspath(uri))
         return cls(fs, path.rstrip("/") or "/")
 
     def __truediv__(self, name: str) -> "Location":
@@ -69,6 +86,11 @@ class Location:
         return posixpath.basename(self.path)
 
     @property
+    def parent(self) -> "Location":
+        """The folder that this is in."""
+        return Location(self.fs, posixpath.dirname(self.path))
+
+    @property
     def is_local(self) -> bool:
         """Whether this is a path of this machine's own file system."""
         return isinstance(self.fs, LocalFileSystem)
@@ -80,17 +102,17 @@ class Location:
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the finished files directly in this folder; empty if there is no folder."""
-        return [name for name in self.sizes() if name.endswith(suffix)]
+        return [name for name in self.listed() if name.endswith(suffix)]
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each finished file directly in this folder, by name, from one listing; empty if there is none."""
+    def listed(self) -> dict[str, Stored]:
+        """The finished files directly in this folder, by name, from one listing; empty if there is no folder."""
         self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.path, detail=True)
+            infos = {posixpath.basename(info["name"]): info for info in self.fs.ls(self.path, detail=True)}
         except FileNotFoundError:
             return {}
-        sizes = {posixpath.basename(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
-        return {name: sizes[name] for name in sorted(sizes) if not name.startswith(TEMPORARY)}
+        files = {name: info for name, info in infos.items() if info["type"] == "file"}
+        return {name: _stored(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
 
     def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError if it is not there."""
@@ -110,6 +132,25 @@ class Location:
             os.fsync(file.fileno())
         partial.replace(target)
 
+    def create(self, content: bytes) -> bool:
+        """Write the whole file unless there is one; whether it was written. One of several writers succeeds."""
+        try:
+            if self.is_local:
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "xb") as file:
+                    file.write(content)
+            else:
+                self.fs.pipe_file(self.path, content, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # s3fs knows the refusal of some stores by its number only (RADOS Gateway 16).
+            if self.is_local or not self.exists():
+                raise
+            log.debug("%s is there already: %s", self, error)
+            return False
+        return True
+
     def write_text(self, text: str) -> None:
         """`write_bytes` of UTF-8."""
         self.write_bytes(text.encode())
@@ -119,18 +160,30 @@ class Location:
         if self.exists():
             self.fs.rm(self.path, recursive=True)
 
-    def put_folder(self, local: Path) -> None:
-        """Replace this folder by the files of a local folder; a local target is filled beside its place and renamed."""
+    def put_folder(self, local: Path, last: Collection[str] = ()) -> list["FileEntry"]:
+        """Replace this folder by the files of a local folder; returns what was written.
+
+        A local target is filled beside its place and renamed. In object storage the files named in `last` follow the
+        others, so that a reader who needs one of them never takes half a folder for a whole one.
+        """
+        files = sorted(path for path in local.rglob("*") if path.is_file())
+        entries = [_entry_of(file, file.relative_to(local).as_posix()) for file in files]
         if self.is_local:
             target = Path(self.path)
             partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
             shutil.copytree(local, partial)
             self.remove()
             partial.replace(target)
-            return
+            return entries
         self.remove()
-        for file in sorted(path for path in local.rglob("*") if path.is_file()):
-            self.fs.put_file(str(file), (self / file.relative_to(local).as_posix()).path)
+        for entry in sorted(entries, key=lambda entry: entry.name in last):
+            self.fs.put_file(str(local / entry.name), (self / entry.name).path)
+        return entries
+
+
+def _stored(info: Mapping[str, Any]) -> Stored:
+    mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
+    return Stored(int(info["size"]), None if mark is None else str(mark).strip('"'))
 
 
 @dataclass(frozen=True)
@@ -141,31 +194,56 @@ class FileEntry:
     rows: int
     bytes: int
     sha256: str
+    mark: str | None = field(default=None, compare=False)
+    """The file's mark (see Stored) when its stage was committed; says nothing of the content, and is not compared."""
+
+
+def _entry_of(file: Path, name: str) -> FileEntry:
+    return FileEntry(name, 0, file.stat().st_size, file_digest(Location.of(file)))
 
 
 def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes] | None = None) -> FileEntry:
     """Write a table as one Parquet file, atomically, with `extra` added to its schema metadata."""
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(extra or {})})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     content = sink.getvalue().to_pybytes()
     place.write_bytes(content)
     return FileEntry(place.name, table.num_rows, len(content), hashlib.sha256(content).hexdigest())
 
 
 def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, only the named columns of it."""
-    with place.fs.open(place.path, "rb") as file:
-        return pq.ParquetFile(file).read(columns=columns)
+    """Read one Parquet file, only the named columns of it. IntegrityError if what is read was damaged."""
+    with place.fs.open(place.path, "rb") as file, _sound(place):
+        table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+        if columns is not None and set(table.column_names) != set(columns):
+            raise pa.ArrowInvalid(f"its columns are {table.column_names}")
+        return table
 
 
-def describe_parquet(place: Location) -> tuple[FileEntry, str | None]:
-    """The entry of a file that an earlier attempt committed, and the fingerprint it was written under."""
+def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
+    """A file that an earlier attempt committed: its entry and all of it. IntegrityError if its data were damaged.
+
+    Page checksums leave out the footer's statistics and metadata: who keeps something there seals it.
+    """
     content = place.read_bytes()
-    footer = pq.ParquetFile(pa.BufferReader(content))
-    fingerprint = (footer.schema_arrow.metadata or {}).get(FINGERPRINT_KEY)
-    entry = FileEntry(place.name, footer.metadata.num_rows, len(content), hashlib.sha256(content).hexdigest())
-    return entry, fingerprint.decode() if fingerprint else None
+    with _sound(place):
+        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+    return FileEntry(place.name, table.num_rows, len(content), hashlib.sha256(content).hexdigest()), table
+
+
+@contextmanager
+def _sound(place: Location) -> Iterator[None]:
+    """Tell damaged content from storage that fails: Arrow's errors have no number, a file system's have one."""
+    try:
+        yield
+    except MemoryError:  # Arrow's is one of its own errors, too
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise IntegrityError(f"{place} is damaged ({reason}); delete it and its stage's manifest to redo it") from error
 
 
 def digest(value: Any) -> str:
@@ -176,120 +254,50 @@ def digest(value: Any) -> str:
 def file_digest(place: Location) -> str:
     """What changes when a file's content does: SHA-256 of a local file, the store's etag of a remote one."""
     if place.is_local:
-        with Path(place.path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    info = place.fs.info(place.path)
-    mark = info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("LastModified")
-    if mark is None:
-        return hashlib.sha256(place.read_bytes()).hexdigest()
-    return f"{info['size']}-{str(mark).strip(chr(34))}"
+        stat = Path(place.path).stat()
+        return _local_digest(place.path, stat.st_size, stat.st_mtime_ns)
+    num_bytes, mark = _stored(place.fs.info(place.path))
+    return content_digest(place) if mark is None else f"{num_bytes}-{mark}"
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a complete stage wrote and what its content depends on."""
-
-    stage: str
-    fingerprint: dict[str, Any]
-    """Everything the content depends on, by name: compared on the next run, and named where it differs."""
-    counts: dict[str, int]
-    files: list[FileEntry]
-    details: dict[str, Any] = field(default_factory=dict)
-    """What a reader may want to know and nothing depends on: numerics, timings, curves."""
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
-    seconds: float = 0.0
-
-    def files_in(self, folder: str) -> list[FileEntry]:
-        """The stage's files in one of its folders, their names without it."""
-        start = f"{folder}/"
-        return [replace(entry, name=entry.name[len(start) :]) for entry in self.files if entry.name.startswith(start)]
-
-    @property
-    def content(self) -> str:
-        """Digest of the files' content: what a following stage depends on."""
-        return digest([(entry.name, entry.sha256) for entry in self.files])
-
-    def write(self, run: Location) -> None:
-        """Commit the stage: write manifests/<stage>.json, with a checksum of itself."""
-        body = json.loads(json.dumps(asdict(self)))
-        text = json.dumps({**body, "checksum": digest(body)}, indent=1, ensure_ascii=False)
-        _manifest_place(run, self.stage).write_text(text + "\n")
-
-    @classmethod
-    def read(cls, run: Location, stage: str) -> Self | None:
-        """The manifest of a complete stage, else None. IntegrityError if the file was damaged."""
-        place = _manifest_place(run, stage)
-        try:
-            text = place.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
-            body = json.loads(text)
-            checksum = body.pop("checksum")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{place} is not a whole manifest ({error}); delete it to redo the stage") from error
-        if digest(body) != checksum:
-            raise IntegrityError(f"{place} does not match its own checksum; delete it to redo the stage {stage}")
-        return cls(**{**body, "files": [FileEntry(**entry) for entry in body["files"]]})
+@lru_cache(maxsize=4096)
+def _local_digest(path: str, num_bytes: int, mtime_ns: int) -> str:
+    """SHA-256 of a local file, computed again only where size or time of change differ."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_place(run: Location, stage: str) -> Location:
-    return run / "manifests" / f"{stage}.json"
+def content_digest(place: Location) -> str:
+    """SHA-256 of a file's content, read now."""
+    with place.fs.open(place.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Readable lines naming what differs between two fingerprints: 'name: old → new'."""
-    lines = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            lines.append(f"{prefix}{name}: {_shorten(before)} → {_shorten(after)}")
-    return lines
-
-
-def _shorten(value: Any, most: int = 60) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def committed_files(folder: Location, fingerprint: str) -> list[FileEntry]:
-    """Parquet files in a stage's folder from earlier attempts under the same fingerprint.
-
-    OutputError if one of them was written under another fingerprint: the stage was left unfinished with other settings.
-    """
-    entries = []
-    for name in folder.names(".parquet"):
-        entry, written_under = describe_parquet(folder / name)
-        if written_under != fingerprint:
-            raise OutputError(
-                f"{folder / name} was left by an unfinished run with other settings or inputs; "
-                "add --overwrite to redo this stage, or choose another --output"
-            )
-        entries.append(entry)
-    return entries
+def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """`work` done to every item in threads, the results in order: for requests to a store."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))
 
 
 def remove_leftovers(folder: Location) -> None:
-    """Delete files that a dead attempt left unfinished in a local folder; object storage has none."""
-    if not folder.is_local or not Path(folder.path).is_dir():
-        return
-    for path in Path(folder.path).glob(f"{TEMPORARY}*"):
-        log.info("removing %s, left by an attempt that died", path)
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Delete what dead attempts left unfinished in a folder and below it: nobody else may be writing there.
 
-
-@contextmanager
-def translated(uri: object, error_class: type[UserError]) -> Iterator[None]:
-    """Turn what a file system raises about a path that the user gave into one line of ours."""
-    try:
-        yield
-    except _LOCATION_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise error_class(
-            f"{uri} cannot be used ({type(error).__name__}: {reason[:300]}); check path and access"
-        ) from error
+    Of object storage, parts of uploads that were never completed: no listing of objects shows them, every bill does.
+    """
+    if folder.is_local:
+        for path in sorted(Path(folder.path).rglob(f"{TEMPORARY}*")):
+            log.info("removing %s, left by an attempt that died", path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif "s3" in folder.fs.protocol:
+        bucket, _, prefix = folder.path.partition("/")
+        try:
+            found = folder.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+            for upload in found.get("Uploads", []):
+                log.info("removing parts of %s, left by an upload that died", upload["Key"])
+                upload_id = upload["UploadId"]
+                folder.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload_id)
+        except OSError as error:  # a permission of its own, which no run needs
+            log.warning("%s: parts of uploads that died, if there are any, stay: %s", folder, error)
 
 
 def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:
@@ -300,14 +308,3 @@ def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:
 def total_rows(entries: Iterable[FileEntry]) -> int:
     """Rows of all files."""
     return sum(entry.rows for entry in entries)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter; recorded in manifests, never compared."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions

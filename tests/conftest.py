@@ -25,6 +25,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import ray
 
     ray.init(
+        "local",
         num_cpus=NUM_CPUS,
         include_dashboard=False,
         object_store_memory=200 * 2**20,

@@ -14,17 +14,21 @@ PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {"storage", "schema", "config", "errors"}
+GROUND = {"storage", "access", "lease", "manifest", "schema", "config", "errors"}
 ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
     "config": {"errors"},
     "storage": {"errors"},
+    "access": {"errors", "storage"},
+    "lease": {"errors", "storage", "access"},
+    "manifest": {"errors", "storage"},
     "formulas": set(),
     "data": GROUND,
     "models": GROUND | {"data", "formulas"},
     "report": GROUND | {"formulas", "data"},
-    "stages": GROUND | {"data", "formulas", "models", "report"},
+    "estimate": GROUND | {"models"},
+    "stages": GROUND | {"data", "formulas", "models", "report", "estimate"},
     "cli": {"config", "errors"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from davir_ray import schema
 from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfig, ScoreConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
-from davir_ray.pipeline import dry_run, rank_only, run_all
-from davir_ray.storage import Location, Manifest, differences
+from davir_ray.manifest import Manifest, differences
+from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
+from davir_ray.storage import Location, read_parquet, write_parquet
 
 LIMIT = 150
 MAX_TOKENS = 320
@@ -260,6 +262,14 @@ def test_the_reference_says_how_its_text_was_encoded(finished: Path) -> None:
 # --- again -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_only_an_unfinished_stage_needs_is_cleared_away(copied: RunConfig) -> None:
+    for name in ("prepare_tasks/0123/00000.json", "checkpoints/0123/checkpoint_1/training_state.pt"):
+        (Location.of(str(copied.output)) / name).write_text("left by a driver that died")
+    run_all(copied)
+    assert not (Location.of(str(copied.output)) / "prepare_tasks").exists()
+    assert not (Location.of(str(copied.output)) / "checkpoints").exists()
+
+
 def test_a_second_run_skips_everything(copied: RunConfig) -> None:
     before = snapshot(copied.output, *TABLES, "reference")
     manifests = {stage: snapshot(copied.output, "manifests")[f"manifests/{stage}.json"] for stage in STAGES}
@@ -290,6 +300,7 @@ CHANGES: dict[str, Callable[[RunConfig], RunConfig]] = {
     "sources": lambda config: replace(config, sources=config.sources[:1]),
     "keep_record": lambda config: replace(config, keep_record=False),
     "learning_rate": lambda config: replace(config, finetune=replace(config.finetune, learning_rate=5e-4)),
+    "precision": lambda config: replace(config, score=replace(config.score, precision="float64")),
     "num_threads": lambda config: replace(config, score=replace(config.score, num_cpus=2)),
     "keep_token_nll": lambda config: replace(config, keep_token_nll="all"),
 }
@@ -307,6 +318,15 @@ def test_other_settings_are_refused_by_name_and_change_nothing(copied: RunConfig
 def test_another_base_is_refused(copied: RunConfig, reference_folder: Path) -> None:
     with pytest.raises(OutputError, match=r"base\.model\.safetensors"):
         run_all(replace(copied, base=str(reference_folder)))
+
+
+def test_a_tokenizer_that_encodes_otherwise_is_refused(copied: RunConfig, base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    tokenizer = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(OutputError, match=r"prepare differs in encoding\.tokenizer.*--overwrite.*another --output"):
+        run_all(replace(copied, base=str(tmp_path / "base")))
 
 
 def test_changed_source_files_are_refused(finished: Path, config: RunConfig, copied: RunConfig, tmp_path: Path) -> None:
@@ -339,7 +359,7 @@ def test_an_unfinished_score_stage_of_other_settings_is_refused(copied: RunConfi
     Path(str(copied.output), "manifests/score.json").unlink()
     files_of(copied.output, "scores")[0].unlink()
     other = replace(copied, keep_token_nll="none")
-    with pytest.raises(OutputError, match="unfinished run with other settings"):
+    with pytest.raises(OutputError, match=r"unfinished run with other settings.*settings.keep_token_nll"):
         run_all(other)
     run_all(replace(other, overwrite=True))
     assert len(read_folder(copied.output, "scores")) == 2 * LIMIT
@@ -351,6 +371,64 @@ def test_a_lost_file_of_a_complete_stage_is_named(copied: RunConfig, folder: str
     lost.unlink()
     with pytest.raises(OutputError, match=f"{folder}/{lost.name}"):
         run_all(copied)
+
+
+@pytest.mark.parametrize("folder", ["examples", "scores", "ranked", "selected", "reference"])
+@pytest.mark.parametrize("keeps_its_time", [True, False])
+def test_verify_finds_a_flipped_bit_anywhere(copied: RunConfig, folder: str, keeps_its_time: bool) -> None:
+    file = max(Path(str(copied.output), folder).iterdir(), key=lambda path: path.stat().st_size)
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+    if keeps_its_time:
+        os.utime(file, ns=times)
+    with pytest.raises(IntegrityError, match=f"{folder}/{file.name}: sha256"):
+        verify_only(str(copied.output), 10, 0)
+
+
+@pytest.mark.parametrize("folder", ["examples", "scores", "reference"])
+def test_a_changed_file_of_a_complete_stage_is_named(copied: RunConfig, folder: str) -> None:
+    file = max(Path(str(copied.output), folder).iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+    with pytest.raises(OutputError, match=f"{folder}/{file.name}: sha256.*--overwrite"):
+        run_all(copied)
+
+
+def test_verify_scores_again_and_agrees(copied: RunConfig) -> None:
+    found = verify_only(str(copied.output), 50, 0)
+    assert found.num_rows == 50
+    assert found.largest_nll_difference < 1e-4
+    assert found.rank_correlation > 0.999
+    assert found.overlap == 1
+    stages = [manifest(copied.output, stage) for stage in STAGES]
+    assert found.num_files == sum(len(stage.files) for stage in stages)
+
+
+def test_verify_finds_a_score_that_the_models_do_not_give(copied: RunConfig) -> None:
+    """Of a row whose losses were written by a faulty kernel, checksums and all."""
+    (name, *_) = [path.name for path in files_of(copied.output, "scores")]
+    place = Location.of(str(copied.output)) / "scores" / name
+    table = read_parquet(place)
+    wrong = pa.array([value + 5 for value in table["base_nll"].to_pylist()])
+    table = table.set_column(table.schema.get_field_index("base_nll"), "base_nll", wrong)
+    entry = write_parquet(place, table)
+    scored = manifest(copied.output, "score")
+    files = [replace(entry, name=f"scores/{name}") if file.name.endswith(name) else file for file in scored.files]
+    replace(scored, files=files).commit(Location.of(str(copied.output)))
+    with pytest.raises(IntegrityError, match=r"stored losses of example \d+ differ by [\d.]+ nats a token"):
+        verify_only(str(copied.output), 300, 0)
+
+
+def test_verify_refuses_another_base(copied: RunConfig, base_folder: Path, tmp_path: Path) -> None:
+    config = Path(str(copied.output), "config.yaml")
+    shutil.copytree(base_folder, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text((base_folder / "config.json").read_text() + " ")
+    config.write_text(config.read_text().replace(str(base_folder), str(tmp_path / "other")))
+    with pytest.raises(OutputError, match=r"other is not the base that the run was scored with \(config\.json"):
+        verify_only(str(copied.output), 10, 0)
 
 
 def test_a_flipped_byte_in_a_manifest_is_found(copied: RunConfig) -> None:

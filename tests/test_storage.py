@@ -1,33 +1,30 @@
 """Files of a run: whole or not there, identified by their content, and the same in memory as on a disk."""
 
+import errno
 import hashlib
 import itertools
-import json
 import pickle
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from davir_ray.errors import IntegrityError, OutputError
+from davir_ray.errors import IntegrityError
 from davir_ray.storage import (
     FINGERPRINT_KEY,
     TEMPORARY,
     FileEntry,
     Location,
-    Manifest,
-    committed_files,
-    describe_parquet,
-    differences,
+    committed_parquet,
     digest,
     file_digest,
     read_parquet,
     remove_leftovers,
-    total_rows,
     write_parquet,
 )
 
@@ -49,18 +46,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
 @pytest.fixture
 def local(tmp_path: Path) -> Location:
     return Location.of(tmp_path / "run")
-
-
-def manifest(**changes: Any) -> Manifest:
-    values: dict[str, Any] = {
-        "stage": "score",
-        "fingerprint": {"base": {"sha": "ä"}, "settings": [1, 2.5, None]},
-        "counts": {"rows": 3},
-        "files": [FileEntry("a.parquet", 3, 100, "aa"), FileEntry("b.parquet", 4, 200, "bb")],
-        "details": {"curve": [[1, 0.5]]},
-        "seconds": 1.5,
-    }
-    return Manifest(**(values | changes))
 
 
 # --- locations -------------------------------------------------------------------------------------------------------
@@ -145,16 +130,41 @@ def test_a_crash_leaves_the_file_that_was_there(local: Location, request: pytest
     assert (local / "a").read_bytes() == b"old"
 
 
-def test_leftovers_are_removed_and_finished_files_are_not(place: Location) -> None:
+def test_leftovers_are_removed_wherever_they_are_and_finished_files_are_not(place: Location) -> None:
     remove_leftovers(place)
     (place / "a.parquet").write_bytes(b"x")
+    (place / "below" / "b.parquet").write_bytes(b"x")
     if place.is_local:
         (Path(place.path) / f"{TEMPORARY}file").write_bytes(b"x")
-        (Path(place.path) / f"{TEMPORARY}folder" / "below").mkdir(parents=True)
+        (Path(place.path) / "below" / f"{TEMPORARY}folder" / f"{TEMPORARY}more").mkdir(parents=True)
     remove_leftovers(place)
     assert place.names() == ["a.parquet"]
     if place.is_local:
-        assert [path.name for path in Path(place.path).iterdir()] == ["a.parquet"]
+        files = sorted(path.name for path in Path(place.path).rglob("*"))
+        assert files == ["a.parquet", "b.parquet", "below"]
+
+
+def test_only_one_of_many_creates_a_file(place: Location) -> None:
+    place.fs.makedirs(place.path, exist_ok=True)
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda i: (place / "lease").create(b"%d" % i), range(8)))
+    assert sum(written) == 1
+    assert (place / "lease").read_bytes() == b"%d" % written.index(True)
+
+
+def test_what_makes_a_folder_whole_is_put_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a", "config.json", "z"):
+        (source / name).write_text(name)
+    place = Location.of(f"memory://storage-test-{next(_NUMBERS)}")
+    order = []
+    put_file = place.fs.put_file
+    monkeypatch.setattr(place.fs, "put_file", lambda a, b: order.append(a) or put_file(a, b), raising=False)
+    entries = place.put_folder(source, last=["config.json"])
+    assert [Path(path).name for path in order] == ["a", "z", "config.json"]
+    digests = {entry.name: entry.sha256 for entry in entries}
+    assert digests == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a", "config.json", "z")}
 
 
 def test_putting_a_folder_replaces_the_one_that_was_there(place: Location, tmp_path: Path) -> None:
@@ -187,7 +197,10 @@ def test_a_table_comes_back_with_its_entry_and_fingerprint(place: Location) -> N
     assert read_parquet(place / "a.parquet", ["b"]).column_names == ["b"]
     content = (place / "a.parquet").read_bytes()
     assert entry == FileEntry("a.parquet", 3, len(content), hashlib.sha256(content).hexdigest())
-    assert describe_parquet(place / "a.parquet") == (entry, "mark")
+    again, table = committed_parquet(place / "a.parquet")
+    assert again == entry
+    assert table.equals(TABLE)
+    assert table.schema.metadata[FINGERPRINT_KEY] == b"mark"
 
 
 def test_a_table_keeps_the_metadata_it_had(place: Location) -> None:
@@ -200,93 +213,62 @@ def test_the_same_table_gives_the_same_bytes(place: Location) -> None:
     assert first.sha256 == second.sha256
 
 
-def test_committed_files_are_those_of_the_same_fingerprint(place: Location) -> None:
-    assert committed_files(place, "mark") == []
-    entries = [write_parquet(place / f"{name}.parquet", TABLE, {FINGERPRINT_KEY: b"mark"}) for name in "ab"]
-    assert committed_files(place, "mark") == entries
-    assert total_rows(entries) == 6
+def test_a_flipped_bit_or_a_cut_is_found_or_changes_nothing_that_is_read(local: Location) -> None:
+    """Wherever it strikes: in the data, the page headers or the footer."""
+    table = pa.table({"number": list(range(300)), "text": [f"row {i % 7}" for i in range(300)]})
+    place = local / "a.parquet"
+    write_parquet(place, table)
+    content = place.read_bytes()
+    found = []
+    for at in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << (at % 8)
+        (local / "b.parquet").write_bytes(bytes(damaged))
+        try:
+            read = read_parquet(local / "b.parquet", ["number", "text"])
+        except IntegrityError as error:
+            found.append(str(error))
+        else:
+            assert read.to_pydict() == table.to_pydict(), at
+    assert len(found) > len(content) / 9
+    assert all("b.parquet is damaged" in line for line in found)
+    for kept in (0, 3, len(content) // 2, len(content) - 1):
+        (local / "b.parquet").write_bytes(content[:kept])
+        with pytest.raises(IntegrityError, match=r"b\.parquet is damaged"):
+            read_parquet(local / "b.parquet")
+        with pytest.raises(IntegrityError, match=r"b\.parquet is damaged"):
+            committed_parquet(local / "b.parquet")
 
 
-@pytest.mark.parametrize("extra", [{FINGERPRINT_KEY: b"other"}, {}])
-def test_a_file_of_another_fingerprint_is_refused(place: Location, extra: dict[bytes, bytes]) -> None:
-    write_parquet(place / "a.parquet", TABLE, {FINGERPRINT_KEY: b"mark"})
-    write_parquet(place / "b.parquet", TABLE, extra)
-    with pytest.raises(OutputError, match=r"b\.parquet.*--overwrite"):
-        committed_files(place, "mark")
+def test_a_flipped_bit_of_a_committed_file_changes_no_value_of_the_same_schema(local: Location) -> None:
+    write_parquet(local / "a.parquet", TABLE, {FINGERPRINT_KEY: b"mark"})
+    content = (local / "a.parquet").read_bytes()
+    found = []
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << (at % 8)
+        (local / "b.parquet").write_bytes(bytes(damaged))
+        try:
+            _, table = committed_parquet(local / "b.parquet")
+        except IntegrityError:
+            found.append(at)
+        else:
+            same = [column.to_pylist() for column in table.columns] == [c.to_pylist() for c in TABLE.columns]
+            assert same or not table.schema.equals(TABLE.schema), at
+    assert len(found) > len(content) / 4
 
 
-# --- manifests -------------------------------------------------------------------------------------------------------
+def test_storage_that_fails_is_not_taken_for_damage(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_parquet(place / "nothing")
+    write_parquet(place / "a", TABLE)
 
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "SlowDown")
 
-def test_a_manifest_comes_back_as_it_was(place: Location) -> None:
-    assert Manifest.read(place, "score") is None
-    manifest().write(place)
-    assert Manifest.read(place, "score") == manifest()
-    assert Manifest.read(place, "rank") is None
-
-
-def test_a_flipped_byte_anywhere_in_a_manifest_is_detected(local: Location) -> None:
-    manifest().write(local)
-    file = local / "manifests" / "score.json"
-    content = file.read_bytes()
-    values = json.loads(content)
-    for at in range(0, len(content), 7):
-        changed = bytearray(content)
-        changed[at] ^= 1
-        Path(file.path).write_bytes(changed)
-        if _says_the_same(bytes(changed), values):
-            continue
-        with pytest.raises(IntegrityError, match=r"score\.json"):
-            Manifest.read(local, "score")
-
-
-def _says_the_same(content: bytes, values: dict[str, Any]) -> bool:
-    """White space may differ."""
-    try:
-        return bool(json.loads(content) == values)
-    except ValueError:
-        return False
-
-
-@pytest.mark.parametrize("kept", [0, 1, 100, -3])
-def test_a_truncated_manifest_is_detected(place: Location, kept: int) -> None:
-    manifest().write(place)
-    file = place / "manifests" / "score.json"
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(IntegrityError, match=r"score\.json"):
-        Manifest.read(place, "score")
-
-
-@pytest.mark.parametrize("content", ["null", "[]", "3", "{}"])
-def test_json_that_is_no_manifest_is_detected(place: Location, content: str) -> None:
-    (place / "manifests" / "score.json").write_text(content)
-    with pytest.raises(IntegrityError, match=r"score\.json"):
-        Manifest.read(place, "score")
-
-
-def test_the_content_of_a_manifest_is_that_of_its_files_only() -> None:
-    content = manifest().content
-    assert manifest(seconds=9.0, details={}, counts={}, fingerprint={}).content == content
-    first, second = manifest().files
-    assert manifest(files=[first]).content != content
-    assert manifest(files=[first, replace(second, sha256="bc")]).content != content
-
-
-def test_differences_name_what_differs_and_nothing_else() -> None:
-    old = {"same": 1, "base": {"sha": "a", "more": {"x": [1]}}, "gone": None, "left": 2}
-    new = {"same": 1, "base": {"sha": "b", "more": {"x": [2]}}, "new": "ü"}
-    assert differences(old, old) == []
-    assert differences(old, new) == [
-        "base.more.x: [1] → [2]",
-        'base.sha: "a" → "b"',
-        "left: 2 → null",
-        'new: null → "ü"',
-    ]
-
-
-def test_long_values_are_shortened_in_differences() -> None:
-    (line,) = differences({"x": "a" * 1000}, {"x": "b" * 1000})
-    assert len(line) < 140
+    monkeypatch.setattr(pq.ParquetFile, "read", fail)
+    with pytest.raises(OSError, match="SlowDown"):
+        read_parquet(place / "a")
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -300,6 +282,14 @@ def test_a_digest_depends_on_the_value_and_not_on_the_order_of_names() -> None:
 def test_a_file_digest_changes_with_the_content(local: Location) -> None:
     (local / "a").write_bytes(b"content")
     assert file_digest(local / "a") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_file_of_another_content_but_the_same_size_has_another_digest(local: Location) -> None:
+    (local / "a").write_bytes(b"one")
+    first = file_digest(local / "a")
+    time.sleep(0.02)
+    (local / "a").write_bytes(b"two")
+    assert file_digest(local / "a") != first == hashlib.sha256(b"one").hexdigest()
 
 
 def test_a_remote_file_digest_is_the_stores_etag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.workload import Example, as_shard
 from davir_ray.config import Precision, ScoreConfig
+from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, quiet
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.stages.cluster import connect
 from davir_ray.stages.scoring import score
-from davir_ray.storage import Location, Manifest, in_folder, write_parquet
+from davir_ray.storage import Location, in_folder, write_parquet
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ import ray.data
 from davir_ray.benchmarks.measure import peak_since, start_peak
 from davir_ray.config import RankConfig
 from davir_ray.errors import ConfigError
+from davir_ray.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import connect
 from davir_ray.stages.ranking import rank
-from davir_ray.storage import FileEntry, Location, Manifest, in_folder, read_parquet, write_parquet
+from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 

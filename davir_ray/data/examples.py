@@ -14,6 +14,7 @@ from davir_ray.config import Source
 from davir_ray.data.render import ChatTemplate, Rendered, RowError, render
 from davir_ray.data.sources import Record, Reject, Slice, read_records
 from davir_ray.data.tokens import Encoded, Encoder
+from davir_ray.errors import DataError
 from davir_ray.schema import EXAMPLES, REJECTS
 from davir_ray.storage import FileEntry, Location, write_parquet
 
@@ -23,6 +24,10 @@ ExampleRow = dict[str, Any]
 _BATCH_ROWS = 512
 _SHARD_TOKENS = 4 * 2**20
 _SHARD_CHARACTERS = 256 * 2**20
+
+_REJECT_ROWS = 20_000
+_TELLING_BYTES = 16 * 2**20
+"""Less says little about the rest: buffers run ahead of the rows by up to a megabyte."""
 
 COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
 """Columns whose sums a report carries."""
@@ -41,12 +46,17 @@ class ExampleReader:
         self._encoder = encoder
         self._chat = chat
         self._keep_record = keep_record
+        self.bytes_read = 0
+        """Of the sources, as they are stored."""
 
     def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRow | Reject]:
         """Every row of the slices, at most `limit`, exactly once: an example or a reject."""
-        records = islice((item for part in slices for item in read_records(part)), limit)
+        records = islice((item for part in slices for item in read_records(part, self._count)), limit)
         while batch := list(islice(records, _BATCH_ROWS)):
             yield from self._encode(source, [(item, self._render(item, source)) for item in batch])
+
+    def _count(self, num_bytes: int) -> None:
+        self.bytes_read += num_bytes
 
     def _render(self, item: Record | Reject, source: Source) -> Rendered | Reject:
         if isinstance(item, Reject):
@@ -99,6 +109,8 @@ class TaskReport:
     """What one task read and wrote; adds up over tasks."""
 
     num_read: int = 0
+    num_bytes: int = 0
+    """Of the sources, read so far, as they are stored."""
     files: list[FileEntry] = field(default_factory=list)
     """Names begin with their folder: examples/ or rejects/."""
     reasons: Counter[str] = field(default_factory=Counter)
@@ -109,6 +121,7 @@ class TaskReport:
 
     def __iadd__(self, other: "TaskReport") -> Self:
         self.num_read += other.num_read
+        self.num_bytes += other.num_bytes
         self.files += other.files
         self.reasons.update(other.reasons)
         self.sums.update(other.sums)
@@ -124,9 +137,33 @@ class TaskReport:
         """The report that `to_json` wrote."""
         values = json.loads(text)
         files = [FileEntry(**entry) for entry in values["files"]]
-        return cls(
-            values["num_read"], files, Counter(values["reasons"]), Counter(values["sums"]), values["first_reject"]
+        counters = {name: Counter(values[name]) for name in ("reasons", "sums")}
+        return cls(**{**values, **counters, "files": files})
+
+    def check_rejects(self, max_bad_fraction: float, total_bytes: int | None = None) -> None:
+        """Raise DataError with the reasons counted if too many rows are bad.
+
+        With the bytes of all sources given, reading is not over: then only if they would be too many even with twice as
+        many rows as the bytes read so far promise.
+        """
+        most = max_bad_fraction * self.num_read
+        if total_bytes is not None:
+            if self.num_bytes < _TELLING_BYTES:
+                return
+            most *= 2 * total_bytes / self.num_bytes
+        if self.reasons.total() <= most:
+            return
+        so_far = "" if total_bytes is None else f"the first {self.num_bytes / total_bytes:.0%} of the data, "
+        raise DataError(
+            f"{self.reasons.total()} of {self.num_read} rows are bad ({so_far}{self.told_reasons}), more than "
+            f"--max_bad_fraction {max_bad_fraction:g}; the first: {self.first_reject}. "
+            "Mend the data (rejects/ names every row) or raise the fraction"
         )
+
+    @property
+    def told_reasons(self) -> str:
+        """Reasons of rejects with their counts, for a message."""
+        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
 
 
 class ShardWriter:
@@ -140,7 +177,7 @@ class ShardWriter:
         self._shard_rows = shard_rows
         self._rows: list[ExampleRow] = []
         self._rejects: list[dict[str, Any]] = []
-        self._num_shards = self._tokens = self._characters = 0
+        self._num_shards = self._num_reject_files = self._tokens = self._characters = 0
 
     def write(self, item: ExampleRow | Reject) -> None:
         """Add one row of the input; writes a shard when it is full."""
@@ -155,7 +192,7 @@ class ShardWriter:
         if self._rows:
             self._write_shard()
         if self._rejects:
-            self._write(f"rejects/{self._task}.parquet", pa.Table.from_pylist(self._rejects, REJECTS))
+            self._write_rejects()
         return self.report
 
     def _add(self, row: ExampleRow) -> None:
@@ -169,9 +206,12 @@ class ShardWriter:
     def _reject(self, reject: Reject) -> None:
         row = {"source": self._source, **reject._asdict(), "reason": str(reject.reason)}
         self._rejects.append(row)
+        if len(self._rejects) >= _REJECT_ROWS:
+            self._write_rejects()
         self.report.reasons[row["reason"]] += 1
-        where = f"{reject.source_file} row {reject.source_row}"
-        self.report.first_reject = self.report.first_reject or f"{where}: {reject.reason} ({reject.detail[:200]})"
+        if self.report.first_reject is None:
+            told = f"{reject.source_file} row {reject.source_row}: {reject.reason} ({reject.detail[:200]})"
+            self.report.first_reject = " ".join(told.split())  # one line, whatever the data hold
 
     def _write_shard(self) -> None:
         table = pa.Table.from_pylist(self._rows, EXAMPLES)
@@ -180,6 +220,12 @@ class ShardWriter:
             self.report.sums[column] += sum(row[column] for row in self._rows)
         self._num_shards += 1
         self._rows, self._tokens, self._characters = [], 0, 0
+
+    def _write_rejects(self) -> None:
+        name = f"rejects/{self._task}-{self._num_reject_files:05d}.parquet"
+        self._write(name, pa.Table.from_pylist(self._rejects, REJECTS))
+        self._num_reject_files += 1
+        self._rejects = []
 
     def _write(self, name: str, table: pa.Table) -> None:
         entry = write_parquet(self._run / name, table)

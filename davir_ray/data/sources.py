@@ -5,7 +5,7 @@
 Parquet, JSON lines and JSON arrays (plain, .gz or .zst) and folders written by `datasets`; one file, a folder, a glob,
 a list of these (local or any URI that fsspec knows) or a hub name. What is wrong with the content becomes a Reject;
 what is wrong with the request (no such file, no access) is a DataError; a disk or network that fails during a read is
-a ReadError, so that a hiccup never looks like a short file.
+a StorageError, so that a hiccup never looks like a short file.
 """
 
 import io
@@ -17,18 +17,19 @@ import posixpath
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from davir_ray.access import explain
 from davir_ray.config import Source
-from davir_ray.errors import DataError
+from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
+from davir_ray.storage import file_system
 
 logger = logging.getLogger(__name__)
 
@@ -91,19 +92,23 @@ class _Bad(NamedTuple):
     detail: str
 
 
+CountBytes = Callable[[int], None]
+
+
+def _ignore(num_bytes: int) -> None:
+    """Nobody wants to know how far reading is."""
+
+
 _Row = dict[str, Any] | _Bad | None  # None: a blank line, counted in the row index only
-
-
-class ReadError(Exception):
-    """The disk or the network failed, not the content; the same read may succeed later."""
 
 
 class _Stored(io.RawIOBase):
     """An fsspec file whose read errors are told apart from those of the decoders above it, often OSErrors too."""
 
-    def __init__(self, file: Any, uri: str) -> None:
+    def __init__(self, file: Any, uri: str, count: CountBytes) -> None:
         self._file = file
         self._uri = uri
+        self._count = count
 
     def readable(self) -> bool:
         return True
@@ -121,8 +126,9 @@ class _Stored(io.RawIOBase):
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # whatever the file system's library raises
-            raise ReadError(f"{self._uri}: {_first_line(error)}") from error
+            raise StorageError(f"{self._uri}: {explain(error, self._uri)}") from error
         buffer[: len(data)] = data
+        self._count(len(data))
         return len(data)
 
     def close(self) -> None:
@@ -167,7 +173,7 @@ def _find(path: str, split: str) -> _Found:
     """The files that one path means: a file, a folder, a folder written by `datasets`, or a glob."""
     absolute = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     try:
-        fs, stripped = fsspec.core.url_to_fs(absolute)
+        fs, stripped = file_system(absolute)
         fs.invalidate_cache()  # a notebook may have written files since fsspec listed the folder
         if not fs.exists(stripped):
             if _MAGIC.search(stripped):
@@ -181,7 +187,7 @@ def _find(path: str, split: str) -> _Found:
     except DataError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
-        raise DataError(f"{path} cannot be listed ({_first_line(error)}); check the path and your access") from error
+        raise DataError(f"{path} cannot be listed: {explain(error, path)}") from error
 
 
 def _find_folder(fs: Any, root: str) -> _Found:
@@ -274,7 +280,7 @@ def _hub_files(source: Source) -> list[SourceFile]:
 
 
 def _uri_size(uri: str) -> int:
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = file_system(uri)
     return _size(fs.info(path))
 
 
@@ -356,17 +362,18 @@ def _row_group_bytes(footer: Any) -> list[int]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_records(piece: Slice) -> Iterator[Record | Reject]:
+def read_records(piece: Slice, count: CountBytes = _ignore) -> Iterator[Record | Reject]:
     """The rows of a slice in order: each row that is not blank comes out once, as a Record or as a Reject.
 
+    `count` hears of bytes as they are read from storage, still compressed.
     Streams, except that a JSON array is held as text while it is read. Where the content is damaged, the rows before
     are kept and one `unreadable_file` tells where reading stopped. Raises DataError for a file that is gone or may not
-    be opened, ReadError where the storage fails.
+    be opened, StorageError where the storage fails.
     """
     file = piece.file
     row = 0
     try:
-        with _open(file) as stream:
+        with _open(file, count) as stream:
             row, values = _rows(stream, piece)
             for value in values:
                 if isinstance(value, _Bad):
@@ -380,12 +387,12 @@ def read_records(piece: Slice) -> Iterator[Record | Reject]:
         yield Reject(file.relative_path, row, RejectReason.UNREADABLE_FILE, detail)
 
 
-def _open(file: SourceFile) -> io.BufferedReader:
+def _open(file: SourceFile, count: CountBytes = _ignore) -> io.BufferedReader:
     try:
-        fs, path = fsspec.core.url_to_fs(file.uri)
-        return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri), _BUFFER_BYTES)
+        fs, path = file_system(file.uri)
+        return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri, count), _BUFFER_BYTES)
     except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{file.uri} cannot be opened ({_first_line(error)}); restore it or its access") from error
+        raise DataError(f"{file.uri} cannot be opened: {explain(error, file.uri)}") from error
 
 
 def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]:

@@ -35,7 +35,7 @@ def proportional(total: int, pools: Mapping[str, int]) -> dict[str, int]:
     return shares
 
 
-def spread(limit: Limit, rows: Iterable[int], tokens: Iterable[int]) -> list[Limit]:
+def by_file(limit: Limit, rows: Iterable[int], tokens: Iterable[int]) -> list[Limit]:
     """What each file, in rank order, may give of one group that has these rows and tokens in it.
 
     A file in which the tokens run out gets what is left; those after it give nothing, even where a row would fit.

@@ -41,6 +41,11 @@ def drawn(example_ids: Ids, share: float, purpose: str) -> npt.NDArray[np.bool_]
     return np.asarray(random_keys(example_ids, seed_from(purpose)) <= limit)
 
 
+def hash_parts(hashes: Ids, num_parts: int) -> npt.NDArray[np.int64]:
+    """Part of each 63-bit hash when their range is cut into equal parts, which then hold about equally many."""
+    return np.asarray(np.minimum(hashes // ((2**63 - 1) // num_parts), num_parts - 1), dtype=np.int64)
+
+
 def seed_from(*parts: object) -> int:
     """A seed below 2**63 from values whose text is stable."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

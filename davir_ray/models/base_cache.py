@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from davir_ray.access import translated
 from davir_ray.data.packing import Spans, scored_positions
-from davir_ray.errors import OutputError
-from davir_ray.storage import Location, digest, read_parquet, translated, write_parquet
+from davir_ray.errors import IntegrityError, OutputError
+from davir_ray.storage import Location, digest, read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class BaseCache:
                 if not place.exists():
                     return None
                 table = read_parquet(place)
-        except OutputError as error:
+        except (OutputError, IntegrityError) as error:
             log.warning("the cached base losses %s cannot be read and are computed again: %s", place, error)
             return None
         column = table["token_nll"].combine_chunks()

@@ -18,16 +18,19 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from davir_ray.access import translated
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.storage import Location, digest, file_digest, translated
+from davir_ray.storage import Location, digest, file_digest
 
 SPEC_FILE = "scoring_spec.json"
 """Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
 
 _WEIGHTS = ".safetensors"
-_CONFIGS = ("config.json", ADAPTER_CONFIG)
+CONFIGS = ("config.json", ADAPTER_CONFIG)
+"""A folder without one of these is no checkpoint."""
+
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -95,7 +98,7 @@ class Checkpoint:
         if self.is_hub_name:
             return {"commit": str(self.revision or self.uri)}
         place = Location.of(self.uri)
-        names = [name for name in place.names() if name.endswith((_WEIGHTS, ".py")) or name in _CONFIGS]
+        names = [name for name in place.names() if name.endswith((_WEIGHTS, ".py")) or name in CONFIGS]
         return {name: file_digest(place / name) for name in names}
 
     def spec(self) -> dict[str, Any] | None:

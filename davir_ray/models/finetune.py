@@ -5,6 +5,7 @@ Each rank takes its share of a batch's packs. The loss is the sum of response NL
 response tokens, so neither gradient accumulation nor uneven packs change it. A resume is a step number.
 """
 
+import hashlib
 import logging
 import math
 import time
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
-from davir_ray.errors import DataError, TrainingError
+from davir_ray.errors import DataError, IntegrityError, TrainingError
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.checkpoint import quiet
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
@@ -46,6 +47,7 @@ _TRAINING_SCHEMA = pa.schema(
 )
 
 STATE_FILE = "training_state.pt"
+_CHECKSUM_FILE = "training_state.sha256"
 
 
 @dataclass(frozen=True)
@@ -225,9 +227,16 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
         }
         torch.save(state, folder / STATE_FILE)
+        (folder / _CHECKSUM_FILE).write_text(_checksum(folder))
 
     def load_state(self, folder: Path) -> None:
-        """Continue after the step that a saved state holds."""
+        """Continue after the step that a saved state holds. IntegrityError if the file was damaged."""
+        try:
+            written = (folder / _CHECKSUM_FILE).read_text(errors="replace")
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{_CHECKSUM_FILE} is missing") from error
+        if _checksum(folder) != written:
+            raise IntegrityError(f"{STATE_FILE} does not match its checksum")
         state = torch.load(folder / STATE_FILE, map_location=self._device, weights_only=True)
         model = self.likelihood.model
         if set(state["model"]) != model.state_dict().keys() - _frozen(model):
@@ -291,6 +300,11 @@ def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
+
+
+def _checksum(folder: Path) -> str:
+    with (folder / STATE_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _frozen(model: torch.nn.Module) -> set[str]:

@@ -33,7 +33,7 @@ def self_check(likelihood: Likelihood) -> str:
     """
     model, family = likelihood.model, type(likelihood.model).__name__
     examples = _check_examples(model)
-    expected = [_eager_nll(model, ids, spans) for ids, spans in examples]
+    expected = [eager_nll(model, ids, spans) for ids, spans in examples]
     if not torch.cat(expected).isfinite().all():
         raise ModelError(
             f"{family} gives losses that are not finite; its weights may be damaged, or too large for {model.dtype}"
@@ -101,7 +101,7 @@ def _difference(
     return float(differences_R.max() if exact else differences_R.quantile(0.9))
 
 
-def _eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
+def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
     """Token losses by transformers' own whole forward with eager attention: shares nothing with the kernel."""
     ids_1T = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
     before = model.config._attn_implementation
@@ -154,7 +154,7 @@ def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], span
     """Raise ModelError if a token's loss depends on a later token, by the model's own forward."""
     changed = input_ids.copy()
     changed[-1] = (changed[-1] + 1) % int(model.config.get_text_config().vocab_size)
-    difference = (_eager_nll(model, input_ids, spans)[:-1] - _eager_nll(model, changed, spans)[:-1]).abs().max()
+    difference = (eager_nll(model, input_ids, spans)[:-1] - eager_nll(model, changed, spans)[:-1]).abs().max()
     if not difference <= _tolerance(model.dtype):
         raise ModelError(f"{type(model).__name__} is not a causal model: its losses depend on later tokens")
 

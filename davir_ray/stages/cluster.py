@@ -1,5 +1,6 @@
 """What the Ray cluster has, and what is asked of it."""
 
+import atexit
 import logging
 import os
 import re
@@ -10,9 +11,11 @@ from contextlib import contextmanager
 import ray
 import ray.train
 from ray.data import DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from davir_ray import errors
-from davir_ray.errors import ClusterError
+from davir_ray.access import CONTINUES, explain_text
+from davir_ray.errors import ClusterError, ProgressError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ def connect() -> None:
     _quieten()
     if ray.is_initialized():
         return
+    # Left to Ray's own handler, a job that is complete exits with status 1 where a node died on the way (2.60).
+    atexit.register(ray.shutdown)
     if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
         ray.init(logging_level=logging.WARNING)
         return
@@ -57,6 +62,7 @@ def configure_worker_logging() -> None:
 
 def _quieten() -> None:
     """Leave out what says nothing about the run: plans of small datasets, placement of workers."""
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -68,13 +74,20 @@ def own_errors() -> Iterator[None]:
     """Raise an error of ours that a worker raised as itself, out of Ray's wrappings."""
     try:
         yield
+    except ExecutionTimeoutError as error:
+        raise ProgressError(
+            f"the run is stuck (score.no_progress_timeout_s): {' '.join(str(error).split())} Look for a worker or node "
+            f"that hangs, or raise the limit if one shard takes longer. {CONTINUES}"
+        ) from error
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
         # Of an error in a user function or an actor's constructor Ray keeps only the traceback's text (2.60).
-        told = _OWN_ERROR.findall(str(error))
-        if not told:
-            raise
-        name, message = told[-1]
-        raise getattr(errors, name)(message) from error
+        text = str(error)
+        if told := [found for found in _OWN_ERROR.findall(text) if hasattr(errors, found[0])]:
+            name, message = told[-1]
+            raise getattr(errors, name)(message) from error
+        if reason := explain_text(text):
+            raise StorageError(f"{reason}. {CONTINUES}") from error
+        raise
 
 
 def num_nodes() -> int:
@@ -90,6 +103,12 @@ def num_cpus() -> float:
 def has_gpu() -> bool:
     """Whether the cluster has any GPU."""
     return float(ray.cluster_resources().get("GPU", 0)) >= 1
+
+
+def accelerators() -> list[str]:
+    """Ray's names of the kinds of GPU in the cluster, such as A100."""
+    start = "accelerator_type:"
+    return sorted(name.removeprefix(start) for name in ray.cluster_resources() if name.startswith(start))
 
 
 def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:

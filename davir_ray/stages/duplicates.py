@@ -5,11 +5,10 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray.data
 
-from davir_ray.stages.cluster import num_cpus, own_errors, whole_block_context
-from davir_ray.stages.ranking import MOST_PARTITIONS, TIMEOUT_S
-from davir_ray.stages.shards import Shards
+from davir_ray.formulas.ranking import hash_parts
+from davir_ray.stages.exchange import Round, regroup
+from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import FileEntry, Location, read_parquet, write_parquet
 
 FOLDER = "duplicates"
@@ -19,26 +18,20 @@ _ROWS_PER_PART = 2_000_000
 """Rows that one task compares; 32 MB."""
 
 _NONE = pa.table({"rank": pa.array([-1], pa.int64()), "file": pa.array([-1], pa.int64())})
-"""For an empty answer, which would lose its columns (Ray 2.60)."""
+"""Stands for no duplicate: a round's answer must not be empty."""
 
 
 def find_duplicates(run: Location, files: list[FileEntry]) -> None:
     """Write the ranks of duplicates. Rows are brought together by hash, then their ranks by file of the ranking."""
     num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
     first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
-    source = Shards(files, partial(_read, run / "ranked"))
-    source = source.then(partial(_assign_part, num_parts=num_parts), num_cpus())
-    with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
-        (
-            ray.data.read_datasource(source, **source.read_options)
-            .groupby("part", num_partitions=min(num_parts, MOST_PARTITIONS))
-            .map_groups(partial(_later_copies, first_ranks=first_ranks), batch_format="pyarrow")
-            .groupby("file", num_partitions=min(len(files), MOST_PARTITIONS))
-            .map_groups(
-                partial(_write, folder=run / FOLDER, names=[entry.name for entry in files]), batch_format="pyarrow"
-            )
-            .take_all()
-        )
+    names = [entry.name for entry in files]
+    regroup(
+        Shards(files, partial(read_columns, run / "ranked", ["content_hash", "rank"])),
+        partial(_assign_part, num_parts=num_parts),
+        Round("part", num_parts, partial(_later_copies, first_ranks=first_ranks)),
+        Round("file", len(files), partial(_write, folder=run / FOLDER, names=names)),
+    )
 
 
 def read_duplicates(run: Location, name: str) -> npt.NDArray[np.int64]:
@@ -47,14 +40,8 @@ def read_duplicates(run: Location, name: str) -> npt.NDArray[np.int64]:
     return np.asarray(read_parquet(place)["rank"]) if place.exists() else np.empty(0, np.int64)
 
 
-def _read(folder: Location, name: str) -> pa.Table:
-    return read_parquet(folder / name, ["content_hash", "rank"])
-
-
 def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
-    """Hashes have 63 random bits, so equal parts of their range hold equally many."""
-    part = np.minimum(np.asarray(table["content_hash"]) // ((2**63 - 1) // num_parts), num_parts - 1)
-    return table.append_column("part", pa.array(part, pa.int64()))
+    return table.append_column("part", pa.array(hash_parts(np.asarray(table["content_hash"]), num_parts)))
 
 
 def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Table:

@@ -1,7 +1,6 @@
 """What becomes of selected/ for a trainer: a mixture, repeated and shuffled, and JSON lines."""
 
 import hashlib
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -10,14 +9,12 @@ import pyarrow as pa
 from davir_ray.config import SelectConfig
 from davir_ray.formulas.ranking import random_keys, seed_from
 from davir_ray.schema import SELECTED
-from davir_ray.stages.ranking import collect, exchange
+from davir_ray.stages.exchange import ENTRY, collect, entry_row, exchange
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet, total_rows, write_parquet
 
 BIN_ROWS = 50_000
 """Rows with their text that one task shuffles and writes; about 100 MB."""
-
-_ENTRY = pa.schema([("name", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
 
 
 def write_mixture(run: Location, files: list[FileEntry], config: SelectConfig, mark: str) -> list[FileEntry]:
@@ -55,13 +52,13 @@ def _write_bin(group: pa.Table, folder: Location, metadata: dict[bytes, bytes]) 
     by_place = np.lexsort(tuple(np.asarray(group[name]) for name in ("copy", "example_id", "place")))
     table = group.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
     entry = write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
-    return pa.table({name: [value] for name, value in asdict(entry).items()})
+    return entry_row(entry)
 
 
 def write_jsonl(run: Location, folder: str, files: list[FileEntry]) -> list[FileEntry]:
     """Write jsonl/: the source records of a folder's rows, a line each, file by file in the same order."""
     shards = Shards(files, partial(_read_records, run / folder))
-    entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), _ENTRY).sort_by("name").to_pylist()
+    entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), ENTRY).sort_by("name").to_pylist()
     return [FileEntry(**entry) for entry in entries]
 
 
@@ -74,5 +71,4 @@ def _write_lines(table: pa.Table, folder: Location) -> pa.Table:
     name = table["name"][0].as_py().replace(".parquet", ".jsonl")
     content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
     (folder / name).write_bytes(content)
-    sha256 = hashlib.sha256(content).hexdigest()
-    return pa.table({"name": [name], "rows": [table.num_rows], "bytes": [len(content)], "sha256": [sha256]})
+    return entry_row(FileEntry(name, table.num_rows, len(content), hashlib.sha256(content).hexdigest()))

@@ -4,23 +4,25 @@ import logging
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import ray.data
 
 from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
+from davir_ray.data.examples import COUNTED, ExampleReader, ExampleRow, ShardWriter, TaskReport
 from davir_ray.data.render import ChatTemplate, rendering
 from davir_ray.data.sources import Reject, Slice, SourceFile, list_files, plan_tasks
+from davir_ray.data.survey import estimate_rows
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import DataError, IntegrityError
+from davir_ray.estimate import DataSize
+from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
-from davir_ray.schema import RejectReason
 from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
-from davir_ray.stages.resume import FOLDERS, clear, completed
-from davir_ray.storage import Location, Manifest, digest, file_digest
+from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
+from davir_ray.storage import Location, content_digest, digest, each, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +30,12 @@ _TASK_BYTES = 32 * 2**20
 PREPARE_VERSION = 1
 """Raised when a change may make other examples of the same records; part of the stage's fingerprint."""
 
+TASKS = "prepare_tasks"
+"""Reports of finished tasks, while the stage is not complete: what a restarted driver need not read again."""
+
 _NO_BOUND = 2**62
 _MOST_SHARDS = 20_000
+_CHECK_ROWS = 1000
 _BYTES_PER_ROW = 256
 """A low guess at a source row's bytes on disk, to keep a large corpus below _MOST_SHARDS."""
 
@@ -55,6 +61,26 @@ class Task:
     slices: list[Slice]
 
 
+class _Limits(NamedTuple):
+    """When prepare gives up."""
+
+    max_bad_fraction: float
+    total_bytes: int
+    """Of all sources, as they are stored."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to know."""
+
+    run: Location
+    reports: Location
+    """Folder of the reports of finished tasks."""
+    tasks: list[Task]
+    preparation: Preparation
+    limits: _Limits
+
+
 def prepare(
     run: Location, sources: list[Source], preparation: Preparation, *, max_bad_fraction: float, overwrite: bool = False
 ) -> Manifest:
@@ -62,17 +88,44 @@ def prepare(
     started = time.monotonic()
     files = {source.name: list_files(source) for source in sources}
     fingerprint = _fingerprint(sources, files, preparation)
-    if done := completed(run, "prepare", fingerprint, overwrite=overwrite):
-        return done
+    if complete := completed(run, "prepare", fingerprint, overwrite=overwrite):
+        (run / TASKS).remove()  # left where the driver died just after the manifest
+        return complete
     _check_outside(run, files)
-    clear(run, "prepare")
+    reports = run / TASKS / digest(fingerprint)[:16]
+    if not same_attempt(run, "prepare", TASKS, fingerprint, overwrite=overwrite):
+        clear(run, "prepare")
+    note_attempt(run, TASKS, fingerprint)
+    done = _finished(run, reports)
     tasks = _plan(sources, files, preparation)
-    log.info("prepare: %d files in %d tasks", sum(map(len, files.values())), len(tasks))
-    report = _run(run, tasks, preparation)
-    manifest = _manifest(report, fingerprint, time.monotonic() - started)
-    _check_books(manifest, max_bad_fraction)
-    manifest.write(run)
+    log.info("prepare: %d files in %d tasks, %d done before", sum(map(len, files.values())), len(tasks), len(done))
+    limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
+    try:
+        report = _run(Work(run, reports, tasks, preparation, limits), done)
+        _check_books(report, limits)
+    except DataError:
+        note_attempt(run, TASKS, fingerprint, binding=False)  # mended data are other data
+        raise
+    manifest = _manifest(report, fingerprint, time.monotonic() - started).commit(run)
+    (run / TASKS).remove()
     return manifest
+
+
+def _finished(run: Location, reports: Location) -> dict[int, TaskReport]:
+    """Reports of tasks that an earlier attempt finished, of those whose files are as they were written, by number."""
+    found = {}
+    for name in reports.names(".json"):
+        try:
+            report = TaskReport.from_json((reports / name).read_bytes().decode())
+            written = [entry.sha256 for entry in report.files]
+            whole = each(lambda entry: content_digest(run / entry.name), report.files) == written
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            found[int(name.removesuffix(".json"))] = report
+        else:
+            log.warning("what %s tells of is lost or damaged; its task is done again", reports / name)
+    return found
 
 
 def _check_outside(run: Location, files: dict[str, list[SourceFile]]) -> None:
@@ -126,27 +179,31 @@ def _plan(sources: list[Source], files: dict[str, list[SourceFile]], preparation
     return tasks
 
 
-def _shard_rows(config: PrepareConfig, tasks: list[Task]) -> int:
-    num_bytes = sum(file.num_bytes for file in {s.file for task in tasks for s in task.slices})
-    return max(config.shard_rows, num_bytes // _BYTES_PER_ROW // _MOST_SHARDS)
+def _shard_rows(config: PrepareConfig, total_bytes: int) -> int:
+    return max(config.shard_rows, total_bytes // _BYTES_PER_ROW // _MOST_SHARDS)
 
 
-def _run(run: Location, tasks: list[Task], preparation: Preparation) -> TaskReport:
-    dataset = ray.data.range(len(tasks), override_num_blocks=len(tasks)).flat_map(
-        Preparer,
-        fn_constructor_kwargs={
-            "run": run,
-            "tasks": tasks,
-            "preparation": preparation,
-            "shard_rows": _shard_rows(preparation.config, tasks),
-        },
-        compute=ray.data.ActorPoolStrategy(size=min(len(tasks), pool_size(None, 1, 0))),
-    )
-    with own_errors():
-        rows = sorted(dataset.iter_rows(), key=lambda row: row["id"])
+def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
+    """Prepare the tasks that are not done; returns the sum of all reports, in the order of the tasks."""
+    reports = dict(done)
+    pending = [task.number for task in work.tasks if task.number not in done]
+    so_far = TaskReport()
+    for report in done.values():
+        so_far += report
+    if pending:
+        dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
+            Preparer,
+            fn_constructor_kwargs={"work": work},
+            compute=ray.data.ActorPoolStrategy(size=min(len(pending), pool_size(None, 1, 0))),
+        )
+        with own_errors():
+            for row in dataset.iter_rows():
+                reports[row["number"]] = TaskReport.from_json(row["report"])
+                so_far += reports[row["number"]]
+                so_far.check_rejects(work.limits.max_bad_fraction, work.limits.total_bytes)
     total = TaskReport()
-    for row in rows:
-        total += TaskReport.from_json(row["report"])
+    for number in sorted(reports):
+        total += reports[number]
     return total
 
 
@@ -159,39 +216,61 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
 
 
-def _check_books(manifest: Manifest, max_bad_fraction: float) -> None:
-    counts = manifest.counts
-    reasons = {reason: counts[reason] for reason in RejectReason if reason in counts}
-    if counts["read"] != counts["prepared"] + counts["rejected"]:
-        raise IntegrityError(f"rows were lost in prepare: {counts}")
-    told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-    first = f"; the first: {manifest.details['first_reject']}" if reasons else ""
-    if counts["prepared"] == 0:
-        raise DataError(f"no example could be prepared from {counts['read']} records ({told or 'no records'}){first}")
-    if counts["rejected"] > max_bad_fraction * counts["read"]:
-        raise DataError(
-            f"{counts['rejected']} of {counts['read']} rows are bad ({told}), more than --max_bad_fraction "
-            f"{max_bad_fraction:g}{first}. Mend the data (rejects/ names every row) or raise the fraction"
+def _check_books(report: TaskReport, limits: _Limits) -> None:
+    prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
+    if report.num_read != prepared + report.reasons.total():
+        raise IntegrityError(
+            f"rows were lost in prepare: {report.num_read} read, {prepared} prepared, {report.reasons.total()} rejected"
         )
+    if prepared == 0:
+        raise DataError(
+            f"no example could be prepared from {report.num_read} records ({report.told_reasons or 'no records'}); "
+            f"the first: {report.first_reject}"
+        )
+    report.check_rejects(limits.max_bad_fraction)
     log.info(
-        "prepare: %d read, %d prepared, %d rejected %s", counts["read"], counts["prepared"], counts["rejected"], told
-    )
+        "prepare: %d read, %d prepared, %d rejected %s",
+        report.num_read, prepared, report.reasons.total(), report.told_reasons,
+    )  # fmt: skip
 
 
-def preview(sources: list[Source], preparation: Preparation, num_records: int = 100, num_shown: int = 3) -> list[str]:
-    """What the first records become, without Ray: lines of text, with the scored tokens between ⟦ and ⟧."""
+class Preview(NamedTuple):
+    """What the first records become."""
+
+    lines: list[str]
+    """For the user: examples with the scored tokens between ⟦ and ⟧, and bad rows."""
+    data: DataSize
+
+
+def preview(sources: list[Source], preparation: Preparation, num_records: int = 100, num_shown: int = 3) -> Preview:
+    """Prepare the first records of each source, without Ray."""
     tokenizer = preparation.base.tokenizer()
     reader = _reader(preparation, sources)
-    lines = []
+    lines, sizes = [], []
     for source in sources:
-        slices = [part for task in plan_tasks(list_files(source), _NO_BOUND) for part in task]
+        files = list_files(source)
+        slices = [part for task in plan_tasks(files, _NO_BOUND) for part in task]
         items = list(reader.read(source, slices, num_records))
         rejects = [item for item in items if isinstance(item, Reject)]
         examples = [item for item in items if not isinstance(item, Reject)]
         lines.append(f"{source.name}: {len(examples)} of the first {len(items)} records can be prepared")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
         lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
-    return lines
+        num_rows = min(estimate_rows(files), preparation.limit or _NO_BOUND)
+        sizes.append((num_rows, num_rows / max(1, len(items)), examples))
+    return Preview(lines, _data_size(sizes))
+
+
+def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
+    """From each source's rows, rows for each that was read, and the examples that were read."""
+    columns = ("num_prompt_tokens", "num_response_tokens")
+    prompt, scored = (sum(scale * sum(row[name] for row in rows) for _, scale, rows in sizes) for name in columns)
+    return DataSize(
+        sum(num_rows for num_rows, _, _ in sizes),
+        round(sum(scale * len(rows) for _, scale, rows in sizes)),
+        round(prompt + scored),
+        round(scored),
+    )
 
 
 def _marked(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: list[int]) -> str:
@@ -209,20 +288,36 @@ def _reader(preparation: Preparation, sources: list[Source]) -> ExampleReader:
 
 
 class Preparer:
-    """Worker: reads one task at a time and writes its shards."""
+    """Worker: reads one task at a time, writes its shards and, last, its report."""
 
-    def __init__(self, run: Location, tasks: list[Task], preparation: Preparation, shard_rows: int) -> None:
+    def __init__(self, work: Work) -> None:
         configure_worker_logging()
-        self._run = run
-        self._tasks = tasks
-        self._limit = preparation.limit
-        self._shard_rows = shard_rows
-        self._reader = _reader(preparation, [task.source for task in tasks])
+        self._work = work
+        self._reader = _reader(work.preparation, [task.source for task in work.tasks])
+        self._shard_rows = _shard_rows(work.preparation.config, work.limits.total_bytes)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Prepare the task numbered row['id']; returns one row, its report as JSON."""
-        task = self._tasks[row["id"]]
-        writer = ShardWriter(self._run, task.number, task.source.name, self._shard_rows)
-        for item in self._reader.read(task.source, task.slices, self._limit):
+        """Prepare the task numbered row['item']; returns one row, its report as JSON."""
+        work = self._work
+        task, reader = work.tasks[row["item"]], self._reader
+        reader.bytes_read = 0
+        writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows)
+        for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
-        return [{"id": row["id"], "report": writer.finish().to_json()}]
+            if writer.report.num_read % _CHECK_ROWS == 0:
+                writer.report.num_bytes = reader.bytes_read
+                self._stop_early(writer)
+        report = writer.finish()
+        report.num_bytes = reader.bytes_read
+        text = report.to_json()
+        (work.reports / f"{task.number:05d}.json").write_text(text)
+        return [{"number": task.number, "report": text}]
+
+    def _stop_early(self, writer: ShardWriter) -> None:
+        """Before a corpus in one large file is read to its end for nothing."""
+        limits = self._work.limits
+        try:
+            writer.report.check_rejects(limits.max_bad_fraction, limits.total_bytes)
+        except DataError:
+            writer.finish()  # the user will want to see the rejects
+            raise

@@ -7,7 +7,6 @@ shards and workers gives the same ranks, and the driver holds a few numbers for 
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,25 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 
 from davir_ray import __version__
 from davir_ray.config import RankConfig
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import ranking
+from davir_ray.manifest import Manifest
 from davir_ray.schema import RANKED
-from davir_ray.stages.cluster import num_cpus, own_errors, whole_block_context
+from davir_ray.stages.exchange import collect, entry_row, exchange
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.storage import (
-    FINGERPRINT_KEY,
-    FileEntry,
-    Location,
-    Manifest,
-    digest,
-    in_folder,
-    write_parquet,
-)
+from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, digest, in_folder, write_parquet
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +35,8 @@ BIN_ROWS = 200_000
 _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
 
-MOST_PARTITIONS = 200
-"""Partitions of the exchange: Ray's default, which costs seconds where there are only a few bins."""
-
 _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
 _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
-
-TIMEOUT_S = 1800
-"""Seconds without any finished task after which an exchange fails instead of hanging."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +77,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
         BinWriter(run / "ranked", cut, last_rank, file_metadata(run, config, digest(fingerprint))).write,
     )
     manifest = _manifest(files, cut, last_rank, fingerprint, scored, time.monotonic() - started)
-    manifest.write(run)
-    return manifest
+    return manifest.commit(run)
 
 
 def order_keys(table: pa.Table, config: RankConfig) -> tuple[npt.NDArray[np.bool_], ranking.Keys, ranking.Ids]:
@@ -137,30 +121,8 @@ def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bi
     return Cut(config, boundary_keys, boundary_ids, counts)
 
 
-def exchange(
-    shards: Shards, assign: Callable[[pa.Table], pa.Table], num_bins: int, write: Callable[[pa.Table], pa.Table]
-) -> list[FileEntry]:
-    """Bring the rows of each bin together to be written as one file.
-
-    `assign` adds the column `bin` to a block and drops what is not needed; `write` gets a bin whole, in any order, and
-    returns the entry of its file as a row.
-    """
-    shards = shards.then(assign, num_cpus())
-    with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
-        written = (
-            ray.data.read_datasource(shards, **shards.read_options)
-            .groupby("bin", num_partitions=min(num_bins, MOST_PARTITIONS))
-            .map_groups(write, batch_format="pyarrow")
-            .take_all()
-        )
-    return sorted((FileEntry(**row) for row in written), key=lambda entry: entry.name)
-
-
 class BinWriter:
-    """Sorts one bin, gives its rows their ranks and writes its file; returns the file's entry as a row.
-
-    The file is written here and not by a Datasink: blocks after map_groups may be split, merged or empty (2.60).
-    """
+    """Sorts one bin, gives its rows their ranks and writes its file; returns the file's entry as a row."""
 
     def __init__(self, folder: Location, cut: Cut, last_rank: int, metadata: dict[bytes, bytes]) -> None:
         self._folder = folder
@@ -184,7 +146,7 @@ class BinWriter:
         table = group.take(pa.array(by_rank)).append_column("rank", ranks)
         table = table.slice(0, self._last_rank - first + 1).select(RANKED.names).cast(RANKED)
         entry = write_parquet(self._folder / f"part-{number:05d}.parquet", table, self._metadata)
-        return pa.table({name: [value] for name, value in asdict(entry).items()})
+        return entry_row(entry)
 
 
 def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, bytes]:
@@ -195,15 +157,6 @@ def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, b
         b"davir_ray.order": config.order.encode(),
         b"davir_ray.version": __version__.encode(),
     }
-
-
-def collect(shards: Shards, summarise: Callable[[pa.Table], pa.Table], schema: pa.Schema) -> pa.Table:
-    """A small table from each shard, with this schema, together in the driver."""
-    shards = shards.then(summarise, num_cpus())
-    with own_errors():
-        tables = ray.get(ray.data.read_datasource(shards, **shards.read_options).to_arrow_refs())
-    # An empty block comes back without its columns (2.60).
-    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 
 
 def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:

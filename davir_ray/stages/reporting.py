@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 from davir_ray.config import RunConfig
 from davir_ray.data.packing import scored_positions
 from davir_ray.formulas.ranking import drawn
+from davir_ray.manifest import Manifest
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.schema import EXAMPLES, REJECTS, SCORES
-from davir_ray.stages.ranking import collect
+from davir_ray.stages.exchange import collect
 from davir_ray.stages.resume import FOLDERS, require
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.storage import FileEntry, Location, Manifest, read_parquet
+from davir_ray.storage import FileEntry, Location, read_parquet
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,15 @@ import json
 import logging
 from typing import Any
 
+from davir_ray.access import translated
 from davir_ray.errors import OutputError
-from davir_ray.storage import Location, Manifest, differences, translated
+from davir_ray.manifest import Manifest, differences
+from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)
 
 FOLDERS = {
-    "prepare": ("examples", "rejects"),
+    "prepare": ("examples", "rejects", "prepare_tasks"),
     "finetune": ("checkpoints", "reference", "reference_epochs"),
     "score": ("scores",),
     "rank": ("ranked",),
@@ -41,13 +43,16 @@ def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwri
     with it, the stage is cleared here with all that follow. A stage that redoes freely clears when it begins to write.
     """
     manifest = Manifest.read(run, stage)
+    told_as = "holds another run"
     if manifest is None:
         later = [name for name in from_stage(stage)[1:] if name not in _REDONE_FREELY and Manifest.read(run, name)]
         if stage in _REDONE_FREELY or not later:
             return None
         changed = [f"its manifest is gone, but {later[0]} is complete"]
     else:
-        changed = differences(manifest.fingerprint, json.loads(json.dumps(fingerprint))) or _damage(run, manifest)
+        changed = differences(manifest.fingerprint, json.loads(json.dumps(fingerprint)))
+        if not changed and (changed := manifest.damage(run)):
+            told_as = "has damaged files"
     if not changed:
         log.info("%s: complete, skipped", stage)
         return manifest
@@ -57,7 +62,7 @@ def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwri
         return None
     if not overwrite:
         raise OutputError(
-            f"{run} holds another run: {stage} differs in {told}. "
+            f"{run} {told_as}: {stage} differs in {told}. "
             "Add --overwrite to redo it and what follows, or choose another --output"
         )
     following = [name for name in from_stage(stage) if name == stage or Manifest.read(run, name) is not None]
@@ -66,15 +71,31 @@ def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwri
     return None
 
 
-def _damage(run: Location, manifest: Manifest) -> list[str]:
-    """Files of a complete stage that are gone or have another size, by one listing of each folder."""
-    damaged = []
-    for folder in FOLDERS[manifest.stage]:
-        sizes = (run / folder).sizes()
-        for entry in manifest.files_in(folder):
-            if sizes.get(entry.name) != entry.bytes:
-                damaged.append(f"{folder}/{entry.name}: {entry.bytes} bytes → {sizes.get(entry.name, 'missing')}")
-    return damaged
+_ATTEMPT = "attempt.json"
+
+
+def same_attempt(run: Location, stage: str, folder: str, fingerprint: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether an attempt that died worked with the same, so that this one may go on with what it left.
+
+    OutputError names what differs, unless it may be overwritten.
+    """
+    try:
+        noted = json.loads((run / folder / _ATTEMPT).read_bytes())
+        before, binding = noted["fingerprint"], noted["binding"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    changed = differences(before, json.loads(json.dumps(fingerprint)))
+    if changed and binding and not overwrite:
+        raise OutputError(
+            f"{run} holds an unfinished {stage} with other settings or inputs ({'; '.join(changed[:_MOST_TOLD])}). "
+            "Add --overwrite to begin it anew, or choose another --output"
+        )
+    return not changed
+
+
+def note_attempt(run: Location, folder: str, fingerprint: dict[str, Any], *, binding: bool = True) -> None:
+    """Write down what an attempt works with. One that failed by the user's mistake does not bind the next."""
+    (run / folder / _ATTEMPT).write_text(json.dumps({"fingerprint": fingerprint, "binding": binding}))
 
 
 def check_claim(run: Location) -> bool:

@@ -6,43 +6,53 @@ The shard is the unit of work, commit and resume: a shard whose scores file is t
 import json
 import logging
 import time
+import uuid
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from davir_ray.access import translated
 from davir_ray.config import ScoreConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.manifest import Manifest, differences
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
 from davir_ray.stages.identity import check_ids
 from davir_ray.stages.resume import clear, completed, require
-from davir_ray.stages.shards import NAMED, NUMERICS_KEY, ScoredShard, ScoreSink, Shards, count_statuses, read_named
+from davir_ray.stages.shards import (
+    NAMED,
+    NUMERICS_KEY,
+    ScoredShard,
+    ScoreSink,
+    Shards,
+    count_statuses,
+    read_named,
+    sealed,
+)
 from davir_ray.storage import (
+    FINGERPRINT_KEY,
     FileEntry,
     Location,
-    Manifest,
-    committed_files,
+    committed_parquet,
     digest,
+    each,
     in_folder,
-    read_parquet,
-    remove_leftovers,
     total_rows,
-    translated,
 )
 
 log = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 200
-_PROBE = "davir_ray_may_write_here"
 
 
 def score(
@@ -62,17 +72,14 @@ def score(
     fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
     if done := completed(run, "score", fingerprint, overwrite=overwrite):
         return done
-    mark = digest(fingerprint)
-    committed = _committed(run, mark, overwrite)
+    committed = _committed(run, prepared, fingerprint, overwrite)
     pending = _pending(prepared, committed)
     log.info("score: %d shards to score, %d already scored", len(pending), len(committed))
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": _base_cache(base, config)}
-    scored = _run(run, pending, scorer, config, mark) if pending else []
+    scored = _run(run, pending, scorer, config, json.dumps(fingerprint)) if pending else []
     shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
     check_ids(run, [shard.entry for shard in shards])
-    manifest = _manifest(shards, fingerprint, num_rows, time.monotonic() - started)
-    manifest.write(run)
-    return manifest
+    return _manifest(shards, fingerprint, num_rows, len(scored), time.monotonic() - started).commit(run)
 
 
 def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> ScorerSettings:
@@ -102,22 +109,50 @@ def _what_matters(config: ScoreConfig, settings: ScorerSettings) -> dict[str, An
     return kept | {"device": "cuda" if _num_gpus(config) else "cpu"}
 
 
-def _committed(run: Location, mark: str, overwrite: bool) -> list[ScoredShard]:
-    """Shards that earlier attempts with the same settings have scored."""
+def _committed(run: Location, prepared: Manifest, fingerprint: dict[str, Any], overwrite: bool) -> list[ScoredShard]:
+    """Shards that earlier attempts with the same settings have scored; a damaged one is scored again.
+
+    OutputError names what differs if they were scored with other settings, unless they may be overwritten.
+    """
     folder = run / "scores"
-    remove_leftovers(folder)
-    try:
-        entries = committed_files(folder, mark)
-    except OutputError:
-        if not overwrite:
-            raise
+    rows = {entry.name: entry.rows for entry in prepared.files_in("examples")}
+    found = each(lambda name: _describe(folder / name, rows.get(name)), folder.names(".parquet"))
+    shards = [shard for shard in found if shard is not None]
+    now = json.loads(json.dumps(fingerprint))
+    changed = [line for shard in shards for line in differences(shard.fingerprint, now)]
+    if not changed:
+        return [shard.scored for shard in shards]
+    if overwrite:
         clear(run, "score")
         return []
-    return [_describe(entry, read_parquet(folder / entry.name, ["status"])) for entry in entries]
+    raise OutputError(
+        f"{folder} was left by an unfinished run with other settings or inputs ({changed[0]}). "
+        "Add --overwrite to score again, or choose another --output"
+    )
 
 
-def _describe(entry: FileEntry, scores: pa.Table) -> ScoredShard:
-    return ScoredShard(entry, count_statuses(scores), scores.schema.metadata[NUMERICS_KEY].decode())
+class _Committed(NamedTuple):
+    """A scored shard, and the fingerprint it was scored under."""
+
+    scored: ScoredShard
+    fingerprint: dict[str, Any]
+
+
+def _describe(place: Location, num_rows: int | None) -> _Committed | None:
+    """What was committed there; None if it is damaged, or not the whole shard, and must be scored again."""
+    try:
+        entry, scores = committed_parquet(place)
+        metadata = scores.schema.metadata or {}
+        fingerprint = json.loads(metadata[FINGERPRINT_KEY])
+        numerics = json.dumps(json.loads(metadata[NUMERICS_KEY]))
+        whole = scores.schema.equals(SCORES) and num_rows in (None, scores.num_rows) and sealed(metadata) == metadata
+    except (IntegrityError, KeyError, ValueError) as error:
+        log.warning("%s is damaged (%s) and is scored again", place, " ".join(str(error).split()))
+        return None
+    if not whole:
+        log.warning("%s is damaged (%d rows) and is scored again", place, scores.num_rows)
+        return None
+    return _Committed(ScoredShard(entry, count_statuses(scores), numerics), fingerprint)
 
 
 def _base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
@@ -128,8 +163,9 @@ def _base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
     with translated(config.base_cache, ConfigError):
         cache = BaseCache(Location.of(folder), identity)
         # Told now rather than by a warning for each shard.
-        (cache.folder / _PROBE).write_text("")
-        (cache.folder / _PROBE).remove()
+        probe = cache.folder / f"probe-{uuid.uuid4().hex}"
+        probe.write_text("")
+        probe.remove()
         return cache
 
 
@@ -145,14 +181,14 @@ def _run(
     pending: list[FileEntry],
     scorer: dict[str, Any],
     config: ScoreConfig,
-    mark: str,
+    fingerprint: str,
 ) -> list[ScoredShard]:
     """The stream: read a shard, score it in an actor, write its file. `scorer` holds the arguments of Scorer."""
     num_gpus = _num_gpus(config)
     num_actors = min(len(pending), plan_pool(config))
     log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
     source = Shards(pending, partial(read_named, run / "examples", INPUT_COLUMNS))
-    sink = ScoreSink(run, mark)
+    sink = ScoreSink(run, fingerprint)
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
         (
             ray.data.read_datasource(source, **source.read_options)
@@ -202,7 +238,9 @@ def _num_tokens(block: pa.Table) -> int:
     return int(pc.sum(block["num_prompt_tokens"]).as_py() + pc.sum(block["num_response_tokens"]).as_py())
 
 
-def _manifest(shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: int, seconds: float) -> Manifest:
+def _manifest(
+    shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: int, num_scored_now: int, seconds: float
+) -> Manifest:
     statuses = Counter[str]()
     for shard in shards:
         statuses.update(shard.statuses)
@@ -211,5 +249,5 @@ def _manifest(shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: 
         raise IntegrityError(f"{num_rows} examples were prepared but {total_rows(entries)} rows of scores written")
     numerics = sorted({shard.numerics for shard in shards})
     counts = {"examples": num_rows, "scored": statuses["ok"], **dict(sorted(statuses.items()))}
-    details = {"numerics": [json.loads(text) for text in numerics]}
+    details = {"numerics": [json.loads(text) for text in numerics], "shards_scored_by_this_driver": num_scored_now}
     return Manifest("score", fingerprint, counts, in_folder("scores", entries), details, seconds=seconds)

@@ -17,18 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from davir_ray.config import Part, RankConfig, SelectConfig, count_from_fraction
+from davir_ray.config import RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas import ranking
-from davir_ray.formulas.quotas import Limit, proportional, spread
+from davir_ray.manifest import Manifest
 from davir_ray.schema import SELECTED
-from davir_ray.stages.choice import Choice, Limits
+from davir_ray.stages.choice import Choice
 from davir_ray.stages.duplicates import find_duplicates
+from davir_ray.stages.exchange import collect, entry_row, exchange, table_of
+from davir_ray.stages.limits import limits_by_file
 from davir_ray.stages.mixing import write_jsonl, write_mixture
-from davir_ray.stages.ranking import collect, exchange, file_metadata, key_columns, order_keys, value_column
+from davir_ray.stages.ranking import file_metadata, key_columns, order_keys, value_column
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import FileEntry, Location, Manifest, digest, in_folder, read_parquet, total_rows, write_parquet
+from davir_ray.storage import FileEntry, Location, digest, in_folder, read_parquet, total_rows, write_parquet
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,8 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
         find_duplicates(run, ranked.files_in("ranked"))
     choice = Choice(run, rank_config, config, {})
     counted = _count(choice, ranked.files_in("ranked"))
-    choice = Choice(run, rank_config, config, _limits(counted, config, ranked))
+    eligible = [row for row in counted if row["what"] == _ELIGIBLE]
+    choice = Choice(run, rank_config, config, limits_by_file(eligible, config))
     plan = _plan(choice, ranked.files_in("ranked"))
     files = exchange(
         Shards(scored.files_in("scores"), partial(_read_with_text, plan)),
@@ -114,7 +117,7 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
         source = "mixture" if config.mixture else "selected"
         written["jsonl"] = write_jsonl(run, source, written[source])
     manifest = _manifest(plan, written, counted, fingerprint, ranked, time.monotonic() - started)
-    manifest.write(run)
+    manifest = manifest.commit(run)
     log.info("select: %d of %d ranked rows", manifest.counts["selected"], ranked.counts["ranked"])
     return manifest
 
@@ -133,10 +136,10 @@ def _read_ranked(folder: Location, rank_config: RankConfig, name: str) -> pa.Tab
     return table.append_column("name", pa.repeat(name, table.num_rows))
 
 
-def _count(choice: Choice, files: list[FileEntry]) -> pa.Table:
+def _count(choice: Choice, files: list[FileEntry]) -> list[dict[str, Any]]:
     """Rows and scored tokens of each file: by filter for those left out, by group for the others."""
     ranked = Shards(files, partial(_read_ranked, choice.run / "ranked", choice.rank_config))
-    return collect(ranked, partial(_count_file, choice=choice), _COUNTED).sort_by("name")
+    return list(collect(ranked, partial(_count_file, choice=choice), _COUNTED).sort_by("name").to_pylist())
 
 
 def _count_file(table: pa.Table, choice: Choice) -> pa.Table:
@@ -150,75 +153,7 @@ def _count_file(table: pa.Table, choice: Choice) -> pa.Table:
     for group in np.unique(groups[left]):
         members = left & (groups == group)
         rows.append((name, _ELIGIBLE, str(group), int(members.sum()), int(tokens[members].sum())))
-    return pa.table(dict(zip(_COUNTED.names, map(list, zip(*rows, strict=True)), strict=True)), schema=_COUNTED)
-
-
-def _limits(counted: pa.Table, config: SelectConfig, ranked: Manifest) -> dict[str, Limits]:
-    """How much each file may give of each group. ConfigError if the rule asks for more than there is, or takes none."""
-    by_group: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
-    for row in counted.to_pylist():
-        if row["what"] == _ELIGIBLE:
-            by_group[row["group"]][row["name"]] = (row["rows"], row["tokens"])
-    pools = {
-        group: Limit(sum(rows for rows, _ in files.values()), sum(tokens for _, tokens in files.values()))
-        for group, files in by_group.items()
-    }
-    limits: dict[str, Limits] = defaultdict(dict)
-    for group, limit in _group_limits(pools, config, ranked).items():
-        rows, tokens = zip(*by_group[group].values(), strict=True)
-        for name, part in zip(by_group[group], spread(limit, rows, tokens), strict=True):
-            limits[name][group] = part
-    return dict(limits)
-
-
-def _group_limits(pools: Limits, config: SelectConfig, ranked: Manifest) -> Limits:
-    """What the rule takes of each group."""
-    if config.quotas:
-        return {
-            group: _at_most(f"select.quotas of {group!r}", rows, pools.get(group))
-            for group, rows in config.quotas.items()
-        }
-    if config.mixture:
-        return {part.source: _part_limit(part, pools.get(part.source)) for part in config.mixture}
-    num_rows = sum(pool.rows or 0 for pool in pools.values())
-    num_tokens = sum(pool.tokens or 0 for pool in pools.values())
-    if not num_rows:
-        raise ConfigError(f"select leaves no row of {ranked.counts['ranked']}; loosen its filters or select.min_score")
-    if config.top_tokens is not None:
-        shares = proportional(
-            min(config.top_tokens, num_tokens), {group: pool.tokens or 0 for group, pool in pools.items()}
-        )
-        return {group: Limit(tokens=tokens) for group, tokens in shares.items()}
-    if config.min_score is not None:
-        return dict.fromkeys(pools, Limit())
-    total = config.top_k
-    if total is None:
-        total = count_from_fraction(config.top_fraction or 1.0, num_rows)
-    if total > num_rows:
-        raise ConfigError(f"select.top_k is {total}, but only {num_rows} rows may be selected; ask for fewer")
-    shares = proportional(total, {group: pool.rows or 0 for group, pool in pools.items()})
-    return {group: Limit(rows=rows) for group, rows in shares.items()}
-
-
-def _at_most(rule: str, rows: int, pool: Limit | None) -> Limit:
-    there = pool.rows or 0 if pool else 0
-    if rows > there:
-        raise ConfigError(f"{rule} is {rows}, but only {there} rows of it may be selected; ask for fewer")
-    return Limit(rows=rows)
-
-
-def _part_limit(part: Part, pool: Limit | None) -> Limit:
-    """What a part of a mixture takes of its source."""
-    rule = f"select.mixture of {part.source!r}:"
-    if pool is None or not pool.rows:
-        raise ConfigError(
-            f"{rule} no row of this source may be selected; name one of the sources, or loosen the filters"
-        )
-    if part.top_k is not None:
-        return _at_most(f"{rule} top_k", part.top_k, pool)
-    if part.top_fraction is not None:
-        return Limit(rows=count_from_fraction(part.top_fraction, pool.rows))
-    return Limit(tokens=part.top_tokens)
+    return table_of(rows, _COUNTED)
 
 
 def _plan(choice: Choice, files: list[FileEntry]) -> Plan:
@@ -276,9 +211,7 @@ def _choose_in_file(table: pa.Table, choice: Choice, bin_rows: int) -> pa.Table:
     for source in np.unique(sources):
         members = sources == source
         rows.append((name, "source", str(source), int(members.sum()), int(tokens[members].sum()), None, None))
-    if not rows:
-        return _CHOSEN.empty_table()
-    return pa.table(dict(zip(_CHOSEN.names, map(list, zip(*rows, strict=True)), strict=True)), schema=_CHOSEN)
+    return table_of(rows, _CHOSEN)
 
 
 def _read_with_text(plan: Plan, name: str) -> pa.Table:
@@ -326,13 +259,13 @@ def _write_bin(group: pa.Table, plan: Plan, metadata: dict[bytes, bytes]) -> pa.
         )
     table = group.take(at).append_column("rank", ranked["rank"]).select(SELECTED.names).cast(SELECTED)
     entry = write_parquet(plan.choice.run / "selected" / f"part-{number:05d}.parquet", table, metadata)
-    return pa.table({name: [value] for name, value in asdict(entry).items()})
+    return entry_row(entry)
 
 
 def _manifest(
     plan: Plan,
     written: dict[str, list[FileEntry]],
-    counted: pa.Table,
+    counted: list[dict[str, Any]],
     fingerprint: dict[str, Any],
     ranked: Manifest,
     seconds: float,
@@ -342,33 +275,39 @@ def _manifest(
         raise IntegrityError(
             f"{num_selected} rows were to be selected but {total_rows(written['selected'])} were written"
         )
-    left_out: Counter[str] = Counter()
-    pools: Counter[str] = Counter()
-    for row in counted.to_pylist():
-        left_out[row["what"]] += row["rows"]
-        if row["what"] == _ELIGIBLE:
-            pools[row["group"]] += row["rows"]
-    counts = {"ranked": ranked.counts["ranked"], **dict(sorted(left_out.items())), "selected": num_selected}
-    repeats = {part.source: part.repeat for part in plan.choice.config.mixture}
-    none = Totals()
+    by_reason: Counter[str] = Counter()
+    for row in counted:
+        by_reason[row["what"]] += row["rows"]
+    counts = {"ranked": ranked.counts["ranked"], **dict(sorted(by_reason.items())), "selected": num_selected}
     details = {
         "cut": _cut_value(plan, written["selected"][-1]),
-        "groups": [
-            {
-                "group": group,
-                "eligible": pools[group],
-                "selected": plan.groups.get(group, none).rows,
-                "tokens": plan.groups.get(group, none).tokens,
-            }
-            for group in sorted(pools)
-        ],
-        "sources": [
-            {"source": name, **asdict(plan.sources[name]), "repeat": repeats.get(name, 1)}
-            for name in sorted(plan.sources)
-        ],
+        "groups": _told_groups(plan, counted),
+        "sources": _told_sources(plan),
     }
     files = [entry for folder, entries in written.items() for entry in in_folder(folder, entries)]
     return Manifest("select", fingerprint, counts, files, details, seconds=seconds)
+
+
+def _told_groups(plan: Plan, counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group: rows that could be selected, rows and scored tokens that are."""
+    pools: Counter[str] = Counter()
+    for row in counted:
+        if row["what"] == _ELIGIBLE:
+            pools[row["group"]] += row["rows"]
+    totals = {group: plan.groups.get(group, Totals()) for group in sorted(pools)}
+    return [
+        {"group": group, "eligible": pools[group], "selected": total.rows, "tokens": total.tokens}
+        for group, total in totals.items()
+    ]
+
+
+def _told_sources(plan: Plan) -> list[dict[str, Any]]:
+    """Each source: rows and scored tokens that are selected, and how often a mixture repeats them."""
+    repeats = {part.source: part.repeat for part in plan.choice.config.mixture}
+    return [
+        {"source": name, **asdict(total), "repeat": repeats.get(name, 1)}
+        for name, total in sorted(plan.sources.items())
+    ]
 
 
 def _cut_value(plan: Plan, last: FileEntry) -> float | None:

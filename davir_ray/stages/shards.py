@@ -17,7 +17,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.errors import IntegrityError
 from davir_ray.schema import SCORES
-from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet, write_parquet
+from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, digest, read_parquet, write_parquet
 
 _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
@@ -32,6 +32,9 @@ NAMED = ["shard", "shard_rows"]
 
 NUMERICS_KEY = b"davir_numerics"
 """In the footer of a scores file: the arithmetic that made it, as JSON."""
+
+
+_SEAL_KEY = b"davir_seal"
 
 
 class Shards(Datasource):  # type: ignore[misc]
@@ -125,10 +128,10 @@ class ScoredShard:
 class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
     """Writes each block, which must be a whole shard, as scores/<shard's name>."""
 
-    def __init__(self, run: Location, mark: str) -> None:
+    def __init__(self, run: Location, fingerprint: str) -> None:
         self.shards: list[ScoredShard] = []
         self._run = run
-        self._mark = mark
+        self._fingerprint = fingerprint
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[ScoredShard]:
         """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
@@ -142,13 +145,19 @@ class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
             )
         scores = block.select(SCORES.names).cast(SCORES)
         numerics = str(block["numerics"][0])
-        footer = {FINGERPRINT_KEY: self._mark.encode(), NUMERICS_KEY: numerics.encode()}
+        footer = sealed({FINGERPRINT_KEY: self._fingerprint.encode(), NUMERICS_KEY: numerics.encode()})
         entry = write_parquet(self._run / "scores" / names.pop(), scores, footer)
         return ScoredShard(entry, count_statuses(scores), numerics)
 
     def on_write_complete(self, write_result: WriteResult[list[ScoredShard]]) -> None:
         """Keep what the write tasks committed."""
         self.shards = [shard for shards in write_result.write_returns for shard in shards]
+
+
+def sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """The entries of a footer, and a digest of them: page checksums leave the footer out."""
+    texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, NUMERICS_KEY)]
+    return {**footer, _SEAL_KEY: digest(texts).encode()}
 
 
 def count_statuses(scores: pa.Table) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import posixpath
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from davir_ray import errors
 from davir_ray.config import FinetuneConfig
-from davir_ray.errors import ClusterError, UserError
+from davir_ray.errors import ClusterError, DavirError, IntegrityError, UserError
+from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint, resolve_dtype
+from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype
 from davir_ray.models.finetune import (
     TRAINING_COLUMNS,
     StepReport,
@@ -30,14 +32,17 @@ from davir_ray.models.finetune import (
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
 from davir_ray.models.self_check import self_check
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
-from davir_ray.stages.resume import completed, require
-from davir_ray.storage import FileEntry, Location, Manifest, digest, file_digest, read_parquet
+from davir_ray.stages.resume import completed, note_attempt, require, same_attempt
+from davir_ray.storage import FileEntry, Location, digest, in_folder, read_parquet
 
 log = logging.getLogger(__name__)
 
 _OUTCOME = "outcome.json"
 """In checkpoints/: the last metrics, or the error that ended training. An error that is ours is not raised in a worker:
 Ray Train would take it for a lost worker and train again."""
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of checkpoints."""
 
 _MOST_REPORTS = 50
 _MOST_CURVE_POINTS = 500
@@ -73,18 +78,26 @@ def finetune(
     prepared = require(run, "prepare")
     fingerprint = _fingerprint(base, config, prepared)
     if done := completed(run, "finetune", fingerprint, overwrite=overwrite):
+        (run / "checkpoints").remove()  # left where the driver died just after the manifest
         return done
+    if not same_attempt(run, "finetune", "checkpoints", fingerprint, overwrite=overwrite):
+        (run / "checkpoints").remove()
+    note_attempt(run, "checkpoints", fingerprint)
     shards = [entry.name for entry in prepared.files_in("examples")]
-    metrics = _fit(Training(run, base, config, shards, spec), name=digest(fingerprint)[:16])
+    try:
+        metrics = _fit(Training(run, base, config, shards, spec), name=digest(fingerprint)[:16])
+    except UserError:
+        note_attempt(run, "checkpoints", fingerprint, binding=False)  # the user is told to change the settings
+        raise
     manifest = Manifest(
         "finetune",
         fingerprint,
         counts={"examples": metrics["num_examples"], "steps": metrics["step"]},
-        files=_described(run / "reference"),
+        files=in_folder("reference", [FileEntry(**entry) for entry in metrics["reference"]]),
         details={"loss_by_step": metrics["loss_by_step"], "final_loss": metrics["loss"], "workers": config.num_workers},
         seconds=time.monotonic() - started,
     )
-    manifest.write(run)
+    manifest = manifest.commit(run)
     # They are three times the model's size, and serve only a fine-tune that was not finished.
     (run / "checkpoints").remove()
     return manifest
@@ -108,6 +121,7 @@ def _fit(training: Training, name: str) -> dict[str, Any]:
     storage = training.run / "checkpoints"
     if storage.is_local:
         Path(storage.path).mkdir(parents=True, exist_ok=True)
+    _remove_torn_state(storage / name)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"training": training},
@@ -133,6 +147,23 @@ def _fit(training: Training, name: str) -> dict[str, Any]:
     return dict(outcome)
 
 
+def _remove_torn_state(folder: Location) -> None:
+    """Clear what Ray Train cannot continue from: it writes its list of checkpoints in place (2.60), so a driver that
+    dies there leaves half of it, and every later start would fail.
+    """
+    try:
+        listed = json.loads((folder / _SNAPSHOT).read_bytes())
+        results = listed["checkpoint_results"]
+        whole = all((folder / result["checkpoint_dir_name"]).exists() for result in results)
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        log.warning("%s was left half-written by a driver that died; training starts anew", folder)
+        folder.remove()
+
+
 def _arrow_filesystem(place: Location) -> pyarrow.fs.FileSystem:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(place.fs))
 
@@ -156,7 +187,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     is_first = ray.train.get_context().get_world_rank() == 0
     try:
         outcome = _train(training, is_first)
-    except UserError as error:  # of the model or the loss, which are the same on every rank: all of them end here
+    except DavirError as error:  # of the model, a checkpoint or the loss, the same on every rank: all of them end here
         outcome = {"error": type(error).__name__, "message": str(error)}
     if is_first:
         (training.run / "checkpoints" / _OUTCOME).write_text(json.dumps(outcome))
@@ -170,11 +201,21 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
     trainer = Trainer(prepare_model(likelihood), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
-            trainer.load_state(Path(state))
+            _continue(trainer, Path(state), checkpoint.path)
     trainer.train(_Reporter(training, trainer, is_first=is_first))
-    if is_first:
-        _export(training, likelihood, "reference")
-    return {**trainer.summary(_MOST_CURVE_POINTS), "num_examples": len(examples)}
+    files = _export(training, likelihood, "reference") if is_first else []
+    summary = trainer.summary(_MOST_CURVE_POINTS)
+    return {**summary, "num_examples": len(examples), "reference": [dataclasses.asdict(entry) for entry in files]}
+
+
+def _continue(trainer: Trainer, state: Path, told_as: str) -> None:
+    try:
+        trainer.load_state(state)
+    except IntegrityError as error:
+        folder = posixpath.dirname(told_as)
+        raise IntegrityError(
+            f"the checkpoint {told_as} is damaged ({error}); delete the folder {folder} to train from the start"
+        ) from error
 
 
 def _load(training: Training) -> Likelihood:
@@ -225,16 +266,9 @@ class _Reporter:
             )  # fmt: skip
 
 
-def _export(training: Training, likelihood: Likelihood, name: str) -> None:
-    """Write the model as a Hugging Face folder of the run, whole or not at all."""
+def _export(training: Training, likelihood: Likelihood, name: str) -> list[FileEntry]:
+    """Write the model as a Hugging Face folder of the run, whole or not at all; returns its files."""
     with tempfile.TemporaryDirectory() as folder:
         save_reference(likelihood, training.base.tokenizer(), Path(folder))
         Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
-        (training.run / name).put_folder(Path(folder))
-
-
-def _described(folder: Location) -> list[FileEntry]:
-    return [
-        FileEntry(f"{folder.name}/{name}", 0, int(folder.fs.size((folder / name).path)), file_digest(folder / name))
-        for name in folder.names()
-    ]
+        return (training.run / name).put_folder(Path(folder), last=CONFIGS)

@@ -17,7 +17,7 @@ from davir_ray.data.examples import COUNTED, ExampleReader, ExampleRow, ShardWri
 from davir_ray.data.sources import Reject, Slice, list_files
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import EXAMPLES, REJECTS, RejectReason
-from davir_ray.storage import Location, describe_parquet, read_parquet
+from davir_ray.storage import Location, committed_parquet, read_parquet
 
 PARTS = st.lists(
     st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.integers(0, 99)), max_size=4
@@ -186,15 +186,15 @@ def test_every_row_lies_in_one_shard_and_the_books_say_so(tmp_path: Path, num_ro
     for column in COUNTED:
         assert report.sums[column] == sum(row_of(number)[column] for number in range(num_rows))
     for entry in report.files:
-        described, _ = describe_parquet(run / entry.name)
+        described, _ = committed_parquet(run / entry.name)
         assert (described.rows, described.bytes, described.sha256) == (entry.rows, entry.bytes, entry.sha256)
-    assert rejected.name == "rejects/part-00007.parquet"
+    assert rejected.name == "rejects/part-00007-00000.parquet"
 
 
 def test_rejects_are_kept_and_counted_by_reason(tmp_path: Path) -> None:
     run = Location.of(tmp_path)
     report = write(run, 0, bad=rejects())
-    table = read_parquet(run / "rejects/part-00007.parquet")
+    table = read_parquet(run / "rejects/part-00007-00000.parquet")
     assert table.schema.equals(REJECTS)
     assert table.to_pylist() == [{"source": "s", **r._asdict(), "reason": r.reason.value} for r in rejects()]
     assert report.reasons == {"broken_json": 2, "empty_response": 1}

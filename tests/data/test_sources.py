@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from davir_ray.config import Source
 from davir_ray.data import sources
-from davir_ray.data.sources import ReadError, Record, Reject, Slice, SourceFile, list_files, plan_tasks, read_records
-from davir_ray.errors import DataError
+from davir_ray.data.sources import Record, Reject, Slice, SourceFile, list_files, plan_tasks, read_records
+from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -527,7 +527,7 @@ def test_a_file_that_went_away_is_the_users_error(tmp_path: Path, name: str) -> 
     pq.write_table(pa.table({"a": [1]}), tmp_path / name)
     files = list_files(source(tmp_path))
     (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=rf"{name} cannot be opened .*restore"):
+    with pytest.raises(DataError, match=rf"{name} cannot be opened: .*restore"):
         list(read_records(Slice(files[0])))
     if name == "a.parquet":
         with pytest.raises(DataError, match=rf"{name} cannot be opened"):
@@ -562,9 +562,9 @@ def test_a_failing_storage_never_looks_like_a_damaged_file(
     else:
         write(tmp_path / name, PACK[Path(name).suffix.replace(".jsonl", "")](lines))
     monkeypatch.setattr(
-        sources, "_Stored", lambda file, uri, stored=sources._Stored: stored(FailingAfter(file, 300_000), uri)
+        sources, "_Stored", lambda file, *rest, stored=sources._Stored: stored(FailingAfter(file, 300_000), *rest)
     )
-    with pytest.raises(ReadError, match="the storage did not answer"):
+    with pytest.raises(StorageError, match="the storage did not answer"):
         read_path(tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from davir_ray.formulas.quotas import Limit, prefix_rows, proportional, spread
+from davir_ray.formulas.quotas import Limit, by_file, prefix_rows, proportional
 
 POOLS = st.dictionaries(st.text(max_size=3), st.integers(0, 10**12), min_size=1, max_size=8).filter(
     lambda pools: sum(pools.values()) > 0
@@ -56,7 +56,7 @@ def test_files_together_give_the_prefix_of_one_long_file(
     files: list[list[int]], rows: int | None, tokens: int | None
 ) -> None:
     limit = Limit(rows, tokens)
-    limits = spread(limit, [len(file) for file in files], [sum(file) for file in files])
+    limits = by_file(limit, [len(file) for file in files], [sum(file) for file in files])
     taken = [prefix_rows(part, np.array(file, np.int64)) for part, file in zip(limits, files, strict=True)]
     expected = prefix_of_all(limit, [size for file in files for size in file])
     assert sum(taken) == expected

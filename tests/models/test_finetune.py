@@ -32,9 +32,10 @@ from transformers import (
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
-from davir_ray.errors import DataError, TrainingError
+from davir_ray.errors import DataError, IntegrityError, TrainingError
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.finetune import (
+    STATE_FILE,
     StepReport,
     Trainer,
     TrainingSet,
@@ -302,6 +303,17 @@ def test_a_run_continues_bit_for_bit_where_it_was_stopped(
     assert [r.loss for r in reports] == [r.loss for r in expected[last_step:]]
     assert_same_bits(weights(continued), weights(whole))
     assert resumed.summary(100) == trainer.summary(100)
+
+
+@pytest.mark.parametrize("at", [0, 500, -1])
+def test_a_damaged_state_is_refused(tmp_path: Path, at: int) -> None:
+    trainer = trainer_of(make())
+    trainer.save_state(tmp_path)
+    content = bytearray((tmp_path / STATE_FILE).read_bytes())
+    content[at] ^= 1
+    (tmp_path / STATE_FILE).write_bytes(bytes(content))
+    with pytest.raises(IntegrityError, match="does not match its checksum"):
+        trainer.load_state(tmp_path)
 
 
 def test_every_step_draws_its_own_dropout() -> None:

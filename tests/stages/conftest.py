@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from davir_ray.manifest import Manifest
 from davir_ray.schema import EXAMPLES, SCORES
-from davir_ray.storage import Location, Manifest, in_folder, write_parquet
+from davir_ray.storage import Location, in_folder, write_parquet
 
 MakeScores = Callable[..., Location]
 

@@ -1,6 +1,7 @@
 """Whatever is in the files, each row is an example or a reject with file, row and reason; the sums say so."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 
 from davir_ray.config import Format, PrepareConfig, Source
 from davir_ray.errors import DataError, ModelError, OutputError
+from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.schema import REJECTS, RejectReason
-from davir_ray.stages.prepare import Preparation, prepare, preview
-from davir_ray.storage import Location, Manifest, read_parquet
+from davir_ray.stages import prepare as module
+from davir_ray.stages.prepare import TASKS, Preparation, prepare, preview
+from davir_ray.storage import Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -167,7 +170,7 @@ def test_a_changed_file_is_another_run(base_folder: Path, tmp_path: Path) -> Non
 
 def test_a_preview_names_bad_rows_and_marks_scored_tokens(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(line for line, _ in LINES[:4]))
-    text = "\n".join(preview([source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200)))
+    text = "\n".join(preview([source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200)).lines)
     assert "1 of the first 4 records" in text
     assert "a.jsonl row 1: empty_response" in text
     assert "### Response:⟦x</s>⟧" in text
@@ -182,3 +185,116 @@ def test_messages_without_a_chat_template_are_refused_as_a_model_error(base_fold
             settings(base_folder),
             max_bad_fraction=1,
         )
+
+
+def test_another_template_is_refused_by_name(base_folder: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    run = Location.of(tmp_path / "run")
+    chat = source(tmp_path / "a.jsonl", "messages")
+    prepare(run, [chat], settings(base_folder, chat_template=CHAT), max_bad_fraction=0)
+    with pytest.raises(OutputError, match=r"encoding\.chat_template.*--overwrite.*another --output"):
+        prepare(run, [chat], settings(base_folder, chat_template=CHAT + " "), max_bad_fraction=0)
+
+
+class CrashError(Exception):
+    """Stands for a driver that dies."""
+
+
+def test_what_an_attempt_has_prepared_is_not_read_again(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TASK_BYTES", 1)  # a file is a task
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(4):
+        rows = [GOOD | {"input": f"{number} {row}"} for row in range(5)]
+        (folder / f"{number}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n{")
+
+    def run_prepare(name: str) -> Manifest:
+        run = Location.of(tmp_path / name)
+        return prepare(run, [source(folder)], settings(base_folder, max_tokens=200), max_bad_fraction=1)
+
+    undisturbed = run_prepare("undisturbed")
+
+    def crash(*_: object) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "commit", crash)
+        with pytest.raises(CrashError):
+            run_prepare("run")
+    run = tmp_path / "run"
+    (reports,) = (path for path in (run / TASKS).iterdir() if path.is_dir())
+    assert len(list(reports.iterdir())) == 4
+    # One task had not finished, of another a file was lost, of a third one was damaged.
+    (reports / "00001.json").unlink()
+    (run / "examples" / "part-00002-00000.parquet").unlink()
+    damaged = run / "examples" / "part-00003-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes().replace(b"PAR1", b"PAR2"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    again = run_prepare("run")
+    assert (again.counts, again.files) == (undisturbed.counts, undisturbed.files)
+    rewritten = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert rewritten
+    assert not [name for name in rewritten if name.startswith("part-00000")]
+    assert not (run / TASKS).exists()
+
+
+def test_an_unfinished_prepare_of_other_settings_is_refused(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(GOOD | {"input": str(row)}) for row in range(9)))
+    run = Location.of(tmp_path / "run")
+
+    def crash(*_: object) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "commit", crash)
+        with pytest.raises(CrashError):
+            prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200), max_bad_fraction=0)
+    other = settings(base_folder, max_tokens=190)
+    with pytest.raises(OutputError, match=r"unfinished prepare .*encoding.max_tokens: 200 → 190.*--overwrite"):
+        prepare(run, [source(tmp_path / "a.jsonl")], other, max_bad_fraction=0)
+    manifest = prepare(run, [source(tmp_path / "a.jsonl")], other, max_bad_fraction=0, overwrite=True)
+    check_books(tmp_path / "run", manifest, 9)
+
+
+def test_other_settings_start_anew(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(GOOD | {"input": str(row)}) for row in range(9)))
+    run = Location.of(tmp_path / "run")
+    with pytest.raises(DataError):
+        prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=2), max_bad_fraction=0)
+    manifest = prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200), max_bad_fraction=0)
+    check_books(tmp_path / "run", manifest, 9)
+    assert not (tmp_path / "run" / "rejects").exists()
+
+
+@pytest.mark.parametrize("num_files", [1, 40])
+def test_a_hopeless_corpus_stops_before_its_end(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
+) -> None:
+    monkeypatch.setattr(module, "_TASK_BYTES", 1)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [json.dumps({"question": "q" * 1000, "answer": "no such column"})] * (40_000 // num_files)
+    for number in range(num_files):
+        (folder / f"{number:02d}.jsonl").write_text("\n".join(lines))
+    run = Location.of(tmp_path / "run")
+    with pytest.raises(
+        DataError, match=r"the first \d+% of the data, missing_column \d+\), more than .*rejects/"
+    ) as told:
+        prepare(run, [source(folder)], settings(base_folder), max_bad_fraction=0.1)
+    (read,) = re.findall(r"of (\d+) rows are bad", str(told.value))
+    assert 10_000 < int(read) < 36_000
+    assert len(table_of(tmp_path / "run", "rejects")) >= int(read) / 2
+
+
+def test_a_bad_beginning_does_not_stop_a_good_corpus(base_folder: Path, tmp_path: Path) -> None:
+    bad, good = json.dumps({"answer": "x" * 1000}), json.dumps(GOOD | {"input": "y" * 900})
+    (tmp_path / "a.jsonl").write_text("\n".join([bad] * 1200 + [good] * 20_000))
+    run = Location.of(tmp_path / "run")
+    preparation = settings(base_folder, max_tokens=1024, shard_rows=4096)
+    manifest = prepare(run, [source(tmp_path / "a.jsonl")], preparation, max_bad_fraction=0.06)
+    assert manifest.counts["rejected"] == 1200

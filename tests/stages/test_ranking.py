@@ -20,10 +20,11 @@ import pytest
 
 from davir_ray.config import RankConfig
 from davir_ray.errors import DataError, IntegrityError
+from davir_ray.manifest import Manifest
 from davir_ray.stages import ranking
 from davir_ray.stages.ranking import BinWriter, assign_bins, cut_into_bins, exchange, rank
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import Location, Manifest, read_parquet
+from davir_ray.storage import Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 

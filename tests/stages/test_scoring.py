@@ -1,5 +1,6 @@
 """Scores do not depend on the number of actors or the cut into shards, and a shard is one block or nothing."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,14 @@ import ray.data
 
 from davir_ray.config import PrepareConfig, ScoreConfig, Source
 from davir_ray.errors import ClusterError, IntegrityError, ModelError
+from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import pool_size, whole_block_context
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.scoring import ScoreSink, score
+from davir_ray.stages.scoring import ScoreSink, _describe, score
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, Manifest, read_parquet
+from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -107,6 +109,19 @@ def test_the_sink_refuses_a_block_that_is_not_one_whole_shard(tmp_path: Path, to
     with pytest.raises(IntegrityError, match="not one whole shard"):
         ScoreSink(Location.of(tmp_path), "mark").write([torn], None)
     assert not (tmp_path / "scores").exists()
+
+
+def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
+    """A bit of the fingerprint's text would otherwise look like a shard of other settings."""
+    sink = ScoreSink(Location.of(tmp_path), json.dumps({"base": "abc"}))
+    sink.write([block(3, "part-0.parquet", 3)], None)
+    place = Location.of(tmp_path) / "scores" / "part-0.parquet"
+    found = _describe(place, 3)
+    assert found is not None
+    assert found.fingerprint == {"base": "abc"}
+    assert _describe(place, 4) is None
+    place.write_bytes(place.read_bytes().replace(b'"abc"', b'"abd"'))
+    assert _describe(place, 3) is None
 
 
 def test_every_shard_is_one_block_whatever_its_size() -> None:

@@ -10,11 +10,12 @@ import pytest
 
 from davir_ray.config import RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.manifest import Manifest
 from davir_ray.schema import SELECTED
 from davir_ray.stages import ranking, selection
 from davir_ray.stages.ranking import cut_into_bins, rank
 from davir_ray.stages.selection import select
-from davir_ray.storage import Location, Manifest, read_parquet, write_parquet
+from davir_ray.storage import Location, read_parquet, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 

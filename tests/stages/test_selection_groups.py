@@ -15,10 +15,11 @@ import pytest
 
 from davir_ray.config import Part, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError
+from davir_ray.manifest import Manifest
 from davir_ray.stages import mixing, ranking, selection
 from davir_ray.stages.ranking import cut_into_bins, rank
 from davir_ray.stages.selection import select
-from davir_ray.storage import Location, Manifest, read_parquet
+from davir_ray.storage import Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 

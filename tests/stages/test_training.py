@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,18 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from drivers import Driver
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import davir_ray
 from davir_ray.config import FinetuneConfig, PrepareConfig, ScoreConfig, Source
 from davir_ray.errors import ClusterError, ModelError, TrainingError
+from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.stages import training
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.scoring import score
 from davir_ray.stages.training import finetune
-from davir_ray.storage import Location, Manifest, read_parquet
+from davir_ray.storage import Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -191,29 +190,45 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
         assert torch.equal(value, undisturbed[name])
 
 
-@pytest.mark.slow
-def test_a_killed_driver_can_be_started_again_and_ends_with_the_same_weights(
-    data_folder: Path, base_folder: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    run, package = tmp_path / "run", Path(davir_ray.__file__).parent.parent
+@pytest.fixture
+def killed(data_folder: Path, base_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a fine-tune whose driver was killed after a checkpoint."""
+    run = tmp_path / "run"
     options = {f"finetune.{name}": value for name, value in LONG.items()} | {
         "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "base": base_folder, "output": run,
         "limit": ROWS, "prepare.max_tokens": 256, "prepare.shard_rows": 10, "max_bad_fraction": 1,
     }  # fmt: skip
-    command = [sys.executable, str(package / "jobs" / "finetune.py")]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = str(package)
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = Driver("finetune.py", options, tmp_path / "first.log")
     try:
         wait_for_checkpoint(run)
     finally:
         first.kill()
-        first.wait()
     assert not (run / "reference").exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert f"reference: {run}/reference" in again.stdout
-    assert "continuing after step" in again.stderr + again.stdout
-    for name, value in weights(run / "reference").items():
+    return options
+
+
+@pytest.mark.slow
+def test_a_killed_driver_can_be_started_again_and_ends_with_the_same_weights(
+    killed: dict[str, Any], undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    again = Driver("finetune.py", killed, tmp_path / "again.log")
+    assert again.finish() == 0, again.output
+    assert f"reference: {killed['output']}/reference" in again.output
+    assert "continuing after step" in again.output
+    for name, value in weights(killed["output"] / "reference").items():
         assert torch.equal(value, undisturbed[name])
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], tmp_path: Path) -> None:
+    states = list(killed["output"].glob("checkpoints/*/checkpoint_*/training_state.pt"))
+    assert states
+    for state in states:
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(bytes(content))
+    again = Driver("finetune.py", killed, tmp_path / "again.log")
+    assert again.finish() == 1, again.output
+    told = [line for line in again.output.splitlines() if line.startswith("finetune.py: ")]
+    assert len(told) == 1
+    assert any(f"the checkpoint {state.parent} is damaged" in told[0] for state in states)

@@ -1,0 +1,105 @@
+"""What a run will take, about: tokens, shards, disk, device-hours and their price. Pure arithmetic, for --dry_run."""
+
+from dataclasses import dataclass
+
+from davir_ray.config import FinetuneConfig
+from davir_ray.models.size import ModelSize
+
+PEAK_TFLOPS = {
+    "V100": 125.0, "T4": 65.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0,
+    "A100": 312.0, "A100-40G": 312.0, "A100-80G": 312.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "B200": 2250.0,
+}  # fmt: skip
+"""Dense bfloat16 (V100, T4: float16) TFLOP/s by NVIDIA's data sheets, by Ray's name of the accelerator."""
+
+GPU_SHARE = 0.35
+"""Of the peak that packed forwards of models of some billions of parameters are assumed to reach."""
+
+CPU_SHARE = 0.7
+"""Of a matrix product's rate on one thread; 0.77 was measured (benchmarks/RESULTS.md)."""
+
+_ADAM_BYTES = 12
+"""A trained parameter in a checkpoint: float32 value and Adam's two moments."""
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What the sources hold, estimated from their first rows."""
+
+    num_rows: int
+    num_examples: int
+    num_tokens: int
+    """Prompt and response tokens of all examples, end tokens included."""
+    num_scored: int
+    """Response tokens of all examples."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
+
+    data: DataSize
+    num_shards: int
+    finetune_flops: float
+    score_flops: float
+    checkpoint_bytes: float
+    """At the most at one time: the last checkpoint and the one being written."""
+    reference_bytes: float
+
+    def device_hours(self, tflops: float) -> tuple[float, float]:
+        """Of the fine-tune and of scoring, on devices that sustain so many TFLOP/s."""
+        return self.finetune_flops / tflops / 3.6e15, self.score_flops / tflops / 3.6e15
+
+
+def estimate(size: ModelSize, data: DataSize, shard_rows: int, finetune: FinetuneConfig | None) -> Estimate:
+    """The arithmetic; `finetune` is None where a reference is given."""
+    mean_length = data.num_tokens / max(1, data.num_examples)
+    forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
+    num_shards = -(-data.num_examples // shard_rows)
+    if finetune is None:
+        return Estimate(data, num_shards, 0.0, 2 * forward, 0.0, 0.0)
+    if finetune.lora_rank is None:
+        trained, passes = size.num_parameters, 3
+    else:  # the frozen weights get no gradient of their own
+        trained, passes = finetune.lora_rank * size.linear_edges, 2
+    passes += finetune.gradient_checkpointing
+    return Estimate(
+        data,
+        num_shards,
+        finetune.epochs * passes * forward,
+        2 * forward,
+        2.0 * _ADAM_BYTES * trained,
+        4.0 * trained,
+    )
+
+
+def told(found: Estimate, tflops: float, how: str, num_devices: int, price: float | None) -> list[str]:
+    """The estimate in lines for a person. `how` says where the rate comes from; `price` is of a device-hour."""
+    data = found.data
+    training, scoring = found.device_hours(tflops)
+    total = training + scoring
+    lines = [
+        "estimate, from the first rows:",
+        f"  data: {data.num_rows:,} rows, {data.num_examples:,} examples, {data.num_tokens:,} tokens "
+        f"({data.num_scored:,} scored), {found.num_shards:,} shards",
+        f"  disk: {_bytes(found.checkpoint_bytes)} for checkpoints while fine-tuning, "
+        f"{_bytes(found.reference_bytes)} for the reference",
+        f"  compute: {total:.3g} device-hours ({training:.3g} fine-tune, {scoring:.3g} score) at {tflops:.3g} TFLOP/s "
+        f"a device ({how})",
+        f"  time to score: {_duration(scoring / max(1, num_devices))} on {num_devices} actors",
+    ]
+    if price is not None:
+        lines.append(f"  cost: {total * price:.2f} at {price:g} a device-hour")
+    return lines
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.3g} hours"
+    return f"{hours * 60:.2g} minutes" if hours * 60 >= 1 else f"{hours * 3600:.2g} seconds"

@@ -1,0 +1,189 @@
+"""One driver a run: a lease in the output names who writes there, and a heartbeat shows that it lives.
+
+On the same machine a process that is gone is known at once. Elsewhere clocks differ, so nobody compares times: who
+finds a lease watches whether its heartbeat moves.
+"""
+
+import _thread
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from davir_ray.access import explain, translated
+from davir_ray.errors import OutputError
+from davir_ray.storage import Location
+
+log = logging.getLogger(__name__)
+
+LEASE_FILE = "lease.json"
+
+BEAT_S = 10.0
+"""Seconds between heartbeats."""
+
+MISSED_BEATS = 4
+"""After so many of them without a change the holder counts as dead."""
+
+_SETTLE_S = 1.0
+"""Two drivers that take over the same lease both see, this much later, whose it is."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has the lease. A lease that cannot be read has a holder without a name."""
+
+    token: str = ""
+    host: str = "?"
+    machine: str = "?"
+    """Boot and process namespace: only there do process ids mean the same processes."""
+    pid: int = 0
+    process_started: float = 0.0
+    """Start of the process, seconds since the epoch: process ids are used again."""
+    since: str = "?"
+    beat: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> Self:
+        """A new holder: this process."""
+        process = psutil.Process()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(uuid.uuid4().hex, socket.gethostname(), _machine(), process.pid, process.create_time(), now)
+
+    @classmethod
+    def read(cls, place: Location) -> Self | None:
+        """The holder of a lease; None if there is no lease."""
+        try:
+            return cls(**json.loads(place.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # torn, or somebody else's
+            return cls()
+
+    def is_dead(self) -> bool:
+        """Whether it was a process of this machine that is gone; false where that cannot be known."""
+        if self.machine != _machine():
+            return False
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.process_started) > 1)
+        except psutil.NoSuchProcess:
+            return True
+
+    def is_here(self) -> bool:
+        """Whether it is a process of this machine, dead or alive."""
+        return self.machine == _machine()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+def _machine() -> str:
+    parts = ["/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"]
+    with suppress(OSError):
+        return f"{Path(parts[0]).read_text().strip()} {os.readlink(parts[1])}"
+    return f"{socket.gethostname()} {int(psutil.boot_time())}"
+
+
+class Lease:
+    """Holds a run's lease while its block runs. OutputError if another driver has it, or takes it."""
+
+    def __init__(self, run: Location) -> None:
+        self._place = run / LEASE_FILE
+        self._holder = Holder.of_this_process()
+        self._ended = threading.Event()
+        self._lost_to: str | None = None
+        self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        with translated(self._place, OutputError):
+            self._acquire()
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._heart.join()
+        if self._lost_to is not None:
+            raise OutputError(f"{self._place.parent} was taken over by {self._lost_to}; this run ends here") from error
+        with suppress(OSError):  # the heartbeat of a lease that stays behind does not move
+            if self._is_ours():
+                self._place.remove()
+
+    def _acquire(self) -> None:
+        taken_over = False
+        while not self._place.create(self._content()):
+            holder = Holder.read(self._place)
+            if holder is None:
+                continue
+            if holder.token == self._holder.token:  # written, but the store's answer was lost and the request repeated
+                break
+            if not holder.is_dead():
+                self._wait_for_end_of(holder)
+            if Holder.read(self._place) == holder:
+                log.warning("taking over the run from %s, which is gone", holder)
+                self._place.remove()
+            taken_over = True
+        if taken_over or not self._place.is_local:  # not every store refuses to create a file twice
+            time.sleep(_SETTLE_S)
+            if not self._is_ours():
+                raise _refusal(self._place, Holder.read(self._place) or Holder())
+
+    def _wait_for_end_of(self, holder: Holder) -> None:
+        """Return when its heartbeat stood still for so long that it must be dead. OutputError when it moves."""
+        if holder.is_here():
+            raise _refusal(self._place, holder)
+        patience = BEAT_S * MISSED_BEATS
+        log.warning("%s has the run; waiting up to %g s for its heartbeat", holder, patience)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, BEAT_S / 2))
+            now = Holder.read(self._place)
+            if now is None:
+                return
+            if now != holder:
+                raise _refusal(self._place, now)
+
+    def _beat(self) -> None:
+        renewed, trouble = time.monotonic(), ""
+        while not self._ended.wait(BEAT_S):
+            if time.monotonic() - renewed > BEAT_S * (MISSED_BEATS - 1):
+                self._lose(f"a driver that may take it for dead: its heartbeat failed: {trouble}")
+                return
+            try:
+                found = Holder.read(self._place)
+                if found is not None and found.token != self._holder.token:
+                    self._lose(str(found))
+                    return
+                self._holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1})
+                self._place.write_bytes(self._content())
+                renewed = time.monotonic()
+            except Exception as error:  # noqa: BLE001  # whatever the store's library raises: it may be back at the next beat
+                trouble = explain(error, self._place)
+                log.warning("the lease %s could not be renewed: %s", self._place, trouble)
+
+    def _lose(self, to: str) -> None:
+        self._lost_to = to
+        _thread.interrupt_main()
+
+    def _is_ours(self) -> bool:
+        holder = Holder.read(self._place)
+        return holder is not None and holder.token == self._holder.token
+
+    def _content(self) -> bytes:
+        return json.dumps(asdict(self._holder)).encode()
+
+
+def _refusal(place: Location, holder: Holder) -> OutputError:
+    return OutputError(f"{place.parent} is being written by {holder}; wait for it, stop it, or choose another --output")

@@ -1,0 +1,44 @@
+"""Losses by a plain loop, to hold the kernel's against: float32, one example at a time, transformers' own forward."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from davir_ray.data.packing import Spans
+from davir_ray.models.adapter import adapter_switched_off
+from davir_ray.models.checkpoint import Checkpoint, local_device
+from davir_ray.models.self_check import eager_nll
+
+Examples = Sequence[tuple[npt.NDArray[np.int32], Spans]]
+Nlls = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PlainScorer:
+    """Base and reference, loaded one after the other: in float32 both may not fit."""
+
+    base: Checkpoint
+    reference: Checkpoint
+
+    def __call__(self, examples: Examples) -> tuple[Nlls, Nlls]:
+        """Summed nats of each example's response under the base and under the reference."""
+        device = local_device()
+        model = self.base.model(torch.float32, device)
+        if self.reference.is_adapter:
+            self.reference.attach_to(model)
+            with adapter_switched_off(model):
+                base = _nlls(model, examples)
+            return base, _nlls(model, examples)
+        base = _nlls(model, examples)
+        del model
+        gc.collect()
+        return base, _nlls(self.reference.model(torch.float32, device), examples)
+
+
+def _nlls(model: PreTrainedModel, examples: Examples) -> Nlls:
+    return np.array([float(eager_nll(model, ids, spans).double().sum()) for ids, spans in examples])

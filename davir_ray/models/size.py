@@ -1,0 +1,59 @@
+"""How large a model is, from its configuration alone: for an estimate before a run."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from davir_ray.errors import ModelError
+from davir_ray.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of parameters, and the lengths that attention costs depend on."""
+
+    num_parameters: int
+    num_embedding: int
+    """Input embeddings: looked up, not multiplied with."""
+    num_head: int
+    """Of the output head: multiplied with at scored tokens only."""
+    num_layers: int
+    hidden: int
+    linear_edges: int
+    """Inputs and outputs of all linear layers but the head, added up: a LoRA adapter's parameters, for each rank."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "ModelSize":
+        """The size of a checkpoint's model; no weight is read. ModelError if it cannot be built."""
+        config = checkpoint.config()
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+        except (ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(f"{checkpoint.uri} is no causal language model: {' '.join(str(error).split())}") from error
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        text = config.get_text_config()
+        return cls(
+            num_parameters=model.num_parameters(),
+            num_embedding=embedding.weight.numel(),
+            num_head=0 if head is None else head.weight.numel(),
+            num_layers=int(text.num_hidden_layers),
+            hidden=int(text.hidden_size),
+            linear_edges=sum(
+                module.in_features + module.out_features
+                for module in model.modules()
+                if isinstance(module, torch.nn.Linear) and module is not head
+            ),
+        )
+
+    @property
+    def num_body(self) -> int:
+        """Parameters that every token is multiplied with."""
+        tied = self.num_parameters < self.num_embedding + self.num_head
+        return self.num_parameters - self.num_embedding - (0 if tied else self.num_head)
+
+    def forward_flops(self, num_tokens: float, num_scored: float, mean_length: float) -> float:
+        """Of one forward pass over packed examples: matrix products and causal attention, the head at scored tokens."""
+        attention = 2 * self.num_layers * self.hidden * mean_length
+        return num_tokens * (2 * self.num_body + attention) + num_scored * 2 * self.num_head

@@ -1,0 +1,81 @@
+"""Jobs as processes of their own, to be watched, killed and started again."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+import davir_ray
+from davir_ray.storage import Location, read_parquet
+
+PACKAGE = Path(davir_ray.__file__).parent.parent
+DATA_FOLDERS = ("examples", "rejects", "scores", "ranked", "selected")
+
+
+class Driver:
+    """One run of a job; its output goes to a file."""
+
+    def __init__(
+        self, job: str, options: Mapping[str, Any], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        command = [sys.executable, str(PACKAGE / "jobs" / job)]
+        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self._log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command,
+                env={**kept, **(environment or {}), "PYTHONPATH": str(PACKAGE)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return self._log.read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+        """Return when the condition holds; it must while the job runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the job ended before {what}:\n{self.output}"
+            assert time.monotonic() < deadline, f"{what} did not come:\n{self.output}"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """As a machine that is taken away does."""
+        self.process.kill()
+        self.process.wait()
+
+    def finish(self, seconds: float = 400) -> int:
+        """Wait for the end; returns the exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the job does not end:\n{self.output}") from None
+
+
+def content_of(run: Location) -> dict[str, pd.DataFrame]:
+    """Every data folder of a run as a table, the rows in the order of its files."""
+    tables = {}
+    for folder in DATA_FOLDERS:
+        files = [read_parquet(run / folder / name) for name in (run / folder).names(".parquet")]
+        if files:
+            tables[folder] = pa.concat_tables(files).to_pandas()
+    return tables
+
+
+def assert_same_content(run: Location, other: Location) -> None:
+    """Every column of every data folder is equal, to the bit."""
+    left, right = content_of(run), content_of(other)
+    assert left.keys() == right.keys()
+    for folder, table in left.items():
+        pd.testing.assert_frame_equal(table, right[folder], check_exact=True)

@@ -1,0 +1,120 @@
+"""The whole chain with every path in a real store: the result is that on a disk, throttled or not; no secret left."""
+
+import gzip
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import Driver, assert_same_content
+from object_store.conftest import make_bucket
+from object_store.proxy import FaultyProxy
+from object_store.stores import Store
+
+from davir_ray.manifest import Manifest
+from davir_ray.storage import Location
+
+pytestmark = pytest.mark.slow
+
+NUM_ROWS = 120
+SETTINGS = {
+    "format": "alpaca", "max_bad_fraction": 0.2, "prepare.shard_rows": 16, "prepare.max_tokens": 256,
+    "finetune.epochs": 1, "finetune.batch_size": 32, "finetune.learning_rate": 1e-3, "finetune.lora_rank": 4,
+    "select.top_fraction": 0.25, "select.jsonl": "true",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first rows of real data, and two that are bad."""
+    folder = tmp_path_factory.mktemp("rows")
+    with gzip.open(data_folder / "alpaca_9k.jsonl.gz", "rt") as source:
+        lines = [next(source) for _ in range(NUM_ROWS)]
+    (folder / "rows.jsonl").write_text("".join(lines) + "{\n[]\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_disk(rows: Path, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on a local disk."""
+    run = tmp_path_factory.mktemp("disk") / "run"
+    driver = Driver("score.py", {"data": rows, "base": base_folder, "output": run, **SETTINGS}, run.parent / "log")
+    assert driver.finish() == 0, driver.output
+    return run
+
+
+def upload(store: Store, rows: Path, base_folder: Path) -> dict[str, Any]:
+    """Everything that a run needs into a new bucket; returns the options that name it."""
+    bucket = f"s3://{make_bucket(store)}"
+    client = store.client()
+    for folder, name in ((rows, "data"), (base_folder, "base")):
+        for file in folder.iterdir():
+            client.put_file(str(file), f"{bucket}/{name}/{file.name}")
+    places = {"data": f"{bucket}/data/", "base": f"{bucket}/base", "output": f"{bucket}/run"}
+    return {**places, "score.base_cache": f"{bucket}/cache", **SETTINGS}
+
+
+def location(store: Store, uri: str) -> Location:
+    return Location(store.client(), uri.removeprefix("s3://"))
+
+
+def test_every_path_in_a_store(store: Store, rows: Path, base_folder: Path, on_disk: Path, tmp_path: Path) -> None:
+    options = upload(store, rows, base_folder)
+    secret = {**store.environment, "DAVIR_RAY_CACHE": str(tmp_path / "cache"), "RAY_TMPDIR": "", "TMPDIR": ""}
+    with tempfile.TemporaryDirectory(prefix="r") as temporary:  # a short path: Ray's sockets lie below it
+        secret |= {"RAY_TMPDIR": temporary, "TMPDIR": temporary}
+        first = Driver("score.py", options, tmp_path / "first.log", secret)
+        assert first.finish() == 0, first.output
+        left = [tmp_path, Path(temporary)]
+        assert grep(store.secret, left) == []
+        assert grep(store.key, left) == []
+    run = location(store, options["output"])
+    assert_same_content(run, Location.of(on_disk))
+    for path in run.fs.find(run.path):
+        content = run.fs.cat_file(path)
+        assert store.secret.encode() not in content, path
+        assert store.key.encode() not in content, path
+    again = Driver("score.py", options, tmp_path / "again.log", secret | {"RAY_TMPDIR": "/tmp", "TMPDIR": "/tmp"})
+    assert again.finish() == 0, again.output
+    assert [f"{stage}: complete, skipped" in again.output for stage in ("prepare", "finetune", "score")] == [True] * 3
+    assert not (run / "lease.json").exists()
+    assert not (run / "checkpoints").exists()
+
+
+def grep(secret: str, folders: list[Path]) -> list[str]:
+    """Files that hold the secret."""
+    found = subprocess.run(["grep", "-rlaF", secret, *map(str, folders)], capture_output=True, text=True, check=False)
+    return found.stdout.split()
+
+
+def test_one_request_in_ten_is_throttled(
+    moto_store: Store, rows: Path, base_folder: Path, on_disk: Path, tmp_path: Path
+) -> None:
+    options = upload(moto_store, rows, base_folder)
+    with FaultyProxy(moto_store.endpoint, share=0.1).serving() as proxy:
+        environment = {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        driver = Driver("score.py", options, tmp_path / "log", environment)
+        assert driver.finish() == 0, driver.output
+        assert proxy.counts["refused"] > 10
+    assert_same_content(location(moto_store, options["output"]), Location.of(on_disk))
+
+
+def test_a_store_that_only_throttles_ends_the_run_with_the_reason(
+    moto_store: Store, rows: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    options = upload(moto_store, rows, base_folder) | {"reference": reference_folder}
+    run = location(moto_store, options["output"])
+    with FaultyProxy(moto_store.endpoint, share=0.0).serving() as proxy:
+        environment = {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        driver = Driver("score.py", options, tmp_path / "log", environment)
+        driver.wait_for(lambda: bool((run / "scores").names()), "the first scored shard")
+        proxy.share = 1.0
+        assert driver.finish() != 0
+        assert "throttled" in driver.output.splitlines()[-1]
+        proxy.share = 0.0
+        again = Driver("score.py", options, tmp_path / "again.log", environment)
+        assert again.finish() == 0, again.output
+    manifest = Manifest.read(run, "score")
+    assert manifest is not None
+    assert manifest.counts["examples"] == manifest.counts["scored"]

@@ -1,0 +1,240 @@
+"""Files in real stores: whole or not there, created once, damage and leftovers found, refusals in plain words."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from object_store.conftest import make_bucket
+from object_store.proxy import FaultyProxy
+from object_store.stores import Store, make_user
+
+from davir_ray import lease as lease_module
+from davir_ray.access import check_readable, probe_output
+from davir_ray.config import Source
+from davir_ray.data.sources import Slice, list_files, read_records
+from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
+from davir_ray.lease import LEASE_FILE, Holder, Lease
+from davir_ray.manifest import Manifest
+from davir_ray.storage import Location, file_digest, in_folder, read_parquet, remove_leftovers, write_parquet
+
+TABLE = pa.table({"a": list(range(1000)), "b": ["ü"] * 1000})
+
+
+def objects(place: Location) -> list[str]:
+    place.fs.invalidate_cache()
+    return sorted(path.removeprefix(f"{place.path}/") for path in place.fs.find(place.path))
+
+
+def test_files_come_back_and_go(place: Location) -> None:
+    assert not place.exists()
+    assert place.names() == []
+    (place / "below" / "a").write_bytes(b"\x00one")
+    (place / "b.parquet").write_text("größer")
+    assert place.names() == ["b.parquet"]
+    assert (place / "below" / "a").read_bytes() == b"\x00one"
+    assert place.exists()
+    place.remove()
+    assert objects(place) == []
+    with pytest.raises(FileNotFoundError):
+        (place / "b.parquet").read_bytes()
+
+
+def test_only_one_of_many_creates_a_file(place: Location) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda i: (place / "lease").create(b"%d" % i), range(8)))
+    assert sum(written) == 1
+    assert (place / "lease").read_bytes() == b"%d" % written.index(True)
+
+
+def test_a_folder_of_files_of_any_size_arrives_whole(place: Location, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    (source / "sub").mkdir(parents=True)
+    contents = {"config.json": b"{}", "sub/empty": b"", "model.safetensors": bytes(range(256)) * 500_000}  # in parts
+    for name, content in contents.items():
+        (source / name).write_bytes(content)
+    (place / "reference" / "old").write_bytes(b"x")
+    (place / "reference").put_folder(source)
+    assert objects(place / "reference") == sorted(contents)
+    for name, content in contents.items():
+        assert (place / "reference" / name).read_bytes() == content
+
+
+def test_a_digest_changes_with_the_content(place: Location) -> None:
+    (place / "a").write_bytes(b"one")
+    first = file_digest(place / "a")
+    assert file_digest(place / "a") == first
+    (place / "a").write_bytes(b"two")
+    place.fs.invalidate_cache()
+    assert file_digest(place / "a") != first
+
+
+def test_damage_to_a_stage_is_named(place: Location) -> None:
+    files = [write_parquet(place / "scores" / f"{name}.parquet", TABLE) for name in "ab"]
+    manifest = Manifest("score", {}, {}, in_folder("scores", files)).commit(place)
+    assert Manifest.read(place, "score") == manifest
+    assert manifest.damage(place) == []
+    content = bytearray((place / "scores" / "a.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (place / "scores" / "a.parquet").write_bytes(bytes(content))
+    (line,) = manifest.damage(place)
+    assert line.startswith("scores/a.parquet: sha256")
+    with pytest.raises(IntegrityError, match=r"s3://.*a\.parquet is damaged"):
+        read_parquet(place / "scores" / "a.parquet", ["a", "b"])
+
+
+def test_an_upload_that_died_is_cleared_away(used: Store, place: Location) -> None:
+    call = used.client().call_s3
+    bucket, _, prefix = place.path.partition("/")
+    for key in (f"{prefix}/reference/model.safetensors", "another-run/a"):
+        upload = call("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+        call("upload_part", Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 100)
+    (place / "a").write_bytes(b"x")
+    remove_leftovers(place)
+    left = call("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["another-run/a"]
+    assert objects(place) == ["a"]
+
+
+def test_a_lease_is_held_by_one_and_taken_from_the_dead(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_S", 0.2)
+    with Lease(place):
+        with pytest.raises(OutputError, match="being written by process"), Lease(place):
+            pass
+        time.sleep(0.5)
+        holder = Holder.read(place / LEASE_FILE)
+        assert holder is not None
+        assert holder.beat >= 1
+    assert not (place / LEASE_FILE).exists()
+    (place / LEASE_FILE).write_text('{"machine": "elsewhere"}')
+    with Lease(place):
+        pass
+
+
+def test_pyarrow_reads_what_was_written(used: Store, place: Location) -> None:
+    write_parquet(place / "scores" / "a.parquet", TABLE)
+    assert pq.read_table(str(place / "scores")).equals(TABLE)
+
+
+def test_sources_are_found_and_read(place: Location) -> None:
+    (place / "data" / "a.jsonl").write_text('{"instruction": "ü", "output": "x"}\n{\n')
+    write_parquet(place / "data" / "b.parquet", pa.table({"instruction": ["q"], "output": ["a"]}))
+    files = list_files(Source("s", str(place / "data"), "alpaca"))
+    assert [file.relative_path for file in files] == ["a.jsonl", "b.parquet"]
+    assert [type(row).__name__ for file in files for row in read_records(Slice(file))] == ["Record", "Reject", "Record"]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_output_is_left_as_it_was(place: Location) -> None:
+    probe_output(place)
+    assert objects(place) == []
+
+
+def with_secret(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def with_unknown_key(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("change", [with_secret, with_unknown_key])
+def test_wrong_credentials_are_told(
+    place: Location, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch, str], None]
+) -> None:
+    change(monkeypatch, "not-the-right-one")
+    started = time.monotonic()
+    with pytest.raises(OutputError, match="cannot be written: wrong credentials") as caught:
+        probe_output(Location.of(str(place)))
+    with pytest.raises(DataError, match="wrong credentials"):
+        check_readable([(f"{place}/data", DataError)])
+    assert time.monotonic() - started < 10
+    assert "not-the-right-one" not in str(caught.value)
+
+
+def test_no_credentials_are_told(place: Location, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(OutputError, match="no credentials were found"):
+        probe_output(Location.of(str(place)))
+
+
+@pytest.mark.usefixtures("used")
+def test_a_missing_bucket_is_told() -> None:
+    with pytest.raises(OutputError, match="missing bucket: no-such-bucket does not exist"):
+        probe_output(Location.of("s3://no-such-bucket/run"))
+    with pytest.raises(ModelError, match=r"s3://no-such-bucket/model.*missing bucket"):
+        check_readable([("s3://no-such-bucket/model", ModelError)])
+
+
+@pytest.mark.usefixtures("used")
+def test_an_unreachable_store_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    started = time.monotonic()
+    with pytest.raises(OutputError, match="cannot be written: unreachable"):
+        probe_output(Location.of("s3://bucket/run"))
+    assert time.monotonic() - started < 10
+
+
+def test_throttling_is_told_in_time(used: Store, place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyProxy(used.endpoint, share=1.0).serving() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        started = time.monotonic()
+        with pytest.raises(OutputError, match="cannot be written: throttled"):
+            probe_output(Location.of(str(place)))
+        assert time.monotonic() - started < 10
+        assert proxy.counts["refused"] >= 2
+
+
+def test_some_throttling_is_waited_out(used: Store, place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyProxy(used.endpoint, share=0.3).serving() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        slow = Location.of(str(place))
+        for number in range(20):
+            (slow / f"{number}").write_bytes(b"%d" % number)
+        assert all((slow / f"{number}").read_bytes() == b"%d" % number for number in range(20))
+        assert len(slow.names()) == 20
+        assert proxy.counts["refused"] > 5
+
+
+@pytest.mark.parametrize(
+    ("allowed", "step"),
+    [
+        (["s3:ListBucket", "s3:GetObject"], "written"),
+        (["s3:PutObject", "s3:GetObject", "s3:DeleteObject"], "listed"),
+        (["s3:PutObject", "s3:ListBucket", "s3:DeleteObject"], "read"),
+        (["s3:PutObject", "s3:ListBucket", "s3:GetObject"], "deleted from"),
+    ],
+)
+def test_each_missing_permission_is_told(
+    moto_store: Store, monkeypatch: pytest.MonkeyPatch, allowed: list[str], step: str
+) -> None:
+    name = make_bucket(moto_store)
+    key, secret = make_user(
+        moto_store.endpoint, f"user-{name}", {"Action": allowed}, aws_access_key_id=moto_store.key,
+        aws_secret_access_key=moto_store.secret,
+    )  # fmt: skip
+    for variable, value in {
+        **moto_store.environment,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+    }.items():
+        monkeypatch.setenv(variable, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(OutputError, match=f"cannot be {step}: missing permission.*AccessDenied"):
+        probe_output(Location.of(f"s3://{name}/run"))
+    s3fs.S3FileSystem.clear_instance_cache()

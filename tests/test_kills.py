@@ -1,0 +1,200 @@
+"""What dies in the middle of a run: driver, actor, node, store. The result is that of a run without a death."""
+
+import gzip
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import Driver, assert_same_content
+from object_store.conftest import make_bucket
+from object_store.stores import Store, ceph, require_ceph
+from ray.cluster_utils import Cluster
+
+from davir_ray.storage import TEMPORARY, Location
+
+pytestmark = pytest.mark.slow
+
+NUM_ROWS = 240
+NUM_FILES = 4
+SHARD_ROWS = 12
+NUM_SHARDS = NUM_ROWS // SHARD_ROWS
+SETTINGS = {
+    "format": "alpaca", "max_bad_fraction": 0.3, "prepare.shard_rows": SHARD_ROWS, "prepare.max_tokens": 512,
+    "score.num_actors": 1, "select.top_fraction": 0.25, "select.drop_duplicates": "true",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real rows in several files."""
+    folder = tmp_path_factory.mktemp("data")
+    with gzip.open(data_folder / "alpaca_9k.jsonl.gz", "rt") as source:
+        for number in range(NUM_FILES):
+            lines = [next(source) for _ in range(NUM_ROWS // NUM_FILES)]
+            (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(data: Path, base_folder: Path, reference_folder: Path) -> dict[str, Any]:
+    return {"data": data, "base": base_folder, "reference": reference_folder, **SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """The run without a death."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    driver = Driver("score.py", {**options, "output": run}, run.parent / "log")
+    assert driver.finish() == 0, driver.output
+    return Location.of(run)
+
+
+@pytest.fixture(scope="module")
+def ceph_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A store of this module's own: it is killed."""
+    require_ceph()
+    with ceph(tmp_path_factory.mktemp("ceph")) as store:
+        yield store
+
+
+def shards_of(output: str) -> tuple[int, int]:
+    """Shards to score and shards already scored, as the driver says."""
+    (found,) = re.findall(r"score: (\d+) shards to score, (\d+) already scored", output)
+    return int(found[0]), int(found[1])
+
+
+def moments(run: Location) -> list[tuple[str, Callable[[], bool]]]:
+    """When the driver is killed: in each stage, at its begin, in the middle or between stages."""
+
+    def at_least(count: int, folder: str) -> Callable[[], bool]:
+        return lambda: len((run / folder).names()) >= count
+
+    def complete(stage: str) -> Callable[[], bool]:
+        return lambda: f"{stage}.json" in (run / "manifests").names()
+
+    return [
+        ("the lease is taken", lambda: (run / "lease.json").exists()),
+        ("the first examples", at_least(1, "examples")),
+        ("prepare is complete", complete("prepare")),
+        ("the first scores", at_least(1, "scores")),
+        ("half of the scores", at_least(NUM_SHARDS // 2, "scores")),
+        ("score is complete", complete("score")),
+        ("the first ranks", at_least(1, "ranked")),
+        ("rank is complete", complete("rank")),
+        ("the first selected", at_least(1, "selected")),
+        ("select is complete", complete("select")),
+    ]
+
+
+def kill_at(
+    chosen: list[tuple[str, Callable[[], bool]]], options: dict[str, Any], logs: Path, environment: dict[str, str]
+) -> None:
+    """One driver after another on the same output, each killed at the next of these moments; the last one ends."""
+    for number, (what, condition) in enumerate(chosen):
+        driver = Driver("score.py", options, logs / f"{number}.log", environment)
+        driver.wait_for(condition, what)
+        driver.kill()
+        if "shards to score" in driver.output:
+            assert sum(shards_of(driver.output)) == NUM_SHARDS
+    last = Driver("score.py", options, logs / "last.log", environment)
+    assert last.finish() == 0, last.output
+
+
+def test_a_driver_that_dies_in_each_stage(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    kill_at(moments(run), {**options, "output": run}, tmp_path, {})
+    assert_same_content(run, undisturbed)
+    assert not list(Path(run.path).rglob(f"{TEMPORARY}*"))
+    assert not (run / "prepare_tasks").exists()
+    assert not (run / "lease.json").exists()
+
+
+def test_scored_shards_are_not_scored_again(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    first = Driver("score.py", {**options, "output": run}, tmp_path / "first.log")
+    first.wait_for(lambda: len((run / "scores").names()) >= NUM_SHARDS // 3, "a third of the scores")
+    first.kill()
+    time.sleep(2)  # what writes when its driver dies may end
+    committed = (run / "scores").listed()
+    assert len(committed) < NUM_SHARDS, "all was scored before the kill"
+    again = Driver("score.py", {**options, "output": run}, tmp_path / "again.log")
+    assert again.finish() == 0, again.output
+    assert shards_of(again.output) == (NUM_SHARDS - len(committed), len(committed))
+    after = (run / "scores").listed()
+    assert {name: after[name] for name in committed} == committed
+    assert_same_content(run, undisturbed)
+
+
+def test_an_actor_that_dies(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    driver = Driver("score.py", {**options, "output": run}, tmp_path / "log")
+    driver.wait_for(lambda: bool((run / "scores").names()), "the first scores")
+    (pid,) = set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))
+    os.kill(int(pid), signal.SIGKILL)
+    assert driver.finish() == 0, driver.output
+    assert len(set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))) == 2
+    assert_same_content(run, undisturbed)
+
+
+def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        node = cluster.add_node(num_cpus=2)
+        wanted = {**options, "output": run, "output_is_shared": "true", "score.num_actors": 3}
+        driver = Driver("score.py", wanted, tmp_path / "log", {"RAY_ADDRESS": cluster.address})
+        driver.wait_for(lambda: len((run / "scores").names()) >= 4, "the first scores")
+        node.kill_raylet()
+        assert driver.finish() == 0, driver.output
+        assert "node it was running on is dead" in driver.output or "temporarily unavailable" in driver.output
+    finally:
+        cluster.shutdown()
+    assert_same_content(run, undisturbed)
+
+
+def test_two_drivers_on_one_output(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    first = Driver("score.py", {**options, "output": run}, tmp_path / "first.log")
+    first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
+    second = Driver("score.py", {**options, "output": run}, tmp_path / "second.log")
+    assert second.finish() == 2, second.output
+    assert f"is being written by process {first.process.pid}" in second.output
+    assert first.finish() == 0, first.output
+    assert_same_content(run, undisturbed)
+
+
+def test_a_store_that_dies_while_shards_are_written(
+    ceph_store: Store, options: dict[str, Any], undisturbed: Location, tmp_path: Path
+) -> None:
+    uri = f"s3://{make_bucket(ceph_store)}/run"
+    run = Location(ceph_store.client(), uri.removeprefix("s3://"))
+    first = Driver("score.py", {**options, "output": uri}, tmp_path / "first.log", ceph_store.environment)
+    first.wait_for(lambda: len((run / "scores").names()) >= 3, "the first scores")
+    ceph_store.kill()
+    time.sleep(3)
+    ceph_store.restart()
+    status = first.finish()
+    committed = (run / "scores").listed()
+    assert len(committed) >= 3
+    if status != 0:
+        assert "The same command goes on where this run stopped" in first.output
+    again = Driver("score.py", {**options, "output": uri}, tmp_path / "again.log", ceph_store.environment)
+    assert again.finish() == 0, again.output
+    after = (run / "scores").listed()
+    assert {name: after[name] for name in committed} == committed
+    assert_same_content(run, undisturbed)
+
+
+def test_a_driver_that_dies_in_each_stage_with_its_output_in_a_store(
+    ceph_store: Store, options: dict[str, Any], undisturbed: Location, tmp_path: Path
+) -> None:
+    uri = f"s3://{make_bucket(ceph_store)}/run"
+    run = Location(ceph_store.client(), uri.removeprefix("s3://"))
+    kill_at(moments(run)[1::2], {**options, "output": uri}, tmp_path, ceph_store.environment)
+    assert_same_content(run, undisturbed)
+    assert not (run / "lease.json").exists()

@@ -1,0 +1,113 @@
+"""Two thousand small shards: memory, open files and temporary folders of every process stay what they were."""
+
+import json
+import logging
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from drivers import Driver
+
+from davir_ray.manifest import Manifest
+from davir_ray.storage import Location
+
+log = logging.getLogger(__name__)
+
+pytestmark = pytest.mark.slow
+
+NUM_SHARDS = 2000
+MOST_GROWTH_MB = 48
+"""Of a process over at least half of the shards; a leak of 100 kB a shard would be 100 MB in the driver."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of one process."""
+
+    resident_mb: float
+    num_files: int
+
+
+def load(pid: int) -> Load:
+    process = psutil.Process(pid)
+    return Load(process.memory_info().rss / 2**20, process.num_fds())
+
+
+def actors(driver: Driver) -> set[str]:
+    return set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))
+
+
+def scored(run: Location) -> Callable[[int], Callable[[], bool]]:
+    return lambda count: lambda: len(list(Path(run.path, "scores").glob("*.parquet"))) >= count
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"Count to {row}.", "response": f"one two {row}"}) for row in range(NUM_SHARDS)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_two_thousand_shards_leave_no_trace_in_memory(
+    rows: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    run = Location.of(tmp_path / "run")
+    options = {
+        "data": rows, "format": "prompt_response", "base": base_folder, "reference": reference_folder, "output": run,
+        "prepare.shard_rows": 1, "score.num_actors": 2, "keep_token_nll": "all", "select.top_k": 5,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="r") as temporary:
+        driver = Driver(
+            "score.py", options, tmp_path / "log", {"TMPDIR": temporary, "RAY_TMPDIR": temporary, "RAY_DEDUP_LOGS": "0"}
+        )
+        # The actors are far ahead of what is written, and end when they are done.
+        driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS // 4, "a quarter of the shards", 600)
+        pids = {"driver": driver.process.pid} | {f"actor {pid}": int(pid) for pid in actors(driver)}
+        first, first_files = {name: load(pid) for name, pid in pids.items()}, temporary_files(temporary)
+        driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS * 3 // 4, "three quarters", 600)
+        last = {name: load(pid) for name, pid in pids.items()}
+        driver.wait_for(scored(run)(NUM_SHARDS - 20), "the last files", 600)
+        last["driver"], last_files = load(driver.process.pid), temporary_files(temporary)
+        assert driver.finish() == 0, driver.output
+    manifest = Manifest.read(run, "score")
+    assert manifest is not None
+    assert manifest.counts["scored"] == len(manifest.files) == NUM_SHARDS
+    assert len(first) == 3
+    log.info("loads: %s, then %s; temporary files %d, then %d", first, last, first_files, last_files)
+    for name, before in first.items():
+        assert last[name].resident_mb - before.resident_mb < MOST_GROWTH_MB, (name, before, last[name])
+        assert last[name].num_files - before.num_files < 16, (name, before, last[name])
+    assert last_files - first_files < 16
+
+
+def temporary_files(folder: str) -> int:
+    """Files and folders outside Ray's own logs."""
+    return sum("/logs/" not in str(path) for path in Path(folder).rglob("*"))
+
+
+def test_a_stuck_run_ends_with_its_reason(
+    rows: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    run = Location.of(tmp_path / "run")
+    options = {
+        "data": rows, "format": "prompt_response", "base": base_folder, "reference": reference_folder, "output": run,
+        "prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20, "select.top_k": 5,
+    }  # fmt: skip
+    driver = Driver("score.py", options, tmp_path / "log")
+    driver.wait_for(scored(run)(3), "the first shards")
+    (pid,) = actors(driver)
+    os.kill(int(pid), signal.SIGSTOP)
+    try:
+        assert driver.finish() == 1, driver.output
+    finally:
+        if psutil.pid_exists(int(pid)):
+            os.kill(int(pid), signal.SIGKILL)
+    told = driver.output.splitlines()
+    assert any("no_progress_timeout_s" in line and "20" in line and line.startswith("score.py: ") for line in told)
