@@ -21,7 +21,7 @@ from davir_ray.lease import Lease
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.models.size import ModelSize
-from davir_ray.stages.cluster import SUBMITTED_JOB, accelerators, connect, has_gpu, num_nodes
+from davir_ray.stages.cluster import SUBMITTED_JOB, accelerators, connected, has_gpu, num_nodes
 from davir_ray.stages.prepare import Preparation, prepare, preview, scoring_spec
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
@@ -82,11 +82,12 @@ def dry_run(config: RunConfig) -> list[str]:
     run, base, preparation = _check(config)
     reference = _outside_reference(config, preparation)
     lines, data = preview(config.all_sources(), preparation)
-    _connect(run, config)
-    check_claim(run)
-    num_actors = plan_pool(config.score)
+    with _connected(run, config):
+        check_claim(run)
+        num_actors = plan_pool(config.score)
+        device_rate = _device_rate(config.estimate)
     found = estimate(ModelSize.of(base), data, config.prepare.shard_rows, None if reference else config.finetune)
-    lines += told(found, *_device_rate(config.estimate), num_actors, config.estimate.price_per_device_hour)
+    lines += told(found, *device_rate, num_actors, config.estimate.price_per_device_hour)
     lines.append(f"cluster: room for {num_actors} scoring actors")
     lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
     return lines
@@ -119,8 +120,8 @@ def verify_only(output: str, num_rows: int, seed: int) -> Verification:
         config = _remembered(run)
         base = Checkpoint.find(config.base or "", config.trust_remote_code)
         reference = Checkpoint.find(config.reference or str(run / "reference"), config.trust_remote_code)
-        _connect(run, config)
-        return verify(run, base, reference, num_rows, seed)
+        with _connected(run, config):
+            return verify(run, base, reference, num_rows, seed)
 
 
 def _remembered(run: Location) -> RunConfig:
@@ -212,22 +213,24 @@ def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoin
 @contextmanager
 def _writing(run: Location, config: RunConfig) -> Iterator[None]:
     """Connect to Ray and hold the output, alone, with what dead attempts left behind cleared away."""
-    _connect(run, config)
-    check_claim(run)
-    with Lease(run), storage_errors(run):
-        claim(run, dump(config))
-        remove_leftovers(run)
-        yield
+    with _connected(run, config):
+        check_claim(run)
+        with Lease(run), storage_errors(run):
+            claim(run, dump(config))
+            remove_leftovers(run)
+            yield
 
 
-def _connect(run: Location, config: RunConfig) -> None:
+@contextmanager
+def _connected(run: Location, config: RunConfig) -> Iterator[None]:
     """Connect to Ray; ConfigError if not every node sees the output."""
-    connect()
-    if run.is_local and num_nodes() > 1 and not config.output_is_shared:
-        raise ConfigError(
-            f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared "
-            "if every node sees this path"
-        )
+    with connected():
+        if run.is_local and num_nodes() > 1 and not config.output_is_shared:
+            raise ConfigError(
+                f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared "
+                "if every node sees this path"
+            )
+        yield
 
 
 def _prepare(run: Location, config: RunConfig, preparation: Preparation) -> Manifest:

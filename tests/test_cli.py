@@ -53,7 +53,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davir_ray.pipeline.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.pipeline.connected", lambda: pytest.fail("Ray was started"))
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {

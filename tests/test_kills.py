@@ -150,8 +150,8 @@ def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_pa
         driver = Driver("score.py", wanted, tmp_path / "log", {"RAY_ADDRESS": cluster.address})
         driver.wait_for(lambda: len((run / "scores").names()) >= 4, "the first scores")
         node.kill_raylet()
+        assert len((run / "scores").names()) < NUM_SHARDS, "all was scored before the kill"
         assert driver.finish() == 0, driver.output
-        assert "node it was running on is dead" in driver.output or "temporarily unavailable" in driver.output
     finally:
         cluster.shutdown()
     assert_same_content(run, undisturbed)

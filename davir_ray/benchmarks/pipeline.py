@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import ray
 import torch
 from transformers import PreTrainedModel
 
@@ -17,7 +16,7 @@ from davir_ray.config import Precision, ScoreConfig
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, quiet
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.stages.cluster import connect
+from davir_ray.stages.cluster import connected
 from davir_ray.stages.scoring import score
 from davir_ray.storage import Location, in_folder, write_parquet
 
@@ -43,12 +42,11 @@ def compare(
     Manifest("prepare", {"benchmark": num_rows}, {"prepared": num_rows}, in_folder("examples", files)).write(run)
 
     bare = _bare_seconds(base, reference, examples, precision, tokens_per_pack, turns=max(2, num_shards // 4))
-    connect()
-    started = time.monotonic()
     config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
-    score(run, base, reference, config, keep_token_nll="none")
-    whole = time.monotonic() - started
-    ray.shutdown()
+    with connected():
+        started = time.monotonic()
+        score(run, base, reference, config, keep_token_nll="none")
+        whole = time.monotonic() - started
     # From the first file to the last: without the start of the actor and the loading of the models.
     written = sorted(path.stat().st_mtime for path in (folder / "run" / "scores").glob("*.parquet"))
     warm = (written[-1] - written[0]) / (len(written) - 1)

@@ -22,7 +22,7 @@ from davir_ray.config import RankConfig
 from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
 from davir_ray.schema import SCORES
-from davir_ray.stages.cluster import connect
+from davir_ray.stages.cluster import connected
 from davir_ray.stages.ranking import rank
 from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, write_parquet
 
@@ -60,7 +60,11 @@ class RankingBenchmark:
 
 def run(settings: RankingBenchmark) -> dict[str, Any]:
     """Generate, rank both ways, sort both ways, and compare every rank with one sort in NumPy."""
-    connect()
+    with connected():
+        return _run(settings)
+
+
+def _run(settings: RankingBenchmark) -> dict[str, Any]:
     _warm_up()
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         run_folder = Location.of(Path(folder) / "run")

@@ -1,6 +1,5 @@
 """What the Ray cluster has, and what is asked of it."""
 
-import atexit
 import logging
 import os
 import re
@@ -25,17 +24,30 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
 
 
-def connect() -> None:
-    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here; nothing if already connected.
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connect to Ray for a block; a connection that is there already is used, and stays.
+
+    The end of the block is the end of the workers' output, so that the reason of a failure is the last line. Left to
+    Ray's own handler at exit, a job that is complete ends with status 1 where a node died on the way (2.60).
+    """
+    _quieten()
+    if ray.is_initialized():
+        yield
+        return
+    _start()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start() -> None:
+    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here.
 
     A local start is never another cluster that happens to run on this machine. It counts one CPU more than the machine
     has: reading and writing wait for storage most of their time, and leave the real ones to the actors.
     """
-    _quieten()
-    if ray.is_initialized():
-        return
-    # Left to Ray's own handler, a job that is complete exits with status 1 where a node died on the way (2.60).
-    atexit.register(ray.shutdown)
     if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
         ray.init(logging_level=logging.WARNING)
         return
