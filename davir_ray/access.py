@@ -61,21 +61,23 @@ _REASONS = {
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
 }
+_UNREACHABLE = "unreachable: {error}; check AWS_ENDPOINT_URL and the network"
 _NAMES = {
     "NoCredentialsError": "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a "
     "role, where the driver and the workers see them",
     "PartialCredentialsError": "the credentials are incomplete: {error}",
     "ProfileNotFound": "the profile does not exist: {error}",
-    "EndpointConnectionError": "unreachable: {error}; check AWS_ENDPOINT_URL and the network",
-    "ConnectTimeoutError": "unreachable: {error}; check AWS_ENDPOINT_URL and the network",
-    "ConnectionClosedError": "unreachable: {error}; check AWS_ENDPOINT_URL and the network",
+    "EndpointConnectionError": _UNREACHABLE,
+    "ConnectTimeoutError": _UNREACHABLE,
+    "ConnectionClosedError": _UNREACHABLE,
     "ReadTimeoutError": "no answer: {error}; check AWS_ENDPOINT_URL and the network",
 }
+_LOCAL_PERMISSION = "missing permission: this user may not do this there; change its access or choose another place"
 _NUMBERS = {
     errno.ENOSPC: "no space is left there; free some or choose another place",
     errno.EROFS: "it is read-only; choose another place",
-    errno.EACCES: "missing permission: this user may not do this there; change its access or choose another place",
-    errno.EPERM: "missing permission: this user may not do this there; change its access or choose another place",
+    errno.EACCES: _LOCAL_PERMISSION,
+    errno.EPERM: _LOCAL_PERMISSION,
     errno.EBUSY: _THROTTLED.format(code="EBUSY"),
 }
 

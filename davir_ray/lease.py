@@ -72,7 +72,7 @@ class Holder:
 
     def is_dead(self) -> bool:
         """Whether it was a process of this machine that is gone; false where that cannot be known."""
-        if self.machine != _machine():
+        if not self.is_here():
             return False
         try:
             return bool(abs(psutil.Process(self.pid).create_time() - self.process_started) > 1)

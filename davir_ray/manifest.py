@@ -3,7 +3,7 @@
 import json
 import platform
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any, Self
@@ -46,9 +46,8 @@ class Manifest:
         """
         there = _listed(run, self.files)
         lines = [
-            f"{entry.name}: {entry.bytes} bytes → {there[entry.name].bytes if entry.name in there else 'missing'}"
-            for entry in self.files
-            if entry.name not in there or there[entry.name].bytes != entry.bytes
+            f"{entry.name}: {entry.bytes} bytes → {found}"
+            for entry, found in _other_sizes(self.files, there, "missing")
         ]
         doubtful = [entry for entry in self.files if _may_have_changed(entry, there.get(entry.name), trust_marks)]
         digests = each(lambda entry: content_digest(run / entry.name), doubtful)
@@ -65,12 +64,11 @@ class Manifest:
         IntegrityError if a file is not there as it was written.
         """
         there = _listed(run, self.files)
-        for entry in self.files:
-            if entry.name not in there or there[entry.name].bytes != entry.bytes:
-                raise IntegrityError(
-                    f"{run / entry.name} was written with {entry.bytes} bytes and is now "
-                    f"{there[entry.name].bytes if entry.name in there else 'gone'}; does something else write there?"
-                )
+        for entry, found in _other_sizes(self.files, there, "gone"):
+            raise IntegrityError(
+                f"{run / entry.name} was written with {entry.bytes} bytes and is now {found}; "
+                "does something else write there?"
+            )
         marked = replace(self, files=[replace(entry, mark=there[entry.name].mark) for entry in self.files])
         marked.write(run)
         return marked
@@ -97,6 +95,16 @@ class Manifest:
         if digest(body) != checksum:
             raise IntegrityError(f"{place} does not match its own checksum; delete it to redo the stage {stage}")
         return cls(**{**body, "files": [FileEntry(**entry) for entry in body["files"]]})
+
+
+def _other_sizes(
+    files: Iterable[FileEntry], there: Mapping[str, Stored], absent: str
+) -> Iterator[tuple[FileEntry, int | str]]:
+    """Files that have not the size they were written with, each with its size now."""
+    for entry in files:
+        found = there.get(entry.name)
+        if found is None or found.bytes != entry.bytes:
+            yield entry, absent if found is None else found.bytes
 
 
 def _may_have_changed(entry: FileEntry, now: Stored | None, trust_marks: bool) -> bool:

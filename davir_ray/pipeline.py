@@ -8,21 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from davir_ray.access import check_readable, probe_output, storage_errors, translated
-from davir_ray.benchmarks.measure import gemm_flops
 from davir_ray.cli import dump, load
-from davir_ray.config import EstimateConfig, RunConfig
+from davir_ray.config import RunConfig
 from davir_ray.data.render import ChatTemplate
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
-from davir_ray.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, estimate, told
+from davir_ray.estimate import estimate, told
 from davir_ray.lease import Lease
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.models.size import ModelSize
-from davir_ray.stages.cluster import SUBMITTED_JOB, accelerators, connected, has_gpu, num_nodes
-from davir_ray.stages.prepare import Preparation, prepare, preview, scoring_spec
+from davir_ray.stages.cluster import SUBMITTED_JOB, connected, num_nodes
+from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.preview import device_rate, preview
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
 from davir_ray.stages.resume import CONFIG_FILE, check_claim, claim, remember, require
@@ -85,30 +83,12 @@ def dry_run(config: RunConfig) -> list[str]:
     with _connected(run, config):
         check_claim(run)
         num_actors = plan_pool(config.score)
-        device_rate = _device_rate(config.estimate)
+        rate = device_rate(config.estimate)
     found = estimate(ModelSize.of(base), data, config.prepare.shard_rows, None if reference else config.finetune)
-    lines += told(found, *device_rate, num_actors, config.estimate.price_per_device_hour)
+    lines += told(found, *rate, num_actors, config.estimate.price_per_device_hour)
     lines.append(f"cluster: room for {num_actors} scoring actors")
     lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
     return lines
-
-
-def _device_rate(config: EstimateConfig) -> tuple[float, str]:
-    """TFLOP/s that one device is reckoned to sustain, and where the number comes from."""
-    if config.device_tflops is not None:
-        return config.device_tflops, "as given"
-    names = accelerators()
-    known = [name for name in names if name in PEAK_TFLOPS]
-    if known:
-        slowest = min(known, key=lambda name: PEAK_TFLOPS[name])
-        return GPU_SHARE * PEAK_TFLOPS[slowest], f"assumed {GPU_SHARE:.0%} of the peak of {slowest}"
-    if has_gpu():
-        raise ConfigError(
-            f"the rate of the cluster's GPUs ({', '.join(names) or 'unnamed'}) is not known; "
-            "give --estimate.device_tflops, what one sustains"
-        )
-    of_a_thread = gemm_flops(torch.float32, torch.device("cpu")) / 1e12  # of CPU time, so of one thread
-    return CPU_SHARE * of_a_thread, f"{CPU_SHARE:.0%} of a matrix product here; a device is one CPU thread"
 
 
 def verify_only(output: str, num_rows: int, seed: int) -> Verification:

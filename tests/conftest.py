@@ -1,6 +1,7 @@
 """Fixtures that everything shares: one local Ray for the session, small real checkpoints, the folder of real data."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import davir_ray
+from davir_ray.storage import Location
 
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -114,3 +116,20 @@ def base_folder(make_checkpoint: Callable[[int], Path]) -> Path:
 def reference_folder(make_checkpoint: Callable[[int], Path]) -> Path:
     """Another model with the same tokenizer, to score against."""
     return make_checkpoint(1)
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    """An empty folder, which does not exist yet, on a disk and in a store without folders."""
+    if request.param == "local":
+        yield Location.of(tmp_path / "run")
+        return
+    name = f"memory://{uuid.uuid4().hex}"
+    yield Location.of(name)
+    Location.of(name).remove()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Location:
+    """An empty folder on the disk, which does not exist yet."""
+    return Location.of(tmp_path / "run")

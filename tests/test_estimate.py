@@ -17,7 +17,8 @@ from davir_ray.data.survey import estimate_rows
 from davir_ray.estimate import DataSize, Estimate, estimate, told
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
-from davir_ray.stages.prepare import Preparation, preview
+from davir_ray.stages.prepare import Preparation
+from davir_ray.stages.preview import preview
 
 DATA = DataSize(num_rows=1000, num_examples=900, num_tokens=90_000, num_scored=30_000)
 

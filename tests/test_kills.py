@@ -15,7 +15,7 @@ from object_store.conftest import make_bucket
 from object_store.stores import Store, ceph, require_ceph
 from ray.cluster_utils import Cluster
 
-from davir_ray.storage import TEMPORARY, Location
+from davir_ray.storage import TEMPORARY, Location, Stored
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +105,13 @@ def kill_at(
     assert last.finish() == 0, last.output
 
 
+def assert_went_on(run: Location, committed: dict[str, Stored], undisturbed: Location) -> None:
+    """What was committed was left as it was, and the rest is that of the run without a death."""
+    after = (run / "scores").listed()
+    assert {name: after[name] for name in committed} == committed
+    assert_same_content(run, undisturbed)
+
+
 def test_a_driver_that_dies_in_each_stage(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
     run = Location.of(tmp_path / "run")
     kill_at(moments(run), {**options, "output": run}, tmp_path, {})
@@ -125,9 +132,7 @@ def test_scored_shards_are_not_scored_again(options: dict[str, Any], undisturbed
     again = Driver("score.py", {**options, "output": run}, tmp_path / "again.log")
     assert again.finish() == 0, again.output
     assert shards_of(again.output) == (NUM_SHARDS - len(committed), len(committed))
-    after = (run / "scores").listed()
-    assert {name: after[name] for name in committed} == committed
-    assert_same_content(run, undisturbed)
+    assert_went_on(run, committed, undisturbed)
 
 
 def test_an_actor_that_dies(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
@@ -185,9 +190,7 @@ def test_a_store_that_dies_while_shards_are_written(
         assert "The same command goes on where this run stopped" in first.output
     again = Driver("score.py", {**options, "output": uri}, tmp_path / "again.log", ceph_store.environment)
     assert again.finish() == 0, again.output
-    after = (run / "scores").listed()
-    assert {name: after[name] for name in committed} == committed
-    assert_same_content(run, undisturbed)
+    assert_went_on(run, committed, undisturbed)
 
 
 def test_a_driver_that_dies_in_each_stage_with_its_output_in_a_store(

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,6 @@ import pytest
 from davir_ray.errors import IntegrityError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.storage import FileEntry, Location, in_folder, write_parquet
-
-
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
-    """An empty folder, which does not exist yet."""
-    if request.param == "local":
-        yield Location.of(tmp_path / "run")
-        return
-    name = f"memory://manifest-test-{tmp_path.name}"
-    yield Location.of(name)
-    Location.of(name).remove()
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Location:
-    return Location.of(tmp_path / "run")
 
 
 def manifest(**changes: Any) -> Manifest:

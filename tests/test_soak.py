@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -43,26 +44,26 @@ def actors(driver: Driver) -> set[str]:
     return set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))
 
 
-def scored(run: Location) -> Callable[[int], Callable[[], bool]]:
-    return lambda count: lambda: len(list(Path(run.path, "scores").glob("*.parquet"))) >= count
+def scored(run: Location, count: int) -> Callable[[], bool]:
+    """Whether so many shards are scored by now."""
+    return lambda: len(list(Path(run.path, "scores").glob("*.parquet"))) >= count
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
+def options(base_folder: Path, reference_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Of a run over many short rows."""
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": f"Count to {row}.", "response": f"one two {row}"}) for row in range(NUM_SHARDS)]
     file.write_text("\n".join(lines))
-    return file
-
-
-def test_two_thousand_shards_leave_no_trace_in_memory(
-    rows: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
-) -> None:
-    run = Location.of(tmp_path / "run")
-    options = {
-        "data": rows, "format": "prompt_response", "base": base_folder, "reference": reference_folder, "output": run,
-        "prepare.shard_rows": 1, "score.num_actors": 2, "keep_token_nll": "all", "select.top_k": 5,
+    return {
+        "data": file, "format": "prompt_response", "base": base_folder, "reference": reference_folder,
+        "output": tmp_path / "run", "select.top_k": 5,
     }  # fmt: skip
+
+
+def test_two_thousand_shards_leave_no_trace_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
+    run = Location.of(options["output"])
+    options |= {"prepare.shard_rows": 1, "score.num_actors": 2, "keep_token_nll": "all"}
     with tempfile.TemporaryDirectory(prefix="r") as temporary:
         driver = Driver(
             "score.py", options, tmp_path / "log", {"TMPDIR": temporary, "RAY_TMPDIR": temporary, "RAY_DEDUP_LOGS": "0"}
@@ -73,7 +74,7 @@ def test_two_thousand_shards_leave_no_trace_in_memory(
         first, first_files = {name: load(pid) for name, pid in pids.items()}, temporary_files(temporary)
         driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS * 3 // 4, "three quarters", 600)
         last = {name: load(pid) for name, pid in pids.items()}
-        driver.wait_for(scored(run)(NUM_SHARDS - 20), "the last files", 600)
+        driver.wait_for(scored(run, NUM_SHARDS - 20), "the last files", 600)
         last["driver"], last_files = load(driver.process.pid), temporary_files(temporary)
         assert driver.finish() == 0, driver.output
     manifest = Manifest.read(run, "score")
@@ -92,16 +93,11 @@ def temporary_files(folder: str) -> int:
     return sum("/logs/" not in str(path) for path in Path(folder).rglob("*"))
 
 
-def test_a_stuck_run_ends_with_its_reason(
-    rows: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
-) -> None:
-    run = Location.of(tmp_path / "run")
-    options = {
-        "data": rows, "format": "prompt_response", "base": base_folder, "reference": reference_folder, "output": run,
-        "prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20, "select.top_k": 5,
-    }  # fmt: skip
+def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], tmp_path: Path) -> None:
+    run = Location.of(options["output"])
+    options |= {"prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
     driver = Driver("score.py", options, tmp_path / "log")
-    driver.wait_for(scored(run)(3), "the first shards")
+    driver.wait_for(scored(run, 3), "the first shards")
     (pid,) = actors(driver)
     os.kill(int(pid), signal.SIGSTOP)
     try:

@@ -2,10 +2,8 @@
 
 import errno
 import hashlib
-import itertools
 import pickle
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,23 +27,6 @@ from davir_ray.storage import (
 )
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "ü", None]})
-_NUMBERS = itertools.count()
-
-
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
-    """An empty folder, which does not exist yet."""
-    if request.param == "local":
-        yield Location.of(tmp_path / "run")
-        return
-    name = f"memory://storage-test-{next(_NUMBERS)}"
-    yield Location.of(name)
-    Location.of(name).remove()
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Location:
-    return Location.of(tmp_path / "run")
 
 
 # --- locations -------------------------------------------------------------------------------------------------------
@@ -157,7 +138,7 @@ def test_what_makes_a_folder_whole_is_put_last(tmp_path: Path, monkeypatch: pyte
     source.mkdir()
     for name in ("a", "config.json", "z"):
         (source / name).write_text(name)
-    place = Location.of(f"memory://storage-test-{next(_NUMBERS)}")
+    place = Location.of(f"memory://{tmp_path.name}")
     order = []
     put_file = place.fs.put_file
     monkeypatch.setattr(place.fs, "put_file", lambda a, b: order.append(a) or put_file(a, b), raising=False)

@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks import rivals
-from davir_ray.benchmarks.measure import gemm_flops, useful_flops, with_peak
+from davir_ray.benchmarks.measure import useful_flops, with_peak
 from davir_ray.benchmarks.workload import Example, load_examples, load_model, plain_copy
 from davir_ray.config import Format, Precision
 from davir_ray.data.packing import pack
@@ -26,6 +26,7 @@ from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import device_name, local_device, resolve_dtype
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.self_check import self_check
+from davir_ray.models.speed import gemm_flops
 
 log = logging.getLogger(__name__)
 

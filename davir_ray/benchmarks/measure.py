@@ -1,34 +1,18 @@
-"""Clocks, memory and counted arithmetic, the same for every way that is measured."""
+"""Memory and counted arithmetic, the same for every way that is measured."""
 
 import ctypes
 import gc
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.workload import Example
+from davir_ray.models.speed import seconds
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
-_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-
-
-def seconds(job: Callable[[], object], device: torch.device) -> float:
-    """CPU seconds of this process, or seconds of the GPU between two events."""
-    if device.type == "cpu":
-        started = time.process_time()
-        job()
-        return time.process_time() - started
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    job()
-    last.record()
-    torch.cuda.synchronize()
-    return float(first.elapsed_time(last)) / 1000
 
 
 def with_peak(job: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -61,14 +45,6 @@ def _resident(field: str) -> int:
     """KiB, as Linux counts them."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
-
-
-def gemm_flops(dtype: torch.dtype, device: torch.device, repeats: int = 9) -> float:
-    """FLOP/s of a large matrix product in this process, the median of some."""
-    size = _GEMM_SIZE[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    left @ right
-    return 2 * size**3 / median(seconds(lambda: left @ right, device) for _ in range(repeats))
 
 
 def useful_flops(model: PreTrainedModel, examples: Sequence[Example]) -> float:

@@ -3,21 +3,16 @@
 import logging
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import ray.data
 
 from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.examples import COUNTED, ExampleReader, ExampleRow, ShardWriter, TaskReport
+from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
 from davir_ray.data.render import ChatTemplate, rendering
-from davir_ray.data.sources import Reject, Slice, SourceFile, list_files, plan_tasks
-from davir_ray.data.survey import estimate_rows
+from davir_ray.data.sources import Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.estimate import DataSize
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
@@ -33,7 +28,9 @@ PREPARE_VERSION = 1
 TASKS = "prepare_tasks"
 """Reports of finished tasks, while the stage is not complete: what a restarted driver need not read again."""
 
-_NO_BOUND = 2**62
+NO_BOUND = 2**62
+"""More rows or bytes than there are."""
+
 _MOST_SHARDS = 20_000
 _CHECK_ROWS = 1000
 _BYTES_PER_ROW = 256
@@ -50,6 +47,13 @@ class Preparation:
     """Text of a chat template that replaces the tokenizer's."""
     keep_record: bool = True
     limit: int | None = None
+
+    def reader(self, sources: list[Source]) -> ExampleReader:
+        """What turns records of these sources into examples."""
+        tokenizer = self.base.tokenizer()
+        uses_chat = any(source.format == "messages" for source in sources)
+        chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
+        return ExampleReader(Encoder(tokenizer, self.config.max_tokens), chat, keep_record=self.keep_record)
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def _plan(sources: list[Source], files: dict[str, list[SourceFile]], preparation
     """Tasks in source order; with a limit, one for each source, which stops after that many records."""
     tasks: list[Task] = []
     for source in sources:
-        target = _TASK_BYTES if preparation.limit is None else _NO_BOUND
+        target = _TASK_BYTES if preparation.limit is None else NO_BOUND
         planned = plan_tasks(files[source.name], target)
         tasks += [Task(len(tasks) + i, source, slices) for i, slices in enumerate(planned)]
     return tasks
@@ -234,66 +238,13 @@ def _check_books(report: TaskReport, limits: _Limits) -> None:
     )  # fmt: skip
 
 
-class Preview(NamedTuple):
-    """What the first records become."""
-
-    lines: list[str]
-    """For the user: examples with the scored tokens between ⟦ and ⟧, and bad rows."""
-    data: DataSize
-
-
-def preview(sources: list[Source], preparation: Preparation, num_records: int = 100, num_shown: int = 3) -> Preview:
-    """Prepare the first records of each source, without Ray."""
-    tokenizer = preparation.base.tokenizer()
-    reader = _reader(preparation, sources)
-    lines, sizes = [], []
-    for source in sources:
-        files = list_files(source)
-        slices = [part for task in plan_tasks(files, _NO_BOUND) for part in task]
-        items = list(reader.read(source, slices, num_records))
-        rejects = [item for item in items if isinstance(item, Reject)]
-        examples = [item for item in items if not isinstance(item, Reject)]
-        lines.append(f"{source.name}: {len(examples)} of the first {len(items)} records can be prepared")
-        lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
-        lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
-        num_rows = min(estimate_rows(files), preparation.limit or _NO_BOUND)
-        sizes.append((num_rows, num_rows / max(1, len(items)), examples))
-    return Preview(lines, _data_size(sizes))
-
-
-def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
-    """From each source's rows, rows for each that was read, and the examples that were read."""
-    columns = ("num_prompt_tokens", "num_response_tokens")
-    prompt, scored = (sum(scale * sum(row[name] for row in rows) for _, scale, rows in sizes) for name in columns)
-    return DataSize(
-        sum(num_rows for num_rows, _, _ in sizes),
-        round(sum(scale * len(rows) for _, scale, rows in sizes)),
-        round(prompt + scored),
-        round(scored),
-    )
-
-
-def _marked(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: list[int]) -> str:
-    """The tokens as text, the scored ones between ⟦ and ⟧."""
-    edges = [0, *spans, len(input_ids)]
-    pieces = [tokenizer.decode(input_ids[start:end]) for start, end in pairwise(edges)]
-    return "".join(f"⟦{piece}⟧" if number % 2 else piece for number, piece in enumerate(pieces))
-
-
-def _reader(preparation: Preparation, sources: list[Source]) -> ExampleReader:
-    tokenizer = preparation.base.tokenizer()
-    uses_chat = any(source.format == "messages" for source in sources)
-    chat = ChatTemplate.from_tokenizer(tokenizer, preparation.chat_template) if uses_chat else None
-    return ExampleReader(Encoder(tokenizer, preparation.config.max_tokens), chat, keep_record=preparation.keep_record)
-
-
 class Preparer:
     """Worker: reads one task at a time, writes its shards and, last, its report."""
 
     def __init__(self, work: Work) -> None:
         configure_worker_logging()
         self._work = work
-        self._reader = _reader(work.preparation, [task.source for task in work.tasks])
+        self._reader = work.preparation.reader([task.source for task in work.tasks])
         self._shard_rows = _shard_rows(work.preparation.config, work.limits.total_bytes)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:

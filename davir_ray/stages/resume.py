@@ -35,6 +35,9 @@ _MOST_TOLD = 5
 
 _REDONE_FREELY = ("rank", "select", "report")
 
+_ATTEMPT = "attempt.json"
+"""What an unfinished stage works with."""
+
 
 def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwrite: bool = False) -> Manifest | None:
     """The manifest of a stage that is complete under the same fingerprint, files included; None if it must run.
@@ -43,35 +46,48 @@ def completed(run: Location, stage: str, fingerprint: dict[str, Any], *, overwri
     with it, the stage is cleared here with all that follow. A stage that redoes freely clears when it begins to write.
     """
     manifest = Manifest.read(run, stage)
-    told_as = "holds another run"
     if manifest is None:
         later = [name for name in from_stage(stage)[1:] if name not in _REDONE_FREELY and Manifest.read(run, name)]
         if stage in _REDONE_FREELY or not later:
             return None
-        changed = [f"its manifest is gone, but {later[0]} is complete"]
+        told_as, changed = "holds another run", [f"its manifest is gone, but {later[0]} is complete"]
+    elif changed := differences(manifest.fingerprint, json.loads(json.dumps(fingerprint))):
+        told_as = "holds another run"
+    elif changed := manifest.damage(run):
+        told_as = "has damaged files"
     else:
-        changed = differences(manifest.fingerprint, json.loads(json.dumps(fingerprint)))
-        if not changed and (changed := manifest.damage(run)):
-            told_as = "has damaged files"
-    if not changed:
         log.info("%s: complete, skipped", stage)
         return manifest
-    told = "; ".join(changed[:_MOST_TOLD]) + (f"; and {len(changed) - _MOST_TOLD} more" if changed[_MOST_TOLD:] else "")
     if stage in _REDONE_FREELY:
-        log.info("%s differs (%s); redone", stage, told)
-        return None
-    if not overwrite:
-        raise OutputError(
-            f"{run} {told_as}: {stage} differs in {told}. "
-            "Add --overwrite to redo it and what follows, or choose another --output"
-        )
-    following = [name for name in from_stage(stage) if name == stage or Manifest.read(run, name) is not None]
-    log.info("%s differs (%s); redoing %s", stage, told, ", ".join(following))
-    clear(run, stage)
+        log.info("%s differs (%s); redone", stage, _told(changed))
+    else:
+        _redo(run, stage, told_as, changed, overwrite)
     return None
 
 
-_ATTEMPT = "attempt.json"
+def _redo(run: Location, stage: str, told_as: str, changed: list[str], overwrite: bool) -> None:
+    """Clear a stage and what follows it, if that is allowed."""
+    if not overwrite:
+        raise OutputError(
+            f"{run} {told_as}: {stage} differs in {_told(changed)}. "
+            "Add --overwrite to redo it and what follows, or choose another --output"
+        )
+    following = [name for name in from_stage(stage) if name == stage or Manifest.read(run, name) is not None]
+    log.info("%s differs (%s); redoing %s", stage, _told(changed), ", ".join(following))
+    clear(run, stage)
+
+
+def _told(changed: list[str]) -> str:
+    more = f"; and {len(changed) - _MOST_TOLD} more" if changed[_MOST_TOLD:] else ""
+    return "; ".join(changed[:_MOST_TOLD]) + more
+
+
+def other_attempt(run: Location, stage: str, changed: list[str]) -> OutputError:
+    """The refusal to go on with an unfinished stage that worked with something else."""
+    return OutputError(
+        f"{run} holds an unfinished {stage} with other settings or inputs ({_told(changed)}). "
+        "Add --overwrite to begin it anew, or choose another --output"
+    )
 
 
 def same_attempt(run: Location, stage: str, folder: str, fingerprint: dict[str, Any], *, overwrite: bool) -> bool:
@@ -86,10 +102,7 @@ def same_attempt(run: Location, stage: str, folder: str, fingerprint: dict[str, 
         return False
     changed = differences(before, json.loads(json.dumps(fingerprint)))
     if changed and binding and not overwrite:
-        raise OutputError(
-            f"{run} holds an unfinished {stage} with other settings or inputs ({'; '.join(changed[:_MOST_TOLD])}). "
-            "Add --overwrite to begin it anew, or choose another --output"
-        )
+        raise other_attempt(run, stage, changed)
     return not changed
 
 

@@ -19,7 +19,7 @@ import ray.data
 
 from davir_ray.access import translated
 from davir_ray.config import ScoreConfig
-from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
@@ -28,7 +28,7 @@ from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
 from davir_ray.stages.identity import check_ids
-from davir_ray.stages.resume import clear, completed, require
+from davir_ray.stages.resume import clear, completed, other_attempt, require
 from davir_ray.stages.shards import (
     NAMED,
     NUMERICS_KEY,
@@ -125,10 +125,7 @@ def _committed(run: Location, prepared: Manifest, fingerprint: dict[str, Any], o
     if overwrite:
         clear(run, "score")
         return []
-    raise OutputError(
-        f"{folder} was left by an unfinished run with other settings or inputs ({changed[0]}). "
-        "Add --overwrite to score again, or choose another --output"
-    )
+    raise other_attempt(run, "score", list(dict.fromkeys(changed)))
 
 
 class _Committed(NamedTuple):

@@ -16,7 +16,8 @@ from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.schema import REJECTS, RejectReason
 from davir_ray.stages import prepare as module
-from davir_ray.stages.prepare import TASKS, Preparation, prepare, preview
+from davir_ray.stages.prepare import TASKS, Preparation, prepare
+from davir_ray.stages.preview import preview
 from davir_ray.storage import Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
