@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from davir_ray.access import check_readable, probe_output, storage_errors, trans
 from davir_ray.cli import dump, load
 from davir_ray.config import RunConfig
 from davir_ray.data.render import ChatTemplate
-from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
+from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, StorageError, UserError
 from davir_ray.estimate import estimate, told
 from davir_ray.lease import Lease
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.models.size import ModelSize
+from davir_ray.progress import Progress
 from davir_ray.stages.cluster import SUBMITTED_JOB, connected, num_nodes
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.preview import device_rate, preview
@@ -113,9 +114,12 @@ def _remembered(run: Location) -> RunConfig:
 
 
 def _rank_and_report(run: Location, config: RunConfig) -> None:
+    Progress("rank").write(run)
     rank(run, config.rank)
+    Progress("select").write(run)
     select(run, config.rank, config.select)
     remember(run, dump(config))
+    Progress("report").write(run)
     report(run, config, _tokenizer(config))
 
 
@@ -195,10 +199,23 @@ def _writing(run: Location, config: RunConfig) -> Iterator[None]:
     """Connect to Ray and hold the output, alone, with what dead attempts left behind cleared away."""
     with _connected(run, config):
         check_claim(run)
-        with Lease(run), storage_errors(run):
+        with Lease(run), _end_told(run), storage_errors(run):
             claim(run, dump(config))
             remove_leftovers(run)
             yield
+
+
+@contextmanager
+def _end_told(run: Location) -> Iterator[None]:
+    """Leave in progress.json how the run ended; one that is interrupted, or loses its lease, leaves it as it is."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(StorageError), storage_errors(run):
+            Progress.end(run, "failed", " ".join(f"{error}".split()) or type(error).__name__)
+        raise
+    with storage_errors(run):
+        Progress.end(run, "complete")
 
 
 @contextmanager

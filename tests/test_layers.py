@@ -14,7 +14,7 @@ PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {"storage", "access", "lease", "manifest", "schema", "config", "errors"}
+GROUND = {"storage", "access", "progress", "lease", "manifest", "schema", "config", "errors"}
 ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
@@ -23,6 +23,8 @@ ABOVE: dict[str, set[str]] = {
     "access": {"errors", "storage"},
     "lease": {"errors", "storage", "access"},
     "manifest": {"errors", "storage"},
+    "progress": {"storage"},
+    "status": GROUND,
     "formulas": set(),
     "data": GROUND,
     "models": GROUND | {"data", "formulas"},

@@ -359,7 +359,7 @@ def test_an_unfinished_score_stage_of_other_settings_is_refused(copied: RunConfi
     Path(str(copied.output), "manifests/score.json").unlink()
     files_of(copied.output, "scores")[0].unlink()
     other = replace(copied, keep_token_nll="none")
-    with pytest.raises(OutputError, match=r"unfinished run with other settings.*settings.keep_token_nll"):
+    with pytest.raises(OutputError, match=r"holds an unfinished score with other settings.*settings.keep_token_nll"):
         run_all(other)
     run_all(replace(other, overwrite=True))
     assert len(read_folder(copied.output, "scores")) == 2 * LIMIT

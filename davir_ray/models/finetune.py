@@ -154,6 +154,8 @@ class StepReport:
     """Before clipping."""
     tokens_per_second: float
     """Of this step, prompt tokens included, over all ranks."""
+    num_tokens: int
+    """The same tokens, counted."""
 
 
 class Trainer:
@@ -205,8 +207,9 @@ class Trainer:
             loss, norm = self._train_batch(batch)
             self._step = batch.step
             self._losses.append(loss)
-            rate = int(self._examples.lengths[batch.rows].sum()) / (time.perf_counter() - started)
-            report(StepReport(batch.step, self._total, batch.epoch, batch.ends_epoch, loss, norm, rate))
+            num_tokens = int(self._examples.lengths[batch.rows].sum())
+            rate = num_tokens / (time.perf_counter() - started)
+            report(StepReport(batch.step, self._total, batch.epoch, batch.ends_epoch, loss, norm, rate, num_tokens))
 
     def summary(self, most_points: int) -> dict[str, Any]:
         """Where the run stands: last step, its loss, and the loss curve, means over equal stretches of steps.

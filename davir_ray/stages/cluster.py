@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +18,9 @@ from davir_ray.errors import ClusterError, ProgressError, StorageError
 log = logging.getLogger(__name__)
 
 _OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
+
+LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
+"""Environment variable: DEBUG makes workers tell of every shard."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
@@ -68,7 +70,7 @@ def _silence_cleaner() -> None:
 def configure_worker_logging() -> None:
     """Let a worker's log lines at INFO reach the driver; Ray's workers drop them by default."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("davir_ray").setLevel(logging.INFO)
+    logging.getLogger("davir_ray").setLevel(os.environ.get(LOG_LEVEL, "INFO"))
     _quieten()
 
 
@@ -78,7 +80,7 @@ def _quieten() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    DataContext.get_current().enable_progress_bars = False  # progress.py tells of stages, not of operators
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from davir_ray.data.tokens import Encoder
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
+from davir_ray.progress import Progress
 from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
 from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
+from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import Location, content_digest, digest, each, file_digest
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ class Work:
     tasks: list[Task]
     preparation: Preparation
     limits: _Limits
+    tally: Tally
 
 
 def prepare(
@@ -105,7 +108,8 @@ def prepare(
     log.info("prepare: %d files in %d tasks, %d done before", sum(map(len, files.values())), len(tasks), len(done))
     limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
     try:
-        report = _run(Work(run, reports, tasks, preparation, limits), done)
+        with tallied(run, _before(done, limits)) as tally:
+            report = _run(Work(run, reports, tasks, preparation, limits, tally), done)
         _check_books(report, limits)
     except DataError:
         note_attempt(run, TASKS, fingerprint, binding=False)  # mended data are other data
@@ -113,6 +117,18 @@ def prepare(
     manifest = _manifest(report, fingerprint, time.monotonic() - started).commit(run)
     (run / TASKS).remove()
     return manifest
+
+
+def _before(done: dict[int, TaskReport], limits: _Limits) -> Progress:
+    """Where the stage begins: with what an earlier attempt finished."""
+    return Progress(
+        "prepare",
+        unit="bytes",
+        done=sum(report.num_bytes for report in done.values()),
+        total=limits.total_bytes,
+        rows=sum(report.num_read for report in done.values()),
+        rejects=sum(report.reasons.total() for report in done.values()),
+    )
 
 
 def _finished(run: Location, reports: Location) -> dict[int, TaskReport]:
@@ -252,17 +268,23 @@ class Preparer:
         work = self._work
         task, reader = work.tasks[row["item"]], self._reader
         reader.bytes_read = 0
+        work.tally.begin(str(task.number))
         writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:
                 writer.report.num_bytes = reader.bytes_read
+                self._tell(task.number, writer.report)
                 self._stop_early(writer)
         report = writer.finish()
         report.num_bytes = reader.bytes_read
+        self._tell(task.number, report)
         text = report.to_json()
         (work.reports / f"{task.number:05d}.json").write_text(text)
         return [{"number": task.number, "report": text}]
+
+    def _tell(self, number: int, report: TaskReport) -> None:
+        self._work.tally.tell(str(number), Told(report.num_bytes, rows=report.num_read, rejects=report.reasons.total()))
 
     def _stop_early(self, writer: ShardWriter) -> None:
         """Before a corpus in one large file is read to its end for nothing."""

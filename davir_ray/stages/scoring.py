@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 
 from davir_ray.access import translated
@@ -25,6 +24,7 @@ from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.progress import Progress
 from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
 from davir_ray.stages.identity import check_ids
@@ -36,9 +36,11 @@ from davir_ray.stages.shards import (
     ScoreSink,
     Shards,
     count_statuses,
+    num_tokens,
     read_named,
     sealed,
 )
+from davir_ray.stages.tally import Sums, Tally, tallied
 from davir_ray.storage import (
     FINGERPRINT_KEY,
     FileEntry,
@@ -76,10 +78,24 @@ def score(
     pending = _pending(prepared, committed)
     log.info("score: %d shards to score, %d already scored", len(pending), len(committed))
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": _base_cache(base, config)}
-    scored = _run(run, pending, scorer, config, json.dumps(fingerprint)) if pending else []
+    with tallied(run, _before(prepared, committed)) as tally:
+        scored = _run(run, pending, scorer, config, json.dumps(fingerprint), tally) if pending else []
+        sums = tally.sums()
     shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
     check_ids(run, [shard.entry for shard in shards])
-    return _manifest(shards, fingerprint, num_rows, len(scored), time.monotonic() - started).commit(run)
+    manifest = _manifest(shards, fingerprint, num_rows, len(scored), time.monotonic() - started, sums)
+    return manifest.commit(run)
+
+
+def _before(prepared: Manifest, committed: list[ScoredShard]) -> Progress:
+    """Where the stage begins: with what an earlier attempt committed."""
+    rows = total_rows([shard.entry for shard in committed])
+    unscored = rows - sum(shard.statuses.get("ok", 0) for shard in committed)
+    counts = prepared.counts
+    return Progress(
+        "score", unit="rows", done=rows, total=counts["prepared"], rows=rows,
+        rejects=counts["rejected"], unscored=unscored,
+    )  # fmt: skip
 
 
 def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> ScorerSettings:
@@ -179,19 +195,20 @@ def _run(
     scorer: dict[str, Any],
     config: ScoreConfig,
     fingerprint: str,
+    tally: Tally,
 ) -> list[ScoredShard]:
     """The stream: read a shard, score it in an actor, write its file. `scorer` holds the arguments of Scorer."""
     num_gpus = _num_gpus(config)
     num_actors = min(len(pending), plan_pool(config))
     log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
     source = Shards(pending, partial(read_named, run / "examples", INPUT_COLUMNS))
-    sink = ScoreSink(run, fingerprint)
+    sink = ScoreSink(run, fingerprint, tally.tell)
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
         (
             ray.data.read_datasource(source, **source.read_options)
             .map_batches(
                 ScoreShard,
-                fn_constructor_kwargs=scorer,
+                fn_constructor_kwargs=scorer | {"tally": tally},
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -215,28 +232,31 @@ def _num_gpus(config: ScoreConfig) -> float:
 class ScoreShard:
     """Actor: a Scorer for blocks that are whole shards."""
 
-    def __init__(self, **scorer: Any) -> None:
+    def __init__(self, tally: Tally, **scorer: Any) -> None:
         configure_worker_logging()
+        self._tally = tally
         self._scorer = Scorer(**scorer)
         self._numerics = json.dumps(self._scorer.numerics)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Columns of examples in, columns of scores out, the shard's name beside both."""
-        started = time.monotonic()
+        started, shard = time.monotonic(), str(block["shard"][0])
+        self._tally.begin(shard)
         scores = self._scorer(block.select(INPUT_COLUMNS))
-        rate = _num_tokens(block) / (time.monotonic() - started)
-        log.info("score: %s, %d rows, %.0f tokens/s", block["shard"][0], block.num_rows, rate)
+        rate = num_tokens(block) / (time.monotonic() - started)
+        log.debug("score: %s, %d rows, %.0f tokens/s", shard, block.num_rows, rate)
         for name in NAMED:
             scores = scores.append_column(name, block[name])
         return scores.append_column("numerics", pa.repeat(self._numerics, scores.num_rows))
 
 
-def _num_tokens(block: pa.Table) -> int:
-    return int(pc.sum(block["num_prompt_tokens"]).as_py() + pc.sum(block["num_response_tokens"]).as_py())
-
-
 def _manifest(
-    shards: list[ScoredShard], fingerprint: dict[str, Any], num_rows: int, num_scored_now: int, seconds: float
+    shards: list[ScoredShard],
+    fingerprint: dict[str, Any],
+    num_rows: int,
+    num_scored_now: int,
+    seconds: float,
+    sums: Sums | None,
 ) -> Manifest:
     statuses = Counter[str]()
     for shard in shards:
@@ -247,4 +267,6 @@ def _manifest(
     numerics = sorted({shard.numerics for shard in shards})
     counts = {"examples": num_rows, "scored": statuses["ok"], **dict(sorted(statuses.items()))}
     details = {"numerics": [json.loads(text) for text in numerics], "shards_scored_by_this_driver": num_scored_now}
+    if sums is not None:
+        details |= {"throughput": sums.throughput, "retries": sums.retries}
     return Manifest("score", fingerprint, counts, in_folder("scores", entries), details, seconds=seconds)

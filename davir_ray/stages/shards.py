@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import DataContext
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.errors import IntegrityError
 from davir_ray.schema import SCORES
+from davir_ray.stages.tally import Told
 from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, digest, read_parquet, write_parquet
 
 _READ_CPUS = 0.5
@@ -128,9 +130,10 @@ class ScoredShard:
 class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
     """Writes each block, which must be a whole shard, as scores/<shard's name>."""
 
-    def __init__(self, run: Location, fingerprint: str) -> None:
+    def __init__(self, run: Location, fingerprint: str, tell: Callable[[str, Told], None]) -> None:
         self.shards: list[ScoredShard] = []
         self._run = run
+        self._report = tell
         self._fingerprint = fingerprint
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[ScoredShard]:
@@ -147,7 +150,14 @@ class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
         numerics = str(block["numerics"][0])
         footer = sealed({FINGERPRINT_KEY: self._fingerprint.encode(), NUMERICS_KEY: numerics.encode()})
         entry = write_parquet(self._run / "scores" / names.pop(), scores, footer)
-        return ScoredShard(entry, count_statuses(scores), numerics)
+        shard = ScoredShard(entry, count_statuses(scores), numerics)
+        self._tell(shard, scores)
+        return shard
+
+    def _tell(self, shard: ScoredShard, scores: pa.Table) -> None:
+        rows = scores.num_rows
+        unscored = rows - shard.statuses.get("ok", 0)
+        self._report(shard.entry.name, Told(rows, rows, num_tokens(scores), unscored=unscored))
 
     def on_write_complete(self, write_result: WriteResult[list[ScoredShard]]) -> None:
         """Keep what the write tasks committed."""
@@ -158,6 +168,11 @@ def sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
     """The entries of a footer, and a digest of them: page checksums leave the footer out."""
     texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, NUMERICS_KEY)]
     return {**footer, _SEAL_KEY: digest(texts).encode()}
+
+
+def num_tokens(table: pa.Table) -> int:
+    """Tokens of the rows of examples or scores, prompts included."""
+    return int(sum(pc.sum(table[name]).as_py() or 0 for name in ("num_prompt_tokens", "num_response_tokens")))
 
 
 def count_statuses(scores: pa.Table) -> dict[str, int]:

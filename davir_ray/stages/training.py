@@ -31,8 +31,10 @@ from davir_ray.models.finetune import (
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
 from davir_ray.models.self_check import self_check
+from davir_ray.progress import Progress
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
 from davir_ray.stages.resume import completed, note_attempt, require, same_attempt
+from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import FileEntry, Location, digest, in_folder, read_parquet
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Training:
     config: FinetuneConfig
     shards: list[str]
     spec: dict[str, Any]
+    tally: Tally
 
 
 def finetune(
@@ -85,7 +88,8 @@ def finetune(
     note_attempt(run, "checkpoints", fingerprint)
     shards = [entry.name for entry in prepared.files_in("examples")]
     try:
-        metrics = _fit(Training(run, base, config, shards, spec), name=digest(fingerprint)[:16])
+        with tallied(run, Progress("finetune", unit="steps", rejects=prepared.counts["rejected"])) as tally:
+            metrics = _fit(Training(run, base, config, shards, spec, tally), name=digest(fingerprint)[:16])
     except UserError:
         note_attempt(run, "checkpoints", fingerprint, binding=False)  # the user is told to change the settings
         raise
@@ -202,6 +206,8 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
             _continue(trainer, Path(state), checkpoint.path)
+    if is_first:
+        training.tally.begin("steps")
     trainer.train(_Reporter(training, trainer, is_first=is_first))
     files = _export(training, likelihood, "reference") if is_first else []
     summary = trainer.summary(_MOST_CURVE_POINTS)
@@ -237,10 +243,13 @@ class _Reporter:
         self._training = training
         self._trainer = trainer
         self._is_first = is_first
+        self._tokens = 0
 
     def __call__(self, report: StepReport) -> None:
         """Every rank reports at the same steps: Ray Train waits for all of them."""
         config = self._training.config
+        if self._is_first:
+            self._tell(report)
         if self._is_first and config.export_epochs and report.ends_epoch:
             _export(self._training, self._trainer.likelihood, f"reference_epochs/{report.epoch}")
         last = report.step == report.total_steps
@@ -257,6 +266,11 @@ class _Reporter:
         with tempfile.TemporaryDirectory() as folder:
             self._trainer.save_state(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _tell(self, report: StepReport) -> None:
+        """Of all steps up to this one: a worker that continues from a checkpoint did not tell of those before."""
+        self._tokens += report.num_tokens
+        self._training.tally.tell("steps", Told(report.step, tokens=self._tokens), report.total_steps)
 
     def _log(self, report: StepReport) -> None:
         if self._is_first:

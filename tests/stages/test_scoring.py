@@ -20,6 +20,7 @@ from davir_ray.stages.cluster import pool_size, whole_block_context
 from davir_ray.stages.prepare import Preparation, prepare
 from davir_ray.stages.scoring import ScoreSink, _describe, score
 from davir_ray.stages.shards import Shards
+from davir_ray.stages.tally import Told
 from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -78,17 +79,25 @@ def test_bits_are_equal_for_any_number_of_actors_and_close_for_any_shards(
         np.testing.assert_allclose(one[column], other[column], rtol=1e-6, atol=1e-6 * one["base_nll"].max())
 
 
+def unheard(shard: str, told: Told) -> None:
+    """Nobody listens."""
+
+
 def block(rows: int, shard: str, shard_rows: int) -> pa.Table:
     columns = {field.name: pa.nulls(rows, field.type) for field in SCORES}
-    columns |= {"status": pa.array(["ok"] * rows), "shard": pa.array([shard] * rows)}
+    columns |= {"num_prompt_tokens": pa.array([3] * rows, pa.int32())}
+    columns |= {"num_response_tokens": pa.array([4] * rows, pa.int32())}
+    columns |= {"status": pa.array(["zero_base_nll", *["ok"] * rows][:rows]), "shard": pa.array([shard] * rows)}
     return pa.table(columns | {"shard_rows": pa.array([shard_rows] * rows), "numerics": pa.array(["{}"] * rows)})
 
 
 def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
     run = Location.of(tmp_path)
-    shards = ScoreSink(run, "mark").write([block(3, "part-7.parquet", 3)], None)
+    told = dict[str, Told]()
+    shards = ScoreSink(run, "mark", told.__setitem__).write([block(3, "part-7.parquet", 3)], None)
+    assert told == {"part-7.parquet": Told(3, rows=3, tokens=21, unscored=1)}
     assert [(shard.entry.name, shard.entry.rows, shard.statuses) for shard in shards] == [
-        ("part-7.parquet", 3, {"ok": 3})
+        ("part-7.parquet", 3, {"ok": 2, "zero_base_nll": 1})
     ]
     written = read_parquet(run / "scores" / "part-7.parquet")
     assert written.schema.metadata[FINGERPRINT_KEY] == b"mark"
@@ -107,13 +116,13 @@ def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
 )
 def test_the_sink_refuses_a_block_that_is_not_one_whole_shard(tmp_path: Path, torn: pa.Table) -> None:
     with pytest.raises(IntegrityError, match="not one whole shard"):
-        ScoreSink(Location.of(tmp_path), "mark").write([torn], None)
+        ScoreSink(Location.of(tmp_path), "mark", unheard).write([torn], None)
     assert not (tmp_path / "scores").exists()
 
 
 def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
     """A bit of the fingerprint's text would otherwise look like a shard of other settings."""
-    sink = ScoreSink(Location.of(tmp_path), json.dumps({"base": "abc"}))
+    sink = ScoreSink(Location.of(tmp_path), json.dumps({"base": "abc"}), unheard)
     sink.write([block(3, "part-0.parquet", 3)], None)
     place = Location.of(tmp_path) / "scores" / "part-0.parquet"
     found = _describe(place, 3)

@@ -1,0 +1,212 @@
+"""Progress of a stage: workers tell an actor what they did, the driver asks it every few seconds and tells the user."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayError
+from ray.util.metrics import Counter as Metric
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tqdm import tqdm
+
+from davir_ray.access import storage_errors
+from davir_ray.errors import StorageError
+from davir_ray.progress import Pace, Progress
+from davir_ray.storage import Location
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 5.0
+"""Seconds between two writes of progress.json, and between two lines where something was done."""
+
+_STILL_S = 30.0
+"""Seconds between two lines while nothing is done."""
+
+_MOST_POINTS = 200
+_ASK_S = 10.0
+
+
+class Told(NamedTuple):
+    """What a worker has done of one shard, task or step; told again, the last word counts."""
+
+    done: int
+    """In the stage's unit."""
+    rows: int = 0
+    tokens: int = 0
+    rejects: int = 0
+    unscored: int = 0
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What all workers have told."""
+
+    told: Told
+    retries: int
+    throughput: dict[str, list[float]]
+    """Cumulative tokens at seconds since the stage began, at most some hundred points."""
+    total: int | None
+
+
+class _Counts:
+    """The actor. What is told twice counts once: a worker that is lost may have told of what it did not commit."""
+
+    def __init__(self, stage: str, total: int | None) -> None:
+        self._total = total
+        self._told: dict[str, Told] = {}
+        self._begun = set[str]()
+        self._retries = 0
+        self._points: list[tuple[float, int]] = []
+        self._tokens = 0
+        self._started = time.monotonic()
+        self._metrics = {
+            name: Metric(f"davir_ray_{name}", f"{name} of a stage of davir_ray", tag_keys=("stage",))
+            for name in (*Told._fields, "retries")
+        }
+        for metric in self._metrics.values():
+            metric.set_default_tags({"stage": stage})
+
+    def begin(self, key: str) -> None:
+        """A worker begins this piece of work."""
+        if key in self._begun:
+            self._retries += 1
+            self._metrics["retries"].inc(1)
+        self._begun.add(key)
+
+    def tell(self, key: str, told: Told, total: int | None) -> None:
+        """A worker has done so much of this piece of work."""
+        before = self._told.get(key, Told(0))
+        self._told[key] = told
+        self._total = total or self._total
+        for name, new, old in zip(Told._fields, told, before, strict=True):
+            if new > old:
+                self._metrics[name].inc(new - old)
+        self._tokens += told.tokens - before.tokens
+        self._points.append((time.monotonic() - self._started, self._tokens))
+        if len(self._points) > _MOST_POINTS:
+            self._points = self._points[1::2]
+
+    def sums(self) -> Sums:
+        """All that was told."""
+        told = Told(*(sum(column) for column in zip(Told(0), *self._told.values(), strict=True)))
+        seconds, tokens = [point[0] for point in self._points], [float(point[1]) for point in self._points]
+        return Sums(told, self._retries, {"seconds": seconds, "tokens": tokens}, self._total)
+
+
+class Tally:
+    """What workers hold: they tell and go on. A lost word only makes the progress wrong."""
+
+    def __init__(self, stage: str, total: int | None) -> None:
+        # Beside the driver, so that it is not lost with a worker's node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_Counts)
+        self._actor: Any = actor.remote(stage, total)
+
+    def begin(self, key: str) -> None:
+        """A piece of work begins; one that has begun before is a retry."""
+        self._actor.begin.remote(key)
+
+    def tell(self, key: str, told: Told, total: int | None = None) -> None:
+        """So much of this piece of work is done; `total` where the driver cannot know the stage's."""
+        self._actor.tell.remote(key, told, total)
+
+    def sums(self) -> Sums | None:
+        """All that was told; None if the actor does not answer."""
+        try:
+            answer: Sums = ray.get(self._actor.sums.remote(), timeout=_ASK_S)
+        except RayError:
+            return None
+        return answer
+
+
+@contextmanager
+def tallied(run: Location, start: Progress) -> Iterator[Tally]:
+    """A tally for a stage; while the block runs its sums go to progress.json, and to a bar or lines for the user.
+
+    `start` names the stage, its unit and total, and holds what was done before.
+    """
+    tally = Tally(start.stage, start.total)
+    teller = _Teller(run, start, tally)
+    teller.start()
+    try:
+        yield tally
+    finally:
+        teller.finish()
+
+
+class _Teller:
+    """Asks the tally every few seconds and tells the user."""
+
+    def __init__(self, run: Location, start: Progress, tally: Tally) -> None:
+        self._run, self._first, self._tally = run, start, tally
+        self._pace = Pace()
+        self._started = time.monotonic()
+        self._told_done, self._told_at = -1, 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
+        self._bar = tqdm(total=start.total, desc=start.stage, unit=start.unit) if sys.stderr.isatty() else None
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._tell(self._first)
+        self._thread.start()
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(EVERY_S):
+            self._ask()
+
+    def finish(self) -> None:
+        """The last word."""
+        self._ended.set()
+        self._thread.join()
+        self._ask()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _ask(self) -> None:
+        sums = self._tally.sums()
+        if sums is None:
+            return
+        first, told, now = self._first, sums.told, time.monotonic()
+        done = first.done + told.done
+        self._pace.add(now, done, told.tokens)
+        self._tell(
+            replace(
+                first,
+                done=done,
+                total=sums.total,
+                rows=first.rows + told.rows,
+                tokens=told.tokens,
+                tokens_per_second=self._pace.tokens_per_second,
+                seconds=now - self._started,
+                seconds_left=self._pace.seconds_left(sums.total),
+                rejects=first.rejects + told.rejects,
+                unscored=first.unscored + told.unscored,
+                retries=sums.retries,
+            )
+        )
+
+    def _tell(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._log(progress)
+        else:
+            self._bar.total = progress.total
+            self._bar.set_postfix_str(str(progress).partition(", ")[2], refresh=False)
+            self._bar.update(progress.done - self._bar.n)
+        try:
+            with storage_errors(self._run):
+                progress.write(self._run)
+        except StorageError as error:  # the stage's own writes will fail, if it lasts
+            log.warning("progress.json could not be written: %s", error)
+
+    def _log(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.done != self._told_done or now - self._told_at > _STILL_S:
+            log.info("%s", progress)
+            self._told_done, self._told_at = progress.done, now

@@ -1,0 +1,26 @@
+"""Where a run stands, from any machine that can read its output: no cluster is asked, nothing is written.
+
+python jobs/status.py --output s3://bucket/run1
+python jobs/status.py --output s3://bucket/run1 --json
+"""
+
+import argparse
+import sys
+
+from davir_ray.cli import exit_status
+
+
+def main(output: str, as_json: bool) -> None:
+    """Print the status."""
+    from davir_ray.status import status  # late: --help need not wait for it
+
+    found = status(output)
+    print(found.to_json() if as_json else "\n".join(found.lines()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="Folder of the run: a local path or s3://…")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of lines.")
+    options = parser.parse_args()
+    sys.exit(exit_status(lambda: main(options.output, options.json)))
