@@ -144,6 +144,9 @@ class ScoreConfig:
 
     num_actors: int | None = None
     """Actors in the pool. None: as many as the cluster holds, a CPU left for reading and writing."""
+    autoscale: list[int] | None = None
+    """[least, most] actors, instead of num_actors: the pool begins with as many as fit and grows as nodes join, which a
+    cluster's autoscaler is asked for. Where none has a GPU yet, give num_gpus. None: a pool of fixed size."""
     num_cpus: float = 1.0
     """CPUs of one actor; on a CPU, also its number of threads (at least 1), which is part of the numerics."""
     num_gpus: float | None = None
@@ -160,6 +163,11 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         _check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
+        if self.autoscale is not None:
+            ascending = len(self.autoscale) == 2 and 1 <= self.autoscale[0] <= self.autoscale[1]
+            _check(ascending, "score.autoscale", self.autoscale, "[least, most], two ascending numbers from 1")
+            if self.num_actors is not None:
+                raise ConfigError("both score.num_actors and score.autoscale are given; give one of the two")
         _check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
         _check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
         packed = self.tokens_per_pack

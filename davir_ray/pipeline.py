@@ -83,11 +83,11 @@ def dry_run(config: RunConfig) -> list[str]:
     lines, data = preview(config.all_sources(), preparation)
     with _connected(run, config):
         check_claim(run)
-        num_actors = plan_pool(config.score)
+        pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
     found = estimate(ModelSize.of(base), data, config.prepare.shard_rows, None if reference else config.finetune)
-    lines += told(found, *rate, num_actors, config.estimate.price_per_device_hour)
-    lines.append(f"cluster: room for {num_actors} scoring actors")
+    lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
+    lines.append(f"cluster: {pool} to score")
     lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
     return lines
 

@@ -2,6 +2,7 @@
 
     python jobs/benchmark.py likelihood [--json FILE]
     python jobs/benchmark.py ranking --rows 10000000 [--json FILE]
+    python jobs/benchmark.py scaling [--json FILE]
 
 Prints the result as JSON. davir_ray/benchmarks/RESULTS.md tells what was found and where.
 """
@@ -9,15 +10,22 @@ Prints the result as JSON. davir_ray/benchmarks/RESULTS.md tells what was found 
 import argparse
 import json
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from davir_ray.benchmarks import likelihood, ranking
+from davir_ray.benchmarks import likelihood, ranking, scaling
 from davir_ray.cli import exit_status
 from davir_ray.errors import ConfigError
+
+BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]], str]] = {
+    "likelihood": (likelihood.LikelihoodBenchmark, likelihood.run, "the kernel that scores: speed, memory, exactness"),
+    "ranking": (ranking.RankingBenchmark, ranking.run, "the exact ranking: speed, memory, balance"),
+    "scaling": (scaling.ScalingBenchmark, scaling.run, "the scoring stage: 1, 2 and 4 actors, time to the first shard"),
+}
+"""Settings, what runs, and a line of help, by name of the subcommand."""
 
 
 def parser() -> ArgumentParser:
@@ -26,12 +34,10 @@ def parser() -> ArgumentParser:
     options: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "exit_on_error": False}
     top = ArgumentParser(description=__doc__, **options)
     commands = top.add_subcommands(required=True, dest="benchmark")
-    of_likelihood = ArgumentParser(**options)
-    of_likelihood.add_class_arguments(likelihood.LikelihoodBenchmark, as_group=False)
-    commands.add_subcommand("likelihood", of_likelihood, help="the kernel that scores: speed, memory, exactness")
-    of_ranking = ArgumentParser(**options)
-    of_ranking.add_class_arguments(ranking.RankingBenchmark, as_group=False)
-    commands.add_subcommand("ranking", of_ranking, help="the exact ranking: speed, memory, balance")
+    for name, (settings, _, told) in BENCHMARKS.items():
+        command = ArgumentParser(**options)
+        command.add_class_arguments(settings, as_group=False)
+        commands.add_subcommand(name, command, help=told)
     return top
 
 
@@ -41,17 +47,11 @@ def main() -> None:
         found: dict[str, Any] = parser().parse_args().as_dict()
     except argparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    options = found[found["benchmark"]]
-    settings: likelihood.LikelihoodBenchmark | ranking.RankingBenchmark
-    if found["benchmark"] == "likelihood":
-        settings = likelihood.LikelihoodBenchmark(**options)
-        run = partial(likelihood.run, settings)
-    else:
-        settings = ranking.RankingBenchmark(**options)
-        run = partial(ranking.run, settings)
+    kind, run, _ = BENCHMARKS[found["benchmark"]]
+    settings = kind(**found[found["benchmark"]])
     if settings.json is not None and not Path(settings.json).absolute().parent.is_dir():
         raise ConfigError(f"json is {settings.json}, whose folder does not exist; make it first")
-    text = json.dumps(run(), indent=1)
+    text = json.dumps(run(settings), indent=1)
     print(text)
     if settings.json is not None:
         Path(settings.json).write_text(text + "\n")

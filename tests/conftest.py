@@ -81,21 +81,21 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = VOCABULARY) -> PreTr
 @pytest.fixture(scope="session")
 def make_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Callable[[int], Path]:
+) -> Callable[..., Path]:
     """Make a small Llama checkpoint from a seed.
 
     Its head is sharpened: random logits are nearly uniform, and would give a wrong target almost the right loss.
     """
 
-    def make(seed: int) -> Path:
+    def make(seed: int, hidden_size: int = 64, num_layers: int = 2) -> Path:
         folder = tmp_path_factory.mktemp(f"model-{seed}")
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
+                hidden_size=hidden_size,
+                intermediate_size=2 * hidden_size,
+                num_hidden_layers=num_layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=1024,

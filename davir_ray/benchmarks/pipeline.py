@@ -32,15 +32,9 @@ def compare(
     tokens_per_pack: int | None,
 ) -> dict[str, Any]:
     """Seconds a shard of the bare scorer and of the pipeline with one actor, once it is warm, and their ratio."""
-    base, reference = _save_pair(folder, model)
+    base, reference = save_pair(folder, model)
     run = Location.of(folder / "run")
-    files = [
-        write_parquet(run / "examples" / f"{number:05d}.parquet", as_shard(examples, number * len(examples)))
-        for number in range(num_shards)
-    ]
-    num_rows = num_shards * len(examples)
-    Manifest("prepare", {"benchmark": num_rows}, {"prepared": num_rows}, in_folder("examples", files)).write(run)
-
+    write_shards(run, examples, num_shards)
     bare = _bare_seconds(base, reference, examples, precision, tokens_per_pack, turns=max(2, num_shards // 4))
     config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
     with connected():
@@ -58,7 +52,17 @@ def compare(
     }
 
 
-def _save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:
+def write_shards(run: Location, examples: Sequence[Example], num_shards: int) -> None:
+    """A run that has been prepared: the same examples in every shard, under ids of their own."""
+    files = [
+        write_parquet(run / "examples" / f"{number:05d}.parquet", as_shard(examples, number * len(examples)))
+        for number in range(num_shards)
+    ]
+    counts = {"prepared": num_shards * len(examples), "rejected": 0}
+    Manifest("prepare", {"benchmark": counts["prepared"]}, counts, in_folder("examples", files)).write(run)
+
+
+def save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:
     """The model, and a copy a small step away, as checkpoints."""
     other = copy.deepcopy(model)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """What the Ray cluster has, and what is asked of it."""
 
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -126,22 +127,33 @@ def accelerators() -> list[str]:
 
 
 def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
-    """Actors for a pool: as wanted, else as many as the cluster holds.
-
-    At least one CPU stays free: an actor pool that takes the last one starves reads and writes, and the run hangs
-    without an error (tried on 2.60). ClusterError if the pool does not fit.
-    """
-    resources = ray.cluster_resources()
-    cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
-    most = int((cpus - 1) / num_cpus)
-    if num_gpus:
-        most = min(most, int(gpus / num_gpus))
+    """Actors for a pool: as wanted, else as many as the cluster holds. ClusterError if they do not fit."""
+    most = room_for(num_cpus, num_gpus)
     if most < max(1, wanted or 1):
+        resources = ray.cluster_resources()
         raise ClusterError(
-            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of {cpus:g} CPUs "
-            f"and {gpus:g} GPUs with one CPU left for reading and writing; ask for fewer or smaller actors"
+            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of "
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs with one CPU left for reading and "
+            "writing; ask for fewer or smaller actors"
         )
     return wanted or most
+
+
+def room_for(num_cpus: float, num_gpus: float) -> int:
+    """Actors of this size that the nodes there are now can hold, each on one node.
+
+    At least one CPU stays free: an actor pool that takes the last one starves reads and writes, and the run hangs
+    without an error (tried on 2.60).
+    """
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    rooms = [_room_on(node, num_cpus, num_gpus) for node in nodes]
+    left = sum(node.get("CPU", 0.0) for node in nodes) - num_cpus * sum(rooms)
+    return sum(rooms) - max(0, math.ceil((1 - left) / num_cpus))
+
+
+def _room_on(node: dict[str, float], num_cpus: float, num_gpus: float) -> int:
+    wanted = {"CPU": num_cpus, "GPU": num_gpus}
+    return min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items() if size)
 
 
 def whole_block_context(no_progress_timeout_s: int) -> DataContext:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import ray
 import ray.data
 
 from davir_ray.access import translated
@@ -26,7 +27,14 @@ from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.progress import Progress
 from davir_ray.schema import SCORES
-from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, pool_size, whole_block_context
+from davir_ray.stages.cluster import (
+    configure_worker_logging,
+    has_gpu,
+    own_errors,
+    pool_size,
+    room_for,
+    whole_block_context,
+)
 from davir_ray.stages.identity import check_ids
 from davir_ray.stages.resume import clear, completed, other_attempt, require
 from davir_ray.stages.shards import (
@@ -199,8 +207,8 @@ def _run(
 ) -> list[ScoredShard]:
     """The stream: read a shard, score it in an actor, write its file. `scorer` holds the arguments of Scorer."""
     num_gpus = _num_gpus(config)
-    num_actors = min(len(pending), plan_pool(config))
-    log.info("score: %d actors of %g CPUs and %g GPUs", num_actors, config.num_cpus, num_gpus)
+    pool = plan_pool(config).at_most(len(pending))
+    log.info("score: %s of %g CPUs and %g GPUs", pool, config.num_cpus, num_gpus)
     source = Shards(pending, partial(read_named, run / "examples", INPUT_COLUMNS))
     sink = ScoreSink(run, fingerprint, tally.tell)
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
@@ -211,7 +219,7 @@ def _run(
                 fn_constructor_kwargs=scorer | {"tally": tally},
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=num_actors),
+                compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most, initial_size=pool.at_start),
                 num_cpus=config.num_cpus,
                 num_gpus=num_gpus,
             )
@@ -220,9 +228,32 @@ def _run(
     return sink.shards
 
 
-def plan_pool(config: ScoreConfig) -> int:
-    """Actors that the settings mean on this cluster; ClusterError if they do not fit."""
-    return pool_size(config.num_actors, config.num_cpus, _num_gpus(config))
+class Pool(NamedTuple):
+    """How many actors score."""
+
+    least: int
+    most: int
+    at_start: int
+
+    def at_most(self, num_shards: int) -> "Pool":
+        """No more of them than there are shards."""
+        return Pool(*(min(size, num_shards) for size in self))
+
+    def __str__(self) -> str:
+        return f"{self.at_start} actors" + (f" ({self.least} to {self.most})" if self.least < self.most else "")
+
+
+def plan_pool(config: ScoreConfig) -> Pool:
+    """The pool that the settings mean on this cluster; it begins at full size, loading models takes long.
+
+    ClusterError if it does not fit; a pool that grows may wait for nodes that are not there yet.
+    """
+    num_gpus = _num_gpus(config)
+    if config.autoscale is None:
+        size = pool_size(config.num_actors, config.num_cpus, num_gpus)
+        return Pool(size, size, size)
+    least, most = config.autoscale
+    return Pool(least, most, min(most, max(least, room_for(config.num_cpus, num_gpus))))
 
 
 def _num_gpus(config: ScoreConfig) -> float:
@@ -237,6 +268,7 @@ class ScoreShard:
         self._tally = tally
         self._scorer = Scorer(**scorer)
         self._numerics = json.dumps(self._scorer.numerics)
+        log.info("score: an actor is ready on node %s", ray.get_runtime_context().get_node_id()[:8])
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Columns of examples in, columns of scores out, the shard's name beside both."""

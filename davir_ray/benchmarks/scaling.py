@@ -1,0 +1,151 @@
+"""The whole scoring stage on a cluster: tokens a second with more actors, and seconds until the first scored shard."""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+
+from davir_ray.benchmarks.pipeline import save_pair, write_shards
+from davir_ray.benchmarks.workload import Example, load_examples, load_model
+from davir_ray.config import Format, Precision, ScoreConfig
+from davir_ray.errors import ConfigError, ProgressError
+from davir_ray.models.checkpoint import Checkpoint, resolve_dtype
+from davir_ray.stages.cluster import connected, has_gpu
+from davir_ray.stages.scoring import score
+from davir_ray.storage import Location
+
+log = logging.getLogger(__name__)
+
+_COMMAND = "import sys; from davir_ray.cli import run_job; from davir_ray.pipeline import run_all; run_job(run_all, '')"
+"""What jobs/score.py does."""
+
+_PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True)
+class ScalingBenchmark:
+    """Measure the scoring stage with 1, 2 and 4 actors over the same shards, and how soon a command scores.
+
+    On the cluster of RAY_ADDRESS or of the submitted job, else on a Ray of its own, which is then warm.
+    """
+
+    json: str | None = None
+    """File for the result."""
+    actors: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Sizes of the pool, one after another; the first is what the others are compared with."""
+    model: str | None = None
+    """Checkpoint to measure: a folder or a hub name; the reference is a copy a small step away."""
+    random_init: str | None = None
+    """Instead of a checkpoint, random weights, as for the kernel. None: a Llama of hidden size 256 and 4 layers."""
+    data: str | None = None
+    """Rows to score. None: alpaca_9k.jsonl.gz in $DAVIR_TEST_DATA, else random tokens."""
+    format: Format = "alpaca"
+    """Format of the data."""
+    rows: int = 128
+    """Examples in a shard; every shard holds the same."""
+    shards_per_actor: int = 6
+    """Shards for each actor of a pool. The first of each warms up and is not counted."""
+    max_tokens: int = 512
+    """Token limit of an example."""
+    precision: Precision = "auto"
+    """As in scoring."""
+    num_gpus: float | None = None
+    """GPUs of an actor, as in scoring."""
+    first_shards: int = 3
+    """Times that the command is timed until its first scored shard, the median is told; 0: none."""
+    folder: str | None = None
+    """Where the files are written, and removed at the end; every node must see it. None: a temporary folder."""
+
+    def __post_init__(self) -> None:
+        if not self.actors or min(self.actors) < 1:
+            raise ConfigError(f"actors is {self.actors}; it must be numbers of at least 1")
+        for name, least in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def run(settings: ScalingBenchmark) -> dict[str, Any]:
+    """Score with each pool on one warm cluster; returns what goes into the JSON file."""
+    model, tokenizer = load_model(
+        settings.model, settings.random_init, resolve_dtype("float32", torch.device("cpu")), torch.device("cpu")
+    )
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    examples, origin = load_examples(
+        settings.rows, settings.max_tokens, vocab_size, tokenizer, settings.data, settings.format, []
+    )
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+        pair = save_pair(Path(folder), model)
+        with connected():
+            rates = {n: _rate(Path(folder), pair, examples, num_tokens, n, settings) for n in settings.actors}
+            first = [_first_shard_seconds(Path(folder), turn) for turn in range(settings.first_shards)]
+            machine = {"cpus": os.cpu_count(), "cluster": ray.cluster_resources(), "has_gpu": has_gpu()}
+    alone = rates[settings.actors[0]] / settings.actors[0]
+    return {
+        "settings": asdict(settings),
+        "machine": machine,
+        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": num_tokens},
+        "tokens_per_second": {str(n): rate for n, rate in rates.items()},
+        "scaling_efficiency": {str(n): rate / (n * alone) for n, rate in rates.items()},
+        "seconds_to_first_shard": median(first) if first else None,
+        "seconds_to_first_shard_each": first,
+    }
+
+
+def _rate(
+    folder: Path,
+    pair: tuple[Checkpoint, Checkpoint],
+    examples: Sequence[Example],
+    num_tokens: int,
+    num_actors: int,
+    settings: ScalingBenchmark,
+) -> float:
+    """Tokens a second of a warm pool: from the moment each actor has scored a shard to the last file."""
+    run_folder = Location.of(folder / f"run-{num_actors}")
+    num_shards = settings.shards_per_actor * num_actors
+    write_shards(run_folder, examples, num_shards)
+    # One task at a time for each CPU: a pool that needs more CPUs than there are shares them.
+    config = ScoreConfig(
+        num_actors=num_actors,
+        num_cpus=min(1.0, (ray.cluster_resources()["CPU"] - 1) / num_actors),
+        num_gpus=settings.num_gpus,
+        precision=settings.precision,
+    )
+    score(run_folder, *pair, config, keep_token_nll="none")
+    written = sorted(path.stat().st_mtime for path in Path(run_folder.path, "scores").glob("*.parquet"))
+    warm = written[num_actors - 1 :]
+    rate = num_tokens * (len(warm) - 1) / (warm[-1] - warm[0])
+    log.info("benchmark: %d actors, %.0f tokens/s", num_actors, rate)
+    return rate
+
+
+def _first_shard_seconds(folder: Path, turn: int) -> float:
+    """From a command in a new process to its first file in scores/, on a cluster that runs already."""
+    data, output = folder / "few.jsonl", folder / f"first-{turn}"
+    data.write_text('{"prompt": "Count.", "response": "one two three"}\n' * 8)
+    options = {"data": data, "format": "prompt_response", "base": folder / "base", "reference": folder / "reference"}
+    options |= {"output": output, "score.num_actors": 1, "select.top_k": 1, "output_is_shared": "true"}
+    command = [sys.executable, "-c", _COMMAND, *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    started = time.monotonic()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not list(output.glob("scores/*.parquet")):
+            if process.poll() is not None or time.monotonic() - started > _PATIENCE_S:
+                raise ProgressError("the timed command scored nothing; run jobs/score.py by hand to see why")
+            time.sleep(0.02)
+        seconds = time.monotonic() - started
+    finally:
+        process.wait()
+    log.info("benchmark: the first shard was scored after %.1f s", seconds)
+    return seconds

@@ -1,0 +1,131 @@
+"""Where the actors of a pool stand: what fits, what is left free, and nodes that join late.
+
+No machine of these tests has a GPU: its placement is tested with logical ones, which Ray counts and hands out like real
+ones while the models run on CPUs.
+"""
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from drivers import Driver
+from ray.cluster_utils import Cluster
+
+from davir_ray.config import ScoreConfig
+from davir_ray.errors import ClusterError, ConfigError
+from davir_ray.manifest import Manifest
+from davir_ray.stages.cluster import pool_size, room_for
+from davir_ray.stages.scoring import Pool, plan_pool
+from davir_ray.storage import Location
+
+NODES = [
+    [{"CPU": 4.0}],
+    [{"CPU": 2.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}],
+    [{"CPU": 3.0, "GPU": 8.0}, {"CPU": 1.0}],
+    [{"CPU": 8.0, "GPU": 1.0}, {"memory": 1.0}],
+    [{"CPU": 0.5}],
+    [],
+]
+
+
+@pytest.fixture
+def cluster_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, float]]], None]:
+    """Let Ray tell of these nodes."""
+
+    def tell(nodes: list[dict[str, float]]) -> None:
+        dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        monkeypatch.setattr(ray, "nodes", lambda: [*({"Alive": True, "Resources": node} for node in nodes), dead])
+        total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_cpus", "num_gpus"), list(itertools.product(NODES, (0.5, 1.0, 2.0, 8.0), (0.0, 0.1, 0.5, 1.0, 2.0)))
+)
+def test_as_many_as_fit_with_a_cpu_left(
+    cluster_of: Any, nodes: list[dict[str, float]], num_cpus: float, num_gpus: float
+) -> None:
+    """The most that can be placed one after another, in exact tenths."""
+    cluster_of(nodes)
+    free = [{name: round(10 * value) for name, value in node.items()} for node in nodes]
+    wanted = {"CPU": round(10 * num_cpus), "GPU": round(10 * num_gpus)}
+    placed = 0
+    while place := next((n for n in free if all(n.get(name, 0) >= size for name, size in wanted.items())), None):
+        for name, size in wanted.items():
+            place[name] = place.get(name, 0) - size
+        placed += 1
+    while placed > 0 and sum(node.get("CPU", 0.0) for node in nodes) - placed * num_cpus < 1:
+        placed -= 1
+    room = max(0, room_for(num_cpus, num_gpus))
+    assert room == placed
+    if placed:
+        assert pool_size(None, num_cpus, num_gpus) == placed == pool_size(placed, num_cpus, num_gpus)
+    with pytest.raises(ClusterError, match="do not fit"):
+        pool_size(placed + 1, num_cpus, num_gpus)
+
+
+def test_one_actor_to_a_gpu_unless_fractions_are_asked_for(cluster_of: Any) -> None:
+    cluster_of([{"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}])
+    assert plan_pool(ScoreConfig()) == Pool(2, 2, 2)
+    assert plan_pool(ScoreConfig(num_gpus=0.25)) == Pool(8, 8, 8)
+    assert plan_pool(ScoreConfig(num_gpus=0)) == Pool(11, 11, 11)
+
+
+def test_a_pool_that_grows_begins_with_what_fits(cluster_of: Any) -> None:
+    cluster_of([{"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}])
+    assert plan_pool(ScoreConfig(autoscale=[1, 16])) == Pool(1, 16, 2)
+    assert plan_pool(ScoreConfig(autoscale=[1, 1])) == Pool(1, 1, 1)
+    assert plan_pool(ScoreConfig(autoscale=[5, 16])) == Pool(5, 16, 5)
+    assert Pool(5, 16, 5).at_most(3) == Pool(3, 3, 3)
+    cluster_of([{"CPU": 4.0}])
+    assert plan_pool(ScoreConfig(autoscale=[1, 16], num_gpus=1)) == Pool(1, 16, 1), "the nodes with GPUs are to come"
+
+
+@pytest.mark.parametrize("wrong", [[2, 1], [0, 3], [1], [1, 2, 3]])
+def test_a_wrong_range_is_refused(wrong: list[int]) -> None:
+    with pytest.raises(ConfigError, match="ascending numbers"):
+        ScoreConfig(autoscale=wrong)
+
+
+def test_a_number_and_a_range_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="one of the two"):
+        ScoreConfig(autoscale=[1, 2], num_actors=1)
+
+
+@pytest.mark.slow
+def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
+    data_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = {
+        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 1600, "prepare.shard_rows": 10,
+        "base": make_checkpoint(0, 256, 6), "reference": make_checkpoint(1, 256, 6), "max_bad_fraction": 0.1,
+        "output": tmp_path / "run", "output_is_shared": "true", "score.autoscale": "[1, 4]", "select.top_k": 5,
+    }  # fmt: skip
+    run = Location.of(tmp_path / "run")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        first = cluster.add_node(num_cpus=2, num_gpus=1)
+        environment = {"RAY_ADDRESS": cluster.address, "DAVIR_RAY_LOG_LEVEL": "DEBUG", "RAY_DEDUP_LOGS": "0"}
+        driver = Driver("score.py", options, tmp_path / "log", environment)
+        driver.wait_for(lambda: bool((run / "scores").names()), "the first scores", 400)
+        late = cluster.add_node(num_cpus=2, num_gpus=1)
+        assert driver.finish(800) == 0, driver.output
+    finally:
+        cluster.shutdown()
+    assert "score: 1 actors (1 to 4) of 1 CPUs and 1 GPUs" in driver.output
+    nodes = dict(re.findall(r"pid=(\d+)\S* score: an actor is ready on node (\w+)", without_colours(driver.output)))
+    scored_by = re.findall(r"pid=(\d+)\S* score: part-\S+ \d+ rows", without_colours(driver.output))
+    assert {nodes[pid] for pid in scored_by} == {first.node_id[:8], late.node_id[:8]}, "not the head, which has no GPU"
+    manifest = Manifest.read(run, "score")
+    assert manifest is not None
+    assert manifest.counts["examples"] == sum(entry.rows for entry in manifest.files)
+
+
+def without_colours(text: str) -> str:
+    return re.sub(r"\x1b\[\d*m", "", text)
