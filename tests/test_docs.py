@@ -1,0 +1,106 @@
+"""What the documents say: commands that parse or run, links that lead somewhere, every column and reason explained."""
+
+import gzip
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from drivers import PACKAGE
+
+from davir_ray.cli import parse
+from davir_ray.schema import COLUMNS, RejectReason, Status
+
+DOCUMENTS = [PACKAGE / "README.md", PACKAGE / "CONTRIBUTING.md", *sorted(PACKAGE.glob("*/README.md"))]
+GUIDE = PACKAGE / "jobs" / "README.md"
+WITH_RUN_CONFIG = ("score.py", "finetune.py", "rank.py")
+
+
+def commands(text: str) -> list[str]:
+    """Every `python jobs/…` of a document, continued lines joined, up to what ends a command in prose."""
+    joined = text.replace("\\\n", " ")
+    return [match.rstrip(" .,:;)") for match in re.findall(r"python jobs/\w+\.py[^\n`|&]*", joined)]
+
+
+def boxes(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+ALL_COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document.read_text())]
+
+
+def test_the_documents_have_commands() -> None:
+    assert len(ALL_COMMANDS) > 12
+    assert {document.parent.name for document, _ in ALL_COMMANDS} >= {PACKAGE.name, "jobs"}
+
+
+@pytest.mark.parametrize(("document", "command"), ALL_COMMANDS)
+def test_a_command_names_a_job_and_options_that_exist(document: Path, command: str, tmp_path: Path) -> None:
+    words = shlex.split(command.replace("…", ""))
+    assert (PACKAGE / words[1]).is_file(), command
+    if Path(words[1]).name not in WITH_RUN_CONFIG or "--help" in words:
+        return
+    if "--config" in words:  # of the user: it stands for any
+        at = words.index("--config")
+        (tmp_path / "run.yaml").write_text("base: some/model\n")
+        if not (PACKAGE / words[at + 1]).is_file():
+            words[at + 1] = str(tmp_path / "run.yaml")
+    parse(words[2:])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_option_of_a_job_that_is_mentioned_exists(document: Path) -> None:
+    options = set(re.findall(r"`--([a-z_]+(?:\.[a-z_]+)*)[ `=]", document.read_text()))
+    help_text = subprocess.run(
+        [sys.executable, str(PACKAGE / "jobs" / "score.py"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    known = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", help_text))
+    assert options - known <= {"output", "json", "rows", "seed"}, "of jobs with options of their own"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_guide_explains_every_column_status_and_reason() -> None:
+    rows = {line.split("|")[1].strip(): line for line in GUIDE.read_text().splitlines() if line.startswith("| `")}
+    for folder, columns in COLUMNS.items():
+        for column in columns:
+            told = rows[f"`{column.name}`"]
+            assert folder in told
+            assert column.meaning.partition("(see")[0].strip() in told
+    assert {f"`{name}`" for name in (*Status, *RejectReason)} <= rows.keys()
+
+
+@pytest.mark.slow
+def test_the_guide_word_by_word(data_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "jobs").symlink_to(PACKAGE / "jobs")
+    (tmp_path / "my-base").symlink_to(make_checkpoint(0))
+    (tmp_path / "my-data").mkdir()
+    lines = gzip.decompress((data_folder / "alpaca_9k.jsonl.gz").read_bytes()).decode().splitlines()[:300]
+    (tmp_path / "my-data" / "rows.jsonl").write_text("\n".join(lines))
+    ran = []
+    for command in "".join(boxes(GUIDE.read_text(), "sh")).splitlines():
+        words = shlex.split(command)
+        assert words[0] == "python"
+        ended = subprocess.run(
+            [sys.executable, *words[1:]], cwd=tmp_path, env={"PYTHONPATH": str(PACKAGE), "HOME": str(tmp_path)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, f"{command}\n{ended.stdout}"
+        ran.append(ended.stdout)
+    assert "⟦" in ran[0]
+    assert "estimate" in ran[0]
+    assert ran[2].splitlines()[-1] == "complete"
+    assert "verif" in ran[3] or "difference" in ran[3]
+    (snippet,) = boxes(GUIDE.read_text(), "python")
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{snippet}\nprint(len(rows), sorted(rows[0]))"], cwd=tmp_path, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert ended.stdout == "20 ['input', 'instruction', 'output']\n"
