@@ -134,7 +134,7 @@ def test_a_submitted_job_with_everything_in_a_store(head: Head, moto_store: Stor
     words = ("jobs/score.py", "--config", f"{bucket}/run.yaml")
     ended = head.submit("stored", *words, **moto_store.environment)
     assert ended.returncode == 0, ended.stdout
-    assert "SUCCEEDED" in head.state("stored")
+    assert "Job 'stored' succeeded" in head.state("stored")
     assert f"selected: {bucket}/run/selected" in ended.stdout
     assert f"score: {NUM_ROWS} of {NUM_ROWS} rows (100%)" in ended.stdout
     run = place / "run"
@@ -158,7 +158,7 @@ def test_a_mistake_is_a_failed_job_that_says_why(head: Head, settings: dict[str,
     ended = head.submit("mistake", "jobs/score.py", "--config", str(config))
     assert ended.returncode == 1
     told = head.state("mistake")
-    assert "FAILED" in told
+    assert "Job 'mistake' failed" in told
     assert f"score.py: select.top_k is {NUM_ROWS + 1}, but only {NUM_ROWS} rows are prepared" in told
     logs = head.ray("job", "logs", "mistake").stdout.splitlines()
     assert [line for line in logs if line.strip()][-1].startswith("score.py: select.top_k is")
@@ -175,7 +175,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
         assert time.monotonic() < deadline, head.ray("job", "logs", "first").stdout
         time.sleep(0.05)
     assert head.ray("job", "stop", "first").returncode == 0
-    assert "STOPPED" in head.state("first")
+    assert "Job 'first' was stopped" in head.state("first")
     committed = len(list((run / "scores").glob("*.parquet")))
     again = head.submit("again", "jobs/score.py", "--config", str(config))
     assert again.returncode == 0, again.stdout
