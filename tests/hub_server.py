@@ -59,6 +59,10 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
+    def environment(self, home: Path) -> dict[str, str]:
+        """For processes that use this hub, and keep what they download in `home`."""
+        return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": "", "HF_HUB_CACHE": str(home / "hub")}
+
     def publish(self, name: str, files: Files | Path, branch: str = "main") -> str:
         """Commit files, or those of a folder, to a branch; returns the commit."""
         if isinstance(files, Path):

@@ -165,6 +165,10 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
     pseudo_dirs: ClassVar[list[str]] = [""]
     asked: ClassVar[Counter[str]] = Counter()
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("counted://", "memory://")))
+
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
         self.asked["ls"] += 1
         return [self._marked(info) for info in super().ls(path, detail=True, **kwargs)]

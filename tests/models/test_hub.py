@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,20 +46,6 @@ NEVER_READ = {
 """What the repositories of Llama, Mistral, Gemma and Qwen hold beside what transformers reads."""
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub for this process, which read HF_ENDPOINT when it started, and an empty cache."""
-    with HubServer().serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        hub_module.resolve.cache_clear()
-        yield server
-        hub_module.resolve.cache_clear()
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -78,11 +64,6 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 def sharded(folder: Path, target: Path) -> dict[str, bytes]:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target, max_shard_size="200KB")
     return files_of(folder) | files_of(target)
-
-
-def environment(server: HubServer, home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home)}
 
 
 # --- what is downloaded ----------------------------------------------------------------------------------------------
@@ -262,7 +243,7 @@ print(fetch_from_hub("org/tiny", commit, list(repository_files("org/tiny", commi
 def child(server: HubServer, home: Path) -> subprocess.Popen[str]:
     """A process of its own that downloads; HF_ENDPOINT reaches it as it would reach any."""
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD], env=environment(server, home), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD], env=os.environ | server.environment(home), stdout=subprocess.PIPE, text=True
     )
 
 
