@@ -8,6 +8,7 @@ import glob
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -88,6 +89,24 @@ def fetch_from_hub(name: str, commit: str, wanted: list[RemoteFile]) -> Path:
 
     bring(name, folder, wanted, lock, download)
     return folder
+
+
+@contextmanager
+def without_asking() -> Iterator[None]:
+    """For saving an adapter: peft (0.21) would ask the hub whether the base has another vocabulary, which it never has.
+
+    peft reads the variable each time, unlike huggingface_hub.
+    """
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            yield
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+        if before is not None:
+            os.environ["HF_HUB_OFFLINE"] = before
 
 
 def _cached_list(name: str, commit: str) -> tuple[RemoteFile, ...]:

@@ -1,5 +1,6 @@
 """Models of the hub: one commit, no file that is not read, each file once a node, and nobody asked afterwards."""
 
+import json
 import os
 import pickle
 import shutil
@@ -18,9 +19,13 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
+from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ModelError, StorageError
 from davir_ray.models import hub as hub_module
+from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
+from davir_ray.models.finetune import save_reference
+from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.size import ModelSize
 
 CPU = torch.device("cpu")
@@ -144,7 +149,8 @@ def test_an_adapter_of_the_hub_is_attached_to_a_base_of_the_hub(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapted.peft_config["default"].base_model_name_or_path = "org/tiny"
-    adapted.save_pretrained(tmp_path / "adapter")
+    with hub_module.without_asking():
+        adapted.save_pretrained(tmp_path / "adapter")
     hub.publish("org/tiny", base_folder)
     # Some trainers leave the base's configuration beside the adapter.
     hub.publish(
@@ -217,6 +223,20 @@ def test_a_complete_snapshot_is_loaded_without_the_hub(hub: HubServer, base_fold
     hub_module.resolve.cache_clear()
     assert Checkpoint.find(f"org/tiny@{commit}") == checkpoint
     assert Checkpoint.find("org/tiny") == checkpoint  # the branch as this node saw it last
+
+
+def test_a_new_adapter_is_saved_without_the_hub_and_names_its_base(
+    hub: HubServer, base_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    hub.publish("org/tiny", base_folder)
+    checkpoint = Checkpoint.find("org/tiny")
+    model = checkpoint.model(torch.float32, CPU)
+    add_adapter(model, FinetuneConfig(lora_rank=2), 2)
+    hub.requests.clear()
+    save_reference(Likelihood(model), checkpoint.tokenizer(), tmp_path)
+    assert hub.requests.total() == 0
+    assert not [str(one.message) for one in recwarn if "config file" in str(one.message)]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
 
 
 def test_of_many_at_once_one_downloads(hub: HubServer, base_folder: Path) -> None:
