@@ -92,6 +92,8 @@ class HubServer:
             files = self._commits[name][commit]
             told = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
             return json.dumps([_entry(*item) for item in files.items()] if kind == "tree" else told).encode(), {}
+        if parts[2:3] != ["resolve"]:  # huggingface_hub asks for other things, too
+            raise RefusedError("404")
         name, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
         self._check(name, token)
         if name in self.gated:

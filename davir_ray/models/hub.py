@@ -50,7 +50,8 @@ def resolve(name: str, revision: str | None) -> str:
     if not _NAME.fullmatch(name):
         raise ModelError(f"{name!r} is neither a folder here nor a hub name such as org/model or org/model@revision")
     with _told(name, revision, ModelError):
-        return str(HfApi().resolve_revision(name, revision=revision).resolved)
+        offline = constants.HF_HUB_OFFLINE
+        return str(HfApi().resolve_revision(name, revision=revision, local_files_only=offline).resolved)
 
 
 def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
