@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from davir_ray.models.hub import resolve
 from davir_ray.storage import Location
 
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
@@ -43,6 +46,20 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub for this process, which read HF_ENDPOINT when it started, and an empty cache."""
+    with HubServer().serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        resolve.cache_clear()
+        yield server
+        resolve.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     token.chmod(0o600)
     gcs, dashboard, metrics, agent = free_ports(4)
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with tempfile.TemporaryDirectory(prefix="r") as temporary:  # short: Ray's socket paths have a limit
+    # Short, for Ray's socket paths have a limit; its last writers end a moment after their parent.
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as temporary:
         environment = {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": temporary}
         ports = {"port": gcs, "dashboard-port": dashboard, "metrics-export-port": metrics}
         ports |= {"dashboard-agent-listen-port": agent}

@@ -1,11 +1,11 @@
 """Checkpoints: find, load, save and identify a causal language model and its tokenizer.
 
 Only safetensors are loaded: a pickled checkpoint can run code. A path is a local folder, a folder in object storage
-(s3://…, copied to the local cache once) or a hub name.
+(s3://…) or a hub name (org/model, or org/model@ a branch, tag or commit). What lies elsewhere is pinned where it is
+found, in the driver, and comes to each node once; then it is loaded from the node's disk, and nobody is asked.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -22,6 +21,8 @@ from davir_ray.access import translated
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
+from davir_ray.models.download import RemoteFile, fetch_from_store, host, store_files
+from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
 from davir_ray.storage import Location, digest, file_digest
 
 SPEC_FILE = "scoring_spec.json"
@@ -31,6 +32,12 @@ _WEIGHTS = ".safetensors"
 CONFIGS = ("config.json", ADAPTER_CONFIG)
 """A folder without one of these is no checkpoint."""
 
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DESCRIPTIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+"""Endings of what is small: configuration, tokenizer, index of the weights. Pickles, GGUF, ONNX and the formats of
+other libraries (consolidated.*) are never downloaded."""
+
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -39,26 +46,45 @@ class Checkpoint:
     """A checkpoint by name; each process that loads it finds the files for itself, so it can travel between nodes."""
 
     uri: str
-    """A local folder as an absolute path, a folder in object storage, or a hub name."""
+    """A local folder as an absolute path, a folder in object storage, or a hub name without its revision."""
     revision: str | None = None
     """The commit of a hub name, so that every worker loads the same."""
     trust_remote_code: bool = False
     is_adapter: bool = False
     """A folder with a peft adapter and no weights of its own."""
+    files: tuple[RemoteFile, ...] = ()
+    """What the hub or the object storage had when the checkpoint was found; empty for a local folder."""
 
     @classmethod
     def find(cls, uri: str, trust_remote_code: bool = False) -> "Checkpoint":
-        """The checkpoint of a local folder, s3://… or hub name. ModelError if it is none of these."""
+        """The checkpoint of a local folder, s3://… or hub name; no weights are downloaded.
+
+        ModelError if it is none of these, or lacks what is needed to load it.
+        """
+        uri = uri.removeprefix("hf://")
         if "://" in uri:
             with translated(uri, ModelError):
-                checked = _checked_names(uri, Location.of(uri).names())
-            return cls(checked, None, trust_remote_code, "config.json" not in Location.of(uri).names())
+                files = store_files(Location.of(uri))
+            return cls._elsewhere(uri, None, trust_remote_code, files)
         path = Path(uri).expanduser()
-        if path.exists() or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
+        name, _, revision = uri.partition("@")
+        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             folder = path.resolve()
-            return cls(_checked_folder(folder), None, trust_remote_code, not (folder / "config.json").exists())
-        commit = getattr(cls(uri, None, trust_remote_code).config(), "_commit_hash", None)
-        return cls(uri, commit, trust_remote_code)
+            names = _names_in(folder)
+            _check_names(str(folder), names)
+            return cls(str(folder), None, trust_remote_code, _is_adapter(names))
+        commit = resolve(name, revision or None)
+        return cls._elsewhere(name, commit, trust_remote_code, repository_files(name, commit))
+
+    @classmethod
+    def _elsewhere(
+        cls, uri: str, commit: str | None, trust_remote_code: bool, files: tuple[RemoteFile, ...]
+    ) -> "Checkpoint":
+        names = {file.name for file in files}
+        _check_names(uri, names)
+        found = cls(uri, commit, trust_remote_code, _is_adapter(names), files)
+        found._weights(found._folder())  # ModelError now rather than in every worker
+        return found
 
     def config(self) -> Any:
         """The model's configuration, without its weights."""
@@ -86,26 +112,27 @@ class Checkpoint:
             raise ModelError(
                 f"{self.uri} lacks {len(absent)} weights of the model, such as {absent[0]}; it cannot be used"
             )
+        # Not the folder that this node keeps it in: adapters name their base by it.
+        model.name_or_path = self.uri
         return model.to(device).eval()
 
     def attach_to(self, base: PreTrainedModel) -> None:
         """Load this adapter into its base, switched on. ModelError if it does not fit."""
         with quiet():
-            attach_adapter(base, self._folder())
+            attach_adapter(base, str(self._folder(weights=True)))
 
     def weights_digest(self) -> dict[str, str]:
         """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name."""
         if self.is_hub_name:
-            return {"commit": str(self.revision or self.uri)}
+            return {"commit": str(self.revision)}
+        if self.files:
+            return {file.name: file.digest for file in self.files if _is_content(file.name)}
         place = Location.of(self.uri)
-        names = [name for name in place.names() if name.endswith((_WEIGHTS, ".py")) or name in CONFIGS]
-        return {name: file_digest(place / name) for name in names}
+        return {name: file_digest(place / name) for name in place.names() if _is_content(name)}
 
     def spec(self) -> dict[str, Any] | None:
         """The scoring spec that came with a reference, if it has one."""
-        if self.is_hub_name:
-            return None
-        file = Location.of(self.uri) / SPEC_FILE
+        file = self._folder() / SPEC_FILE
         return json.loads(file.read_bytes()) if file.exists() else None
 
     @property
@@ -114,17 +141,46 @@ class Checkpoint:
         return "://" not in self.uri and not Path(self.uri).is_absolute()
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
-        options = {"revision": self.revision, **kwargs} if self.revision else kwargs
+        folder = str(self._folder(weights=auto_class is AutoModelForCausalLM))
         try:
             with quiet():
-                return auto_class.from_pretrained(self._folder(), trust_remote_code=self.trust_remote_code, **options)
+                return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
 
-    def _folder(self) -> str:
-        """Where transformers finds it: the name itself, or its copy in the local cache."""
-        return self.uri if "://" not in self.uri else _copy_to_cache(Location.of(self.uri))
+    def _folder(self, *, weights: bool = False) -> Path:
+        """Where this node has it on disk; what it still lacks comes first: the weights only where they are wanted."""
+        if not self.files:
+            folder = Path(self.uri)
+            if not folder.is_dir():
+                raise ModelError(
+                    f"{folder} is no folder on {host()}; put it there on every node, or give s3://… or a hub name"
+                )
+            return folder
+        folder = self._fetch([file for file in self.files if _is_description(file.name, self.trust_remote_code)])
+        return self._fetch(self._weights(folder)) if weights else folder
+
+    def _fetch(self, wanted: list[RemoteFile]) -> Path:
+        with quiet():
+            if self.revision:
+                return fetch_from_hub(self.uri, self.revision, wanted)
+            return fetch_from_store(Location.of(self.uri), self.files, wanted)
+
+    def _weights(self, folder: Path) -> list[RemoteFile]:
+        """The files that transformers would read the weights from: of several formats in a repository, one."""
+        files = {file.name: file for file in self.files}
+        names = [ADAPTER_WEIGHTS if self.is_adapter else _SINGLE]
+        if names[0] not in files and _INDEX in files:
+            try:
+                names = sorted(set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{self.uri} has an index of weights, {_INDEX}, that cannot be read") from error
+        if absent := [name for name in names if name not in files]:
+            raise ModelError(
+                f"{self.uri} has no {absent[0]}, which its weights are read from; save it with safetensors"
+            )
+        return [files[name] for name in names]
 
 
 @contextmanager
@@ -139,41 +195,41 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _checked_folder(folder: Path) -> str:
+def _names_in(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model"
         )
-    return _checked_names(str(folder), [path.name for path in folder.iterdir()])
+    return {path.name for path in folder.iterdir()}
 
 
-def _checked_names(uri: str, names: list[str]) -> str:
-    if ADAPTER_CONFIG in names and "config.json" not in names:
+def _check_names(uri: str, names: set[str]) -> None:
+    if _is_adapter(names):
         if ADAPTER_WEIGHTS not in names:
             raise ModelError(f"{uri} has no {ADAPTER_WEIGHTS}; pickled weights are refused, save it with safetensors")
-        return uri
+        return
+    if ADAPTER_CONFIG in names:  # transformers would load the adapter, on the model that it names, and not the weights
+        raise ModelError(f"{uri} has both the weights of a model and {ADAPTER_CONFIG}; keep one of them in a folder")
     if "config.json" not in names:
         raise ModelError(f"{uri} has no config.json, so it is no checkpoint; name the folder that holds it")
     if not any(name.endswith(_WEIGHTS) for name in names):
         raise ModelError(f"{uri} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
-    return uri
 
 
-def _copy_to_cache(place: Location) -> str:
-    """Copy a checkpoint from object storage to the local cache, once a node, keyed by the files' etags."""
-    names = place.names()
-    key = digest([(name, file_digest(place / name)) for name in names])[:32]
-    cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / key
-    with FileLock(cache / f"{key}.lock"):
-        if not folder.is_dir():
-            partial = cache / f"{key}.partial"
-            partial.mkdir(exist_ok=True)
-            for name in names:
-                place.fs.get_file((place / name).path, str(partial / name))
-            partial.replace(folder)
-    return str(folder)
+def _is_adapter(names: set[str]) -> bool:
+    return ADAPTER_CONFIG in names and not names & {_SINGLE, _INDEX}
+
+
+def _is_content(name: str) -> bool:
+    return name.endswith((_WEIGHTS, ".py")) or name in CONFIGS
+
+
+def _is_description(name: str, trust_remote_code: bool) -> bool:
+    """Whether a file says what the model is: small, and beside its weights (templates and code have folders)."""
+    if name.endswith(".py"):
+        return trust_remote_code
+    beside = "/" not in name or name.startswith("additional_chat_templates/")
+    return beside and name.endswith(_DESCRIPTIONS)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

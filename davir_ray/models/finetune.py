@@ -30,6 +30,7 @@ from davir_ray.data.packing import pack
 from davir_ray.errors import DataError, IntegrityError, TrainingError
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.checkpoint import quiet
+from davir_ray.models.hub import without_asking
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 
 log = logging.getLogger(__name__)
@@ -316,6 +317,6 @@ def _frozen(model: torch.nn.Module) -> set[str]:
 
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path) -> None:
     """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer."""
-    with quiet():
+    with quiet(), without_asking():
         likelihood.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

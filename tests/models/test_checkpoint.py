@@ -1,20 +1,24 @@
 """Checkpoints: what is refused, what is identified, which tokenizers belong together."""
 
+import errno
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from davir_ray.errors import ModelError
+from davir_ray.errors import ModelError, StorageError
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.checkpoint import (
@@ -24,6 +28,7 @@ from davir_ray.models.checkpoint import (
     resolve_dtype,
     tokenizer_digest,
 )
+from davir_ray.storage import TEMPORARY, Location, file_digest
 
 NAMES = ("base", "reference")
 
@@ -93,20 +98,6 @@ def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name: str) -> None
         Checkpoint.find(name)
 
 
-def test_a_hub_name_is_pinned_to_the_commit_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def answer(name: str, **options: object) -> SimpleNamespace:
-        asked.append(options.get("revision"))
-        return SimpleNamespace(_commit_hash="abc")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", answer)
-    checkpoint = Checkpoint.find("org/model")
-    checkpoint.config()
-    assert (checkpoint.revision, asked) == ("abc", [None, "abc"])
-    assert checkpoint.weights_digest() == {"commit": "abc"}
-
-
 def test_a_checkpoint_without_some_weights_is_refused_instead_of_filled_at_random(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     renamed = {f"module.{name}": tensor for name, tensor in weights.items()}
@@ -149,7 +140,154 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
         Checkpoint.find(str(folder)).model(torch.float32, torch.device("cpu"))
 
 
-def test_a_folder_in_object_storage_is_copied_once(
+def test_a_local_folder_that_this_node_lacks_is_told(folder: Path) -> None:
+    checkpoint = Checkpoint.find(str(folder))
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match="put it there on every node"):
+        checkpoint.model(torch.float32, torch.device("cpu"))
+
+
+def test_weights_and_an_adapter_in_one_folder_are_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="keep one of them"):
+        Checkpoint.find(str(folder))
+
+
+# --- object storage --------------------------------------------------------------------------------------------------
+
+
+class Store(MemoryFileSystem):  # type: ignore[misc]
+    """Files in memory with etags, as an object store has them; counts what it is asked for."""
+
+    protocol = "counted"
+    cachable = False
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    asked: ClassVar[Counter[str]] = Counter()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("counted://", "memory://")))
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        self.asked["ls"] += 1
+        return [self._marked(info) for info in super().ls(path, detail=True, **kwargs)]
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self.asked["info"] += 1
+        return self._marked(super().info(path, **kwargs))
+
+    def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
+        self.asked[Path(rpath).name] += 1
+        Path(lpath).write_bytes(self.cat_file(rpath))
+
+    def _marked(self, info: dict[str, Any]) -> dict[str, Any]:
+        if info["type"] != "file":
+            return info
+        return info | {"ETag": hashlib.md5(self.cat_file(info["name"])).hexdigest()}
+
+
+@pytest.fixture
+def store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store with the checkpoint, and what a trainer leaves beside it, in counted://models/tiny."""
+    monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
+    fsspec.register_implementation("counted", Store, clobber=True)
+    store = Store()
+    for file in folder.iterdir():
+        store.pipe_file(f"/models/tiny/{file.name}", file.read_bytes())
+    for name in ("optimizer.pt", "pytorch_model.bin", "consolidated.safetensors", "checkpoint-5/model.safetensors"):
+        store.pipe_file(f"/models/tiny/{name}", b"never read")
+    Store.asked.clear()
+    yield store
+    Store.store.clear()
+
+
+URI = "counted://models/tiny"
+
+
+def copied(tmp_path: Path) -> Path:
+    (found,) = [path for path in (tmp_path / "cache" / "checkpoints").iterdir() if path.is_dir()]
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_in_object_storage_is_listed_once_and_copied_once(store: Store, folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.find(URI)
+    assert store.asked["ls"] == 2  # before, and after what was copied
+    assert "model.safetensors" not in contents(copied(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: checkpoint._folder(weights=True), range(4)))
+    assert contents(copied(tmp_path)) == contents(folder)
+    assert {store.asked[name] for name in contents(folder)} == {1}
+    asked = dict(store.asked)
+    checkpoint.model(torch.float32, torch.device("cpu"))
+    checkpoint.tokenizer(), checkpoint.spec(), checkpoint.weights_digest()
+    assert store.asked == asked
+    assert Checkpoint.find(URI) == checkpoint
+
+
+def test_the_digest_of_a_folder_in_object_storage_is_that_of_its_etags(store: Store) -> None:
+    digest = Checkpoint.find(URI).weights_digest()
+    place = Location.of(URI)
+    assert digest.keys() == {"config.json", "model.safetensors", "consolidated.safetensors"}
+    assert digest == {name: file_digest(place / name) for name in digest}
+
+
+def test_a_damaged_copy_is_made_good(store: Store, folder: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.find(URI)
+    file = checkpoint._folder(weights=True) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    (file.parent / f"{TEMPORARY}of-a-copy-that-was-killed").write_bytes(b"half")
+    checkpoint.model(torch.float32, torch.device("cpu"))
+    assert contents(copied(tmp_path)) == contents(folder)
+    assert (store.asked["model.safetensors"], store.asked["config.json"]) == (2, 1)
+
+
+def test_a_file_that_changes_between_driver_and_worker_is_refused(store: Store, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.find(URI)
+    content = bytearray(store.cat_file("/models/tiny/model.safetensors"))
+    content[-1] ^= 1
+    store.pipe_file("/models/tiny/model.safetensors", bytes(content))
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"model\.safetensors was changed while the run used it"):
+            checkpoint.model(torch.float32, torch.device("cpu"))
+    other = Checkpoint.find(URI)
+    assert other.weights_digest() != checkpoint.weights_digest()
+    other.model(torch.float32, torch.device("cpu"))
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_cache(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.find(URI)
+
+    def fill(_self: Store, _path: str, target: str, **_: Any) -> None:
+        Path(target).write_bytes(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Store, "get_file", fill)
+    with pytest.raises(ModelError, match=r"cannot be kept in .*cache/checkpoints.* no space is left"):
+        checkpoint.model(torch.float32, torch.device("cpu"))
+    assert not [name for name in contents(copied(tmp_path)) if name.startswith(TEMPORARY)]
+
+
+def test_a_store_that_fails_in_a_worker_is_no_mistake_of_the_users(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.find(URI)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, "slow down")
+
+    monkeypatch.setattr(Store, "get_file", fail)
+    with pytest.raises(StorageError, match="throttled"):
+        checkpoint.model(torch.float32, torch.device("cpu"))
+
+
+def test_a_store_without_etags_is_told_apart_by_content(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
@@ -157,12 +295,9 @@ def test_a_folder_in_object_storage_is_copied_once(
     for file in folder.iterdir():
         memory.pipe_file(f"/models-{tmp_path.name}/{file.name}", file.read_bytes())
     uri = f"memory://models-{tmp_path.name}"
-    first, second = Checkpoint.find(uri), Checkpoint.find(uri)
-    assert first == second
-    for checkpoint in (first, second):
-        checkpoint.model(torch.float32, torch.device("cpu"))
-    (copied,) = [path for path in (tmp_path / "cache" / "checkpoints").iterdir() if path.is_dir()]
-    assert {f.name: f.read_bytes() for f in copied.iterdir()} == {f.name: f.read_bytes() for f in folder.iterdir()}
+    checkpoint = Checkpoint.find(uri)
+    checkpoint.model(torch.float32, torch.device("cpu"))
+    assert checkpoint.weights_digest() == Checkpoint.find(str(folder)).weights_digest()
     memory.rm(f"/models-{tmp_path.name}/config.json")
     with pytest.raises(ModelError, match=r"config\.json"):
         Checkpoint.find(uri)

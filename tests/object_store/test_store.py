@@ -20,6 +20,7 @@ from davir_ray.data.sources import Slice, list_files, read_records
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.lease import LEASE_FILE, Holder, Lease
 from davir_ray.manifest import Manifest
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.storage import Location, file_digest, in_folder, read_parquet, remove_leftovers, write_parquet
 
 TABLE = pa.table({"a": list(range(1000)), "b": ["ü"] * 1000})
@@ -238,3 +239,26 @@ def test_each_missing_permission_is_told(
     with pytest.raises(OutputError, match=f"cannot be {step}: missing permission.*AccessDenied"):
         probe_output(Location.of(f"s3://{name}/run"))
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_checkpoint_is_copied_to_the_node_once(
+    place: Location, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path))
+    for file in base_folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    (place / "optimizer.pt").write_bytes(b"never read")
+    checkpoint = Checkpoint.find(str(place))
+    assert checkpoint.weights_digest() == {
+        name: file_digest(place / name) for name in ("config.json", "model.safetensors")
+    }
+    with ThreadPoolExecutor(4) as pool:
+        (folder,) = set(pool.map(lambda _: checkpoint._folder(weights=True), range(4)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in base_folder.iterdir()
+    }
+    (place / "model.safetensors").write_bytes(b"another")
+    assert checkpoint._folder(weights=True) == folder  # whoever has it asks nobody
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="was changed while the run used it"):
+        checkpoint._folder(weights=True)

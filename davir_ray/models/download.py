@@ -1,0 +1,150 @@
+"""Files of a checkpoint that lies elsewhere: which of them are read, and one copy of each on a node, under a lock.
+
+A file is under its final name whole or not at all, so a copy that was cut off goes on where it stopped, and a worker
+that finds every file with its size asks nobody.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from davir_ray.access import explain, storage_errors
+from davir_ray.errors import ModelError
+from davir_ray.storage import TEMPORARY, Location, content_digest, digest, each
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a checkpoint as it was listed, once, where the checkpoint was found."""
+
+    name: str
+    bytes: int
+    digest: str = ""
+    """What changes when the file does; empty where a commit pins all of them."""
+
+
+def store_files(place: Location) -> tuple[RemoteFile, ...]:
+    """The files directly in a folder of object storage, from one listing."""
+    return tuple(
+        RemoteFile(name, found.bytes, f"{found.bytes}-{found.mark}" if found.mark else content_digest(place / name))
+        for name, found in place.listed().items()
+    )
+
+
+def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: list[RemoteFile]) -> Path:
+    """Copy the wanted ones of a folder's files to this node's cache, and return the folder there.
+
+    ModelError if the cache cannot hold them or they are not those that were listed; StorageError if the store fails.
+    """
+    cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
+    folder = cache / digest([(file.name, file.digest) for file in files])[:32]
+
+    def copy(missing: list[RemoteFile]) -> None:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(f"{TEMPORARY}*"):
+            left.unlink()
+        with storage_errors(place):
+            each(partial(_copy, place, folder), missing)
+            _check_unchanged(place, folder, missing)
+
+    bring(str(place), folder, wanted, folder.with_suffix(".lock"), copy)
+    return folder
+
+
+def bring(
+    uri: str, folder: Path, wanted: list[RemoteFile], lock: Path, download: Callable[[list[RemoteFile]], None]
+) -> None:
+    """Have `download` bring what this folder lacks, in one process of the node at a time; nothing if it lacks nothing.
+
+    ModelError if the folder's disk has no room, or does not let this user write.
+    """
+    if not lacking(folder, wanted):
+        return
+    with _alone(uri, lock):
+        missing = lacking(folder, wanted)
+        if not missing:
+            return
+        num_bytes = sum(file.bytes for file in missing)
+        _check_room(uri, lock.parent, num_bytes)
+        log.info("%s: downloading %d files, %.3g MB, to %s", uri, len(missing), num_bytes / 1e6, host())
+        download(missing)
+        if still := lacking(folder, wanted):
+            raise ModelError(f"{uri}: {still[0].name} did not arrive whole in {folder} on {host()}; try again")
+
+
+def lacking(folder: Path, files: Iterable[RemoteFile]) -> list[RemoteFile]:
+    """Files that the folder does not hold in their full length."""
+    return [file for file in files if not _is_whole(folder / file.name, file.bytes)]
+
+
+def host() -> str:
+    """Name of this node, for messages: what is wrong on one may be right on the others."""
+    return socket.gethostname()
+
+
+def _is_whole(path: Path, num_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == num_bytes
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextmanager
+def _alone(uri: str, lock: Path) -> Iterator[None]:
+    """Hold a lock of this node; that of a process that died is free. ModelError if it cannot be made."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock, mode=0o664)  # a cache that several users share
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: waiting for another process of %s that downloads it", uri, host())
+            held.acquire()
+    except OSError as error:
+        raise ModelError(f"{uri} cannot be kept in {lock.parent} on {host()}: {explain(error)}") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _check_room(uri: str, folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ModelError(
+            f"{uri} needs {num_bytes / 1e9:.3g} GB in {folder} on {host()}, which has {free / 1e9:.3g} GB free; free "
+            "some, or name another disk (DAVIR_RAY_CACHE for s3://, HF_HOME for the hub)"
+        )
+
+
+def _copy(place: Location, folder: Path, file: RemoteFile) -> None:
+    partial_file = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        place.fs.get_file((place / file.name).path, str(partial_file))
+        partial_file.replace(folder / file.name)
+    except OSError as error:
+        partial_file.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(f"{place} cannot be kept in {folder} on {host()}: {explain(error)}") from error
+        raise
+
+
+def _check_unchanged(place: Location, folder: Path, copied: list[RemoteFile]) -> None:
+    """What was copied must be what was listed: another node may have copied it earlier."""
+    now = {name: f"{found.bytes}-{found.mark}" for name, found in place.listed().items() if found.mark}
+    for file in copied:
+        if now.get(file.name, file.digest) != file.digest or not _is_whole(folder / file.name, file.bytes):
+            (folder / file.name).unlink()
+            raise ModelError(f"{place / file.name} was changed while the run used it; start the run again")

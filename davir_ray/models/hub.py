@@ -1,0 +1,172 @@
+"""The Hugging Face hub: a name becomes one commit, in the driver; that commit's files come to each node once.
+
+They lie in the cache that all Hugging Face libraries share (HF_HOME). HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
+huggingface_hub's own.
+"""
+
+import glob
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, or httpx2's
+from huggingface_hub.file_download import repo_folder_name
+
+from davir_ray.access import CONTINUES, explain
+from davir_ray.errors import DavirError, ModelError, StorageError
+from davir_ray.models.download import RemoteFile, bring, host
+
+log = logging.getLogger(__name__)
+
+# RuntimeError is hf_xet's.
+_UNREACHABLE = (TransportError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled, RuntimeError)
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@cache
+def resolve(name: str, revision: str | None) -> str:
+    """The commit of a branch, a tag, or (None) the default branch; asked once a process, so that it cannot move.
+
+    A full commit hash is taken as it is. Where the hub cannot be reached it is the commit that this node saw last.
+    ModelError if there is none.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelError(f"{name!r} is neither a folder here nor a hub name such as org/model or org/model@revision")
+    with _told(name, revision, ModelError):
+        offline = constants.HF_HUB_OFFLINE
+        return str(HfApi().resolve_revision(name, revision=revision, local_files_only=offline).resolved)
+
+
+def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
+    """All files of a commit, from the hub or from the cache's copy of its list. ModelError if neither can be had.
+
+    Where a cache was filled without a list, by an older huggingface_hub, what it holds, if the hub cannot be reached.
+    """
+    try:
+        return _cached_list(name, commit)
+    except CachedRepoTreeNotFoundError:
+        with _told(name, commit, ModelError):
+            # Brings the list into the cache, and of the files what is needed in any case.
+            folder = snapshot_download(name, revision=commit, allow_patterns=["config.json", "adapter_config.json"])
+    try:
+        return _cached_list(name, commit)
+    except CachedRepoTreeNotFoundError:
+        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        return tuple(RemoteFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
+
+
+def fetch_from_hub(name: str, commit: str, wanted: list[RemoteFile]) -> Path:
+    """Download the wanted files of a commit unless this node has them, and return their folder.
+
+    ModelError if the hub refuses or the cache cannot hold them; StorageError if hub or network fail.
+    """
+    repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=name, repo_type="model")
+    folder = repository / "snapshots" / commit
+    lock = repository.parent / ".locks" / repository.name / f"davir_ray-{commit}.lock"
+
+    def download(missing: list[RemoteFile]) -> None:
+        with _told(name, commit, StorageError):
+            for file in missing:
+                if (folder / file.name).exists():  # in another length: damaged
+                    hf_hub_download(name, file.name, revision=commit, force_download=True)
+            snapshot_download(name, revision=commit, allow_patterns=[glob.escape(file.name) for file in missing])
+
+    bring(name, folder, wanted, lock, download)
+    return folder
+
+
+@contextmanager
+def without_asking() -> Iterator[None]:
+    """For saving an adapter: peft (0.21) would ask the hub whether the base has another vocabulary, which it never has.
+
+    peft reads the variable each time, unlike huggingface_hub.
+    """
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            yield
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+        if before is not None:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+def _cached_list(name: str, commit: str) -> tuple[RemoteFile, ...]:
+    return tuple(RemoteFile(file.path, file.size) for file in get_cached_repo_tree(name, revision=commit))
+
+
+@contextmanager
+def _told(name: str, revision: str | None, failed: type[DavirError]) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line; `failed` is the class where the hub gives no answer."""
+    try:
+        yield
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ModelError(f"{name} cannot be used: {_refusal(name, revision, error)}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ModelError(
+                f"{name} cannot be used: the hub does not accept the token ({status}); set HF_TOKEN, where driver and "
+                "workers see it, to one that may read this model"
+            ) from error
+        reason = "throttled (429); try later" if status == 429 else f"the hub fails ({status})"
+        raise failed(f"{name} on {host()}: {reason}{_after(failed)}") from error
+    except _UNREACHABLE as error:
+        raise failed(f"{name} on {host()}: {_absence(revision, error)}{_after(failed)}") from error
+    except OSError as error:
+        if error.errno is None:  # huggingface_hub's own, of a file that did not come as it was announced
+            raise failed(f"{name} on {host()}: {' '.join(str(error).split())[:300]}{_after(failed)}") from error
+        raise ModelError(f"{name} cannot be kept in {constants.HF_HUB_CACHE} on {host()}: {explain(error)}") from error
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return (
+            f"it is gated; ask for access at {constants.ENDPOINT}/{name} and set HF_TOKEN, where driver and workers "
+            "see it, to a token of the account that has it"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision!r}; give a branch, a tag or a full commit hash after the @"
+    if isinstance(error, HFValidationError):
+        return f"it is no hub name ({' '.join(str(error).split())[:200]}); give a folder or org/model"
+    told = "with the token of HF_TOKEN" if os.environ.get("HF_TOKEN") else "without a token"
+    return (
+        f"it is no folder here, and the hub shows no such model {told}; correct the name or, if it is private, set "
+        "HF_TOKEN to a token that may read it"
+    )
+
+
+def _absence(revision: str | None, error: Exception) -> str:
+    """No answer of the hub, and no copy in the cache."""
+    wanted = f"revision {revision}" if revision else "the default branch"
+    lacks = f"the cache {constants.HF_HUB_CACHE} has no complete copy of {wanted}"
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set and {lacks}; unset it, or download the model there first (hf download)"
+    last = error
+    while last.__cause__ is not None:
+        last = last.__cause__  # type: ignore[assignment]
+    reason = " ".join(f"{type(last).__name__}: {last}".split())[:200]
+    return f"the hub {constants.ENDPOINT} gives no answer ({reason}) and {lacks}; check the network and HF_ENDPOINT"
+
+
+def _after(failed: type[DavirError]) -> str:
+    return f". {CONTINUES}" if failed is StorageError else ""
