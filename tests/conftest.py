@@ -25,6 +25,9 @@ from davir_ray.storage import Location
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Equal bits are promised for one thread; with more, a busy machine may split a sum otherwise.
+torch.set_num_threads(1)
+
 VOCABULARY = 1024
 NUM_CPUS = 4
 """Logical: Ray may be given more than the machine has."""
