@@ -3,8 +3,8 @@
     python cluster/local_two_nodes.py                        stays until it is interrupted; says how to submit
     python cluster/local_two_nodes.py COMMAND [ARGUMENT ...] runs the command against the cluster, then ends it
 
-It listens on 127.0.0.1 alone, on free ports, asks for a token of its own, keeps everything in a temporary folder that it
-removes, and ends only what it has started. The command's exit status is its own. Needs `pip install -e ".[cluster]"`.
+It listens on 127.0.0.1 alone, on free ports, asks for a token of its own, keeps everything in a temporary folder that
+it removes, and ends only what it has started. Its exit status is the command's. Needs `pip install -e ".[cluster]"`.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of each node. Ray's default is 30 % of the machine for each."""
+
+SUBMIT = "ray job submit --working-dir . -- python jobs/score.py --config RUN.yaml --output /DIR --output_is_shared"
 
 
 def main() -> int:
@@ -72,15 +74,15 @@ def cluster(folder: str, num_cpus: int, client: dict[str, str]) -> Iterator[None
         "node_ip_address": "127.0.0.1",
         "num_cpus": num_cpus,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "temp_dir": folder,
         "dashboard_agent_listen_port": 0,
     }
     port = int(client["RAY_API_SERVER_ADDRESS"].rpartition(":")[2])
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
     nodes = Cluster()
     try:
-        nodes.add_node(**node, **head)
-        nodes.add_node(**node)
+        nodes.add_node(**node, **head, temp_dir=folder)
+        # In one folder, one node would delete the working directory of a job that runs on the other (2.60).
+        nodes.add_node(**node, temp_dir=f"{folder}/2")
         signal.signal(signal.SIGTERM, end)  # Ray has put its own in the place, which ends one node of the two
         # `ray start` does this too. Without, a submitted job connects to any Ray that it finds on this machine (2.60).
         write_ray_address(nodes.address, folder)
@@ -93,12 +95,7 @@ def cluster(folder: str, num_cpus: int, client: dict[str, str]) -> Iterator[None
 def how_to_submit(client: dict[str, str]) -> str:
     """What to type in another terminal."""
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in client.items())
-    return (
-        "Two nodes are up. In another terminal:\n\n"
-        f"    export {exports}\n"
-        "    ray job submit --working-dir . -- python jobs/score.py --config RUN.yaml --output /DIR --output_is_shared\n\n"
-        "Ctrl-C ends them."
-    )
+    return f"Two nodes are up. In another terminal:\n\n    export {exports}\n    {SUBMIT}\n\nCtrl-C ends them."
 
 
 def free_port() -> int:
