@@ -81,7 +81,7 @@ def cluster(folder: str, num_cpus: int, client: dict[str, str]) -> Iterator[None
     nodes = Cluster()
     try:
         nodes.add_node(**node, **head, temp_dir=folder)
-        # In one folder, one node would delete the working directory of a job that runs on the other (2.60).
+        # With one folder for both, the working directory of a job that ran on one was deleted by the other (2.60).
         nodes.add_node(**node, temp_dir=f"{folder}/2")
         signal.signal(signal.SIGTERM, end)  # Ray has put its own in the place, which ends one node of the two
         # `ray start` does this too. Without, a submitted job connects to any Ray that it finds on this machine (2.60).

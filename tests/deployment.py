@@ -3,7 +3,7 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def commands(path: Path) -> list[list[str]]:
     return [shlex.split(found, comments=True) for line in lines for found in _COMMAND.findall(line)]
 
 
-def check_ray_command(words: list[str]) -> None:
+def check_ray_command(words: Sequence[str]) -> None:
     """Raise click's error if Ray has no such command or option."""
     command: click.Command = ray_cli
     context = click.Context(command)

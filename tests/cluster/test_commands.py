@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -13,8 +14,8 @@ from davir_ray.cli import parse
 from davir_ray.errors import ConfigError
 
 COMMANDS = [(path, words) for path in TEXTS for words in commands(path)]
-JOBS = [(path, words) for path, words in COMMANDS if words[0] == "python"]
-RAY = [(path, words) for path, words in COMMANDS if words[0] == "ray"]
+JOBS = sorted({tuple(words) for _, words in COMMANDS if words[0] == "python"})
+RAY = sorted({tuple(words) for _, words in COMMANDS if words[0] == "ray"})
 
 
 def here(word: str) -> str:
@@ -24,7 +25,7 @@ def here(word: str) -> str:
     return word.replace(IN_IMAGE, f"{ROOT}/").replace(IN_BUCKET, f"{CLUSTER}/")
 
 
-def parse_job(words: list[str]) -> None:
+def parse_job(words: Sequence[str]) -> None:
     """Raise ConfigError if the job does not take these options."""
     script = Path(here(words[1]))
     if not script.is_absolute():
@@ -48,16 +49,16 @@ def test_the_commands_are_found() -> None:
     told = {(path.name, words[1]) for path, words in COMMANDS}
     assert ("rayjob.yaml", f"{IN_IMAGE}jobs/score.py") in told
     assert {("aws.yaml", "up"), ("aws.yaml", "start"), ("README.md", "jobs/score.py"), ("README.md", "job")} <= told
-    assert len([words for path, words in RAY if path.name == "aws.yaml" and words[1] == "start"]) == 2
+    assert len([words for path, words in COMMANDS if path.name == "aws.yaml" and words[1] == "start"]) == 2
 
 
-@pytest.mark.parametrize("words", [words for _, words in JOBS], ids=" ".join)
-def test_a_job_takes_the_options(words: list[str]) -> None:
+@pytest.mark.parametrize("words", JOBS, ids=" ".join)
+def test_a_job_takes_the_options(words: Sequence[str]) -> None:
     parse_job(words)
 
 
-@pytest.mark.parametrize("words", [words for _, words in RAY], ids=" ".join)
-def test_ray_takes_the_options(words: list[str]) -> None:
+@pytest.mark.parametrize("words", RAY, ids=" ".join)
+def test_ray_takes_the_options(words: Sequence[str]) -> None:
     check_ray_command(words)
 
 
