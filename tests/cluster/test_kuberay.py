@@ -15,7 +15,7 @@ from ray._private import ray_constants
 from ray.scripts.scripts import start
 
 from davir_ray.cli import parse
-from davir_ray.stages.scoring import plan_pool
+from davir_ray.stages.scoring import Pool, plan_pool
 from davir_ray.stages.training import _check_fits
 
 KUBERAY = CLUSTER / "kuberay"
@@ -218,8 +218,10 @@ def test_the_run_fits_the_workers_that_are_there_when_it_starts(monkeypatch: pyt
     config = parse(["--config", str(CLUSTER / "run.yaml")])
     limits, nodes = container(GPU)["resources"]["limits"], GPU["minReplicas"]
     gpus = nodes * limits["nvidia.com/gpu"]
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": nodes * float(limits["cpu"]), "GPU": float(gpus)})
-    assert plan_pool(config.score) == gpus
+    of_a_node = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": of_a_node}] * nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {name: nodes * size for name, size in of_a_node.items()})
+    assert plan_pool(config.score) == Pool(gpus, GPU["maxReplicas"] * limits["nvidia.com/gpu"], gpus)
     assert config.finetune.num_workers == gpus
     assert config.finetune.use_gpu
     _check_fits(config.finetune, use_gpu=True)
