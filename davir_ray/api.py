@@ -235,7 +235,8 @@ def _select_here(dataset: datasets.Dataset, rank_config: RankConfig, config: Sel
     needed = {"rank", "num_response_tokens", value_column(rank_config)} & set(dataset.column_names)
     table = _table(dataset, sorted(needed))
     if config.min_score is not None:
-        selected = np.flatnonzero(reaching(table[value_column(rank_config)], rank_config, config.min_score))
+        found = np.flatnonzero(reaching(table[value_column(rank_config)], rank_config, config.min_score))
+        selected = found[np.argsort(np.asarray(table["rank"])[found])]
     else:
         tokens = tokens_of(table)
         counted = {"group": "", "name": "", "rows": table.num_rows, "tokens": int(tokens.sum())}

@@ -258,7 +258,7 @@ def expected_order(table: pa.Table, lowest: bool = False) -> list[int]:
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bins and stretches so small that a few hundred rows fall into many."""
     monkeypatch.setattr(row_ranking, "BIN_ROWS", 40)
-    monkeypatch.setattr(row_selection, "_STRETCH", 40)
+    monkeypatch.setattr(row_selection, "STRETCH", 40)
 
 
 @pytest.mark.usefixtures("small_bins")
@@ -319,12 +319,9 @@ def test_ranking_runs_the_dataset_once(tmp_path: Path) -> None:
 # --- select ----------------------------------------------------------------------------------------------------------
 
 RULES: list[tuple[dict[str, Any], Callable[[pd.DataFrame], int]]] = [
-    ({"top_k": 1}, lambda ranked: 1),
     ({"top_k": 40}, lambda ranked: 40),
     ({"top_k": 137}, lambda ranked: 137),
-    ({"top_k": 297}, lambda ranked: 297),
     ({"top_fraction": 0.579}, lambda ranked: 171),
-    ({"top_fraction": 1.0}, lambda ranked: 297),
     ({"top_tokens": 1500}, lambda ranked: int((ranked["num_response_tokens"].cumsum() <= 1500).sum())),
     ({"top_tokens": 10**9}, lambda ranked: 297),
     ({"min_score": 1.0}, lambda ranked: int((ranked["davir"] >= 1).sum())),
@@ -347,9 +344,7 @@ def test_a_rule_takes_the_prefix_that_it_means(
     num_rows = expected(table)
     assert frame(davir_ray.select(ranked, **rule))["rank"].tolist() == list(range(1, num_rows + 1))
     here = datasets.Dataset.from_pandas(table.sample(frac=1, random_state=0), preserve_index=False)
-    assert len(davir_ray.select(here, **rule)) == num_rows
-    if "min_score" not in rule:
-        assert davir_ray.select(here, **rule)["rank"] == list(range(1, num_rows + 1))
+    assert davir_ray.select(here, **rule)["rank"] == list(range(1, num_rows + 1))
 
 
 @pytest.mark.usefixtures("small_bins")

@@ -18,7 +18,7 @@ from davir_ray.stages.blocks import Blocks
 from davir_ray.stages.limits import limits_by_file
 from davir_ray.stages.ranking import value_column
 
-_STRETCH = 50_000
+STRETCH = 50_000
 """Ranks that are counted together; those of the one in which the cut lies come to the driver."""
 
 _COUNTED = pa.schema([("stretch", pa.int64()), ("rows", pa.int64()), ("tokens", pa.int64())])
@@ -81,8 +81,9 @@ def prefix(ranks: Ints, tokens: Ints, limit: Limit) -> npt.NDArray[np.intp]:
 
 def _last_rank(blocks: Blocks, config: SelectConfig) -> int:
     """The rank at which the rule cuts."""
-    counted = blocks.collect(_count_ranks, _COUNTED).group_by("stretch").aggregate([("rows", "sum"), ("tokens", "sum")])
-    stretches = counted.sort_by("stretch").to_pylist()
+    length = STRETCH
+    counted = blocks.collect(partial(_count_ranks, length=length), _COUNTED).group_by("stretch")
+    stretches = counted.aggregate([("rows", "sum"), ("tokens", "sum")]).sort_by("stretch").to_pylist()
     rows = [
         {"group": "", "name": str(row["stretch"]), "rows": row["rows_sum"], "tokens": row["tokens_sum"]}
         for row in stretches
@@ -93,31 +94,31 @@ def _last_rank(blocks: Blocks, config: SelectConfig) -> int:
         if (limit.rows is not None and limit.rows < row["rows"]) or (
             limit.tokens is not None and limit.tokens < row["tokens"]
         ):
-            return _last_rank_within(blocks, int(row["name"]), limit)
-    return (int(stretches[-1]["stretch"]) + 1) * _STRETCH
+            return _last_rank_within(blocks, int(row["name"]), length, limit)
+    return (int(stretches[-1]["stretch"]) + 1) * length
 
 
-def _last_rank_within(blocks: Blocks, stretch: int, limit: Limit) -> int:
-    table = blocks.collect(partial(_ranks_within, stretch=stretch), _RANKS)
+def _last_rank_within(blocks: Blocks, stretch: int, length: int, limit: Limit) -> int:
+    table = blocks.collect(partial(_ranks_within, stretch=stretch, length=length), _RANKS)
     ranks, tokens = np.asarray(table["rank"]), np.asarray(table["tokens"])
     chosen = prefix(ranks, tokens, limit)
-    return int(ranks[chosen[-1]]) if len(chosen) else stretch * _STRETCH
+    return int(ranks[chosen[-1]]) if len(chosen) else stretch * length
 
 
-def _stretches(table: pa.Table) -> Ints:
-    """Stretch of each row: ranks 1 to _STRETCH are in the first, and so on."""
-    return (np.asarray(table["rank"]).astype(np.int64) - 1) // _STRETCH
+def _stretches(table: pa.Table, length: int) -> Ints:
+    """Stretch of each row: ranks 1 to `length` are in the first, and so on."""
+    return (np.asarray(table["rank"]).astype(np.int64) - 1) // length
 
 
-def _count_ranks(table: pa.Table) -> pa.Table:
-    numbers, place, rows = np.unique(_stretches(table), return_inverse=True, return_counts=True)
+def _count_ranks(table: pa.Table, length: int) -> pa.Table:
+    numbers, place, rows = np.unique(_stretches(table, length), return_inverse=True, return_counts=True)
     tokens = np.zeros(len(numbers), np.int64)
     np.add.at(tokens, place, tokens_of(table))
     return pa.table({"stretch": numbers, "rows": rows, "tokens": tokens})
 
 
-def _ranks_within(table: pa.Table, stretch: int) -> pa.Table:
-    within = _stretches(table) == stretch
+def _ranks_within(table: pa.Table, stretch: int, length: int) -> pa.Table:
+    within = _stretches(table, length) == stretch
     return pa.table({"rank": np.asarray(table["rank"])[within], "tokens": tokens_of(table)[within]})
 
 
