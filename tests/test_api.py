@@ -70,40 +70,30 @@ def frame(dataset: ray.data.Dataset) -> pd.DataFrame:
     return pa.concat_tables(table for table in ray.get(dataset.to_arrow_refs()) if table.num_rows).to_pandas()
 
 
+def by_row(dataset: ray.data.Dataset) -> dict[int, dict[str, Any]]:
+    return {row["mine"]: row for table in ray.get(dataset.to_arrow_refs()) for row in table.to_pylist()}
+
+
 # --- score -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_comes_back_once_with_its_columns_and_bad_ones_with_their_reason(
     scored: ray.data.Dataset, rows: list[dict[str, Any]]
 ) -> None:
-    table = frame(scored)
-    assert list(table) == [
-        "mine",
-        "prompt",
-        "response",
-        "tags",
-        *SCORE_COLUMNS,
-        "base_token_nll",
-        "reference_token_nll",
-    ]
-    by_row = table.set_index("mine")
-    assert sorted(table["mine"]) == sorted(row["mine"] for row in rows)
+    found = by_row(scored)
+    token_losses = ["base_token_nll", "reference_token_nll"]
+    assert scored.schema().names == [*rows[0], *SCORE_COLUMNS, *token_losses]
+    assert scored.count() == len(found) == len(rows)
     for row in rows:
-        found = by_row.loc[row["mine"]]
-        assert (found["prompt"], found["response"], list(found["tags"])) == (
-            row["prompt"],
-            row["response"],
-            row["tags"],
-        )
+        assert {name: found[row["mine"]][name] for name in row} == row
     for at, (_, reason) in zip((0, 17, 43), BAD.values(), strict=True):
-        bad = by_row.loc[100 + at]
+        bad = found.pop(100 + at)
         assert bad["status"] == reason
-        assert bad[[*SCORE_COLUMNS[:-1], "base_token_nll", "reference_token_nll"]].isna().all()
-    good = by_row[by_row["status"] == "ok"]
-    assert len(good) == 40
-    for _, row in good.iterrows():
-        assert len(row["base_token_nll"]) == row["num_response_tokens"]
-        assert row["base_token_nll"].sum(dtype=np.float64) == row["base_nll"]
+        assert {bad[name] for name in [*SCORE_COLUMNS[:-1], *token_losses]} == {None}
+    for good in found.values():
+        assert good["status"] == "ok"
+        assert len(good["base_token_nll"]) == good["num_response_tokens"]
+        assert np.sum(good["base_token_nll"], dtype=np.float64) == good["base_nll"]
 
 
 def test_scores_have_the_bits_of_the_job(
@@ -115,16 +105,14 @@ def test_scores_have_the_bits_of_the_job(
     source = Source("mine", str(tmp_path / "rows.jsonl"), "prompt_response")
     prepare_stage.prepare(run, [source], preparation, max_bad_fraction=1)
     scoring.score(run, base, Checkpoint.find(models["reference"]), ONE_ACTOR)
-    jobs = [
-        pa.concat_tables(read_parquet(run / folder / name) for name in (run / folder).names()).to_pandas()
-        for folder in ("scores", "examples")
-    ]
-    job = jobs[0].merge(jobs[1][["example_id", "record"]], on="example_id")
-    job = job.set_index(job["record"].map(lambda record: json.loads(record)["mine"])).sort_index()
-    ours = frame(scored).set_index("mine").sort_index().loc[job.index]
-    assert len(job) == 40
-    for name in SCORE_COLUMNS:
-        assert ours[name].tolist() == job[name].tolist(), name
+    ours, compared = by_row(scored), 0
+    for name in (run / "scores").names():
+        examples, scores = (read_parquet(run / folder / name).to_pylist() for folder in ("examples", "scores"))
+        for example, score in zip(examples, scores, strict=True):
+            row = ours[json.loads(example["record"])["mine"]]
+            assert {name: row[name] for name in SCORE_COLUMNS} == {name: score[name] for name in SCORE_COLUMNS}
+            compared += 1
+    assert compared == 40
 
 
 def test_datasets_go_in_and_come_out_in_their_order(
@@ -153,18 +141,18 @@ def test_datasets_go_in_and_come_out_in_their_order(
     assert best["mine"] == ranked["mine"][:11]
 
 
-def test_five_lines_of_the_docstring(
-    rows: list[dict[str, Any]], models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("instructions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+def test_five_lines_of_the_docstring(rows: list[dict[str, Any]], models: dict[str, Any], tmp_path: Path) -> None:
+    source, written = tmp_path / "instructions.jsonl", tmp_path / "best"
+    source.write_text("\n".join(json.dumps(row) for row in rows))
     doc = (api.__doc__ or "").split("\n\n")
     lines = textwrap.dedent(next(part for part in doc if "import davir_ray" in part))
     assert len(lines.splitlines()) == 5
-    for told, real in (("org/model-finetuned", models["reference"]), ("org/model", models["base"])):
-        lines = lines.replace(told, real)
+    places = {"instructions.jsonl": source, "best": written}
+    places |= {"org/model-finetuned": models["reference"], "org/model": models["base"]}
+    for told, place in places.items():
+        lines = lines.replace(f'"{told}"', repr(str(place)))
     exec(lines, {})
-    best = pd.concat(map(pd.read_parquet, sorted(Path("best").glob("*.parquet"))))
+    best = pd.concat(map(pd.read_parquet, sorted(written.glob("*.parquet"))))
     assert best["rank"].tolist() == [1, 2]
     assert best["davir"].is_monotonic_decreasing
     assert {"mine", "tags", *SCORE_COLUMNS} <= set(best)
