@@ -250,7 +250,7 @@ def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_bins")
-@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize("lowest", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ranks_are_those_of_one_plain_sort(lowest: bool) -> None:
     table = made_scores()
     expected = expected_order(table, lowest)
@@ -266,6 +266,7 @@ def test_ranks_are_those_of_one_plain_sort(lowest: bool) -> None:
     assert here["rank"] == found["rank"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_bins")
 @pytest.mark.parametrize("order", ["length", "random"])
 def test_other_orders_agree_between_both_kinds_of_dataset(order: Any) -> None:
@@ -293,7 +294,7 @@ def test_what_cannot_be_ranked_is_told() -> None:
         davir_ray.rank(davir_ray.rank(datasets.Dataset(table)))
 
 
-@pytest.mark.usefixtures("small_bins")
+@pytest.mark.slow
 def test_ranking_runs_the_dataset_once(tmp_path: Path) -> None:
     def noted(block: pa.Table) -> pa.Table:
         (tmp_path / f"{block['mine'][0]}-{uuid.uuid4()}").touch()
