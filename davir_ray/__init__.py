@@ -8,6 +8,28 @@
 
 Every arrow is a stage (davir_ray/stages): it reads files with a schema, writes files with a schema into its own folder
 of the run, and writes its manifest last. davir_ray/pipeline.py reads the chain aloud, davir_ray/formulas is the paper.
+
+In a pipeline of Ray Data or `datasets`: `davir_ray.score`, `davir_ray.rank`, `davir_ray.select` (davir_ray/api.py).
+They are imported when they are asked for, so that what needs no Ray does not import it.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from davir_ray.api import rank, score, select
+
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "rank", "score", "select"]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") or name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("davir_ray.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,15 +11,15 @@ from typing import Any
 from davir_ray.access import check_readable, probe_output, storage_errors, translated
 from davir_ray.cli import dump, load
 from davir_ray.config import RunConfig
-from davir_ray.data.render import ChatTemplate
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, StorageError, UserError
 from davir_ray.estimate import estimate, told
 from davir_ray.lease import Lease
-from davir_ray.manifest import Manifest, differences
-from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
+from davir_ray.manifest import Manifest
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import SUBMITTED_JOB, connected, num_nodes
+from davir_ray.stages.pairing import check_base, check_reference
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.preview import device_rate, preview
 from davir_ray.stages.ranking import rank
@@ -137,17 +137,9 @@ def _check(config: RunConfig) -> tuple[Location, Checkpoint, Preparation]:
     run = _output(config)
     _check_access(run, config)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
-    if base.is_adapter:
-        raise ModelError(f"{config.base} is an adapter; give the model it was trained on as the base")
     template = _read_template(config.chat_template)
     preparation = Preparation(base, config.prepare, template, config.keep_record, config.limit)
-    longest = getattr(base.config().get_text_config(), "max_position_embeddings", None)
-    if longest and config.prepare.max_tokens > longest:
-        raise ConfigError(
-            f"prepare.max_tokens is {config.prepare.max_tokens}, but {config.base} has {longest} positions"
-        )
-    if any(source.format == "messages" for source in config.all_sources()):
-        ChatTemplate.from_tokenizer(base.tokenizer(), template)
+    check_base(preparation, config.all_sources())
     return run, base, preparation
 
 
@@ -180,17 +172,11 @@ def _read_template(file: str | None) -> str | None:
 
 
 def _outside_reference(config: RunConfig, preparation: Preparation) -> Checkpoint | None:
-    """The given reference, after checking that it belongs to the base and was trained on text encoded alike."""
+    """The given reference, once it is known to belong to the base."""
     if config.reference is None:
         return None
     reference = Checkpoint.find(config.reference, config.trust_remote_code)
-    if not reference.is_adapter:  # an adapter reads with the base's embeddings
-        check_same_encoding(preparation.base.tokenizer(), reference.tokenizer(), (str(config.base), config.reference))
-    spec = reference.spec()
-    if spec is not None and (changed := differences(spec, scoring_spec(preparation, config.all_sources()))):
-        raise ModelError(
-            f"{config.reference} was fine-tuned on text encoded otherwise ({'; '.join(changed)}); use the same settings"
-        )
+    check_reference(reference, preparation, config.all_sources())
     return reference
 
 

@@ -36,6 +36,10 @@ ABOVE: dict[str, set[str]] = {
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 
 
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(path: Path) -> Iterator[str]:
     """Full names of everything that a file imports, late imports included."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -78,8 +82,29 @@ def test_imports_run_one_way(module: str) -> None:
     assert {names[1] for names in inner if len(names) > 1} <= allowed
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    assert list(imports(PACKAGE / "__init__.py")) == []
+def test_the_package_itself_imports_nothing_but_for_types() -> None:
+    """What it names of the API is imported when it is asked for; `import davir_ray` costs nothing."""
+    top = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    imported = [node for node in top if not is_for_types(node) and isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [node.module for node in imported if isinstance(node, ast.ImportFrom)] == ["typing"]
+    assert len(imported) == 1
+
+
+LAZY = """
+import sys
+import davir_ray
+assert davir_ray.__version__ and {"score", "rank", "select"} <= set(dir(davir_ray))
+heavy = {"ray", "torch", "pyarrow", "numpy", "davir_ray.api"} & sys.modules.keys()
+assert not heavy, heavy
+assert not hasattr(davir_ray, "sort")
+from davir_ray import score
+assert score is davir_ray.score is sys.modules["davir_ray.api"].score
+"""
+
+
+def test_the_api_is_imported_when_it_is_asked_for() -> None:
+    result = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 WITHOUT_RAY = """

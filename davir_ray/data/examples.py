@@ -51,7 +51,13 @@ class ExampleReader:
 
     def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRow | Reject]:
         """Every row of the slices, at most `limit`, exactly once: an example or a reject."""
-        records = islice((item for part in slices for item in read_records(part, self._count)), limit)
+        yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
+
+    def convert(
+        self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
+    ) -> Iterator[ExampleRow | Reject]:
+        """Every record, at most `limit`, exactly once and in order: an example or a reject."""
+        records = islice(items, limit)
         while batch := list(islice(records, _BATCH_ROWS)):
             yield from self._encode(source, [(item, self._render(item, source)) for item in batch])
 

@@ -96,6 +96,17 @@ def render(fields: Mapping[str, Any], source: Source, chat: "ChatTemplate | None
     return Rendered(prompt, response, (Segment(prompt, False), Segment(response, True)))
 
 
+def columns(source: Source) -> dict[str, bool]:
+    """Columns that a source's format reads, and whether every row must have them."""
+    named: dict[Format, dict[str, bool]] = {
+        "alpaca": {"instruction": True, "input": False, "output": True},
+        "gsm8k": {"question": True, "answer": True},
+        "prompt_response": {source.prompt_column: True, source.response_column: True},
+        "messages": {source.messages_column: True},
+    }
+    return named[source.format]
+
+
 def rendering(source: Source) -> list[str]:
     """What the text of a source's examples depends on beside its records and a chat template."""
     return {

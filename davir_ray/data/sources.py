@@ -387,6 +387,16 @@ def read_records(piece: Slice, count: CountBytes = _ignore) -> Iterator[Record |
         yield Reject(file.relative_path, row, RejectReason.UNREADABLE_FILE, detail)
 
 
+def table_records(table: Any) -> Iterator[Record | Reject]:
+    """The rows of an Arrow table in order, each once; they are of no file, so `source_file` is empty."""
+    batches = itertools.chain.from_iterable(map(_plain_rows, table.to_batches(_BATCH_ROWS)))
+    for row, value in enumerate(batches):
+        if isinstance(value, _Bad):
+            yield Reject("", row, *value)
+        elif value is not None:
+            yield Record("", row, value)
+
+
 def _open(file: SourceFile, count: CountBytes = _ignore) -> io.BufferedReader:
     try:
         fs, path = file_system(file.uri)

@@ -45,6 +45,12 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
+def ensure_started() -> None:
+    """Connect to Ray as the jobs do, unless that has been done; the connection stays until the process ends."""
+    if not ray.is_initialized():
+        _start()
+
+
 def _start() -> None:
     """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here.
 

@@ -7,7 +7,8 @@ shards and workers gives the same ranks, and the driver holds a few numbers for 
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,9 @@ _SAMPLES_PER_BIN = 200
 _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
 _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
 
+Collect = Callable[[Callable[[pa.Table], pa.Table], pa.Schema], pa.Table]
+"""Makes a small table, with a schema, of each part of the rows; returns them together."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -47,6 +51,8 @@ class Cut:
     boundary_keys: ranking.Keys
     boundary_ids: ranking.Ids
     counts: npt.NDArray[np.int64]
+    id_column: str = "example_id"
+    """Column that breaks ties."""
 
     def first_rank(self, number: int) -> int:
         """Rank of the first row of a bin."""
@@ -80,22 +86,24 @@ def rank(run: Location, config: RankConfig) -> Manifest:
     return manifest.commit(run)
 
 
-def order_keys(table: pa.Table, config: RankConfig) -> tuple[npt.NDArray[np.bool_], ranking.Keys, ranking.Ids]:
+def order_keys(
+    table: pa.Table, config: RankConfig, id_column: str = "example_id"
+) -> tuple[npt.NDArray[np.bool_], ranking.Keys, ranking.Ids]:
     """Which rows are rankable, and the composite keys of those: rows without a value, or with NaN, have no rank."""
-    ids = np.asarray(table["example_id"])
+    ids = np.asarray(pc.fill_null(table[id_column], 0))  # null where the row has no value either
     values = table[value_column(config)].to_numpy().astype(np.float64)
     rankable = ~np.isnan(values)
     if config.order in ("random", "length"):
-        rankable = np.asarray(pc.equal(table["status"], "ok"))
+        rankable = np.asarray(pc.equal(table["status"], "ok").fill_null(False))
     if config.order == "random":
         return rankable, ranking.random_keys(ids[rankable], config.seed, lowest=config.lowest), ids[rankable]
     return rankable, ranking.value_keys(values[rankable], lowest=config.lowest), ids[rankable]
 
 
-def key_columns(config: RankConfig) -> list[str]:
+def key_columns(config: RankConfig, id_column: str = "example_id") -> list[str]:
     """What the order compares."""
     status = ["status"] if config.order in ("random", "length") else []
-    return ["example_id", value_column(config), *status]
+    return [id_column, value_column(config), *status]
 
 
 def value_column(config: RankConfig) -> str:
@@ -104,21 +112,28 @@ def value_column(config: RankConfig) -> str:
 
 
 def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bin_rows: int = BIN_ROWS) -> Cut:
-    """Boundaries from a sample, then the exact count of each bin."""
-    num_rows = sum(shard.rows for shard in shards)
-    num_bins = -(-num_rows // bin_rows)
+    """The bins of scores/."""
     keys = Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
+    num_rows = sum(shard.rows for shard in shards)
+    return cut_rows(partial(collect, keys), num_rows, config, bin_rows)
+
+
+def cut_rows(
+    collected: Collect, num_rows: int, config: RankConfig, bin_rows: int, id_column: str = "example_id"
+) -> Cut:
+    """Boundaries from a sample, then the exact count of each bin."""
+    num_bins = -(-num_rows // bin_rows)
     boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
-        sample = collect(keys, partial(_sample, config=config, share=share), _SAMPLED)
+        sample = collected(partial(_sample, config=config, id_column=id_column, share=share), _SAMPLED)
         sampled = np.asarray(sample["key"]), np.asarray(sample["example_id"])
         boundary_keys, boundary_ids = ranking.boundaries(*sampled, num_bins)
-    count = partial(_count, config=config, boundary_keys=boundary_keys, boundary_ids=boundary_ids)
-    counted = collect(keys, count, _COUNTED)
     counts = np.zeros(len(boundary_keys) + 1, np.int64)
+    cut = Cut(config, boundary_keys, boundary_ids, counts, id_column)
+    counted = collected(partial(_count, cut=cut), _COUNTED)
     np.add.at(counts, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
-    return Cut(config, boundary_keys, boundary_ids, counts)
+    return replace(cut, counts=counts)
 
 
 class BinWriter:
@@ -133,20 +148,24 @@ class BinWriter:
     def write(self, group: pa.Table) -> pa.Table:
         """Write one bin, given whole and in any order."""
         number = int(group["bin"][0].as_py())
-        if group.num_rows != self._cut.counts[number]:
-            raise IntegrityError(
-                f"bin {number} was counted at {self._cut.counts[number]} rows and came with {group.num_rows}"
-            )
-        _, keys, ids = order_keys(group, self._cut.config)
-        by_rank = ranking.order(keys, ids)
+        by_rank, ids, ranks = ranked_bin(group, self._cut, number)
         if (np.diff(ids[by_rank]) == 0).any():
             raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
-        first = self._cut.first_rank(number)
-        ranks = pa.array(np.arange(first, first + group.num_rows), pa.int64())
-        table = group.take(pa.array(by_rank)).append_column("rank", ranks)
-        table = table.slice(0, self._last_rank - first + 1).select(RANKED.names).cast(RANKED)
+        table = group.take(pa.array(by_rank)).append_column("rank", pa.array(ranks, pa.int64()))
+        table = table.slice(0, self._last_rank - int(ranks[0]) + 1).select(RANKED.names).cast(RANKED)
         entry = write_parquet(self._folder / f"part-{number:05d}.parquet", table, self._metadata)
         return entry_row(entry)
+
+
+def ranked_bin(
+    group: pa.Table, cut: Cut, number: int
+) -> tuple[npt.NDArray[np.intp], ranking.Ids, npt.NDArray[np.int64]]:
+    """Row indices of a bin from best to worst, the ids by row, and the ranks; IntegrityError if it is not whole."""
+    if group.num_rows != cut.counts[number]:
+        raise IntegrityError(f"bin {number} was counted at {cut.counts[number]} rows and came with {group.num_rows}")
+    _, keys, ids = order_keys(group, cut.config, cut.id_column)
+    first = cut.first_rank(number)
+    return ranking.order(keys, ids), ids, np.arange(first, first + group.num_rows)
 
 
 def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, bytes]:
@@ -159,28 +178,28 @@ def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, b
     }
 
 
-def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
+def _sample(table: pa.Table, *, config: RankConfig, id_column: str, share: float) -> pa.Table:
     """Keys of a share of the rows, drawn by hash, so that every run draws the same."""
-    _, keys, ids = order_keys(table, config)
+    _, keys, ids = order_keys(table, config, id_column)
     drawn = ranking.drawn(ids, share, "boundaries")
     return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
 
 
-def _count(table: pa.Table, *, config: RankConfig, boundary_keys: ranking.Keys, boundary_ids: ranking.Ids) -> pa.Table:
-    _, keys, ids = order_keys(table, config)
-    numbers, rows = np.unique(ranking.bins(keys, ids, boundary_keys, boundary_ids), return_counts=True)
+def _count(table: pa.Table, *, cut: Cut) -> pa.Table:
+    _, keys, ids = order_keys(table, cut.config, cut.id_column)
+    numbers, rows = np.unique(ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids), return_counts=True)
     return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})
 
 
-def assign_bins(table: pa.Table, cut: Cut, last_bin: int) -> pa.Table:
-    """Rankable rows of the needed bins, with their bin."""
-    rankable, keys, ids = order_keys(table, cut.config)
+def assign_bins(table: pa.Table, cut: Cut, last_bin: int, column: str = "bin") -> pa.Table:
+    """Rankable rows of the needed bins, with their bin in `column`."""
+    rankable, keys, ids = order_keys(table, cut.config, cut.id_column)
     numbers = ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids)
     needed = rankable.copy()
     needed[rankable] = numbers <= last_bin
     if not needed.all():  # else the table need not be copied
         table = table.filter(pa.array(needed))
-    return table.append_column("bin", pa.array(numbers[numbers <= last_bin], pa.int64()))
+    return table.append_column(column, pa.array(numbers[numbers <= last_bin], pa.int64()))
 
 
 def _manifest(

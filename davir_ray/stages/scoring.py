@@ -85,7 +85,7 @@ def score(
     committed = _committed(run, prepared, fingerprint, overwrite)
     pending = _pending(prepared, committed)
     log.info("score: %d shards to score, %d already scored", len(pending), len(committed))
-    scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": _base_cache(base, config)}
+    scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
     with tallied(run, _before(prepared, committed)) as tally:
         scored = _run(run, pending, scorer, config, json.dumps(fingerprint), tally) if pending else []
         sums = tally.sums()
@@ -108,10 +108,13 @@ def _before(prepared: Manifest, committed: list[ScoredShard]) -> Progress:
 
 def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> ScorerSettings:
     # Twice the wanted rows in expectation: a draw by hash may fall short of its mean, and at least 200 are promised.
-    share = min(1.0, 2 * _SAMPLED_ROWS / num_rows)
-    return ScorerSettings(
-        config.precision, config.tokens_per_pack, max(1, int(config.num_cpus)), keep_token_nll, sample_share=share
-    )
+    return scorer_settings(config, keep_token_nll, min(1.0, 2 * _SAMPLED_ROWS / num_rows))
+
+
+def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:
+    """What one actor needs of the settings."""
+    num_threads = max(1, int(config.num_cpus))
+    return ScorerSettings(config.precision, config.tokens_per_pack, num_threads, keep_token_nll, sample_share)
 
 
 def _fingerprint(
@@ -130,7 +133,7 @@ def _what_matters(config: ScoreConfig, settings: ScorerSettings) -> dict[str, An
     """Settings that scores depend on: not the pack budget, which an out-of-memory halving may change on the way."""
     kept = asdict(settings)
     del kept["tokens_per_pack"]
-    return kept | {"device": "cuda" if _num_gpus(config) else "cpu"}
+    return kept | {"device": "cuda" if num_gpus_of(config) else "cpu"}
 
 
 def _committed(run: Location, prepared: Manifest, fingerprint: dict[str, Any], overwrite: bool) -> list[ScoredShard]:
@@ -176,7 +179,8 @@ def _describe(place: Location, num_rows: int | None) -> _Committed | None:
     return _Committed(ScoredShard(entry, count_statuses(scores), numerics), fingerprint)
 
 
-def _base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
+def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
+    """The cache of base losses that the settings name; ConfigError if it cannot be written."""
     if config.base_cache is None:
         return None
     folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
@@ -206,7 +210,7 @@ def _run(
     tally: Tally,
 ) -> list[ScoredShard]:
     """The stream: read a shard, score it in an actor, write its file. `scorer` holds the arguments of Scorer."""
-    num_gpus = _num_gpus(config)
+    num_gpus = num_gpus_of(config)
     pool = plan_pool(config).at_most(len(pending))
     log.info("score: %s of %g CPUs and %g GPUs", pool, config.num_cpus, num_gpus)
     source = Shards(pending, partial(read_named, run / "examples", INPUT_COLUMNS))
@@ -248,7 +252,7 @@ def plan_pool(config: ScoreConfig) -> Pool:
 
     ClusterError if it does not fit; a pool that grows may wait for nodes that are not there yet.
     """
-    num_gpus = _num_gpus(config)
+    num_gpus = num_gpus_of(config)
     if config.autoscale is None:
         size = pool_size(config.num_actors, config.num_cpus, num_gpus)
         return Pool(size, size, size)
@@ -256,7 +260,8 @@ def plan_pool(config: ScoreConfig) -> Pool:
     return Pool(least, most, min(most, max(least, room_for(config.num_cpus, num_gpus))))
 
 
-def _num_gpus(config: ScoreConfig) -> float:
+def num_gpus_of(config: ScoreConfig) -> float:
+    """GPUs of one actor."""
     return (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus
 
 
