@@ -21,9 +21,8 @@ from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.schema import EXAMPLES, SCORES
-from davir_ray.stages.cluster import pool_size
 from davir_ray.stages.prepare import Preparation
-from davir_ray.stages.scoring import base_cache, num_gpus_of, scorer_settings
+from davir_ray.stages.scoring import base_cache, num_gpus_of, plan_pool, scorer_settings
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +75,12 @@ def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int |
     A pool that is not given a size grows with what there is to do: other steps of the pipeline need room, too.
     """
     config = scoring.config
-    most = pool_size(config.num_actors, config.num_cpus, num_gpus_of(config))
-    if num_blocks is not None:
-        pool = ray.data.ActorPoolStrategy(size=max(1, min(most, num_blocks)))
-    elif config.num_actors is not None:
-        pool = ray.data.ActorPoolStrategy(size=most)
+    planned = plan_pool(config)
+    least = 1 if config.num_actors is None and config.autoscale is None else planned.least
+    if num_blocks is None:
+        pool = ray.data.ActorPoolStrategy(min_size=least, max_size=planned.most)
     else:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(planned.at_start, num_blocks)))
     # Also keeps Ray from fusing what comes before into the actors, where it would not overlap with scoring (2.60).
     return dataset.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
         ScoreRows,
