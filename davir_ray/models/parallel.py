@@ -151,7 +151,10 @@ class Sharded:
         return found if is_first else {}
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Write this rank's rows of weights and moments, safetensors; rank 0 adds the position and all checksums."""
+        """Write this rank's rows of weights and moments, safetensors, to an empty folder of its own.
+
+        Rank 0 adds the position and all checksums. The files of all ranks, put into one folder, can be loaded.
+        """
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(dict(_tensors(self.likelihood.model, optimizer)), storage_writer=writer)
         own = {path.name: _checksum(path) for path in folder.iterdir()}
@@ -233,6 +236,8 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 def _hollowed(likelihood: Likelihood, weights: Weights) -> tuple[PreTrainedModel, bool, Weights]:
     """Move a model's weights out into `weights`; returns the model without them, if it is packed, and its buffers."""
     model = likelihood.model
+    if model.is_remote_code():  # the other ranks know no such class
+        raise ModelError(f"{type(model).__name__} comes with code of its own; use --finetune.strategy ddp")
     weights.update({name: parameter.detach() for name, parameter in model.named_parameters()})
     buffers = dict(model.named_buffers())
     model.to("meta")
