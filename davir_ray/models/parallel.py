@@ -326,10 +326,7 @@ def _written_checksum(folder: Path) -> str:
 
 def _check_strategy(folder: Path, others: str, strategy: str) -> None:
     if (folder / others).exists():
-        raise ConfigError(
-            f"the checkpoint {folder} was written by the strategy {strategy}; give --finetune.strategy {strategy}, or "
-            "delete the folder to train from the start"
-        )
+        raise ConfigError(f"it was written with finetune.strategy {strategy}; give --finetune.strategy {strategy}")
 
 
 def _checksum(file: Path) -> str:

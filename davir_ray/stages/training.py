@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from davir_ray import errors
 from davir_ray.config import FinetuneConfig
-from davir_ray.errors import ClusterError, DavirError, IntegrityError, UserError
+from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, UserError
 from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype
@@ -211,13 +211,13 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
 
 
 def _continue(trainer: Trainer, state: Path, told_as: str) -> None:
+    anew = f"delete the folder {posixpath.dirname(told_as)} to train from the start"
     try:
         trainer.load_state(state)
     except IntegrityError as error:
-        folder = posixpath.dirname(told_as)
-        raise IntegrityError(
-            f"the checkpoint {told_as} is damaged ({error}); delete the folder {folder} to train from the start"
-        ) from error
+        raise IntegrityError(f"the checkpoint {told_as} is damaged ({error}); {anew}") from error
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint {told_as} cannot be continued from: {error}, or {anew}") from error
 
 
 def _load(training: Training) -> Any:

@@ -1,10 +1,14 @@
 """The fine-tune is the same for any number of workers and after any death, and says where it diverged."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import ray
+import ray.train.torch
 import torch
-from drivers import Driver
+from drivers import PACKAGE, Driver
+from ray.train.torch import TorchConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -142,6 +149,49 @@ def test_workers_that_do_not_fit_are_refused_before_training(prepared: Path, bas
             finetune_copy(prepared, base_folder, tmp_path / str(number), **RECIPE, **options)
 
 
+# --- placement on GPUs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
+    """Of two logical GPUs, which Ray counts and nobody has: placement is tested here, and nothing that runs on CUDA.
+
+    The workers find no CUDA, so they train on the CPU, and over gloo, for which the test asks in place of nccl.
+    """
+    shutil.copytree(prepared, tmp_path / "run")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), str(PACKAGE / "tests")])
+    command = [sys.executable, __file__, str(tmp_path), str(base_folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    placed = [json.loads((tmp_path / f"placed-{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(one["gpus"] for one in placed) == [["0"], ["1"]]
+    assert all(one["resources"] == {"CPU": 2, "GPU": 1} for one in placed)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "reference").config.vocab_size > 0
+
+
+def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
+    ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+
+    def train_worker(options: dict[str, Any]) -> None:
+        import ray.train
+
+        from davir_ray.stages.training import _train_worker
+
+        here = ray.get_runtime_context()
+        found = {"gpus": here.get_accelerator_ids()["GPU"], "resources": here.get_assigned_resources()}
+        (folder / f"placed-{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(found))
+        _train_worker(options)
+
+    training._train_worker = train_worker
+    training.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
+    base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
+    recipe = RECIPE | SHARDED | {"num_cpus": 2}
+    with pytest.raises(ClusterError, match="3 training workers of 1 GPU do not fit a cluster of 2"):
+        finetune(Location.of(folder / "run"), base, FinetuneConfig(**recipe | {"num_workers": 3}), spec)
+    finetune(Location.of(folder / "run"), base, FinetuneConfig(**recipe), spec)
+
+
 # --- deaths ----------------------------------------------------------------------------------------------------------
 
 
@@ -229,10 +279,8 @@ def test_a_killed_driver_can_be_started_again_and_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], tmp_path: Path) -> None:
-    states = [
-        max(folder.iterdir(), key=lambda file: file.stat().st_size)
-        for folder in killed["output"].glob("checkpoints/*/checkpoint_*")
-    ]
+    checksums = killed["output"].glob("checkpoints/*/checkpoint_*/training_state.sha256")
+    states = [max(found.parent.iterdir(), key=lambda file: file.stat().st_size) for found in checksums]
     assert states
     for state in states:
         content = bytearray(state.read_bytes())
@@ -243,3 +291,7 @@ def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], tmp_path: Path) -
     told = [line for line in again.output.splitlines() if line.startswith("finetune.py: ")]
     assert len(told) == 1
     assert any(f"the checkpoint {state.parent} is damaged ({state.name} does not" in told[0] for state in states)
+
+
+if __name__ == "__main__":
+    train_on_logical_gpus(Path(sys.argv[1]), Path(sys.argv[2]))
