@@ -156,7 +156,7 @@ def test_workers_that_do_not_fit_are_refused_before_training(prepared: Path, bas
 def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
     """Of two logical GPUs, which Ray counts and nobody has: placement is tested here, and nothing that runs on CUDA.
 
-    The workers find no CUDA, so they train on the CPU, and over gloo, for which the test asks in place of nccl.
+    The workers are told to train on the CPU, and over gloo, where they would take their GPUs, and nccl.
     """
     shutil.copytree(prepared, tmp_path / "run")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -166,6 +166,7 @@ def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_fold
     assert done.returncode == 0, done.stderr
     placed = [json.loads((tmp_path / f"placed-{rank}.json").read_text()) for rank in range(2)]
     assert sorted(one["gpus"] for one in placed) == [["0"], ["1"]]
+    assert [one["device"] for one in placed] == [f"cuda:{one['gpus'][0]}" for one in placed]
     assert all(one["resources"] == {"CPU": 2, "GPU": 1} for one in placed)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "reference").config.vocab_size > 0
 
@@ -176,12 +177,14 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     def train_worker(options: dict[str, Any]) -> None:
         import ray.train
 
-        from davir_ray.stages.training import _train_worker
+        from davir_ray.stages import training
 
         here = ray.get_runtime_context()
         found = {"gpus": here.get_accelerator_ids()["GPU"], "resources": here.get_assigned_resources()}
+        found["device"] = str(training.get_device())
         (folder / f"placed-{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(found))
-        _train_worker(options)
+        training.get_device = lambda: torch.device("cpu")
+        training._train_worker(options)
 
     training._train_worker = train_worker
     training.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
