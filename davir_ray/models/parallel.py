@@ -195,7 +195,7 @@ def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
 
 
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:
-    """A model over all ranks, of which no device ever holds more than its part, the embeddings and one layer.
+    """A model over all ranks: no device ever holds more than its part, embeddings and head, and two layers.
 
     `make` runs on rank 0 alone and keeps to the CPU, whose memory must hold the model; an error of ours is raised on
     every rank. ModelError where the model does not say which of its modules are layers.
@@ -206,7 +206,11 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
     model, packed, buffers = _from_first(lambda: _hollowed(make(), weights))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Under autocast a gathered layer is in bfloat16, as autocast would have it; gradients are summed in float32.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, False) if autocast else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if autocast else None,
+        reduce_dtype=torch.float32 if autocast else None,
+        cast_forward_inputs=False,
+    )
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
