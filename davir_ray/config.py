@@ -102,6 +102,9 @@ class FinetuneConfig:
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
     num_workers: int = 1
     """Data-parallel workers (Ray Train). The steps are the same for any number."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes a parameter. fsdp, where those do not fit
+    one GPU: they are sharded over the workers (FSDP2). The steps are the same."""
     num_cpus: int = 1
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None

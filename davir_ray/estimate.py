@@ -20,6 +20,9 @@ CPU_SHARE = 0.7
 _ADAM_BYTES = 12
 """A trained parameter in a checkpoint: float32 value and Adam's two moments."""
 
+_GRADIENT_BYTES = 4
+"""Of a trained parameter in memory, besides: float32."""
+
 
 @dataclass(frozen=True)
 class DataSize:
@@ -44,6 +47,8 @@ class Estimate:
     checkpoint_bytes: float
     """At the most at one time: the last checkpoint and the one being written."""
     reference_bytes: float
+    device_bytes: float
+    """Weights, gradients and moments on each fine-tuning device, activations not counted; 0 without a fine-tune."""
 
     def device_hours(self, tflops: float) -> tuple[float, float]:
         """Of the fine-tune and of scoring, on devices that sustain so many TFLOP/s."""
@@ -56,7 +61,7 @@ def estimate(size: ModelSize, data: DataSize, shard_rows: int, finetune: Finetun
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
     num_shards = -(-data.num_examples // shard_rows)
     if finetune is None:
-        return Estimate(data, num_shards, 0.0, 2 * forward, 0.0, 0.0)
+        return Estimate(data, num_shards, 0.0, 2 * forward, 0.0, 0.0, 0.0)
     if finetune.lora_rank is None:
         trained, passes = size.num_parameters, 3
     else:  # the frozen weights get no gradient of their own
@@ -69,7 +74,23 @@ def estimate(size: ModelSize, data: DataSize, shard_rows: int, finetune: Finetun
         2 * forward,
         2.0 * _ADAM_BYTES * trained,
         4.0 * trained,
+        _device_bytes(size, finetune, trained),
     )
+
+
+def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> float:
+    """What the fine-tune holds on a device whatever the data, at the most: a base that is frozen may be in bfloat16.
+
+    Sharded, a device also gathers the embeddings and two layers at a time, the next one while one runs; where these are
+    trained, with gradients that are not summed over the devices yet.
+    """
+    state = (_ADAM_BYTES + _GRADIENT_BYTES) * trained
+    if finetune.lora_rank is not None:
+        state += 4 * size.num_parameters
+    if finetune.strategy == "ddp":
+        return float(state)
+    gathered = size.num_parameters - size.num_body + 2 * size.num_body / size.num_layers
+    return state / finetune.num_workers + gathered * (4 if finetune.lora_rank is not None else 4 + _GRADIENT_BYTES)
 
 
 def told(found: Estimate, tflops: float, how: str, num_devices: int, price: float | None) -> list[str]:
@@ -87,6 +108,8 @@ def told(found: Estimate, tflops: float, how: str, num_devices: int, price: floa
         f"a device ({how})",
         f"  time to score: {_duration(scoring / max(1, num_devices))} on {num_devices} actors",
     ]
+    if found.device_bytes:
+        lines.append(f"  memory: {_bytes(found.device_bytes)} of a device while fine-tuning, and activations")
     if price is not None:
         lines.append(f"  cost: {total * price:.2f} at {price:g} a device-hour")
     return lines

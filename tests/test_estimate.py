@@ -4,6 +4,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,11 +61,43 @@ def test_the_parts_add_up(size: ModelSize) -> None:
     assert adapter.reference_bytes < full.reference_bytes
 
 
+def test_memory_of_a_device_falls_with_the_workers_that_share_a_model(size: ModelSize) -> None:
+    def device_bytes(**options: Any) -> float:
+        return estimate(size, DATA, 100, FinetuneConfig(**options)).device_bytes
+
+    alone = device_bytes()
+    assert alone == device_bytes(num_workers=8) == 16 * size.num_parameters
+    shares = [device_bytes(strategy="fsdp", num_workers=number) for number in (2, 4, 8)]
+    assert shares[0] - shares[1] == alone / 4
+    assert shares[1] - shares[2] == alone / 8
+    # Of the two layers both are gathered at a time, with the embedding and the head.
+    assert shares[0] == alone / 2 + 8 * (size.num_embedding + size.num_head + size.num_body)
+    assert device_bytes(lora_rank=4) == 4 * size.num_parameters + 16 * 4 * size.linear_edges
+    assert estimate(size, DATA, 100, None).device_bytes == 0
+
+
 def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
-    found = Estimate(DATA, 3, finetune_flops=3.6e18, score_flops=7.2e18, checkpoint_bytes=2.5e9, reference_bytes=1e6)
+    found = Estimate(
+        DATA,
+        3,
+        finetune_flops=3.6e18,
+        score_flops=7.2e18,
+        checkpoint_bytes=2.5e9,
+        reference_bytes=1e6,
+        device_bytes=7e9,
+    )
     assert found.device_hours(100) == (10, 20)
     text = "\n".join(told(found, 100, "as given", 10, 2.5))
-    for part in ("1,000 rows", "3 shards", "2.5 GB", "30 device-hours", "(10 fine-tune, 20 score)", "2 hours", "75.00"):
+    for part in (
+        "1,000 rows",
+        "3 shards",
+        "2.5 GB",
+        "30 device-hours",
+        "(10 fine-tune, 20 score)",
+        "2 hours",
+        "75.00",
+        "7 GB of",
+    ):
         assert part in text
     assert "cost" not in "\n".join(told(found, 100, "as given", 10, None))
 

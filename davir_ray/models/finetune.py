@@ -5,7 +5,6 @@ Each rank takes its share of a batch's packs. The loss is the sum of response NL
 response tokens, so neither gradient accumulation nor uneven packs change it. A resume is a step number.
 """
 
-import hashlib
 import logging
 import math
 import time
@@ -27,11 +26,12 @@ from transformers import PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
-from davir_ray.errors import DataError, IntegrityError, TrainingError
+from davir_ray.errors import DataError, TrainingError
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.checkpoint import quiet
 from davir_ray.models.hub import without_asking
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.parallel import Position, Weights, spread_of, uses_autocast
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,6 @@ _TRAINING_SCHEMA = pa.schema(
         pa.field("response_spans", pa.large_list(pa.int32())),
     ]
 )
-
-STATE_FILE = "training_state.pt"
-_CHECKSUM_FILE = "training_state.sha256"
 
 
 @dataclass(frozen=True)
@@ -166,6 +163,8 @@ class Trainer:
         self, module: Likelihood | DistributedDataParallel, examples: TrainingSet, config: FinetuneConfig
     ) -> None:
         self._module = module
+        self._spread = spread_of(module)
+        self._spread.check_lengths(int(examples.lengths.max()))
         self._examples = examples
         self._config = config
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -179,11 +178,7 @@ class Trainer:
         self._step = 0
         self._losses: list[float] = []
         self._total = num_steps(len(examples), config.batch_size, config.epochs)
-        self._autocast = config.precision == "bfloat16" or (
-            config.precision == "auto"
-            and self._device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        self._autocast = uses_autocast(config, self._device)
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
                 warnings.simplefilter("ignore", FutureWarning)
@@ -192,10 +187,12 @@ class Trainer:
     @property
     def likelihood(self) -> Likelihood:
         """The module without its data-parallel wrapping."""
-        wrapped = self._module.module if isinstance(self._module, DistributedDataParallel) else self._module
-        if not isinstance(wrapped, Likelihood):
-            raise TypeError(f"a Trainer trains a Likelihood, not {type(wrapped).__name__}")
-        return wrapped
+        return self._spread.likelihood
+
+    @property
+    def every_rank_saves(self) -> bool:
+        """Whether `save_state` is called on every rank, each for its part, and not on rank 0 alone."""
+        return self._spread.every_rank_saves
 
     def train(self, report: Callable[[StepReport], None]) -> None:
         """Run every step after the current position; `report` is called after each, on every rank."""
@@ -223,33 +220,17 @@ class Trainer:
 
     def save_state(self, folder: Path) -> None:
         """Write trained weights, optimiser and position, for `load_state`."""
-        model = self.likelihood.model
-        state = {
-            "step": self._step,
-            "losses": self._losses,
-            "model": {name: value for name, value in model.state_dict().items() if name not in _frozen(model)},
-            "optimizer": self._optimizer.state_dict(),
-        }
-        torch.save(state, folder / STATE_FILE)
-        (folder / _CHECKSUM_FILE).write_text(_checksum(folder))
+        self._spread.save(folder, self._optimizer, Position(self._step, self._losses))
 
     def load_state(self, folder: Path) -> None:
-        """Continue after the step that a saved state holds. IntegrityError if the file was damaged."""
-        try:
-            written = (folder / _CHECKSUM_FILE).read_text(errors="replace")
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{_CHECKSUM_FILE} is missing") from error
-        if _checksum(folder) != written:
-            raise IntegrityError(f"{STATE_FILE} does not match its checksum")
-        state = torch.load(folder / STATE_FILE, map_location=self._device, weights_only=True)
-        model = self.likelihood.model
-        if set(state["model"]) != model.state_dict().keys() - _frozen(model):
-            raise ValueError(f"{folder} holds the state of another model")
-        model.load_state_dict(state["model"], strict=False)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._step = int(state["step"])
-        self._losses = list(state["losses"])
+        """Continue after the step that a saved state holds; on every rank. IntegrityError if it was damaged."""
+        position = self._spread.load(folder, self._optimizer)
+        self._step, self._losses = position.step, position.losses
         log.info("continuing after step %d of %d", self._step, self._total)
+
+    def gathered_weights(self) -> Weights | None:
+        """Weights for `save_reference`; on every rank. None: the model's own."""
+        return self._spread.gathered()
 
     def _train_batch(self, batch: Batch) -> tuple[float, float]:
         """One optimiser step; returns the global batch's loss in nats a token and the gradient's norm."""
@@ -258,7 +239,7 @@ class Trainer:
         num_tokens = self._examples.num_response_tokens(batch.rows)
         total_nll = self._backward(batch.rows, num_tokens)
         loss = float(total_nll) / num_tokens
-        norm = float(torch.nn.utils.clip_grad_norm_(self._module.parameters(), config.max_grad_norm))
+        norm = self._spread.clip_gradients(config.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss is {loss} nats a token and the gradient's norm {norm} at step {batch.step}; "
@@ -281,7 +262,7 @@ class Trainer:
             # A rank without a pack in the last turn repeats the first with weight 0: all must join the exchange.
             weight = 1.0 if mine < len(packs) else 0.0
             nll = weight * self._pack_nll(rows[packs[mine if weight else 0]], exchange=turn == turns - 1)
-            # DDP averages gradients over ranks; the sum over the global batch is wanted.
+            # Gradients are averaged over ranks; the sum over the global batch is wanted.
             (nll * (self._world_size / num_tokens)).backward()  # type: ignore[no-untyped-call]
             total_nll += nll.detach().double()
         if self._world_size > 1:
@@ -289,9 +270,8 @@ class Trainer:
         return total_nll
 
     def _pack_nll(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
-        """Summed NLL of one pack; gradients are exchanged between ranks only in a batch's last turn."""
-        if isinstance(self._module, DistributedDataParallel):
-            self._module.require_backward_grad_sync = exchange
+        """Summed NLL of one pack; gradients need be exchanged between ranks only in a batch's last turn."""
+        self._spread.exchange_gradients(exchange)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             nll_R: torch.Tensor = self._module(self._examples.pack(rows))
         return nll_R.sum()
@@ -306,17 +286,11 @@ def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def _checksum(folder: Path) -> str:
-    with (folder / STATE_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:
+    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer.
 
-
-def _frozen(model: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-
-
-def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path) -> None:
-    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer."""
+    `weights` are those of a sharded model, gathered.
+    """
     with quiet(), without_asking():
-        likelihood.model.save_pretrained(folder)
+        likelihood.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)

@@ -119,6 +119,11 @@ class Likelihood(torch.nn.Module):
         self._chunk_rows = _CHUNK_ROWS.get(model.device.type, 1024)
         self._rope_types, self._rope_length = _rope_that_switches(model.config.get_text_config())
 
+    @property
+    def one_pass_length(self) -> int | None:
+        """Tokens of a sequence up to which a forward runs the backbone just once. None: any."""
+        return self._rope_length if self._rope_types else None
+
     def forward(self, pack: Pack) -> torch.Tensor:
         """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable.
 

@@ -7,6 +7,7 @@ import posixpath
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from davir_ray import errors
 from davir_ray.config import FinetuneConfig
-from davir_ray.errors import ClusterError, DavirError, IntegrityError, UserError
+from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, UserError
 from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype
@@ -30,6 +31,7 @@ from davir_ray.models.finetune import (
     save_reference,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
+from davir_ray.models.parallel import sharded, uses_autocast
 from davir_ray.models.self_check import self_check
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
@@ -53,6 +55,7 @@ _NOT_CONTENT = (
     "tokens_per_pack",
     "gradient_checkpointing",
     "num_workers",
+    "strategy",
     "num_cpus",
     "use_gpu",
     "checkpoint_every_steps",
@@ -201,37 +204,45 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
     """Train to the end; rank 0 writes the reference."""
     folder = training.run / "examples"
     examples = TrainingSet.of(read_parquet(folder / name, TRAINING_COLUMNS) for name in training.shards)
-    likelihood = _load(training)
-    trainer = Trainer(prepare_model(likelihood), examples, training.config)
+    trainer = Trainer(_load(training), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
             _continue(trainer, Path(state), checkpoint.path)
     if is_first:
         training.tally.begin("steps")
     trainer.train(_Reporter(training, trainer, is_first=is_first))
-    files = _export(training, likelihood, "reference") if is_first else []
+    files = _export(training, trainer, "reference", is_first=is_first)
     summary = trainer.summary(_MOST_CURVE_POINTS)
     return {**summary, "num_examples": len(examples), "reference": [dataclasses.asdict(entry) for entry in files]}
 
 
 def _continue(trainer: Trainer, state: Path, told_as: str) -> None:
+    anew = f"delete the folder {posixpath.dirname(told_as)} to train from the start"
     try:
         trainer.load_state(state)
     except IntegrityError as error:
-        folder = posixpath.dirname(told_as)
-        raise IntegrityError(
-            f"the checkpoint {told_as} is damaged ({error}); delete the folder {folder} to train from the start"
-        ) from error
+        raise IntegrityError(f"the checkpoint {told_as} is damaged ({error}); {anew}") from error
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint {told_as} cannot be continued from: {error}, or {anew}") from error
 
 
-def _load(training: Training) -> Likelihood:
-    """The base, ready to be trained; under an adapter its frozen weights are of the type that scoring will use."""
+def _load(training: Training) -> Any:
+    """The base, ready to be trained, and spread over the workers as the strategy says."""
     config, device = training.config, get_device()
+    # Under an adapter the frozen weights are of the type that scoring will use.
     dtype = torch.float32 if config.lora_rank is None else resolve_dtype(config.precision, device)
+    if config.strategy == "ddp":
+        return prepare_model(_make(training, dtype, device))
+    make = partial(_make, training, dtype, torch.device("cpu"))
+    return sharded(make, device, autocast=uses_autocast(config, device))
+
+
+def _make(training: Training, dtype: torch.dtype, device: torch.device) -> Likelihood:
+    """The base, checked, with its adapter if it gets one, and frozen where text does not reach."""
     likelihood = Likelihood(training.base.model(dtype, device))
     self_check(likelihood)
-    if config.lora_rank is not None:
-        add_adapter(likelihood.model, config, config.lora_rank)
+    if training.config.lora_rank is not None:
+        add_adapter(likelihood.model, training.config, training.config.lora_rank)
     freeze_what_text_does_not_reach(likelihood.model)
     return likelihood
 
@@ -250,8 +261,9 @@ class _Reporter:
         config = self._training.config
         if self._is_first:
             self._tell(report)
-        if self._is_first and config.export_epochs and report.ends_epoch:
-            _export(self._training, self._trainer.likelihood, f"reference_epochs/{report.epoch}")
+        if config.export_epochs and report.ends_epoch:
+            name = f"reference_epochs/{report.epoch}"
+            _export(self._training, self._trainer, name, is_first=self._is_first)
         last = report.step == report.total_steps
         if report.step % config.checkpoint_every_steps == 0 or last:
             self._report_with_checkpoint(report)
@@ -260,7 +272,7 @@ class _Reporter:
 
     def _report_with_checkpoint(self, report: StepReport) -> None:
         metrics = dataclasses.asdict(report)
-        if not self._is_first:
+        if not (self._is_first or self._trainer.every_rank_saves):
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -280,9 +292,15 @@ class _Reporter:
             )  # fmt: skip
 
 
-def _export(training: Training, likelihood: Likelihood, name: str) -> list[FileEntry]:
-    """Write the model as a Hugging Face folder of the run, whole or not at all; returns its files."""
+def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:
+    """Write the model as a Hugging Face folder of the run, whole or not at all; returns its files.
+
+    Called on every rank, for sharded weights must be gathered; rank 0 writes.
+    """
+    weights = trainer.gathered_weights()
+    if not is_first:
+        return []
     with tempfile.TemporaryDirectory() as folder:
-        save_reference(likelihood, training.base.tokenizer(), Path(folder))
+        save_reference(trainer.likelihood, training.base.tokenizer(), Path(folder), weights)
         Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
         return (training.run / name).put_folder(Path(folder), last=CONFIGS)

@@ -35,7 +35,6 @@ from davir_ray.data.packing import pack
 from davir_ray.errors import DataError, IntegrityError, TrainingError
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.finetune import (
-    STATE_FILE,
     StepReport,
     Trainer,
     TrainingSet,
@@ -46,6 +45,7 @@ from davir_ray.models.finetune import (
     save_reference,
 )
 from davir_ray.models.likelihood import Likelihood
+from davir_ray.models.parallel import STATE_FILE
 
 VOCABULARY = 60
 LLAMA = LlamaConfig(
