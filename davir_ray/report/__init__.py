@@ -6,7 +6,8 @@
 Reads and writes no files and knows no cluster; the pipeline gathers the inputs and writes both results.
 """
 
+from davir_ray.report.inputs import ReportInputs
 from davir_ray.report.page import render_page
-from davir_ray.report.summary import ReportInputs, summarise
+from davir_ray.report.summary import summarise
 
 __all__ = ["ReportInputs", "render_page", "summarise"]

@@ -14,7 +14,7 @@ from scipy import stats
 
 from davir_ray import schema
 from davir_ray.report import ReportInputs, render_page, summarise
-from davir_ray.report.summary import REASON_MEANING, STATUS_MEANING
+from davir_ray.report.words import REASON_MEANING, STATUS_MEANING
 
 COLUMNS = [field for field in schema.SCORES if not field.name.endswith("token_nll")]
 
