@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,12 @@ _OPTIONS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
 ]  # fmt: skip
 # Chromium reads commands from descriptor 3 and writes answers and events to 4.
-_WITH_PIPES = 'commands=$1 answers=$2; shift 2; eval "exec \\"\\$@\\" 3<&$commands 4>&$answers"'
+_WITH_PIPES = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(pipes[0], 3), os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def chromium() -> str:
@@ -102,16 +108,8 @@ def browse(profile: Path) -> Iterator[Tab]:
     theirs, commands = os.pipe()
     answers, mine = os.pipe()
     command = [
-        "sh",
-        "-c",
-        _WITH_PIPES,
-        "sh",
-        str(theirs),
-        str(mine),
-        chromium(),
-        *_OPTIONS,
-        f"--user-data-dir={profile}",
-    ]
+        sys.executable, "-c", _WITH_PIPES, str(theirs), str(mine), chromium(), *_OPTIONS, f"--user-data-dir={profile}"
+    ]  # fmt: skip
     with subprocess.Popen(command, pass_fds=(theirs, mine), stderr=subprocess.DEVNULL) as process:
         os.close(theirs)
         os.close(mine)

@@ -5,6 +5,7 @@ markup.
 """
 
 import json
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -33,6 +34,7 @@ def render_page(summary: dict[str, Any]) -> str:
     )
 
 
+@cache
 def _environment() -> Environment:
     loader = PackageLoader("davir_ray.report")
     environment = Environment(
