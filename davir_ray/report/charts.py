@@ -68,7 +68,7 @@ def training_curve(training: dict[str, Any]) -> Markup:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss, nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        label = f"Training loss falls from {training['first']:.2f} to {training['last']:.2f} nats per token."
+        label = f"Training loss goes from {training['first']:.2f} to {training['last']:.2f} nats per token."
         return _svg(figure, "training", label)
 
 
