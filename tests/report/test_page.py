@@ -217,3 +217,5 @@ def test_a_page_of_long_examples_and_many_groups_stays_small() -> None:
     page = render_page(summarise(inputs))
     assert len(page.encode()) < 2_000_000
     assert "And 4,800 more, in report.json." in page
+    assert page.count(" … 488 more tokens</pre>") == 12
+    assert "(60,000 more characters)" in page
