@@ -235,3 +235,10 @@ def test_a_script_in_the_data_does_not(tab: Tab, base_folder: Path, reference_fo
     assert "<img" not in page
     for width in SIZES:
         assert flaws(tab, report, width, "dark") == {}
+    facts = json.loads((tmp_path / "run" / "report.json").read_text())
+    shown = facts["with_tokens"]
+    assert [row["rank"] for row in shown["best"] + shown["worst"]] == [1, 2, 3, 4, 17, 18, 19, 20]
+    for row in shown["best"] + shown["middle"] + shown["worst"]:
+        assert "".join(token["text"] for token in row["tokens"]) == f"{row['response']}</s>"
+        assert sum(token["base"] for token in row["tokens"]) == pytest.approx(row["base_nll"], rel=1e-6)
+    assert [row["detail"] != "" for reason in facts["rejects"] for row in reason["rows"]] == [True]
