@@ -14,6 +14,7 @@ from davir_ray.demo.world import TOP_FRACTION, instruction_rows, pretraining_tex
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.finetune import StepReport
 from davir_ray.pipeline import run_all
+from davir_ray.stages.cluster import connected
 from davir_ray.stages.reporting import report
 
 log = logging.getLogger(__name__)
@@ -38,14 +39,15 @@ def run_demo(output: Path, seed: int = 0) -> str:
         torch.set_num_threads(1)  # such small products gain nothing from more, and lose much on a busy machine
         pretrain(base, pretraining_texts(seed), seed, _tell)
     config = demo_config(data, base, output / "run")
-    run = run_all(config)
-    shares = shares_of_run(run, rows, seed)
-    report(
-        run,
-        config,
-        Checkpoint.find(str(base)).tokenizer(),
-        planted={"classes": [dataclasses.asdict(share) for share in shares], "note": NOTE},
-    )
+    with connected():  # one Ray for the run and for the report again, which then knows the truth
+        run = run_all(config)
+        shares = shares_of_run(run, rows, seed)
+        report(
+            run,
+            config,
+            Checkpoint.find(str(base)).tokenizer(),
+            planted={"classes": [dataclasses.asdict(share) for share in shares], "note": NOTE},
+        )
     return format_truth(shares, length_correlations(run, rows), run, time.monotonic() - started)
 
 

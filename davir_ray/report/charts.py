@@ -18,12 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 INK, MUTED, LINE, POOL, CHOSEN = "#010101", "#020202", "#030303", "#040404", "#050505"
+BASE, REFERENCE = "#060606", "#070707"
 _CSS_COLOURS = {
     INK: "currentColor",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
     POOL: "var(--pool)",
     CHOSEN: "var(--chosen)",
+    BASE: "var(--base)",
+    REFERENCE: "var(--reference)",
 }
 _STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be read aloud and searched
@@ -48,7 +51,8 @@ _STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
     "grid.color": LINE,
     "grid.linewidth": 1,
 }
-WIDE, NARROW = (430, 285), (315, 265)  # pixels: two charts beside each other on a desktop, or three
+WIDE, TALL, NARROW = (380, 250), (380, 295), (315, 265)  # pixels: two charts beside each other on a desktop, or three
+_TIME_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 _HUGE = 1e7  # from here on a tick is written as a power of ten: its digits would not fit
 
 
@@ -64,27 +68,85 @@ def training_curve(training: dict[str, Any]) -> Markup:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss, nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        label = f"Training loss falls from {training['first']:.2f} to {training['last']:.2f} nats per token."
+        label = f"Training loss goes from {training['first']:.2f} to {training['last']:.2f} nats per token."
         return _svg(figure, "training", label)
 
 
 def score_histogram(davir: dict[str, Any]) -> Markup:
-    """Histogram of DavIR over the pool, the selected part in front, and the cut."""
+    """Histogram of DavIR over the pool, the selected part in front, its cut, and the percentiles of both above."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(WIDE)
+        figure, strip, axes = _figure_with_strip()
         histogram = davir["histogram"]
         edges = np.array(histogram["edges"])
-        width = np.diff(edges) * 0.86
-        axes.bar(edges[:-1], histogram["all"], width, align="edge", color=POOL)
-        axes.bar(edges[:-1], histogram["selected"], width, align="edge", color=CHOSEN)
+        for name, colour in (("all", POOL), ("selected", CHOSEN)):
+            axes.bar(edges[:-1], histogram[name], np.diff(edges) * 0.86, align="edge", color=colour)
         axes.set_xlabel("DavIR, share of the base loss removed")
-        axes.set_ylabel("examples in a bin")
-        axes.set_ylim(0, 1.15 * max(1, *histogram["all"]))  # room for the cut's label
-        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        _finish_histogram(axes, edges, max(histogram["all"]))
+        _draw_percentiles(strip, [(davir["all"], POOL), (davir["selected"], CHOSEN)])
         if davir["cut"] is not None and edges[0] <= davir["cut"] <= edges[-1]:
             _draw_cut(axes, davir["cut"], to_the_left=davir["cut"] > (edges[0] + edges[-1]) / 2)
-        return _svg(figure, "histogram", "Histogram of DavIR over all scored examples, the selected part highlighted.")
+        label = "Histogram of DavIR over all scored examples, the selected part highlighted, percentiles of both above."
+        return _svg(figure, "histogram", label)
+
+
+def loss_histogram(losses: dict[str, Any]) -> Markup:
+    """Histograms of the mean loss of a response under both models, with the percentiles of both above."""
+    with matplotlib.rc_context(_STYLE):
+        figure, strip, axes = _figure_with_strip()
+        histogram = losses["histogram"]
+        edges = np.array(histogram["edges"])
+        for name, colour in (("base", BASE), ("reference", REFERENCE)):
+            axes.stairs(histogram[name], edges, fill=True, color=colour, alpha=0.18)
+            axes.stairs(histogram[name], edges, color=colour, linewidth=1.8)
+        axes.set_xlabel("mean loss of a response, nats per token")
+        _finish_histogram(axes, edges, max(*histogram["base"], *histogram["reference"]))
+        _draw_percentiles(strip, [(losses["base"]["all"], BASE), (losses["reference"]["all"], REFERENCE)])
+        label = "Histograms of the loss per token under the base and under the reference, percentiles of both above."
+        return _svg(figure, "losses", label)
+
+
+def _figure_with_strip() -> tuple[Figure, Axes, Axes]:
+    """A chart, and above it a strip with the same x axis."""
+    figure = Figure(figsize=(TALL[0] / 72, TALL[1] / 72), layout="constrained")
+    strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 4.6))
+    figure.get_layout_engine().set(hspace=0, h_pad=0.02)  # type: ignore[union-attr, call-arg]
+    _grid(axes)
+    strip.tick_params(bottom=False, labelbottom=False, labelleft=False)
+    strip.spines["bottom"].set_visible(False)
+    return figure, strip, axes
+
+
+def _finish_histogram(axes: Axes, edges: Any, highest: int) -> None:
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylabel("examples in a bin")
+    axes.set_ylim(0, 1.15 * max(1, highest))  # room for the cut's label
+    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _draw_percentiles(strip: Axes, rows: list[tuple[dict[str, Any], str]]) -> None:
+    """For each distribution a line from the 5th to the 95th percentile, a bar from the 25th to the 75th, the median."""
+    low, high = strip.get_xlim()
+    strip.set_ylim(len(rows) - 0.4, -1.5)
+    for place, (distribution, colour) in enumerate(rows):
+        at = {row["p"]: row["value"] for row in distribution["percentiles"]}
+        if at[50] is None:
+            continue
+        strip.plot([at[5], at[95]], [place, place], color=colour, linewidth=1.6)
+        strip.plot([at[25], at[75]], [place, place], color=colour, linewidth=7, solid_capstyle="butt")
+        strip.plot([at[50]], [place], color=INK, marker="|", markersize=12, markeredgewidth=2)
+        if place == 0:
+            _label_percentiles(strip, at, (high - low) / 12)
+
+
+def _label_percentiles(strip: Axes, at: dict[int, float], room: float) -> None:
+    """Name the marks of the first row, the median first, the others where there is room for a name."""
+    named: list[float] = []
+    low, high = strip.get_xlim()
+    for p in (50, 5, 95, 25, 75):
+        if low <= at[p] <= high and all(abs(at[p] - other) > room for other in named):
+            named.append(at[p])
+            strip.annotate(f"{p} %", (at[p], -0.6), ha="center", va="bottom", color=MUTED, fontsize=11)
 
 
 def _draw_cut(axes: Axes, cut: float, to_the_left: bool) -> None:
@@ -137,8 +199,8 @@ def _draw_density(axes: Axes, panel: dict[str, Any]) -> None:
 
 
 def _label_lengths(axes: Axes, low: float, high: float) -> None:
-    """Plain numbers at 1, 2, 5 × 10ⁿ, or at powers of ten where that would crowd."""
-    subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+    """Plain numbers at 1, 2, 5 × 10ⁿ, more of them on a short axis, and powers of ten alone on a long one."""
+    subs = (1.0, 2.0, 3.0, 5.0, 7.0) if high / low < 12 else (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -160,6 +222,26 @@ def length_deciles(deciles: list[dict[str, Any]]) -> Markup:
         return _svg(figure, "deciles", "Share of the pool and of the selection by response length.")
 
 
+def throughput(scoring: dict[str, Any]) -> Markup:
+    """Tokens scored a second over time, and their mean over the whole stage."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDE)
+        rates = scoring["rates"]
+        unit, seconds = next((name, s) for name, s in _TIME_UNITS if rates[-1]["to"] >= 2 * s or s == 1)
+        edges = np.array([rates[0]["from"], *(rate["to"] for rate in rates)]) / seconds
+        heights = [rate["tokens_per_second"] for rate in rates]
+        axes.stairs(heights, edges, fill=True, color=CHOSEN, alpha=0.18)
+        axes.stairs(heights, edges, color=CHOSEN, linewidth=1.8)
+        mean = scoring["tokens_per_second"]
+        axes.axhline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, edges[-1])
+        axes.set_ylim(0, 1.15 * max(*heights, mean))
+        axes.set_xlabel(f"{unit} since the stage began")
+        axes.set_ylabel("tokens per second")
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        return _svg(figure, "throughput", f"Tokens scored a second over time, {mean:,.0f} on average.")
+
+
 def _thousands(value: float, _: int) -> str:
     text = f"{value:,.0f}" if abs(value) < _HUGE else f"{value:.2g}"
     return text.replace("-", "−")
@@ -174,10 +256,14 @@ def _smooth(values: Any) -> Any:
 def _figure(size: tuple[int, int]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
     axes = figure.add_subplot()
+    _grid(axes)
+    return figure, axes
+
+
+def _grid(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.ticklabel_format(useOffset=False)
-    return figure, axes
 
 
 def _svg(figure: Figure, name: str, label: str) -> Markup:

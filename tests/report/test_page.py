@@ -2,18 +2,16 @@
 
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
-import pyarrow as pa
 import pytest
+from run_facts import evil_inputs, example, manifest, report_inputs
 
-from davir_ray import schema
-from davir_ray.report import ReportInputs, render_page, summarise
+from davir_ray.report import render_page, summarise
 from davir_ray.report.page import decimal, duration, fold_sources, number, shade, share
 
-EVIL = "<script>alert(1)</script>\"'&"
 VOID = {"meta", "br", "link", "hr", "img", "input"}
 
 
@@ -43,82 +41,6 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-def scores_table(sources: list[str]) -> pa.Table:
-    """Forty scored rows, the four best selected, their sources taken in turn."""
-    rows = [
-        {
-            "example_id": 2**60 + i,
-            "content_hash": i,
-            "source": sources[i % len(sources)],
-            "num_prompt_tokens": 5,
-            "num_response_tokens": 1 + i * i % 97,
-            "truncated": False,
-            "base_nll": 50.0,
-            "reference_nll": 50.0 - i,
-            "davir": i / 50,
-            "rho_sum": float(i),
-            "rho_mean": i / (1 + i * i % 97),
-            "status": "ok",
-            "selected": i >= 36,
-        }
-        for i in range(40)
-    ]
-    fields = [field for field in schema.SCORES if not field.name.endswith("token_nll")]
-    return pa.Table.from_pylist(rows, schema=pa.schema([*fields, pa.field("selected", pa.bool_())]))
-
-
-def example(**fields: Any) -> dict[str, Any]:
-    """One ranked example of three tokens."""
-    losses = {"davir": 0.5, "rho_sum": 3.0, "rho_mean": 1.0, "base_nll": 6.0, "reference_nll": 3.0}
-    tokens = {"base_token_nll": [3.0, 2.0, 1.0], "reference_token_nll": [0.5, 2.5, 0.0], "tokens": ["Yes", ".", "</s>"]}
-    texts = {"source": "alpaca", "prompt": "Say yes.", "response": "Yes."}
-    return {"rank": 1, "example_id": 2**62, "num_response_tokens": 3} | losses | tokens | texts | fields
-
-
-def manifest(counts: dict[str, int], **details: Any) -> dict[str, Any]:
-    """A stage's manifest with the given counts."""
-    facts = {"fingerprint": {"weights": "sha256:abc"}, "versions": {"python": "3.11"}, "seconds": 12.5, "files": [{}]}
-    return {"counts": counts, "details": details, **facts}
-
-
-def report_inputs(**fields: Any) -> ReportInputs:
-    """A run whose books balance: two rejects, one example without a score."""
-    reject = {"source": "alpaca", "source_file": "a.jsonl", "source_row": 7, "reason": "empty_response", "detail": "''"}
-    inputs = ReportInputs(
-        config={"base": "tiny-base", "reference": None, "rank": {"order": "davir"}, "select": {"top_fraction": 0.1}},
-        manifests={
-            "prepare": manifest({"read": 43, "prepared": 41, "rejected": 2, "empty_response": 2}),
-            "finetune": manifest({"steps": 4}, loss_by_step=[[1, 4.0], [2, 3.5], [3, 3.2], [4, 3.0]]),
-            "score": manifest({"scored": 40, "ok": 40, "zero_base_nll": 1}),
-            "rank": manifest({"ranked": 40}),
-            "select": manifest({"selected": 4}),
-        },
-        scores=scores_table(["alpaca", "gsm8k"]),
-        num_scored=40,
-        top=[example()],
-        bottom=[example(rank=40, tokens=None)],
-        rejects=pa.Table.from_pylist([reject], schema=schema.REJECTS),
-    )
-    return replace(inputs, **fields)
-
-
-def evil_inputs() -> ReportInputs:
-    """Markup in every text that comes from outside."""
-    texts = {"source": EVIL, "prompt": EVIL * 50, "response": EVIL, "tokens": [EVIL, ".", EVIL]}
-    reject = {"source": EVIL, "source_file": EVIL, "source_row": 1, "reason": EVIL, "detail": EVIL}
-    details = manifest({EVIL: 1}) | {name: {EVIL: {EVIL: EVIL}} for name in ("details", "fingerprint", "versions")}
-    planted_class = {"name": EVIL, "share_of_all": 1, "share_of_selected": 1, "share_of_random": 1, "mean_davir": 0}
-    return report_inputs(
-        config={EVIL: EVIL, "base": EVIL, "reference": EVIL, "rank": {"order": EVIL}, "sources": [{"name": EVIL}]},
-        manifests=report_inputs().manifests | {EVIL: details},
-        scores=scores_table([EVIL]),
-        top=[example(**texts)],
-        bottom=[example(**(texts | {"tokens": None}))],
-        rejects=pa.Table.from_pylist([reject], schema=schema.REJECTS),
-        planted={"classes": [planted_class], "note": EVIL},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +97,7 @@ def test_counts_names_and_settings_are_shown() -> None:
         "1,234,567",
         "1,234,560",
         "tiny-base",
-        "the first 10 %",
+        "The first 10 %",
         "empty_response",
         "zero_base_nll",
         "a.jsonl",
@@ -188,7 +110,7 @@ def test_counts_names_and_settings_are_shown() -> None:
 
 def test_charts_take_the_pages_colours_and_have_a_label(page: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(charts) == 6
+    assert len(charts) == 8
     for chart in charts:
         assert re.search(r'role="img" aria-label="[^"]+"', chart)
         assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(id="|url\(#|href="#)[^")]+', "", chart))
@@ -199,7 +121,7 @@ def test_a_token_is_shaded_by_how_far_its_loss_moved(page: str) -> None:
     assert [shade({"base": 3.0, "reference": r}) for r in (3.05, 2.85, 2.5, -1.0)] == ["", "g1", "g2", "g5"]
     assert [shade({"base": 1.0, "reference": r}) for r in (1.2, 2.0, 9.0)] == ["w1", "w3", "w5"]
     assert shade({"base": None, "reference": 1.0}) == ""
-    assert '<span class="g4" title="base 3.00, reference 0.50 nats">Yes</span>' in page
+    assert '<span class="g4" title="3.00 → 0.50 nats">Yes</span>' in page
 
 
 def test_a_sample_is_said_to_be_one(page: str) -> None:
@@ -239,3 +161,61 @@ def test_many_sources_are_folded_without_losing_a_share() -> None:
     assert folded[-1]["name"] == "88 other sources"
     assert sum(row["share_of_all"] for row in folded) == pytest.approx(1)
     assert sum(row["rows"] for row in folded) == 100
+
+
+def test_headings_go_down_one_level_at_a_time(page: str) -> None:
+    levels = [int(level) for level in re.findall(r"<h([1-6])", page)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_the_navigation_names_every_section_in_order(page: str) -> None:
+    navigation = page[page.index("<nav") : page.index("</nav>")]
+    linked = re.findall(r'<li><a href="#(\w+)">', navigation)
+    assert linked == re.findall(r'<section id="(\w+)">', page)
+    assert {"scores", "losses", "length", "selection", "examples", "training", "throughput", "rows"} <= set(linked)
+
+
+def test_throughput_is_left_out_where_none_is_recorded() -> None:
+    inputs = report_inputs()
+    inputs.manifests["score"] = manifest({"scored": 40, "ok": 40, "zero_base_nll": 1})
+    outline = Outline(render_page(summarise(inputs)))
+    assert "Throughput" not in outline.text
+    assert ("id", "throughput") not in outline.attributes
+
+
+def test_one_point_of_throughput_gives_figures_and_no_chart() -> None:
+    inputs = report_inputs()
+    inputs.manifests["score"]["details"]["throughput"] = {"seconds": [20.0], "tokens": [5000]}
+    page = render_page(summarise(inputs))
+    assert "250 tokens per second" in page
+    assert page.count("<svg") == 7
+
+
+def test_each_example_is_shown_once_and_those_with_tokens_are_unfolded() -> None:
+    plain = [example(rank=rank, example_id=rank, tokens=None) for rank in range(1, 21)]
+    kept = [example(rank=rank, example_id=rank) for rank in (3, 8, 30)]
+    inputs = report_inputs(top=plain, middle=[], bottom=plain[-5:], with_tokens={"best": kept, "worst": kept})
+    page = render_page(summarise(inputs))
+    assert re.findall(r"<h4>Rank (\d+)</h4>", page) == ["3", "8", "30"]
+    listed = [int(rank) for rank in re.findall(r"<summary><span>Rank (\d+)</span>", page)]
+    assert listed == [rank for rank in range(1, 21) if rank not in (3, 8)]
+
+
+def test_a_page_of_long_examples_and_many_groups_stays_small() -> None:
+    length = 1000
+    losses = {"base_token_nll": [3.25] * length, "reference_token_nll": [0.5] * length, "tokens": [" word"] * length}
+    rows = [example(example_id=i, prompt="a word " * 9000, response="b " * 20_000, **losses) for i in range(72)]
+    with_tokens = {"best": rows[60:64], "middle": rows[64:68], "worst": rows[68:]}
+    inputs = report_inputs(top=rows[:20], middle=rows[20:40], bottom=rows[40:60], with_tokens=with_tokens)
+    inputs.config["sources"] = [{"name": f"source {i}", "path": "s3://bucket/" + 80 * "x"} for i in range(5000)]
+    inputs.manifests["select"]["details"]["groups"] = [
+        {"group": f"group {i}", "eligible": 9, "selected": 3, "tokens": 99} for i in range(5000)
+    ]
+    inputs.manifests["rank"]["details"]["rows_by_bin"] = [200_000] * 5000
+    page = render_page(summarise(inputs))
+    assert len(page.encode()) < 2_000_000
+    assert "And 4,800 more, in report.json." in page
+    assert page.count(" … 488 more tokens</pre>") == 12
+    assert "(60,000 more characters)" in page

@@ -14,7 +14,7 @@ from scipy import stats
 
 from davir_ray import schema
 from davir_ray.report import ReportInputs, render_page, summarise
-from davir_ray.report.summary import REASON_MEANING, STATUS_MEANING
+from davir_ray.report.words import REASON_MEANING, STATUS_MEANING
 
 COLUMNS = [field for field in schema.SCORES if not field.name.endswith("token_nll")]
 
@@ -104,6 +104,13 @@ def without(inputs: ReportInputs, stage: str) -> ReportInputs:
     return replace(inputs, manifests={name: m for name, m in inputs.manifests.items() if name != stage})
 
 
+def with_throughput(seconds: list[float], tokens: list[int]) -> ReportInputs:
+    """The ordinary run, its score stage with these cumulative tokens at these seconds."""
+    inputs = report_inputs()
+    inputs.manifests["score"]["details"] = {"throughput": {"seconds": seconds, "tokens": tokens}}
+    return inputs
+
+
 NAN, INF = float("nan"), float("inf")
 EDGE_CASES = {
     "ordinary": report_inputs(),
@@ -124,6 +131,8 @@ EDGE_CASES = {
     "a sample": report_inputs(num_scored=10**9),
     "not finite tokens": report_inputs(top=[example(1, davir=None, base_token_nll=[NAN, INF, 1.0])]),
     "no tokens kept": report_inputs(top=[example(1, base_token_nll=None)]),
+    "one point of throughput": with_throughput([20.0], [5000]),
+    "throughput of nothing": with_throughput([], []),
     "lone surrogate": report_inputs(top=[example(1, prompt="a\ud800b")]),
 }
 
@@ -364,3 +373,90 @@ def test_the_rule_is_told_in_words(select: dict[str, Any], told: str) -> None:
     inputs = report_inputs()
     inputs.config["select"] = select
     assert told in summarise(inputs)["headline"]["rule"]["text"]
+
+
+@pytest.mark.parametrize("model", ["base", "reference"])
+def test_losses_are_numpys_of_the_mean_loss_of_each_response(model: str) -> None:
+    inputs = report_inputs()
+    told = summarise(inputs)["losses"]
+    sums, length = inputs.scores[f"{model}_nll"].to_numpy(), inputs.scores["num_response_tokens"].to_numpy()
+    selected = inputs.scores["selected"].to_numpy()
+    for part, rows in (("all", np.ones(len(sums), bool)), ("selected", selected)):
+        means = sums[rows] / length[rows]
+        assert told[model][part]["n"] == rows.sum()
+        assert told[model][part]["mean"] == pytest.approx(means.mean())
+        for row in told[model][part]["percentiles"]:
+            assert row["value"] == pytest.approx(np.quantile(means, row["p"] / 100))
+    assert told["per_token"][model] == pytest.approx(sums.sum() / length.sum())
+    histogram = told["histogram"]
+    expected = [
+        ((sums / length >= low) & (sums / length < high)).sum() for low, high in pairwise(histogram["edges"][:-1])
+    ]
+    assert histogram[model][:-1] == expected
+
+
+def test_every_loss_is_drawn_or_counted_as_outside(any_inputs: ReportInputs) -> None:
+    losses = summarise(any_inputs)["losses"]
+    histogram = losses["histogram"]
+    drawn = sum(histogram["base"]) + sum(histogram["reference"]) + histogram["below"] + histogram["above"]
+    assert drawn == losses["base"]["all"]["n"] + losses["reference"]["all"]["n"]
+
+
+def test_a_reference_that_is_no_better_is_a_finding() -> None:
+    better = [f for f in summarise(report_inputs())["findings"] if "nats per token" in f["text"]]
+    assert [f["look"] for f in better] == [False]
+    table = scores_table(400)
+    worse = table.set_column(table.column_names.index("reference_nll"), "reference_nll", table["base_nll"])
+    (finding,) = [f for f in summarise(report_inputs(scores=worse))["findings"] if "nats per token" in f["text"]]
+    assert finding["look"]
+
+
+def test_many_rejects_are_a_finding() -> None:
+    inputs = report_inputs()
+    inputs.manifests["prepare"]["counts"] = {"read": 403, "prepared": 382, "rejected": 21, "empty_response": 21}
+    (finding,) = [f for f in summarise(inputs)["findings"] if "rejected" in f["text"]]
+    assert finding == {"look": True, "text": "5.2 % of the rows were rejected (21), most often as empty_response (21)."}
+    assert not [f for f in summarise(report_inputs())["findings"] if "rejected" in f["text"] and f["look"]]
+
+
+def test_throughput_is_the_slope_between_the_points() -> None:
+    told = summarise(with_throughput([20.0, 30.0, 40.0, 60.0], [5000, 20000, 40000, 70000]))["throughput"]
+    assert [rate["tokens_per_second"] for rate in told["rates"]] == [1500, 2000, 1500]
+    assert [(rate["from"], rate["to"]) for rate in told["rates"]] == [(20, 30), (30, 40), (40, 60)]
+    assert (told["tokens"], told["seconds"], told["first_seconds"]) == (70000, 60, 20)
+    assert told["tokens_per_second"] == pytest.approx(70000 / 60)
+
+
+def test_points_of_throughput_that_are_near_are_taken_together_without_losing_tokens() -> None:
+    rng = np.random.default_rng(0)
+    seconds = np.cumsum(rng.exponential(10, 200)) + 30  # some shards end at nearly the same time
+    tokens = np.cumsum(rng.integers(1, 100_000, 200))
+    rates = summarise(with_throughput(seconds.tolist(), tokens.tolist()))["throughput"]["rates"]
+    assert 30 < len(rates) <= 60
+    assert (rates[0]["from"], rates[-1]["to"]) == (seconds[0], seconds[-1])
+    assert all(before["to"] == after["from"] for before, after in pairwise(rates))
+    assert all(rate["to"] - rate["from"] > (seconds[-1] - seconds[0]) / 61 for rate in rates)
+    for rate in rates:
+        start, end = np.interp([rate["from"], rate["to"]], seconds, tokens)
+        assert rate["tokens_per_second"] == pytest.approx((end - start) / (rate["to"] - rate["from"]))
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [([], []), ([1.0], [5, 6]), ([0.0], [5])])
+def test_throughput_that_says_nothing_is_left_out(seconds: list[float], tokens: list[int]) -> None:
+    assert summarise(with_throughput(seconds, tokens))["throughput"] is None
+    assert summarise(EDGE_CASES["no manifests"])["throughput"] is None
+
+
+def test_curves_are_not_repeated_among_a_stages_details() -> None:
+    facts = summarise(with_throughput([20.0, 30.0], [5000, 20000]))
+    assert [row for stage in facts["stages"] for row in stage["details"]] == []
+
+
+def test_middle_ranks_and_examples_with_tokens_are_told() -> None:
+    kept = {"best": [example(2)], "middle": [example(200)], "worst": []}
+    facts = summarise(report_inputs(middle=[example(201)], with_tokens=kept))
+    assert [row["rank"] for row in facts["middle"]] == [201]
+    assert {place: [row["rank"] for row in rows] for place, rows in facts["with_tokens"].items()} == {
+        "best": [2], "middle": [200], "worst": []
+    }  # fmt: skip
+    assert facts["with_tokens"]["best"][0]["tokens"][0] == {"text": "Yes", "base": 3.0, "reference": 0.5}

@@ -1,0 +1,76 @@
+"""The rows that the report shows: around the best, the middle and the worst rank, and of every reject reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from davir_ray.manifest import Manifest
+from davir_ray.schema import RANKED, REJECTS
+from davir_ray.stages.excerpts import _around
+from davir_ray.stages.reporting import _sampled_rejects
+from davir_ray.storage import FileEntry, Location, write_parquet
+
+NUM_ROWS, FILE_ROWS = 1000, 64
+
+
+def ranked_row(rank: int, kept: bool) -> dict[str, Any]:
+    empty = dict.fromkeys(RANKED.names)
+    losses = {"base_token_nll": [1.0], "reference_token_nll": [0.5]} if kept else {}
+    return {**empty, "rank": rank, "example_id": rank, **losses}
+
+
+def write_ranked(run: Location, kept: set[int]) -> list[FileEntry]:
+    files = []
+    for start in range(1, NUM_ROWS + 1, FILE_ROWS):
+        ranks = range(start, min(start + FILE_ROWS, NUM_ROWS + 1))
+        table = pa.Table.from_pylist([ranked_row(rank, rank in kept) for rank in ranks], schema=RANKED)
+        name = f"part-{start // FILE_ROWS:05d}.parquet"
+        files.append(write_parquet(run / "ranked" / name, table))
+    return files
+
+
+def ranks_of(rows: list[dict[str, Any]]) -> list[int]:
+    return [row["rank"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rank", "shown", "with_tokens"),
+    [
+        (1, range(1, 21), [5, 70, 131, 300]),
+        (500, range(490, 510), [300, 489, 520, 700]),
+        (NUM_ROWS, range(981, 1001), [520, 700, 999]),  # 489 lies further than files are read
+    ],
+)
+def test_the_nearest_rows_are_found_across_files(
+    tmp_path: Path, rank: int, shown: range, with_tokens: list[int]
+) -> None:
+    run = Location.of(tmp_path)
+    files = write_ranked(run, kept={5, 70, 131, 300, 489, 520, 700, 999})
+    plain, kept = _around(run, files, rank, 4)
+    assert ranks_of(plain) == list(shown)
+    assert ranks_of(kept) == with_tokens
+
+
+def test_no_row_is_sought_for_its_tokens_where_none_can_be_spelt(tmp_path: Path) -> None:
+    run = Location.of(tmp_path)
+    plain, kept = _around(run, write_ranked(run, kept={1, 2}), 1, 0)
+    assert (len(plain), kept) == (20, [])
+
+
+def test_every_reason_has_its_rows_though_one_fills_the_first_files(tmp_path: Path) -> None:
+    run = Location.of(tmp_path)
+    reasons = [["broken_json"] * 200, ["broken_json"] * 200, ["broken_json", "wrong_type", "wrong_type"]]
+    files = []
+    for number, names in enumerate(reasons):
+        rows = [
+            {"source": "s", "source_file": f"{number}.jsonl", "source_row": row, "reason": reason, "detail": ""}
+            for row, reason in enumerate(names)
+        ]
+        entry = write_parquet(run / "rejects" / f"part-{number}.parquet", pa.Table.from_pylist(rows, schema=REJECTS))
+        files.append(FileEntry(f"rejects/{entry.name}", entry.rows, entry.bytes, entry.sha256))
+    prepared = Manifest("prepare", {}, {"read": 500, "broken_json": 401, "wrong_type": 2}, files)
+    found = _sampled_rejects(run, prepared).to_pandas()
+    assert found["reason"].value_counts().to_dict() == {"broken_json": 50, "wrong_type": 2}
+    assert found[found["reason"] == "broken_json"]["source_file"].tolist() == ["0.jsonl"] * 50
