@@ -82,7 +82,8 @@ def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int |
     else:
         pool = ray.data.ActorPoolStrategy(size=max(1, min(planned.at_start, num_blocks)))
     # Also keeps Ray from fusing what comes before into the actors, where it would not overlap with scoring (2.60).
-    return dataset.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches(
+    # map_batches refuses whole blocks on GPUs (2.60); otherwise it is the same as map_batches_internal.
+    return dataset.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches_internal(
         ScoreRows,
         fn_constructor_kwargs={"scoring": scoring, "cache": base_cache(scoring.preparation.base, config)},
         batch_size=None,

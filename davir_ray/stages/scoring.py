@@ -218,7 +218,8 @@ def _run(
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
         (
             ray.data.read_datasource(source, **source.read_options)
-            .map_batches(
+            # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
+            .map_batches_internal(
                 ScoreShard,
                 fn_constructor_kwargs=scorer | {"tally": tally},
                 batch_size=None,
