@@ -5,14 +5,17 @@ ones while the models run on CPUs.
 """
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from drivers import Driver
+from drivers import PACKAGE, Driver
 from ray.cluster_utils import Cluster
 
 from davir_ray.config import ScoreConfig
@@ -30,6 +33,15 @@ NODES = [
     [{"CPU": 0.5}],
     [],
 ]
+
+
+API_ON_A_GPU = """
+import sys, davir_ray, ray
+from davir_ray.config import ScoreConfig
+rows = ray.data.from_items([{"prompt": "Count.", "response": "one two"}] * 8)
+scored = davir_ray.score(rows, base=sys.argv[1], reference=sys.argv[2], config=ScoreConfig(num_gpus=0.5))
+print(sum(row["status"] == "ok" for row in scored.take_all()))
+"""
 
 
 @pytest.fixture
@@ -116,6 +128,10 @@ def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
         driver.wait_for(lambda: bool((run / "scores").names()), "the first scores", 400)
         late = cluster.add_node(num_cpus=2, num_gpus=1)
         assert driver.finish(800) == 0, driver.output
+        command = [sys.executable, "-c", API_ON_A_GPU, str(options["base"]), str(options["reference"])]
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(PACKAGE)}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ended.stdout.splitlines()[-1:] == ["8"], ended.stderr
     finally:
         cluster.shutdown()
     assert "score: 1 actors (1 to 4) of 1 CPUs and 1 GPUs" in driver.output
