@@ -249,12 +249,20 @@ def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_selection, "STRETCH", 40)
 
 
+@pytest.fixture(scope="module")
+def ranked(ray_session: None) -> ray.data.Dataset:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_ranking, "BIN_ROWS", 40)
+        return davir_ray.rank(in_blocks(made_scores(), 7))
+
+
 @pytest.mark.usefixtures("small_bins")
 @pytest.mark.parametrize("lowest", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_ranks_are_those_of_one_plain_sort(lowest: bool) -> None:
+def test_ranks_are_those_of_one_plain_sort(ranked: ray.data.Dataset, lowest: bool) -> None:
     table = made_scores()
     expected = expected_order(table, lowest)
-    ranked = davir_ray.rank(in_blocks(table, 7), lowest=lowest)
+    if lowest:
+        ranked = davir_ray.rank(in_blocks(table, 7), lowest=True)
     assert ranked.num_blocks() > 4
     found = frame(ranked)
     assert found["mine"].tolist() == expected
@@ -315,13 +323,6 @@ RULES: list[tuple[dict[str, Any], Callable[[pd.DataFrame], int]]] = [
     ({"top_tokens": 10**9}, lambda ranked: 297),
     ({"min_score": 1.0}, lambda ranked: int((ranked["davir"] >= 1).sum())),
 ]
-
-
-@pytest.fixture(scope="module")
-def ranked(ray_session: None) -> ray.data.Dataset:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_ranking, "BIN_ROWS", 40)
-        return davir_ray.rank(in_blocks(made_scores(), 7))
 
 
 @pytest.mark.usefixtures("small_bins")
