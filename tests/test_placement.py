@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from davir_ray.config import ScoreConfig
 from davir_ray.errors import ClusterError, ConfigError
 from davir_ray.manifest import Manifest
-from davir_ray.stages.cluster import pool_size, room_for
+from davir_ray.stages.cluster import LOG_LEVEL, pool_size, room_for
 from davir_ray.stages.scoring import Pool, plan_pool
 from davir_ray.storage import Location
 
@@ -112,10 +112,11 @@ def test_a_number_and_a_range_contradict_each_other() -> None:
 
 @pytest.mark.slow
 def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
-    data_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+    data_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(LOG_LEVEL, "DEBUG")  # of the nodes that start here, and so of their workers
     options = {
-        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 1600, "prepare.shard_rows": 10,
+        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 1200, "prepare.shard_rows": 10,
         "base": make_checkpoint(0, 256, 6), "reference": make_checkpoint(1, 256, 6), "max_bad_fraction": 0.1,
         "output": tmp_path / "run", "output_is_shared": "true", "score.autoscale": "[1, 4]", "select.top_k": 5,
     }  # fmt: skip
@@ -123,7 +124,7 @@ def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         first = cluster.add_node(num_cpus=2, num_gpus=1)
-        environment = {"RAY_ADDRESS": cluster.address, "DAVIR_RAY_LOG_LEVEL": "DEBUG", "RAY_DEDUP_LOGS": "0"}
+        environment = {"RAY_ADDRESS": cluster.address, "RAY_DEDUP_LOGS": "0"}
         driver = Driver("score.py", options, tmp_path / "log", environment)
         driver.wait_for(lambda: bool((run / "scores").names()), "the first scores", 400)
         late = cluster.add_node(num_cpus=2, num_gpus=1)

@@ -16,6 +16,7 @@ import pytest
 from drivers import Driver
 
 from davir_ray.manifest import Manifest
+from davir_ray.stages.cluster import LOG_LEVEL
 from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ def test_two_thousand_shards_leave_no_trace_in_memory(options: dict[str, Any], t
     options |= {"prepare.shard_rows": 1, "score.num_actors": 2, "keep_token_nll": "all"}
     with tempfile.TemporaryDirectory(prefix="r") as temporary:
         driver = Driver(
-            "score.py", options, tmp_path / "log", {"TMPDIR": temporary, "RAY_TMPDIR": temporary, "RAY_DEDUP_LOGS": "0"}
+            "score.py",
+            options,
+            tmp_path / "log",
+            {"TMPDIR": temporary, "RAY_TMPDIR": temporary, "RAY_DEDUP_LOGS": "0", LOG_LEVEL: "DEBUG"},
         )
         # The actors are far ahead of what is written, and end when they are done.
         driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS // 4, "a quarter of the shards", 600)

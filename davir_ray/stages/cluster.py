@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
 
 LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
-"""Environment variable: DEBUG makes workers tell of every shard."""
+"""Environment variable of the workers: DEBUG makes them tell of every shard."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
