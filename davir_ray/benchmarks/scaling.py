@@ -1,5 +1,6 @@
 """The whole scoring stage on a cluster: tokens a second with more actors, and seconds until the first scored shard."""
 
+import json
 import logging
 import os
 import subprocess
@@ -16,7 +17,7 @@ import ray
 import torch
 
 from davir_ray.benchmarks.pipeline import save_pair, write_shards
-from davir_ray.benchmarks.workload import Example, load_examples, load_model
+from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
 from davir_ray.config import Format, Precision, ScoreConfig
 from davir_ray.errors import ConfigError, ProgressError
 from davir_ray.models.checkpoint import Checkpoint, resolve_dtype
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _COMMAND = "import sys; from davir_ray.cli import run_job; from davir_ray.pipeline import run_all; run_job(run_all, '')"
 """What jobs/score.py does."""
 
+_ROWS = "rows.jsonl"
 _PATIENCE_S = 300.0
 
 
@@ -62,7 +64,7 @@ class ScalingBenchmark:
     num_gpus: float | None = None
     """GPUs of an actor, as in scoring."""
     first_shards: int = 3
-    """Times that the command is timed until its first scored shard, the median is told; 0: none."""
+    """Times that the command is timed, with a tiny model, until its first scored shard; the median is told. 0: none."""
     folder: str | None = None
     """Where the files are written, and removed at the end; every node must see it. None: a temporary folder."""
 
@@ -88,7 +90,9 @@ def run(settings: ScalingBenchmark) -> dict[str, Any]:
         pair = save_pair(Path(folder), model)
         with connected():
             rates = {n: _rate(Path(folder), pair, examples, num_tokens, n, settings) for n in settings.actors}
-            first = [_first_shard_seconds(Path(folder), turn) for turn in range(settings.first_shards)]
+            tiny = Path(folder, "tiny")
+            tiny.mkdir()
+            first = [_first_shard_seconds(tiny, turn) for turn in range(settings.first_shards)]
             machine = {"cpus": os.cpu_count(), "cluster": ray.cluster_resources(), "has_gpu": has_gpu()}
     alone = rates[settings.actors[0]] / settings.actors[0]
     return {
@@ -129,11 +133,24 @@ def _rate(
     return rate
 
 
+def _tiny_pair(folder: Path) -> tuple[Path, Path]:
+    """Base and reference of 0.1M parameters with a tokenizer, and the few rows that a timed command scores."""
+    rows = folder / _ROWS
+    rows.write_text('{"prompt": "Count.", "response": "one two three"}\n' * 8)
+    tokenizer = trained_tokenizer(str(rows), 512)
+    shape = {**SMALL_LLAMA, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
+    model, _ = load_model(None, json.dumps(shape), torch.float32, torch.device("cpu"))
+    pair = save_pair(folder, model)
+    for checkpoint in pair:
+        tokenizer.save_pretrained(checkpoint.uri)
+    return Path(pair[0].uri), Path(pair[1].uri)
+
+
 def _first_shard_seconds(folder: Path, turn: int) -> float:
     """From a command in a new process to its first file in scores/, on a cluster that runs already."""
-    data, output = folder / "few.jsonl", folder / f"first-{turn}"
-    data.write_text('{"prompt": "Count.", "response": "one two three"}\n' * 8)
-    options = {"data": data, "format": "prompt_response", "base": folder / "base", "reference": folder / "reference"}
+    output = folder / f"first-{turn}"
+    base, reference = _tiny_pair(folder)
+    options = {"data": folder / _ROWS, "format": "prompt_response", "base": base, "reference": reference}
     options |= {"output": output, "score.num_actors": 1, "select.top_k": 1, "output_is_shared": "true"}
     command = [sys.executable, "-c", _COMMAND, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

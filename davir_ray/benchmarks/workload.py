@@ -139,7 +139,7 @@ def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size
     """The first rows that can be scored, through the same door as in a run."""
     source = Source("benchmark", data, data_format)
     tasks = plan_tasks(list_files(source), 2**62)
-    tokenizer = tokenizer or _trained_tokenizer(data, vocab_size)
+    tokenizer = tokenizer or trained_tokenizer(data, vocab_size)
     reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)
     items = (item for task in tasks for item in reader.read(source, task, None))
     examples = (
@@ -153,7 +153,7 @@ def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size
     return found
 
 
-def _trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the file itself: the model of random weights has none."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
