@@ -9,7 +9,9 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -49,7 +51,8 @@ def parse(argv: list[str], description: str = "") -> RunConfig:
     parser = _parser(description)
     _refuse_repeated(argv)
     try:
-        values = parser.parse_args(argv)
+        with _readable_config(argv):
+            values = parser.parse_args(argv)
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     _replace_rule(values, argv)
@@ -94,6 +97,21 @@ def _let_flags_stand_alone(parser: ArgumentParser) -> None:
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:
             action.nargs, action.const = "?", True
+
+
+@contextmanager
+def _readable_config(argv: list[str]) -> Iterator[None]:
+    """Tell in one line why a configuration file in a store cannot be read."""
+    given = [uri for before, uri in pairwise(argv) if before == "--config"]
+    given += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    if not any("://" in uri for uri in given):
+        yield
+        return
+    from davir_ray.access import check_readable, translated  # late: only here does the command line need a store
+
+    check_readable([(uri, ConfigError) for uri in given])
+    with translated(given[0], ConfigError):
+        yield
 
 
 def _refuse_repeated(argv: list[str]) -> None:

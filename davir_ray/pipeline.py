@@ -69,7 +69,9 @@ def rank_only(config: RunConfig) -> Location:
     probe_output(run)
     with storage_errors(run):
         check_count(config.select, require(run, "score").counts["scored"], "scored")
-        config = dataclasses.replace(_remembered(run), rank=config.rank, select=config.select)
+        before = _remembered(run)
+        shared = config.output_is_shared or before.output_is_shared
+        config = dataclasses.replace(before, rank=config.rank, select=config.select, output_is_shared=shared)
     with _writing(run, config):
         _rank_and_report(run, config)
     return run
@@ -99,10 +101,16 @@ def verify_only(output: str, num_rows: int, seed: int) -> Verification:
     with storage_errors(run):
         require(run, "score")
         config = _remembered(run)
-        base = Checkpoint.find(config.base or "", config.trust_remote_code)
-        reference = Checkpoint.find(config.reference or str(run / "reference"), config.trust_remote_code)
+        base = _scored(run, "base", config.base or "", config.trust_remote_code)
+        reference = _scored(run, "reference", config.reference or str(run / "reference"), config.trust_remote_code)
         with _connected(run, config):
             return verify(run, base, reference, num_rows, seed)
+
+
+def _scored(run: Location, role: str, uri: str, trust_remote_code: bool) -> Checkpoint:
+    """The model that the run was scored with: of the hub the commit, whatever its branch is by now."""
+    commit = require(run, "score").fingerprint[role].get("commit")
+    return Checkpoint.find(f"{uri.partition('@')[0]}@{commit}" if commit else uri, trust_remote_code)
 
 
 def _remembered(run: Location) -> RunConfig:
@@ -120,13 +128,13 @@ def _rank_and_report(run: Location, config: RunConfig) -> None:
     select(run, config.rank, config.select)
     remember(run, dump(config))
     Progress("report").write(run)
-    report(run, config, _tokenizer(config))
+    report(run, config, _tokenizer(run, config))
 
 
-def _tokenizer(config: RunConfig) -> Any:
+def _tokenizer(run: Location, config: RunConfig) -> Any:
     """The base's tokenizer, to spell tokens in the report; None if it cannot be loaded any more."""
     try:
-        return Checkpoint.find(config.base or "", config.trust_remote_code).tokenizer()
+        return _scored(run, "base", config.base or "", config.trust_remote_code).tokenizer()
     except ModelError as error:
         log.warning("the report shows no tokens: %s", error)
         return None
@@ -196,6 +204,8 @@ def _end_told(run: Location) -> Iterator[None]:
     """Leave in progress.json how the run ended; one that is interrupted, or loses its lease, leaves it as it is."""
     try:
         yield
+    except OutputError:  # a refusal: the run that is there did not fail
+        raise
     except Exception as error:
         with suppress(StorageError), storage_errors(run):
             Progress.end(run, "failed", " ".join(f"{error}".split()) or type(error).__name__)

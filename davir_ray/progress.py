@@ -13,6 +13,9 @@ PROGRESS_FILE = "progress.json"
 WINDOW_S = 60.0
 """Rates are of the last minute: what a run did an hour ago says little about its end."""
 
+LEAST_CHANGES = 5
+"""Of what was done, that a rate is taken from: a shard may take longer than a minute."""
+
 State = Literal["running", "complete", "failed"]
 
 
@@ -55,10 +58,11 @@ class Progress:
 
     @classmethod
     def read(cls, run: Location) -> Self | None:
-        """What the last driver wrote; None where none did."""
+        """What the last driver wrote; None where none did. What another version adds is left out."""
         try:
-            return cls(**json.loads((run / PROGRESS_FILE).read_bytes()))
-        except FileNotFoundError:
+            values = json.loads((run / PROGRESS_FILE).read_bytes())
+            return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # or not ours: it only tells
             return None
 
     @classmethod
@@ -98,36 +102,44 @@ class _Reading(NamedTuple):
 
 
 class Pace:
-    """Rates over the last minute of readings."""
+    """Rates from one finished piece of work to another: over the last minute, or more where pieces take longer."""
 
     def __init__(self) -> None:
-        self._readings = deque[_Reading]()
+        self._changes = deque[_Reading]()
+        self._now = 0.0
 
     def add(self, at: float, done: int, tokens: int) -> None:
-        """Read at this moment, in seconds of a clock that never goes back. Nothing is learnt while nothing is done."""
-        last = self._readings[-1] if self._readings else _Reading(at, 0, 0)
-        if done < last.done or tokens < last.tokens:  # a worker that was lost goes on from its last checkpoint
-            self._readings.clear()
-        self._readings.append(_Reading(at, done, tokens))
-        # One reading at or before the window's start stays: a rate needs both ends.
-        while len(self._readings) > 2 and self._readings[1].at <= at - WINDOW_S:
-            self._readings.popleft()
+        """Read at a moment, in seconds of a clock that never goes back."""
+        self._now = at
+        last = self._changes[-1] if self._changes else None
+        if last is not None and (done < last.done or tokens < last.tokens):  # a worker that was lost begins again
+            self._changes.clear()
+        if last is None or (done, tokens) != (last.done, last.tokens):
+            self._changes.append(_Reading(at, done, tokens))
+        if len(self._changes) == 3 and self._changes[0].done == 0:  # the way to the first piece is no work: models load
+            self._changes.popleft()
+        while len(self._changes) > LEAST_CHANGES and self._changes[1].at <= at - WINDOW_S:
+            self._changes.popleft()
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None before two readings differ."""
-        return self._per_second(self._readings[-1].tokens - self._readings[0].tokens) if self._readings else None
+        """None before anything is done."""
+        return self._per_second(self._changes[-1].tokens - self._changes[0].tokens) if self._changes else None
 
-    def seconds_left(self, total: int | None) -> float | None:
-        """Until `total` is done; None where nothing tells."""
-        if total is None or not self._readings:
+    def seconds_left(self, num_left: int | None) -> float | None:
+        """Until so much more is done; None where nothing tells."""
+        if num_left is None or not self._changes:
             return None
-        rate = self._per_second(self._readings[-1].done - self._readings[0].done)
-        return (total - self._readings[-1].done) / rate if rate else None
+        rate = self._per_second(self._changes[-1].done - self._changes[0].done)
+        return num_left / rate if rate else None
 
     def _per_second(self, count: int) -> float | None:
-        seconds = self._readings[-1].at - self._readings[0].at
-        return count / seconds if count > 0 and seconds > 0 else None
+        first, last = self._changes[0], self._changes[-1]
+        if len(self._changes) < 2 or count <= 0:
+            return None
+        usual = (last.at - first.at) / (len(self._changes) - 1)
+        late = max(0.0, self._now - last.at - usual)  # the next piece is over its time
+        return count / (last.at - first.at + late)
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ class Status:
 
     run: str
     state: str
-    """running, complete, failed, or stopped: begun, and no driver is there."""
+    """running, complete, failed, stopped (begun, and no driver is there) or silent (a driver that may be gone)."""
     stages: Mapping[str, Mapping[str, Any]]
     """Counts and seconds of each complete stage."""
     progress: Progress | None
@@ -66,8 +66,7 @@ class Status:
         if self.state == "complete":
             return "complete"
         silent = "" if self.silent_s is None else f", last sign of life {duration(self.silent_s)} ago"
-        gone = self.silent_s is not None and self.silent_s > BEAT_S * MISSED_BEATS
-        return f"running: {self.driver}{silent}{': it may be gone' if gone else ''}"
+        return f"running: {self.driver}{silent}{': it may be gone' if self.state == 'silent' else ''}"
 
 
 def status(output: str) -> Status:
@@ -81,19 +80,20 @@ def status(output: str) -> Status:
         if not manifests and progress is None and holder is None:
             raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")
         stages = {stage: {**found.counts, "seconds": found.seconds} for stage, found in manifests.items()}
+        silent_s = None if holder is None else _seconds_since(run / LEASE_FILE)
         return Status(
             run=str(run),
-            state=_state(progress, holder),
+            state=_state(progress, holder, silent_s),
             stages=stages,
             progress=progress,
             driver=None if holder is None else str(holder),
-            silent_s=None if holder is None else _seconds_since(run / LEASE_FILE),
+            silent_s=silent_s,
         )
 
 
-def _state(progress: Progress | None, holder: Holder | None) -> str:
+def _state(progress: Progress | None, holder: Holder | None, silent_s: float | None) -> str:
     if holder is not None and not holder.is_dead():
-        return "running"
+        return "silent" if silent_s is not None and silent_s > BEAT_S * MISSED_BEATS else "running"
     if progress is not None and progress.state != "running":
         return progress.state
     return "stopped"

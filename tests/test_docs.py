@@ -97,7 +97,7 @@ def test_the_guide_word_by_word(data_folder: Path, make_checkpoint: Callable[...
     assert "⟦" in ran[0]
     assert "estimate" in ran[0]
     assert ran[2].splitlines()[-1] == "complete"
-    assert "verif" in ran[3] or "difference" in ran[3]
+    assert "largest difference" in ran[3]
     (snippet,) = boxes(GUIDE.read_text(), "python")
     ended = subprocess.run(
         [sys.executable, "-c", f"{snippet}\nprint(len(rows), sorted(rows[0]))"], cwd=tmp_path, capture_output=True,

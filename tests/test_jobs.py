@@ -52,6 +52,8 @@ def test_help_shows_the_command_to_submit() -> None:
         ["likelihood", "--json", "/no/such/folder/result.json"],
         ["ranking", "--rows", "many"],
         ["ranking", "--fraction", "2"],
+        ["scaling", "--actors", "[0]"],
+        ["scaling", "--shards_per_actor", "1"],
         ["sorting"],
     ],
 )
@@ -72,6 +74,21 @@ def test_the_benchmark_of_the_kernel_writes_its_result(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert json.loads(ended.stdout) == result
     assert result["pipeline_efficiency"] > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scaling_writes_its_result(tmp_path: Path) -> None:
+    tiny = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
+    tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    ended = run_script(
+        "benchmark.py", "scaling", "--json", str(tmp_path / "result.json"), "--random_init", json.dumps(tiny),
+        "--rows", "20", "--actors", "[1, 2]", "--shards_per_actor", "2", "--first_shards", "1", timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["scaling_efficiency"].keys() == {"1", "2"}
+    assert result["scaling_efficiency"]["1"] == 1.0
+    assert result["seconds_to_first_shard"] > 0
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ ABOVE: dict[str, set[str]] = {
     "report": GROUND | {"formulas", "data"},
     "estimate": GROUND | {"models"},
     "stages": GROUND | {"data", "formulas", "models", "report", "estimate"},
-    "cli": {"config", "errors"},
+    "cli": {"config", "errors", "access"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 

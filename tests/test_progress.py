@@ -18,7 +18,7 @@ def pace_of(readings: list[tuple[float, int, int]]) -> Pace:
 def test_a_steady_run_is_told_its_rate_and_its_end() -> None:
     pace = pace_of([(at, 10 * at, 500 * at) for at in range(0, 300, 5)])
     assert pace.tokens_per_second == pytest.approx(500)
-    assert pace.seconds_left(4950) == pytest.approx(200)
+    assert pace.seconds_left(2000) == pytest.approx(200)
 
 
 def test_only_the_last_minute_counts() -> None:
@@ -27,7 +27,7 @@ def test_only_the_last_minute_counts() -> None:
     slow = [(1000.0 + 5 * step, done + 5 * step, tokens + 50 * step) for step in range(int(WINDOW_S / 5) + 2)]
     pace = pace_of(fast + slow)
     assert pace.tokens_per_second == pytest.approx(10)
-    assert pace.seconds_left(slow[-1][1] + 60) == pytest.approx(60)
+    assert pace.seconds_left(60) == pytest.approx(60)
 
 
 def test_nothing_is_told_where_nothing_is_known() -> None:
@@ -45,7 +45,42 @@ def test_a_step_back_is_no_negative_rate() -> None:
     assert pace.tokens_per_second is None
     pace.add(15.0, 30, 100)
     assert pace.tokens_per_second == pytest.approx(20)
-    assert pace.seconds_left(40) == pytest.approx(5)
+    assert pace.seconds_left(10) == pytest.approx(5)
+
+
+def test_shards_that_take_longer_than_the_window_have_a_steady_rate() -> None:
+    """One shard of 800,000 tokens each 100 s, read every 5 s."""
+    pace = Pace()
+    for at in range(0, 2000, 5):
+        pace.add(at, at // 100, at // 100 * 800_000)
+        if at >= 205:
+            assert pace.tokens_per_second == pytest.approx(8000, rel=0.06)
+
+
+def test_a_rate_falls_while_nothing_more_is_done() -> None:
+    pace = pace_of([(at, at, at) for at in range(0, 100, 5)])
+    rates = []
+    for at in range(100, 1000, 50):
+        pace.add(at, 95, 95)
+        rates.append(pace.tokens_per_second or 0.0)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.1
+
+
+def test_the_time_until_the_first_piece_is_no_work() -> None:
+    pace = pace_of([(0.0, 0, 0), (60.0, 10, 100), (70.0, 20, 200), (80.0, 30, 300)])
+    assert pace.tokens_per_second == pytest.approx(10)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"unit": "rows"}', "null"])
+def test_a_file_that_is_not_ours_is_none(place: Location, content: str) -> None:
+    (place / PROGRESS_FILE).write_text(content)
+    assert Progress.read(place) is None
+
+
+def test_a_file_of_a_later_version_is_read(place: Location) -> None:
+    (place / PROGRESS_FILE).write_text('{"stage": "score", "state": "running", "colour": "red"}')
+    assert Progress.read(place) == Progress("score")
 
 
 @pytest.mark.parametrize(

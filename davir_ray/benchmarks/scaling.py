@@ -19,7 +19,7 @@ import torch
 from davir_ray.benchmarks.pipeline import save_pair, write_shards
 from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
 from davir_ray.config import Format, Precision, ScoreConfig
-from davir_ray.errors import ConfigError, ProgressError
+from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.models.checkpoint import Checkpoint, resolve_dtype
 from davir_ray.stages.cluster import connected, has_gpu
 from davir_ray.stages.scoring import score
@@ -44,7 +44,7 @@ class ScalingBenchmark:
     json: str | None = None
     """File for the result."""
     actors: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Sizes of the pool, one after another; the first is what the others are compared with."""
+    """Sizes of the pool, one after another; the others are compared with the smallest."""
     model: str | None = None
     """Checkpoint to measure: a folder or a hub name; the reference is a copy a small step away."""
     random_init: str | None = None
@@ -89,12 +89,20 @@ def run(settings: ScalingBenchmark) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         pair = save_pair(Path(folder), model)
         with connected():
-            rates = {n: _rate(Path(folder), pair, examples, num_tokens, n, settings) for n in settings.actors}
+            rates = dict[int, float]()
+            for num_actors in settings.actors:
+                try:
+                    rates[num_actors] = _rate(Path(folder), pair, examples, num_tokens, num_actors, settings)
+                except ClusterError as error:  # what was measured before stays
+                    log.warning("benchmark: %d actors were not measured: %s", num_actors, error)
+            if not rates:
+                raise ClusterError(f"none of the pools {settings.actors} fits the cluster; ask for smaller ones")
             tiny = Path(folder, "tiny")
             tiny.mkdir()
             first = [_first_shard_seconds(tiny, turn) for turn in range(settings.first_shards)]
             machine = {"cpus": os.cpu_count(), "cluster": ray.cluster_resources(), "has_gpu": has_gpu()}
-    alone = rates[settings.actors[0]] / settings.actors[0]
+    fewest = min(rates)
+    alone = rates[fewest] / fewest
     return {
         "settings": asdict(settings),
         "machine": machine,
@@ -155,14 +163,16 @@ def _first_shard_seconds(folder: Path, turn: int) -> float:
     command = [sys.executable, "-c", _COMMAND, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     started = time.monotonic()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while not list(output.glob("scores/*.parquet")):
-            if process.poll() is not None or time.monotonic() - started > _PATIENCE_S:
-                raise ProgressError("the timed command scored nothing; run jobs/score.py by hand to see why")
-            time.sleep(0.02)
-        seconds = time.monotonic() - started
-    finally:
-        process.wait()
+    log_file = folder / f"first-{turn}.log"
+    with log_file.open("w") as told:
+        process = subprocess.Popen(command, env=environment, stdout=told, stderr=subprocess.STDOUT)
+    while not list(output.glob("scores/*.parquet")):
+        if process.poll() is not None or time.monotonic() - started > _PATIENCE_S:
+            process.kill()
+            process.wait()
+            raise ProgressError(f"the timed command scored nothing; its last words: {log_file.read_text()[-500:]}")
+        time.sleep(0.02)
+    seconds = time.monotonic() - started
+    process.wait()
     log.info("benchmark: the first shard was scored after %.1f s", seconds)
     return seconds

@@ -209,6 +209,11 @@ class Trainer:
             rate = num_tokens / (time.perf_counter() - started)
             report(StepReport(batch.step, self._total, batch.epoch, batch.ends_epoch, loss, norm, rate, num_tokens))
 
+    @property
+    def step(self) -> int:
+        """The last step that was taken, by this trainer or the one whose state it took over."""
+        return self._step
+
     def summary(self, most_points: int) -> dict[str, Any]:
         """Where the run stands: last step, its loss, and the loss curve, means over equal stretches of steps.
 

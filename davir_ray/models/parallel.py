@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ SHARDS_FILE = "training_state.json"
 _CHECKSUM_FILE = "training_state.sha256"
 
 Weights = dict[str, torch.Tensor]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,22 @@ def _from_first(make: Callable[[], Any]) -> Any:
     if isinstance(box[0], DavirError):
         raise box[0]
     return box[0]
+
+
+def together(work: Callable[[], T]) -> T:
+    """The result of work that each rank does. An error of ours on one rank, such as its node's full disk, is raised on
+    all of them: the others would wait for it in vain.
+    """
+    problem, done = None, None
+    try:
+        done = work()
+    except DavirError as error:
+        problem = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        problem = next((found for found in _from_all(problem) if found is not None), None)
+    if problem is not None:
+        raise problem
+    return cast(T, done)
 
 
 def _from_all(own: Any) -> list[Any]:

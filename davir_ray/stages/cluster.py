@@ -1,7 +1,6 @@
 """What the Ray cluster has, and what is asked of it."""
 
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -148,13 +147,20 @@ def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
 def room_for(num_cpus: float, num_gpus: float) -> int:
     """Actors of this size that the nodes there are now can hold, each on one node.
 
-    At least one CPU stays free: an actor pool that takes the last one starves reads and writes, and the run hangs
-    without an error (tried on 2.60).
+    On one node there is room left for a task of `side_cpus`: an actor pool that takes all starves reads and writes, and
+    the run hangs without an error (tried on 2.60).
     """
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     rooms = [_room_on(node, num_cpus, num_gpus) for node in nodes]
-    left = sum(node.get("CPU", 0.0) for node in nodes) - num_cpus * sum(rooms)
-    return sum(rooms) - max(0, math.ceil((1 - left) / num_cpus))
+    left = [node.get("CPU", 0.0) - num_cpus * room for node, room in zip(nodes, rooms, strict=True)]
+    return sum(rooms) - (max(left, default=0.0) < side_cpus(num_cpus))  # the place of one actor is enough
+
+
+def side_cpus(num_cpus: float) -> float:
+    """CPUs of a task that writes beside actors of this size: it fits where one of them would. One that reads has half,
+    since with equal ones Ray fuses reading into the actor, and nothing overlaps.
+    """
+    return min(1.0, num_cpus)
 
 
 def _room_on(node: dict[str, float], num_cpus: float, num_gpus: float) -> int:

@@ -108,7 +108,8 @@ def prepare(
     log.info("prepare: %d files in %d tasks, %d done before", sum(map(len, files.values())), len(tasks), len(done))
     limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
     try:
-        with tallied(run, _before(done, limits)) as tally:
+        total = limits.total_bytes if preparation.limit is None else None  # how far a limit reaches, nobody knows
+        with tallied(run, _before(done, total)) as tally:
             report = _run(Work(run, reports, tasks, preparation, limits, tally), done)
         _check_books(report, limits)
     except DataError:
@@ -119,13 +120,13 @@ def prepare(
     return manifest
 
 
-def _before(done: dict[int, TaskReport], limits: _Limits) -> Progress:
+def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
     """Where the stage begins: with what an earlier attempt finished."""
     return Progress(
         "prepare",
         unit="bytes",
         done=sum(report.num_bytes for report in done.values()),
-        total=limits.total_bytes,
+        total=total,
         rows=sum(report.num_read for report in done.values()),
         rejects=sum(report.reasons.total() for report in done.values()),
     )

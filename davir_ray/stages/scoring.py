@@ -33,6 +33,7 @@ from davir_ray.stages.cluster import (
     own_errors,
     pool_size,
     room_for,
+    side_cpus,
     whole_block_context,
 )
 from davir_ray.stages.identity import check_ids
@@ -217,7 +218,7 @@ def _run(
     sink = ScoreSink(run, fingerprint, tally.tell)
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
         (
-            ray.data.read_datasource(source, **source.read_options)
+            ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(config.num_cpus) / 2})
             # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
             .map_batches_internal(
                 ScoreShard,
@@ -228,7 +229,7 @@ def _run(
                 num_cpus=config.num_cpus,
                 num_gpus=num_gpus,
             )
-            .write_datasink(sink)
+            .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(config.num_cpus)})
         )
     return sink.shards
 
@@ -258,7 +259,9 @@ def plan_pool(config: ScoreConfig) -> Pool:
         size = pool_size(config.num_actors, config.num_cpus, num_gpus)
         return Pool(size, size, size)
     least, most = config.autoscale
-    return Pool(least, most, min(most, max(least, room_for(config.num_cpus, num_gpus))))
+    room = room_for(config.num_cpus, num_gpus)
+    at_start = min(most, room) if room > 0 else least  # where there is none yet, waiting actors bring the nodes
+    return Pool(min(least, at_start), most, at_start)
 
 
 def num_gpus_of(config: ScoreConfig) -> float:

@@ -15,8 +15,7 @@ from ray.util.metrics import Counter as Metric
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from davir_ray.access import storage_errors
-from davir_ray.errors import StorageError
+from davir_ray.access import explain
 from davir_ray.progress import Pace, Progress
 from davir_ray.storage import Location
 
@@ -30,6 +29,7 @@ _STILL_S = 30.0
 
 _MOST_POINTS = 200
 _ASK_S = 10.0
+_HEARD_S = 1.0
 
 
 class Told(NamedTuple):
@@ -41,6 +41,8 @@ class Told(NamedTuple):
     tokens: int = 0
     rejects: int = 0
     unscored: int = 0
+    before: int = 0
+    """Done by an earlier attempt, in the stage's unit: it counts as done, and for no rate."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _Counts:
         self._begun = set[str]()
         self._retries = 0
         self._points: list[tuple[float, int]] = []
+        self._num_told, self._every = 0, 1
         self._tokens = 0
         self._started = time.monotonic()
         self._metrics = {
@@ -88,15 +91,19 @@ class _Counts:
             if new > old:
                 self._metrics[name].inc(new - old)
         self._tokens += told.tokens - before.tokens
-        self._points.append((time.monotonic() - self._started, self._tokens))
-        if len(self._points) > _MOST_POINTS:
-            self._points = self._points[1::2]
+        self._last = (time.monotonic() - self._started, self._tokens)
+        if self._num_told % self._every == 0:
+            self._points.append(self._last)
+        self._num_told += 1
+        if len(self._points) > _MOST_POINTS:  # evenly thinned over the whole stage
+            self._points, self._every = self._points[::2], 2 * self._every
 
     def sums(self) -> Sums:
         """All that was told."""
         told = Told(*(sum(column) for column in zip(Told(0), *self._told.values(), strict=True)))
-        seconds, tokens = [point[0] for point in self._points], [float(point[1]) for point in self._points]
-        return Sums(told, self._retries, {"seconds": seconds, "tokens": tokens}, self._total)
+        points = self._points if not self._points or self._points[-1] == self._last else [*self._points, self._last]
+        throughput = {"seconds": [at for at, _ in points], "tokens": [float(tokens) for _, tokens in points]}
+        return Sums(told, self._retries, throughput, self._total)
 
 
 class Tally:
@@ -114,7 +121,8 @@ class Tally:
 
     def tell(self, key: str, told: Told, total: int | None = None) -> None:
         """So much of this piece of work is done; `total` where the driver cannot know the stage's."""
-        self._actor.tell.remote(key, told, total)
+        # So that the last word is heard before the stage ends; a tally that does not answer holds nobody up.
+        ray.wait([self._actor.tell.remote(key, told, total)], timeout=_HEARD_S)
 
     def sums(self) -> Sums | None:
         """All that was told; None if the actor does not answer."""
@@ -136,8 +144,10 @@ def tallied(run: Location, start: Progress) -> Iterator[Tally]:
     teller.start()
     try:
         yield tally
-    finally:
-        teller.finish()
+    except BaseException:
+        teller.stop()
+        raise
+    teller.finish()
 
 
 class _Teller:
@@ -150,7 +160,7 @@ class _Teller:
         self._told_done, self._told_at = -1, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
-        self._bar = tqdm(total=start.total, desc=start.stage, unit=start.unit) if sys.stderr.isatty() else None
+        self._bar = _bar(start) if sys.stderr.isatty() else None
 
     def start(self) -> None:
         """Begin to tell."""
@@ -161,21 +171,27 @@ class _Teller:
         while not self._ended.wait(EVERY_S):
             self._ask()
 
+    def stop(self) -> None:
+        """Tell no more: the run may be another driver's by now, or its store away."""
+        self._ended.set()
+        self._thread.join(EVERY_S)
+        if self._bar is not None:
+            self._bar.close()
+
     def finish(self) -> None:
         """The last word."""
         self._ended.set()
         self._thread.join()
         self._ask()
-        if self._bar is not None:
-            self._bar.close()
+        self.stop()
 
     def _ask(self) -> None:
         sums = self._tally.sums()
-        if sums is None:
+        if sums is None or (self._ended.is_set() and self._thread.is_alive()):
             return
         first, told, now = self._first, sums.told, time.monotonic()
-        done = first.done + told.done
-        self._pace.add(now, done, told.tokens)
+        done = first.done + told.before + told.done
+        self._pace.add(now, told.done, told.tokens)
         self._tell(
             replace(
                 first,
@@ -185,7 +201,7 @@ class _Teller:
                 tokens=told.tokens,
                 tokens_per_second=self._pace.tokens_per_second,
                 seconds=now - self._started,
-                seconds_left=self._pace.seconds_left(sums.total),
+                seconds_left=self._pace.seconds_left(None if sums.total is None else sums.total - done),
                 rejects=first.rejects + told.rejects,
                 unscored=first.unscored + told.unscored,
                 retries=sums.retries,
@@ -200,13 +216,18 @@ class _Teller:
             self._bar.set_postfix_str(str(progress).partition(", ")[2], refresh=False)
             self._bar.update(progress.done - self._bar.n)
         try:
-            with storage_errors(self._run):
-                progress.write(self._run)
-        except StorageError as error:  # the stage's own writes will fail, if it lasts
-            log.warning("progress.json could not be written: %s", error)
+            progress.write(self._run)
+        except Exception as error:  # noqa: BLE001  # of any store's library; the stage's own writes will fail, if it lasts
+            log.warning("progress.json could not be written: %s", explain(error, self._run))
 
     def _log(self, progress: Progress) -> None:
         now = time.monotonic()
         if progress.done != self._told_done or now - self._told_at > _STILL_S:
             log.info("%s", progress)
             self._told_done, self._told_at = progress.done, now
+
+
+def _bar(start: Progress) -> "tqdm[Any]":
+    """A bar with our own words behind it: rates of the bar's own would count what was done before."""
+    form = "{desc}: {percentage:3.0f}%|{bar:20}|{postfix}" if start.total else "{desc}:{postfix}"
+    return tqdm(total=start.total, initial=start.done, desc=start.stage, bar_format=form)

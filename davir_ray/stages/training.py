@@ -31,7 +31,7 @@ from davir_ray.models.finetune import (
     save_reference,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
-from davir_ray.models.parallel import sharded, uses_autocast
+from davir_ray.models.parallel import sharded, together, uses_autocast
 from davir_ray.models.self_check import self_check
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
@@ -207,9 +207,7 @@ def _train(training: Training, is_first: bool) -> dict[str, Any]:
     trainer = Trainer(_load(training), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
-            _continue(trainer, Path(state), checkpoint.path)
-    if is_first:
-        training.tally.begin("steps")
+            together(partial(_continue, trainer, Path(state), checkpoint.path))
     trainer.train(_Reporter(training, trainer, is_first=is_first))
     files = _export(training, trainer, "reference", is_first=is_first)
     summary = trainer.summary(_MOST_CURVE_POINTS)
@@ -232,7 +230,7 @@ def _load(training: Training) -> Any:
     # Under an adapter the frozen weights are of the type that scoring will use.
     dtype = torch.float32 if config.lora_rank is None else resolve_dtype(config.precision, device)
     if config.strategy == "ddp":
-        return prepare_model(_make(training, dtype, device))
+        return prepare_model(together(partial(_make, training, dtype, device)))
     make = partial(_make, training, dtype, torch.device("cpu"))
     return sharded(make, device, autocast=uses_autocast(config, device))
 
@@ -254,7 +252,10 @@ class _Reporter:
         self._training = training
         self._trainer = trainer
         self._is_first = is_first
-        self._tokens = 0
+        self._steps = self._tokens = 0
+        if is_first:
+            training.tally.begin("steps")
+            training.tally.tell("steps", Told(0, before=trainer.step))
 
     def __call__(self, report: StepReport) -> None:
         """Every rank reports at the same steps: Ray Train waits for all of them."""
@@ -280,9 +281,10 @@ class _Reporter:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _tell(self, report: StepReport) -> None:
-        """Of all steps up to this one: a worker that continues from a checkpoint did not tell of those before."""
+        self._steps += 1
         self._tokens += report.num_tokens
-        self._training.tally.tell("steps", Told(report.step, tokens=self._tokens), report.total_steps)
+        told = Told(self._steps, tokens=self._tokens, before=report.step - self._steps)
+        self._training.tally.tell("steps", told, report.total_steps)
 
     def _log(self, report: StepReport) -> None:
         if self._is_first:

@@ -91,7 +91,7 @@ def test_a_job_runs_on_both_and_nothing_stays(
     )
     said = submitted.stdout + submitted.stderr
     assert submitted.returncode == 0, said
-    assert "cluster: room for 3 scoring actors" in said, "two nodes of two CPUs, one of the four left for reads"
+    assert "cluster: 3 actors to score" in said, "two nodes of two CPUs, one of the four left for reads"
 
     started = nodes.processes()
     assert {"raylet", "gcs_server"} <= {process.name() for process in started}

@@ -30,7 +30,7 @@ from davir_ray.models.adapter import add_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.finetune import StepReport, Trainer, TrainingSet, plan, save_reference
 from davir_ray.models.likelihood import Likelihood
-from davir_ray.models.parallel import SHARDS_FILE, layers_of, sharded, uses_autocast
+from davir_ray.models.parallel import SHARDS_FILE, layers_of, sharded, together, uses_autocast
 
 VOCABULARY = 61
 """Odd, as no other size here: the rows of two ranks differ in number."""
@@ -183,8 +183,17 @@ def main(rank: int, folder: Path) -> None:
     with pytest.raises(ModelError) as raised:  # rank 0 alone meets it
         sharded(refuse, CPU, autocast=False)
     assert "not a good model" in str(raised.value)
+    with pytest.raises(ModelError, match="the disk of rank 1 is full"):
+        together(partial(fill_disk, rank))
+    assert together(lambda: rank) == rank
     gc.collect()  # what holds the process group must be freed before it is destroyed
     dist.destroy_process_group()
+
+
+def fill_disk(rank: int) -> None:
+    """An error that one node meets, and all must hear of."""
+    if rank == 1:
+        raise ModelError("the disk of rank 1 is full")
 
 
 def refuse() -> Likelihood:

@@ -15,9 +15,10 @@ from object_store.stores import Store, make_user
 
 from davir_ray import lease as lease_module
 from davir_ray.access import check_readable, probe_output
+from davir_ray.cli import parse
 from davir_ray.config import Source
 from davir_ray.data.sources import Slice, list_files, read_records
-from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
+from davir_ray.errors import ConfigError, DataError, IntegrityError, ModelError, OutputError
 from davir_ray.lease import LEASE_FILE, Holder, Lease
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
@@ -177,6 +178,16 @@ def test_a_missing_bucket_is_told() -> None:
         probe_output(Location.of("s3://no-such-bucket/run"))
     with pytest.raises(ModelError, match=r"s3://no-such-bucket/model.*missing bucket"):
         check_readable([("s3://no-such-bucket/model", ModelError)])
+    with pytest.raises(ConfigError, match=r"s3://no-such-bucket/run.yaml.*missing bucket"):
+        parse(["--config", "s3://no-such-bucket/run.yaml"])
+
+
+def test_a_configuration_is_read_from_the_store(place: Location) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml"):
+        parse([f"--config={place}/run.yaml"])
+    (place / "run.yaml").write_text("limit: 7")
+    assert parse([f"--config={place}/run.yaml"]).limit == 7
+    assert parse(["--config", f"{place}/run.yaml", "--limit", "8"]).limit == 8
 
 
 @pytest.mark.usefixtures("used")

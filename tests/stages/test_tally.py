@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from davir_ray.progress import Progress
+from davir_ray.progress import PROGRESS_FILE, Progress
 from davir_ray.stages import tally as module
 from davir_ray.stages.tally import Sums, Tally, Told, tallied
 from davir_ray.storage import Location
@@ -53,7 +54,9 @@ def test_the_throughput_of_a_long_stage_stays_short() -> None:
     throughput = sums_of(tally, lambda sums: sums.told.done == 1000).throughput
     assert 50 < len(throughput["tokens"]) <= 200
     assert throughput["tokens"][-1] == 1000
-    assert throughput["tokens"] == sorted(throughput["tokens"])
+    steps = np.diff(throughput["tokens"])[:-1]
+    assert steps.min() == steps.max(), "evenly over the whole stage"
+    assert throughput["tokens"][0] <= 8
 
 
 def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,12 +69,31 @@ def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tally.tell("a", Told(10, rows=10, tokens=500))
         sums_of(tally, lambda sums: sums.told.done == 10)
         time.sleep(0.5)
-        tally.tell("b", Told(20, rows=20, tokens=1000, unscored=1))
+        tally.tell("b", Told(20, rows=20, tokens=1000, unscored=1, before=2))
         sums_of(tally, lambda sums: sums.told.done == 30)
     last = Progress.read(run)
     assert last is not None
-    assert (last.done, last.total, last.tokens, last.rejects, last.unscored) == (70, 100, 1500, 3, 1)
+    assert (last.done, last.total, last.tokens, last.rejects, last.unscored) == (72, 100, 1500, 3, 1)
     assert last.tokens_per_second is not None
     assert last.tokens_per_second > 0
     assert last.seconds_left is not None
     assert (last.state, last.stage) == ("running", "score")
+
+
+def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run may be another driver's by then."""
+    monkeypatch.setattr(module, "EVERY_S", 0.05)
+    run = Location.of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(run)
+    assert Progress.read(run) == Progress("of another driver")
+
+
+def interrupted(run: Location) -> None:
+    with tallied(run, Progress("score", unit="rows", total=100)) as tally:
+        tally.tell("a", Told(10))
+        module.EVERY_S = 3600.0
+        time.sleep(1)
+        place = run / PROGRESS_FILE
+        place.write_text('{"stage": "of another driver"}')
+        raise KeyboardInterrupt
