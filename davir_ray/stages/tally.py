@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.metrics import Counter as Metric
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from davir_ray.access import explain
 from davir_ray.progress import Pace, Progress
@@ -45,6 +46,10 @@ class Told(NamedTuple):
     """Done by an earlier attempt, in the stage's unit: it counts as done, and for no rate."""
 
 
+_COUNTED = ("rows", "tokens", "rejects", "unscored", "retries")
+"""Ray's metrics of a stage."""
+
+
 @dataclass(frozen=True)
 class Sums:
     """What all workers have told."""
@@ -70,7 +75,7 @@ class _Counts:
         self._started = time.monotonic()
         self._metrics = {
             name: Metric(f"davir_ray_{name}", f"{name} of a stage of davir_ray", tag_keys=("stage",))
-            for name in (*Told._fields, "retries")
+            for name in _COUNTED
         }
         for metric in self._metrics.values():
             metric.set_default_tags({"stage": stage})
@@ -87,9 +92,9 @@ class _Counts:
         before = self._told.get(key, Told(0))
         self._told[key] = told
         self._total = total or self._total
-        for name, new, old in zip(Told._fields, told, before, strict=True):
-            if new > old:
-                self._metrics[name].inc(new - old)
+        for name in _COUNTED:
+            if (more := getattr(told, name, 0) - getattr(before, name, 0)) > 0:
+                self._metrics[name].inc(more)
         self._tokens += told.tokens - before.tokens
         self._last = (time.monotonic() - self._started, self._tokens)
         if self._num_told % self._every == 0:
@@ -161,9 +166,11 @@ class _Teller:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
         self._bar = _bar(start) if sys.stderr.isatty() else None
+        self._lines = logging_redirect_tqdm() if self._bar is not None else nullcontext()
 
     def start(self) -> None:
         """Begin to tell."""
+        self._lines.__enter__()
         self._tell(self._first)
         self._thread.start()
 
@@ -175,6 +182,7 @@ class _Teller:
         """Tell no more: the run may be another driver's by now, or its store away."""
         self._ended.set()
         self._thread.join(EVERY_S)
+        self._lines.__exit__(None, None, None)
         if self._bar is not None:
             self._bar.close()
 
@@ -213,7 +221,7 @@ class _Teller:
             self._log(progress)
         else:
             self._bar.total = progress.total
-            self._bar.set_postfix_str(str(progress).partition(", ")[2], refresh=False)
+            self._bar.set_description_str(str(progress), refresh=False)
             self._bar.update(progress.done - self._bar.n)
         try:
             progress.write(self._run)
@@ -229,5 +237,5 @@ class _Teller:
 
 def _bar(start: Progress) -> "tqdm[Any]":
     """A bar with our own words behind it: rates of the bar's own would count what was done before."""
-    form = "{desc}: {percentage:3.0f}%|{bar:20}|{postfix}" if start.total else "{desc}:{postfix}"
+    form = "|{bar:20}| {desc}" if start.total else "{desc}"
     return tqdm(total=start.total, initial=start.done, desc=start.stage, bar_format=form)

@@ -1,5 +1,6 @@
 """The tally: what is told twice counts once, what is begun twice is a retry, and the file follows."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,21 @@ def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert last.tokens_per_second > 0
     assert last.seconds_left is not None
     assert (last.state, last.stage) == ("running", "score")
+
+
+def test_a_terminal_shows_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "EVERY_S", 0.1)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with tallied(Location.of(tmp_path), Progress("score", unit="rows", done=40, total=100, rejects=3)) as tally:
+        tally.tell("a", Told(60, rows=60, tokens=500))
+        sums_of(tally, lambda sums: sums.told.done == 60)
+        time.sleep(0.5)
+    shown = capsys.readouterr().err
+    assert "| score: 40 of 100 rows (40%), 3 rejects, 0 retries" in shown
+    assert "|████████████████████| score: 100 of 100 rows (100%)" in shown
 
 
 def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
