@@ -75,7 +75,8 @@ def dpo_norm(logprobs: PairLogprobs, beta: float, num_chosen_N: torch.Tensor, nu
 def ipo(logprobs: PairLogprobs, beta: float) -> PairLoss:
     """IPO: (h - 1 / (2 beta))^2 with h the difference of the log-ratios (Azar et al. 2023, equation 17).
 
-    beta is the paper's tau. Its rewards are the log-ratios themselves. The paper sums over tokens; TRL takes means: give it those to agree.
+    beta is the paper's tau. Its rewards are the log-ratios themselves. The paper sums over tokens; TRL takes means:
+    give it those to agree.
     """
     chosen_N = logprobs.policy_chosen_N - logprobs.frozen_chosen_N
     rejected_N = logprobs.policy_rejected_N - logprobs.frozen_rejected_N

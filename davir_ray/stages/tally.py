@@ -220,9 +220,8 @@ class _Teller:
         if self._bar is None:
             self._log(progress)
         else:
-            self._bar.total = progress.total
-            self._bar.set_description_str(str(progress), refresh=False)
-            self._bar.update(progress.done - self._bar.n)
+            self._bar.n, self._bar.total = progress.done, progress.total
+            self._bar.set_description_str(str(progress))
         try:
             progress.write(self._run)
         except Exception as error:  # noqa: BLE001  # of any store's library; the stage's own writes will fail, if it lasts
