@@ -48,7 +48,7 @@ def test_every_row_of_a_hostile_corpus_ends_once(base_folder: Path, reference_fo
     check_books(run, len(scores), len(rejects))
     written = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*")}
     assert written <= {"examples", "rejects", "scores", "ranked", "selected", "duplicates", "jsonl", "manifests"} | {
-        "config.yaml", "report.html", "report.json",
+        "config.yaml", "progress.json", "report.html", "report.json",
     }  # fmt: skip
 
 
