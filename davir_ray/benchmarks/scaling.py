@@ -20,7 +20,7 @@ from davir_ray.benchmarks.pipeline import save_pair, write_shards
 from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
 from davir_ray.config import Format, Precision, ScoreConfig
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
-from davir_ray.models.checkpoint import Checkpoint, resolve_dtype
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.stages.cluster import connected, has_gpu
 from davir_ray.stages.scoring import score
 from davir_ray.storage import Location
@@ -78,35 +78,24 @@ class ScalingBenchmark:
 
 def run(settings: ScalingBenchmark) -> dict[str, Any]:
     """Score with each pool on one warm cluster; returns what goes into the JSON file."""
-    model, tokenizer = load_model(
-        settings.model, settings.random_init, resolve_dtype("float32", torch.device("cpu")), torch.device("cpu")
-    )
+    model, tokenizer = load_model(settings.model, settings.random_init, torch.float32, torch.device("cpu"))
     vocab_size = int(model.config.get_text_config().vocab_size)
     examples, origin = load_examples(
         settings.rows, settings.max_tokens, vocab_size, tokenizer, settings.data, settings.format, []
     )
-    num_tokens = sum(len(example.input_ids) for example in examples)
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         pair = save_pair(Path(folder), model)
         with connected():
-            rates = dict[int, float]()
-            for num_actors in settings.actors:
-                try:
-                    rates[num_actors] = _rate(Path(folder), pair, examples, num_tokens, num_actors, settings)
-                except ClusterError as error:  # what was measured before stays
-                    log.warning("benchmark: %d actors were not measured: %s", num_actors, error)
-            if not rates:
-                raise ClusterError(f"none of the pools {settings.actors} fits the cluster; ask for smaller ones")
-            tiny = Path(folder, "tiny")
-            tiny.mkdir()
-            first = [_first_shard_seconds(tiny, turn) for turn in range(settings.first_shards)]
+            rates = _rates(Path(folder), pair, examples, settings)
+            tiny = _tiny_pair(Path(folder))
+            first = [_first_shard_seconds(*tiny, turn) for turn in range(settings.first_shards)]
             machine = {"cpus": os.cpu_count(), "cluster": ray.cluster_resources(), "has_gpu": has_gpu()}
     fewest = min(rates)
     alone = rates[fewest] / fewest
     return {
         "settings": asdict(settings),
         "machine": machine,
-        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": num_tokens},
+        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": _num_tokens(examples)},
         "tokens_per_second": {str(n): rate for n, rate in rates.items()},
         "scaling_efficiency": {str(n): rate / (n * alone) for n, rate in rates.items()},
         "seconds_to_first_shard": median(first) if first else None,
@@ -114,11 +103,29 @@ def run(settings: ScalingBenchmark) -> dict[str, Any]:
     }
 
 
+def _num_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def _rates(
+    folder: Path, pair: tuple[Checkpoint, Checkpoint], examples: Sequence[Example], settings: ScalingBenchmark
+) -> dict[int, float]:
+    """Tokens a second by size of the pool, of the pools that fit. ClusterError if none does."""
+    rates = dict[int, float]()
+    for num_actors in settings.actors:
+        try:
+            rates[num_actors] = _rate(folder, pair, examples, num_actors, settings)
+        except ClusterError as error:  # what was measured before stays
+            log.warning("benchmark: %d actors were not measured: %s", num_actors, error)
+    if not rates:
+        raise ClusterError(f"none of the pools {settings.actors} fits the cluster; ask for smaller ones")
+    return rates
+
+
 def _rate(
     folder: Path,
     pair: tuple[Checkpoint, Checkpoint],
     examples: Sequence[Example],
-    num_tokens: int,
     num_actors: int,
     settings: ScalingBenchmark,
 ) -> float:
@@ -126,7 +133,7 @@ def _rate(
     run_folder = Location.of(folder / f"run-{num_actors}")
     num_shards = settings.shards_per_actor * num_actors
     write_shards(run_folder, examples, num_shards)
-    # One task at a time for each CPU: a pool that needs more CPUs than there are shares them.
+    # A pool that needs more CPUs than there are shares them.
     config = ScoreConfig(
         num_actors=num_actors,
         num_cpus=min(1.0, (ray.cluster_resources()["CPU"] - 1) / num_actors),
@@ -136,13 +143,15 @@ def _rate(
     score(run_folder, *pair, config, keep_token_nll="none")
     written = sorted(path.stat().st_mtime for path in Path(run_folder.path, "scores").glob("*.parquet"))
     warm = written[num_actors - 1 :]
-    rate = num_tokens * (len(warm) - 1) / (warm[-1] - warm[0])
+    rate = _num_tokens(examples) * (len(warm) - 1) / (warm[-1] - warm[0])
     log.info("benchmark: %d actors, %.0f tokens/s", num_actors, rate)
     return rate
 
 
-def _tiny_pair(folder: Path) -> tuple[Path, Path]:
-    """Base and reference of 0.1M parameters with a tokenizer, and the few rows that a timed command scores."""
+def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
+    """A new folder, and in it a base and a reference with a tokenizer and the few rows that a timed command scores."""
+    folder = parent / "tiny"
+    folder.mkdir()
     rows = folder / _ROWS
     rows.write_text('{"prompt": "Count.", "response": "one two three"}\n' * 8)
     tokenizer = trained_tokenizer(str(rows), 512)
@@ -151,13 +160,12 @@ def _tiny_pair(folder: Path) -> tuple[Path, Path]:
     pair = save_pair(folder, model)
     for checkpoint in pair:
         tokenizer.save_pretrained(checkpoint.uri)
-    return Path(pair[0].uri), Path(pair[1].uri)
+    return folder, Path(pair[0].uri), Path(pair[1].uri)
 
 
-def _first_shard_seconds(folder: Path, turn: int) -> float:
+def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -> float:
     """From a command in a new process to its first file in scores/, on a cluster that runs already."""
     output = folder / f"first-{turn}"
-    base, reference = _tiny_pair(folder)
     options = {"data": folder / _ROWS, "format": "prompt_response", "base": base, "reference": reference}
     options |= {"output": output, "score.num_actors": 1, "select.top_k": 1, "output_is_shared": "true"}
     command = [sys.executable, "-c", _COMMAND, *(f"--{name}={value}" for name, value in options.items())]

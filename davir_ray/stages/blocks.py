@@ -1,6 +1,5 @@
 """A dataset that has run, as its blocks in order: what needs several passes over rows that are in no files."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,11 +7,7 @@ import pyarrow as pa
 import ray.data
 
 from davir_ray.stages.cluster import own_errors, whole_block_context
-
-_TIMEOUT_S = 1800
-"""Seconds without any finished task after which a pass fails instead of hanging."""
-
-Change = Callable[[pa.Table], pa.Table]
+from davir_ray.stages.exchange import TIMEOUT_S, Change
 
 
 class Blocks:
@@ -65,7 +60,7 @@ def _changed(block: pa.Table, change: Change) -> pa.Table:
 
 def _in_order() -> Any:
     """Blocks are neither split nor overtake each other."""
-    context = whole_block_context(_TIMEOUT_S)
+    context = whole_block_context(TIMEOUT_S)
     context.execution_options.preserve_order = True
     return ray.data.DataContext.current(context)
 

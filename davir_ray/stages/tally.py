@@ -70,6 +70,7 @@ class _Counts:
         self._begun = set[str]()
         self._retries = 0
         self._points: list[tuple[float, int]] = []
+        self._last = (0.0, 0)
         self._num_told, self._every = 0, 1
         self._tokens = 0
         self._started = time.monotonic()

@@ -2,10 +2,8 @@
 
 import gc
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_two_ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
@@ -214,16 +213,7 @@ def flip(file: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what two processes have found."""
     folder = tmp_path_factory.mktemp("trained")
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=400)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks(__file__, folder)
     return folder
 
 
