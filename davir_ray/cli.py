@@ -1,4 +1,4 @@
-"""The command line: one YAML file and dotted options → RunConfig; errors → one line and an exit status.
+"""The command line: one YAML file and dotted options → a configuration; errors → one line and an exit status.
 
 Exit status: 0 complete; 2 the user's mistake, in one line; 1 anything else.
 """
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -21,10 +22,13 @@ from davir_ray.errors import ConfigError, DavirError, UserError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+"""The configuration of a job: a frozen dataclass, validated when it is made."""
 
-def run_job(job: Callable[[RunConfig], None], description: str, argv: list[str] | None = None) -> int:
+
+def run_job(job: Callable[[T], None], settings: type[T], description: str, argv: list[str] | None = None) -> int:
     """Parse the command line, run the job, and turn errors into an exit status with a line on standard error."""
-    return exit_status(lambda: job(parse(sys.argv[1:] if argv is None else argv, description)))
+    return exit_status(lambda: job(parse_as(settings, sys.argv[1:] if argv is None else argv, description)))
 
 
 def exit_status(job: Callable[[], None]) -> int:
@@ -43,12 +47,17 @@ def exit_status(job: Callable[[], None]) -> int:
 
 
 def parse(argv: list[str], description: str = "") -> RunConfig:
+    """The configuration of the main job's command line; see parse_as."""
+    return parse_as(RunConfig, argv, description)
+
+
+def parse_as(settings: type[T], argv: list[str], description: str = "") -> T:
     """The validated configuration of a command line; ConfigError for anything misspelt, out of range or repeated.
 
     A selection rule on the command line replaces the file's, so that --select.top_k works beside a file with another
     rule. --help and --print_config print and exit with status 0.
     """
-    parser = _parser(description)
+    parser = _parser(settings, description)
     _refuse_repeated(argv)
     try:
         with _readable_config(argv):
@@ -56,24 +65,24 @@ def parse(argv: list[str], description: str = "") -> RunConfig:
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     _replace_rule(values, argv)
-    return _config(parser, values)
+    return _config(settings, parser, values)
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: Any) -> str:
     """The resolved configuration as YAML that --config accepts."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def load(text: str) -> RunConfig:
+def load(settings: type[T], text: str) -> T:
     """The configuration that `dump` wrote."""
-    parser = _parser("")
+    parser = _parser(settings, "")
     try:
-        return _config(parser, parser.parse_string(text))
+        return _config(settings, parser, parser.parse_string(text))
     except argparse.ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def _parser(description: str) -> ArgumentParser:
+def _parser(settings: type[Any], description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
     parser = ArgumentParser(
         description=description,
@@ -82,14 +91,18 @@ def _parser(description: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these fields; options override it.")
-    parser.add_class_arguments(RunConfig, as_group=False)
+    parser.add_class_arguments(settings, as_group=False)
     _let_flags_stand_alone(parser)
     return parser
 
 
-def _config(parser: ArgumentParser, values: Namespace) -> RunConfig:
+def _config(settings: type[T], parser: ArgumentParser, values: Namespace) -> T:
     filled = parser.instantiate(values)
-    return RunConfig(**{field.name: filled[field.name] for field in dataclasses.fields(RunConfig)})
+    return settings(**{name: filled[name] for name in _field_names(settings)})
+
+
+def _field_names(settings: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(settings)]
 
 
 def _let_flags_stand_alone(parser: ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from davir_ray.errors import ConfigError
 
-Format = Literal["alpaca", "gsm8k", "prompt_response", "messages"]
+Format = Literal["alpaca", "gsm8k", "prompt_response", "messages", "preference"]
 Order = Literal["davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "length", "random"]
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -322,18 +322,31 @@ class EstimateConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Score instruction data by DavIR and select the best part of it."""
+class OutputConfig:
+    """Where a job writes."""
 
     output: str | None = None
     """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
     output_is_shared: bool = False
     """A local output lies on a file system that every node sees; needed where the cluster has several nodes."""
+    overwrite: bool = False
+    """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
+
+    def __post_init__(self) -> None:
+        _check_no_secret("output", self.output)
+
+    def require_output(self) -> None:
+        """Raise ConfigError where no output is given."""
+        if not self.output:
+            raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
+
+
+@dataclass(frozen=True)
+class InputConfig(OutputConfig):
+    """What a job begins with: a base and the data for it."""
+
     base: str | None = None
     """The pre-trained causal language model: a folder or a hub name."""
-    reference: str | None = None
-    """A fine-tune of the base to score against: a checkpoint, or a folder with a peft adapter. None: fine-tune one on
-    the whole set."""
     data: str | list[str] | None = None
     """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs --format."""
     format: Format | None = None
@@ -341,19 +354,13 @@ class RunConfig:
     sources: list[Source] = field(default_factory=list)
     """Several named sources, instead of --data."""
     chat_template: str | None = None
-    """Jinja file with a chat template for the format messages. None: the base's own."""
+    """Jinja file with a chat template for messages. None: the base's own."""
     keep_record: bool = True
     """Keep the source row as JSON in examples and selected."""
-    keep_token_nll: Literal["sample", "all", "none"] = "sample"
-    """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
     max_bad_fraction: float = 0.01
     """Largest share of rejected rows; above it the run stops with the reasons counted."""
     limit: int | None = None
     """Read at most this many records from each source, for a trial. None: all."""
-    dry_run: bool = False
-    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
-    overwrite: bool = False
-    """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub checkpoint."""
     prepare: PrepareConfig = PrepareConfig()
@@ -362,6 +369,51 @@ class RunConfig:
     """The reference fine-tune."""
     score: ScoreConfig = ScoreConfig()
     """The scoring pool."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.data is not None and self.sources:
+            raise ConfigError("both data and sources are given; give exactly one of the two")
+        if (self.data is None) != (self.format is None):
+            given, absent = ("format", "data") if self.data is None else ("data", "format")
+            raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
+        places = {"base": self.base, "chat_template": self.chat_template, "score.base_cache": self.score.base_cache}
+        for name, uri in places.items():
+            _check_no_secret(name, uri)
+        for path in [self.data] if isinstance(self.data, str) else self.data or []:
+            _check_no_secret("data", path)
+        names = [source.name for source in self.sources]
+        for name in names:
+            _check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
+
+    def all_sources(self) -> list[Source]:
+        """The sources, with --data and --format as one source named after its format."""
+        if self.data is None or self.format is None:
+            return self.sources
+        return [Source(name=self.format, path=self.data, format=self.format)]
+
+    def require_input(self) -> None:
+        """Raise ConfigError for the first of output, base and data that is not given."""
+        self.require_output()
+        if not self.base:
+            raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
+        if not self.all_sources():
+            raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
+
+
+@dataclass(frozen=True)
+class RunConfig(InputConfig):
+    """Score instruction data by DavIR and select the best part of it."""
+
+    reference: str | None = None
+    """A fine-tune of the base to score against: a checkpoint, or a folder with a peft adapter. None: fine-tune one on
+    the whole set."""
+    keep_token_nll: Literal["sample", "all", "none"] = "sample"
+    """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
+    dry_run: bool = False
+    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
     rank: RankConfig = RankConfig()
     """The order of the ranking."""
     select: SelectConfig = SelectConfig()
@@ -370,28 +422,17 @@ class RunConfig:
     """What --dry_run reckons with."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
-        if self.data is not None and self.sources:
-            raise ConfigError("both data and sources are given; give exactly one of the two")
-        if (self.data is None) != (self.format is None):
-            given, absent = ("format", "data") if self.data is None else ("data", "format")
-            raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
+        super().__post_init__()
+        _check_no_secret("reference", self.reference)
+        for source in self.all_sources():
+            if source.format == "preference":
+                raise ConfigError(f"source {source.name!r} has the format preference; jobs/align.py trains on pairs")
         if self.select.min_score is not None and self.rank.order == "random":
             raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
         self._check_most()
-        places = {"output": self.output, "base": self.base, "reference": self.reference}
-        places |= {"chat_template": self.chat_template, "score.base_cache": self.score.base_cache}
-        for name, uri in places.items():
-            _check_no_secret(name, uri)
-        for path in [self.data] if isinstance(self.data, str) else self.data or []:
-            _check_no_secret("data", path)
         self._check_source_names()
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
-        names = [source.name for source in self.sources]
-        for name in names:
-            _check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
 
     def _check_source_names(self) -> None:
         """A selection may name only sources that there are; known before hours are spent on a fine-tune."""
@@ -417,21 +458,9 @@ class RunConfig:
         if select.top_k is not None and select.top_k > most:
             raise ConfigError(f"select.top_k is {select.top_k}, but rank.most keeps only {most} ranks; raise rank.most")
 
-    def all_sources(self) -> list[Source]:
-        """The sources, with --data and --format as one source named after its format."""
-        if self.data is None or self.format is None:
-            return self.sources
-        return [Source(name=self.format, path=self.data, format=self.format)]
-
-    def require(self, *names: Literal["output", "base", "data", "select"]) -> None:
-        """Raise ConfigError for the first of the named settings that this job needs and does not have."""
-        if "output" in names and not self.output:
-            raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
-        if "base" in names and not self.base:
-            raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
-        if "data" in names and not self.all_sources():
-            raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
-        if "select" in names and not self.select.rules:
+    def require_select(self) -> None:
+        """Raise ConfigError where no selection rule is given."""
+        if not self.select.rules:
             rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
             raise ConfigError(
                 f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)"

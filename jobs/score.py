@@ -24,4 +24,4 @@ def main(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, __doc__))
+    sys.exit(run_job(main, RunConfig, __doc__))

@@ -41,7 +41,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.setattr("davir_ray.pipeline.finetune", lambda *a, **k: pytest.fail("the fine-tune was started"))
         monkeypatch.setattr("davir_ray.pipeline.score", lambda *a, **k: pytest.fail("scoring was started"))
         capsys.readouterr()
-        assert run_job(lambda config: job(config) and None, "", argv) == 2
+        assert run_job(lambda config: job(config) and None, RunConfig, "", argv) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert err.endswith("\n")
@@ -53,7 +53,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davir_ray.pipeline.connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.output.connected", lambda: pytest.fail("Ray was started"))
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
@@ -168,7 +168,7 @@ def test_a_relative_output_of_a_submitted_job_is_refused(
 
 def test_a_dry_run_prints_examples_and_writes_nothing(good: dict[str, str], ray_session: None) -> None:
     lines: list[str] = []
-    assert run_job(lambda config: lines.extend(dry_run(config)), "", [*words(good), "--dry_run"]) == 0
+    assert run_job(lambda config: lines.extend(dry_run(config)), RunConfig, "", [*words(good), "--dry_run"]) == 0
     assert sum("⟦" in line for line in lines) == 2
     assert not Path(good["--output"]).exists()
 
@@ -233,7 +233,7 @@ def test_a_dumped_configuration_parses_back_to_itself(config: RunConfig, tmp_pat
 @pytest.mark.parametrize("option", ["--help", "--print_config"])
 def test_help_and_print_config_end_with_status_0(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_job(lambda config: pytest.fail("the job was started"), "What it does.", [option])
+        run_job(lambda config: pytest.fail("the job was started"), RunConfig, "What it does.", [option])
     assert ended.value.code == 0
     out = capsys.readouterr().out
     if option == "--help":
@@ -248,4 +248,4 @@ def test_an_error_that_is_not_the_users_is_not_hidden() -> None:
         raise RuntimeError("ours")
 
     with pytest.raises(RuntimeError, match="ours"):
-        run_job(job, "", [])
+        run_job(job, RunConfig, "", [])

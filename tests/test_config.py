@@ -79,7 +79,7 @@ def test_exactly_one_selection_rule() -> None:
     with pytest.raises(ConfigError, match="top_k and top_fraction"):
         SelectConfig(top_k=3, top_fraction=0.1)
     with pytest.raises(ConfigError, match="no selection rule"):
-        RunConfig().require("select")
+        RunConfig().require_select()
 
 
 def test_min_score_has_no_meaning_for_a_random_order() -> None:
@@ -103,10 +103,18 @@ def test_data_is_one_source_named_after_its_format() -> None:
     assert config.all_sources() == [Source("gsm8k", ["x", "y"], "gsm8k")]
 
 
-@pytest.mark.parametrize("name", ["output", "base", "data", "select"])
-def test_what_a_job_needs_is_asked_for_by_its_option(name: Any) -> None:
-    with pytest.raises(ConfigError, match=f"--{name}"):
-        RunConfig().require(name)
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [({}, "--output"), ({"output": "o"}, "--base"), ({"output": "o", "base": "b"}, "--data")],
+)
+def test_what_a_job_needs_is_asked_for_by_its_option(given: dict[str, str], asked: str) -> None:
+    with pytest.raises(ConfigError, match=asked):
+        RunConfig(**given).require_input()
+
+
+def test_pairs_are_not_for_the_main_job() -> None:
+    with pytest.raises(ConfigError, match=r"jobs/align\.py"):
+        RunConfig(data="pairs.jsonl", format="preference")
 
 
 @pytest.mark.parametrize(

@@ -491,7 +491,7 @@ def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
 @pytest.fixture
 def untouched_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where Ray would be connected."""
-    monkeypatch.setattr("davir_ray.pipeline.connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.output.connected", lambda: pytest.fail("Ray was started"))
 
 
 def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, target: Path) -> Path:

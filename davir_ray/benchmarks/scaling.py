@@ -27,7 +27,12 @@ from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)
 
-_COMMAND = "import sys; from davir_ray.cli import run_job; from davir_ray.pipeline import run_all; run_job(run_all, '')"
+_COMMAND = """
+from davir_ray.cli import run_job
+from davir_ray.config import RunConfig
+from davir_ray.pipeline import run_all
+run_job(run_all, RunConfig, "")
+"""
 """What jobs/score.py does."""
 
 _ROWS = "rows.jsonl"
