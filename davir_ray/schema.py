@@ -21,9 +21,18 @@ class RejectReason(StrEnum):
     EMPTY_RESPONSE = "empty_response"  # nothing to score: empty or white space only
     PROMPT_TOO_LONG = "prompt_too_long"  # the prompt alone fills the token limit
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text spells a special token that cannot be encoded as text
+    NO_COMMON_PROMPT = "no_common_prompt"  # a pair whose responses do not follow the same prompt
+    EQUAL_RESPONSES = "equal_responses"  # a pair whose chosen response is the rejected one: nothing is preferred
     BAD_CONVERSATION = "bad_conversation"  # the chat template refuses the messages, or no assistant turn is found
     EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
     UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost
+
+
+class Role(StrEnum):
+    """Which response of a pair an example holds."""
+
+    CHOSEN = "chosen"
+    REJECTED = "rejected"
 
 
 class Status(StrEnum):
@@ -81,6 +90,10 @@ _TOKENS = [
     Column("response_spans", pa.list_(pa.int32()), "(start, end) pairs into input_ids, end exclusive; what is scored"),
 ]
 _RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
+_PAIR = [
+    Column("pair_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
+    Column("role", pa.string(), "chosen or rejected; the two rows of a pair stand one after the other, in this order"),
+]
 _REJECT = [
     Column("reason", pa.string(), "why the row was rejected (see RejectReason)"),
     Column("detail", pa.string(), "the particulars, for the person who mends the data"),
@@ -89,6 +102,7 @@ _REJECT = [
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
 COLUMNS = {
     "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
+    "pairs": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS, *_PAIR],
     "rejects": [_ID[2], *_ORIGIN, *_REJECT],
     "scores": _SCORES,
     "ranked": [*_RANK, *_SCORES],
@@ -101,6 +115,8 @@ def _schema(folder: str) -> pa.Schema:
 
 
 EXAMPLES = _schema("examples")
+PAIRS = _schema("pairs")
+"""examples/ of preference data; example_id is made of the role, too."""
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")
 RANKED = _schema("ranked")
