@@ -86,6 +86,8 @@ class FinetuneConfig:
 
     epochs: int = 3
     """Passes over the examples."""
+    max_steps: int | None = None
+    """Optimiser steps instead of epochs: as many passes as they take, the last one cut. None: epochs decides."""
     batch_size: int = 128
     """Examples in a global batch, over all workers; one optimiser step each."""
     learning_rate: float = 2e-5
@@ -129,8 +131,9 @@ class FinetuneConfig:
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        packed = self.tokens_per_pack
-        _check(packed is None or packed >= 1, "finetune.tokens_per_pack", packed, "at least 1")
+        for name in ("tokens_per_pack", "max_steps"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
         for name in ("epochs", "batch_size", "num_workers", "num_cpus", "checkpoint_every_steps"):
             _check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):

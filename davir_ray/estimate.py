@@ -67,10 +67,13 @@ def estimate(size: ModelSize, data: DataSize, shard_rows: int, finetune: Finetun
     else:  # the frozen weights get no gradient of their own
         trained, passes = finetune.lora_rank * size.linear_edges, 2
     passes += finetune.gradient_checkpointing
+    epochs = float(finetune.epochs)
+    if finetune.max_steps is not None:
+        epochs = finetune.max_steps * finetune.batch_size / max(1, data.num_examples)
     return Estimate(
         data,
         num_shards,
-        finetune.epochs * passes * forward,
+        epochs * passes * forward,
         2 * forward,
         2.0 * _ADAM_BYTES * trained,
         4.0 * trained,

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -115,19 +116,24 @@ class Batch:
     ends_epoch: bool
 
 
-def plan(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[Batch]:
+def plan(num_examples: int, batch_size: int, epochs: int, seed: int, max_steps: int | None = None) -> Iterator[Batch]:
     """Every global batch of the run, in order: each epoch a permutation drawn from (seed, epoch)."""
+    return islice(_batches(num_examples, batch_size, seed), num_steps(num_examples, batch_size, epochs, max_steps))
+
+
+def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Epoch after epoch without an end."""
     step = 0
-    for epoch in range(1, epochs + 1):
+    for epoch in count(1):
         order = np.random.default_rng([seed, epoch]).permutation(num_examples)
         for start in range(0, num_examples, batch_size):
             step += 1
             yield Batch(step, epoch, order[start : start + batch_size], start + batch_size >= num_examples)
 
 
-def num_steps(num_examples: int, batch_size: int, epochs: int) -> int:
-    """Optimiser steps of the run."""
-    return epochs * math.ceil(num_examples / batch_size)
+def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int | None = None) -> int:
+    """Optimiser steps of the run: `max_steps`, or so many epochs."""
+    return max_steps or epochs * math.ceil(num_examples / batch_size)
 
 
 def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
@@ -177,7 +183,7 @@ class Trainer:
         self._budget = config.tokens_per_pack or TOKENS_PER_PACK[self._device.type]
         self._step = 0
         self._losses: list[float] = []
-        self._total = num_steps(len(examples), config.batch_size, config.epochs)
+        self._total = num_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
         self._autocast = uses_autocast(config, self._device)
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
@@ -198,7 +204,7 @@ class Trainer:
         """Run every step after the current position; `report` is called after each, on every rank."""
         self._module.train()
         config = self._config
-        for batch in plan(len(self._examples), config.batch_size, config.epochs, config.seed):
+        for batch in plan(len(self._examples), config.batch_size, config.epochs, config.seed, config.max_steps):
             if batch.step <= self._step:
                 continue
             started = time.perf_counter()

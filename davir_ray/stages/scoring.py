@@ -73,11 +73,16 @@ def score(
     config: ScoreConfig,
     *,
     keep_token_nll: str = "sample",
+    examples_of: Location | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Score every example with both models; rows of scores/ stand in the order of examples/."""
+    """Score every example with both models; rows of scores/ stand in the order of examples/.
+
+    `examples_of` is the run that holds the examples; None: this one.
+    """
     started = time.monotonic()
-    prepared = require(run, "prepare")
+    holder = examples_of or run
+    prepared = require(holder, "prepare")
     num_rows = prepared.counts["prepared"]
     settings = _settings(config, keep_token_nll, num_rows)
     fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
@@ -86,9 +91,10 @@ def score(
     committed = _committed(run, prepared, fingerprint, overwrite)
     pending = _pending(prepared, committed)
     log.info("score: %d shards to score, %d already scored", len(pending), len(committed))
+    source = Shards(pending, partial(read_named, holder / "examples", INPUT_COLUMNS))
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
     with tallied(run, _before(prepared, committed)) as tally:
-        scored = _run(run, pending, scorer, config, json.dumps(fingerprint), tally) if pending else []
+        scored = _run(run, source, scorer, config, json.dumps(fingerprint), tally) if pending else []
         sums = tally.sums()
     shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
     check_ids(run, [shard.entry for shard in shards])
@@ -204,7 +210,7 @@ def _pending(prepared: Manifest, committed: list[ScoredShard]) -> list[FileEntry
 
 def _run(
     run: Location,
-    pending: list[FileEntry],
+    source: Shards,
     scorer: dict[str, Any],
     config: ScoreConfig,
     fingerprint: str,
@@ -212,9 +218,8 @@ def _run(
 ) -> list[ScoredShard]:
     """The stream: read a shard, score it in an actor, write its file. `scorer` holds the arguments of Scorer."""
     num_gpus = num_gpus_of(config)
-    pool = plan_pool(config).at_most(len(pending))
+    pool = plan_pool(config).at_most(source.num_tasks)
     log.info("score: %s of %g CPUs and %g GPUs", pool, config.num_cpus, num_gpus)
-    source = Shards(pending, partial(read_named, run / "examples", INPUT_COLUMNS))
     sink = ScoreSink(run, fingerprint, tally.tell)
     with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
         (

@@ -99,10 +99,7 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
     mark = digest(fingerprint)
     if config.drop_duplicates:
         find_duplicates(run, ranked.files_in("ranked"))
-    choice = Choice(run, rank_config, config, {})
-    counted = _count(choice, ranked.files_in("ranked"))
-    eligible = [row for row in counted if row["what"] == _ELIGIBLE]
-    choice = Choice(run, rank_config, config, limits_by_file(eligible, config))
+    choice, counted = choose(run, rank_config, config, ranked.files_in("ranked"))
     plan = _plan(choice, ranked.files_in("ranked"))
     files = exchange(
         Shards(scored.files_in("scores"), partial(_read_with_text, plan)),
@@ -122,6 +119,15 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
     return manifest
 
 
+def choose(
+    run: Location, rank_config: RankConfig, config: SelectConfig, files: list[FileEntry]
+) -> tuple[Choice, list[dict[str, Any]]]:
+    """What the rule takes of each file of ranked/, and the rows that were counted to know it."""
+    counted = _count(Choice(run, rank_config, config, {}), files)
+    eligible = [row for row in counted if row["what"] == _ELIGIBLE]
+    return Choice(run, rank_config, config, limits_by_file(eligible, config)), counted
+
+
 def check_count(config: SelectConfig, num_rows: int, what: str) -> None:
     """Raise ConfigError if more rows are to be selected than there are: known before any model is loaded."""
     wanted = {"select.top_k": config.top_k or 0, "the sum of select.quotas": sum(config.quotas.values())}
@@ -130,7 +136,8 @@ def check_count(config: SelectConfig, num_rows: int, what: str) -> None:
             raise ConfigError(f"{name} is {rows}, but only {num_rows} rows are {what}; ask for fewer")
 
 
-def _read_ranked(folder: Location, rank_config: RankConfig, name: str) -> pa.Table:
+def read_ranked(folder: Location, rank_config: RankConfig, name: str) -> pa.Table:
+    """What a choice looks at of a file of ranked/, and the file's name in each row."""
     columns = {"rank", "source", "num_response_tokens", *key_columns(rank_config)}
     table = read_parquet(folder / name, sorted(columns))
     return table.append_column("name", pa.repeat(name, table.num_rows))
@@ -138,7 +145,7 @@ def _read_ranked(folder: Location, rank_config: RankConfig, name: str) -> pa.Tab
 
 def _count(choice: Choice, files: list[FileEntry]) -> list[dict[str, Any]]:
     """Rows and scored tokens of each file: by filter for those left out, by group for the others."""
-    ranked = Shards(files, partial(_read_ranked, choice.run / "ranked", choice.rank_config))
+    ranked = Shards(files, partial(read_ranked, choice.run / "ranked", choice.rank_config))
     return list(collect(ranked, partial(_count_file, choice=choice), _COUNTED).sort_by("name").to_pylist())
 
 
@@ -159,7 +166,7 @@ def _count_file(table: pa.Table, choice: Choice) -> pa.Table:
 def _plan(choice: Choice, files: list[FileEntry]) -> Plan:
     """Find the selected rows: their number, the keys that cut them into files, the last of each group."""
     needed = [entry for entry in files if entry.name in choice.limits]
-    ranked = Shards(needed, partial(_read_ranked, choice.run / "ranked", choice.rank_config))
+    ranked = Shards(needed, partial(read_ranked, choice.run / "ranked", choice.rank_config))
     chosen = collect(ranked, partial(_choose_in_file, choice=choice, bin_rows=BIN_ROWS), _CHOSEN).to_pylist()
     groups: dict[str, Totals] = defaultdict(Totals)
     sources: dict[str, Totals] = defaultdict(Totals)
@@ -250,7 +257,7 @@ def _write_bin(group: pa.Table, plan: Plan, metadata: dict[bytes, bytes]) -> pa.
     """Write one file of selected/: the rows of ranked/ that are selected, with the text that came for them."""
     number = int(group["bin"][0].as_py())
     name, start, rows = plan.files[number], plan.starts[number], plan.rows[number]
-    ranked = _read_ranked(plan.choice.run / "ranked", plan.choice.rank_config, name)
+    ranked = read_ranked(plan.choice.run / "ranked", plan.choice.rank_config, name)
     ranked = ranked.filter(pa.array(plan.choice.selected(ranked, name))).slice(start, rows)
     at = pc.index_in(ranked["example_id"], value_set=group["example_id"].combine_chunks())
     if at.null_count or ranked.num_rows != rows:

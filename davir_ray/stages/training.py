@@ -69,6 +69,7 @@ class Training:
     """What a worker needs to know."""
 
     run: Location
+    examples: Location
     base: Checkpoint
     config: FinetuneConfig
     shards: list[str]
@@ -77,11 +78,21 @@ class Training:
 
 
 def finetune(
-    run: Location, base: Checkpoint, config: FinetuneConfig, spec: dict[str, Any], *, overwrite: bool = False
+    run: Location,
+    base: Checkpoint,
+    config: FinetuneConfig,
+    spec: dict[str, Any],
+    *,
+    examples_of: Location | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
-    """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec."""
+    """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec.
+
+    `examples_of` is the run that holds the examples; None: this one.
+    """
     started = time.monotonic()
-    prepared = require(run, "prepare")
+    holder = examples_of or run
+    prepared = require(holder, "prepare")
     fingerprint = _fingerprint(base, config, prepared)
     if done := completed(run, "finetune", fingerprint, overwrite=overwrite):
         (run / "checkpoints").remove()  # left where the driver died just after the manifest
@@ -92,7 +103,8 @@ def finetune(
     shards = [entry.name for entry in prepared.files_in("examples")]
     try:
         with tallied(run, Progress("finetune", unit="steps", rejects=prepared.counts["rejected"])) as tally:
-            metrics = _fit(Training(run, base, config, shards, spec, tally), name=digest(fingerprint)[:16])
+            training = Training(run, holder / "examples", base, config, shards, spec, tally)
+            metrics = _fit(training, name=digest(fingerprint)[:16])
     except UserError:
         note_attempt(run, "checkpoints", fingerprint, binding=False)  # the user is told to change the settings
         raise
@@ -111,13 +123,17 @@ def finetune(
 
 
 def _fingerprint(base: Checkpoint, config: FinetuneConfig, prepared: Manifest) -> dict[str, Any]:
-    recipe = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_CONTENT}
     return {
         "base": base.weights_digest(),
         "examples": prepared.content,
-        "recipe": recipe,
+        "recipe": what_matters(config),
         "numerics": NUMERICS_VERSION,
     }
+
+
+def what_matters(config: FinetuneConfig) -> dict[str, Any]:
+    """Settings that the reference depends on."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_CONTENT}
 
 
 def _fit(training: Training, name: str) -> dict[str, Any]:
@@ -202,8 +218,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
 def _train(training: Training, is_first: bool) -> dict[str, Any]:
     """Train to the end; rank 0 writes the reference."""
-    folder = training.run / "examples"
-    examples = TrainingSet.of(read_parquet(folder / name, TRAINING_COLUMNS) for name in training.shards)
+    examples = TrainingSet.of(read_parquet(training.examples / name, TRAINING_COLUMNS) for name in training.shards)
     trainer = Trainer(_load(training), examples, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
