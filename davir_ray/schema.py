@@ -90,7 +90,7 @@ _TOKENS = [
     Column("response_spans", pa.list_(pa.int32()), "(start, end) pairs into input_ids, end exclusive; what is scored"),
 ]
 _RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
-_PAIR = [
+PAIR_COLUMNS = [
     Column("pair_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair stand one after the other, in this order"),
 ]
@@ -102,7 +102,6 @@ _REJECT = [
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
 COLUMNS = {
     "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
-    "pairs": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS, *_PAIR],
     "rejects": [_ID[2], *_ORIGIN, *_REJECT],
     "scores": _SCORES,
     "ranked": [*_RANK, *_SCORES],
@@ -115,7 +114,7 @@ def _schema(folder: str) -> pa.Schema:
 
 
 EXAMPLES = _schema("examples")
-PAIRS = _schema("pairs")
+PAIRS = pa.schema([*EXAMPLES, *(pa.field(column.name, column.type) for column in PAIR_COLUMNS)])
 """examples/ of preference data; example_id is made of the role, too."""
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")

@@ -5,8 +5,8 @@ questions), and its mean over the seeds. Two things vary, and both count:
 
 - Which examples were held out. They are resampled (bootstrap), the same draws for all arms, which stay paired.
 - Which model came out: one for each seed. Three seeds cannot be resampled (the percentiles of a bootstrap of three
-  numbers are their least and greatest, which hold the mean three times in four), so their part is drawn from Student's t
-  around their mean, with their standard error and S - 1 degrees of freedom.
+  numbers are their least and greatest, which hold the mean three times in four), so their part is drawn from
+  Student's t around their mean, with their standard error and S - 1 degrees of freedom.
 
 An arm whose rows are drawn anew for each seed varies with the draw. An arm that is one set of rows, such as a
 selection, does not, and against a drawn arm the question is whether it does better than one more draw would: the

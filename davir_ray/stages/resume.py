@@ -17,13 +17,15 @@ log = logging.getLogger(__name__)
 
 FOLDERS = {
     "prepare": ("examples", "rejects", "prepare_tasks"),
+    "freeze": ("frozen",),
+    "align": ("checkpoints", "policy", "policy_epochs"),
     "finetune": ("checkpoints", "reference", "reference_epochs"),
     "score": ("scores",),
     "rank": ("ranked",),
     "select": ("selected", "duplicates", "mixture", "jsonl"),
     "report": ("report.html", "report.json"),
 }
-"""What each stage owns in a run, in the order of the stages."""
+"""What each stage owns in a run, in the order of the stages; no run has both align and finetune."""
 
 CONFIG_FILE = "config.yaml"
 CONFIG_HEAD = (
