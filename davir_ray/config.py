@@ -206,6 +206,24 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """Greedy generation with a pool of actors, whose size and precision are those of scoring."""
+
+    max_new_tokens: int = 512
+    """Limit of a generated text in tokens; one that reaches it is not finished."""
+    tokens_per_batch: int | None = None
+    """Token budget of one batch, prompts and all new tokens; halved on its own when the device runs out of memory.
+    None: by device."""
+    sources: list[str] = field(default_factory=list)
+    """Generate for the examples of these sources only. Empty: all."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_new_tokens >= 1, "generate.max_new_tokens", self.max_new_tokens, "at least 1")
+        batch = self.tokens_per_batch
+        _check(batch is None or batch >= 1, "generate.tokens_per_batch", batch, "at least 1")
+
+
+@dataclass(frozen=True)
 class RankConfig:
     """The order of the ranking; every baseline of the paper is one option away."""
 

@@ -1,7 +1,7 @@
 """Every column that a stage writes, once: name, Arrow type, unit and meaning; reasons and statuses as closed lists.
 
-The stages hand each other Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`), so
-this file is the contract between them and with whoever reads the output.
+The stages hand each other Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
+`GENERATIONS`, `MATCHES`), so this file is the contract between them and with whoever reads the output.
 """
 
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class Role(StrEnum):
 
 
 class Status(StrEnum):
-    """Whether an example has a score; anything but OK means that `davir` is null."""
+    """Whether an example has a score, or a generated text; anything but OK means that `davir`, or `output`, is null."""
 
     OK = "ok"
-    NO_PREDICTOR = "no_predictor"  # the first scored token has nothing before it (empty prompt, model without BOS)
+    NO_PREDICTOR = "no_predictor"  # the first token has nothing before it (empty prompt, model without BOS)
     ZERO_BASE_NLL = "zero_base_nll"  # base_nll is 0: the ratio is not defined
     NON_FINITE_NLL = "non_finite_nll"  # a model returned NaN or infinity
     OUT_OF_MEMORY = "out_of_memory"  # did not fit the device even alone in its pack
@@ -73,13 +73,14 @@ _COUNTS = [
     Column("num_response_tokens", pa.int32(), "scored tokens, the end-of-sequence token included"),
     Column("truncated", pa.bool_(), "the response's tail was cut at the token limit (then no end token is scored)"),
 ]
+_STATUS = Column("status", pa.string(), "ok, or why there is no score, or no text (see Status)")
 _LOSSES = [
     Column("base_nll", pa.float64(), "nats, summed over the scored tokens, under the base"),
     Column("reference_nll", pa.float64(), "nats, summed over the scored tokens, under the reference"),
     Column("davir", pa.float64(), "(base_nll - reference_nll) / base_nll; null unless status is ok"),
     Column("rho_sum", pa.float64(), "base_nll - reference_nll, nats"),
     Column("rho_mean", pa.float64(), "(base_nll - reference_nll) / num_response_tokens, nats a token"),
-    Column("status", pa.string(), "ok, or why there is no score (see Status)"),
+    _STATUS,
 ]
 _TOKEN_LOSSES = [
     Column("base_token_nll", pa.list_(pa.float32()), "nats for each scored token, in order; null where not kept"),
@@ -99,6 +100,21 @@ _REJECT = [
     Column("detail", pa.string(), "the particulars, for the person who mends the data"),
 ]
 
+_GENERATED = [
+    Column("output", pa.string(), "the text that the model generated; null unless status is ok"),
+    Column("num_new_tokens", pa.int32(), "tokens generated, the end-of-sequence token included"),
+    Column("finished", pa.bool_(), "ended by an end-of-sequence token, not by the limit of new tokens"),
+]
+_MATCHED = [
+    Column("expected", pa.string(), "the number that the response gives as its answer; null where it gives none"),
+    Column(
+        "strict_answer", pa.string(), "the number that the output marks as its answer (#### or boxed); null if none"
+    ),
+    Column("flexible_answer", pa.string(), "the marked number, else the one stated, else the last one; null if none"),
+    Column("strict", pa.bool_(), "strict_answer equals expected; null where none is expected or no text is"),
+    Column("flexible", pa.bool_(), "flexible_answer equals expected; null where none is expected or no text is"),
+]
+
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
 COLUMNS = {
     "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
@@ -106,6 +122,8 @@ COLUMNS = {
     "scores": _SCORES,
     "ranked": [*_RANK, *_SCORES],
     "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],
+    "generations": [_ID[0], _ID[2], *_GENERATED, _STATUS],
+    "matches": [_ID[0], _ID[2], *_MATCHED, _STATUS],
 }
 
 
@@ -120,3 +138,5 @@ REJECTS = _schema("rejects")
 SCORES = _schema("scores")
 RANKED = _schema("ranked")
 SELECTED = _schema("selected")
+GENERATIONS = _schema("generations")
+MATCHES = _schema("matches")

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import torch
 import transformers
 
-from davir_ray.data.packing import pack
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.ranking import seed_from
@@ -24,6 +23,7 @@ from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
 from davir_ray.models.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.memory import in_packs
 from davir_ray.models.self_check import probe, self_check
 from davir_ray.schema import SCORES, Status
 
@@ -234,18 +234,8 @@ class _PackRun:
 
     def __call__(self, rows: npt.NDArray[np.int64], budget: int) -> None:
         """Compute the losses of some rows."""
-        self._run(rows, budget)
+        self.smallest_budget = in_packs(self._fits, rows, self._lengths, self._ids, budget)
         self._collect()
-
-    def _run(self, rows: npt.NDArray[np.int64], budget: int) -> None:
-        packs = pack(self._lengths[rows], self._ids[rows], budget)
-        for number, part in enumerate(packs):
-            if not self._fits(rows[part]) and len(part) > 1:
-                half = max(1, min(budget, int(self._lengths[rows[part]].sum())) // 2)
-                log.warning("out of memory with %d examples in a pack; going on with %d tokens", len(part), half)
-                self.smallest_budget = min(half, self.smallest_budget or half)
-                self._run(rows[np.concatenate(packs[number:])], half)
-                return
 
     def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
         """Start a pack; false if the device has no room for it."""

@@ -24,8 +24,13 @@ FOLDERS = {
     "rank": ("ranked",),
     "select": ("selected", "duplicates", "mixture", "jsonl"),
     "report": ("report.html", "report.json"),
+    "generate": ("generations",),
+    "match": ("matches",),
 }
 """What each stage owns in a run, in the order of the stages; no run has both align and finetune."""
+
+MEASURES = ("generate", "match")
+"""Stages that follow prepare only: no score, ranking or report depends on them, nor they on one."""
 
 CONFIG_FILE = "config.yaml"
 CONFIG_HEAD = (
@@ -35,7 +40,7 @@ CONFIG_HEAD = (
 _MOST_TOLD = 5
 """Differences named in one message."""
 
-_REDONE_FREELY = ("rank", "select", "report")
+_REDONE_FREELY = ("rank", "select", "report", "match")
 
 _ATTEMPT = "attempt.json"
 """What an unfinished stage works with."""
@@ -142,7 +147,9 @@ def remember(run: Location, config: str) -> None:
 def from_stage(stage: str) -> list[str]:
     """The stage and all that follow it."""
     stages = list(FOLDERS)
-    return stages[stages.index(stage) :]
+    following = stages[stages.index(stage) :]
+    depends = stage == "prepare" or stage in MEASURES
+    return following if depends else [name for name in following if name not in MEASURES]
 
 
 def clear(run: Location, stage: str) -> None:
