@@ -513,10 +513,6 @@ class RunConfig(InputConfig):
 class AlignRunConfig(InputConfig):
     """Train a policy on preference pairs by DavIR-DPO, or by the losses that it is compared with."""
 
-    format: Format | None = "preference"
-    """Format of --data: preference."""
-    max_bad_fraction: float = 0.01
-    """Largest share of rejected pairs; above it the run stops with the reasons counted."""
     prepare: PrepareConfig = PrepareConfig(max_tokens=1024)
     """From raw records to tokenised pairs."""
     finetune: FinetuneConfig = FinetuneConfig(epochs=1, batch_size=64, learning_rate=5e-7, warmup_ratio=0.1)

@@ -90,11 +90,26 @@ _TOKENS = [
     Column("input_ids", pa.list_(pa.int32()), "prompt and response tokens, joined; at most prepare.max_tokens"),
     Column("response_spans", pa.list_(pa.int32()), "(start, end) pairs into input_ids, end exclusive; what is scored"),
 ]
-_RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
 PAIR_COLUMNS = [
     Column("pair_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair stand one after the other, in this order"),
 ]
+_MARGINS = [
+    PAIR_COLUMNS[0],
+    _ID[2],
+    Column("held_out", pa.bool_(), "the pair was not trained on (align.heldout_fraction)"),
+    Column("num_chosen_tokens", pa.int32(), "scored tokens of the chosen response"),
+    Column("num_rejected_tokens", pa.int32(), "scored tokens of the rejected response"),
+    Column("frozen_chosen", pa.float64(), "log-probability of the chosen response under the frozen policy, nats"),
+    Column("frozen_rejected", pa.float64(), "log-probability of the rejected response under the frozen policy, nats"),
+    Column("policy_chosen", pa.float64(), "log-probability of the chosen response under the trained policy, nats"),
+    Column("policy_rejected", pa.float64(), "log-probability of the rejected response under the trained policy, nats"),
+    Column("chosen_reward", pa.float64(), "implicit reward of the chosen response by the loss of the run"),
+    Column("rejected_reward", pa.float64(), "implicit reward of the rejected response by the loss of the run"),
+    Column("margin", pa.float64(), "chosen_reward - rejected_reward; null unless status is ok"),
+    Column("loss", pa.float64(), "of the pair, by the loss of the run"),
+]
+_RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
 _REJECT = [
     Column("reason", pa.string(), "why the row was rejected (see RejectReason)"),
     Column("detail", pa.string(), "the particulars, for the person who mends the data"),
@@ -118,6 +133,7 @@ _MATCHED = [
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
 COLUMNS = {
     "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
+    "margins": [*_MARGINS, _LOSSES[-1]],
     "rejects": [_ID[2], *_ORIGIN, *_REJECT],
     "scores": _SCORES,
     "ranked": [*_RANK, *_SCORES],
@@ -134,6 +150,7 @@ def _schema(folder: str) -> pa.Schema:
 EXAMPLES = _schema("examples")
 PAIRS = pa.schema([*EXAMPLES, *(pa.field(column.name, column.type) for column in PAIR_COLUMNS)])
 """examples/ of preference data; example_id is made of the role, too."""
+MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")
 RANKED = _schema("ranked")

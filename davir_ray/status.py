@@ -13,7 +13,7 @@ from davir_ray.manifest import Manifest
 from davir_ray.progress import Progress, duration
 from davir_ray.storage import Location
 
-STAGES = ("prepare", "freeze", "align", "finetune", "score", "rank", "select", "report")
+STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report")
 """In the order of a run, which has those that its job needs."""
 
 _TOLD = {
@@ -22,6 +22,7 @@ _TOLD = {
     "align": ("pairs", "steps"),
     "finetune": ("steps",),
     "score": ("scored",),
+    "margins": ("measured",),
     "rank": ("ranked",),
     "select": ("selected",),
     "report": (),

@@ -28,14 +28,15 @@ MAX_ROWS = 200
 def render_page(summary: dict[str, Any]) -> str:
     """Return the report as HTML; the same summary gives the same bytes."""
     drawn = _charts(summary)
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     return template.render(
         summary=summary, charts=drawn, sections=_sections(summary, drawn), tiles=_tiles(summary), bands=_bands(summary)
     )
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Of all pages: everything from the data is escaped, a name that is missing is an error."""
     loader = PackageLoader("davir_ray.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

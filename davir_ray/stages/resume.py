@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 
 FOLDERS = {
     "prepare": ("examples", "rejects", "prepare_tasks"),
-    "freeze": ("frozen",),
+    "freeze": ("frozen", "base_cache"),
     "align": ("checkpoints", "policy", "policy_epochs"),
     "finetune": ("checkpoints", "reference", "reference_epochs"),
     "score": ("scores",),
+    "margins": ("margins",),
     "rank": ("ranked",),
     "select": ("selected", "duplicates", "mixture", "jsonl"),
     "report": ("report.html", "report.json"),
@@ -40,7 +41,7 @@ CONFIG_HEAD = (
 _MOST_TOLD = 5
 """Differences named in one message."""
 
-_REDONE_FREELY = ("rank", "select", "report", "match")
+_REDONE_FREELY = ("margins", "rank", "select", "report", "match")
 
 _ATTEMPT = "attempt.json"
 """What an unfinished stage works with."""
