@@ -21,8 +21,9 @@ from davir_ray.stages.preview import device_rate, preview
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
 from davir_ray.stages.resume import check_claim, remember, require
-from davir_ray.stages.scoring import plan_pool, score
+from davir_ray.stages.scoring import score
 from davir_ray.stages.selection import check_count, select
+from davir_ray.stages.streaming import plan_pool
 from davir_ray.stages.training import finetune
 from davir_ray.stages.verification import Verification, verify
 from davir_ray.storage import Location

@@ -1,7 +1,7 @@
 """Every column that a stage writes, once: name, Arrow type, unit and meaning; reasons and statuses as closed lists.
 
-The stages hand each other Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`), so
-this file is the contract between them and with whoever reads the output.
+The stages hand each other Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
+`GENERATIONS`, `MATCHES`), so this file is the contract between them and with whoever reads the output.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,25 @@ class RejectReason(StrEnum):
     EMPTY_RESPONSE = "empty_response"  # nothing to score: empty or white space only
     PROMPT_TOO_LONG = "prompt_too_long"  # the prompt alone fills the token limit
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text spells a special token that cannot be encoded as text
+    NO_COMMON_PROMPT = "no_common_prompt"  # a pair whose responses do not follow the same prompt
+    EQUAL_RESPONSES = "equal_responses"  # a pair whose chosen response is the rejected one: nothing is preferred
     BAD_CONVERSATION = "bad_conversation"  # the chat template refuses the messages, or no assistant turn is found
     EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
     UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost
 
 
+class Role(StrEnum):
+    """Which response of a pair an example holds."""
+
+    CHOSEN = "chosen"
+    REJECTED = "rejected"
+
+
 class Status(StrEnum):
-    """Whether an example has a score; anything but OK means that `davir` is null."""
+    """Whether an example has a score, or a generated text; anything but OK means that `davir`, or `output`, is null."""
 
     OK = "ok"
-    NO_PREDICTOR = "no_predictor"  # the first scored token has nothing before it (empty prompt, model without BOS)
+    NO_PREDICTOR = "no_predictor"  # the first token has nothing before it (empty prompt, model without BOS)
     ZERO_BASE_NLL = "zero_base_nll"  # base_nll is 0: the ratio is not defined
     NON_FINITE_NLL = "non_finite_nll"  # a model returned NaN or infinity
     OUT_OF_MEMORY = "out_of_memory"  # did not fit the device even alone in its pack
@@ -64,13 +73,14 @@ _COUNTS = [
     Column("num_response_tokens", pa.int32(), "scored tokens, the end-of-sequence token included"),
     Column("truncated", pa.bool_(), "the response's tail was cut at the token limit (then no end token is scored)"),
 ]
+_STATUS = Column("status", pa.string(), "ok, or why there is no score, or no text (see Status)")
 _LOSSES = [
     Column("base_nll", pa.float64(), "nats, summed over the scored tokens, under the base"),
     Column("reference_nll", pa.float64(), "nats, summed over the scored tokens, under the reference"),
     Column("davir", pa.float64(), "(base_nll - reference_nll) / base_nll; null unless status is ok"),
     Column("rho_sum", pa.float64(), "base_nll - reference_nll, nats"),
     Column("rho_mean", pa.float64(), "(base_nll - reference_nll) / num_response_tokens, nats a token"),
-    Column("status", pa.string(), "ok, or why there is no score (see Status)"),
+    _STATUS,
 ]
 _TOKEN_LOSSES = [
     Column("base_token_nll", pa.list_(pa.float32()), "nats for each scored token, in order; null where not kept"),
@@ -80,19 +90,56 @@ _TOKENS = [
     Column("input_ids", pa.list_(pa.int32()), "prompt and response tokens, joined; at most prepare.max_tokens"),
     Column("response_spans", pa.list_(pa.int32()), "(start, end) pairs into input_ids, end exclusive; what is scored"),
 ]
+PAIR_COLUMNS = [
+    Column("pair_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
+    Column("role", pa.string(), "chosen or rejected; the two rows of a pair stand one after the other, in this order"),
+]
+_MARGINS = [
+    PAIR_COLUMNS[0],
+    _ID[2],
+    Column("held_out", pa.bool_(), "the pair was not trained on (align.heldout_fraction)"),
+    Column("num_chosen_tokens", pa.int32(), "scored tokens of the chosen response"),
+    Column("num_rejected_tokens", pa.int32(), "scored tokens of the rejected response"),
+    Column("frozen_chosen", pa.float64(), "log-probability of the chosen response under the frozen policy, nats"),
+    Column("frozen_rejected", pa.float64(), "log-probability of the rejected response under the frozen policy, nats"),
+    Column("policy_chosen", pa.float64(), "log-probability of the chosen response under the trained policy, nats"),
+    Column("policy_rejected", pa.float64(), "log-probability of the rejected response under the trained policy, nats"),
+    Column("chosen_reward", pa.float64(), "implicit reward of the chosen response by the loss of the run"),
+    Column("rejected_reward", pa.float64(), "implicit reward of the rejected response by the loss of the run"),
+    Column("margin", pa.float64(), "chosen_reward - rejected_reward; null unless status is ok"),
+    Column("loss", pa.float64(), "of the pair, by the loss of the run"),
+]
 _RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
 _REJECT = [
     Column("reason", pa.string(), "why the row was rejected (see RejectReason)"),
     Column("detail", pa.string(), "the particulars, for the person who mends the data"),
 ]
 
+_GENERATED = [
+    Column("output", pa.string(), "the text that the model generated; null unless status is ok"),
+    Column("num_new_tokens", pa.int32(), "tokens generated, the end-of-sequence token included"),
+    Column("finished", pa.bool_(), "ended by an end-of-sequence token, not by the limit of new tokens"),
+]
+_MATCHED = [
+    Column("expected", pa.string(), "the number that the response gives as its answer; null where it gives none"),
+    Column(
+        "strict_answer", pa.string(), "the number that the output marks as its answer (#### or boxed); null if none"
+    ),
+    Column("flexible_answer", pa.string(), "the marked number, else the one stated, else the last one; null if none"),
+    Column("strict", pa.bool_(), "strict_answer equals expected; null where none is expected or no text is"),
+    Column("flexible", pa.bool_(), "flexible_answer equals expected; null where none is expected or no text is"),
+]
+
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
 COLUMNS = {
     "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
+    "margins": [*_MARGINS, _LOSSES[-1]],
     "rejects": [_ID[2], *_ORIGIN, *_REJECT],
     "scores": _SCORES,
     "ranked": [*_RANK, *_SCORES],
     "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],
+    "generations": [_ID[0], _ID[2], *_GENERATED, _STATUS],
+    "matches": [_ID[0], _ID[2], *_MATCHED, _STATUS],
 }
 
 
@@ -101,7 +148,12 @@ def _schema(folder: str) -> pa.Schema:
 
 
 EXAMPLES = _schema("examples")
+PAIRS = pa.schema([*EXAMPLES, *(pa.field(column.name, column.type) for column in PAIR_COLUMNS)])
+"""examples/ of preference data; example_id is made of the role, too."""
+MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")
 RANKED = _schema("ranked")
 SELECTED = _schema("selected")
+GENERATIONS = _schema("generations")
+MATCHES = _schema("matches")

@@ -13,13 +13,16 @@ from davir_ray.manifest import Manifest
 from davir_ray.progress import Progress, duration
 from davir_ray.storage import Location
 
-STAGES = ("prepare", "finetune", "score", "rank", "select", "report")
-"""In the order of a run; a run with a reference of its user's has no finetune."""
+STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report")
+"""In the order of a run, which has those that its job needs."""
 
 _TOLD = {
     "prepare": ("prepared", "rejected"),
+    "freeze": ("scored",),
+    "align": ("pairs", "steps"),
     "finetune": ("steps",),
     "score": ("scored",),
+    "margins": ("measured",),
     "rank": ("ranked",),
     "select": ("selected",),
     "report": (),

@@ -61,8 +61,8 @@ def part(module: str) -> str:
 
 
 def test_the_walk_sees_the_package() -> None:
-    assert {"storage", "formulas.scores", "models.likelihood", "stages.scoring", "pipeline"} <= MODULES.keys()
-    assert imports_of("stages.scoring", "ray")
+    assert {"storage", "formulas.scores", "models.likelihood", "stages.streaming", "pipeline"} <= MODULES.keys()
+    assert imports_of("stages.streaming", "ray")
     assert imports_of("models.likelihood", "torch")
 
 

@@ -21,7 +21,10 @@ from davir_ray.storage import FileEntry, Location, write_parquet
 ExampleRow = dict[str, Any]
 """One row of examples/, by column name."""
 
-_BATCH_ROWS = 512
+Pair = tuple[ExampleRow, ExampleRow]
+"""Of a preference record: the chosen response, then the rejected one."""
+
+BATCH_ROWS = 512
 _SHARD_TOKENS = 4 * 2**20
 _SHARD_CHARACTERS = 256 * 2**20
 
@@ -58,7 +61,7 @@ class ExampleReader:
     ) -> Iterator[ExampleRow | Reject]:
         """Every record, at most `limit`, exactly once and in order: an example or a reject."""
         records = islice(items, limit)
-        while batch := list(islice(records, _BATCH_ROWS)):
+        while batch := list(islice(records, BATCH_ROWS)):
             yield from self._encode(source, [(item, self._render(item, source)) for item in batch])
 
     def _count(self, num_bytes: int) -> None:
@@ -70,7 +73,7 @@ class ExampleReader:
         try:
             return render(item.fields, source, self._chat)
         except RowError as error:
-            return _reject(item, error)
+            return reject(item, error)
 
     def _encode(
         self, source: Source, batch: list[tuple[Record | Reject, Rendered | Reject]]
@@ -85,28 +88,40 @@ class ExampleReader:
                 yield text
                 continue
             result = next(encoded)
-            yield _reject(record, result) if isinstance(result, RowError) else self._row(source, record, text, result)
-
-    def _row(self, source: Source, record: Record, rendered: Rendered, encoded: Encoded) -> ExampleRow:
-        """The id says where the row stands, so it survives re-sharding and a change of template."""
-        return {
-            "example_id": stable_id(source.name, record.source_file, record.source_row),
-            "content_hash": stable_id(rendered.prompt, rendered.response),
-            "source": source.name,
-            "source_file": record.source_file,
-            "source_row": record.source_row,
-            "prompt": rendered.prompt,
-            "response": rendered.response,
-            "record": json.dumps(record.fields, ensure_ascii=False, default=str) if self._keep_record else None,
-            "input_ids": encoded.input_ids,
-            "response_spans": encoded.response_spans,
-            "num_prompt_tokens": encoded.num_prompt_tokens,
-            "num_response_tokens": encoded.num_response_tokens,
-            "truncated": encoded.truncated,
-        }
+            if isinstance(result, RowError):
+                yield reject(record, result)
+            else:
+                yield row_of(source, record, text, result, record_text(record) if self._keep_record else None)
 
 
-def _reject(record: Record, error: RowError) -> Reject:
+def row_of(source: Source, record: Record, rendered: Rendered, encoded: Encoded, text: str | None) -> ExampleRow:
+    """A row of examples/; `text` is the record as JSON. The id says where the row stands, so it survives re-sharding
+    and a change of template.
+    """
+    return {
+        "example_id": stable_id(source.name, record.source_file, record.source_row),
+        "content_hash": stable_id(rendered.prompt, rendered.response),
+        "source": source.name,
+        "source_file": record.source_file,
+        "source_row": record.source_row,
+        "prompt": rendered.prompt,
+        "response": rendered.response,
+        "record": text,
+        "input_ids": encoded.input_ids,
+        "response_spans": encoded.response_spans,
+        "num_prompt_tokens": encoded.num_prompt_tokens,
+        "num_response_tokens": encoded.num_response_tokens,
+        "truncated": encoded.truncated,
+    }
+
+
+def record_text(record: Record) -> str:
+    """The source row as JSON."""
+    return json.dumps(record.fields, ensure_ascii=False, default=str)
+
+
+def reject(record: Record, error: RowError) -> Reject:
+    """The record as a reject, for the reason of the error."""
     return Reject(record.source_file, record.source_row, error.reason, error.detail)
 
 
@@ -175,8 +190,9 @@ class TaskReport:
 class ShardWriter:
     """Writes the rows of one task as shards named by task and index, so that no shard depends on the worker count."""
 
-    def __init__(self, run: Location, task: int, source: str, shard_rows: int) -> None:
+    def __init__(self, run: Location, task: int, source: str, shard_rows: int, schema: pa.Schema = EXAMPLES) -> None:
         self.report = TaskReport()
+        self._schema = schema
         self._run = run
         self._task = f"part-{task:05d}"
         self._source = source
@@ -185,13 +201,16 @@ class ShardWriter:
         self._rejects: list[dict[str, Any]] = []
         self._num_shards = self._num_reject_files = self._tokens = self._characters = 0
 
-    def write(self, item: ExampleRow | Reject) -> None:
-        """Add one row of the input; writes a shard when it is full."""
+    def write(self, item: ExampleRow | Pair | Reject) -> None:
+        """Add what one row of the input has become; writes a shard when it is full."""
         self.report.num_read += 1
         if isinstance(item, Reject):
             self._reject(item)
-        else:
-            self._add(item)
+            return
+        rows: tuple[ExampleRow, ...] = item if isinstance(item, tuple) else (item,)
+        for row in rows:
+            self._add(row)
+        self._write_full_shard()
 
     def finish(self) -> TaskReport:
         """Write what is left."""
@@ -205,6 +224,8 @@ class ShardWriter:
         self._rows.append(row)
         self._tokens += len(row["input_ids"])
         self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
+
+    def _write_full_shard(self) -> None:
         full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
         if full or self._characters >= _SHARD_CHARACTERS:
             self._write_shard()
@@ -220,7 +241,7 @@ class ShardWriter:
             self.report.first_reject = " ".join(told.split())  # one line, whatever the data hold
 
     def _write_shard(self) -> None:
-        table = pa.Table.from_pylist(self._rows, EXAMPLES)
+        table = pa.Table.from_pylist(self._rows, self._schema)
         self._write(f"examples/{self._task}-{self._num_shards:05d}.parquet", table)
         for column in COUNTED:
             self.report.sums[column] += sum(row[column] for row in self._rows)

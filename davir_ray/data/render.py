@@ -5,6 +5,8 @@
     prompt_response   two columns of any name           as they stand
     messages          a list of {role, content}         the chat template; every assistant turn is scored
 
+(pairs.py renders the format preference.)
+
 A record that cannot be rendered raises RowError, which names one of the schema's reasons.
 """
 
@@ -89,7 +91,8 @@ def render(fields: Mapping[str, Any], source: Source, chat: "ChatTemplate | None
     """
     if source.format == "messages":
         assert chat is not None, "the format messages needs a chat template"
-        return _render_messages(fields, source.messages_column, chat)
+        name = source.messages_column
+        return render_turns(messages_of(column(fields, name), name), name, chat)
     prompt, response = _PROMPTERS[source.format](fields, source)
     if not response.strip():
         raise RowError(RejectReason.EMPTY_RESPONSE, "the response is empty or white space only")
@@ -103,6 +106,7 @@ def columns(source: Source) -> dict[str, bool]:
         "gsm8k": {"question": True, "answer": True},
         "prompt_response": {source.prompt_column: True, source.response_column: True},
         "messages": {source.messages_column: True},
+        "preference": {source.prompt_column: False, source.chosen_column: True, source.rejected_column: True},
     }
     return named[source.format]
 
@@ -114,6 +118,7 @@ def rendering(source: Source) -> list[str]:
         "gsm8k": [GSM8K_PROMPT],
         "prompt_response": [source.prompt_column, source.response_column],
         "messages": [source.messages_column, TODAY.isoformat()],
+        "preference": [source.prompt_column, source.chosen_column, source.rejected_column, TODAY.isoformat()],
     }[source.format]
 
 
@@ -139,7 +144,8 @@ _PROMPTERS: dict[Format, Callable[[Mapping[str, Any], Source], tuple[str, str]]]
 }
 
 
-def _column(fields: Mapping[str, Any], name: str) -> Any:
+def column(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a column; RowError missing_column where it is absent or null."""
     if fields.get(name) is None:
         fault = "is null" if name in fields else "is absent"
         seen = ", ".join(sorted(fields)) or "none"
@@ -148,7 +154,7 @@ def _column(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
-    value = _column(fields, name)
+    value = column(fields, name)
     if not isinstance(value, str):
         detail = f"column {name!r} holds a value of type {type(value).__name__}; expected a string"
         raise RowError(RejectReason.WRONG_TYPE, detail)
@@ -206,8 +212,9 @@ class ChatTemplate:
         match = self._special_token.search(text)
         return match.group() if match else None
 
-    def segments(self, messages: Sequence[Message]) -> tuple[Segment, ...]:
-        """The rendered conversation up to its last scored character, every assistant turn scored.
+    def segments(self, messages: Sequence[Message], given: int = 0) -> tuple[Segment, ...]:
+        """The rendered conversation up to its last scored character, every assistant turn after the first `given`
+        messages scored.
 
         The scored spans are the template's generation marks; without marks, what an assistant turn adds to the
         conversation before it, end marker included. Raises RowError bad_conversation.
@@ -215,9 +222,19 @@ class ChatTemplate:
         text, spans = self._render(messages)
         if not _GENERATION_MARK.search(self.template):
             spans = list(self._turn_spans(messages, text))
+        if given:
+            start = self._end_of(messages[:given], text)
+            spans = [(max(start, first), end) for first, end in spans if end > start]
         segments = tuple(_cut(text, spans))
-        _check_replies_are_scored(messages, segments)
+        _check_replies_are_scored(messages[given:], segments)
         return segments
+
+    def _end_of(self, messages: Sequence[Message], text: str) -> int:
+        """Where the first messages end in the text of the conversation that they begin."""
+        before, _ = self._render(messages, add_generation_prompt=True)
+        if not text.startswith(before):
+            raise _not_a_prefix(f"the first {len(messages)} messages", before, text)
+        return len(before)
 
     @cached_property
     def _special_token(self) -> re.Pattern[str]:
@@ -275,24 +292,27 @@ class ChatTemplate:
         return text, spans
 
 
-def _render_messages(fields: Mapping[str, Any], column: str, chat: ChatTemplate) -> Rendered:
-    messages = _messages(_column(fields, column), column)
+def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, given: int = 0) -> Rendered:
+    """A conversation by the chat template: the assistant's turns are scored but for those among the first `given`.
+
+    Raises RowError: special_token_in_text, bad_conversation, empty_response; `name` is the column that it tells of.
+    """
     for index, message in enumerate(messages):
         for text in _strings(message):
             if token := chat.find_special_token(text):
-                raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {column!r} spells {token!r}")
-    replies = _replies(messages)
+                raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {name!r} spells {token!r}")
+    replies = _replies(messages[given:])
     if not replies:
         roles = _shorten(", ".join(sorted({message["role"] for message in messages})) or "none")
         raise RowError(RejectReason.BAD_CONVERSATION, f"no message has the role 'assistant'; roles seen: {roles}")
     if not any(reply.strip() for reply in replies):
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
-    segments = chat.segments(messages)
+    segments = chat.segments(messages, given)
     prompt = "" if segments[0].scored else segments[0].text
     return Rendered(prompt, "\n\n".join(replies), segments)
 
 
-def _messages(value: Any, column: str) -> list[Message]:
+def messages_of(value: Any, column: str) -> list[Message]:
     """The messages with their contents as strings. Other fields that are not null reach the template as they are."""
     if not isinstance(value, list):
         raise _wrong_message(f"column {column!r} holds a value of type {type(value).__name__}")

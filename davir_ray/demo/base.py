@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.finetune import StepReport, Trainer, TrainingSet, save_reference
+from davir_ray.models.finetune import StepReport, Trainer, save_reference
 from davir_ray.models.likelihood import Likelihood
+from davir_ray.models.training_set import TrainingSet
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024

@@ -83,6 +83,22 @@ def ipo(logprobs: PairLogprobs, beta: float) -> PairLoss:
     return PairLoss((chosen_N - rejected_N - 1 / (2 * beta)) ** 2, chosen_N, rejected_N)
 
 
+def pair_loss(
+    name: str, logprobs: PairLogprobs, num_chosen_N: torch.Tensor, num_rejected_N: torch.Tensor, beta: float
+) -> PairLoss:
+    """A loss by its name in the settings, given sums over tokens; ipo is of means over tokens here, as in TRL."""
+    match name:
+        case "davir_dpo":
+            return davir_dpo(logprobs, beta)
+        case "dpo":
+            return dpo(logprobs, beta)
+        case "dpo_norm":
+            return dpo_norm(logprobs, beta, num_chosen_N, num_rejected_N)
+        case "ipo":
+            return ipo(logprobs.of_tokens(num_chosen_N, num_rejected_N), beta)
+    raise ValueError(f"{name!r} is no loss of pairs")
+
+
 def _bradley_terry(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> PairLoss:
     """-log sigmoid of the margin: how unlikely the preference is under these rewards."""
     return PairLoss(-logsigmoid(chosen_N - rejected_N), chosen_N, rejected_N)

@@ -97,11 +97,16 @@ class Checkpoint:
             raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
         return tokenizer
 
-    def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The causal language model in evaluation mode, for packs. ModelError if the files lack any of its weights."""
+    def model(
+        self, dtype: torch.dtype, device: torch.device, attention: str | None = PACKED_ATTENTION
+    ) -> PreTrainedModel:
+        """The causal language model in evaluation mode, for packs unless another attention is named (None: its own).
+
+        ModelError if the files lack any of its weights.
+        """
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         try:
-            model, info = self._load(AutoModelForCausalLM, attn_implementation=PACKED_ATTENTION, **options)
+            model, info = self._load(AutoModelForCausalLM, attn_implementation=attention, **options)
         except ModelError as error:
             if not (isinstance(error.__cause__, KeyError) and PACKED_ATTENTION in str(error.__cause__)):
                 raise

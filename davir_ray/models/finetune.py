@@ -9,17 +9,14 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -27,81 +24,15 @@ from transformers import PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
-from davir_ray.errors import DataError, TrainingError
+from davir_ray.errors import TrainingError
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.checkpoint import quiet
 from davir_ray.models.hub import without_asking
-from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood
 from davir_ray.models.parallel import Position, Weights, spread_of, uses_autocast
+from davir_ray.models.training_set import Objective
 
 log = logging.getLogger(__name__)
-
-TRAINING_COLUMNS = ["example_id", "input_ids", "response_spans"]
-"""Columns of examples that training reads."""
-
-_TRAINING_SCHEMA = pa.schema(
-    [
-        pa.field("example_id", pa.int64()),
-        # 64-bit offsets: a corpus may have more than 2**31 tokens.
-        pa.field("input_ids", pa.large_list(pa.int32())),
-        pa.field("response_spans", pa.large_list(pa.int32())),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """All examples of a run in memory, as flat arrays: 4 bytes a token."""
-
-    ids: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int32]
-    token_edges: npt.NDArray[np.int64]
-    spans: npt.NDArray[np.int32]
-    span_edges: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, tables: Iterable[pa.Table]) -> Self:
-        """From tables with TRAINING_COLUMNS; examples whose first scored token nothing predicts are left out."""
-        table = pa.concat_tables([table.select(TRAINING_COLUMNS) for table in tables]).cast(_TRAINING_SCHEMA)
-        table = table.filter(pc.greater(pc.list_value_length(table["response_spans"]), 0))
-        table = table.filter(pc.greater(pc.list_element(table["response_spans"], 0), 0))
-        if not table.num_rows:
-            raise DataError("no example can be trained on: none has a scored token that another token precedes")
-        tokens, spans = (table[name].combine_chunks() for name in TRAINING_COLUMNS[1:])
-        return cls(
-            ids=np.asarray(table["example_id"]),
-            tokens=tokens.flatten().to_numpy(),
-            token_edges=_edges(tokens),
-            spans=spans.flatten().to_numpy(),
-            span_edges=_edges(spans),
-        )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example."""
-        return np.diff(self.token_edges)
-
-    def pack(self, rows: npt.NDArray[np.int64]) -> Pack:
-        """Some examples as one pack."""
-        return Pack.of([(self._tokens(row), self._spans(row)) for row in rows])
-
-    def num_response_tokens(self, rows: npt.NDArray[np.int64]) -> int:
-        """Scored tokens of some examples."""
-        return sum(int(np.diff(self._spans(row).reshape(-1, 2)).sum()) for row in rows)
-
-    def _tokens(self, row: int) -> npt.NDArray[np.int32]:
-        return self.tokens[self.token_edges[row] : self.token_edges[row + 1]]
-
-    def _spans(self, row: int) -> npt.NDArray[np.int32]:
-        return self.spans[self.span_edges[row] : self.span_edges[row + 1]]
-
-
-def _edges(lists: pa.LargeListArray) -> npt.NDArray[np.int64]:
-    lengths = np.asarray(lists.value_lengths()).astype(np.int64)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
 @dataclass(frozen=True)
@@ -154,6 +85,8 @@ class StepReport:
     ends_epoch: bool
     loss: float
     """Nats a response token, over the global batch, before the step."""
+    measures: dict[str, float]
+    """The loss, and what else the objective tells, over the global batch."""
     grad_norm: float
     """Before clipping."""
     tokens_per_second: float
@@ -166,12 +99,12 @@ class Trainer:
     """The model, its optimiser and the position in the plan; one on every rank."""
 
     def __init__(
-        self, module: Likelihood | DistributedDataParallel, examples: TrainingSet, config: FinetuneConfig
+        self, module: Likelihood | DistributedDataParallel, objective: Objective, config: FinetuneConfig
     ) -> None:
         self._module = module
         self._spread = spread_of(module)
-        self._spread.check_lengths(int(examples.lengths.max()))
-        self._examples = examples
+        self._spread.check_lengths(objective.longest)
+        self._objective = objective
         self._config = config
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._device = self.likelihood.model.device
@@ -182,8 +115,8 @@ class Trainer:
         )
         self._budget = config.tokens_per_pack or TOKENS_PER_PACK[self._device.type]
         self._step = 0
-        self._losses: list[float] = []
-        self._total = num_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
+        self._history: list[list[float]] = []
+        self._total = num_steps(len(objective), config.batch_size, config.epochs, config.max_steps)
         self._autocast = uses_autocast(config, self._device)
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
@@ -204,16 +137,27 @@ class Trainer:
         """Run every step after the current position; `report` is called after each, on every rank."""
         self._module.train()
         config = self._config
-        for batch in plan(len(self._examples), config.batch_size, config.epochs, config.seed, config.max_steps):
+        for batch in plan(len(self._objective), config.batch_size, config.epochs, config.seed, config.max_steps):
             if batch.step <= self._step:
                 continue
             started = time.perf_counter()
-            loss, norm = self._train_batch(batch)
+            measured, norm = self._train_batch(batch)
             self._step = batch.step
-            self._losses.append(loss)
-            num_tokens = int(self._examples.lengths[batch.rows].sum())
-            rate = num_tokens / (time.perf_counter() - started)
-            report(StepReport(batch.step, self._total, batch.epoch, batch.ends_epoch, loss, norm, rate, num_tokens))
+            self._history.append(measured)
+            num_tokens = int(self._objective.lengths[batch.rows].sum())
+            report(
+                StepReport(
+                    step=batch.step,
+                    total_steps=self._total,
+                    epoch=batch.epoch,
+                    ends_epoch=batch.ends_epoch,
+                    loss=measured[0],
+                    measures=dict(zip(self._objective.measures, measured, strict=True)),
+                    grad_norm=norm,
+                    tokens_per_second=num_tokens / (time.perf_counter() - started),
+                    num_tokens=num_tokens,
+                )
+            )
 
     @property
     def step(self) -> int:
@@ -221,71 +165,74 @@ class Trainer:
         return self._step
 
     def summary(self, most_points: int) -> dict[str, Any]:
-        """Where the run stands: last step, its loss, and the loss curve, means over equal stretches of steps.
+        """Where the run stands: last step, its loss, and each measure's curve, of means over equal stretches of steps.
 
-        Losses are in nats a response token, each of a global batch before its step.
+        Each value is of a global batch before its step; the loss of a fine-tune is in nats a response token.
         """
-        stretches = np.array_split(np.arange(len(self._losses)), min(most_points, len(self._losses)))
-        curve = [[int(steps[-1]) + 1, float(np.mean([self._losses[i] for i in steps]))] for steps in stretches]
-        return {"step": self._step, "loss": self._losses[-1], "loss_by_step": curve}
+        stretches = np.array_split(np.arange(len(self._history)), min(most_points, len(self._history)))
+        history = np.array(self._history)
+        curves = {
+            name: [[int(steps[-1]) + 1, float(history[steps, column].mean())] for steps in stretches]
+            for column, name in enumerate(self._objective.measures)
+        }
+        return {"step": self._step, "loss": self._history[-1][0], "by_step": curves}
 
     def save_state(self, folder: Path) -> None:
         """Write trained weights, optimiser and position, for `load_state`."""
-        self._spread.save(folder, self._optimizer, Position(self._step, self._losses))
+        self._spread.save(folder, self._optimizer, Position(self._step, self._history))
 
     def load_state(self, folder: Path) -> None:
         """Continue after the step that a saved state holds; on every rank. IntegrityError if it was damaged."""
         position = self._spread.load(folder, self._optimizer)
-        self._step, self._losses = position.step, position.losses
+        self._step, self._history = position.step, position.history
         log.info("continuing after step %d of %d", self._step, self._total)
 
     def gathered_weights(self) -> Weights | None:
         """Weights for `save_reference`; on every rank. None: the model's own."""
         return self._spread.gathered()
 
-    def _train_batch(self, batch: Batch) -> tuple[float, float]:
-        """One optimiser step; returns the global batch's loss in nats a token and the gradient's norm."""
+    def _train_batch(self, batch: Batch) -> tuple[list[float], float]:
+        """One optimiser step; returns the global batch's measures, the loss first, and the gradient's norm."""
         config = self._config
         torch.manual_seed(seed_from("dropout", config.seed, batch.step, self._rank))
-        num_tokens = self._examples.num_response_tokens(batch.rows)
-        total_nll = self._backward(batch.rows, num_tokens)
-        loss = float(total_nll) / num_tokens
+        weight = self._objective.weight(batch.rows)
+        measured = (self._backward(batch.rows, weight) / weight).tolist()
         norm = self._spread.clip_gradients(config.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        if not math.isfinite(measured[0]) or not math.isfinite(norm):
             raise TrainingError(
-                f"the loss is {loss} nats a token and the gradient's norm {norm} at step {batch.step}; "
+                f"the loss is {measured[0]} and the gradient's norm {norm} at step {batch.step}; "
                 f"lower --finetune.learning_rate (now {config.learning_rate}) or look at the data of that step"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(batch.step, self._total, config.warmup_ratio)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return loss, norm
+        return measured, norm
 
-    def _backward(self, rows: npt.NDArray[np.int64], num_tokens: int) -> torch.Tensor:
-        """Accumulate the gradient of (summed NLL / response tokens) over the global batch; returns the sum."""
-        examples = self._examples
-        packs = pack(examples.lengths[rows], examples.ids[rows], self._budget)
-        total_nll = torch.zeros((), dtype=torch.float64, device=self._device)
+    def _backward(self, rows: npt.NDArray[np.int64], weight: int) -> torch.Tensor:
+        """Accumulate the gradient of (summed loss / weight) over the global batch; returns the sums of all measures."""
+        objective = self._objective
+        packs = pack(objective.lengths[rows], objective.ids[rows], self._budget)
+        totals_K = torch.zeros(len(objective.measures), dtype=torch.float64, device=self._device)
         turns = math.ceil(len(packs) / self._world_size)
         for turn in range(turns):
             mine = turn * self._world_size + self._rank
             # A rank without a pack in the last turn repeats the first with weight 0: all must join the exchange.
-            weight = 1.0 if mine < len(packs) else 0.0
-            nll = weight * self._pack_nll(rows[packs[mine if weight else 0]], exchange=turn == turns - 1)
+            share = 1.0 if mine < len(packs) else 0.0
+            sums_K = share * self._pack_sums(rows[packs[mine if share else 0]], exchange=turn == turns - 1)
             # Gradients are averaged over ranks; the sum over the global batch is wanted.
-            (nll * (self._world_size / num_tokens)).backward()  # type: ignore[no-untyped-call]
-            total_nll += nll.detach().double()
+            (sums_K[0] * (self._world_size / weight)).backward()  # type: ignore[no-untyped-call]
+            totals_K += sums_K.detach().double()
         if self._world_size > 1:
-            dist.all_reduce(total_nll)
-        return total_nll
+            dist.all_reduce(totals_K)
+        return totals_K
 
-    def _pack_nll(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
-        """Summed NLL of one pack; gradients need be exchanged between ranks only in a batch's last turn."""
+    def _pack_sums(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
+        """The measures of one pack; gradients need be exchanged between ranks only in a batch's last turn."""
         self._spread.exchange_gradients(exchange)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            nll_R: torch.Tensor = self._module(self._examples.pack(rows))
-        return nll_R.sum()
+            nll_R: torch.Tensor = self._module(self._objective.pack(rows))
+        return self._objective.sums(nll_R, rows)
 
 
 def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:

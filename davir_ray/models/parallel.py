@@ -49,8 +49,8 @@ class Position:
     """How far a run has come."""
 
     step: int
-    losses: list[float]
-    """Of every step so far, in nats a response token."""
+    history: list[list[float]]
+    """What was measured at every step so far, the loss first."""
 
 
 class Replicated:
@@ -86,7 +86,7 @@ class Replicated:
         model = self.likelihood.model
         state = {
             "step": position.step,
-            "losses": position.losses,
+            "history": position.history,
             "model": {name: value for name, value in model.state_dict().items() if name not in _frozen(model)},
             "optimizer": optimizer.state_dict(),
         }
@@ -103,7 +103,7 @@ class Replicated:
             raise ValueError(f"{folder} holds the state of another model")
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        return Position(int(state["step"]), list(state["losses"]))
+        return Position(int(state["step"]), list(state["history"]))
 
 
 class Sharded:
@@ -162,7 +162,7 @@ class Sharded:
         own = {path.name: _checksum(path) for path in folder.iterdir()}
         checksums = {name: sha for files in _from_all(own) for name, sha in files.items()}
         if dist.get_rank() == 0:
-            index = {"step": position.step, "losses": position.losses, "files": checksums}
+            index = {"step": position.step, "history": position.history, "files": checksums}
             (folder / SHARDS_FILE).write_text(json.dumps(index))
             (folder / _CHECKSUM_FILE).write_text(_checksum(folder / SHARDS_FILE))
 
@@ -179,7 +179,7 @@ class Sharded:
         if set(tensors) != reader.read_metadata().state_dict_metadata.keys():
             raise ValueError(f"{folder} holds the state of another model")
         load(tensors, storage_reader=reader)
-        return Position(int(index["step"]), list(index["losses"]))
+        return Position(int(index["step"]), list(index["history"]))
 
 
 def spread_of(module: Likelihood | DistributedDataParallel) -> Replicated | Sharded:

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import torch
 import transformers
 
-from davir_ray.data.packing import pack
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.ranking import seed_from
@@ -24,6 +23,7 @@ from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
 from davir_ray.models.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.memory import in_packs
 from davir_ray.models.self_check import probe, self_check
 from davir_ray.schema import SCORES, Status
 
@@ -58,10 +58,17 @@ class ScorerSettings:
 
 
 class Scorer:
-    """Holds base and reference, and scores tables of examples. An adapter shares the base's one copy of the weights."""
+    """Holds base and reference, and scores tables of examples. An adapter shares the base's one copy of the weights.
+
+    Without a reference only the base's losses are computed: those of a frozen policy.
+    """
 
     def __init__(
-        self, base: Checkpoint, reference: Checkpoint, settings: ScorerSettings, base_cache: BaseCache | None = None
+        self,
+        base: Checkpoint,
+        reference: Checkpoint | None,
+        settings: ScorerSettings,
+        base_cache: BaseCache | None = None,
     ) -> None:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
@@ -71,11 +78,8 @@ class Scorer:
         self._budget = settings.tokens_per_pack or TOKENS_PER_PACK[device.type]
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
-        if reference.is_adapter:
-            self._reference = self._attach(reference)
-        else:
-            self._reference = Likelihood(reference.model(dtype, device))
-        reference_attention = self_check(self._reference)
+        self._reference = self._load_reference(reference, dtype, device)
+        reference_attention = base_attention if self._reference is None else self_check(self._reference)
         if self._reference is self._base:  # what the check found for one holds for both
             base_attention = reference_attention
         self._base_numerics = {
@@ -101,8 +105,15 @@ class Scorer:
         ids = np.asarray(examples["example_id"])[rows]
         distinct = [sequences[row] for row in rows]
         base = self._base_token_nlls(distinct, ids)
-        reference = self._token_nlls(self._reference, distinct, ids)
+        reference = None if self._reference is None else self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, place, base, reference)
+
+    def _load_reference(
+        self, reference: Checkpoint | None, dtype: torch.dtype, device: torch.device
+    ) -> Likelihood | None:
+        if reference is None:
+            return None
+        return self._attach(reference) if reference.is_adapter else Likelihood(reference.model(dtype, device))
 
     def _attach(self, adapter: Checkpoint) -> Likelihood:
         """The base with the adapter on it. ModelError if that changes the base, a bit of which would be enough."""
@@ -144,24 +155,27 @@ class Scorer:
         return run.nlls
 
     def _score_table(
-        self, examples: pa.Table, place: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls
+        self, examples: pa.Table, place: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls | None
     ) -> pa.Table:
         base_nll, base_status = _sums(base, place)
-        reference_nll, reference_status = _sums(reference, place)
+        if reference is None:
+            reference_nll, reference_status = np.full_like(base_nll, np.nan), base_status
+        else:
+            reference_nll, reference_status = _sums(reference, place)
         davir = formulas.davir(base_nll, reference_nll)
         status = np.where(base_status == Status.OK, reference_status, base_status)
         status[(status == Status.OK) & (base_nll == 0)] = Status.ZERO_BASE_NLL
         num_tokens = np.asarray(examples["num_response_tokens"])
-        known = np.isin(status, [Status.OK, Status.ZERO_BASE_NLL])
+        known = np.isin(status, [Status.OK, Status.ZERO_BASE_NLL]) & (reference is not None)
         columns = {name: examples[name] for name in _PASSED_ON} | {
             "base_nll": _nullable(base_nll, np.isfinite(base_nll)),
             "reference_nll": _nullable(reference_nll, np.isfinite(reference_nll)),
-            "davir": _nullable(davir, status == Status.OK),
+            "davir": _nullable(davir, (status == Status.OK) & (reference is not None)),
             "rho_sum": _nullable(formulas.rho_sum(base_nll, reference_nll), known),
             "rho_mean": _nullable(formulas.rho_mean(base_nll, reference_nll, num_tokens), known),
             "status": pa.array(status.tolist(), pa.string()),
             "base_token_nll": self._kept(examples, base, place),
-            "reference_token_nll": self._kept(examples, reference, place),
+            "reference_token_nll": self._kept(examples, reference or [None] * len(base), place),
         }
         return pa.table(columns, schema=SCORES)
 
@@ -220,18 +234,8 @@ class _PackRun:
 
     def __call__(self, rows: npt.NDArray[np.int64], budget: int) -> None:
         """Compute the losses of some rows."""
-        self._run(rows, budget)
+        self.smallest_budget = in_packs(self._fits, rows, self._lengths, self._ids, budget)
         self._collect()
-
-    def _run(self, rows: npt.NDArray[np.int64], budget: int) -> None:
-        packs = pack(self._lengths[rows], self._ids[rows], budget)
-        for number, part in enumerate(packs):
-            if not self._fits(rows[part]) and len(part) > 1:
-                half = max(1, min(budget, int(self._lengths[rows[part]].sum())) // 2)
-                log.warning("out of memory with %d examples in a pack; going on with %d tokens", len(part), half)
-                self.smallest_budget = min(half, self.smallest_budget or half)
-                self._run(rows[np.concatenate(packs[number:])], half)
-                return
 
     def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
         """Start a pack; false if the device has no room for it."""

@@ -58,18 +58,38 @@ _HUGE = 1e7  # from here on a tick is written as a power of ten: its digits woul
 
 def training_curve(training: dict[str, Any]) -> Markup:
     """Training loss by step."""
+    told = f"Training loss goes from {training['first']:.2f} to {training['last']:.2f} nats per token."
+    return step_curve(training["loss_by_step"], "loss, nats per token", "training", told)
+
+
+def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Markup:
+    """Something that was measured at every step, with a moving mean where there are many."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDE)
-        steps, losses = np.array(training["loss_by_step"], dtype=float).T
+        steps, values = np.array(curve, dtype=float).T
         many = steps.size > 40
-        axes.plot(steps, losses, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8)
+        axes.plot(steps, values, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8)
         if many:
-            axes.plot(steps, _smooth(losses), color=CHOSEN, linewidth=1.8)
+            axes.plot(steps, _smooth(values), color=CHOSEN, linewidth=1.8)
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        label = f"Training loss goes from {training['first']:.2f} to {training['last']:.2f} nats per token."
-        return _svg(figure, "training", label)
+        return _svg(figure, name, label)
+
+
+def margin_band(band: list[dict[str, float]]) -> Markup:
+    """The margin's median and its 10th to 90th percentile over the difference in length."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDE)
+        at = [point["difference"] for point in band]
+        axes.fill_between(at, [p["p10"] for p in band], [p["p90"] for p in band], color=POOL, alpha=0.35, linewidth=0)
+        axes.plot(at, [point["p50"] for point in band], color=CHOSEN, linewidth=2.2)
+        axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlabel("chosen minus rejected, response tokens")
+        axes.set_ylabel("margin")
+        return _svg(
+            figure, "margin-length", "Margin against the difference in length: median, 10th to 90th percentile."
+        )
 
 
 def score_histogram(davir: dict[str, Any]) -> Markup:

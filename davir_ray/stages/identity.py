@@ -15,11 +15,11 @@ _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""
 
 
-def check_ids(run: Location, shards: list[FileEntry]) -> None:
-    """Raise IntegrityError if two rows of scores/ have the same example_id."""
+def check_ids(folder: Location, shards: list[FileEntry]) -> None:
+    """Raise IntegrityError if two rows of scores/ (or of frozen/) have the same example_id."""
     num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
     found = regroup(
-        Shards(shards, partial(read_columns, run / "scores", ["example_id"])),
+        Shards(shards, partial(read_columns, folder, ["example_id"])),
         partial(_assign_part, num_parts=num_parts),
         Round("part", num_parts, _repeated_ids),
     )

@@ -9,6 +9,7 @@ import ray.data
 
 from davir_ray.config import PrepareConfig, Source
 from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
+from davir_ray.data.pairs import PairReader
 from davir_ray.data.render import ChatTemplate, rendering
 from davir_ray.data.sources import Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.tokens import Encoder
@@ -16,6 +17,7 @@ from davir_ray.errors import DataError, IntegrityError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.progress import Progress
+from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
 from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
@@ -52,10 +54,25 @@ class Preparation:
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """What turns records of these sources into examples."""
+        return ExampleReader(*self._means(sources), keep_record=self.keep_record)
+
+    def pair_reader(self, sources: list[Source]) -> PairReader:
+        """What turns preference records of these sources into pairs of examples."""
+        return PairReader(*self._means(sources), keep_record=self.keep_record)
+
+    def _means(self, sources: list[Source]) -> tuple[Encoder, ChatTemplate | None]:
         tokenizer = self.base.tokenizer()
-        uses_chat = any(source.format == "messages" for source in sources)
+        formats = {source.format for source in sources}
+        has_template = (self.chat_template or tokenizer.chat_template) is not None
+        # Pairs of strings need none; messages do, and a base without one is told here.
+        uses_chat = "messages" in formats or ("preference" in formats and has_template)
         chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
-        return ExampleReader(Encoder(tokenizer, self.config.max_tokens), chat, keep_record=self.keep_record)
+        return Encoder(tokenizer, self.config.max_tokens), chat
+
+
+def are_pairs(sources: list[Source]) -> bool:
+    """Whether each record of the sources becomes two examples, which stand one after the other."""
+    return any(source.format == "preference" for source in sources)
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,7 @@ def prepare(
         total = limits.total_bytes if preparation.limit is None else None  # how far a limit reaches, nobody knows
         with tallied(run, _before(done, total)) as tally:
             report = _run(Work(run, reports, tasks, preparation, limits, tally), done)
-        _check_books(report, limits)
+        _check_books(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
         note_attempt(run, TASKS, fingerprint, binding=False)  # mended data are other data
         raise
@@ -159,7 +176,7 @@ def _check_outside(run: Location, files: dict[str, list[SourceFile]]) -> None:
 
 def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, Any]:
     """How text becomes scored tokens: travels with a reference and is compared before it is used."""
-    uses_chat = any(source.format == "messages" for source in sources)
+    uses_chat = any(source.format in ("messages", "preference") for source in sources)
     tokenizer = preparation.base.tokenizer()
     return {
         "tokenizer": tokenizer_digest(tokenizer),
@@ -237,9 +254,9 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
 
 
-def _check_books(report: TaskReport, limits: _Limits) -> None:
+def _check_books(report: TaskReport, limits: _Limits, rows_per_record: int) -> None:
     prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
-    if report.num_read != prepared + report.reasons.total():
+    if (report.num_read - report.reasons.total()) * rows_per_record != prepared:
         raise IntegrityError(
             f"rows were lost in prepare: {report.num_read} read, {prepared} prepared, {report.reasons.total()} rejected"
         )
@@ -261,7 +278,10 @@ class Preparer:
     def __init__(self, work: Work) -> None:
         configure_worker_logging()
         self._work = work
-        self._reader = work.preparation.reader([task.source for task in work.tasks])
+        sources = [task.source for task in work.tasks]
+        pairs = are_pairs(sources)
+        self._reader = work.preparation.pair_reader(sources) if pairs else work.preparation.reader(sources)
+        self._schema = PAIRS if pairs else EXAMPLES
         self._shard_rows = _shard_rows(work.preparation.config, work.limits.total_bytes)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -270,7 +290,7 @@ class Preparer:
         task, reader = work.tasks[row["item"]], self._reader
         reader.bytes_read = 0
         work.tally.begin(str(task.number))
-        writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows)
+        writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:

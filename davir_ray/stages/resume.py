@@ -17,13 +17,21 @@ log = logging.getLogger(__name__)
 
 FOLDERS = {
     "prepare": ("examples", "rejects", "prepare_tasks"),
+    "freeze": ("frozen", "base_cache"),
+    "align": ("checkpoints", "policy", "policy_epochs"),
     "finetune": ("checkpoints", "reference", "reference_epochs"),
     "score": ("scores",),
+    "margins": ("margins",),
     "rank": ("ranked",),
     "select": ("selected", "duplicates", "mixture", "jsonl"),
     "report": ("report.html", "report.json"),
+    "generate": ("generations",),
+    "match": ("matches",),
 }
-"""What each stage owns in a run, in the order of the stages."""
+"""What each stage owns in a run, in the order of the stages; no run has both align and finetune."""
+
+MEASURES = ("generate", "match")
+"""Stages that follow prepare only: no score, ranking or report depends on them, nor they on one."""
 
 CONFIG_FILE = "config.yaml"
 CONFIG_HEAD = (
@@ -33,7 +41,7 @@ CONFIG_HEAD = (
 _MOST_TOLD = 5
 """Differences named in one message."""
 
-_REDONE_FREELY = ("rank", "select", "report")
+_REDONE_FREELY = ("margins", "rank", "select", "report", "match")
 
 _ATTEMPT = "attempt.json"
 """What an unfinished stage works with."""
@@ -140,7 +148,9 @@ def remember(run: Location, config: str) -> None:
 def from_stage(stage: str) -> list[str]:
     """The stage and all that follow it."""
     stages = list(FOLDERS)
-    return stages[stages.index(stage) :]
+    following = stages[stages.index(stage) :]
+    depends = stage == "prepare" or stage in MEASURES
+    return following if depends else [name for name in following if name not in MEASURES]
 
 
 def clear(run: Location, stage: str) -> None:

@@ -22,7 +22,8 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.schema import EXAMPLES, SCORES
 from davir_ray.stages.prepare import Preparation
-from davir_ray.stages.scoring import base_cache, num_gpus_of, plan_pool, scorer_settings
+from davir_ray.stages.scoring import base_cache, scorer_settings
+from davir_ray.stages.streaming import num_gpus_of, plan_pool
 
 log = logging.getLogger(__name__)
 

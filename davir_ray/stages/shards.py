@@ -17,7 +17,6 @@ from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.errors import IntegrityError
-from davir_ray.schema import SCORES
 from davir_ray.stages.tally import Told
 from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, digest, read_parquet, write_parquet
 
@@ -33,7 +32,7 @@ NAMED = ["shard", "shard_rows"]
 
 
 NUMERICS_KEY = b"davir_numerics"
-"""In the footer of a scores file: the arithmetic that made it, as JSON."""
+"""In the footer of a file: the arithmetic that made it, as JSON."""
 
 
 _SEAL_KEY = b"davir_seal"
@@ -124,7 +123,7 @@ def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class ScoredShard:
+class CommittedShard:
     """What one write task committed."""
 
     entry: FileEntry
@@ -132,39 +131,48 @@ class ScoredShard:
     numerics: str
 
 
-class ScoreSink(Datasink[list[ScoredShard]]):  # type: ignore[misc]
-    """Writes each block, which must be a whole shard, as scores/<shard's name>."""
+class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
+    """Writes each block, which must be a whole shard, into a folder under the shard's name."""
 
-    def __init__(self, run: Location, fingerprint: str, tell: Callable[[str, Told], None]) -> None:
-        self.shards: list[ScoredShard] = []
-        self._run = run
+    def __init__(
+        self,
+        folder: Location,
+        schema: pa.Schema,
+        fingerprint: str,
+        tell: Callable[[str, Told], None],
+        count_tokens: Callable[[pa.Table], int],
+    ) -> None:
+        self.shards: list[CommittedShard] = []
+        self._folder = folder
+        self._schema = schema
         self._report = tell
+        self._count_tokens = count_tokens
         self._fingerprint = fingerprint
 
-    def write(self, blocks: Iterable[Any], ctx: Any) -> list[ScoredShard]:
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[CommittedShard]:
         """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
         return [self._write_shard(BlockAccessor.for_block(block).to_arrow()) for block in blocks]
 
-    def _write_shard(self, block: pa.Table) -> ScoredShard:
+    def _write_shard(self, block: pa.Table) -> CommittedShard:
         names, rows = set(block["shard"].to_pylist()), set(block["shard_rows"].to_pylist())
         if len(names) != 1 or rows != {block.num_rows}:
             raise IntegrityError(
                 f"a block of {block.num_rows} rows is not one whole shard ({sorted(names)}, {rows} rows)"
             )
-        scores = block.select(SCORES.names).cast(SCORES)
+        table = block.select(self._schema.names).cast(self._schema)
         numerics = str(block["numerics"][0])
         footer = sealed({FINGERPRINT_KEY: self._fingerprint.encode(), NUMERICS_KEY: numerics.encode()})
-        entry = write_parquet(self._run / "scores" / names.pop(), scores, footer)
-        shard = ScoredShard(entry, count_statuses(scores), numerics)
-        self._tell(shard, scores)
+        entry = write_parquet(self._folder / names.pop(), table, footer)
+        shard = CommittedShard(entry, count_statuses(table), numerics)
+        self._tell(shard, table)
         return shard
 
-    def _tell(self, shard: ScoredShard, scores: pa.Table) -> None:
-        rows = scores.num_rows
+    def _tell(self, shard: CommittedShard, table: pa.Table) -> None:
+        rows = table.num_rows
         unscored = rows - shard.statuses.get("ok", 0)
-        self._report(shard.entry.name, Told(rows, rows, num_tokens(scores), unscored=unscored))
+        self._report(shard.entry.name, Told(rows, rows, self._count_tokens(table), unscored=unscored))
 
-    def on_write_complete(self, write_result: WriteResult[list[ScoredShard]]) -> None:
+    def on_write_complete(self, write_result: WriteResult[list[CommittedShard]]) -> None:
         """Keep what the write tasks committed."""
         self.shards = [shard for shards in write_result.write_returns for shard in shards]
 
@@ -180,6 +188,6 @@ def num_tokens(table: pa.Table) -> int:
     return int(sum(pc.sum(table[name]).as_py() or 0 for name in ("num_prompt_tokens", "num_response_tokens")))
 
 
-def count_statuses(scores: pa.Table) -> dict[str, int]:
+def count_statuses(table: pa.Table) -> dict[str, int]:
     """Rows by status."""
-    return dict(Counter(scores["status"].to_pylist()))
+    return dict(Counter(table["status"].to_pylist()))

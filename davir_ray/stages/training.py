@@ -1,4 +1,4 @@
-"""finetune: examples → reference. Ray Train runs the loop of models/finetune.py on one to many workers."""
+"""finetune: examples → reference; and the training of any objective: Ray Train runs the loop of models/finetune.py."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import logging
 import posixpath
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,16 +24,15 @@ from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype
 from davir_ray.models.finetune import (
-    TRAINING_COLUMNS,
     StepReport,
     Trainer,
-    TrainingSet,
     freeze_what_text_does_not_reach,
     save_reference,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
 from davir_ray.models.parallel import sharded, together, uses_autocast
 from davir_ray.models.self_check import self_check
+from davir_ray.models.training_set import TRAINING_COLUMNS, Objective, TrainingSet
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
 from davir_ray.stages.resume import completed, note_attempt, require, same_attempt
@@ -68,13 +68,15 @@ _NOT_CONTENT = (
 class Training:
     """What a worker needs to know."""
 
+    stage: str
     run: Location
-    examples: Location
     base: Checkpoint
     config: FinetuneConfig
-    shards: list[str]
+    objective: Callable[[], Objective]
+    """Reads what is trained on; called in each worker."""
     spec: dict[str, Any]
-    tally: Tally
+    folder: str
+    """Of the run, where the model goes."""
 
 
 def finetune(
@@ -90,45 +92,62 @@ def finetune(
 
     `examples_of` is the run that holds the examples; None: this one.
     """
-    started = time.monotonic()
     holder = examples_of or run
     prepared = require(holder, "prepare")
-    fingerprint = _fingerprint(base, config, prepared)
-    if done := completed(run, "finetune", fingerprint, overwrite=overwrite):
-        (run / "checkpoints").remove()  # left where the driver died just after the manifest
-        return done
-    if not same_attempt(run, "finetune", "checkpoints", fingerprint, overwrite=overwrite):
-        (run / "checkpoints").remove()
-    note_attempt(run, "checkpoints", fingerprint)
     shards = [entry.name for entry in prepared.files_in("examples")]
+    training = Training(
+        "finetune", run, base, config, partial(_read_examples, holder / "examples", shards), spec, "reference"
+    )
+    fingerprint = {"base": base.weights_digest(), "examples": prepared.content, **recipe_of(config)}
+    return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"], overwrite=overwrite)
+
+
+def _read_examples(folder: Location, shards: list[str]) -> TrainingSet:
+    return TrainingSet.of(read_parquet(folder / name, TRAINING_COLUMNS) for name in shards)
+
+
+def train(
+    training: Training, fingerprint: dict[str, Any], unit: str, *, rejects: int, overwrite: bool = False
+) -> Manifest:
+    """Train on an objective, whose rows are called `unit`: to the end of what an earlier attempt began, or skipped."""
+    started = time.monotonic()
+    run, stage, checkpoints = training.run, training.stage, training.run / "checkpoints"
+    if done := completed(run, stage, fingerprint, overwrite=overwrite):
+        checkpoints.remove()  # left where the driver died just after the manifest
+        return done
+    if not same_attempt(run, stage, "checkpoints", fingerprint, overwrite=overwrite):
+        checkpoints.remove()
+    note_attempt(run, "checkpoints", fingerprint)
     try:
-        with tallied(run, Progress("finetune", unit="steps", rejects=prepared.counts["rejected"])) as tally:
-            training = Training(run, holder / "examples", base, config, shards, spec, tally)
-            metrics = _fit(training, name=digest(fingerprint)[:16])
+        with tallied(run, Progress(stage, unit="steps", rejects=rejects)) as tally:
+            metrics = _fit(training, tally, name=digest(fingerprint)[:16])
     except UserError:
         note_attempt(run, "checkpoints", fingerprint, binding=False)  # the user is told to change the settings
         raise
+    curves = metrics["by_step"]
     manifest = Manifest(
-        "finetune",
+        stage,
         fingerprint,
-        counts={"examples": metrics["num_examples"], "steps": metrics["step"]},
-        files=in_folder("reference", [FileEntry(**entry) for entry in metrics["reference"]]),
-        details={"loss_by_step": metrics["loss_by_step"], "final_loss": metrics["loss"], "workers": config.num_workers},
+        counts={unit: metrics["num_rows"], "steps": metrics["step"]},
+        files=in_folder(training.folder, [FileEntry(**entry) for entry in metrics["files"]]),
+        details={
+            "loss_by_step": curves.pop("loss"),
+            "final_loss": metrics["loss"],
+            "workers": training.config.num_workers,
+            **({"measures_by_step": curves} if curves else {}),
+            **metrics["details"],
+        },
         seconds=time.monotonic() - started,
     )
     manifest = manifest.commit(run)
-    # They are three times the model's size, and serve only a fine-tune that was not finished.
-    (run / "checkpoints").remove()
+    # They are three times the model's size, and serve only a training that was not finished.
+    checkpoints.remove()
     return manifest
 
 
-def _fingerprint(base: Checkpoint, config: FinetuneConfig, prepared: Manifest) -> dict[str, Any]:
-    return {
-        "base": base.weights_digest(),
-        "examples": prepared.content,
-        "recipe": what_matters(config),
-        "numerics": NUMERICS_VERSION,
-    }
+def recipe_of(config: FinetuneConfig) -> dict[str, Any]:
+    """What a trained model depends on beside the base and the data, for a fingerprint."""
+    return {"recipe": what_matters(config), "numerics": NUMERICS_VERSION}
 
 
 def what_matters(config: FinetuneConfig) -> dict[str, Any]:
@@ -136,7 +155,7 @@ def what_matters(config: FinetuneConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_CONTENT}
 
 
-def _fit(training: Training, name: str) -> dict[str, Any]:
+def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
     """Run Ray Train. The fingerprint names its folder: the same fine-tune continues by itself, another starts anew."""
     config = training.config
     use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
@@ -147,7 +166,7 @@ def _fit(training: Training, name: str) -> dict[str, Any]:
     _remove_torn_state(storage / name)
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"training": training},
+        train_loop_config={"training": training, "tally": tally},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=use_gpu,
@@ -209,24 +228,24 @@ def _train_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, training.config.num_cpus))
     is_first = ray.train.get_context().get_world_rank() == 0
     try:
-        outcome = _train(training, is_first)
+        outcome = _train(training, settings["tally"], is_first)
     except DavirError as error:  # of the model, a checkpoint or the loss, the same on every rank: all of them end here
         outcome = {"error": type(error).__name__, "message": str(error)}
     if is_first:
         (training.run / "checkpoints" / _OUTCOME).write_text(json.dumps(outcome))
 
 
-def _train(training: Training, is_first: bool) -> dict[str, Any]:
-    """Train to the end; rank 0 writes the reference."""
-    examples = TrainingSet.of(read_parquet(training.examples / name, TRAINING_COLUMNS) for name in training.shards)
-    trainer = Trainer(_load(training), examples, training.config)
+def _train(training: Training, tally: Tally, is_first: bool) -> dict[str, Any]:
+    """Train to the end; rank 0 writes the model."""
+    objective = training.objective()
+    trainer = Trainer(_load(training), objective, training.config)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as state:
             together(partial(_continue, trainer, Path(state), checkpoint.path))
-    trainer.train(_Reporter(training, trainer, is_first=is_first))
-    files = _export(training, trainer, "reference", is_first=is_first)
-    summary = trainer.summary(_MOST_CURVE_POINTS)
-    return {**summary, "num_examples": len(examples), "reference": [dataclasses.asdict(entry) for entry in files]}
+    trainer.train(_Reporter(training, tally, trainer, is_first=is_first))
+    files = _export(training, trainer, training.folder, is_first=is_first)
+    facts = {"num_rows": len(objective), "details": objective.details}
+    return {**trainer.summary(_MOST_CURVE_POINTS), **facts, "files": [dataclasses.asdict(entry) for entry in files]}
 
 
 def _continue(trainer: Trainer, state: Path, told_as: str) -> None:
@@ -263,14 +282,15 @@ def _make(training: Training, dtype: torch.dtype, device: torch.device) -> Likel
 class _Reporter:
     """After each step: log a line, save a checkpoint, export an epoch, as the settings ask."""
 
-    def __init__(self, training: Training, trainer: Trainer, *, is_first: bool) -> None:
+    def __init__(self, training: Training, tally: Tally, trainer: Trainer, *, is_first: bool) -> None:
         self._training = training
+        self._tally = tally
         self._trainer = trainer
         self._is_first = is_first
         self._steps = self._tokens = 0
         if is_first:
-            training.tally.begin("steps")
-            training.tally.tell("steps", Told(0, before=trainer.step))
+            tally.begin("steps")
+            tally.tell("steps", Told(0, before=trainer.step))
 
     def __call__(self, report: StepReport) -> None:
         """Every rank reports at the same steps: Ray Train waits for all of them."""
@@ -278,7 +298,7 @@ class _Reporter:
         if self._is_first:
             self._tell(report)
         if config.export_epochs and report.ends_epoch:
-            name = f"reference_epochs/{report.epoch}"
+            name = f"{self._training.folder}_epochs/{report.epoch}"
             _export(self._training, self._trainer, name, is_first=self._is_first)
         last = report.step == report.total_steps
         if report.step % config.checkpoint_every_steps == 0 or last:
@@ -299,13 +319,14 @@ class _Reporter:
         self._steps += 1
         self._tokens += report.num_tokens
         told = Told(self._steps, tokens=self._tokens, before=report.step - self._steps)
-        self._training.tally.tell("steps", told, report.total_steps)
+        self._tally.tell("steps", told, report.total_steps)
 
     def _log(self, report: StepReport) -> None:
         if self._is_first:
             log.info(
-                "finetune: step %d of %d, epoch %d, loss %.4f nats a token, %.0f tokens/s",
-                report.step, report.total_steps, report.epoch, report.loss, report.tokens_per_second,
+                "%s: step %d of %d, epoch %d, %s, %.0f tokens/s",
+                self._training.stage, report.step, report.total_steps, report.epoch,
+                ", ".join(f"{name} {value:.4f}" for name, value in report.measures.items()), report.tokens_per_second,
             )  # fmt: skip
 
 

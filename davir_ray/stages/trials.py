@@ -19,7 +19,8 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, room_for
 from davir_ray.stages.resume import require
-from davir_ray.stages.scoring import num_gpus_of, score
+from davir_ray.stages.scoring import score
+from davir_ray.stages.streaming import num_gpus_of
 from davir_ray.stages.training import finetune, what_matters
 from davir_ray.storage import Location
 

@@ -15,7 +15,7 @@ from ray._private import ray_constants
 from ray.scripts.scripts import start
 
 from davir_ray.cli import parse
-from davir_ray.stages.scoring import Pool, plan_pool
+from davir_ray.stages.streaming import Pool, plan_pool
 from davir_ray.stages.training import _check_fits
 
 KUBERAY = CLUSTER / "kuberay"

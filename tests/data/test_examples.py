@@ -105,7 +105,7 @@ def test_rows_stay_in_step_over_many_batches(
 ) -> None:
     lines = [line_of(f"q{n}", f"a{n}") if n % 3 else "{" for n in range(40)]
     expected = read_all(tokenizer, tmp_path, lines)
-    monkeypatch.setattr(module, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(module, "BATCH_ROWS", 7)
     found = read_all(tokenizer, tmp_path, lines)
     for number, (item, other) in enumerate(zip(found, expected, strict=True)):
         if number % 3:

@@ -18,9 +18,10 @@ from davir_ray.errors import ConfigError, ModelError
 from davir_ray.models import checkpoint
 from davir_ray.models.adapter import adapter_switched_off, add_adapter
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.finetune import Trainer, TrainingSet, save_reference
+from davir_ray.models.finetune import Trainer, save_reference
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.models.training_set import TrainingSet
 from davir_ray.schema import EXAMPLES
 
 RECIPE = FinetuneConfig(
@@ -95,7 +96,7 @@ def test_training_moves_the_adapter_only(trained: Trainer, base_folder: Path) ->
     for name, value in before.items():
         assert torch.equal(after[name], value), name
     assert all(value.abs().max() > 0 for name, value in after.items() if "lora_B" in name)
-    first, last = trained.summary(100)["loss_by_step"][0][1], trained.summary(100)["loss"]
+    first, last = trained.summary(100)["by_step"]["loss"][0][1], trained.summary(100)["loss"]
     assert last < first
 
 

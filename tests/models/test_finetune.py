@@ -36,7 +36,6 @@ from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.finetune import (
     StepReport,
     Trainer,
-    TrainingSet,
     freeze_what_text_does_not_reach,
     learning_rate_factor,
     num_steps,
@@ -45,6 +44,7 @@ from davir_ray.models.finetune import (
 )
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.parallel import STATE_FILE
+from davir_ray.models.training_set import TrainingSet
 
 VOCABULARY = 60
 LLAMA = LlamaConfig(
@@ -181,7 +181,7 @@ def test_a_training_set_holds_every_example_of_all_tables_that_can_be_predicted(
     built = examples.pack(rows)
     expected = [table["input_ids"][int(row)].as_py() for row in rows]
     assert built.input_ids_T.tolist() == expected[0] + expected[1]
-    assert sum(built.num_scored) == examples.num_response_tokens(rows) == len(built.targets_R)
+    assert sum(built.num_scored) == examples.weight(rows) == len(built.targets_R)
 
 
 def test_a_set_of_which_nothing_can_be_predicted_is_refused() -> None:
@@ -243,8 +243,8 @@ def test_the_loss_falls_on_a_tiny_set() -> None:
     summary = trainer.summary(most_points=5)
     assert summary["step"] == reports[-1].step == reports[-1].total_steps == 60
     assert summary["loss"] == reports[-1].loss
-    assert [point[0] for point in summary["loss_by_step"]] == [12, 24, 36, 48, 60]
-    assert summary["loss_by_step"][0][1] == pytest.approx(np.mean([report.loss for report in reports[:12]]))
+    assert [point[0] for point in summary["by_step"]["loss"]] == [12, 24, 36, 48, 60]
+    assert summary["by_step"]["loss"][0][1] == pytest.approx(np.mean([report.loss for report in reports[:12]]))
 
 
 def test_the_same_run_gives_the_same_bits() -> None:

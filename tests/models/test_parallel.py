@@ -27,9 +27,10 @@ from davir_ray.data.packing import pack
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.finetune import StepReport, Trainer, TrainingSet, plan, save_reference
+from davir_ray.models.finetune import StepReport, Trainer, plan, save_reference
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.parallel import SHARDS_FILE, layers_of, sharded, together, uses_autocast
+from davir_ray.models.training_set import TrainingSet
 
 VOCABULARY = 61
 """Odd, as no other size here: the rows of two ranks differ in number."""

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def check(run: Location) -> None:
     scored = Manifest.read(run, "score")
     assert scored is not None
-    check_ids(run, scored.files_in("scores"))
+    check_ids(run / "scores", scored.files_in("scores"))
 
 
 @pytest.mark.parametrize("ids_per_part", [50, 10**6])

@@ -18,8 +18,9 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import pool_size, whole_block_context
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.scoring import ScoreSink, _describe, score
-from davir_ray.stages.shards import Shards
+from davir_ray.stages.scoring import score
+from davir_ray.stages.shards import Shards, ShardSink, num_tokens
+from davir_ray.stages.streaming import describe
 from davir_ray.stages.tally import Told
 from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet
 
@@ -94,7 +95,9 @@ def block(rows: int, shard: str, shard_rows: int) -> pa.Table:
 def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
     run = Location.of(tmp_path)
     told = dict[str, Told]()
-    shards = ScoreSink(run, "mark", told.__setitem__).write([block(3, "part-7.parquet", 3)], None)
+    shards = ShardSink(run / "scores", SCORES, "mark", told.__setitem__, num_tokens).write(
+        [block(3, "part-7.parquet", 3)], None
+    )
     assert told == {"part-7.parquet": Told(3, rows=3, tokens=21, unscored=1)}
     assert [(shard.entry.name, shard.entry.rows, shard.statuses) for shard in shards] == [
         ("part-7.parquet", 3, {"ok": 2, "zero_base_nll": 1})
@@ -116,21 +119,22 @@ def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
 )
 def test_the_sink_refuses_a_block_that_is_not_one_whole_shard(tmp_path: Path, torn: pa.Table) -> None:
     with pytest.raises(IntegrityError, match="not one whole shard"):
-        ScoreSink(Location.of(tmp_path), "mark", unheard).write([torn], None)
+        ShardSink(Location.of(tmp_path) / "scores", SCORES, "mark", unheard, num_tokens).write([torn], None)
     assert not (tmp_path / "scores").exists()
 
 
 def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
     """A bit of the fingerprint's text would otherwise look like a shard of other settings."""
-    sink = ScoreSink(Location.of(tmp_path), json.dumps({"base": "abc"}), unheard)
+    folder = Location.of(tmp_path) / "scores"
+    sink = ShardSink(folder, SCORES, json.dumps({"base": "abc"}), unheard, num_tokens)
     sink.write([block(3, "part-0.parquet", 3)], None)
-    place = Location.of(tmp_path) / "scores" / "part-0.parquet"
-    found = _describe(place, 3)
+    place = folder / "part-0.parquet"
+    found = describe(place, SCORES, 3)
     assert found is not None
     assert found.fingerprint == {"base": "abc"}
-    assert _describe(place, 4) is None
+    assert describe(place, SCORES, 4) is None
     place.write_bytes(place.read_bytes().replace(b'"abc"', b'"abd"'))
-    assert _describe(place, 3) is None
+    assert describe(place, SCORES, 3) is None
 
 
 def test_every_shard_is_one_block_whatever_its_size() -> None:

@@ -1,0 +1,38 @@
+"""Preference training, read aloud: prepare, freeze, align, score, margins, report."""
+
+from dataclasses import replace
+
+from davir_ray.config import AlignRunConfig
+from davir_ray.inputs import check, prepared
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.output import writing
+from davir_ray.progress import Progress
+from davir_ray.stages.aligning import align
+from davir_ray.stages.margin_report import report_margins
+from davir_ray.stages.margins import margins
+from davir_ray.stages.prepare import scoring_spec
+from davir_ray.stages.scoring import freeze, score
+from davir_ray.storage import Location
+
+BASE_CACHE = "base_cache"
+"""In the run, until it is complete: the frozen policy's token losses, which scoring the trained one needs again."""
+
+
+def run_alignment(config: AlignRunConfig) -> Location:
+    """From preference data to a trained policy and its report; stages that are complete are skipped."""
+    config.require_input()
+    run, base, preparation = check(config)
+    spec = scoring_spec(preparation, config.all_sources())
+    scoring = replace(config.score, base_cache=config.score.base_cache or str(run / BASE_CACHE))
+    with writing(run, config):
+        prepared(run, config, preparation)
+        freeze(run, base, scoring, overwrite=config.overwrite)
+        align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
+        policy = Checkpoint.find(str(run / "policy"))
+        score(run, base, policy, scoring, keep_token_nll="none", overwrite=config.overwrite)
+        (run / BASE_CACHE).remove()
+        Progress("margins").write(run)
+        margins(run, config.align)
+        Progress("report").write(run)
+        report_margins(run, config)
+    return run

@@ -1,0 +1,44 @@
+"""align: pairs + frozen log-probabilities → policy, by the loop, packs and kernel of the fine-tune."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from davir_ray.config import AlignConfig, FinetuneConfig
+from davir_ray.manifest import Manifest
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.preference import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
+from davir_ray.stages.resume import require
+from davir_ray.stages.training import Training, recipe_of, train
+from davir_ray.storage import Location, read_parquet
+
+
+def align(
+    run: Location,
+    base: Checkpoint,
+    config: FinetuneConfig,
+    objective: AlignConfig,
+    spec: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Manifest:
+    """Train the base on every pair that is not held out; writes policy/, a Hugging Face folder or an adapter's."""
+    prepared, frozen = require(run, "prepare"), require(run, "freeze")
+    shards = [entry.name for entry in prepared.files_in("examples")]
+    training = Training("align", run, base, config, partial(_read_pairs, run, shards, objective), spec, "policy")
+    fingerprint = {
+        "base": base.weights_digest(),
+        "examples": prepared.content,
+        "frozen": frozen.content,
+        "objective": asdict(objective),
+        **recipe_of(config),
+    }
+    return train(training, fingerprint, "pairs", rejects=prepared.counts["rejected"], overwrite=overwrite)
+
+
+def _read_pairs(run: Location, shards: list[str], objective: AlignConfig) -> PairSet:
+    tables = (
+        (read_parquet(run / "examples" / name, PAIR_COLUMNS), read_parquet(run / "frozen" / name, FROZEN_COLUMNS))
+        for name in shards
+    )
+    return PairSet.of(tables, objective)

@@ -1,0 +1,113 @@
+"""generate: examples + a model → generations/, one file for each shard, through a pool of Ray actors."""
+
+import logging
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from davir_ray.config import GenerateConfig, ScoreConfig
+from davir_ray.errors import ConfigError, ModelError
+from davir_ray.manifest import Manifest
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.generation import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
+from davir_ray.schema import GENERATIONS
+from davir_ray.stages.resume import completed, require
+from davir_ray.stages.streaming import ShardWorker, Stream, num_gpus_of, pending_shards
+from davir_ray.stages.tally import Tally, tallied
+from davir_ray.storage import FileEntry, Location, each, read_parquet, total_rows
+
+log = logging.getLogger(__name__)
+
+
+def generate(
+    run: Location,
+    model: Checkpoint,
+    config: GenerateConfig,
+    pool: ScoreConfig,
+    *,
+    examples: Location | None = None,
+    base: Checkpoint | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Continue the prompt of every example greedily; rows of generations/ stand in the order of examples/.
+
+    `examples` is the run whose examples are read (None: this one); `base` is the model that an adapter belongs to.
+    ModelError if there is none for an adapter, ConfigError if no example is of the sources that are asked for.
+    """
+    started = time.monotonic()
+    source = examples or run
+    prepared = require(source, "prepare")
+    _check_model(model, base)
+    settings = GeneratorSettings(
+        config.max_new_tokens, pool.precision, config.tokens_per_batch, max(1, int(pool.num_cpus))
+    )
+    fingerprint = {
+        "model": model.weights_digest() | (_of_base(base) if model.is_adapter and base else {}),
+        "examples": prepared.content,
+        "sources": sorted(config.sources),
+        "settings": _what_matters(settings, pool),
+        "version": GENERATION_VERSION,
+    }
+    if done := completed(run, "generate", fingerprint, overwrite=overwrite):
+        return done
+    stream = Stream("generate", run, "generations", GENERATIONS, fingerprint, source / "examples", INPUT_COLUMNS)
+    wanted = _of_sources(source, prepared.files_in("examples"), config.sources)
+    num_rows = total_rows(wanted)
+    committed = stream.committed(wanted, overwrite=overwrite)
+    pending = pending_shards(wanted, committed)
+    log.info("generate: %d shards to do, %d already done", len(pending), len(committed))
+    arguments = {"model": model, "settings": settings, "base": base}
+    with tallied(run, stream.before(num_rows, 0, committed)) as tally:
+        new = stream.send(pending, GenerateShard, arguments, pool, tally, _num_new_tokens)
+        sums = tally.sums()
+    shards = sorted(committed + new, key=lambda shard: shard.entry.name)
+    manifest = stream.manifest(shards, num_rows, "generated", sums, {"shards_done_by_this_driver": len(new)})
+    return replace(manifest, seconds=time.monotonic() - started).commit(run)
+
+
+class GenerateShard(ShardWorker):
+    """Actor: a Generator for blocks that are whole shards."""
+
+    def __init__(self, tally: Tally, **generator: Any) -> None:
+        super().__init__("generate", tally, INPUT_COLUMNS, partial(Generator, **generator))
+
+
+def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:
+    """What can be known before any weights are loaded."""
+    if not model.is_adapter:
+        return
+    if base is None:
+        raise ModelError(f"{model.uri} is an adapter; give the base that it was trained on")
+    if base.is_adapter:
+        raise ModelError(f"{base.uri} is an adapter itself; give a base with weights of its own")
+
+
+def _of_base(base: Checkpoint) -> dict[str, str]:
+    return {f"base {name}": digest for name, digest in base.weights_digest().items()}
+
+
+def _what_matters(settings: GeneratorSettings, pool: ScoreConfig) -> dict[str, Any]:
+    """Settings that texts depend on: not the batch budget, which an out-of-memory halving may change on the way."""
+    kept = asdict(settings)
+    del kept["tokens_per_batch"]
+    return kept | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
+
+
+def _of_sources(run: Location, shards: list[FileEntry], sources: list[str]) -> list[FileEntry]:
+    """Shards of these sources (of all, if none is named); a shard is of one source, as a task of prepare is."""
+    if not sources:
+        return shards
+    names = each(lambda shard: read_parquet(run / "examples" / shard.name, ["source"])["source"][0].as_py(), shards)
+    if absent := sorted(set(sources) - set(names)):
+        raise ConfigError(
+            f"no example of {run} is of the source {absent[0]!r}; there are {', '.join(sorted(set(names)))}"
+        )
+    return [shard for shard, name in zip(shards, names, strict=True) if name in sources]
+
+
+def _num_new_tokens(table: pa.Table) -> int:
+    return int(pc.sum(table["num_new_tokens"]).as_py() or 0)

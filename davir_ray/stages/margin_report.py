@@ -1,0 +1,46 @@
+"""report of preference training: margins and manifests → report.html and report.json."""
+
+import dataclasses
+import json
+import time
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from davir_ray.config import AlignRunConfig
+from davir_ray.formulas.ranking import drawn
+from davir_ray.manifest import Manifest
+from davir_ray.report.alignment import alignment_facts, render_alignment
+from davir_ray.schema import MARGINS
+from davir_ray.stages.exchange import collect
+from davir_ray.stages.resume import FOLDERS, require
+from davir_ray.stages.shards import Shards, read_columns
+from davir_ray.storage import Location
+
+_MOST_PAIRS = 200_000
+"""That the figures are computed from; of more a sample by hash, and the page says so."""
+
+
+def report_margins(run: Location, config: AlignRunConfig) -> None:
+    """Write the page and the same facts as JSON; always redone, it takes seconds."""
+    started = time.monotonic()
+    measured = require(run, "margins")
+    manifests = {stage: found for stage in FOLDERS if stage != "report" and (found := Manifest.read(run, stage))}
+    num_pairs = measured.counts["pairs"]
+    draw = partial(_draw, share=min(1.0, _MOST_PAIRS / num_pairs))
+    shards = Shards(measured.files_in("margins"), partial(read_columns, run / "margins", None))
+    facts = alignment_facts(
+        collect(shards, draw, MARGINS),
+        num_pairs,
+        {stage: dataclasses.asdict(found) for stage, found in manifests.items()},
+        dataclasses.asdict(config),
+    )
+    (run / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
+    (run / "report.html").write_text(render_alignment(facts))
+    fingerprint = {stage: found.content for stage, found in manifests.items()}
+    Manifest("report", fingerprint, {}, [], seconds=time.monotonic() - started).write(run)
+
+
+def _draw(table: pa.Table, share: float) -> pa.Table:
+    return table.filter(pa.array(drawn(np.asarray(table["pair_id"]), share, "report")))

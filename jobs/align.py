@@ -1,0 +1,24 @@
+"""Train a policy on preference pairs by DavIR-DPO, DPO, IPO or length-normalised DPO, and measure what it learnt.
+
+    ray job submit --working-dir . -- python jobs/align.py --data s3://bucket/pairs/ --format preference \\
+        --base org/model --output s3://bucket/aligned --align.loss davir_dpo --align.heldout_fraction 0.1
+
+The same command goes on where a stopped run left off.
+"""
+
+import sys
+
+from davir_ray.cli import run_job
+from davir_ray.config import AlignRunConfig
+
+
+def main(config: AlignRunConfig) -> None:
+    """Run the chain and say where the policy and the report lie."""
+    from davir_ray.alignment import run_alignment  # late: a mistake in the options is told before torch and Ray load
+
+    run = run_alignment(config)
+    print(f"policy: {run / 'policy'}\nreport: {run / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, AlignRunConfig, __doc__))

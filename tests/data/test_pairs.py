@@ -1,0 +1,190 @@
+"""Preference records: every form gives the same prompt twice, what follows it is scored, a bad pair says why."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from davir_ray.config import Source
+from davir_ray.data.examples import Pair, stable_id
+from davir_ray.data.pairs import PairReader, render_pair
+from davir_ray.data.render import ChatTemplate, Rendered, RowError
+from davir_ray.data.sources import Reject, Slice, list_files
+from davir_ray.data.tokens import Encoder
+from davir_ray.schema import PAIRS, RejectReason
+
+SOURCE = Source("s", "x", "preference")
+CHATML = ChatTemplate(
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    special_tokens=("<|im_start|>", "<|im_end|>"),
+)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def scored(rendered: Rendered) -> list[str]:
+    return [segment.text for segment in rendered.segments if segment.scored]
+
+
+def refused(fields: dict[str, Any], chat: ChatTemplate | None = None) -> tuple[RejectReason, str]:
+    with pytest.raises(RowError) as raised:
+        render_pair(fields, SOURCE, chat)
+    return raised.value.reason, raised.value.detail
+
+
+def test_a_prompt_with_two_answers_stands_as_it_is() -> None:
+    chosen, rejected, templated = render_pair({"prompt": "Q: ", "chosen": " yes", "rejected": "no"}, SOURCE, None)
+    assert [chosen.prompt, rejected.prompt, templated] == ["Q: ", "Q: ", False]
+    assert [scored(chosen), scored(rejected)] == [[" yes"], ["no"]]
+
+
+def test_dialogues_share_what_stands_before_the_assistant_turn_where_they_part() -> None:
+    before = "\n\nHuman: a\n\nAssistant: the same\n\nHuman: b\n\nAssistant:"
+    chosen, rejected, _ = render_pair({"chosen": f"{before} One.", "rejected": f"{before} Once."}, SOURCE, None)
+    assert chosen.prompt == rejected.prompt == before
+    assert [scored(chosen), scored(rejected)] == [[" One."], [" Once."]]
+
+
+def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> None:
+    before = "\n\nHuman: a\n\nAssistant:"
+    longer = f"{before} One.\n\nHuman: b\n\nAssistant: Two.\n\nHuman: bye"
+    chosen, rejected, _ = render_pair({"chosen": longer, "rejected": f"{before} No."}, SOURCE, None)
+    assert scored(chosen) == [" One.", " Two."]
+    assert "".join(segment.text for segment in chosen.segments) == longer.removesuffix("\n\nHuman: bye")
+    assert rejected.prompt == chosen.prompt == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": "hi", "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": "hi", "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+    ],
+    ids=["whole conversations", "prompt repeated", "prompt as text", "prompt as messages"],
+)
+def test_all_forms_of_messages_are_the_same_pair(fields: dict[str, Any]) -> None:
+    chosen, rejected, templated = render_pair(fields, SOURCE, CHATML)
+    assert templated
+    assert chosen.prompt == rejected.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert [scored(chosen), scored(rejected)] == [["yes<|im_end|>"], ["no<|im_end|>"]]
+
+
+def test_assistant_turns_of_the_prompt_are_not_scored() -> None:
+    before = [user("a"), assistant("the same"), user("b")]
+    fields = {"chosen": [*before, assistant("one")], "rejected": [*before, assistant("two")]}
+    for rendered, answer in zip(render_pair(fields, SOURCE, CHATML)[:2], ("one", "two"), strict=True):
+        assert scored(rendered) == [f"{answer}<|im_end|>"]
+        assert "the same" in rendered.prompt
+
+
+def test_a_template_that_marks_generations_scores_none_of_the_prompt() -> None:
+    marked = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }};{% endgeneration %}"
+        "{% else %}U:{{ m.content }};{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    before = [user("a"), assistant("the same"), user("b")]
+    fields = {"chosen": [*before, assistant("one")], "rejected": [*before, assistant("two")]}
+    assert scored(render_pair(fields, SOURCE, marked).chosen) == ["one;"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "told"),
+    [
+        ({"chosen": "a"}, RejectReason.MISSING_COLUMN, "rejected"),
+        ({"chosen": "a", "rejected": ["b"]}, RejectReason.WRONG_TYPE, "str and list"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, RejectReason.WRONG_TYPE, "int"),
+        ({"prompt": "p", "chosen": "a ", "rejected": " a"}, RejectReason.EQUAL_RESPONSES, "same"),
+        ({"prompt": "p", "chosen": "a", "rejected": " \n"}, RejectReason.EMPTY_RESPONSE, "rejected"),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, RejectReason.EMPTY_RESPONSE, "chosen"),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, RejectReason.NO_COMMON_PROMPT, "first 11"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"},
+            RejectReason.NO_COMMON_PROMPT,
+            "no prompt",
+        ),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, RejectReason.BAD_CONVERSATION, "--chat_template"),
+    ],
+)
+def test_a_bad_pair_says_why(fields: dict[str, Any], reason: RejectReason, told: str) -> None:
+    found, detail = refused(fields)
+    assert found is reason
+    assert told in detail
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ([user("a"), assistant("x")], [user("b"), assistant("y")], RejectReason.NO_COMMON_PROMPT),
+        ([user("a"), assistant("x")], [user("a"), assistant("x")], RejectReason.EQUAL_RESPONSES),
+        ([user("a"), assistant("x")], [user("a"), user("b")], RejectReason.NO_COMMON_PROMPT),
+        ([user("a"), assistant("x")], [user("a"), assistant(" ")], RejectReason.EMPTY_RESPONSE),
+        ([user("a"), assistant("<|im_end|>")], [user("a"), assistant("x")], RejectReason.SPECIAL_TOKEN_IN_TEXT),
+        ([user("a"), assistant("x")], [{"role": "user"}], RejectReason.WRONG_TYPE),
+    ],
+)
+def test_bad_conversations_say_why(chosen: list[Any], rejected: list[Any], reason: RejectReason) -> None:
+    assert refused({"chosen": chosen, "rejected": rejected}, CHATML)[0] is reason
+
+
+def read(tokenizer: PreTrainedTokenizerFast, file: Path, max_tokens: int = 400) -> list[Pair | Reject]:
+    source = Source("s", str(file), "preference")
+    reader = PairReader(Encoder(tokenizer, max_tokens), None, keep_record=True)
+    return list(reader.read(source, [Slice(one) for one in list_files(source)], None))
+
+
+def test_the_rows_of_a_pair_have_its_id_their_own_and_the_same_prompt_tokens(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "Say:", "chosen": " one", "rejected": " another"}))
+    ((chosen, rejected),) = read(tokenizer, file)
+    assert set(chosen) == set(rejected) == set(PAIRS.names)
+    assert chosen["pair_id"] == rejected["pair_id"] == stable_id("s", "pairs.jsonl", 0)
+    assert [chosen["role"], rejected["role"]] == ["chosen", "rejected"]
+    assert chosen["example_id"] != rejected["example_id"]
+    assert json.loads(chosen["record"])["chosen"] == " one"
+    assert rejected["record"] is None
+    start = chosen["num_prompt_tokens"]
+    assert np.array_equal(chosen["input_ids"][:start], rejected["input_ids"][:start])
+    for row in (chosen, rejected):
+        assert row["response_spans"] == [start, len(row["input_ids"])]
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_answers_that_part_beyond_the_token_limit_are_equal(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "chosen": "a b c d e f g x", "rejected": "a b c d e f g y"}))
+    (cut,) = read(tokenizer, file, max_tokens=6)
+    assert isinstance(cut, Reject) and cut.reason is RejectReason.EQUAL_RESPONSES
+    assert not isinstance(read(tokenizer, file)[0], Reject)
+
+
+def test_real_dialogues_become_pairs(tokenizer: PreTrainedTokenizerFast, data_folder: Path, tmp_path: Path) -> None:
+    file = data_folder / "hh_harmless_pairs_1k.jsonl.gz"
+    with gzip.open(file, "rt") as lines:
+        records = [json.loads(line) for line in lines]
+    items = read(tokenizer, file, max_tokens=4000)
+    assert len(items) == len(records)
+    rejects = [item for item in items if isinstance(item, Reject)]
+    assert {reject.reason for reject in rejects} == {RejectReason.EMPTY_RESPONSE}
+    for record, item in zip(records, items, strict=True):
+        if isinstance(item, Reject):
+            continue
+        for row, role in zip(item, ("chosen", "rejected"), strict=True):
+            # In this set the two part in the last turn: an independent reading of what is the answer.
+            prompt, _, response = record[role].rpartition("\n\nAssistant:")
+            assert row["response"] == response
+            assert row["prompt"] == f"{prompt}\n\nAssistant:"
