@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.access import check_readable, probe_output, storage_errors
@@ -32,7 +33,9 @@ from davir_ray.models.finetune import num_steps
 from davir_ray.output import place_of, writing
 from davir_ray.progress import Progress
 from davir_ray.report.comparison import (
+    FLEXIBLE,
     LOSS,
+    STRICT,
     TABLE,
     ComparisonInputs,
     Measured,
@@ -41,7 +44,7 @@ from davir_ray.report.comparison import (
     summarise_comparison,
 )
 from davir_ray.schema import Status
-from davir_ray.stages.heldout import in_training_pool, read_losses
+from davir_ray.stages.heldout import Losses, in_training_pool, read_losses, read_matches
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.resume import remember, require
@@ -78,7 +81,7 @@ def compare(config: CompareConfig) -> Location:
         pool = dataclasses.replace(pool, base_cache=before.score.base_cache or str(output / "base_cache"))
         setting = Setting(
             preparation.base, require(run, "prepare").fingerprint["encoding"], heldout, pool,
-            config.keep_models, config.overwrite,
+            config.generate if "exact_match" in config.measures else None, config.keep_models, config.overwrite,
         )  # fmt: skip
         trials = _Plan(config, finished, output, recipe, setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
@@ -116,7 +119,7 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
     """How the run's data became tokens, for the held-out data."""
     base = scored_with(run, "base", before.base or "", before.trust_remote_code)
     template = read_template(before.chat_template)
-    preparation = Preparation(base, before.prepare, template, keep_record=False, limit=config.heldout_limit)
+    preparation = Preparation(base, before.prepare, template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages
@@ -206,36 +209,50 @@ def _report(
     first = losses[trials[0].name]
     leaked = np.isin(first.hashes, list(left_out))
     valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
-    kept = ~leaked & valued
-    if not kept.any():
-        raise DataError(
-            f"no held-out example is left to measure on: {leaked.sum()} of {len(leaked)} are in the run's training "
-            "pool; give data that the run has not seen"
-        )
-    loss = Measured(
-        LOSS,
-        first.sources[kept],
-        first.num_tokens[kept].astype(np.float64),
-        {name: found.nll[kept] for name, found in losses.items()},
-        first.base_nll[kept],
-    )
+    measures = [_loss_of(losses, first, ~leaked & valued)] if "loss" in config.measures else []
+    if "exact_match" in config.measures:
+        measures += _matches_of(trials, first, leaked)
     facts, table = summarise_comparison(
         ComparisonInputs(
             settings=dataclasses.asdict(config),
             run=config.run or "",
             base=before.base or "",
             recipe=dataclasses.asdict(recipe),
-            selection=before.select.rules,
             heldout=heldout.counts,
             in_training_pool=int(leaked.sum()),
             without_value=int((~valued & ~leaked).sum()),
             trials={trial.name: _facts_of(trial) for trial in trials},
-            measures=[loss],
+            measures=measures,
         )
     )
     write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE))
     (output / "comparison.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
     (output / "comparison.html").write_text(render_comparison(facts))
+
+
+def _loss_of(losses: dict[TrialName, Losses], first: Losses, kept: npt.NDArray[np.bool_]) -> Measured:
+    """Nats by tokens, of the held-out examples that are kept."""
+    return Measured(
+        LOSS,
+        first.sources[kept],
+        first.num_tokens[kept].astype(np.float64),
+        {name: found.nll[kept] for name, found in losses.items()},
+        first.base_nll[kept],
+    )
+
+
+def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
+    """Right answers by questions, of the held-out examples that have an expected answer."""
+    found = {trial.name: read_matches(trial.place) for trial in trials}
+    ids = next(iter(found.values())).example_ids
+    place = {example_id: row for row, example_id in enumerate(first.example_ids.tolist())}
+    rows = np.array([place[example_id] for example_id in ids.tolist()], dtype=np.int64)
+    kept = ~leaked[rows] & np.isfinite(np.stack([matches.strict for matches in found.values()])).all(axis=0)
+    sources, weights = first.sources[rows][kept], np.ones(int(kept.sum()))
+    return [
+        Measured(STRICT, sources, weights, {name: matches.strict[kept] for name, matches in found.items()}),
+        Measured(FLEXIBLE, sources, weights, {name: matches.flexible[kept] for name, matches in found.items()}),
+    ]
 
 
 def _facts_of(trial: Trial) -> TrialFacts:

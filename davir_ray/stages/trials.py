@@ -12,17 +12,19 @@ from typing import Any
 import ray
 
 from davir_ray.comparison_config import TrialName
-from davir_ray.config import FinetuneConfig, ScoreConfig
+from davir_ray.config import FinetuneConfig, GenerateConfig, ScoreConfig
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, room_for
+from davir_ray.stages.generation import generate
+from davir_ray.stages.matching import match
 from davir_ray.stages.resume import require
 from davir_ray.stages.scoring import score
 from davir_ray.stages.streaming import num_gpus_of
 from davir_ray.stages.training import finetune, what_matters
-from davir_ray.storage import Location
+from davir_ray.storage import FileEntry, Location
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class Setting:
     heldout: Location
     """A run that is prepared."""
     score: ScoreConfig
+    generate: GenerateConfig | None
+    """None: no answers are generated."""
     keep_models: bool
     overwrite: bool
 
@@ -63,6 +67,7 @@ class Trial:
             "recipe": what_matters(self.recipe),
             "heldout": require(self.setting.heldout, "prepare").content,
             "precision": self.setting.score.precision,
+            "generate": None if self.setting.generate is None else _what_texts_depend_on(self.setting.generate),
             "numerics": NUMERICS_VERSION,
         }
 
@@ -99,18 +104,35 @@ class Trial:
             self.place, setting.base, model, setting.score, keep_token_nll="none",
             examples_of=setting.heldout, overwrite=setting.overwrite,
         )  # fmt: skip
+        files = scored.files + self._answers(model)
         counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
         details = {"final_loss": trained.details["final_loss"], "loss_by_step": trained.details["loss_by_step"]}
         seconds = trained.seconds + scored.seconds
-        manifest = Manifest(STAGE, self.fingerprint(), counts, scored.files, details, seconds=seconds)
+        manifest = Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds)
         manifest = manifest.commit(self.place)
         self.drop_model()
         return manifest
+
+    def _answers(self, model: Checkpoint) -> list[FileEntry]:
+        """Generate answers and compare them, if that is asked for; returns the files."""
+        setting = self.setting
+        if setting.generate is None:
+            return []
+        base = setting.base if model.is_adapter else None
+        generated = generate(
+            self.place, model, setting.generate, setting.score,
+            examples=setting.heldout, base=base, overwrite=setting.overwrite,
+        )  # fmt: skip
+        return generated.files + match(self.place, examples=setting.heldout).files
 
     def drop_model(self) -> None:
         """Delete the model of a trial that has been measured, unless it is to be kept."""
         if not self.setting.keep_models:
             (self.place / "reference").remove()
+
+
+def _what_texts_depend_on(config: GenerateConfig) -> dict[str, Any]:
+    return {"max_new_tokens": config.max_new_tokens, "sources": sorted(config.sources)}
 
 
 def _run_trial(trial: Trial) -> None:
