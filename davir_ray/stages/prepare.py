@@ -49,13 +49,16 @@ class Preparation:
     """Text of a chat template that replaces the tokenizer's."""
     keep_record: bool = True
     limit: int | None = None
+    prompts_only: bool = False
+    """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """What turns records of these sources into examples."""
         tokenizer = self.base.tokenizer()
         uses_chat = any(source.format == "messages" for source in sources)
         chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
-        return ExampleReader(Encoder(tokenizer, self.config.max_tokens), chat, keep_record=self.keep_record)
+        encoder = Encoder(tokenizer, self.config.max_tokens)
+        return ExampleReader(encoder, chat, keep_record=self.keep_record, prompts_only=self.prompts_only)
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
         "shard_rows": preparation.config.shard_rows,
         "keep_record": preparation.keep_record,
         "limit": preparation.limit,
+        **({"prompts_only": True} if preparation.prompts_only else {}),
     }
 
 
