@@ -18,12 +18,13 @@ Order = Literal["davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "le
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 
 
-def _check(condition: bool, field_name: str, value: object, need: str) -> None:
+def check(condition: bool, field_name: str, value: object, need: str) -> None:
+    """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field_name} is {value!r}; it must be {need}")
 
 
-def _check_no_secret(field_name: str, uri: str | None) -> None:
+def check_no_secret(field_name: str, uri: str | None) -> None:
     """Refuse credentials in a URI: it is written to config.yaml and to messages."""
     if uri and re.match(r"\w+://[^/]*:[^/]*@", uri):
         shown = re.sub(r"//.*@", "//…@", uri)
@@ -54,11 +55,11 @@ class Source:
     """Split to read, for a hub name or a folder written by `datasets` that holds several."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name.strip()), "source name", self.name, "a non-empty name")
+        check(bool(self.name.strip()), "source name", self.name, "a non-empty name")
         named = f"path of source {self.name!r}"
-        _check(bool(self.paths) and all(path.strip() for path in self.paths), named, self.path, "a path")
+        check(bool(self.paths) and all(path.strip() for path in self.paths), named, self.path, "a path")
         for path in self.paths:
-            _check_no_secret(named, path)
+            check_no_secret(named, path)
 
     @property
     def paths(self) -> list[str]:
@@ -76,8 +77,8 @@ class PrepareConfig:
     """Most rows in a shard, the unit of work, commit and resume. Grows with the corpus to keep about 20,000 shards."""
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")
-        _check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")
+        check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")
+        check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")
 
 
 @dataclass(frozen=True)
@@ -133,19 +134,19 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "max_steps"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
+            check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
         for name in ("epochs", "batch_size", "num_workers", "num_cpus", "checkpoint_every_steps"):
-            _check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
-            _check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
+            check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
         for name in ("lora_rank", "lora_alpha"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
-        _check(0 <= self.lora_dropout < 1, "finetune.lora_dropout", self.lora_dropout, "from 0 to below 1")
-        _check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
-        _check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
-        _check(self.seed >= 0, "finetune.seed", self.seed, "0 or more")
-        _check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
+            check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
+        check(0 <= self.lora_dropout < 1, "finetune.lora_dropout", self.lora_dropout, "from 0 to below 1")
+        check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
+        check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
+        check(self.seed >= 0, "finetune.seed", self.seed, "0 or more")
+        check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ class AlignConfig:
     """Share of the pairs, drawn by hash, that is not trained on; what was learnt is measured on it apart."""
 
     def __post_init__(self) -> None:
-        _check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
+        check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
         heldout = self.heldout_fraction
-        _check(0 <= heldout < 1, "align.heldout_fraction", heldout, "from 0 to below 1")
+        check(0 <= heldout < 1, "align.heldout_fraction", heldout, "from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -192,17 +193,17 @@ class ScoreConfig:
     """Seconds without any finished task after which the run fails instead of hanging."""
 
     def __post_init__(self) -> None:
-        _check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
+        check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
         if self.autoscale is not None:
             ascending = len(self.autoscale) == 2 and 1 <= self.autoscale[0] <= self.autoscale[1]
-            _check(ascending, "score.autoscale", self.autoscale, "[least, most], two ascending numbers from 1")
+            check(ascending, "score.autoscale", self.autoscale, "[least, most], two ascending numbers from 1")
             if self.num_actors is not None:
                 raise ConfigError("both score.num_actors and score.autoscale are given; give one of the two")
-        _check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
-        _check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
+        check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
+        check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
         packed = self.tokens_per_pack
-        _check(packed is None or packed >= 1, "score.tokens_per_pack", packed, "at least 1")
-        _check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")
+        check(packed is None or packed >= 1, "score.tokens_per_pack", packed, "at least 1")
+        check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,9 @@ class GenerateConfig:
     """Generate for the examples of these sources only. Empty: all."""
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens >= 1, "generate.max_new_tokens", self.max_new_tokens, "at least 1")
+        check(self.max_new_tokens >= 1, "generate.max_new_tokens", self.max_new_tokens, "at least 1")
         batch = self.tokens_per_batch
-        _check(batch is None or batch >= 1, "generate.tokens_per_batch", batch, "at least 1")
+        check(batch is None or batch >= 1, "generate.tokens_per_batch", batch, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class RankConfig:
     """Write only the first N ranks, the rest of a large corpus is never moved. None: every rank."""
 
     def __post_init__(self) -> None:
-        _check(self.most is None or self.most >= 1, "rank.most", self.most, "at least 1")
+        check(self.most is None or self.most >= 1, "rank.most", self.most, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,9 @@ class Part:
     def __post_init__(self) -> None:
         where = f"select.mixture of {self.source!r}:"
         rules = ["all"] * self.all + [name for name in PART_RULES if getattr(self, name) is not None]
-        _check(len(rules) == 1, f"{where} the rules", rules, f"exactly one of all, {', '.join(PART_RULES)}")
+        check(len(rules) == 1, f"{where} the rules", rules, f"exactly one of all, {', '.join(PART_RULES)}")
         _check_rules(f"{where} ", self)
-        _check(self.repeat >= 1, f"{where} repeat", self.repeat, "at least 1")
+        check(self.repeat >= 1, f"{where} repeat", self.repeat, "at least 1")
 
 
 PART_RULES = ("top_k", "top_fraction", "top_tokens")
@@ -308,24 +309,24 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         _check_rules("select.", self)
-        _check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
+        check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
         least, most = self.min_response_tokens, self.max_response_tokens
-        _check(least is None or most is None or least <= most, "select.min_response_tokens", least, f"at most {most}")
+        check(least is None or most is None or least <= most, "select.min_response_tokens", least, f"at most {most}")
         edges = self.length_edges
         ascending = all(a < b for a, b in pairwise([0, *edges]))
-        _check(bool(edges) and ascending, "select.length_edges", edges, "ascending numbers above 0")
-        _check(len(set(self.balance)) == len(self.balance), "select.balance", self.balance, "without repetition")
+        check(bool(edges) and ascending, "select.length_edges", edges, "ascending numbers above 0")
+        check(len(set(self.balance)) == len(self.balance), "select.balance", self.balance, "without repetition")
         if self.quotas and not self.balance:
             raise ConfigError("select.quotas needs select.balance: [source], [length] or [source, length]")
         if self.mixture and self.balance:
             raise ConfigError("select.mixture has a rule for each source; leave select.balance out")
         for group, rows in self.quotas.items():
-            _check(rows >= 1, f"select.quotas of {group!r}", rows, "at least 1")
+            check(rows >= 1, f"select.quotas of {group!r}", rows, "at least 1")
         names = [part.source for part in self.mixture]
         for name in names:
-            _check(names.count(name) == 1, "source in select.mixture", name, "given once")
+            check(names.count(name) == 1, "source in select.mixture", name, "given once")
 
     @property
     def rules(self) -> list[str]:
@@ -342,10 +343,10 @@ def count_from_fraction(fraction: float, num_rows: int) -> int:
 
 
 def _check_rules(where: str, config: Part | SelectConfig) -> None:
-    _check(config.top_k is None or config.top_k >= 1, f"{where}top_k", config.top_k, "at least 1")
-    _check(config.top_tokens is None or config.top_tokens >= 1, f"{where}top_tokens", config.top_tokens, "at least 1")
+    check(config.top_k is None or config.top_k >= 1, f"{where}top_k", config.top_k, "at least 1")
+    check(config.top_tokens is None or config.top_tokens >= 1, f"{where}top_tokens", config.top_tokens, "at least 1")
     fraction = config.top_fraction
-    _check(fraction is None or 0 < fraction <= 1, f"{where}top_fraction", fraction, "above 0 and at most 1")
+    check(fraction is None or 0 < fraction <= 1, f"{where}top_fraction", fraction, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ class EstimateConfig:
     def __post_init__(self) -> None:
         for name in ("device_tflops", "price_per_device_hour"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"estimate.{name}", value, "above 0")
+            check(value is None or value > 0, f"estimate.{name}", value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -375,7 +376,7 @@ class OutputConfig:
     """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
 
     def __post_init__(self) -> None:
-        _check_no_secret("output", self.output)
+        check_no_secret("output", self.output)
 
     def require_output(self) -> None:
         """Raise ConfigError where no output is given."""
@@ -414,8 +415,8 @@ class InputConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         if self.data is not None and self.sources:
             raise ConfigError("both data and sources are given; give exactly one of the two")
         if (self.data is None) != (self.format is None):
@@ -423,12 +424,12 @@ class InputConfig(OutputConfig):
             raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
         places = {"base": self.base, "chat_template": self.chat_template, "score.base_cache": self.score.base_cache}
         for name, uri in places.items():
-            _check_no_secret(name, uri)
+            check_no_secret(name, uri)
         for path in [self.data] if isinstance(self.data, str) else self.data or []:
-            _check_no_secret("data", path)
+            check_no_secret("data", path)
         names = [source.name for source in self.sources]
         for name in names:
-            _check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
+            check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
 
     def all_sources(self) -> list[Source]:
         """The sources, with --data and --format as one source named after its format."""
@@ -465,7 +466,7 @@ class RunConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_no_secret("reference", self.reference)
+        check_no_secret("reference", self.reference)
         for source in self.all_sources():
             if source.format == "preference":
                 raise ConfigError(f"source {source.name!r} has the format preference; jobs/align.py trains on pairs")

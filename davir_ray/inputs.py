@@ -21,7 +21,7 @@ def check(config: InputConfig, *models: str | None) -> tuple[Location, Checkpoin
     run = place_of(config.output or "")
     _check_access(run, config, models)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
-    template = _read_template(config.chat_template)
+    template = read_template(config.chat_template)
     preparation = Preparation(base, config.prepare, template, config.keep_record, config.limit)
     check_base(preparation, config.all_sources())
     return run, base, preparation
@@ -45,7 +45,8 @@ def _check_access(run: Location, config: InputConfig, models: tuple[str | None, 
     check_readable(inputs)
 
 
-def _read_template(file: str | None) -> str | None:
+def read_template(file: str | None) -> str | None:
+    """The text of a chat template's file; ConfigError if it cannot be read."""
     if file is None:
         return None
     with translated(f"chat_template {file}", ConfigError):

@@ -5,10 +5,11 @@ import logging
 from typing import Any
 
 from davir_ray.access import check_readable, probe_output, storage_errors
-from davir_ray.cli import dump, load
+from davir_ray.cli import dump
 from davir_ray.config import RunConfig
 from davir_ray.errors import ModelError, OutputError
 from davir_ray.estimate import estimate, told
+from davir_ray.finished import remembered, scored_with
 from davir_ray.inputs import check, prepared
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
@@ -19,7 +20,7 @@ from davir_ray.stages.prepare import Preparation, scoring_spec
 from davir_ray.stages.preview import device_rate, preview
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
-from davir_ray.stages.resume import CONFIG_FILE, check_claim, remember, require
+from davir_ray.stages.resume import check_claim, remember, require
 from davir_ray.stages.scoring import score
 from davir_ray.stages.selection import check_count, select
 from davir_ray.stages.streaming import plan_pool
@@ -67,7 +68,7 @@ def rank_only(config: RunConfig) -> Location:
     probe_output(run)
     with storage_errors(run):
         check_count(config.select, require(run, "score").counts["scored"], "scored")
-        before = _remembered(run)
+        before = remembered(run)
         shared = config.output_is_shared or before.output_is_shared
         config = dataclasses.replace(before, rank=config.rank, select=config.select, output_is_shared=shared)
     with writing(run, config):
@@ -99,25 +100,11 @@ def verify_only(output: str, num_rows: int, seed: int) -> Verification:
     check_readable([(str(run), OutputError)])
     with storage_errors(run):
         require(run, "score")
-        config = _remembered(run)
-        base = _scored(run, "base", config.base or "", config.trust_remote_code)
-        reference = _scored(run, "reference", config.reference or str(run / "reference"), config.trust_remote_code)
+        config = remembered(run)
+        base = scored_with(run, "base", config.base or "", config.trust_remote_code)
+        reference = scored_with(run, "reference", config.reference or str(run / "reference"), config.trust_remote_code)
         with connected_to(run, is_shared=config.output_is_shared):
             return verify(run, base, reference, num_rows, seed)
-
-
-def _scored(run: Location, role: str, uri: str, trust_remote_code: bool) -> Checkpoint:
-    """The model that the run was scored with: of the hub the commit, whatever its branch is by now."""
-    commit = require(run, "score").fingerprint[role].get("commit")
-    return Checkpoint.find(f"{uri.partition('@')[0]}@{commit}" if commit else uri, trust_remote_code)
-
-
-def _remembered(run: Location) -> RunConfig:
-    """The configuration of the run's last command."""
-    try:
-        return load(RunConfig, (run / CONFIG_FILE).read_bytes().decode())
-    except FileNotFoundError as error:
-        raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
 
 
 def _rank_and_report(run: Location, config: RunConfig) -> None:
@@ -133,7 +120,7 @@ def _rank_and_report(run: Location, config: RunConfig) -> None:
 def _tokenizer(run: Location, config: RunConfig) -> Any:
     """The base's tokenizer, to spell tokens in the report; None if it cannot be loaded any more."""
     try:
-        return _scored(run, "base", config.base or "", config.trust_remote_code).tokenizer()
+        return scored_with(run, "base", config.base or "", config.trust_remote_code).tokenizer()
     except ModelError as error:
         log.warning("the report shows no tokens: %s", error)
         return None

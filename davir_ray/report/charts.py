@@ -242,6 +242,64 @@ def length_deciles(deciles: list[dict[str, Any]]) -> Markup:
         return _svg(figure, "deciles", "Share of the pool and of the selection by response length.")
 
 
+_ARM_STYLES: dict[str, dict[str, Any]] = {
+    "selection": {"color": CHOSEN, "marker": "o"},
+    "random": {"color": POOL, "marker": "s"},
+    "random_matched": {"color": MUTED, "marker": "D", "linestyle": (0, (4, 2))},
+    "lowest": {"color": BASE, "marker": "^"},
+    "rho": {"color": REFERENCE, "marker": "v"},
+    "full": {"color": INK, "marker": "*", "linestyle": (0, (4, 3))},
+}
+
+
+def comparison(results: list[dict[str, Any]], unit: str, name: str) -> Markup:
+    """Means of a comparison's arms with their 95 % intervals: over the sizes, or side by side where there is one."""
+    with matplotlib.rc_context(_STYLE):
+        sizes = sorted({row["rows"] for row in results})
+        figure, axes = _figure(TALL)
+        label = f"Means and 95 % intervals of the arms, {unit}"
+        if len(sizes) == 1:
+            _draw_arms(axes, results, unit)
+            return _svg(figure, name, f"{label}.")
+        _draw_curves(axes, results, sizes)
+        axes.set_ylabel(unit)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+        return _svg(figure, name, f"{label}, over the size of the selection.")
+
+
+def _draw_arms(axes: Axes, results: list[dict[str, Any]], unit: str) -> None:
+    """A line for each arm, in the order of their meaning."""
+    rows = {row["arm"]: row for row in results}
+    arms = [arm for arm in _ARM_STYLES if arm in rows]
+    for place, arm in enumerate(arms):
+        row, style = rows[arm], _ARM_STYLES[arm]
+        axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=2)
+        axes.plot([row["mean"]], [place], color=style["color"], marker=style["marker"], markersize=8)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel(unit)
+
+
+def _draw_curves(axes: Axes, results: list[dict[str, Any]], sizes: list[int]) -> None:
+    """A curve for each arm, moved apart a little so that its intervals can be told from the others'."""
+    axes.set_xscale("log")
+    arms = [arm for arm in _ARM_STYLES if any(row["arm"] == arm for row in results)]
+    for place, arm in enumerate(arms):
+        style = _ARM_STYLES[arm]
+        rows = sorted((row for row in results if row["arm"] == arm), key=lambda row: row["rows"])
+        apart = 1.0 if arm == "full" else (sizes[-1] / sizes[0]) ** (0.012 * (place - len(arms) / 2))
+        at = [row["rows"] * apart for row in rows]
+        axes.plot(at, [row["mean"] for row in rows], linewidth=1.8, markersize=6, label=arm, **style)
+        for x, row in zip(at, rows, strict=True):
+            axes.plot([x, x], [row["low"], row["high"]], color=style["color"], linewidth=1.2)
+    axes.set_xticks(sizes, [_thousands(size, 0) for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("rows of the selection (log scale)")
+
+
 def throughput(scoring: dict[str, Any]) -> Markup:
     """Tokens scored a second over time, and their mean over the whole stage."""
     with matplotlib.rc_context(_STYLE):

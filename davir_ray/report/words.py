@@ -44,6 +44,33 @@ LIMITS = [
     "The end-of-sequence token is scored as part of the response, for both models; a truncated response has none. "
     "Whether the paper scores it is not stated; we do.",
 ]
+ARM_MEANING = {
+    "selection": "what the run selected; where it has a mixture, that",
+    "random": "as many rows, drawn by hash, others for each seed",
+    "random_matched": "drawn rows with the same histogram of response lengths and as many response tokens",
+    "lowest": "as many rows, from the other end of the ranking",
+    "rho": "as many rows, the highest by RHO summed over the response (base minus reference loss, not divided)",
+    "full": "every prepared example",
+}
+READING_MEANING = {
+    "epochs": "every arm for the recipe’s number of epochs, so that a smaller set takes fewer steps",
+    "steps": "every arm for as many optimiser steps as the full set takes, so that a smaller set is repeated",
+}
+COMPARISON_LIMITS = [
+    "It shows what these rows do for this base, with this recipe, on this held-out data. A small base is not a large "
+    "one: what a small model learns first, a large one may know already.",
+    "A loss is not a judgement: a lower loss on held-out answers says that such answers became likelier, not that a "
+    "person would prefer what the model writes.",
+    "Few seeds leave the spread between models uncertain. Intervals and p-values count it by Student’s t with one "
+    "degree of freedom less than seeds, so with two or three seeds only large differences are shown; that none is "
+    "shown does not mean that there is none.",
+    "The selection is one set of rows. Against arms that are drawn, the question is whether it does better than one "
+    "more draw would; its own rows would be others with another reference or pool.",
+    "p (these models) counts the held-out examples alone: it says whether these very models differ, not whether "
+    "models trained anew would.",
+    "Held-out rows that are in the run’s training pool, word for word, are left out. Paraphrases and near copies are "
+    "not found.",
+]
 
 
 def explanation(reference_trained_here: bool) -> list[str]:

@@ -1,0 +1,249 @@
+"""A comparison, read aloud: does the run's selection train a better model than other sets of rows do?
+
+finished run ─► sets of rows ─► a fine-tune for each arm, size, reading and seed ─► losses on held-out data ─► table
+
+<output>/
+  heldout/            the held-out data, prepared as the run's were
+  sets/               the rows of each arm; the full set is the run's own examples
+  arms/               a folder for each fine-tune: its manifests, and scores/ of the held-out examples
+  base_cache/         losses of the base, computed once
+  left_out.parquet    held-out rows that are in the run's training pool
+  comparison.json, comparison.parquet, comparison.html
+"""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from davir_ray.access import check_readable, probe_output, storage_errors
+from davir_ray.cli import dump, load
+from davir_ray.comparison_config import CompareConfig, TrialName
+from davir_ray.config import FinetuneConfig, RunConfig
+from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
+from davir_ray.finished import remembered, scored_with
+from davir_ray.inputs import read_template
+from davir_ray.manifest import differences
+from davir_ray.models.finetune import num_steps
+from davir_ray.output import place_of, writing
+from davir_ray.progress import Progress
+from davir_ray.report.comparison import (
+    LOSS,
+    TABLE,
+    ComparisonInputs,
+    Measured,
+    TrialFacts,
+    render_comparison,
+    summarise_comparison,
+)
+from davir_ray.schema import Status
+from davir_ray.stages.heldout import in_training_pool, read_losses
+from davir_ray.stages.pairing import check_base
+from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.resume import remember, require
+from davir_ray.stages.row_sets import DRAWN, FinishedRun, write_set
+from davir_ray.stages.trials import STAGE, Setting, Trial, plan_trials, run_trials
+from davir_ray.storage import Location, digest, write_parquet
+
+log = logging.getLogger(__name__)
+
+LEFT_OUT = "left_out.parquet"
+
+
+def compare(config: CompareConfig) -> Location:
+    """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
+    config.require()
+    run, output = place_of(config.run or ""), place_of(config.output or "")
+    check_readable([(str(run), OutputError), *((path, DataError) for path in _heldout_paths(config))])
+    probe_output(output)
+    with storage_errors(run):
+        before = remembered(run)
+        finished = _finished(run, before)
+        recipe = _recipe(before, config.recipe)
+        preparation = _preparation(run, before, config)
+    _check_output(run, output)
+    with writing(output, config):
+        remember(output, dump(config))
+        heldout = output / "heldout"
+        prepare(
+            heldout, config.all_heldout(), preparation,
+            max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
+        )  # fmt: skip
+        left_out = _leave_out(run, heldout, output / LEFT_OUT)
+        at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
+        pool = dataclasses.replace(pool, base_cache=before.score.base_cache or str(output / "base_cache"))
+        setting = Setting(
+            preparation.base, require(run, "prepare").fingerprint["encoding"], heldout, pool,
+            config.keep_models, config.overwrite,
+        )  # fmt: skip
+        trials = _Plan(config, finished, output, recipe, setting).trials()
+        run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
+        _report(config, before, recipe, output, trials, left_out)
+    return output
+
+
+def _heldout_paths(config: CompareConfig) -> list[str]:
+    return [path for source in config.all_heldout() for path in source.paths]
+
+
+def _check_output(run: Location, output: Location) -> None:
+    """A comparison's folder is its own: stages of a run would take its parts for theirs."""
+    if str(output) == str(run) or (output / "manifests").exists():
+        raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
+
+
+def _finished(run: Location, before: RunConfig) -> FinishedRun:
+    """The run, once it is known that its configuration is that of its selection."""
+    for stage, own in (("rank", before.rank), ("select", before.select)):
+        made_with = require(run, stage).fingerprint
+        now = json.loads(json.dumps(dataclasses.asdict(own)))
+        if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
+            raise OutputError(f"{run} was not {stage}ed with what its config.yaml says; run jobs/rank.py with it again")
+    return FinishedRun(run, before.rank, before.select)
+
+
+def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
+    """The run's recipe with the changes; ConfigError where one is of the wrong type."""
+    fields = {**dataclasses.asdict(before.finetune), **changes, "max_steps": None, "export_epochs": False}
+    return load(RunConfig, json.dumps({"finetune": fields})).finetune
+
+
+def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Preparation:
+    """How the run's data became tokens, for the held-out data."""
+    base = scored_with(run, "base", before.base or "", before.trust_remote_code)
+    template = read_template(before.chat_template)
+    preparation = Preparation(base, before.prepare, template, keep_record=False, limit=config.heldout_limit)
+    check_base(preparation, config.all_heldout())
+    spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
+    if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages
+        own["chat_template"] = spec["chat_template"]
+    if changed := differences(spec, own):
+        raise ModelError(f"{base.uri} encodes text otherwise than when {run} was made ({'; '.join(changed)})")
+    return preparation
+
+
+def _leave_out(run: Location, heldout: Location, place: Location) -> set[int]:
+    """Content hashes of held-out rows that the models may have been trained on, and a file of them."""
+    hashes = in_training_pool(run, heldout)
+    if len(hashes):
+        log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
+    write_parquet(place, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
+    return set(hashes.tolist())
+
+
+def _tell(output: Location, done: int, total: int) -> None:
+    Progress("compare", unit="arms", done=done, total=total).write(output)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which fine-tunes make up the comparison, on which rows."""
+
+    config: CompareConfig
+    finished: FinishedRun
+    output: Location
+    recipe: FinetuneConfig
+    setting: Setting
+
+    def trials(self) -> list[Trial]:
+        """Every fine-tune, its rows written; all arms with their first seed come first."""
+        own = self.finished.selection(None)
+        own_size = self.finished.size_of(own)
+        trials: dict[str, Trial] = {}
+        for size in self.config.sizes or [own_size]:
+            selection = own if size == own_size else self.finished.selection(size)
+            if self.finished.size_of(selection) != size:
+                most = self.finished.size_of(selection)
+                raise ConfigError(f"sizes has {size}, but the run's rule can take {most} rows only; leave it out")
+            for seed in range(self.config.seeds):
+                for arm in self.config.arms:
+                    trials |= self._readings(arm, selection, size, seed)
+        return sorted(trials.values(), key=lambda trial: trial.name.seed)
+
+    def _readings(self, arm: str, selection: pa.Table, size: int, seed: int) -> dict[str, Trial]:
+        """The fine-tunes of one arm with one seed, by name; every example takes the same steps in both readings."""
+        if arm == "full":
+            rows, readings = require(self.finished.place, "prepare").counts["prepared"], ["epochs"]
+            examples_of = self.finished.place
+        else:
+            rows, readings = size, list(self.config.readings)
+            examples_of = self._rows(arm, selection, size, seed)
+        trials = {}
+        for reading in readings:
+            name = TrialName(arm, rows, reading, seed)
+            steps = self._full_steps if reading == "steps" else None
+            recipe = dataclasses.replace(self.recipe, seed=seed, max_steps=steps)
+            trials[str(name)] = Trial(name, self.output / "arms" / str(name), examples_of, recipe, self.setting)
+        return trials
+
+    def _rows(self, arm: str, selection: pa.Table, size: int, seed: int) -> Location:
+        """Write an arm's rows; drawn ones for each seed, others once."""
+        name = f"{arm}-{size}" + (f"-seed{seed}" if arm in DRAWN else "")
+        ids = self.finished.rows_of(arm, selection, seed)
+        fingerprint = {"ids": digest(ids.tolist()), "repeats": self.finished.repeats}
+        write_set(self.output / "sets" / name, self.finished, ids, fingerprint, overwrite=self.config.overwrite)
+        return self.output / "sets" / name
+
+    @property
+    def _full_steps(self) -> int:
+        """Optimiser steps of a fine-tune on every prepared example that can be trained on."""
+        prepared, scored = (require(self.finished.place, stage).counts for stage in ("prepare", "score"))
+        trainable = prepared["prepared"] - scored.get(Status.NO_PREDICTOR, 0)
+        return num_steps(trainable, self.recipe.batch_size, self.recipe.epochs)
+
+
+def _report(
+    config: CompareConfig, before: RunConfig, recipe: FinetuneConfig, output: Location, trials: list[Trial],
+    left_out: set[int],
+) -> None:  # fmt: skip
+    """Write the table, the facts and the page."""
+    heldout = require(output / "heldout", "prepare")
+    losses = {trial.name: read_losses(trial.place, output / "heldout") for trial in trials}
+    first = losses[trials[0].name]
+    leaked = np.isin(first.hashes, list(left_out))
+    valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
+    kept = ~leaked & valued
+    if not kept.any():
+        raise DataError(
+            f"no held-out example is left to measure on: {leaked.sum()} of {len(leaked)} are in the run's training "
+            "pool; give data that the run has not seen"
+        )
+    loss = Measured(
+        LOSS,
+        first.sources[kept],
+        first.num_tokens[kept].astype(np.float64),
+        {name: found.nll[kept] for name, found in losses.items()},
+        first.base_nll[kept],
+    )
+    facts, table = summarise_comparison(
+        ComparisonInputs(
+            settings=dataclasses.asdict(config),
+            run=config.run or "",
+            base=before.base or "",
+            recipe=dataclasses.asdict(recipe),
+            selection=before.select.rules,
+            heldout=heldout.counts,
+            in_training_pool=int(leaked.sum()),
+            without_value=int((~valued & ~leaked).sum()),
+            trials={trial.name: _facts_of(trial) for trial in trials},
+            measures=[loss],
+        )
+    )
+    write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE))
+    (output / "comparison.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
+    (output / "comparison.html").write_text(render_comparison(facts))
+
+
+def _facts_of(trial: Trial) -> TrialFacts:
+    measured, rows = require(trial.place, STAGE), require(trial.examples_of, "prepare")
+    return TrialFacts(
+        num_examples=measured.counts["examples"],
+        num_response_tokens=rows.counts["num_response_tokens"],
+        num_steps=measured.counts["steps"],
+        final_loss=measured.details["final_loss"],
+        seconds=measured.seconds,
+    )

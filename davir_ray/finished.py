@@ -1,0 +1,22 @@
+"""A finished run, for jobs that begin with one: its last configuration, and the models that it was scored with."""
+
+from davir_ray.cli import load
+from davir_ray.config import RunConfig
+from davir_ray.errors import OutputError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.stages.resume import CONFIG_FILE, require
+from davir_ray.storage import Location
+
+
+def remembered(run: Location) -> RunConfig:
+    """The configuration of the run's last command."""
+    try:
+        return load(RunConfig, (run / CONFIG_FILE).read_bytes().decode())
+    except FileNotFoundError as error:
+        raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
+
+
+def scored_with(run: Location, role: str, uri: str, trust_remote_code: bool) -> Checkpoint:
+    """The model that the run was scored with: of the hub the commit, whatever its branch is by now."""
+    commit = require(run, "score").fingerprint[role].get("commit")
+    return Checkpoint.find(f"{uri.partition('@')[0]}@{commit}" if commit else uri, trust_remote_code)

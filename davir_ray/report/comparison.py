@@ -1,0 +1,286 @@
+"""From the measurements of a comparison to its facts and its page: means, intervals, paired tests, curves.
+
+Pure functions: no files, no models. Held-out losses are nats a token; every other measure has a unit of its own.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from davir_ray.comparison_config import TrialName
+from davir_ray.formulas.comparison import Outcome, difference, holm, interval
+from davir_ray.report import charts
+from davir_ray.report.jsonable import flatten, json_ready
+from davir_ray.report.page import NOT_DEFINED, environment
+from davir_ray.report.words import ARM_MEANING, COMPARISON_LIMITS, READING_MEANING
+
+FULL, RANDOM, DRAWN = "full", "random", ("random", "random_matched")
+BASELINES = (RANDOM, FULL)
+"""Arms that every other one is tested against."""
+
+SIGNIFICANT = 0.05
+
+TABLE = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("rows", pa.int64()),
+        ("reading", pa.string()),
+        ("seed", pa.int64()),
+        ("measure", pa.string()),
+        ("source", pa.string()),
+        ("value", pa.float64()),
+        ("num_heldout", pa.int64()),
+        ("num_examples", pa.int64()),
+        ("num_response_tokens", pa.int64()),
+        ("num_steps", pa.int64()),
+    ]
+)
+"""comparison.parquet: a row for each model, measure and source; source is null for all of them together."""
+
+
+class Measure(NamedTuple):
+    """What is measured."""
+
+    name: str
+    title: str
+    unit: str
+    lower_is_better: bool
+
+
+LOSS = Measure("nll", "Held-out loss", "nats per response token", True)
+
+
+@dataclass(frozen=True)
+class TrialFacts:
+    """What is told of one fine-tune."""
+
+    num_examples: int
+    num_response_tokens: int
+    num_steps: int
+    final_loss: float
+    """Nats a token, of the last batch."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measure of every model on the same held-out examples."""
+
+    measure: Measure
+    sources: npt.NDArray[np.str_]
+    weights: npt.NDArray[np.float64]
+    """Of each example: its tokens, or 1."""
+    values: Mapping[TrialName, npt.NDArray[np.float64]]
+    """By fine-tune: of each example, to be summed and divided by the weights' sum."""
+    base: npt.NDArray[np.float64] | None = None
+    """The same of the base, untrained."""
+
+
+@dataclass(frozen=True)
+class ComparisonInputs:
+    """What the facts are made of."""
+
+    settings: dict[str, Any]
+    run: str
+    base: str
+    recipe: dict[str, Any]
+    selection: list[str]
+    heldout: dict[str, int]
+    """Counts of the held-out data's prepare stage."""
+    in_training_pool: int
+    """Held-out rows that are left out because the run holds them, too."""
+    without_value: int
+    trials: Mapping[TrialName, TrialFacts]
+    measures: list[Measured]
+
+
+def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The facts of the page, ready for JSON, and the rows of the table."""
+    results = [result for measured in inputs.measures for result in _results(inputs, measured)]
+    sources = inputs.measures[0].sources
+    facts = {
+        "format": 1,
+        "run": inputs.run,
+        "base": inputs.base,
+        "seeds": inputs.settings["seeds"],
+        "arms": _arms(inputs),
+        "measures": [measured.measure._asdict() for measured in inputs.measures],
+        "heldout": {
+            "read": inputs.heldout["read"],
+            "rejected": inputs.heldout["rejected"],
+            "in_training_pool": inputs.in_training_pool,
+            "without_value": inputs.without_value,
+            "measured": len(sources),
+            "sources": [{"source": str(name), "rows": int((sources == name).sum())} for name in np.unique(sources)],
+        },
+        "results": results,
+        "base_results": [row for measured in inputs.measures for row in _base(measured)],
+        "limits": COMPARISON_LIMITS,
+        "recipe": [{"name": name, "value": value} for name, value in flatten(inputs.recipe)],
+        "settings": [{"name": name, "value": value} for name, value in flatten(inputs.settings)],
+    }
+    return json_ready(facts), [row for measured in inputs.measures for row in _table(inputs, measured)]
+
+
+def render_comparison(facts: dict[str, Any]) -> str:
+    """Return the page as HTML; the same facts give the same bytes."""
+    template = environment().get_template("comparison.html.j2", globals={"verdict": verdict, "p_value": p_value})
+    return template.render(
+        facts=facts,
+        parts=list(_parts(facts)),
+        findings=_findings(facts),
+        arm_meaning=ARM_MEANING,
+        reading_meaning=READING_MEANING,
+    )
+
+
+def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
+    """Each arm once for a size and reading: what its first seed trained on."""
+    first = {(name.arm, name.rows, name.reading): facts for name, facts in inputs.trials.items() if name.seed == 0}
+    return [
+        {"arm": arm, "rows": rows, "reading": reading, **asdict(facts)} for (arm, rows, reading), facts in first.items()
+    ]
+
+
+def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.bool_]]]:
+    """All sources together, and each where there are several."""
+    yield None, np.ones(len(measured.sources), bool)
+    names = np.unique(measured.sources)
+    for name in names if len(names) > 1 else ():
+        yield str(name), measured.sources == name
+
+
+def _outcomes(inputs: ComparisonInputs, measured: Measured, rows: npt.NDArray[np.bool_]) -> dict[Any, Outcome]:
+    """By arm, size and reading."""
+    seeds: dict[Any, list[Any]] = {}
+    for name in sorted(inputs.trials, key=lambda name: name.seed):
+        seeds.setdefault((name.arm, name.rows, name.reading), []).append(measured.values[name][rows])
+    weights = measured.weights[rows]
+    return {key: Outcome(np.stack(values), weights, draws_rows=key[0] in DRAWN) for key, values in seeds.items()}
+
+
+def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:
+    """A row for each source, size, reading and arm; the full set stands beside every size, in every reading."""
+    stages = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
+    stages = stages or {(name.rows, name.reading) for name in inputs.trials}
+    for source, rows in _groups(measured):
+        outcomes = _outcomes(inputs, measured, rows)
+        intervals = {key: interval(outcome)._asdict() for key, outcome in outcomes.items()}
+        for size, reading in sorted(stages):
+            beside = {key[0]: key for key in outcomes if key[0] == FULL or key[1:] == (size, reading)}
+            tests = {name: _tests(name, {arm: outcomes[key] for arm, key in beside.items()}) for name in BASELINES}
+            for arm, key in beside.items():
+                outcome = outcomes[key]
+                yield {
+                    "measure": measured.measure.name,
+                    "source": source,
+                    "rows": size,
+                    "reading": reading,
+                    "arm": arm,
+                    "num_heldout": int(rows.sum()),
+                    "mean": outcome.mean,
+                    **intervals[key],
+                    "by_seed": outcome.by_seed.tolist(),
+                    "against": {name: found[arm] for name, found in tests.items() if arm in found},
+                }
+
+
+def _tests(baseline: str, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+    """Every other arm against one, p-values corrected for their number (Holm)."""
+    if baseline not in outcomes:
+        return {}
+    found = {arm: difference(outcome, outcomes[baseline]) for arm, outcome in outcomes.items() if arm != baseline}
+    corrected = holm([test.p for test in found.values()])
+    return {
+        arm: {"mean": test.mean, **test.interval._asdict(), "p": test.p, "p_holm": p, "p_examples": test.p_examples}
+        for (arm, test), p in zip(found.items(), corrected, strict=True)
+    }
+
+
+def _base(measured: Measured) -> Iterable[dict[str, Any]]:
+    if measured.base is None:
+        return
+    for source, rows in _groups(measured):
+        outcome = Outcome(measured.base[None, rows], measured.weights[rows])
+        yield {
+            "measure": measured.measure.name, "source": source, "mean": outcome.mean, **interval(outcome)._asdict(),
+        }  # fmt: skip
+
+
+def _table(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:
+    for source, rows in _groups(measured):
+        weight = float(measured.weights[rows].sum())
+        for name, facts in inputs.trials.items():
+            yield {
+                "arm": name.arm, "rows": name.rows, "reading": name.reading, "seed": name.seed,
+                "measure": measured.measure.name, "source": source,
+                "value": float(measured.values[name][rows].sum()) / weight, "num_heldout": int(rows.sum()),
+                "num_examples": facts.num_examples, "num_response_tokens": facts.num_response_tokens,
+                "num_steps": facts.num_steps,
+            }  # fmt: skip
+
+
+def _parts(facts: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """The tables of the page: for each measure, source and reading, a table for each size, and a chart of all."""
+    numbers = count(1)
+    for measure in facts["measures"]:
+        own = [row for row in facts["results"] if row["measure"] == measure["name"]]
+        bases = {row["source"]: row for row in facts["base_results"] if row["measure"] == measure["name"]}
+        for source in dict.fromkeys(row["source"] for row in own):
+            for reading in dict.fromkeys(row["reading"] for row in own):
+                rows = [row for row in own if (row["source"], row["reading"]) == (source, reading)]
+                yield _part(f"part-{next(numbers)}", measure, source, reading, rows) | {"base": bases.get(source)}
+
+
+def _part(
+    name: str, measure: dict[str, Any], source: str | None, reading: str, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    sizes = sorted({row["rows"] for row in rows})
+    best_first = sorted(rows, key=lambda row: row["mean"] if measure["lower_is_better"] else -row["mean"])
+    return {
+        "id": name,
+        "measure": measure,
+        "source": source,
+        "reading": reading,
+        "tables": [{"rows": size, "results": [row for row in best_first if row["rows"] == size]} for size in sizes],
+        "chart": charts.comparison(rows, measure["unit"], name),
+    }
+
+
+def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What became of the selection, beside a random one and beside the full set."""
+    measures = {measure["name"]: measure for measure in facts["measures"]}
+    return [
+        {
+            "measure": measures[row["measure"]],
+            "rows": row["rows"],
+            "reading": row["reading"],
+            "baseline": baseline,
+            "test": test,
+            "verdict": verdict(test, measures[row["measure"]], facts["seeds"]),
+        }
+        for row in facts["results"]
+        if row["arm"] == "selection" and row["source"] is None
+        for baseline, test in row["against"].items()
+    ]
+
+
+def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) -> str:
+    """What a test says, in a word; nothing where one model of each arm was trained."""
+    if test is None or test["p_holm"] is None or seeds < 2:
+        return ""
+    if test["p_holm"] >= SIGNIFICANT:
+        return "no difference shown"
+    return "better" if (test["mean"] < 0) == measure["lower_is_better"] else "worse"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value, as far as it says anything."""
+    if p is None:
+        return NOT_DEFINED
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

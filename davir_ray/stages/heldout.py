@@ -1,0 +1,70 @@
+"""Held-out data: which of its rows may be measured on, and what the models made of them."""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from davir_ray.errors import IntegrityError
+from davir_ray.stages.exchange import collect
+from davir_ray.stages.resume import require
+from davir_ray.stages.shards import Shards, read_columns
+from davir_ray.storage import Location, each, read_parquet
+
+_HASHES = pa.schema([("content_hash", pa.int64())])
+
+_COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base_nll", "reference_nll"]
+
+
+class Losses(NamedTuple):
+    """Held-out examples under one fine-tune, in the order of the files."""
+
+    example_ids: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.int64]
+    """Of prompt and response."""
+    sources: npt.NDArray[np.str_]
+    num_tokens: npt.NDArray[np.int64]
+    """Scored tokens."""
+    base_nll: npt.NDArray[np.float64]
+    """Nats over the response; NaN where there is no value."""
+    nll: npt.NDArray[np.float64]
+    """Of the fine-tuned model, likewise."""
+
+
+def in_training_pool(run: Location, heldout: Location) -> npt.NDArray[np.int64]:
+    """Content hashes of held-out rows that are rows of the run, too: they have been trained on."""
+    own = _hashes(heldout, None)
+    return np.unique(_hashes(run, np.unique(own)))
+
+
+def _hashes(run: Location, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+    """Content hashes of a run's examples, or of those that are `among` some."""
+    files = require(run, "prepare").files_in("examples")
+    shards = Shards(files, partial(read_columns, run / "examples", _HASHES.names))
+    return np.asarray(collect(shards, partial(_among, hashes=among), _HASHES)["content_hash"]).astype(np.int64)
+
+
+def _among(table: pa.Table, hashes: npt.NDArray[np.int64] | None) -> pa.Table:
+    if hashes is None:
+        return table
+    return table.filter(pa.array(np.isin(np.asarray(table["content_hash"]), hashes)))
+
+
+def read_losses(trial: Location, heldout: Location) -> Losses:
+    """What a trial's scores/ say of the held-out examples."""
+    names = [entry.name for entry in require(heldout, "prepare").files_in("examples")]
+    table = pa.concat_tables(each(lambda name: read_parquet(trial / "scores" / name, _COLUMNS), names))
+    if table.num_rows != require(heldout, "prepare").counts["prepared"]:
+        raise IntegrityError(
+            f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
+        )
+    return Losses(
+        np.asarray(table["example_id"]).astype(np.int64),
+        np.asarray(table["content_hash"]).astype(np.int64),
+        np.asarray(table["source"].to_pylist(), dtype=np.str_),
+        np.asarray(table["num_response_tokens"]).astype(np.int64),
+        table["base_nll"].to_numpy().astype(np.float64),
+        table["reference_nll"].to_numpy().astype(np.float64),
+    )

@@ -1,0 +1,172 @@
+"""The fine-tunes of a comparison: each trains on a set of rows and is measured on held-out data, side by side.
+
+A trial is a small run of its own, made by the stages that make any run, so it goes on where it stopped; its own
+manifest, written last, says that it has been measured, and only then may its model go.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from davir_ray.comparison_config import TrialName
+from davir_ray.config import FinetuneConfig, ScoreConfig
+from davir_ray.errors import DavirError, OutputError
+from davir_ray.manifest import Manifest, differences
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.likelihood import NUMERICS_VERSION
+from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, room_for
+from davir_ray.stages.resume import require
+from davir_ray.stages.scoring import score
+from davir_ray.stages.streaming import num_gpus_of
+from davir_ray.stages.training import finetune, what_matters
+from davir_ray.storage import Location
+
+log = logging.getLogger(__name__)
+
+STAGE = "trial"
+"""Of the manifest that says that a trial is complete."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a comparison share."""
+
+    base: Checkpoint
+    spec: dict[str, Any]
+    """How text became tokens."""
+    heldout: Location
+    """A run that is prepared."""
+    score: ScoreConfig
+    keep_models: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fine-tune and its measurement."""
+
+    name: TrialName
+    place: Location
+    examples_of: Location
+    """A run that is prepared: what it trains on."""
+    recipe: FinetuneConfig
+    setting: Setting
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the measurement depends on."""
+        return {
+            "base": self.setting.base.weights_digest(),
+            "examples": require(self.examples_of, "prepare").content,
+            "recipe": what_matters(self.recipe),
+            "heldout": require(self.setting.heldout, "prepare").content,
+            "precision": self.setting.score.precision,
+            "numerics": NUMERICS_VERSION,
+        }
+
+    def completed(self) -> Manifest | None:
+        """The manifest of a trial that has been measured; OutputError for one of other settings, or damaged.
+
+        It is cleared here if it may be overwritten.
+        """
+        manifest = Manifest.read(self.place, STAGE)
+        if manifest is None:
+            return None
+        changed = differences(manifest.fingerprint, self.fingerprint()) or manifest.damage(self.place)
+        if not changed:
+            return manifest
+        if not self.setting.overwrite:
+            raise OutputError(
+                f"{self.place} was made with something else ({'; '.join(changed[:5])}). Add --overwrite to train it "
+                "again, or choose another --output"
+            )
+        log.info("%s differs (%s); trained again", self.name, "; ".join(changed[:5]))
+        (self.place / "manifests" / f"{STAGE}.json").remove()
+        self.place.remove()
+        return None
+
+    def run(self) -> Manifest:
+        """Fine-tune the base on the rows, measure the held-out examples, drop the model."""
+        setting = self.setting
+        trained = finetune(
+            self.place, setting.base, self.recipe, setting.spec,
+            examples_of=self.examples_of, overwrite=setting.overwrite,
+        )  # fmt: skip
+        model = Checkpoint.find(str(self.place / "reference"))
+        scored = score(
+            self.place, setting.base, model, setting.score, keep_token_nll="none",
+            examples_of=setting.heldout, overwrite=setting.overwrite,
+        )  # fmt: skip
+        counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
+        details = {"final_loss": trained.details["final_loss"], "loss_by_step": trained.details["loss_by_step"]}
+        seconds = trained.seconds + scored.seconds
+        manifest = Manifest(STAGE, self.fingerprint(), counts, scored.files, details, seconds=seconds)
+        manifest = manifest.commit(self.place)
+        self.drop_model()
+        return manifest
+
+    def drop_model(self) -> None:
+        """Delete the model of a trial that has been measured, unless it is to be kept."""
+        if not self.setting.keep_models:
+            (self.place / "reference").remove()
+
+
+def _run_trial(trial: Trial) -> None:
+    configure_worker_logging()
+    trial.run()
+
+
+def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -> None:
+    """Run those that are not complete, so many side by side; `tell` hears how many are complete.
+
+    The first that fails ends the others, and its error names it.
+    """
+    pending = []
+    for trial in trials:
+        if trial.completed() is None:
+            pending.append(trial)
+        else:
+            trial.drop_model()  # a driver may have died just before
+    done = len(trials) - len(pending)
+    log.info("compare: %d arms to train and measure, %d done, %d at a time", len(pending), done, at_once)
+    tell(done)
+    # Each waits for the workers of its own stages, and needs no CPU itself.
+    start: Any = ray.remote(num_cpus=0)(_run_trial)
+    running: dict[Any, Trial] = {}
+    try:
+        while pending or running:
+            while pending and len(running) < at_once:
+                trial = pending.pop(0)
+                running[start.options(name=str(trial.name)).remote(trial)] = trial
+            (ended,), _ = ray.wait(list(running), num_returns=1)
+            trial = running.pop(ended)
+            _raise_failure(ended, trial)
+            done += 1
+            log.info("compare: %s is measured (%d of %d)", trial.name, done, len(trials))
+            tell(done)
+    finally:
+        for task in running:
+            ray.cancel(task)
+
+
+def _raise_failure(ended: Any, trial: Trial) -> None:
+    try:
+        with own_errors():
+            ray.get(ended)
+    except DavirError as error:
+        raise type(error)(f"{trial.name}: {error}") from error
+
+
+def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None) -> tuple[int, ScoreConfig]:
+    """How many trials run side by side, and the scoring pool of each.
+
+    As many as the cluster has room for training workers, one place left for reading and writing; a scoring pool of one
+    trial is a share of the cluster, or two of them would leave no place to read in.
+    """
+    use_gpu = has_gpu() if recipe.use_gpu is None else recipe.use_gpu
+    training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // recipe.num_workers
+    scoring = room_for(config.num_cpus, num_gpus_of(config))
+    at_once = wanted or max(1, min(training, scoring))
+    return at_once, replace(config, autoscale=None, num_actors=max(1, scoring // at_once))
