@@ -51,6 +51,14 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def ray_address(ray_session: None) -> str:
+    """Where other processes reach that Ray: a job that uses it saves the seconds and the processes of a start."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A hub for this process, which read HF_ENDPOINT when it started, and an empty cache."""

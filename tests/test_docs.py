@@ -82,7 +82,7 @@ def test_the_guide_word_by_word(data_folder: Path, make_checkpoint: Callable[...
     (tmp_path / "jobs").symlink_to(PACKAGE / "jobs")
     (tmp_path / "my-base").symlink_to(make_checkpoint(0))
     (tmp_path / "my-data").mkdir()
-    lines = gzip.decompress((data_folder / "alpaca_9k.jsonl.gz").read_bytes()).decode().splitlines()[:300]
+    lines = gzip.decompress((data_folder / "alpaca_9k.jsonl.gz").read_bytes()).decode().splitlines()[:120]
     (tmp_path / "my-data" / "rows.jsonl").write_text("\n".join(lines))
     ran = []
     for command in "".join(boxes(GUIDE.read_text(), "sh")).splitlines():
