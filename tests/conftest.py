@@ -25,6 +25,9 @@ from davir_ray.storage import Location
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Left to itself Ray ends idle workers after a second, and every test would start new ones, at 1 to 2 CPU seconds each.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(3_600_000))
+
 # Equal bits are promised for one thread; with more, a busy machine may split a sum otherwise.
 torch.set_num_threads(1)
 

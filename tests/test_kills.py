@@ -23,6 +23,8 @@ NUM_ROWS = 240
 NUM_FILES = 4
 SHARD_ROWS = 12
 NUM_SHARDS = NUM_ROWS // SHARD_ROWS
+WITH_ITS_RAY = "half of the scores"
+"""When a driver dies with a Ray that it started itself; at other moments its Ray lives on, as a cluster does."""
 SETTINGS = {
     "format": "alpaca", "max_bad_fraction": 0.3, "prepare.shard_rows": SHARD_ROWS, "prepare.max_tokens": 512,
     "score.num_actors": 1, "select.top_fraction": 0.25, "select.drop_duplicates": "true",
@@ -82,7 +84,7 @@ def moments(run: Location) -> list[tuple[str, Callable[[], bool]]]:
         ("the first examples", at_least(1, "examples")),
         ("prepare is complete", complete("prepare")),
         ("the first scores", at_least(1, "scores")),
-        ("half of the scores", at_least(NUM_SHARDS // 2, "scores")),
+        (WITH_ITS_RAY, at_least(NUM_SHARDS // 2, "scores")),
         ("score is complete", complete("score")),
         ("the first ranks", at_least(1, "ranked")),
         ("rank is complete", complete("rank")),
@@ -104,7 +106,8 @@ def kill_at(
     None scores again, or changes, what was committed before it.
     """
     for number, (what, condition) in enumerate([*chosen, ("the end", None)]):
-        driver = Driver("score.py", options, logs / f"{number}.log", environment, address)
+        ray = None if what == WITH_ITS_RAY else address
+        driver = Driver("score.py", options, logs / f"{number}.log", environment, ray)
         time.sleep(2)  # while it starts, what writes when its driver dies may end
         committed = (run / "scores").listed()
         if condition is None:
@@ -123,27 +126,17 @@ def assert_left_as_it_was(run: Location, committed: dict[str, Stored]) -> None:
     assert {name: after[name] for name in committed} == committed
 
 
-def test_a_driver_that_dies_in_each_stage(
+def test_a_driver_that_dies_in_each_stage_and_scored_shards_that_are_not_scored_again(
     options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
 ) -> None:
-    """Its Ray lives on, as a cluster does."""
     run = Location.of(tmp_path / "run")
     kill_at(moments(run), run, {**options, "output": run}, tmp_path, address=ray_address)
+    after_the_first_scores = (tmp_path / "4.log").read_text()
+    assert 0 < shards_of(after_the_first_scores)[0] < NUM_SHARDS, "all was scored before the kill"
     assert_same_content(run, undisturbed)
     assert not list(Path(run.path).rglob(f"{TEMPORARY}*"))
     assert not (run / "prepare_tasks").exists()
     assert not (run / "lease.json").exists()
-
-
-def test_scored_shards_are_not_scored_again(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
-    """After a driver that died with the Ray that it had started."""
-    run = Location.of(tmp_path / "run")
-    third = [("a third of the scores", lambda: len((run / "scores").names()) >= NUM_SHARDS // 3)]
-    kill_at(third, run, {**options, "output": run}, tmp_path)
-    first, again = ((tmp_path / f"{number}.log").read_text() for number in range(2))
-    assert shards_of(first) == (NUM_SHARDS, 0)
-    assert 0 < shards_of(again)[0] < NUM_SHARDS, "all was scored before the kill"
-    assert_same_content(run, undisturbed)
 
 
 def test_an_actor_that_dies_and_a_second_driver_on_one_output(
