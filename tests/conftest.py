@@ -25,6 +25,9 @@ from davir_ray.storage import Location
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Left to itself Ray ends idle workers after a second, and every test would start new ones, at 1 to 2 CPU seconds each.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(3_600_000))
+
 # Equal bits are promised for one thread; with more, a busy machine may split a sum otherwise.
 torch.set_num_threads(1)
 
@@ -49,6 +52,14 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_session: None) -> str:
+    """Where other processes reach that Ray: a job that uses it saves the seconds and the processes of a start."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @pytest.fixture

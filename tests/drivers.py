@@ -1,5 +1,6 @@
 """Jobs as processes of their own, to be watched, killed and started again."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,14 +20,30 @@ DATA_FOLDERS = ("examples", "rejects", "scores", "ranked", "selected")
 
 
 class Driver:
-    """One run of a job; its output goes to a file."""
+    """One run of a job; its output goes to a file.
+
+    It starts a Ray of its own, or uses the running one at `address`, where it gives its workers `environment` as a
+    submitted job does.
+    """
 
     def __init__(
-        self, job: str, options: Mapping[str, Any], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        job: str,
+        options: Mapping[str, Any],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        address: str | None = None,
     ) -> None:
         command = [sys.executable, str(PACKAGE / "jobs" / job)]
         command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        if address:
+            kept["RAY_ADDRESS"] = address
+            # There Ray Data keeps its share of the CPUs for a driver that was killed, 180 s long if nothing is said.
+            kept["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "15"
+            if environment:
+                runtime = {"runtime_env": {"env_vars": dict(environment)}}
+                kept["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(runtime)
         self._log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(

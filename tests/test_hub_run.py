@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_run_with_models_of_the_hub_downloads_each_file_once(
-    rows: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+    rows: Path, base_folder: Path, reference_folder: Path, ray_address: str, tmp_path: Path
 ) -> None:
     options = {"data": rows, **SETTINGS}
     with HubServer().serving() as hub:
@@ -37,7 +37,7 @@ def test_a_run_with_models_of_the_hub_downloads_each_file_once(
         hub.publish("org/tiny-ref", reference_folder, branch="v1")
         environment = hub.environment(tmp_path / "home")
         named = {"base": "org/tiny", "reference": "org/tiny-ref@v1", "output": tmp_path / "run"}
-        driver = Driver("score.py", options | named, tmp_path / "log", environment)
+        driver = Driver("score.py", options | named, tmp_path / "log", environment, ray_address)
         assert driver.finish() == 0, driver.output
         files = [path.name for path in base_folder.iterdir()]
         assert hub.fetched() == {f"{name}/{file}": 1 for name in ("org/tiny", "org/tiny-ref") for file in files}
@@ -51,5 +51,5 @@ def test_a_run_with_models_of_the_hub_downloads_each_file_once(
 
     # Nothing listens there any more. The models are found by the names that the run remembers, and score the same.
     offline = environment | {"HF_HUB_OFFLINE": "1"}
-    verified = Driver("verify.py", {"output": tmp_path / "run"}, tmp_path / "verify.log", offline)
+    verified = Driver("verify.py", {"output": tmp_path / "run"}, tmp_path / "verify.log", offline, ray_address)
     assert verified.finish() == 0, verified.output

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,12 @@ ROOT = Path(davir_ray.__file__).parent.parent
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
 
 
-def run_script(name: str, *argv: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_script(
+    name: str, *argv: str, timeout: float = 60, address: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end, with a Ray of its own or the running one at `address`."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"RAY_ADDRESS": address} if address else {}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "jobs" / name), *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -57,9 +62,16 @@ def test_help_shows_the_command_to_submit() -> None:
         ["sorting"],
     ],
 )
-def test_a_benchmark_tells_a_mistake_in_one_line(argv: list[str]) -> None:
-    ended = run_script("benchmark.py", *argv)
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+def test_a_benchmark_tells_a_mistake_in_one_line(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: each of its own would import for seconds."""
+    script = str(ROOT / "jobs" / "benchmark.py")
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.slow
@@ -92,7 +104,9 @@ def test_the_benchmark_of_scaling_writes_its_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_main_job_end_to_end_and_ranked_again(data_folder: Path, base_folder: Path, tmp_path: Path) -> None:
+def test_the_main_job_end_to_end_and_ranked_again(
+    data_folder: Path, base_folder: Path, ray_address: str, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(
         json.dumps(
@@ -116,14 +130,18 @@ def test_the_main_job_end_to_end_and_ranked_again(data_folder: Path, base_folder
     assert pd.read_parquet(output / "selected")["rank"].tolist() == [1, 2, 3]
     assert len(pd.read_parquet(output / "scores")) == 50
 
-    again = run_script("rank.py", "--output", str(output), "--select.top_k", "5", "--rank.order", "length", timeout=120)
+    again = run_script(
+        "rank.py", "--output", str(output), "--select.top_k", "5", "--rank.order", "length", timeout=120,
+        address=ray_address,
+    )  # fmt: skip
     assert again.returncode == 0, again.stderr
     selected = pd.read_parquet(output / "selected")
     assert selected["rank"].tolist() == [1, 2, 3, 4, 5]
     assert selected["num_response_tokens"].tolist() == sorted(selected["num_response_tokens"], reverse=True)
 
     refused = run_script(
-        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--limit", "40", timeout=120
-    )
+        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--limit", "40", timeout=120,
+        address=ray_address,
+    )  # fmt: skip
     assert refused.returncode == 2
     assert "limit: 50 → 40" in refused.stderr.splitlines()[-1]

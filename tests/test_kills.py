@@ -23,6 +23,8 @@ NUM_ROWS = 240
 NUM_FILES = 4
 SHARD_ROWS = 12
 NUM_SHARDS = NUM_ROWS // SHARD_ROWS
+WITH_ITS_RAY = "half of the scores"
+"""When a driver dies with a Ray that it started itself; at other moments its Ray lives on, as a cluster does."""
 SETTINGS = {
     "format": "alpaca", "max_bad_fraction": 0.3, "prepare.shard_rows": SHARD_ROWS, "prepare.max_tokens": 512,
     "score.num_actors": 1, "select.top_fraction": 0.25, "select.drop_duplicates": "true",
@@ -46,10 +48,10 @@ def options(data: Path, base_folder: Path, reference_folder: Path) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Location:
+def undisturbed(options: dict[str, Any], ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Location:
     """The run without a death."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    driver = Driver("score.py", {**options, "output": run}, run.parent / "log")
+    driver = Driver("score.py", {**options, "output": run}, run.parent / "log", address=ray_address)
     assert driver.finish() == 0, driver.output
     return Location.of(run)
 
@@ -82,7 +84,7 @@ def moments(run: Location) -> list[tuple[str, Callable[[], bool]]]:
         ("the first examples", at_least(1, "examples")),
         ("prepare is complete", complete("prepare")),
         ("the first scores", at_least(1, "scores")),
-        ("half of the scores", at_least(NUM_SHARDS // 2, "scores")),
+        (WITH_ITS_RAY, at_least(NUM_SHARDS // 2, "scores")),
         ("score is complete", complete("score")),
         ("the first ranks", at_least(1, "ranked")),
         ("rank is complete", complete("rank")),
@@ -92,57 +94,65 @@ def moments(run: Location) -> list[tuple[str, Callable[[], bool]]]:
 
 
 def kill_at(
-    chosen: list[tuple[str, Callable[[], bool]]], options: dict[str, Any], logs: Path, environment: dict[str, str]
+    chosen: list[tuple[str, Callable[[], bool]]],
+    run: Location,
+    options: dict[str, Any],
+    logs: Path,
+    environment: dict[str, str] | None = None,
+    address: str | None = None,
 ) -> None:
-    """One driver after another on the same output, each killed at the next of these moments; the last one ends."""
-    for number, (what, condition) in enumerate(chosen):
-        driver = Driver("score.py", options, logs / f"{number}.log", environment)
-        driver.wait_for(condition, what)
-        driver.kill()
+    """One driver after another on the same output, each killed at the next of these moments; the last one ends.
+
+    None scores again, or changes, what was committed before it.
+    """
+    for number, (what, condition) in enumerate([*chosen, ("the end", None)]):
+        ray = None if what == WITH_ITS_RAY else address
+        driver = Driver("score.py", options, logs / f"{number}.log", environment, ray)
+        time.sleep(2)  # while it starts, what writes when its driver dies may end
+        committed = (run / "scores").listed()
+        if condition is None:
+            assert driver.finish() == 0, driver.output
+        else:
+            driver.wait_for(condition, what)
+            driver.kill()
         if "shards to score" in driver.output:
-            assert sum(shards_of(driver.output)) == NUM_SHARDS
-    last = Driver("score.py", options, logs / "last.log", environment)
-    assert last.finish() == 0, last.output
+            assert shards_of(driver.output) == (NUM_SHARDS - len(committed), len(committed))
+        assert_left_as_it_was(run, committed)
 
 
-def assert_went_on(run: Location, committed: dict[str, Stored], undisturbed: Location) -> None:
-    """What was committed was left as it was, and the rest is that of the run without a death."""
+def assert_left_as_it_was(run: Location, committed: dict[str, Stored]) -> None:
+    """What was committed before is there, and was not written again."""
     after = (run / "scores").listed()
     assert {name: after[name] for name in committed} == committed
-    assert_same_content(run, undisturbed)
 
 
-def test_a_driver_that_dies_in_each_stage(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+def test_a_driver_that_dies_in_each_stage_and_scored_shards_that_are_not_scored_again(
+    options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
+) -> None:
     run = Location.of(tmp_path / "run")
-    kill_at(moments(run), {**options, "output": run}, tmp_path, {})
+    kill_at(moments(run), run, {**options, "output": run}, tmp_path, address=ray_address)
+    after_the_first_scores = (tmp_path / "4.log").read_text()
+    assert 0 < shards_of(after_the_first_scores)[0] < NUM_SHARDS, "all was scored before the kill"
     assert_same_content(run, undisturbed)
     assert not list(Path(run.path).rglob(f"{TEMPORARY}*"))
     assert not (run / "prepare_tasks").exists()
     assert not (run / "lease.json").exists()
 
 
-def test_scored_shards_are_not_scored_again(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+def test_an_actor_that_dies_and_a_second_driver_on_one_output(
+    options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
+) -> None:
     run = Location.of(tmp_path / "run")
-    first = Driver("score.py", {**options, "output": run}, tmp_path / "first.log")
-    first.wait_for(lambda: len((run / "scores").names()) >= NUM_SHARDS // 3, "a third of the scores")
-    first.kill()
-    time.sleep(2)  # what writes when its driver dies may end
-    committed = (run / "scores").listed()
-    assert len(committed) < NUM_SHARDS, "all was scored before the kill"
-    again = Driver("score.py", {**options, "output": run}, tmp_path / "again.log")
-    assert again.finish() == 0, again.output
-    assert shards_of(again.output) == (NUM_SHARDS - len(committed), len(committed))
-    assert_went_on(run, committed, undisturbed)
-
-
-def test_an_actor_that_dies(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
-    run = Location.of(tmp_path / "run")
-    driver = Driver("score.py", {**options, "output": run}, tmp_path / "log")
-    driver.wait_for(lambda: bool((run / "scores").names()), "the first scores")
-    (pid,) = set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))
+    first = Driver("score.py", {**options, "output": run}, tmp_path / "first.log", address=ray_address)
+    first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
+    second = Driver("score.py", {**options, "output": run}, tmp_path / "second.log", address=ray_address)
+    first.wait_for(lambda: bool((run / "scores").names()), "the first scores")
+    (pid,) = set(re.findall(r"ScoreShard\S+ pid=(\d+)", first.output))
     os.kill(int(pid), signal.SIGKILL)
-    assert driver.finish() == 0, driver.output
-    assert len(set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))) == 2
+    assert second.finish() == 2, second.output
+    assert f"is being written by process {first.process.pid}" in second.output
+    assert first.finish() == 0, first.output
+    assert len(set(re.findall(r"ScoreShard\S+ pid=(\d+)", first.output))) == 2
     assert_same_content(run, undisturbed)
 
 
@@ -152,7 +162,7 @@ def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_pa
     try:
         node = cluster.add_node(num_cpus=2)
         wanted = {**options, "output": run, "output_is_shared": "true", "score.num_actors": 3}
-        driver = Driver("score.py", wanted, tmp_path / "log", {"RAY_ADDRESS": cluster.address})
+        driver = Driver("score.py", wanted, tmp_path / "log", address=cluster.address)
         driver.wait_for(lambda: len((run / "scores").names()) >= 4, "the first scores")
         node.kill_raylet()
         assert len((run / "scores").names()) < NUM_SHARDS, "all was scored before the kill"
@@ -162,23 +172,13 @@ def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_pa
     assert_same_content(run, undisturbed)
 
 
-def test_two_drivers_on_one_output(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
-    run = Location.of(tmp_path / "run")
-    first = Driver("score.py", {**options, "output": run}, tmp_path / "first.log")
-    first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
-    second = Driver("score.py", {**options, "output": run}, tmp_path / "second.log")
-    assert second.finish() == 2, second.output
-    assert f"is being written by process {first.process.pid}" in second.output
-    assert first.finish() == 0, first.output
-    assert_same_content(run, undisturbed)
-
-
 def test_a_store_that_dies_while_shards_are_written(
-    ceph_store: Store, options: dict[str, Any], undisturbed: Location, tmp_path: Path
+    ceph_store: Store, options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
 ) -> None:
     uri = f"s3://{make_bucket(ceph_store)}/run"
     run = Location(ceph_store.client(), uri.removeprefix("s3://"))
-    first = Driver("score.py", {**options, "output": uri}, tmp_path / "first.log", ceph_store.environment)
+    wanted = {**options, "output": uri}
+    first = Driver("score.py", wanted, tmp_path / "first.log", ceph_store.environment, ray_address)
     first.wait_for(lambda: len((run / "scores").names()) >= 3, "the first scores")
     ceph_store.kill()
     time.sleep(3)
@@ -188,16 +188,18 @@ def test_a_store_that_dies_while_shards_are_written(
     assert len(committed) >= 3
     if status != 0:
         assert "The same command goes on where this run stopped" in first.output
-    again = Driver("score.py", {**options, "output": uri}, tmp_path / "again.log", ceph_store.environment)
-    assert again.finish() == 0, again.output
-    assert_went_on(run, committed, undisturbed)
+        again = Driver("score.py", wanted, tmp_path / "again.log", ceph_store.environment, ray_address)
+        assert again.finish() == 0, again.output
+    assert_left_as_it_was(run, committed)
+    assert_same_content(run, undisturbed)
 
 
 def test_a_driver_that_dies_in_each_stage_with_its_output_in_a_store(
-    ceph_store: Store, options: dict[str, Any], undisturbed: Location, tmp_path: Path
+    ceph_store: Store, options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
 ) -> None:
     uri = f"s3://{make_bucket(ceph_store)}/run"
     run = Location(ceph_store.client(), uri.removeprefix("s3://"))
-    kill_at(moments(run)[1::2], {**options, "output": uri}, tmp_path, ceph_store.environment)
+    chosen = [moments(run)[number] for number in (1, 3, 7, 9)]
+    kill_at(chosen, run, {**options, "output": uri}, tmp_path, ceph_store.environment, ray_address)
     assert_same_content(run, undisturbed)
     assert not (run / "lease.json").exists()

@@ -97,10 +97,10 @@ def temporary_files(folder: str) -> int:
     return sum("/logs/" not in str(path) for path in Path(folder).rglob("*"))
 
 
-def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], ray_address: str, tmp_path: Path) -> None:
     run = Location.of(options["output"])
-    options |= {"prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
-    driver = Driver("score.py", options, tmp_path / "log")
+    options |= {"limit": 400, "prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
+    driver = Driver("score.py", options, tmp_path / "log", address=ray_address)
     driver.wait_for(scored(run, 3), "the first shards")
     (pid,) = actors(driver)
     os.kill(int(pid), signal.SIGSTOP)

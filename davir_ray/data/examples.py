@@ -11,7 +11,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from davir_ray.config import Source
-from davir_ray.data.render import ChatTemplate, Rendered, RowError, render
+from davir_ray.data.render import ChatTemplate, Rendered, RowError, render, render_prompt
 from davir_ray.data.sources import Record, Reject, Slice, read_records
 from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.errors import DataError
@@ -45,8 +45,12 @@ def stable_id(*parts: str | int) -> int:
 class ExampleReader:
     """Turns records into rows of examples/, or rejects that say why not."""
 
-    def __init__(self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool) -> None:
+    def __init__(
+        self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool, prompts_only: bool = False
+    ) -> None:
+        """`prompts_only`: the records have no response, and the examples none either."""
         self._encoder = encoder
+        self._rendered = render_prompt if prompts_only else render
         self._chat = chat
         self._keep_record = keep_record
         self.bytes_read = 0
@@ -71,7 +75,7 @@ class ExampleReader:
         if isinstance(item, Reject):
             return item
         try:
-            return render(item.fields, source, self._chat)
+            return self._rendered(item.fields, source, self._chat)
         except RowError as error:
             return reject(item, error)
 

@@ -99,6 +99,23 @@ def render(fields: Mapping[str, Any], source: Source, chat: "ChatTemplate | None
     return Rendered(prompt, response, (Segment(prompt, False), Segment(response, True)))
 
 
+def render_prompt(fields: Mapping[str, Any], source: Source, chat: "ChatTemplate | None") -> Rendered:
+    """The prompt alone of a record with `instruction` and, where there is one, `input`: what a response would follow.
+
+    In the format alpaca it is Stanford Alpaca's; in the format messages a user's turn, the input below the instruction,
+    and whatever the chat template writes before a reply. Nothing is scored. Raises RowError.
+    """
+    if source.format != "messages":
+        prompt = _alpaca_prompt(fields)
+    else:
+        assert chat is not None, "the format messages needs a chat template"
+        turn = "\n\n".join(text for text in _instruction(fields) if text)
+        if token := chat.find_special_token(turn):
+            raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"the instruction spells {token!r}")
+        prompt = chat.prompt([{"role": "user", "content": turn}])
+    return Rendered(prompt, "", (Segment(prompt, False),))
+
+
 def columns(source: Source) -> dict[str, bool]:
     """Columns that a source's format reads, and whether every row must have them."""
     named: dict[Format, dict[str, bool]] = {
@@ -123,10 +140,18 @@ def rendering(source: Source) -> list[str]:
 
 
 def _alpaca(fields: Mapping[str, Any], source: Source) -> tuple[str, str]:
-    instruction = _text(fields, "instruction")
-    context = "" if fields.get("input") is None else _text(fields, "input")
+    return _alpaca_prompt(fields), _text(fields, "output")
+
+
+def _alpaca_prompt(fields: Mapping[str, Any]) -> str:
+    instruction, context = _instruction(fields)
     template = ALPACA_PROMPT_WITH_INPUT if context else ALPACA_PROMPT_WITHOUT_INPUT
-    return template.format(instruction=instruction, input=context), _text(fields, "output")
+    return template.format(instruction=instruction, input=context)
+
+
+def _instruction(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """The instruction and its input, which may be empty."""
+    return _text(fields, "instruction"), "" if fields.get("input") is None else _text(fields, "input")
 
 
 def _gsm8k(fields: Mapping[str, Any], source: Source) -> tuple[str, str]:
@@ -228,6 +253,19 @@ class ChatTemplate:
         segments = tuple(_cut(text, spans))
         _check_replies_are_scored(messages[given:], segments)
         return segments
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The rendered conversation up to where the assistant's next turn begins. Raises RowError bad_conversation."""
+        return self._render(messages, add_generation_prompt=True)[0]
+
+    def turn_end(self) -> str | None:
+        """The special token that ends an assistant's scored turn; None where the template has none."""
+        try:
+            text = self.segments([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1].text
+        except RowError:
+            return None
+        markers = list(self._special_token.finditer(text))
+        return markers[-1].group() if markers and not text[markers[-1].end() :].strip() else None
 
     def _end_of(self, messages: Sequence[Message], text: str) -> int:
         """Where the first messages end in the text of the conversation that they begin."""

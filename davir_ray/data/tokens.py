@@ -50,7 +50,8 @@ class Encoder:
         """Encode examples; a RowError stands for one that must be rejected.
 
         `templated`: the segments come from a chat template and spell its special tokens; otherwise text that spells a
-        special token is encoded as plain text, and rejected where the tokenizer cannot.
+        special token is encoded as plain text, and rejected where the tokenizer cannot. What has no scored segment is
+        a prompt: it is never cut, and nothing is put behind it.
         """
         texts = [segment.text for example in examples for segment in example.segments]
         ids = iter(self._ids(texts, split_special_tokens=not templated))
@@ -71,16 +72,17 @@ class Encoder:
         return list(encoding["input_ids"])
 
     def _join(self, parts: list[tuple[list[int], bool]], templated: bool) -> Encoded | RowError:
+        is_prompt = not any(scored for _, scored in parts)
         if not templated:
             if error := self._spelt_special(parts):
                 return error
-            parts = [(self._bos, False), *parts, (self._eos, True)]
+            parts = [(self._bos, False), *parts, ([] if is_prompt else self._eos, True)]
         input_ids = np.array([token for ids, _ in parts for token in ids], dtype=np.int32)
         spans = _spans(parts)
         truncated = len(input_ids) > self._max_tokens
         if truncated:
             input_ids, spans = input_ids[: self._max_tokens], _clip(spans, self._max_tokens)
-        if not spans:
+        if truncated if is_prompt else not spans:
             num_tokens = sum(len(ids) for ids, _ in parts)
             detail = f"{num_tokens} tokens in all, none of the response within the limit of {self._max_tokens}"
             return RowError(RejectReason.PROMPT_TOO_LONG, detail)

@@ -43,6 +43,8 @@ class GeneratorSettings:
     tokens_per_batch: int | None = None
     num_threads: int = 1
     """Threads of the process on a CPU: another number may change the last bits."""
+    turn_end: int | None = None
+    """A token that ends a text beside those of the checkpoint: what the chat template puts behind a turn."""
 
 
 class Generated(NamedTuple):
@@ -70,7 +72,7 @@ class Generator:
         self._settings = settings
         self._tokenizer = (base if model.is_adapter and base is not None else model).tokenizer()
         self._model = load(model, base, dtype, device)
-        self.stops_at = end_tokens(self._model, self._tokenizer)
+        self.stops_at = end_tokens(self._model, self._tokenizer, settings.turn_end)
         # A configuration of our own: `generate` would take what this one leaves open from the checkpoint's.
         self._model.generation_config = GenerationConfig(
             do_sample=False,
@@ -187,11 +189,11 @@ def load(model: Checkpoint, base: Checkpoint | None, dtype: torch.dtype, device:
     return loaded
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a text: those of the checkpoint's generation_config or config, and the tokenizer's."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn_end: int | None = None) -> list[int]:
+    """Tokens that end a text: those of the checkpoint's generation_config or config, the tokenizer's, a turn's."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = [named] if isinstance(named, int) else list(named or [])
-    return sorted({int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None})
+    return sorted({int(token) for token in [*ends, tokenizer.eos_token_id, turn_end] if token is not None})
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, stops_at: list[int]) -> int:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config import GenerateConfig, ScoreConfig
+from davir_ray.data.render import ChatTemplate
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
@@ -31,11 +32,13 @@ def generate(
     *,
     examples: Location | None = None,
     base: Checkpoint | None = None,
+    chat_template: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Continue the prompt of every example greedily; rows of generations/ stand in the order of examples/.
 
-    `examples` is the run whose examples are read (None: this one); `base` is the model that an adapter belongs to.
+    `examples` is the run whose examples are read (None: this one); `base` is the model that an adapter belongs to;
+    `chat_template` is the text of the one that the examples were rendered with, if not the tokenizer's.
     ModelError if there is none for an adapter, ConfigError if no example is of the sources that are asked for.
     """
     started = time.monotonic()
@@ -43,7 +46,11 @@ def generate(
     prepared = require(source, "prepare")
     _check_model(model, base)
     settings = GeneratorSettings(
-        config.max_new_tokens, pool.precision, config.tokens_per_batch, max(1, int(pool.num_cpus))
+        config.max_new_tokens,
+        pool.precision,
+        config.tokens_per_batch,
+        max(1, int(pool.num_cpus)),
+        _turn_end(base if model.is_adapter and base else model, chat_template),
     )
     fingerprint = {
         "model": model.weights_digest() | (_of_base(base) if model.is_adapter and base else {}),
@@ -84,6 +91,15 @@ def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:
         raise ModelError(f"{model.uri} is an adapter; give the base that it was trained on")
     if base.is_adapter:
         raise ModelError(f"{base.uri} is an adapter itself; give a base with weights of its own")
+
+
+def _turn_end(checkpoint: Checkpoint, template: str | None) -> int | None:
+    """The token that the chat template ends a turn with: a model that was tuned on turns ends its text so."""
+    tokenizer = checkpoint.tokenizer()
+    if template is None and not tokenizer.chat_template:
+        return None
+    token = ChatTemplate.from_tokenizer(tokenizer, template).turn_end()
+    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
 
 
 def _of_base(base: Checkpoint) -> dict[str, str]:

@@ -51,10 +51,12 @@ class Preparation:
     """Text of a chat template that replaces the tokenizer's."""
     keep_record: bool = True
     limit: int | None = None
+    prompts_only: bool = False
+    """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """What turns records of these sources into examples."""
-        return ExampleReader(*self._means(sources), keep_record=self.keep_record)
+        return ExampleReader(*self._means(sources), keep_record=self.keep_record, prompts_only=self.prompts_only)
 
     def pair_reader(self, sources: list[Source]) -> PairReader:
         """What turns preference records of these sources into pairs of examples."""
@@ -204,6 +206,7 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
         "shard_rows": preparation.config.shard_rows,
         "keep_record": preparation.keep_record,
         "limit": preparation.limit,
+        **({"prompts_only": True} if preparation.prompts_only else {}),
     }
 
 

@@ -27,10 +27,11 @@ FOLDERS = {
     "report": ("report.html", "report.json"),
     "generate": ("generations",),
     "match": ("matches",),
+    "outputs": ("outputs.json",),
 }
 """What each stage owns in a run, in the order of the stages; no run has both align and finetune."""
 
-MEASURES = ("generate", "match")
+MEASURES = ("generate", "match", "outputs")
 """Stages that follow prepare only: no score, ranking or report depends on them, nor they on one."""
 
 CONFIG_FILE = "config.yaml"
@@ -41,7 +42,7 @@ CONFIG_HEAD = (
 _MOST_TOLD = 5
 """Differences named in one message."""
 
-_REDONE_FREELY = ("margins", "rank", "select", "report", "match")
+_REDONE_FREELY = ("margins", "rank", "select", "report", "match", "outputs")
 
 _ATTEMPT = "attempt.json"
 """What an unfinished stage works with."""

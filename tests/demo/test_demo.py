@@ -1,6 +1,7 @@
 """The demo as a user runs it: the planted truth must come out against a random control, in files and on the page."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +21,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return output, run_demo(output)
 
 
-def run_demo(output: Path) -> str:
+def run_demo(output: Path, **variables: str) -> str:
     command = [sys.executable, "jobs/demo.py", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -61,9 +63,9 @@ def test_the_demo_prints_and_reports_shares_correlations_and_places(finished: tu
 
 
 @pytest.mark.slow
-def test_running_the_demo_again_skips_every_stage(finished: tuple[Path, str]) -> None:
+def test_running_the_demo_again_skips_every_stage(finished: tuple[Path, str], ray_address: str) -> None:
     output, printed = finished
     scores = {path: path.stat().st_mtime_ns for path in (output / "run" / "scores").iterdir()}
-    again = run_demo(output)
+    again = run_demo(output, RAY_ADDRESS=ray_address)
     assert again.split("selected:")[0] == printed.split("selected:")[0]
     assert scores == {path: path.stat().st_mtime_ns for path in (output / "run" / "scores").iterdir()}

@@ -1,6 +1,7 @@
 """The ranking in many bins is the order of one plain sort, whatever the values, ties and shards."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -241,13 +242,14 @@ def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores
 
 
 RANK_ALONE = """
+import json
 import sys
 from functools import partial
 import ray
 from davir_ray.config import RankConfig, SelectConfig
 from davir_ray.stages import ranking, selection
 from davir_ray.storage import Location
-ray.init("local", num_cpus=int(sys.argv[2]), include_dashboard=False, logging_level="ERROR")
+ray.init(logging_level="ERROR", **json.loads(sys.argv[2]))
 ranking.cut_into_bins = partial(ranking.cut_into_bins, bin_rows=40)
 selection.BIN_ROWS = 15
 run = Location.of(sys.argv[1])
@@ -257,18 +259,22 @@ selection.select(run, RankConfig(), SelectConfig(top_fraction=0.4, drop_duplicat
 
 
 @pytest.mark.slow
-def test_any_number_of_workers_writes_the_same_rows_in_the_same_files(make_scores: MakeScores) -> None:
+def test_any_number_of_workers_writes_the_same_rows_in_the_same_files(
+    make_scores: MakeScores, ray_address: str
+) -> None:
     draw = np.random.default_rng(8)
     values, tokens = draw.integers(0, 9, ROWS) / 9, draw.integers(1, 600, ROWS)
     hashes = draw.integers(0, ROWS, ROWS)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     found = []
-    for workers in (1, 3, 8):
+    alone = {"address": "local", "include_dashboard": False}
+    clusters = {"one": {**alone, "num_cpus": 1}, "a few": {"address": ray_address}, "eight": {**alone, "num_cpus": 8}}
+    for workers, cluster in clusters.items():
         run = make_scores(
             values, example_id=ids_of(ROWS), num_shards=20, name=f"run-{workers}", num_response_tokens=tokens,
             content_hash=hashes, source=["a"] * ROWS,
         )  # fmt: skip
-        command = [sys.executable, "-c", RANK_ALONE, str(run), str(workers)]
+        command = [sys.executable, "-c", RANK_ALONE, str(run), json.dumps(cluster)]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert ended.returncode == 0, ended.stderr[-3000:]
         places = [run / folder / name for folder in ("ranked", "selected") for name in (run / folder).names()]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ RECIPE: dict[str, Any] = {
     "precision": "float32",
 }
 LONG: dict[str, Any] = RECIPE | {"epochs": 25, "batch_size": 4, "checkpoint_every_steps": 15}
-SHARDED = {"strategy": "fsdp", "num_workers": 2}
+WHOLE: dict[str, Any] = {}
+SHARDED: dict[str, Any] = {"strategy": "fsdp", "num_workers": 2}
 LONG_STEPS = 25 * ROWS // 4
 
 
@@ -253,15 +255,22 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
         assert torch.equal(value, undisturbed[name])
 
 
-@pytest.fixture(params=[{}, SHARDED], ids=["whole", "sharded"])
-def killed(data_folder: Path, base_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[WHOLE, SHARDED], ids=["whole", "sharded"])
+def killed(
+    data_folder: Path,
+    base_folder: Path,
+    ray_address: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> dict[str, Any]:
     """Options of a fine-tune whose driver was killed after a checkpoint."""
-    run = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("killed")
+    run = folder / "run"
     options = {f"finetune.{name}": value for name, value in (LONG | request.param).items()} | {
         "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "base": base_folder, "output": run,
         "limit": ROWS, "prepare.max_tokens": 256, "prepare.shard_rows": 10, "max_bad_fraction": 1,
     }  # fmt: skip
-    first = Driver("finetune.py", options, tmp_path / "first.log")
+    first = Driver("finetune.py", options, folder / "first.log", address=ray_address)
     try:
         wait_for_checkpoint(run)
     finally:
@@ -270,21 +279,20 @@ def killed(data_folder: Path, base_folder: Path, tmp_path: Path, request: pytest
     return options
 
 
-@pytest.mark.slow
-def test_a_killed_driver_can_be_started_again_and_ends_with_the_same_weights(
-    killed: dict[str, Any], undisturbed: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    again = Driver("finetune.py", killed, tmp_path / "again.log")
-    assert again.finish() == 0, again.output
-    assert f"reference: {killed['output']}/reference" in again.output
-    assert "continuing after step" in again.output
-    room = 1e-5 if "finetune.strategy" in killed else 0  # two workers add in another order
-    for name, value in weights(killed["output"] / "reference").items():
-        torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=room)
+@pytest.fixture
+def mended(killed: dict[str, Any], tmp_path: Path) -> Iterator[None]:
+    """Leaves the checkpoints as they were before a test."""
+    kept = shutil.copytree(killed["output"] / "checkpoints", tmp_path / "checkpoints")
+    yield
+    shutil.rmtree(killed["output"] / "checkpoints")
+    shutil.copytree(kept, killed["output"] / "checkpoints")
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("mended")
+@pytest.mark.parametrize("killed", [WHOLE], ids=["whole"], indirect=True)
+def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], ray_address: str, tmp_path: Path) -> None:
+    """The parts of a sharded one are those of test_parallel.py."""
     checksums = killed["output"].glob("checkpoints/*/checkpoint_*/training_state.sha256")
     states = [max(found.parent.iterdir(), key=lambda file: file.stat().st_size) for found in checksums]
     assert states
@@ -292,11 +300,24 @@ def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], tmp_path: Path) -
         content = bytearray(state.read_bytes())
         content[len(content) // 2] ^= 1
         state.write_bytes(bytes(content))
-    again = Driver("finetune.py", killed, tmp_path / "again.log")
+    again = Driver("finetune.py", killed, tmp_path / "again.log", address=ray_address)
     assert again.finish() == 1, again.output
     told = [line for line in again.output.splitlines() if line.startswith("finetune.py: ")]
     assert len(told) == 1
     assert any(f"the checkpoint {state.parent} is damaged ({state.name} does not" in told[0] for state in states)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_can_be_started_again_and_ends_with_the_same_weights(
+    killed: dict[str, Any], undisturbed: dict[str, torch.Tensor], ray_address: str, tmp_path: Path
+) -> None:
+    again = Driver("finetune.py", killed, tmp_path / "again.log", address=ray_address)
+    assert again.finish() == 0, again.output
+    assert f"reference: {killed['output']}/reference" in again.output
+    assert "continuing after step" in again.output
+    room = 1e-5 if "finetune.strategy" in killed else 0  # two workers add in another order
+    for name, value in weights(killed["output"] / "reference").items():
+        torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=room)
 
 
 if __name__ == "__main__":
