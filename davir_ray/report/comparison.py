@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from davir_ray.comparison_config import TrialName
 from davir_ray.errors import DataError
-from davir_ray.formulas.comparison import Outcome, difference, holm, interval
+from davir_ray.formulas.comparison import Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.jsonable import flatten, json_ready
 from davir_ray.report.page import NOT_DEFINED, environment
@@ -189,10 +189,10 @@ def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str,
     stages = stages or {(name.rows, name.reading) for name in inputs.trials}
     for source, rows in _groups(measured):
         outcomes = _outcomes(inputs, measured, rows)
-        intervals = {key: interval(outcome)._asdict() for key, outcome in outcomes.items()}
+        panel = Panel(outcomes)
         for size, reading in sorted(stages):
             beside = {key[0]: key for key in outcomes if key[0] == FULL or key[1:] == (size, reading)}
-            tests = {name: _tests(name, {arm: outcomes[key] for arm, key in beside.items()}) for name in BASELINES}
+            tests = {name: _tests(panel, name, beside) for name in BASELINES}
             for arm, key in beside.items():
                 outcome = outcomes[key]
                 yield {
@@ -203,17 +203,17 @@ def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str,
                     "arm": arm,
                     "num_heldout": int(rows.sum()),
                     "mean": outcome.mean,
-                    **intervals[key],
+                    **panel.interval(key)._asdict(),
                     "by_seed": outcome.by_seed.tolist(),
                     "against": {name: found[arm] for name, found in tests.items() if arm in found},
                 }
 
 
-def _tests(baseline: str, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+def _tests(panel: Panel, baseline: str, arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Every other arm against one, p-values corrected for their number (Holm)."""
-    if baseline not in outcomes:
+    if baseline not in arms:
         return {}
-    found = {arm: difference(outcome, outcomes[baseline]) for arm, outcome in outcomes.items() if arm != baseline}
+    found = {arm: panel.difference(key, arms[baseline]) for arm, key in arms.items() if arm != baseline}
     corrected = holm([test.p for test in found.values()])
     return {
         arm: {"mean": test.mean, **test.interval._asdict(), "p": test.p, "p_holm": p, "p_examples": test.p_examples}
@@ -227,7 +227,8 @@ def _base(measured: Measured) -> Iterable[dict[str, Any]]:
     for source, rows in _groups(measured):
         outcome = Outcome(measured.base[None, rows], measured.weights[rows])
         yield {
-            "measure": measured.measure.name, "source": source, "mean": outcome.mean, **interval(outcome)._asdict(),
+            "measure": measured.measure.name, "source": source, "mean": outcome.mean,
+            **Panel({None: outcome}).interval(None)._asdict(),
         }  # fmt: skip
 
 

@@ -8,9 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from davir_ray.formulas.comparison import Outcome, difference, holm, interval, resampled
+from davir_ray.formulas.comparison import Difference, Interval, Outcome, Panel, holm, resampled
 
 Floats = np.ndarray
+
+
+def interval(outcome: Outcome, seed: int = 0) -> Interval:
+    return Panel({"arm": outcome}, seed).interval("arm")
+
+
+def difference(arm: Outcome, other: Outcome) -> Difference:
+    return Panel({"arm": arm, "other": other}).difference("arm", "other")
 
 
 def models(
