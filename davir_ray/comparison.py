@@ -5,7 +5,9 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, reading 
 <output>/
   heldout/            the held-out data, prepared as the run's were
   sets/               the rows of each arm; the full set is the run's own examples
-  arms/               a folder for each fine-tune: its manifests, and scores/ of the held-out examples
+  instructions/       the list of instructions, if there is one
+  arms/               a folder for each fine-tune: its manifests, scores/ of the held-out examples, and where they are
+                      asked for generations/ and matches/ of them, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
   left_out.parquet    held-out rows that are in the run's training pool
   comparison.json, comparison.parquet, comparison.html
@@ -24,7 +26,7 @@ import pyarrow as pa
 from davir_ray.access import check_readable, probe_output, storage_errors
 from davir_ray.cli import dump, load
 from davir_ray.comparison_config import CompareConfig, TrialName
-from davir_ray.config import FinetuneConfig, RunConfig
+from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
 from davir_ray.inputs import read_template
@@ -45,6 +47,7 @@ from davir_ray.report.comparison import (
 )
 from davir_ray.schema import Status
 from davir_ray.stages.heldout import Losses, in_training_pool, read_losses, read_matches
+from davir_ray.stages.outputs import prepare_instructions
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.resume import remember, require
@@ -54,6 +57,7 @@ from davir_ray.storage import Location, digest, write_parquet
 
 log = logging.getLogger(__name__)
 
+HELDOUT = "heldout"
 LEFT_OUT = "left_out.parquet"
 
 
@@ -61,7 +65,7 @@ def compare(config: CompareConfig) -> Location:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
     run, output = place_of(config.run or ""), place_of(config.output or "")
-    check_readable([(str(run), OutputError), *((path, DataError) for path in _heldout_paths(config))])
+    check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
     probe_output(output)
     with storage_errors(run):
         before = remembered(run)
@@ -71,26 +75,22 @@ def compare(config: CompareConfig) -> Location:
     _check_output(run, output)
     with writing(output, config):
         remember(output, dump(config))
-        heldout = output / "heldout"
         prepare(
-            heldout, config.all_heldout(), preparation,
+            output / HELDOUT, config.all_heldout(), preparation,
             max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
         )  # fmt: skip
-        left_out = _leave_out(run, heldout, output / LEFT_OUT)
+        left_out = _leave_out(run, output)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
-        pool = dataclasses.replace(pool, base_cache=before.score.base_cache or str(output / "base_cache"))
-        setting = Setting(
-            preparation.base, require(run, "prepare").fingerprint["encoding"], heldout, pool,
-            config.generate if "exact_match" in config.measures else None, config.keep_models, config.overwrite,
-        )  # fmt: skip
+        setting = _setting(config, run, output, preparation, pool)
         trials = _Plan(config, finished, output, recipe, setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
         _report(config, before, recipe, output, trials, left_out)
     return output
 
 
-def _heldout_paths(config: CompareConfig) -> list[str]:
-    return [path for source in config.all_heldout() for path in source.paths]
+def _inputs(config: CompareConfig) -> list[str]:
+    paths = [path for source in config.all_heldout() for path in source.paths]
+    return paths + ([config.instructions] if config.instructions else [])
 
 
 def _check_output(run: Location, output: Location) -> None:
@@ -129,12 +129,35 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
     return preparation
 
 
-def _leave_out(run: Location, heldout: Location, place: Location) -> set[int]:
+def _setting(
+    config: CompareConfig, run: Location, output: Location, preparation: Preparation, pool: ScoreConfig
+) -> Setting:
+    """What all fine-tunes share; the instructions are prepared, if there are any."""
+    instructions = output / "instructions" if config.instructions else None
+    if instructions:
+        prepare_instructions(
+            instructions, config.instructions or "", dataclasses.replace(preparation, limit=None),
+            chat=config.instructions_chat, overwrite=config.overwrite,
+        )  # fmt: skip
+    return Setting(
+        base=preparation.base,
+        spec=require(run, "prepare").fingerprint["encoding"],
+        heldout=output / HELDOUT,
+        score=dataclasses.replace(pool, base_cache=pool.base_cache or str(output / "base_cache")),
+        generate=config.generate,
+        matches="exact_match" in config.measures,
+        instructions=instructions,
+        keep_models=config.keep_models,
+        overwrite=config.overwrite,
+    )
+
+
+def _leave_out(run: Location, output: Location) -> set[int]:
     """Content hashes of held-out rows that the models may have been trained on, and a file of them."""
-    hashes = in_training_pool(run, heldout)
+    hashes = in_training_pool(run, output / HELDOUT)
     if len(hashes):
         log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
-    write_parquet(place, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
+    write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
     return set(hashes.tolist())
 
 
@@ -204,8 +227,8 @@ def _report(
     left_out: set[int],
 ) -> None:  # fmt: skip
     """Write the table, the facts and the page."""
-    heldout = require(output / "heldout", "prepare")
-    losses = {trial.name: read_losses(trial.place, output / "heldout") for trial in trials}
+    heldout = require(output / HELDOUT, "prepare")
+    losses = {trial.name: read_losses(trial.place, output / HELDOUT) for trial in trials}
     first = losses[trials[0].name]
     leaked = np.isin(first.hashes, list(left_out))
     valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)

@@ -65,7 +65,12 @@ class CompareConfig(OutputConfig):
     """What is measured: loss, nats per response token; exact_match, the share of generated answers that end in the
     right number, of the held-out sources that generate.sources names."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """How answers are generated for exact_match."""
+    """How answers are generated for exact_match and for the instructions."""
+    instructions: str | None = None
+    """A list of instructions (JSON, JSON lines or Parquet with `instruction` and perhaps `input`) that each model
+    answers into a file for alpaca_eval. No judge is called. None: none."""
+    instructions_chat: bool = False
+    """Ask the instructions as a user's turn in the chat template, not in Stanford Alpaca's prompt."""
     arms_at_once: int | None = None
     """Arms trained side by side. None: as many as the cluster has room for."""
     keep_models: bool = False
@@ -73,7 +78,8 @@ class CompareConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_no_secret("run", self.run)
+        for name, uri in (("run", self.run), ("instructions", self.instructions)):
+            check_no_secret(name, uri)
         for path in [self.heldout] if isinstance(self.heldout, str) else self.heldout or []:
             check_no_secret("heldout", path)
         self._check_heldout()
