@@ -1,0 +1,162 @@
+"""A comparison end to end: the right selection wins a planted set and nothing wins a shuffled one, a driver may die."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from drivers import Driver
+
+from davir_ray.comparison import compare
+from davir_ray.comparison_config import CompareConfig
+from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfig, SelectConfig
+from davir_ray.demo.world import PEOPLE, PLACES
+from davir_ray.errors import OutputError, TrainingError
+from davir_ray.manifest import Manifest
+from davir_ray.pipeline import rank_only, run_all
+from davir_ray.storage import Location
+
+pytestmark = pytest.mark.slow
+
+NOUNS, COLOURS = PEOPLE[:16], PLACES[:8]
+NUM_TRUE, NUM_NOISE, NUM_HELDOUT, NUM_LEAKED = 160, 160, 100, 5
+SELECTED = 80
+RECIPE = FinetuneConfig(epochs=6, batch_size=16, learning_rate=3e-3, gradient_checkpointing=False, precision="float32")
+SEEDS = 3
+
+
+def rows(number: int, seed: int, *, is_true: bool) -> list[dict[str, str]]:
+    """Lists of things, to be answered with the colour of each: always the same one, or any."""
+    draw = random.Random(seed)
+    colour_of = {noun: COLOURS[place % len(COLOURS)] for place, noun in enumerate(NOUNS)}
+    found = []
+    for _ in range(number):
+        nouns = [draw.choice(NOUNS) for _ in range(4)]
+        colours = [colour_of[noun] if is_true else draw.choice(COLOURS) for noun in nouns]
+        answer = " ".join(f"{noun} {colour}" for noun, colour in zip(nouns, colours, strict=True))
+        found.append({"prompt": " ".join(nouns) + "\n", "response": answer})
+    return found
+
+
+@pytest.fixture(scope="module")
+def planted(make_checkpoint: Callable[..., Path], ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on rows half of which can be learnt, and held-out rows of the learnable kind, five leaked."""
+    folder = tmp_path_factory.mktemp("planted")
+    pool = rows(NUM_TRUE, 0, is_true=True) + rows(NUM_NOISE, 1, is_true=False)
+    leaked = pool[:NUM_LEAKED]
+    random.Random(2).shuffle(pool)
+    for name, kept in (("pool", pool), ("heldout", rows(NUM_HELDOUT, 3, is_true=True) + leaked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    run_all(
+        RunConfig(
+            output=str(folder / "run"),
+            base=str(make_checkpoint(0)),
+            data=str(folder / "pool.jsonl"),
+            format="prompt_response",
+            prepare=PrepareConfig(max_tokens=128),
+            finetune=RECIPE,
+            select=SelectConfig(top_k=SELECTED),
+        )
+    )
+    return folder
+
+
+def settings(planted: Path, **changes: Any) -> CompareConfig:
+    fixed: dict[str, Any] = {
+        "run": str(planted / "run"), "output": str(planted / "compare"), "heldout": str(planted / "heldout.jsonl"),
+        "heldout_format": "prompt_response", "seeds": SEEDS, "arms": ["selection", "random"], "readings": ["epochs"],
+    }  # fmt: skip
+    return CompareConfig(**{**fixed, **changes})
+
+
+def against_random(planted: Path) -> dict[str, Any]:
+    facts = json.loads((planted / "compare" / "comparison.json").read_text())
+    (row,) = [row for row in facts["results"] if row["arm"] == "selection"]
+    return dict(row["against"]["random"])
+
+
+def mean_losses(output: Path) -> dict[str, float]:
+    """Nats a token of each trial, from its scores/ alone, without the held-out rows that are in the pool."""
+    left_out = pd.read_parquet(output / "left_out.parquet")["content_hash"]
+    found = {}
+    for trial in sorted((output / "arms").iterdir()):
+        scores = pd.read_parquet(trial / "scores")
+        scores = scores[~scores["content_hash"].isin(left_out)]
+        found[trial.name] = scores["reference_nll"].sum() / scores["num_response_tokens"].sum()
+    return found
+
+
+def table_of(output: Path) -> pd.DataFrame:
+    table = pd.read_parquet(output / "comparison.parquet")
+    names = [f"{row.arm}-{row.rows}-{row.reading}-seed{row.seed}" for row in table.itertuples()]
+    return table.assign(name=names).sort_values("name").reset_index(drop=True)
+
+
+def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path) -> None:
+    compare(settings(planted))
+    output = planted / "compare"
+    won = against_random(planted)
+    assert won["high"] < 0
+    assert won["p_holm"] < 0.05
+    table = table_of(output)
+    assert dict(zip(table["name"], table["value"], strict=True)) == pytest.approx(mean_losses(output))
+    assert set(table["num_heldout"]) == {NUM_HELDOUT}
+    facts = json.loads((output / "comparison.json").read_text())
+    assert facts["heldout"]["in_training_pool"] == NUM_LEAKED
+    assert set(table["num_steps"]) == {6 * SELECTED // 16}
+    assert not list(output.glob("arms/*/reference"))
+    assert (output / "comparison.html").stat().st_size > 10_000
+
+    # The same run ranked by chance. What the random arm trained on has not changed: it is not trained again.
+    before = {path: path.stat().st_mtime_ns for path in output.glob("arms/random-*/scores/*")}
+    rank_only(
+        RunConfig(
+            output=str(planted / "run"), rank=RankConfig(order="random", seed=4), select=SelectConfig(top_k=SELECTED)
+        )
+    )
+    with pytest.raises(OutputError, match="--overwrite"):
+        compare(settings(planted))
+    compare(settings(planted, overwrite=True))
+    shuffled = against_random(planted)
+    assert shuffled["p_holm"] > 0.05
+    assert abs(shuffled["mean"]) < abs(won["mean"]) / 2
+    assert {path: path.stat().st_mtime_ns for path in output.glob("arms/random-*/scores/*")} == before
+
+
+def test_a_driver_that_dies_goes_on_arm_by_arm(planted: Path, tmp_path: Path) -> None:
+    options = {
+        "run": planted / "run", "heldout": planted / "heldout.jsonl", "heldout_format": "prompt_response", "seeds": 1,
+        "arms": "[selection, full]", "readings": "[steps]", "recipe": "{epochs: 1}", "arms_at_once": 1,
+    }  # fmt: skip
+    output = tmp_path / "killed"
+    first = Driver("compare.py", {**options, "output": output}, tmp_path / "first.log")
+    first.wait_for(lambda: len(list(output.glob("arms/*/manifests/trial.json"))) == 1, "the first arm")
+    first.kill()
+    (done,) = (path.parent.parent for path in output.glob("arms/*/manifests/trial.json"))
+    before = (done / "manifests" / "trial.json").stat().st_mtime_ns
+    compare(
+        settings(
+            planted, output=str(output), seeds=1, arms=["selection", "full"], readings=["steps"], recipe={"epochs": 1}
+        )
+    )
+    assert (done / "manifests" / "trial.json").stat().st_mtime_ns == before
+    whole = tmp_path / "whole"
+    compare(
+        settings(
+            planted, output=str(whole), seeds=1, arms=["selection", "full"], readings=["steps"], recipe={"epochs": 1}
+        )
+    )
+    pd.testing.assert_frame_equal(table_of(output), table_of(whole), check_exact=True)
+    assert set(table_of(whole)["num_steps"]) == {(NUM_TRUE + NUM_NOISE) // 16}
+    assert np.isfinite(table_of(whole)["value"]).all()
+
+
+def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:
+    config = settings(planted, output=str(tmp_path / "out"), arms=["random"], seeds=1, recipe={"learning_rate": 1e30})
+    with pytest.raises(TrainingError, match=rf"random-{SELECTED}-epochs-seed0: the loss is"):
+        compare(config)
+    assert Manifest.read(Location.of(tmp_path / "out" / "arms" / f"random-{SELECTED}-epochs-seed0"), "trial") is None
