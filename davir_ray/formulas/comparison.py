@@ -6,7 +6,8 @@ questions), and its mean over the seeds. Two things vary, and both count:
 - Which examples were held out. They are resampled (bootstrap), the same draws for all arms, which stay paired.
 - Which model came out: one for each seed. Three seeds cannot be resampled (the percentiles of a bootstrap of three
   numbers are their least and greatest, which hold the mean three times in four), so their part is drawn from
-  Student's t around their mean, with their standard error and S - 1 degrees of freedom.
+  Student's t around their mean, with their standard error and, by Welch and Satterthwaite, about S - 1 degrees of
+  freedom where they vary more than the examples do.
 
 An arm whose rows are drawn anew for each seed varies with the draw. An arm that is one set of rows, such as a
 selection, does not, and against a drawn arm the question is whether it does better than one more draw would: the
@@ -97,12 +98,13 @@ class Panel:
         self._outcomes, self._seed = outcomes, seed
         means_AE = np.stack([outcome.values_SE.mean(axis=0) for outcome in outcomes.values()])
         weights_E = next(iter(outcomes.values())).weights_E
+        self._num_examples = len(weights_E)
         replicates_BA = resampled(means_AE, weights_E, NUM_REPLICATES, seed)
         self._replicates = {name: replicates_BA[:, place] for place, name in enumerate(outcomes)}
 
     def interval(self, name: Hashable) -> Interval:
         """Of an arm's mean over seeds and examples."""
-        return _interval(self._replicates[name], self._outcomes[name].spread(), self._seed)
+        return _interval(self._replicates[name], self._num_examples, self._outcomes[name].spread(), self._seed)
 
     def difference(self, name: Hashable, other: Hashable) -> Difference:
         """One arm minus another."""
@@ -113,7 +115,7 @@ class Panel:
         examples = _spread_of_examples(apart_E, arm.weights_E)
         return Difference(
             mean,
-            _interval(self._replicates[name] - self._replicates[other], spreads, self._seed),
+            _interval(self._replicates[name] - self._replicates[other], self._num_examples, spreads, self._seed),
             _p_value(mean, [*examples, *spreads]),
             _p_value(mean, examples),
         )
@@ -159,23 +161,29 @@ def _spread_of_examples(apart_E: Floats, weights_E: Floats) -> list[Spread]:
     return [Spread(float(apart_E.var(ddof=1)) / num / float(weights_E.mean()) ** 2, num - 1)]
 
 
-def _interval(replicates_B: Floats, spreads: Sequence[Spread], seed: int) -> Interval:
+def _interval(replicates_B: Floats, num_examples: int, spreads: Sequence[Spread], seed: int) -> Interval:
     """Percentiles of the replicates, each moved by what the seeds may have moved it."""
-    draw = np.random.default_rng([seed, 1])
-    for part in spreads:
+    moved = math.sqrt(sum(part.variance for part in spreads))
+    if moved:
+        degrees = _degrees([Spread(float(replicates_B.var()), max(1, num_examples - 1)), *spreads])
         # Its quantiles in random order: draws of so heavy a tail would move the ends about.
-        quantiles_B = (draw.permutation(len(replicates_B)) + 0.5) / len(replicates_B)
-        replicates_B = replicates_B + math.sqrt(part.variance) * stats.t.ppf(quantiles_B, part.degrees)
+        order_B = np.random.default_rng([seed, 1]).permutation(len(replicates_B))
+        replicates_B = replicates_B + moved * stats.t.ppf((order_B + 0.5) / len(replicates_B), degrees)
     low, high = np.percentile(replicates_B, (2.5, 97.5))
     return Interval(float(low), float(high))
 
 
 def _p_value(mean: float, spreads: Sequence[Spread]) -> float:
-    """Two-sided, of Student's t with Welch and Satterthwaite's degrees of freedom; NaN where nothing is known."""
+    """Two-sided, of Student's t; NaN where nothing is known."""
     if not spreads:
         return math.nan
     total = sum(part.variance for part in spreads)
     if total == 0:
         return 1.0 if mean == 0 else 0.0
-    degrees = total**2 / sum(part.variance**2 / part.degrees for part in spreads)
-    return float(2 * stats.t.sf(abs(mean) / math.sqrt(total), degrees))
+    return float(2 * stats.t.sf(abs(mean) / math.sqrt(total), _degrees(spreads)))
+
+
+def _degrees(spreads: Sequence[Spread]) -> float:
+    """Degrees of freedom of a sum of variances, by Welch and Satterthwaite; not all of them are 0."""
+    total = sum(part.variance for part in spreads)
+    return total**2 / sum(part.variance**2 / part.degrees for part in spreads)

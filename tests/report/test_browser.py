@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparison_facts import comparison_inputs, trial_names
 from devtools import Tab, browse
 from run_facts import evil_inputs, example, manifest, report_inputs
 
 from davir_ray.config import PrepareConfig, RunConfig, ScoreConfig, SelectConfig
 from davir_ray.pipeline import run_all
 from davir_ray.report import ReportInputs, render_page, summarise
+from davir_ray.report.comparison import render_comparison, summarise_comparison
 
 PLANTED = "<script>document.title='run by a script'</script><img src=x onerror=\"document.title='run by an image'\">"
 
@@ -117,13 +119,20 @@ PAGES: dict[str, ReportInputs] = {
 }
 
 
+COMPARISONS = {"comparison": (100,), "curve": (1000, 3000, 10_000)}
+"""Sizes of a comparison's selections."""
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages as files."""
     folder = tmp_path_factory.mktemp("pages")
     for name, inputs in PAGES.items():
         (folder / f"{name}.html").write_text(render_page(summarise(inputs)))
-    return {name: folder / f"{name}.html" for name in PAGES}
+    for name, sizes in COMPARISONS.items():
+        facts, _ = summarise_comparison(comparison_inputs(trial_names(sizes), run="s3://bucket/" + 150 * "z"))
+        (folder / f"{name}.html").write_text(render_comparison(facts))
+    return {name: folder / f"{name}.html" for name in (*PAGES, *COMPARISONS)}
 
 
 def flaws(tab: Tab, page: Path, width: int, scheme: str) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def flaws(tab: Tab, page: Path, width: int, scheme: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", SIZES)
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, *COMPARISONS])
 def test_the_page_is_quiet_fits_and_can_be_read(
     tab: Tab, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
