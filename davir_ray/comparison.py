@@ -5,7 +5,9 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, reading 
 <output>/
   heldout/            the held-out data, prepared as the run's were
   sets/               the rows of each arm; the full set is the run's own examples
-  arms/               a folder for each fine-tune: its manifests, and scores/ of the held-out examples
+  instructions/       the list of instructions, if there is one
+  arms/               a folder for each fine-tune: its manifests, scores/ of the held-out examples, and where they are
+                      asked for generations/ and matches/ of them, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
   left_out.parquet    held-out rows that are in the run's training pool
   comparison.json, comparison.parquet, comparison.html
@@ -18,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.access import check_readable, probe_output, storage_errors
 from davir_ray.cli import dump, load
 from davir_ray.comparison_config import CompareConfig, TrialName
-from davir_ray.config import FinetuneConfig, RunConfig
+from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
 from davir_ray.inputs import read_template
@@ -32,7 +35,9 @@ from davir_ray.models.finetune import num_steps
 from davir_ray.output import place_of, writing
 from davir_ray.progress import Progress
 from davir_ray.report.comparison import (
+    FLEXIBLE,
     LOSS,
+    STRICT,
     TABLE,
     ComparisonInputs,
     Measured,
@@ -41,7 +46,8 @@ from davir_ray.report.comparison import (
     summarise_comparison,
 )
 from davir_ray.schema import Status
-from davir_ray.stages.heldout import in_training_pool, read_losses
+from davir_ray.stages.heldout import Losses, in_training_pool, read_losses, read_matches
+from davir_ray.stages.outputs import prepare_instructions
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.resume import remember, require
@@ -51,6 +57,7 @@ from davir_ray.storage import Location, digest, write_parquet
 
 log = logging.getLogger(__name__)
 
+HELDOUT = "heldout"
 LEFT_OUT = "left_out.parquet"
 
 
@@ -58,7 +65,7 @@ def compare(config: CompareConfig) -> Location:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
     run, output = place_of(config.run or ""), place_of(config.output or "")
-    check_readable([(str(run), OutputError), *((path, DataError) for path in _heldout_paths(config))])
+    check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
     probe_output(output)
     with storage_errors(run):
         before = remembered(run)
@@ -68,26 +75,22 @@ def compare(config: CompareConfig) -> Location:
     _check_output(run, output)
     with writing(output, config):
         remember(output, dump(config))
-        heldout = output / "heldout"
         prepare(
-            heldout, config.all_heldout(), preparation,
+            output / HELDOUT, config.all_heldout(), preparation,
             max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
         )  # fmt: skip
-        left_out = _leave_out(run, heldout, output / LEFT_OUT)
+        left_out = _leave_out(run, output)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
-        pool = dataclasses.replace(pool, base_cache=before.score.base_cache or str(output / "base_cache"))
-        setting = Setting(
-            preparation.base, require(run, "prepare").fingerprint["encoding"], heldout, pool,
-            config.keep_models, config.overwrite,
-        )  # fmt: skip
+        setting = _setting(config, run, output, preparation, pool)
         trials = _Plan(config, finished, output, recipe, setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
         _report(config, before, recipe, output, trials, left_out)
     return output
 
 
-def _heldout_paths(config: CompareConfig) -> list[str]:
-    return [path for source in config.all_heldout() for path in source.paths]
+def _inputs(config: CompareConfig) -> list[str]:
+    paths = [path for source in config.all_heldout() for path in source.paths]
+    return paths + ([config.instructions] if config.instructions else [])
 
 
 def _check_output(run: Location, output: Location) -> None:
@@ -116,7 +119,7 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
     """How the run's data became tokens, for the held-out data."""
     base = scored_with(run, "base", before.base or "", before.trust_remote_code)
     template = read_template(before.chat_template)
-    preparation = Preparation(base, before.prepare, template, keep_record=False, limit=config.heldout_limit)
+    preparation = Preparation(base, before.prepare, template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages
@@ -126,12 +129,35 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
     return preparation
 
 
-def _leave_out(run: Location, heldout: Location, place: Location) -> set[int]:
+def _setting(
+    config: CompareConfig, run: Location, output: Location, preparation: Preparation, pool: ScoreConfig
+) -> Setting:
+    """What all fine-tunes share; the instructions are prepared, if there are any."""
+    instructions = output / "instructions" if config.instructions else None
+    if instructions:
+        prepare_instructions(
+            instructions, config.instructions or "", dataclasses.replace(preparation, limit=None),
+            chat=config.instructions_chat, overwrite=config.overwrite,
+        )  # fmt: skip
+    return Setting(
+        base=preparation.base,
+        spec=require(run, "prepare").fingerprint["encoding"],
+        heldout=output / HELDOUT,
+        score=dataclasses.replace(pool, base_cache=pool.base_cache or str(output / "base_cache")),
+        generate=config.generate,
+        matches="exact_match" in config.measures,
+        instructions=instructions,
+        keep_models=config.keep_models,
+        overwrite=config.overwrite,
+    )
+
+
+def _leave_out(run: Location, output: Location) -> set[int]:
     """Content hashes of held-out rows that the models may have been trained on, and a file of them."""
-    hashes = in_training_pool(run, heldout)
+    hashes = in_training_pool(run, output / HELDOUT)
     if len(hashes):
         log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
-    write_parquet(place, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
+    write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
     return set(hashes.tolist())
 
 
@@ -201,41 +227,55 @@ def _report(
     left_out: set[int],
 ) -> None:  # fmt: skip
     """Write the table, the facts and the page."""
-    heldout = require(output / "heldout", "prepare")
-    losses = {trial.name: read_losses(trial.place, output / "heldout") for trial in trials}
+    heldout = require(output / HELDOUT, "prepare")
+    losses = {trial.name: read_losses(trial.place, output / HELDOUT) for trial in trials}
     first = losses[trials[0].name]
     leaked = np.isin(first.hashes, list(left_out))
     valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
-    kept = ~leaked & valued
-    if not kept.any():
-        raise DataError(
-            f"no held-out example is left to measure on: {leaked.sum()} of {len(leaked)} are in the run's training "
-            "pool; give data that the run has not seen"
-        )
-    loss = Measured(
-        LOSS,
-        first.sources[kept],
-        first.num_tokens[kept].astype(np.float64),
-        {name: found.nll[kept] for name, found in losses.items()},
-        first.base_nll[kept],
-    )
+    measures = [_loss_of(losses, first, ~leaked & valued)] if "loss" in config.measures else []
+    if "exact_match" in config.measures:
+        measures += _matches_of(trials, first, leaked)
     facts, table = summarise_comparison(
         ComparisonInputs(
             settings=dataclasses.asdict(config),
             run=config.run or "",
             base=before.base or "",
             recipe=dataclasses.asdict(recipe),
-            selection=before.select.rules,
             heldout=heldout.counts,
             in_training_pool=int(leaked.sum()),
             without_value=int((~valued & ~leaked).sum()),
             trials={trial.name: _facts_of(trial) for trial in trials},
-            measures=[loss],
+            measures=measures,
         )
     )
     write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE))
     (output / "comparison.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
     (output / "comparison.html").write_text(render_comparison(facts))
+
+
+def _loss_of(losses: dict[TrialName, Losses], first: Losses, kept: npt.NDArray[np.bool_]) -> Measured:
+    """Nats by tokens, of the held-out examples that are kept."""
+    return Measured(
+        LOSS,
+        first.sources[kept],
+        first.num_tokens[kept].astype(np.float64),
+        {name: found.nll[kept] for name, found in losses.items()},
+        first.base_nll[kept],
+    )
+
+
+def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
+    """Right answers by questions, of the held-out examples that have an expected answer."""
+    found = {trial.name: read_matches(trial.place) for trial in trials}
+    ids = next(iter(found.values())).example_ids
+    place = {example_id: row for row, example_id in enumerate(first.example_ids.tolist())}
+    rows = np.array([place[example_id] for example_id in ids.tolist()], dtype=np.int64)
+    kept = ~leaked[rows] & np.isfinite(np.stack([matches.strict for matches in found.values()])).all(axis=0)
+    sources, weights = first.sources[rows][kept], np.ones(int(kept.sum()))
+    return [
+        Measured(STRICT, sources, weights, {name: matches.strict[kept] for name, matches in found.items()}),
+        Measured(FLEXIBLE, sources, weights, {name: matches.flexible[kept] for name, matches in found.items()}),
+    ]
 
 
 def _facts_of(trial: Trial) -> TrialFacts:

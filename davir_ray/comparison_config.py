@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from davir_ray.config import FinetuneConfig, Format, OutputConfig, Source, check, check_no_secret
+from davir_ray.config import FinetuneConfig, Format, GenerateConfig, OutputConfig, Source, check, check_no_secret
 from davir_ray.errors import ConfigError
 
 ArmName = Literal["selection", "random", "random_matched", "lowest", "rho", "full"]
 Reading = Literal["epochs", "steps"]
+MeasureName = Literal["loss", "exact_match"]
 
 
 class TrialName(NamedTuple):
@@ -60,6 +61,16 @@ class CompareConfig(OutputConfig):
     """Models of each arm, on data orders, and where rows are drawn on draws, of their own."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Fields of finetune that differ from the run's own, such as {epochs: 1}."""
+    measures: list[MeasureName] = field(default_factory=lambda: ["loss"])
+    """What is measured: loss, nats per response token; exact_match, the share of generated answers that end in the
+    right number, of the held-out sources that generate.sources names."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How answers are generated for exact_match and for the instructions."""
+    instructions: str | None = None
+    """A list of instructions (JSON, JSON lines or Parquet with `instruction` and perhaps `input`) that each model
+    answers into a file for alpaca_eval. No judge is called. None: none."""
+    instructions_chat: bool = False
+    """Ask the instructions as a user's turn in the chat template, not in Stanford Alpaca's prompt."""
     arms_at_once: int | None = None
     """Arms trained side by side. None: as many as the cluster has room for."""
     keep_models: bool = False
@@ -67,7 +78,8 @@ class CompareConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_no_secret("run", self.run)
+        for name, uri in (("run", self.run), ("instructions", self.instructions)):
+            check_no_secret(name, uri)
         for path in [self.heldout] if isinstance(self.heldout, str) else self.heldout or []:
             check_no_secret("heldout", path)
         self._check_heldout()
@@ -77,9 +89,9 @@ class CompareConfig(OutputConfig):
             check(value is None or value >= 1, name, value, "at least 1")
         for rows in self.sizes:
             check(rows >= 1, "a size", rows, "at least 1")
-        for name in ("arms", "readings"):
+        for name in ("arms", "readings", "measures"):
             check(bool(getattr(self, name)), name, getattr(self, name), "at least one")
-        for name in ("arms", "readings", "sizes"):
+        for name in ("arms", "readings", "measures", "sizes"):
             values = getattr(self, name)
             check(len(set(values)) == len(values), name, values, "without repetition")
         self._check_recipe()
@@ -94,6 +106,9 @@ class CompareConfig(OutputConfig):
         for source in self.all_heldout():
             check(source.format != "preference", "format of a held-out source", source.format, "that of a response")
             check(names.count(source.name) == 1, "held-out source name", source.name, "given once")
+        for name in self.generate.sources:
+            if names and name not in names:
+                raise ConfigError(f"generate.sources has {name!r}; the held-out sources are {', '.join(names)}")
 
     def _check_recipe(self) -> None:
         known = {field.name for field in fields(FinetuneConfig)}

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 from drivers import PACKAGE
 
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.comparison_config import CompareConfig
+from davir_ray.config import AlignRunConfig, OutputConfig, RunConfig
 from davir_ray.schema import COLUMNS, RejectReason, Status
 
 DOCUMENTS = [PACKAGE / "README.md", PACKAGE / "CONTRIBUTING.md", *sorted(PACKAGE.glob("*/README.md"))]
 GUIDE = PACKAGE / "jobs" / "README.md"
-WITH_RUN_CONFIG = ("score.py", "finetune.py", "rank.py")
+SETTINGS: dict[str, type[OutputConfig]] = {
+    "score.py": RunConfig, "finetune.py": RunConfig, "rank.py": RunConfig, "align.py": AlignRunConfig,
+    "compare.py": CompareConfig,
+}  # fmt: skip
 
 
 def commands(text: str) -> list[str]:
@@ -41,14 +46,33 @@ def test_the_documents_have_commands() -> None:
 def test_a_command_names_a_job_and_options_that_exist(document: Path, command: str, tmp_path: Path) -> None:
     words = shlex.split(command.replace("…", ""))
     assert (PACKAGE / words[1]).is_file(), command
-    if Path(words[1]).name not in WITH_RUN_CONFIG or "--help" in words:
+    settings = SETTINGS.get(Path(words[1]).name)
+    if settings is None or "--help" in words:
         return
     if "--config" in words:  # of the user: it stands for any
         at = words.index("--config")
         (tmp_path / "run.yaml").write_text("base: some/model\n")
         if not (PACKAGE / words[at + 1]).is_file():
             words[at + 1] = str(tmp_path / "run.yaml")
-    parse(words[2:])
+    parse_as(settings, words[2:])
+
+
+CONFIGS = {"alpaca_gsm8k.yaml": RunConfig, "compare_mixture.yaml": CompareConfig}
+
+
+def test_every_configuration_is_known() -> None:
+    assert CONFIGS.keys() == {path.name for path in (PACKAGE / "jobs" / "configs").iterdir()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_parses_and_so_do_the_commands_in_its_head(name: str) -> None:
+    file = PACKAGE / "jobs" / "configs" / name
+    parse_as(CONFIGS[name], ["--config", str(file)])
+    text = file.read_text()
+    assert commands(text)
+    for command in commands(text):
+        words = [str(PACKAGE / word) if word.startswith("jobs/configs/") else word for word in shlex.split(command)]
+        parse_as(SETTINGS[Path(words[1]).name], words[2:])
 
 
 @pytest.fixture(scope="module")

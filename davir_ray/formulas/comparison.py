@@ -16,7 +16,7 @@ Letters: S seeds, E examples, B bootstrap replicates, A rows that are resampled 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 NUM_REPLICATES = 4000
 """Bootstrap replicates: the ends of an interval then vary by about 2 % of its width."""
 
-_BLOCK_NUMBERS = 2**23
+_BLOCK_NUMBERS = 2**22
 """Counts in memory at a time while examples are resampled."""
 
 
@@ -90,26 +90,33 @@ class Difference:
     """Paired t-test over the examples: that these very models do equally well on further examples."""
 
 
-def interval(outcome: Outcome, seed: int = 0) -> Interval:
-    """Of an arm's mean over seeds and examples."""
-    replicates_B1 = resampled(outcome.values_SE.mean(axis=0)[None], outcome.weights_E, NUM_REPLICATES, seed)
-    return _interval(replicates_B1[:, 0], outcome.spread(), seed)
+class Panel:
+    """Outcomes of several arms on the same examples, with the same weights; the examples are resampled once for all."""
 
+    def __init__(self, outcomes: Mapping[Hashable, Outcome], seed: int = 0) -> None:
+        self._outcomes, self._seed = outcomes, seed
+        means_AE = np.stack([outcome.values_SE.mean(axis=0) for outcome in outcomes.values()])
+        weights_E = next(iter(outcomes.values())).weights_E
+        replicates_BA = resampled(means_AE, weights_E, NUM_REPLICATES, seed)
+        self._replicates = {name: replicates_BA[:, place] for place, name in enumerate(outcomes)}
 
-def difference(arm: Outcome, other: Outcome, seed: int = 0) -> Difference:
-    """The arm minus the other; both measured the same examples, with the same weights."""
-    a_E, b_E = arm.values_SE.mean(axis=0), other.values_SE.mean(axis=0)
-    apart_E, weights_E = a_E - b_E, arm.weights_E
-    spreads = [*arm.spread(), *_spread_against(arm, other)]
-    replicates_B1 = resampled(apart_E[None], weights_E, NUM_REPLICATES, seed)
-    mean = float(apart_E.sum() / weights_E.sum())
-    examples = _spread_of_examples(apart_E, weights_E)
-    return Difference(
-        mean,
-        _interval(replicates_B1[:, 0], spreads, seed),
-        _p_value(mean, [*examples, *spreads]),
-        _p_value(mean, examples),
-    )
+    def interval(self, name: Hashable) -> Interval:
+        """Of an arm's mean over seeds and examples."""
+        return _interval(self._replicates[name], self._outcomes[name].spread(), self._seed)
+
+    def difference(self, name: Hashable, other: Hashable) -> Difference:
+        """One arm minus another."""
+        arm, against = self._outcomes[name], self._outcomes[other]
+        apart_E = arm.values_SE.mean(axis=0) - against.values_SE.mean(axis=0)
+        mean = float(apart_E.sum() / arm.weights_E.sum())
+        spreads = [*arm.spread(), *_spread_against(arm, against)]
+        examples = _spread_of_examples(apart_E, arm.weights_E)
+        return Difference(
+            mean,
+            _interval(self._replicates[name] - self._replicates[other], spreads, self._seed),
+            _p_value(mean, [*examples, *spreads]),
+            _p_value(mean, examples),
+        )
 
 
 def resampled(values_AE: Floats, weights_E: Floats, num_replicates: int, seed: int) -> Floats:
@@ -120,7 +127,8 @@ def resampled(values_AE: Floats, weights_E: Floats, num_replicates: int, seed: i
     blocks = []
     for start in range(0, num_replicates, block):
         rows = min(block, num_replicates - start)
-        counts_BE = np.stack([np.bincount(draw.integers(0, num, num), minlength=num) for _ in range(rows)])
+        places_BE = draw.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
+        counts_BE = np.bincount(places_BE.ravel(), minlength=rows * num).reshape(rows, num)
         blocks.append(counts_BE.astype(np.float64) @ sums_EA)
     sums_BA = np.concatenate(blocks)
     return np.asarray(sums_BA[:, :-1] / sums_BA[:, -1:])
@@ -155,7 +163,9 @@ def _interval(replicates_B: Floats, spreads: Sequence[Spread], seed: int) -> Int
     """Percentiles of the replicates, each moved by what the seeds may have moved it."""
     draw = np.random.default_rng([seed, 1])
     for part in spreads:
-        replicates_B = replicates_B + math.sqrt(part.variance) * draw.standard_t(part.degrees, len(replicates_B))
+        # Its quantiles in random order: draws of so heavy a tail would move the ends about.
+        quantiles_B = (draw.permutation(len(replicates_B)) + 0.5) / len(replicates_B)
+        replicates_B = replicates_B + math.sqrt(part.variance) * stats.t.ppf(quantiles_B, part.degrees)
     low, high = np.percentile(replicates_B, (2.5, 97.5))
     return Interval(float(low), float(high))
 

@@ -4,7 +4,7 @@ Pure functions: no files, no models. Held-out losses are nats a token; every oth
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.comparison_config import TrialName
-from davir_ray.formulas.comparison import Outcome, difference, holm, interval
+from davir_ray.errors import DataError
+from davir_ray.formulas.comparison import Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.jsonable import flatten, json_ready
 from davir_ray.report.page import NOT_DEFINED, environment
@@ -24,6 +25,15 @@ BASELINES = (RANDOM, FULL)
 """Arms that every other one is tested against."""
 
 SIGNIFICANT = 0.05
+
+_SECTIONS = [
+    ("glance", "At a glance"),
+    ("results", "Results"),
+    ("arms", "Arms"),
+    ("heldout", "Held-out data"),
+    ("limits", "Known limits"),
+    ("settings", "Settings"),
+]
 
 TABLE = pa.schema(
     [
@@ -52,7 +62,9 @@ class Measure(NamedTuple):
     lower_is_better: bool
 
 
-LOSS = Measure("nll", "Held-out loss", "nats per response token", True)
+LOSS = Measure("loss", "Held-out loss", "nats per response token", True)
+STRICT = Measure("exact_match", "Exact match of the marked answer", "share of the questions", False)
+FLEXIBLE = Measure("exact_match_flexible", "Exact match of the last number", "share of the questions", False)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,6 @@ class ComparisonInputs:
     run: str
     base: str
     recipe: dict[str, Any]
-    selection: list[str]
     heldout: dict[str, int]
     """Counts of the held-out data's prepare stage."""
     in_training_pool: int
@@ -101,8 +112,15 @@ class ComparisonInputs:
 
 def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The facts of the page, ready for JSON, and the rows of the table."""
-    results = [result for measured in inputs.measures for result in _results(inputs, measured)]
-    sources = inputs.measures[0].sources
+    measures = [measured for measured in inputs.measures if len(measured.sources)]
+    if not measures:
+        raise DataError(
+            f"no held-out example is left to measure on: {inputs.in_training_pool} of {inputs.heldout['prepared']} are "
+            f"in the run's training pool, {inputs.without_value} have no value; give data that the run has not seen"
+        )
+    inputs = replace(inputs, measures=measures)
+    results = [result for measured in measures for result in _results(inputs, measured)]
+    sources = measures[0].sources
     facts = {
         "format": 1,
         "run": inputs.run,
@@ -132,6 +150,7 @@ def render_comparison(facts: dict[str, Any]) -> str:
     template = environment().get_template("comparison.html.j2", globals={"verdict": verdict, "p_value": p_value})
     return template.render(
         facts=facts,
+        sections=_SECTIONS,
         parts=list(_parts(facts)),
         findings=_findings(facts),
         arm_meaning=ARM_MEANING,
@@ -170,10 +189,10 @@ def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str,
     stages = stages or {(name.rows, name.reading) for name in inputs.trials}
     for source, rows in _groups(measured):
         outcomes = _outcomes(inputs, measured, rows)
-        intervals = {key: interval(outcome)._asdict() for key, outcome in outcomes.items()}
+        panel = Panel(outcomes)
         for size, reading in sorted(stages):
             beside = {key[0]: key for key in outcomes if key[0] == FULL or key[1:] == (size, reading)}
-            tests = {name: _tests(name, {arm: outcomes[key] for arm, key in beside.items()}) for name in BASELINES}
+            tests = {name: _tests(panel, name, beside) for name in BASELINES}
             for arm, key in beside.items():
                 outcome = outcomes[key]
                 yield {
@@ -184,17 +203,17 @@ def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str,
                     "arm": arm,
                     "num_heldout": int(rows.sum()),
                     "mean": outcome.mean,
-                    **intervals[key],
+                    **panel.interval(key)._asdict(),
                     "by_seed": outcome.by_seed.tolist(),
                     "against": {name: found[arm] for name, found in tests.items() if arm in found},
                 }
 
 
-def _tests(baseline: str, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+def _tests(panel: Panel, baseline: str, arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Every other arm against one, p-values corrected for their number (Holm)."""
-    if baseline not in outcomes:
+    if baseline not in arms:
         return {}
-    found = {arm: difference(outcome, outcomes[baseline]) for arm, outcome in outcomes.items() if arm != baseline}
+    found = {arm: panel.difference(key, arms[baseline]) for arm, key in arms.items() if arm != baseline}
     corrected = holm([test.p for test in found.values()])
     return {
         arm: {"mean": test.mean, **test.interval._asdict(), "p": test.p, "p_holm": p, "p_examples": test.p_examples}
@@ -208,7 +227,8 @@ def _base(measured: Measured) -> Iterable[dict[str, Any]]:
     for source, rows in _groups(measured):
         outcome = Outcome(measured.base[None, rows], measured.weights[rows])
         yield {
-            "measure": measured.measure.name, "source": source, "mean": outcome.mean, **interval(outcome)._asdict(),
+            "measure": measured.measure.name, "source": source, "mean": outcome.mean,
+            **Panel({None: outcome}).interval(None)._asdict(),
         }  # fmt: skip
 
 

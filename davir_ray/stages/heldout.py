@@ -17,6 +17,8 @@ _HASHES = pa.schema([("content_hash", pa.int64())])
 
 _COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base_nll", "reference_nll"]
 
+_MATCH_COLUMNS = ["example_id", "expected", "strict", "flexible"]
+
 
 class Losses(NamedTuple):
     """Held-out examples under one fine-tune, in the order of the files."""
@@ -68,3 +70,22 @@ def read_losses(trial: Location, heldout: Location) -> Losses:
         table["base_nll"].to_numpy().astype(np.float64),
         table["reference_nll"].to_numpy().astype(np.float64),
     )
+
+
+class Matches(NamedTuple):
+    """Generated answers of one fine-tune, of the held-out examples that have an expected one."""
+
+    example_ids: npt.NDArray[np.int64]
+    strict: npt.NDArray[np.float64]
+    """1 where the marked answer is the expected number, 0 where not; NaN where nothing could be generated."""
+    flexible: npt.NDArray[np.float64]
+    """The same of the last number."""
+
+
+def read_matches(trial: Location) -> Matches:
+    """What a trial's matches/ say."""
+    names = [entry.name for entry in require(trial, "match").files_in("matches")]
+    table = pa.concat_tables(each(lambda name: read_parquet(trial / "matches" / name, _MATCH_COLUMNS), names))
+    table = table.filter(table["expected"].is_valid())
+    right = [table[name].cast(pa.int8()).to_numpy().astype(np.float64) for name in ("strict", "flexible")]
+    return Matches(np.asarray(table["example_id"]).astype(np.int64), *right)

@@ -12,22 +12,28 @@ from typing import Any
 import ray
 
 from davir_ray.comparison_config import TrialName
-from davir_ray.config import FinetuneConfig, ScoreConfig
+from davir_ray.config import FinetuneConfig, GenerateConfig, ScoreConfig
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, room_for
+from davir_ray.stages.generation import generate
+from davir_ray.stages.matching import match
+from davir_ray.stages.outputs import write_outputs
 from davir_ray.stages.resume import require
 from davir_ray.stages.scoring import score
 from davir_ray.stages.streaming import num_gpus_of
 from davir_ray.stages.training import finetune, what_matters
-from davir_ray.storage import Location
+from davir_ray.storage import FileEntry, Location, in_folder
 
 log = logging.getLogger(__name__)
 
 STAGE = "trial"
 """Of the manifest that says that a trial is complete."""
+
+ANSWERS = "answers"
+"""In a trial: what its model answered to the instructions."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class Setting:
     heldout: Location
     """A run that is prepared."""
     score: ScoreConfig
+    generate: GenerateConfig
+    matches: bool
+    """Generate held-out answers and compare them."""
+    instructions: Location | None
+    """A run of `prepare_instructions`, to be answered, too. None: there are none."""
     keep_models: bool
     overwrite: bool
 
@@ -57,12 +68,16 @@ class Trial:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the measurement depends on."""
+        setting, instructions = self.setting, self.setting.instructions
         return {
-            "base": self.setting.base.weights_digest(),
+            "base": setting.base.weights_digest(),
             "examples": require(self.examples_of, "prepare").content,
             "recipe": what_matters(self.recipe),
-            "heldout": require(self.setting.heldout, "prepare").content,
-            "precision": self.setting.score.precision,
+            "heldout": require(setting.heldout, "prepare").content,
+            "precision": setting.score.precision,
+            "matches": setting.matches,
+            "instructions": None if instructions is None else require(instructions, "prepare").content,
+            "texts": _what_texts_depend_on(setting.generate) if setting.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
         }
 
@@ -99,18 +114,45 @@ class Trial:
             self.place, setting.base, model, setting.score, keep_token_nll="none",
             examples_of=setting.heldout, overwrite=setting.overwrite,
         )  # fmt: skip
+        files = scored.files + self._matches(model) + self._answers(model)
         counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
         details = {"final_loss": trained.details["final_loss"], "loss_by_step": trained.details["loss_by_step"]}
         seconds = trained.seconds + scored.seconds
-        manifest = Manifest(STAGE, self.fingerprint(), counts, scored.files, details, seconds=seconds)
+        manifest = Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds)
         manifest = manifest.commit(self.place)
         self.drop_model()
         return manifest
+
+    def _matches(self, model: Checkpoint) -> list[FileEntry]:
+        """Generate held-out answers and compare them, if that is asked for; returns the files."""
+        setting = self.setting
+        if not setting.matches:
+            return []
+        generated = self._generate(self.place, model, setting.generate, setting.heldout)
+        return generated.files + match(self.place, examples=setting.heldout).files
+
+    def _answers(self, model: Checkpoint) -> list[FileEntry]:
+        """Answer the instructions, if there are any; returns the files, in answers/."""
+        setting, place = self.setting, self.place / ANSWERS
+        if setting.instructions is None:
+            return []
+        generated = self._generate(place, model, replace(setting.generate, sources=[]), setting.instructions)
+        outputs = write_outputs(place, str(self.name), examples=setting.instructions)
+        return in_folder(ANSWERS, [*generated.files, *outputs.files])
+
+    def _generate(self, place: Location, model: Checkpoint, config: GenerateConfig, examples: Location) -> Manifest:
+        setting = self.setting
+        base = setting.base if model.is_adapter else None
+        return generate(place, model, config, setting.score, examples=examples, base=base, overwrite=setting.overwrite)
 
     def drop_model(self) -> None:
         """Delete the model of a trial that has been measured, unless it is to be kept."""
         if not self.setting.keep_models:
             (self.place / "reference").remove()
+
+
+def _what_texts_depend_on(config: GenerateConfig) -> dict[str, Any]:
+    return {"max_new_tokens": config.max_new_tokens, "sources": sorted(config.sources)}
 
 
 def _run_trial(trial: Trial) -> None:
