@@ -269,7 +269,7 @@ def killed(
         "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "base": base_folder, "output": run,
         "limit": ROWS, "prepare.max_tokens": 256, "prepare.shard_rows": 10, "max_bad_fraction": 1,
     }  # fmt: skip
-    # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, for ever.
+    # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, forever.
     first = Driver("finetune.py", options, folder / "first.log")
     try:
         wait_for_checkpoint(run)
