@@ -47,9 +47,9 @@ class AlignmentBenchmark:
     """File for the result."""
     data: str | None = None
     """Pairs. None: hh_harmless_pairs_1k.jsonl.gz in $DAVIR_TEST_DATA."""
-    pairs: int = 64
+    pairs: int = 32
     """Pairs to measure with, the first of the data that can be trained on."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Pairs in a batch; TRL's runs as one, ours in packs."""
     max_tokens: int = 1024
     """Token limit of a prompt with a response."""

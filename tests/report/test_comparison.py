@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from comparison_facts import comparison_inputs, trial_names
 from outline import Outline
 from run_facts import EVIL
 from scipy import stats
@@ -14,48 +15,10 @@ from davir_ray.errors import DataError
 from davir_ray.report.comparison import (
     LOSS,
     STRICT,
-    ComparisonInputs,
-    Measured,
-    TrialFacts,
     render_comparison,
     summarise_comparison,
     verdict,
 )
-
-ARMS = {"selection": 1.0, "random": 1.5, "lowest": 2.0}
-
-
-def trial_names(sizes: tuple[int, ...] = (100,), readings: tuple[str, ...] = ("epochs", "steps")) -> list[TrialName]:
-    names = [
-        TrialName(arm, rows, reading, seed)
-        for arm in ARMS for rows in sizes for reading in readings for seed in range(3)
-    ]  # fmt: skip
-    return names + [TrialName("full", 1000, "epochs", seed) for seed in range(3)]
-
-
-def comparison_inputs(names: list[TrialName] | None = None, **fields: Any) -> ComparisonInputs:
-    """Two sources, 60 held-out examples, the selection better than the rest."""
-    draw = np.random.default_rng(0)
-    names = names or trial_names()
-    tokens = draw.integers(1, 50, 60).astype(float)
-    difficulty = draw.normal(0, 0.2, 60)
-    values = {
-        name: tokens * (ARMS.get(name.arm, 1.4) + difficulty + draw.normal(0, 0.02) + draw.normal(0, 0.1, 60))
-        for name in names
-    }
-    sources = np.array(["alpaca"] * 40 + ["gsm8k"] * 20)
-    inputs = ComparisonInputs(
-        settings={"seeds": 3, "arms": list(ARMS)},
-        run="run1",
-        base="tiny-base",
-        recipe={"epochs": 3},
-        heldout={"read": 64, "rejected": 1, "prepared": 63},
-        in_training_pool=2,
-        without_value=1,
-        trials={name: TrialFacts(100, 3000, 12, 1.25, 4.0) for name in names},
-        measures=[Measured(LOSS, sources, tokens, values, tokens * 3)],
-    )
-    return replace(inputs, **fields)
 
 
 def result(facts: dict[str, Any], **wanted: Any) -> dict[str, Any]:
