@@ -6,6 +6,8 @@
                                    │
                                  scores ─rank─► ranked ─select─► selected ─► report
 
+    pairs ─prepare─► examples ─freeze─► frozen ─align─► policy ─score─► scores ─► margins ─► report      (alignment.py)
+
 Every arrow is a stage (davir_ray/stages): it reads files with a schema, writes files with a schema into its own folder
 of the run, and writes its manifest last. davir_ray/pipeline.py reads the chain aloud, davir_ray/formulas is the paper.
 

@@ -3,6 +3,7 @@
     python jobs/benchmark.py likelihood [--json FILE]
     python jobs/benchmark.py ranking --rows 10000000 [--json FILE]
     python jobs/benchmark.py scaling [--json FILE]
+    python jobs/benchmark.py align [--json FILE]
 
 Prints the result as JSON. davir_ray/benchmarks/RESULTS.md tells what was found and where.
 """
@@ -16,13 +17,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from davir_ray.benchmarks import likelihood, ranking, scaling
+from davir_ray.benchmarks import alignment, likelihood, ranking, scaling
 from davir_ray.cli import exit_status
 from davir_ray.errors import ConfigError
 
 BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]], str]] = {
     "likelihood": (likelihood.LikelihoodBenchmark, likelihood.run, "the kernel that scores: speed, memory, exactness"),
     "ranking": (ranking.RankingBenchmark, ranking.run, "the exact ranking: speed, memory, balance"),
+    "align": (alignment.AlignmentBenchmark, alignment.run, "a step of preference training beside TRL's"),
     "scaling": (scaling.ScalingBenchmark, scaling.run, "the scoring stage: 1, 2 and 4 actors, time to the first shard"),
 }
 """Settings, what runs, and a line of help, by name of the subcommand."""

@@ -1,4 +1,4 @@
-"""What a comparison measured, made in memory."""
+"""Measurements of a comparison, made in memory."""
 
 from dataclasses import replace
 from typing import Any

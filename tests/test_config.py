@@ -7,6 +7,7 @@ import pytest
 
 from davir_ray.config import (
     FinetuneConfig,
+    GenerateConfig,
     Part,
     PrepareConfig,
     RankConfig,
@@ -37,6 +38,8 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (ScoreConfig, {"num_gpus": -1.0}, "score.num_gpus"),
     (ScoreConfig, {"tokens_per_pack": 0}, "score.tokens_per_pack"),
     (ScoreConfig, {"no_progress_timeout_s": 0}, "score.no_progress_timeout_s"),
+    (GenerateConfig, {"max_new_tokens": 0}, "generate.max_new_tokens is 0"),
+    (GenerateConfig, {"tokens_per_batch": 0}, "generate.tokens_per_batch is 0"),
     (SelectConfig, {"top_k": 0}, "select.top_k"),
     (SelectConfig, {"top_tokens": 0}, "select.top_tokens"),
     (SelectConfig, {"top_fraction": 0.0}, "select.top_fraction"),
@@ -57,7 +60,9 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_value(
         section(**values)
 
 
-@pytest.mark.parametrize("section", [PrepareConfig, FinetuneConfig, ScoreConfig, SelectConfig, RunConfig])
+@pytest.mark.parametrize(
+    "section", [PrepareConfig, FinetuneConfig, ScoreConfig, GenerateConfig, SelectConfig, RunConfig]
+)
 def test_defaults_are_valid_and_frozen(section: type) -> None:
     config = section()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -75,12 +75,13 @@ def test_a_benchmark_tells_a_mistake_in_one_line(
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_kernel_writes_its_result(tmp_path: Path) -> None:
+def test_the_benchmark_of_the_kernel_writes_its_result(ray_address: str, tmp_path: Path) -> None:
     tiny = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
     tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     ended = run_script(
         "benchmark.py", "likelihood", "--json", str(tmp_path / "result.json"), "--random_init", json.dumps(tiny),
         "--lengths", "[20, 30]", "--rows", "50", "--repeats", "1", "--pipeline_shards", "2", timeout=200,
+        address=ray_address,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "result.json").read_text())
@@ -89,12 +90,13 @@ def test_the_benchmark_of_the_kernel_writes_its_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_scaling_writes_its_result(tmp_path: Path) -> None:
+def test_the_benchmark_of_scaling_writes_its_result(ray_address: str, tmp_path: Path) -> None:
     tiny = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
     tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     ended = run_script(
         "benchmark.py", "scaling", "--json", str(tmp_path / "result.json"), "--random_init", json.dumps(tiny),
         "--rows", "20", "--actors", "[1, 2]", "--shards_per_actor", "2", "--first_shards", "1", timeout=300,
+        address=ray_address,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "result.json").read_text())

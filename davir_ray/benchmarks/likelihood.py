@@ -2,9 +2,7 @@
 
 import copy
 import logging
-import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks import rivals
-from davir_ray.benchmarks.measure import useful_flops, with_peak
+from davir_ray.benchmarks.measure import describe_machine, useful_flops, with_peak
 from davir_ray.benchmarks.workload import Example, load_examples, load_model, plain_copy
 from davir_ray.config import Format, Precision
 from davir_ray.data.packing import pack
 from davir_ray.errors import ConfigError
-from davir_ray.models.checkpoint import device_name, local_device, resolve_dtype
+from davir_ray.models.checkpoint import local_device, resolve_dtype
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.self_check import self_check
 from davir_ray.models.speed import gemm_flops
@@ -106,7 +103,7 @@ def run(settings: LikelihoodBenchmark) -> Results:
     results: Results = {
         "settings": asdict(settings),
         "examples": _describe(examples) | {"origin": origin},
-        "machine": _machine(device, dtype),
+        "machine": describe_machine(device, dtype),
         "attention": self_check(likelihood),
     }
     results |= _compare_ways(settings, likelihood, examples)
@@ -123,18 +120,6 @@ def _describe(examples: Sequence[Example]) -> Results:
     lengths = [len(example.input_ids) for example in examples]
     scored = sum(example.num_scored for example in examples)
     return {"rows": len(examples), "tokens": sum(lengths), "scored_tokens": scored, "longest": max(lengths)}
-
-
-def _machine(device: torch.device, dtype: torch.dtype) -> Results:
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None) -> list[float]:

@@ -2,13 +2,18 @@
 
 import ctypes
 import gc
+import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.workload import Example
+from davir_ray.models.checkpoint import device_name
 from davir_ray.models.speed import seconds
 
 _STATUS = Path("/proc/self/status")
@@ -76,3 +81,16 @@ def _active_parameters(model: PreTrainedModel) -> float:
         for parameter in decoder.parameters()
         if parameter.ndim >= 2 and id(parameter) not in embeddings
     )
+
+
+def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the numbers belong to."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }

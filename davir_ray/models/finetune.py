@@ -195,8 +195,7 @@ class Trainer:
         """One optimiser step; returns the global batch's measures, the loss first, and the gradient's norm."""
         config = self._config
         torch.manual_seed(seed_from("dropout", config.seed, batch.step, self._rank))
-        weight = self._objective.weight(batch.rows)
-        measured = (self._backward(batch.rows, weight) / weight).tolist()
+        measured = self.backward(batch.rows)
         norm = self._spread.clip_gradients(config.max_grad_norm)
         if not math.isfinite(measured[0]) or not math.isfinite(norm):
             raise TrainingError(
@@ -209,9 +208,13 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return measured, norm
 
-    def _backward(self, rows: npt.NDArray[np.int64], weight: int) -> torch.Tensor:
-        """Accumulate the gradient of (summed loss / weight) over the global batch; returns the sums of all measures."""
+    def backward(self, rows: npt.NDArray[np.int64]) -> list[float]:
+        """Accumulate the gradient of (summed loss / weight) over a global batch; returns its measures, the loss first.
+
+        Called on every rank.
+        """
         objective = self._objective
+        weight = objective.weight(rows)
         packs = pack(objective.lengths[rows], objective.ids[rows], self._budget)
         totals_K = torch.zeros(len(objective.measures), dtype=torch.float64, device=self._device)
         turns = math.ceil(len(packs) / self._world_size)
@@ -225,7 +228,7 @@ class Trainer:
             totals_K += sums_K.detach().double()
         if self._world_size > 1:
             dist.all_reduce(totals_K)
-        return totals_K
+        return [float(total) / weight for total in totals_K]
 
     def _pack_sums(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
         """The measures of one pack; gradients need be exchanged between ranks only in a batch's last turn."""

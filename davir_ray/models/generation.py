@@ -99,7 +99,10 @@ class Generator:
         """Continue every prompt of a table with INPUT_COLUMNS; returns GENERATIONS, in the same row order."""
         prompts = prompts_of(examples)
         found = self.generate(prompts, np.asarray(examples["example_id"]))
-        texts = self._tokenizer.batch_decode([one.tokens if one else [] for one in found], skip_special_tokens=True)
+        # Cleaning up, which some tokenizers do unless told, would write "3.5" for "3 .5".
+        texts = self._tokenizer.batch_decode(
+            [one.tokens if one else [] for one in found], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         columns = {
             "example_id": examples["example_id"],
             "source": examples["source"],

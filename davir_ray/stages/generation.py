@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from davir_ray.config import GenerateConfig, ScoreConfig
 from davir_ray.data.render import ChatTemplate
-from davir_ray.errors import ConfigError, ModelError
+from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generation import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
@@ -74,6 +74,14 @@ def generate(
     shards = sorted(committed + new, key=lambda shard: shard.entry.name)
     manifest = stream.manifest(shards, num_rows, "generated", sums, {"shards_done_by_this_driver": len(new)})
     return replace(manifest, seconds=time.monotonic() - started).commit(run)
+
+
+def generated_from(run: Location, examples: Location) -> tuple[Manifest, Manifest]:
+    """Manifests of the texts of a run and of the examples they continue. OutputError if they do not go together."""
+    generated, prepared = require(run, "generate"), require(examples, "prepare")
+    if generated.fingerprint["examples"] != prepared.content:
+        raise OutputError(f"the texts of {run} were generated from other examples than those of {examples}")
+    return generated, prepared
 
 
 class GenerateShard(ShardWorker):

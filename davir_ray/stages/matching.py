@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from davir_ray.data.answers import ANSWERS_VERSION, as_text, flexible_answer, strict_answer
-from davir_ray.errors import OutputError
+from davir_ray.errors import IntegrityError
 from davir_ray.manifest import Manifest
 from davir_ray.schema import MATCHES, Status
 from davir_ray.stages.exchange import ENTRY, collect, entry_row
-from davir_ray.stages.resume import clear, completed, require
+from davir_ray.stages.generation import generated_from
+from davir_ray.stages.resume import clear, completed
 from davir_ray.stages.shards import Shards
 from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, write_parquet
 
@@ -32,9 +33,7 @@ def match(run: Location, *, examples: Location | None = None) -> Manifest:
     """
     started = time.monotonic()
     source = examples or run
-    generated, prepared = require(run, "generate"), require(source, "prepare")
-    if generated.fingerprint["examples"] != prepared.content:
-        raise OutputError(f"the texts of {run} were generated from other examples than those of {source}")
+    generated, _ = generated_from(run, source)
     fingerprint = {"generations": generated.content, "version": ANSWERS_VERSION}
     if done := completed(run, "match", fingerprint):
         return done
@@ -60,7 +59,7 @@ def matched(generations: pa.Table, gold: pa.Table) -> pa.Table:
 
 def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
     if generated["example_id"] != example["example_id"]:
-        raise OutputError(f"example {example['example_id']} stands where the text is of {generated['example_id']}")
+        raise IntegrityError(f"example {example['example_id']} stands where the text is of {generated['example_id']}")
     expected = _expected(example)
     row = {name: generated[name] for name in ("example_id", "source", "status")}
     row["expected"] = None if expected is None else as_text(expected)

@@ -18,11 +18,12 @@ from hashlib import sha256
 from typing import Any
 
 from davir_ray.config import Source
-from davir_ray.errors import DataError, IntegrityError, OutputError
+from davir_ray.errors import DataError, IntegrityError
 from davir_ray.manifest import Manifest
 from davir_ray.schema import Status
+from davir_ray.stages.generation import generated_from
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.resume import clear, completed, require
+from davir_ray.stages.resume import clear, completed
 from davir_ray.storage import FileEntry, Location, each, read_parquet
 
 OUTPUTS = "outputs.json"
@@ -52,9 +53,7 @@ def write_outputs(run: Location, generator: str, *, examples: Location | None = 
     """
     started = time.monotonic()
     source = examples or run
-    generated, prepared = require(run, "generate"), require(source, "prepare")
-    if generated.fingerprint["examples"] != prepared.content:
-        raise OutputError(f"the texts of {run} were generated from other examples than those of {source}")
+    generated, prepared = generated_from(run, source)
     fingerprint = {"generations": generated.content, "generator": generator}
     if done := completed(run, "outputs", fingerprint):
         return done

@@ -72,6 +72,7 @@ CASES: list[tuple[str, Answer, Answer]] = [
     ("#### Total: 18", "18", "="),
     ("#### 9*2 = 18", "18", "="),
     ("#### 20-2=18", "18", "="),
+    ("#### Total: 9*2 = 18", "18", "="),
     ("#### The answer is 18", None, "18"),
     # ---- which mark counts
     ("#### 3\nNo, wait.\n#### 18", "18", "="),
@@ -193,7 +194,7 @@ def harness_strict(text: str) -> str | None:
 
 
 def test_gsm8k_with_a_model_s_reply_is_read_as_the_harness_reads_it(data_folder: Path) -> None:
-    """The same texts, with other numbers; digits in torn groups (2,12) are a number to the harness only."""
+    """The same texts, extended and with other numbers; torn groups (2,12) are a number to the harness only."""
     lines = gzip.decompress((data_folder / "gsm8k_test.jsonl.gz").read_bytes()).decode().splitlines()
     for line in lines[:200]:
         answer = json.loads(line)["answer"]

@@ -393,3 +393,9 @@ def test_real_rows_render(name: str, source: Source, response: str) -> None:
             ]
             assert scored(chat(messages)) == [f"{rendered.response}<|im_end|>"]
     assert rejected < 10
+
+
+def test_the_token_that_ends_a_turn() -> None:
+    assert CHATML.turn_end() == "<|im_end|>"
+    assert ChatTemplate(CHATML.template).turn_end() is None, "no special token is known"
+    assert ChatTemplate("{{ raise_exception('no') }}", CHATML.named_tokens).turn_end() is None

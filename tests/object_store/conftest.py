@@ -1,6 +1,6 @@
 """Each store once for the session, and a bucket for each test."""
 
-import itertools
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +8,6 @@ import s3fs
 from object_store.stores import Store, ceph, moto, require_ceph
 
 from davir_ray.storage import Location
-
-_NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +47,7 @@ def bucket(store: Store) -> str:
 
 
 def make_bucket(store: Store) -> str:
-    name = f"bucket-{next(_NUMBERS)}"
+    name = f"bucket-{uuid.uuid4().hex[:16]}"
     store.client().call_s3("create_bucket", Bucket=name)
     return name
 

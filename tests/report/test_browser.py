@@ -4,18 +4,21 @@ Markup in the data stays text: nothing of it runs.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comparison_facts import comparison_inputs, trial_names
 from devtools import Tab, browse
+from margin_facts import facts_of, margin_table
 from run_facts import evil_inputs, example, manifest, report_inputs
 
 from davir_ray.config import PrepareConfig, RunConfig, ScoreConfig, SelectConfig
 from davir_ray.pipeline import run_all
 from davir_ray.report import ReportInputs, render_page, summarise
+from davir_ray.report.alignment import render_alignment
 from davir_ray.report.comparison import render_comparison, summarise_comparison
 
 PLANTED = "<script>document.title='run by a script'</script><img src=x onerror=\"document.title='run by an image'\">"
@@ -119,20 +122,26 @@ PAGES: dict[str, ReportInputs] = {
 }
 
 
-COMPARISONS = {"comparison": (100,), "curve": (1000, 3000, 10_000)}
-"""Sizes of a comparison's selections."""
+def render(inputs: ReportInputs) -> str:
+    return render_page(summarise(inputs))
+
+
+RENDERED: dict[str, Callable[[], str]] = {
+    **{name: partial(render, inputs) for name, inputs in PAGES.items()},
+    "alignment": lambda: render_alignment(facts_of(margin_table(), "davir_dpo", base="s3://bucket/" + 150 * "z")),
+    "comparison": lambda: render_comparison(summarise_comparison(comparison_inputs(run="s3://bucket/" + 150 * "z"))[0]),
+    "curve": lambda: render_comparison(summarise_comparison(comparison_inputs(trial_names((1000, 3000, 10_000))))[0]),
+}
+"""The pages of every job."""
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages as files."""
     folder = tmp_path_factory.mktemp("pages")
-    for name, inputs in PAGES.items():
-        (folder / f"{name}.html").write_text(render_page(summarise(inputs)))
-    for name, sizes in COMPARISONS.items():
-        facts, _ = summarise_comparison(comparison_inputs(trial_names(sizes), run="s3://bucket/" + 150 * "z"))
-        (folder / f"{name}.html").write_text(render_comparison(facts))
-    return {name: folder / f"{name}.html" for name in (*PAGES, *COMPARISONS)}
+    for name, make in RENDERED.items():
+        (folder / f"{name}.html").write_text(make())
+    return {name: folder / f"{name}.html" for name in RENDERED}
 
 
 def flaws(tab: Tab, page: Path, width: int, scheme: str) -> dict[str, Any]:
@@ -154,7 +163,7 @@ def flaws(tab: Tab, page: Path, width: int, scheme: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", SIZES)
-@pytest.mark.parametrize("name", [*PAGES, *COMPARISONS])
+@pytest.mark.parametrize("name", RENDERED)
 def test_the_page_is_quiet_fits_and_can_be_read(
     tab: Tab, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:

@@ -77,7 +77,7 @@ def test_the_texts_are_those_of_one_process_in_a_run_of_their_own(
 
 
 def test_a_run_goes_on_shard_by_shard(prepared: Path, generated: Path, base_folder: Path, tmp_path: Path) -> None:
-    run, source, model = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared), None
+    run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
     model = Checkpoint.find(str(base_folder))
     before = {name: (run / "generations" / name).read_bytes() for name in (run / "generations").names()}
     lost, damaged, *_ = before

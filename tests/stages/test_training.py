@@ -211,7 +211,7 @@ def undisturbed(prepared: Path, base_folder: Path, tmp_path_factory: pytest.Temp
     return weights(target / "reference")
 
 
-def wait_for_checkpoint(run: Path, seconds: float = 120) -> None:
+def wait_for_checkpoint(run: Path, seconds: float = 400) -> None:
     deadline, seen = time.monotonic() + seconds, set[Path]()
     while time.monotonic() < deadline:
         seen.update(run.glob("checkpoints/*/checkpoint_*/training_state.sha256"))
@@ -259,7 +259,6 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
 def killed(
     data_folder: Path,
     base_folder: Path,
-    ray_address: str,
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> dict[str, Any]:
@@ -270,7 +269,8 @@ def killed(
         "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "base": base_folder, "output": run,
         "limit": ROWS, "prepare.max_tokens": 256, "prepare.shard_rows": 10, "max_bad_fraction": 1,
     }  # fmt: skip
-    first = Driver("finetune.py", options, folder / "first.log", address=ray_address)
+    # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, forever.
+    first = Driver("finetune.py", options, folder / "first.log")
     try:
         wait_for_checkpoint(run)
     finally:
