@@ -119,6 +119,7 @@ def test_the_main_job_end_to_end_and_ranked_again(
                 "limit": 50,
                 "max_bad_fraction": 0.1,
                 "finetune": {"epochs": 1, "batch_size": 25},
+                "score": {"num_actors": 1},
                 "select": {"top_k": 49},
             }
         )

@@ -124,7 +124,7 @@ def settings(data: Path, base_folder: Path, reference_folder: Path) -> dict[str,
     return {
         "data": str(data), "format": "gsm8k", "limit": NUM_ROWS, "base": str(base_folder),
         "reference": str(reference_folder), "prepare": {"shard_rows": SHARD_ROWS}, "max_bad_fraction": 0.5,
-        "select": {"top_k": 24},
+        "score": {"num_actors": 1}, "select": {"top_k": 24},
     }  # fmt: skip
 
 

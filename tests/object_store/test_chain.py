@@ -22,7 +22,7 @@ NUM_ROWS = 120
 SETTINGS = {
     "format": "alpaca", "max_bad_fraction": 0.2, "prepare.shard_rows": 16, "prepare.max_tokens": 256,
     "finetune.epochs": 1, "finetune.batch_size": 32, "finetune.learning_rate": 1e-3, "finetune.lora_rank": 4,
-    "select.top_fraction": 0.25, "select.jsonl": "true",
+    "score.num_actors": 1, "select.top_fraction": 0.25, "select.jsonl": "true",
 }  # fmt: skip
 
 
