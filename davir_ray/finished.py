@@ -2,7 +2,7 @@
 
 from davir_ray.cli import load
 from davir_ray.config import RunConfig
-from davir_ray.errors import OutputError
+from davir_ray.errors import ConfigError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.stages.resume import CONFIG_FILE, require
 from davir_ray.storage import Location
@@ -14,6 +14,8 @@ def remembered(run: Location) -> RunConfig:
         return load(RunConfig, (run / CONFIG_FILE).read_bytes().decode())
     except FileNotFoundError as error:
         raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
+    except ConfigError as error:
+        raise OutputError(f"{run} is not of jobs/score.py, or of another version of it: {error}") from error
 
 
 def scored_with(run: Location, role: str, uri: str, trust_remote_code: bool) -> Checkpoint:
