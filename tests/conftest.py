@@ -41,6 +41,22 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The one local Ray of the test session."""
     import ray
 
+    # Its agents have 15 s to start (2.60), which a busy machine may not give them, and all tests need this one start.
+    for attempt in range(3):
+        try:
+            _start_ray()
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == 2:
+                raise
+    yield
+    ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
     ray.init(
         "local",
         num_cpus=NUM_CPUS,
@@ -50,8 +66,6 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # Lines of workers arrive at any time, in the output of whichever test runs then.
         log_to_driver=False,
     )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
