@@ -23,7 +23,7 @@ from davir_ray.storage import Location
 pytestmark = pytest.mark.slow
 
 NOUNS, COLOURS = PEOPLE[:16], PLACES[:8]
-NUM_TRUE, NUM_NOISE, NUM_HELDOUT, NUM_LEAKED = 160, 160, 100, 5
+NUM_TRUE, NUM_NOISE, NUM_HELDOUT, NUM_LEAKED = 110, 210, 100, 5
 SELECTED = 80
 RECIPE = FinetuneConfig(epochs=6, batch_size=16, learning_rate=3e-3, gradient_checkpointing=False, precision="float32")
 SEEDS = 3
@@ -68,7 +68,7 @@ def planted(make_checkpoint: Callable[..., Path], ray_session: None, tmp_path_fa
 def settings(planted: Path, **changes: Any) -> CompareConfig:
     fixed: dict[str, Any] = {
         "run": str(planted / "run"), "output": str(planted / "compare"), "heldout": str(planted / "heldout.jsonl"),
-        "heldout_format": "prompt_response", "seeds": SEEDS, "arms": ["selection", "random"], "readings": ["epochs"],
+        "heldout_format": "prompt_response", "seeds": SEEDS, "arms": ["selection", "random"], "readings": ["steps"],
     }  # fmt: skip
     return CompareConfig(**{**fixed, **changes})
 
@@ -107,7 +107,7 @@ def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path) -> 
     assert set(table["num_heldout"]) == {NUM_HELDOUT}
     facts = json.loads((output / "comparison.json").read_text())
     assert facts["heldout"]["in_training_pool"] == NUM_LEAKED
-    assert set(table["num_steps"]) == {6 * SELECTED // 16}
+    assert set(table["num_steps"]) == {6 * (NUM_TRUE + NUM_NOISE) // 16}
     assert not list(output.glob("arms/*/reference"))
     assert (output / "comparison.html").stat().st_size > 10_000
 
@@ -157,6 +157,6 @@ def test_a_driver_that_dies_goes_on_arm_by_arm(planted: Path, tmp_path: Path) ->
 
 def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:
     config = settings(planted, output=str(tmp_path / "out"), arms=["random"], seeds=1, recipe={"learning_rate": 1e30})
-    with pytest.raises(TrainingError, match=rf"random-{SELECTED}-epochs-seed0: the loss is"):
+    with pytest.raises(TrainingError, match=rf"random-{SELECTED}-steps-seed0: the loss is"):
         compare(config)
-    assert Manifest.read(Location.of(tmp_path / "out" / "arms" / f"random-{SELECTED}-epochs-seed0"), "trial") is None
+    assert Manifest.read(Location.of(tmp_path / "out" / "arms" / f"random-{SELECTED}-steps-seed0"), "trial") is None
