@@ -122,8 +122,8 @@ def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path) -> 
         compare(settings(planted))
     compare(settings(planted, overwrite=True))
     shuffled = against_random(planted)
-    assert shuffled["p_holm"] > 0.05
-    assert abs(shuffled["mean"]) < abs(won["mean"]) / 2
+    assert shuffled["high"] > 0  # it does not win; a single draw may well lose
+    assert shuffled["mean"] > won["mean"] / 2
     assert {path: path.stat().st_mtime_ns for path in output.glob("arms/random-*/scores/*")} == before
 
 
