@@ -146,10 +146,10 @@ def _no_common_prompt(detail: str) -> RowError:
 
 
 def _of_strings(prompt: Any, chosen: str, rejected: str) -> RenderedPair:
-    if isinstance(prompt, str):
-        return RenderedPair(_plain(prompt, [Segment(chosen, True)]), _plain(prompt, [Segment(rejected, True)]), False)
-    if prompt is not None:
+    if prompt is not None and not isinstance(prompt, str):
         raise RowError(RejectReason.WRONG_TYPE, f"the prompt is of type {type(prompt).__name__}; expected a string")
+    if prompt and prompt.strip() and not _is_repeated(prompt, chosen, rejected):
+        return RenderedPair(_plain(prompt, [Segment(chosen, True)]), _plain(prompt, [Segment(rejected, True)]), False)
     num_shared = _num_equal(chosen, rejected)
     start = chosen.rfind(ASSISTANT_MARK, 0, num_shared)
     if start < 0:
@@ -159,6 +159,11 @@ def _of_strings(prompt: Any, chosen: str, rejected: str) -> RenderedPair:
         )
     end = start + len(ASSISTANT_MARK)
     return RenderedPair(_dialogue(chosen, end), _dialogue(rejected, end), False)
+
+
+def _is_repeated(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether the two are whole dialogues that begin with the prompt, which stands in a column of its own, too."""
+    return ASSISTANT_MARK in prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
 def _dialogue(text: str, start: int) -> Rendered:

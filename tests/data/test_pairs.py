@@ -56,6 +56,15 @@ def test_dialogues_share_what_stands_before_the_assistant_turn_where_they_part()
     assert [scored(chosen), scored(rejected)] == [[" One."], [" Once."]]
 
 
+def test_a_dialogue_may_have_its_prompt_in_a_column_too() -> None:
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    whole = {"chosen": f"{prompt} One.", "rejected": f"{prompt} Two."}
+    expected = render_pair(whole, SOURCE, None)
+    assert render_pair({**whole, "prompt": prompt}, SOURCE, None) == expected
+    assert render_pair({**whole, "prompt": ""}, SOURCE, None) == expected
+    assert render_pair({"prompt": prompt, "chosen": " One.", "rejected": " Two."}, SOURCE, None) == expected
+
+
 def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> None:
     before = "\n\nHuman: a\n\nAssistant:"
     longer = f"{before} One.\n\nHuman: b\n\nAssistant: Two.\n\nHuman: bye"
@@ -106,6 +115,7 @@ def test_a_template_that_marks_generations_scores_none_of_the_prompt() -> None:
         ({"chosen": "a"}, RejectReason.MISSING_COLUMN, "rejected"),
         ({"chosen": "a", "rejected": ["b"]}, RejectReason.WRONG_TYPE, "str and list"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, RejectReason.WRONG_TYPE, "int"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, RejectReason.NO_COMMON_PROMPT, "no prompt"),
         ({"prompt": "p", "chosen": "a ", "rejected": " a"}, RejectReason.EQUAL_RESPONSES, "same"),
         ({"prompt": "p", "chosen": "a", "rejected": " \n"}, RejectReason.EMPTY_RESPONSE, "rejected"),
         ({"prompt": "p", "chosen": "", "rejected": "b"}, RejectReason.EMPTY_RESPONSE, "chosen"),
