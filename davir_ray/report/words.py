@@ -11,6 +11,8 @@ REASON_MEANING: dict[str, str] = {
     RejectReason.EMPTY_RESPONSE: "nothing to score: empty or white space only",
     RejectReason.PROMPT_TOO_LONG: "the prompt alone fills the token limit",
     RejectReason.SPECIAL_TOKEN_IN_TEXT: "the text spells a special token that cannot be encoded as text",
+    RejectReason.NO_COMMON_PROMPT: "the two responses of the pair do not follow the same prompt",
+    RejectReason.EQUAL_RESPONSES: "the pair's chosen response is its rejected one",
     RejectReason.BAD_CONVERSATION: "the chat template refuses the messages, or no assistant turn is found",
     RejectReason.EMPTY_FILE: "a file of no bytes",
     RejectReason.UNREADABLE_FILE: "reading stopped at this row; what follows in the file is lost",
