@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from davir_ray.access import check_readable, probe_output, storage_errors
 from davir_ray.cli import dump, load
-from davir_ray.comparison_config import CompareConfig, TrialName
+from davir_ray.comparison_config import DRAWN, CompareConfig, TrialName
 from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
@@ -51,7 +51,7 @@ from davir_ray.stages.outputs import prepare_instructions
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.resume import remember, require
-from davir_ray.stages.row_sets import DRAWN, FinishedRun, write_set
+from davir_ray.stages.row_sets import FinishedRun, write_set
 from davir_ray.stages.trials import STAGE, Setting, Trial, plan_trials, run_trials
 from davir_ray.storage import Location, digest, write_parquet
 
@@ -152,13 +152,13 @@ def _setting(
     )
 
 
-def _leave_out(run: Location, output: Location) -> set[int]:
+def _leave_out(run: Location, output: Location) -> npt.NDArray[np.int64]:
     """Content hashes of held-out rows that the models may have been trained on, and a file of them."""
     hashes = in_training_pool(run, output / HELDOUT)
     if len(hashes):
         log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
     write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
-    return set(hashes.tolist())
+    return hashes
 
 
 def _tell(output: Location, done: int, total: int) -> None:
@@ -174,6 +174,8 @@ class _Plan:
     output: Location
     recipe: FinetuneConfig
     setting: Setting
+    _written: list[Location] = dataclasses.field(default_factory=list)
+    """Sets of rows that are there: finding them takes scans of the run."""
 
     def trials(self) -> list[Trial]:
         """Every fine-tune, its rows written; all arms with their first seed come first."""
@@ -209,10 +211,13 @@ class _Plan:
     def _rows(self, arm: str, selection: pa.Table, size: int, seed: int) -> Location:
         """Write an arm's rows; drawn ones for each seed, others once."""
         name = f"{arm}-{size}" + (f"-seed{seed}" if arm in DRAWN else "")
+        if (place := self.output / "sets" / name) in self._written:
+            return place
         ids = self.finished.rows_of(arm, selection, seed)
         fingerprint = {"ids": digest(ids.tolist()), "repeats": self.finished.repeats}
-        write_set(self.output / "sets" / name, self.finished, ids, fingerprint, overwrite=self.config.overwrite)
-        return self.output / "sets" / name
+        write_set(place, self.finished, ids, fingerprint, overwrite=self.config.overwrite)
+        self._written.append(place)
+        return place
 
     @property
     def _full_steps(self) -> int:
@@ -224,13 +229,13 @@ class _Plan:
 
 def _report(
     config: CompareConfig, before: RunConfig, recipe: FinetuneConfig, output: Location, trials: list[Trial],
-    left_out: set[int],
+    left_out: npt.NDArray[np.int64],
 ) -> None:  # fmt: skip
     """Write the table, the facts and the page."""
     heldout = require(output / HELDOUT, "prepare")
     losses = {trial.name: read_losses(trial.place, output / HELDOUT) for trial in trials}
     first = losses[trials[0].name]
-    leaked = np.isin(first.hashes, list(left_out))
+    leaked = np.isin(first.hashes, left_out)
     valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
     measures = [_loss_of(losses, first, ~leaked & valued)] if "loss" in config.measures else []
     if "exact_match" in config.measures:

@@ -8,6 +8,8 @@ from davir_ray.errors import ConfigError
 
 ArmName = Literal["selection", "random", "random_matched", "lowest", "rho", "full"]
 Reading = Literal["epochs", "steps"]
+DRAWN: tuple[ArmName, ...] = ("random", "random_matched")
+"""Arms whose rows are other ones for each seed."""
 MeasureName = Literal["loss", "exact_match"]
 
 

@@ -77,7 +77,7 @@ class ExampleReader:
         try:
             return self._rendered(item.fields, source, self._chat)
         except RowError as error:
-            return reject(item, error)
+            return as_reject(item, error)
 
     def _encode(
         self, source: Source, batch: list[tuple[Record | Reject, Rendered | Reject]]
@@ -93,7 +93,7 @@ class ExampleReader:
                 continue
             result = next(encoded)
             if isinstance(result, RowError):
-                yield reject(record, result)
+                yield as_reject(record, result)
             else:
                 yield row_of(source, record, text, result, record_text(record) if self._keep_record else None)
 
@@ -124,7 +124,7 @@ def record_text(record: Record) -> str:
     return json.dumps(record.fields, ensure_ascii=False, default=str)
 
 
-def reject(record: Record, error: RowError) -> Reject:
+def as_reject(record: Record, error: RowError) -> Reject:
     """The record as a reject, for the reason of the error."""
     return Reject(record.source_file, record.source_row, error.reason, error.detail)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from davir_ray.config import Source
-from davir_ray.data.examples import BATCH_ROWS, ExampleRow, Pair, record_text, reject, row_of, stable_id
+from davir_ray.data.examples import BATCH_ROWS, ExampleRow, Pair, as_reject, record_text, row_of, stable_id
 from davir_ray.data.render import ChatTemplate, Message, Rendered, RowError, Segment, column, messages_of, render_turns
 from davir_ray.data.sources import Record, Reject, Slice, read_records
 from davir_ray.data.tokens import Encoded, Encoder
@@ -61,7 +61,7 @@ class PairReader:
         try:
             return render_pair(item.fields, source, self._chat)
         except RowError as error:
-            return reject(item, error)
+            return as_reject(item, error)
 
     def _encode(
         self, source: Source, batch: list[tuple[Record | Reject, RenderedPair | Reject]]
@@ -90,7 +90,7 @@ class PairReader:
         found = [one for one in encoded if isinstance(one, Encoded)]
         for one in encoded:
             if isinstance(one, RowError):
-                return reject(record, one)
+                return as_reject(record, one)
         chosen, rejected = found
         if np.array_equal(chosen.input_ids, rejected.input_ids):
             detail = f"both responses are the same within the limit of {len(chosen.input_ids)} tokens"

@@ -264,12 +264,12 @@ class ChatTemplate:
             text = self.segments([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1].text
         except RowError:
             return None
-        markers = list(self._special_token.finditer(text))
-        return markers[-1].group() if markers and not text[markers[-1].end() :].strip() else None
+        content_end, marker_end = self._turn_end(text, 0)
+        return text[content_end:marker_end] or None
 
     def _end_of(self, messages: Sequence[Message], text: str) -> int:
         """Where the first messages end in the text of the conversation that they begin."""
-        before, _ = self._render(messages, add_generation_prompt=True)
+        before = self.prompt(messages)
         if not text.startswith(before):
             raise _not_a_prefix(f"the first {len(messages)} messages", before, text)
         return len(before)
@@ -285,7 +285,7 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = self._render(messages[:index], add_generation_prompt=True)
+            before = self.prompt(messages[:index])
             through, _ = self._render(messages[: index + 1])
             if not through.startswith(before):
                 raise _not_a_prefix(f"message {index}", before, through)

@@ -228,7 +228,7 @@ class Trainer:
             totals_K += sums_K.detach().double()
         if self._world_size > 1:
             dist.all_reduce(totals_K)
-        return [float(total) / weight for total in totals_K]
+        return [total / weight for total in totals_K.tolist()]
 
     def _pack_sums(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
         """The measures of one pack; gradients need be exchanged between ranks only in a batch's last turn."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.comparison_config import TrialName
+from davir_ray.comparison_config import DRAWN, TrialName
 from davir_ray.errors import DataError
 from davir_ray.formulas.comparison import Outcome, Panel, holm
 from davir_ray.report import charts
@@ -20,7 +20,7 @@ from davir_ray.report.jsonable import flatten, json_ready
 from davir_ray.report.page import NOT_DEFINED, environment
 from davir_ray.report.words import ARM_MEANING, COMPARISON_LIMITS, READING_MEANING
 
-FULL, RANDOM, DRAWN = "full", "random", ("random", "random_matched")
+FULL, RANDOM = "full", "random"
 BASELINES = (RANDOM, FULL)
 """Arms that every other one is tested against."""
 

@@ -33,9 +33,6 @@ from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, tota
 
 log = logging.getLogger(__name__)
 
-DRAWN = ("random", "random_matched")
-"""Arms whose rows are other ones for each seed."""
-
 Ints = npt.NDArray[np.int64]
 
 _SAMPLED_KEYS = 20_000
@@ -242,9 +239,11 @@ def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str
 
 def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -> pa.Table:
     found = grouping(table)
-    limits = [last.get(group) for group in found["group"].to_pylist()]
-    keys = found["key"].to_pylist()
-    return found.filter(pa.array([limit is not None and key <= limit for key, limit in zip(keys, limits, strict=True)]))
+    groups, keys = found["group"].combine_chunks(), np.asarray(found["key"])
+    wanted = np.zeros(found.num_rows, dtype=bool)
+    for group, limit in last.items():
+        wanted |= np.asarray(pc.equal(groups, group)) & (keys <= np.uint64(limit))
+    return found.filter(pa.array(wanted))
 
 
 def write_set(

@@ -56,11 +56,6 @@ class Shards(Datasource):  # type: ignore[misc]
         changed._tasks = _grouped(shards, max(1, int(len(shards) / (_TASKS_PER_CPU * num_cpus))))
         return changed
 
-    @property
-    def num_tasks(self) -> int:
-        """Read tasks, each a shard or several."""
-        return len(self._tasks)
-
     def estimate_inmemory_data_size(self) -> int:
         """Bytes on disk, as a lower bound."""
         return sum(shard.bytes for task in self._tasks for shard in task)
@@ -85,7 +80,7 @@ class Shards(Datasource):  # type: ignore[misc]
     @property
     def read_options(self) -> dict[str, float | int]:
         """Keywords for ray.data.read_datasource."""
-        return {"num_cpus": _READ_CPUS, "override_num_blocks": self.num_tasks}
+        return {"num_cpus": _READ_CPUS, "override_num_blocks": len(self._tasks)}
 
 
 def _grouped(shards: list[FileEntry], most: int) -> list[list[FileEntry]]:
