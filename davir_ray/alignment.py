@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from davir_ray.config import AlignRunConfig
-from davir_ray.inputs import check, prepared
+from davir_ray.inputs import check_inputs, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import writing
 from davir_ray.progress import Progress
@@ -21,11 +21,11 @@ BASE_CACHE = "base_cache"
 def run_alignment(config: AlignRunConfig) -> Location:
     """From preference data to a trained policy and its report; stages that are complete are skipped."""
     config.require_input()
-    run, base, preparation = check(config)
+    run, base, preparation = check_inputs(config)
     spec = scoring_spec(preparation, config.all_sources())
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / BASE_CACHE))
     with writing(run, config):
-        prepared(run, config, preparation)
+        prepare_inputs(run, config, preparation)
         freeze(run, base, scoring, overwrite=config.overwrite)
         align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
         policy = Checkpoint.find(str(run / "policy"))

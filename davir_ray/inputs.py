@@ -13,7 +13,7 @@ from davir_ray.stages.resume import remember
 from davir_ray.storage import Location
 
 
-def check(config: InputConfig, *models: str | None) -> tuple[Location, Checkpoint, Preparation]:
+def check_inputs(config: InputConfig, *models: str | None) -> tuple[Location, Checkpoint, Preparation]:
     """What can be wrong with the settings is found here, before Ray starts or a weight is loaded.
 
     `models` are others than the base that must be readable.
@@ -27,7 +27,7 @@ def check(config: InputConfig, *models: str | None) -> tuple[Location, Checkpoin
     return run, base, preparation
 
 
-def prepared(run: Location, config: InputConfig, preparation: Preparation) -> Manifest:
+def prepare_inputs(run: Location, config: InputConfig, preparation: Preparation) -> Manifest:
     """Prepare the sources, and remember in the run with what."""
     sources = config.all_sources()
     manifest = prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)

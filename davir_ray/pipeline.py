@@ -10,7 +10,7 @@ from davir_ray.config import RunConfig
 from davir_ray.errors import ModelError, OutputError
 from davir_ray.estimate import estimate, told
 from davir_ray.finished import remembered, scored_with
-from davir_ray.inputs import check, prepared
+from davir_ray.inputs import check_inputs, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
 from davir_ray.output import connected_to, place_of, writing
@@ -35,10 +35,10 @@ def run_all(config: RunConfig) -> Location:
     """From raw data to a ranked, selected set and its report; stages that are complete are skipped."""
     config.require_input()
     config.require_select()
-    run, base, preparation = check(config, config.reference)
+    run, base, preparation = check_inputs(config, config.reference)
     reference = _outside_reference(config, preparation)
     with writing(run, config):
-        examples = prepared(run, config, preparation)
+        examples = prepare_inputs(run, config, preparation)
         check_count(config.select, examples.counts["prepared"], "prepared")
         if reference is None:
             spec = scoring_spec(preparation, config.all_sources())
@@ -52,9 +52,9 @@ def run_all(config: RunConfig) -> Location:
 def finetune_only(config: RunConfig) -> Location:
     """Prepare and fine-tune; returns where the reference is."""
     config.require_input()
-    run, base, preparation = check(config, config.reference)
+    run, base, preparation = check_inputs(config, config.reference)
     with writing(run, config):
-        prepared(run, config, preparation)
+        prepare_inputs(run, config, preparation)
         spec = scoring_spec(preparation, config.all_sources())
         finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
     return run / "reference"
@@ -80,7 +80,7 @@ def dry_run(config: RunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
     config.require_input()
     config.require_select()
-    run, base, preparation = check(config, config.reference)
+    run, base, preparation = check_inputs(config, config.reference)
     reference = _outside_reference(config, preparation)
     lines, data = preview(config.all_sources(), preparation)
     with connected_to(run, is_shared=config.output_is_shared):

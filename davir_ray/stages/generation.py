@@ -1,6 +1,5 @@
 """generate: examples + a model → generations/, one file for each shard, through a pool of Ray actors."""
 
-import logging
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,11 +16,9 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generation import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
 from davir_ray.schema import GENERATIONS
 from davir_ray.stages.resume import completed, require
-from davir_ray.stages.streaming import ShardWorker, Stream, num_gpus_of, pending_shards
-from davir_ray.stages.tally import Tally, tallied
+from davir_ray.stages.streaming import ShardWorker, Stream, num_gpus_of
+from davir_ray.stages.tally import Tally
 from davir_ray.storage import FileEntry, Location, each, read_parquet, total_rows
-
-log = logging.getLogger(__name__)
 
 
 def generate(
@@ -30,19 +27,19 @@ def generate(
     config: GenerateConfig,
     pool: ScoreConfig,
     *,
-    examples: Location | None = None,
+    examples_of: Location | None = None,
     base: Checkpoint | None = None,
     chat_template: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Continue the prompt of every example greedily; rows of generations/ stand in the order of examples/.
 
-    `examples` is the run whose examples are read (None: this one); `base` is the model that an adapter belongs to;
+    `examples_of` is the run that holds the examples (None: this one); `base` is the model that an adapter belongs to;
     `chat_template` is the text of the one that the examples were rendered with, if not the tokenizer's.
     ModelError if there is none for an adapter, ConfigError if no example is of the sources that are asked for.
     """
     started = time.monotonic()
-    source = examples or run
+    source = examples_of or run
     prepared = require(source, "prepare")
     _check_model(model, base)
     settings = GeneratorSettings(
@@ -63,16 +60,10 @@ def generate(
         return done
     stream = Stream("generate", run, "generations", GENERATIONS, fingerprint, source / "examples", INPUT_COLUMNS)
     wanted = _of_sources(source, prepared.files_in("examples"), config.sources)
-    num_rows = total_rows(wanted)
-    committed = stream.committed(wanted, overwrite=overwrite)
-    pending = pending_shards(wanted, committed)
-    log.info("generate: %d shards to do, %d already done", len(pending), len(committed))
     arguments = {"model": model, "settings": settings, "base": base}
-    with tallied(run, stream.before(num_rows, 0, committed)) as tally:
-        new = stream.send(pending, GenerateShard, arguments, pool, tally, _num_new_tokens)
-        sums = tally.sums()
-    shards = sorted(committed + new, key=lambda shard: shard.entry.name)
-    manifest = stream.manifest(shards, num_rows, "generated", sums, {"shards_done_by_this_driver": len(new)})
+    filled = stream.fill(wanted, GenerateShard, arguments, pool, overwrite=overwrite, count_tokens=_num_new_tokens)
+    details = {"shards_done_by_this_driver": filled.num_new}
+    manifest = stream.manifest(filled, total_rows(wanted), "generated", details)
     return replace(manifest, seconds=time.monotonic() - started).commit(run)
 
 

@@ -14,7 +14,7 @@ from davir_ray.manifest import Manifest
 from davir_ray.report.alignment import alignment_facts, render_alignment
 from davir_ray.schema import MARGINS
 from davir_ray.stages.exchange import collect
-from davir_ray.stages.resume import FOLDERS, require
+from davir_ray.stages.resume import leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import Location
 
@@ -26,7 +26,7 @@ def report_margins(run: Location, config: AlignRunConfig) -> None:
     """Write the page and the same facts as JSON; always redone, it takes seconds."""
     started = time.monotonic()
     measured = require(run, "margins")
-    manifests = {stage: found for stage in FOLDERS if stage != "report" and (found := Manifest.read(run, stage))}
+    manifests = {stage: found for stage in leading_to("report") if (found := Manifest.read(run, stage))}
     num_pairs = measured.counts["pairs"]
     draw = partial(_draw, share=min(1.0, _MOST_PAIRS / num_pairs))
     shards = Shards(measured.files_in("margins"), partial(read_columns, run / "margins", None))

@@ -25,14 +25,14 @@ COUNTED = ("expected", "strict", "flexible")
 _SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for name in COUNTED)])
 
 
-def match(run: Location, *, examples: Location | None = None) -> Manifest:
+def match(run: Location, *, examples_of: Location | None = None) -> Manifest:
     """Compare the answers of generated texts with those of the responses, as numbers, in both readings.
 
-    `examples` is the run whose examples the texts continue (None: this one). `counts` holds the rows that have an
+    `examples_of` is the run whose examples the texts continue (None: this one). `counts` holds the rows that have an
     expected answer and those that match it, `details` the same by source.
     """
     started = time.monotonic()
-    source = examples or run
+    source = examples_of or run
     generated, _ = generated_from(run, source)
     fingerprint = {"generations": generated.content, "version": ANSWERS_VERSION}
     if done := completed(run, "match", fingerprint):

@@ -46,13 +46,13 @@ def prepare_instructions(
     return prepare(run, [source], preparation, max_bad_fraction=0, overwrite=overwrite)
 
 
-def write_outputs(run: Location, generator: str, *, examples: Location | None = None) -> Manifest:
+def write_outputs(run: Location, generator: str, *, examples_of: Location | None = None) -> Manifest:
     """Write outputs.json of a run whose texts were generated; `generator` is the model's name on the leaderboard.
 
-    `examples` is the run of `prepare_instructions` (None: this one). DataError if an instruction has no text.
+    `examples_of` is the run of `prepare_instructions` (None: this one). DataError if an instruction has no text.
     """
     started = time.monotonic()
-    source = examples or run
+    source = examples_of or run
     generated, prepared = generated_from(run, source)
     fingerprint = {"generations": generated.content, "generator": generator}
     if done := completed(run, "outputs", fingerprint):

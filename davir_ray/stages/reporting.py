@@ -18,7 +18,7 @@ from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.schema import REJECTS, SCORES, RejectReason
 from davir_ray.stages.excerpts import excerpts
 from davir_ray.stages.exchange import collect
-from davir_ray.stages.resume import FOLDERS, MEASURES, require
+from davir_ray.stages.resume import leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import Location, read_parquet
 
@@ -43,8 +43,7 @@ def report(
     demo's truth.
     """
     started = time.monotonic()
-    left_out = {"report", *MEASURES, *(["finetune"] if config.reference else [])}
-    stages = [stage for stage in FOLDERS if stage not in left_out]
+    stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
     manifests = {stage: manifest for stage in stages if (manifest := Manifest.read(run, stage))}
     scored, ranked = require(run, "score"), require(run, "rank")
     shown = excerpts(run, tokenizer, manifests["prepare"].files_in("examples"), ranked.files_in("ranked"))

@@ -29,10 +29,22 @@ FOLDERS = {
     "match": ("matches",),
     "outputs": ("outputs.json",),
 }
-"""What each stage owns in a run, in the order of the stages; no run has both align and finetune."""
+"""What each stage owns in a run, in an order in which each comes after what it is made of."""
 
-MEASURES = ("generate", "match", "outputs")
-"""Stages that follow prepare only: no score, ranking or report depends on them, nor they on one."""
+_MADE_OF = {
+    "freeze": ("prepare",),
+    "align": ("freeze",),
+    "finetune": ("prepare",),
+    "score": ("prepare", "align", "finetune"),
+    "margins": ("score",),
+    "rank": ("score",),
+    "select": ("rank",),
+    "report": ("margins", "select"),
+    "generate": ("prepare",),
+    "match": ("generate",),
+    "outputs": ("generate",),
+}
+"""The stages whose files a stage is made of; a run has those that its job needs."""
 
 CONFIG_FILE = "config.yaml"
 CONFIG_HEAD = (
@@ -147,11 +159,17 @@ def remember(run: Location, config: str) -> None:
 
 
 def from_stage(stage: str) -> list[str]:
-    """The stage and all that follow it."""
-    stages = list(FOLDERS)
-    following = stages[stages.index(stage) :]
-    depends = stage == "prepare" or stage in MEASURES
-    return following if depends else [name for name in following if name not in MEASURES]
+    """The stage and all that are made of it, directly or not."""
+    found = [stage]
+    for name in FOLDERS:
+        if not set(_MADE_OF.get(name, ())).isdisjoint(found):
+            found.append(name)
+    return found
+
+
+def leading_to(stage: str) -> list[str]:
+    """All that a stage is made of, directly or not."""
+    return [name for name in FOLDERS if name != stage and stage in from_stage(name)]
 
 
 def clear(run: Location, stage: str) -> None:

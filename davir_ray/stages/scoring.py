@@ -19,8 +19,8 @@ from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import SCORES
 from davir_ray.stages.identity import check_ids
 from davir_ray.stages.resume import completed, require
-from davir_ray.stages.streaming import ShardWorker, Stream, num_gpus_of, pending_shards
-from davir_ray.stages.tally import Tally, tallied
+from davir_ray.stages.streaming import ShardWorker, Stream, num_gpus_of
+from davir_ray.stages.tally import Tally
 from davir_ray.storage import Location, digest
 
 log = logging.getLogger(__name__)
@@ -77,18 +77,12 @@ def _score(
     if done := completed(run, name, fingerprint, overwrite=overwrite):
         return done
     stream = Stream(name, run, folder, SCORES, fingerprint, holder / "examples", INPUT_COLUMNS)
-    prepared_shards = prepared.files_in("examples")
-    committed = stream.committed(prepared_shards, overwrite=overwrite)
-    pending = pending_shards(prepared_shards, committed)
-    log.info("%s: %d shards to score, %d already scored", name, len(pending), len(committed))
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
-    with tallied(run, stream.before(num_rows, prepared.counts["rejected"], committed)) as tally:
-        scored = stream.send(pending, ScoreShard, scorer, config, tally)
-        sums = tally.sums()
-    shards = sorted(committed + scored, key=lambda shard: shard.entry.name)
-    check_ids(run / folder, [shard.entry for shard in shards])
-    details = {"shards_scored_by_this_driver": len(scored)}
-    manifest = stream.manifest(shards, num_rows, "scored", sums, details)
+    shards, rejects = prepared.files_in("examples"), prepared.counts["rejected"]
+    filled = stream.fill(shards, ScoreShard, scorer, config, rejects=rejects, overwrite=overwrite)
+    check_ids(run / folder, [shard.entry for shard in filled.shards])
+    details = {"shards_scored_by_this_driver": filled.num_new}
+    manifest = stream.manifest(filled, num_rows, "scored", details)
     return replace(manifest, seconds=time.monotonic() - started).commit(run)
 
 

@@ -42,7 +42,7 @@ from davir_ray.stages.shards import (
     read_named,
     sealed,
 )
-from davir_ray.stages.tally import Sums, Tally
+from davir_ray.stages.tally import Sums, Tally, tallied
 from davir_ray.storage import (
     FINGERPRINT_KEY,
     FileEntry,
@@ -74,7 +74,29 @@ class Stream:
     columns: list[str]
     """Of the shards, that the workers are given."""
 
-    def committed(self, shards: list[FileEntry], *, overwrite: bool) -> list[CommittedShard]:
+    def fill(
+        self,
+        shards: list[FileEntry],
+        worker: type,
+        arguments: dict[str, Any],
+        config: ScoreConfig,
+        *,
+        rejects: int = 0,
+        overwrite: bool = False,
+        count_tokens: Callable[[pa.Table], int] = num_tokens,
+    ) -> "Filled":
+        """Do every shard that no earlier attempt did; `arguments` are those of the worker's class."""
+        committed = self._committed(shards, overwrite=overwrite)
+        done = {shard.entry.name for shard in committed}
+        # Longest first, so that the pool does not end on one long shard.
+        pending = sorted((shard for shard in shards if shard.name not in done), key=lambda shard: -shard.bytes)
+        log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
+        with tallied(self.run, self._before(total_rows(shards), rejects, committed)) as tally:
+            new = self._send(pending, worker, arguments, config, tally, count_tokens) if pending else []
+            sums = tally.sums()
+        return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), sums)
+
+    def _committed(self, shards: list[FileEntry], *, overwrite: bool) -> list[CommittedShard]:
         """Shards that earlier attempts with the same settings have done; a damaged one is done again.
 
         OutputError names what differs if they were done with other settings, unless they may be overwritten.
@@ -92,18 +114,16 @@ class Stream:
             return []
         raise other_attempt(self.run, self.stage, list(dict.fromkeys(changed)))
 
-    def send(
+    def _send(
         self,
         pending: list[FileEntry],
         worker: type,
         arguments: dict[str, Any],
         config: ScoreConfig,
         tally: Tally,
-        count_tokens: Callable[[pa.Table], int] = num_tokens,
+        count_tokens: Callable[[pa.Table], int],
     ) -> list[CommittedShard]:
-        """Read each shard, give it whole to an actor, write its file. `arguments` are those of the worker's class."""
-        if not pending:
-            return []
+        """Read each shard, give it whole to an actor, write its file."""
         num_gpus = num_gpus_of(config)
         pool = plan_pool(config).at_most(len(pending))
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, config.num_cpus, num_gpus)
@@ -128,7 +148,7 @@ class Stream:
             )
         return sink.shards
 
-    def before(self, num_rows: int, rejects: int, committed: list[CommittedShard]) -> Progress:
+    def _before(self, num_rows: int, rejects: int, committed: list[CommittedShard]) -> Progress:
         """Where the stage begins: with what an earlier attempt committed."""
         rows = total_rows([shard.entry for shard in committed])
         unscored = rows - sum(shard.statuses.get("ok", 0) for shard in committed)
@@ -136,30 +156,31 @@ class Stream:
             self.stage, unit="rows", done=rows, total=num_rows, rows=rows, rejects=rejects, unscored=unscored
         )  # fmt: skip
 
-    def manifest(
-        self, shards: list[CommittedShard], num_rows: int, done: str, sums: Sums | None, details: dict[str, Any]
-    ) -> Manifest:
+    def manifest(self, filled: "Filled", num_rows: int, done: str, details: dict[str, Any]) -> Manifest:
         """The books of the stage; `done` is what a row is called that went well. IntegrityError if rows were lost."""
         statuses = Counter[str]()
-        for shard in shards:
+        for shard in filled.shards:
             statuses.update(shard.statuses)
-        entries = [shard.entry for shard in shards]
+        entries = [shard.entry for shard in filled.shards]
         if total_rows(entries) != num_rows:
             raise IntegrityError(
                 f"{num_rows} examples were prepared but {total_rows(entries)} rows of {self.folder} written"
             )
-        numerics = sorted({shard.numerics for shard in shards})
+        numerics = sorted({shard.numerics for shard in filled.shards})
         counts = {"examples": num_rows, done: statuses["ok"], **dict(sorted(statuses.items()))}
         details = {"numerics": [json.loads(text) for text in numerics]} | details
-        if sums is not None:
-            details |= {"throughput": sums.throughput, "retries": sums.retries}
+        if filled.sums is not None:
+            details |= {"throughput": filled.sums.throughput, "retries": filled.sums.retries}
         return Manifest(self.stage, self.fingerprint, counts, in_folder(self.folder, entries), details)
 
 
-def pending_shards(shards: list[FileEntry], committed: list[CommittedShard]) -> list[FileEntry]:
-    """Shards that are not done, longest first, so that the pool does not end on one long shard."""
-    done = {shard.entry.name for shard in committed}
-    return sorted((shard for shard in shards if shard.name not in done), key=lambda shard: -shard.bytes)
+class Filled(NamedTuple):
+    """What a stage has, by the name of the shard."""
+
+    shards: list[CommittedShard]
+    num_new: int
+    """Shards done by this driver."""
+    sums: Sums | None
 
 
 class Described(NamedTuple):

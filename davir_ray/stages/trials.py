@@ -129,7 +129,7 @@ class Trial:
         if not setting.matches:
             return []
         generated = self._generate(self.place, model, setting.generate, setting.heldout)
-        return generated.files + match(self.place, examples=setting.heldout).files
+        return generated.files + match(self.place, examples_of=setting.heldout).files
 
     def _answers(self, model: Checkpoint) -> list[FileEntry]:
         """Answer the instructions, if there are any; returns the files, in answers/."""
@@ -137,13 +137,13 @@ class Trial:
         if setting.instructions is None:
             return []
         generated = self._generate(place, model, replace(setting.generate, sources=[]), setting.instructions)
-        outputs = write_outputs(place, str(self.name), examples=setting.instructions)
+        outputs = write_outputs(place, str(self.name), examples_of=setting.instructions)
         return in_folder(ANSWERS, [*generated.files, *outputs.files])
 
-    def _generate(self, place: Location, model: Checkpoint, config: GenerateConfig, examples: Location) -> Manifest:
+    def _generate(self, place: Location, model: Checkpoint, config: GenerateConfig, holder: Location) -> Manifest:
         setting = self.setting
         base = setting.base if model.is_adapter else None
-        return generate(place, model, config, setting.score, examples=examples, base=base, overwrite=setting.overwrite)
+        return generate(place, model, config, setting.score, examples_of=holder, base=base, overwrite=setting.overwrite)
 
     def drop_model(self) -> None:
         """Delete the model of a trial that has been measured, unless it is to be kept."""

@@ -47,7 +47,7 @@ def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_f
 def generated(prepared: Path, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("generated") / "run"
     model = Checkpoint.find(str(base_folder))
-    generate(Location.of(run), model, CONFIG, pool(2), examples=Location.of(prepared))
+    generate(Location.of(run), model, CONFIG, pool(2), examples_of=Location.of(prepared))
     return run
 
 
@@ -86,14 +86,14 @@ def test_a_run_goes_on_shard_by_shard(prepared: Path, generated: Path, base_fold
     (run / "generations" / damaged).write_bytes(before[damaged][:-30])
     other = GenerateConfig(max_new_tokens=5)
     with pytest.raises(OutputError, match=r"unfinished generate.*max_new_tokens: 6 → 5"):
-        generate(run, model, other, pool(), examples=source)
-    manifest = generate(run, model, CONFIG, pool(), examples=source)
+        generate(run, model, other, pool(), examples_of=source)
+    manifest = generate(run, model, CONFIG, pool(), examples_of=source)
     assert manifest.details["shards_done_by_this_driver"] == 2
     assert {name: (run / "generations" / name).read_bytes() for name in before} == before
-    assert generate(run, model, CONFIG, pool(), examples=source).seconds == manifest.seconds
+    assert generate(run, model, CONFIG, pool(), examples_of=source).seconds == manifest.seconds
     with pytest.raises(OutputError, match="max_new_tokens: 6 → 5"):
-        generate(run, model, other, pool(), examples=source)
-    redone = generate(run, model, other, pool(), examples=source, overwrite=True)
+        generate(run, model, other, pool(), examples_of=source)
+    redone = generate(run, model, other, pool(), examples_of=source, overwrite=True)
     assert redone.details["shards_done_by_this_driver"] == len(before)
 
 
@@ -101,8 +101,8 @@ def test_only_the_sources_that_are_asked_for(prepared: Path, base_folder: Path, 
     source, model = Location.of(prepared), Checkpoint.find(str(base_folder))
     run = Location.of(tmp_path / "run")
     with pytest.raises(ConfigError, match="'mbpp'; there are alpaca, gsm8k"):
-        generate(run, model, GenerateConfig(sources=["mbpp"]), pool(), examples=source)
-    manifest = generate(run, model, GenerateConfig(1, sources=["gsm8k"]), pool(), examples=source)
+        generate(run, model, GenerateConfig(sources=["mbpp"]), pool(), examples_of=source)
+    manifest = generate(run, model, GenerateConfig(1, sources=["gsm8k"]), pool(), examples_of=source)
     rows = table_of(run, "generations").to_pylist()
     assert {row["source"] for row in rows} == {"gsm8k"}
     assert len(rows) == manifest.counts["examples"] == ROWS
@@ -115,7 +115,7 @@ def test_mistakes_are_told_before_anything_is_loaded(prepared: Path, base_folder
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     run, found = Location.of(tmp_path / "run"), Checkpoint.find(str(adapter))
     with pytest.raises(ModelError, match="is an adapter; give the base"):
-        generate(run, found, CONFIG, pool(), examples=Location.of(prepared))
+        generate(run, found, CONFIG, pool(), examples_of=Location.of(prepared))
     with pytest.raises(OutputError, match="no complete prepare stage"):
         generate(run, Checkpoint.find(str(base_folder)), CONFIG, pool())
 
@@ -123,7 +123,7 @@ def test_mistakes_are_told_before_anything_is_loaded(prepared: Path, base_folder
 def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: Path, tmp_path: Path) -> None:
     """Texts are replaced by ones with known answers; the stage's files and counts follow."""
     run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
-    assert match(run, examples=source).counts == {"examples": 2 * ROWS, "expected": ROWS, "strict": 0, "flexible": 0}
+    assert match(run, examples_of=source).counts == {"examples": 2 * ROWS, "expected": ROWS, "strict": 0, "flexible": 0}
     answers = {row["example_id"]: row["response"] for row in table_of(source, "examples").to_pylist()}
     generations = table_of(run, "generations").to_pylist()
     generations = [row for row in generations if row["source"] == "gsm8k"]
@@ -144,12 +144,12 @@ def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: 
 
 def test_matches_are_counted_by_source_and_redone_freely(prepared: Path, generated: Path, tmp_path: Path) -> None:
     run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
-    manifest = match(run, examples=source)
+    manifest = match(run, examples_of=source)
     rows = table_of(run, "matches").to_pylist()
     assert manifest.counts["flexible"] == sum(bool(row["flexible"]) for row in rows)
     assert manifest.details["by_source"]["alpaca"]["examples"] == ROWS
     assert manifest.details["by_source"]["gsm8k"]["expected"] == ROWS
-    assert match(run, examples=source).seconds == manifest.seconds
+    assert match(run, examples_of=source).seconds == manifest.seconds
     body = json.loads((run / "manifests" / "match.json").read_bytes())
     assert {entry["name"] for entry in body["files"]} == {f"matches/{name}" for name in (run / "matches").names()}
 

@@ -58,8 +58,8 @@ def examples_of(run: Location) -> list[dict[str, Any]]:
 def test_every_instruction_once_in_order_as_alpaca_eval_reads_it(base_folder: Path, tmp_path: Path) -> None:
     source = prepared(tmp_path, base_folder, INSTRUCTIONS)
     model, run = Checkpoint.find(str(base_folder)), Location.of(tmp_path / "run")
-    generate(run, model, GenerateConfig(5), ScoreConfig(num_actors=2, precision="float32"), examples=source)
-    assert write_outputs(run, "tiny llama", examples=source).counts == {"outputs": len(INSTRUCTIONS)}
+    generate(run, model, GenerateConfig(5), ScoreConfig(num_actors=2, precision="float32"), examples_of=source)
+    assert write_outputs(run, "tiny llama", examples_of=source).counts == {"outputs": len(INSTRUCTIONS)}
     text = (run / "outputs.json").read_bytes().decode()
     outputs = json.loads(text)
     jsonschema.validate(outputs, SCHEMA)
@@ -71,7 +71,7 @@ def test_every_instruction_once_in_order_as_alpaca_eval_reads_it(base_folder: Pa
     assert all(row["output"] == row["output"].strip() for row in outputs)
     assert "Ærø" in text
     assert len(pd.read_json(tmp_path / "run" / "outputs.json")) == len(INSTRUCTIONS)
-    other = write_outputs(run, "another name", examples=source)
+    other = write_outputs(run, "another name", examples_of=source)
     assert other.fingerprint["generator"] == "another name"
     assert json.loads((run / "outputs.json").read_bytes())[0]["generator"] == "another name"
 
@@ -117,6 +117,6 @@ def test_the_texts_must_be_of_this_list(base_folder: Path, tmp_path: Path) -> No
     one = prepared(tmp_path / "one", base_folder, INSTRUCTIONS[:2])
     other = prepared(tmp_path / "other", base_folder, INSTRUCTIONS[:3])
     run = Location.of(tmp_path / "run")
-    generate(run, Checkpoint.find(str(base_folder)), GenerateConfig(1), ScoreConfig(num_actors=1), examples=one)
+    generate(run, Checkpoint.find(str(base_folder)), GenerateConfig(1), ScoreConfig(num_actors=1), examples_of=one)
     with pytest.raises(OutputError, match="from other examples"):
-        write_outputs(run, "m", examples=other)
+        write_outputs(run, "m", examples_of=other)
