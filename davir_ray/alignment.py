@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from davir_ray.config import AlignRunConfig
+from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.inputs import check_inputs, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import writing

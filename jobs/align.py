@@ -8,8 +8,8 @@ The same command goes on where a stopped run left off.
 
 import sys
 
+from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.cli import run_job
-from davir_ray.config import AlignRunConfig
 
 
 def main(config: AlignRunConfig) -> None:

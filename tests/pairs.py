@@ -25,7 +25,7 @@ def pair_table(tokenizer: PreTrainedTokenizerBase, records: list[dict[str, Any]]
     """The records as prepare makes examples of them."""
     reader = PairReader(Encoder(tokenizer, 256), None, keep_record=False)
     found = [Record("f", number, fields) for number, fields in enumerate(records)]
-    items = reader._encode(SOURCE, [(record, reader._render(record, SOURCE)) for record in found])
+    items = reader.convert(SOURCE, found)
     rows = [row for pair in items if not isinstance(pair, Reject) for row in pair]
     assert len(rows) == 2 * len(records)
     return pa.Table.from_pylist(rows, PAIRS)

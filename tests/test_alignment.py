@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from davir_ray import schema
 from davir_ray.alignment import run_alignment
-from davir_ray.config import AlignConfig, AlignRunConfig, FinetuneConfig, PrepareConfig, ScoreConfig
+from davir_ray.alignment_config import AlignConfig, AlignRunConfig
+from davir_ray.config import FinetuneConfig, PrepareConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, OutputError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint

@@ -14,11 +14,15 @@ PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {"storage", "access", "progress", "lease", "manifest", "schema", "config", "comparison_config", "errors"}
+GROUND = {"storage", "access", "progress", "lease", "manifest", "schema", "config", "errors"} | {
+    "alignment_config",
+    "comparison_config",
+}
 ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
     "config": {"errors"},
+    "alignment_config": {"config", "errors"},
     "comparison_config": {"config", "errors"},
     "storage": {"errors"},
     "access": {"errors", "storage"},

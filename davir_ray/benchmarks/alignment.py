@@ -16,9 +16,10 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
+from davir_ray.alignment_config import AlignConfig
 from davir_ray.benchmarks.measure import describe_machine, with_peak
 from davir_ray.benchmarks.workload import load_model, plain_copy, trained_tokenizer
-from davir_ray.config import AlignConfig, FinetuneConfig, Source
+from davir_ray.config import FinetuneConfig, Source
 from davir_ray.data.pairs import PairReader
 from davir_ray.data.sources import Reject, list_files, plan_tasks
 from davir_ray.data.tokens import Encoder
@@ -205,8 +206,9 @@ def _trl_trainer(model: PreTrainedModel, frozen: PreTrainedModel, tokenizer: Any
 
     # Its own preparation of data is not measured: one row lets it start.
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    config = DPOConfig(
-        output_dir=tempfile.mkdtemp(), loss_type="sigmoid", beta=0.1, bf16=False, gradient_checkpointing=False,
-        report_to="none", use_cpu=model.device.type == "cpu", disable_tqdm=True, max_length=None,
-    )  # fmt: skip
-    return DPOTrainer(model=model, ref_model=frozen, args=config, train_dataset=rows, processing_class=tokenizer)
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there
+        config = DPOConfig(
+            output_dir=folder, loss_type="sigmoid", beta=0.1, bf16=False, gradient_checkpointing=False,
+            report_to="none", use_cpu=model.device.type == "cpu", disable_tqdm=True, max_length=None,
+        )  # fmt: skip
+        return DPOTrainer(model=model, ref_model=frozen, args=config, train_dataset=rows, processing_class=tokenizer)

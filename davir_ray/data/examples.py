@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 
@@ -17,6 +18,8 @@ from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.errors import DataError
 from davir_ray.schema import EXAMPLES, REJECTS
 from davir_ray.storage import FileEntry, Location, write_parquet
+
+T = TypeVar("T")
 
 ExampleRow = dict[str, Any]
 """One row of examples/, by column name."""
@@ -64,20 +67,14 @@ class ExampleReader:
         self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
     ) -> Iterator[ExampleRow | Reject]:
         """Every record, at most `limit`, exactly once and in order: an example or a reject."""
-        records = islice(items, limit)
-        while batch := list(islice(records, BATCH_ROWS)):
-            yield from self._encode(source, [(item, self._render(item, source)) for item in batch])
+        for batch in rendered_in_batches(islice(items, limit), partial(self._render, source=source)):
+            yield from self._encode(source, batch)
 
     def _count(self, num_bytes: int) -> None:
         self.bytes_read += num_bytes
 
-    def _render(self, item: Record | Reject, source: Source) -> Rendered | Reject:
-        if isinstance(item, Reject):
-            return item
-        try:
-            return self._rendered(item.fields, source, self._chat)
-        except RowError as error:
-            return as_reject(item, error)
+    def _render(self, record: Record, source: Source) -> Rendered:
+        return self._rendered(record.fields, source, self._chat)
 
     def _encode(
         self, source: Source, batch: list[tuple[Record | Reject, Rendered | Reject]]
@@ -96,6 +93,24 @@ class ExampleReader:
                 yield as_reject(record, result)
             else:
                 yield row_of(source, record, text, result, record_text(record) if self._keep_record else None)
+
+
+def rendered_in_batches(
+    items: Iterable[Record | Reject], render_record: Callable[[Record], T]
+) -> Iterator[list[tuple[Record | Reject, T | Reject]]]:
+    """Records with what is rendered of them, or the reject that says why not, so many at a time as encode well."""
+    records = iter(items)
+    while batch := list(islice(records, BATCH_ROWS)):
+        yield [(item, _rendered(item, render_record)) for item in batch]
+
+
+def _rendered(item: Record | Reject, render_record: Callable[[Record], T]) -> T | Reject:
+    if isinstance(item, Reject):
+        return item
+    try:
+        return render_record(item)
+    except RowError as error:
+        return as_reject(item, error)
 
 
 def row_of(source: Source, record: Record, rendered: Rendered, encoded: Encoded, text: str | None) -> ExampleRow:

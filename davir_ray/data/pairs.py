@@ -10,13 +10,14 @@ What the two have in common is the prompt and is not scored; of what follows, ev
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from davir_ray.config import Source
-from davir_ray.data.examples import BATCH_ROWS, ExampleRow, Pair, as_reject, record_text, row_of, stable_id
+from davir_ray.data.examples import ExampleRow, Pair, as_reject, record_text, rendered_in_batches, row_of, stable_id
 from davir_ray.data.render import ChatTemplate, Message, Rendered, RowError, Segment, column, messages_of, render_turns
 from davir_ray.data.sources import Record, Reject, Slice, read_records
 from davir_ray.data.tokens import Encoded, Encoder
@@ -48,20 +49,20 @@ class PairReader:
 
     def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[Pair | Reject]:
         """Every row of the slices, at most `limit`, exactly once: a pair or a reject."""
-        records = islice((item for part in slices for item in read_records(part, self._count)), limit)
-        while batch := list(islice(records, BATCH_ROWS)):
-            yield from self._encode(source, [(item, self._render(item, source)) for item in batch])
+        yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
+
+    def convert(
+        self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
+    ) -> Iterator[Pair | Reject]:
+        """Every record, at most `limit`, exactly once and in order: a pair or a reject."""
+        for batch in rendered_in_batches(islice(items, limit), partial(self._render, source=source)):
+            yield from self._encode(source, batch)
 
     def _count(self, num_bytes: int) -> None:
         self.bytes_read += num_bytes
 
-    def _render(self, item: Record | Reject, source: Source) -> RenderedPair | Reject:
-        if isinstance(item, Reject):
-            return item
-        try:
-            return render_pair(item.fields, source, self._chat)
-        except RowError as error:
-            return as_reject(item, error)
+    def _render(self, record: Record, source: Source) -> RenderedPair:
+        return render_pair(record.fields, source, self._chat)
 
     def _encode(
         self, source: Source, batch: list[tuple[Record | Reject, RenderedPair | Reject]]

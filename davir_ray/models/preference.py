@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from davir_ray.config import AlignConfig
+from davir_ray.alignment_config import AlignConfig
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.formulas.ranking import drawn

@@ -4,7 +4,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from davir_ray.config import AlignConfig, FinetuneConfig
+from davir_ray.alignment_config import AlignConfig
+from davir_ray.config import FinetuneConfig
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.preference import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet

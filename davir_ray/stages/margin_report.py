@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from davir_ray.config import AlignRunConfig
+from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.formulas.ranking import drawn
 from davir_ray.manifest import Manifest
 from davir_ray.report.alignment import alignment_facts, render_alignment

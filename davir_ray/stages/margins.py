@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from davir_ray.config import AlignConfig
+from davir_ray.alignment_config import AlignConfig
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.manifest import Manifest

@@ -92,7 +92,7 @@ JSON = st.recursive(
 def test_any_record_is_an_example_or_a_reject(reader: ExampleReader, fields: dict[str, object]) -> None:
     source = Source("s", "unused", "alpaca")
     record = Record("f", 0, fields)
-    (item,) = reader._encode(source, [(record, reader._render(record, source))])
+    (item,) = reader.convert(source, [record])
     check(item)
 
 

@@ -15,7 +15,8 @@ from pairs import RECORDS, frozen_table, pair_table
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from davir_ray.config import AlignConfig, FinetuneConfig
+from davir_ray.alignment_config import AlignConfig
+from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ConfigError, DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.finetune import StepReport, Trainer

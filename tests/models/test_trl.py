@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from davir_ray.config import AlignConfig, FinetuneConfig
+from davir_ray.alignment_config import AlignConfig
+from davir_ray.config import FinetuneConfig
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.finetune import Trainer
 from davir_ray.models.likelihood import Likelihood

@@ -1,0 +1,50 @@
+"""The configuration of preference training: its objective, and what a job of it begins with."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from davir_ray.config import FinetuneConfig, InputConfig, PrepareConfig, check
+from davir_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The objective of preference training."""
+
+    loss: Literal["davir_dpo", "dpo", "ipo", "dpo_norm"] = "davir_dpo"
+    """DavIR-DPO: DPO with each reward divided by |log-probability| of its response under the frozen policy. dpo; ipo on
+    token means, as TRL has it; dpo_norm: DPO on token means."""
+    beta: float | None = None
+    """How strongly the policy is held to the frozen one. None: 0.1 for dpo and ipo, 5 for dpo_norm (Tulu 3's); for
+    davir_dpo 0.1 times the median |log-probability| of the responses trained on, in nats, where its gradient is as
+    large as DPO's at 0.1: the paper does not state its own."""
+    heldout_fraction: float = 0.0
+    """Share of the pairs, drawn by hash, that is not trained on; what was learnt is measured on it apart."""
+
+    def __post_init__(self) -> None:
+        check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
+        heldout = self.heldout_fraction
+        check(0 <= heldout < 1, "align.heldout_fraction", heldout, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class AlignRunConfig(InputConfig):
+    """Train a policy on preference pairs by DavIR-DPO, or by the losses that it is compared with."""
+
+    prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(max_tokens=1024))
+    """From raw records to tokenised pairs."""
+    finetune: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(epochs=1, batch_size=64, learning_rate=5e-7, warmup_ratio=0.1)
+    )
+    """The training of the policy; a batch is of pairs. Defaults: a usual recipe for DPO; the paper does not state its
+    own."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """The objective."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for source in self.all_sources():
+            if source.format != "preference":
+                raise ConfigError(
+                    f"source {source.name!r} has the format {source.format}; pairs to align with have preference"
+                )
