@@ -142,6 +142,7 @@ def _setting(
     return Setting(
         base=preparation.base,
         spec=require(run, "prepare").fingerprint["encoding"],
+        chat_template=preparation.chat_template,
         heldout=output / HELDOUT,
         score=dataclasses.replace(pool, base_cache=pool.base_cache or str(output / "base_cache")),
         generate=config.generate,

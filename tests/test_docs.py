@@ -121,7 +121,7 @@ def test_the_guide_word_by_word(
     lines = gzip.decompress((data_folder / "alpaca_9k.jsonl.gz").read_bytes()).decode().splitlines()[:120]
     (tmp_path / "my-data" / "rows.jsonl").write_text("\n".join(lines))
     alone = {"PYTHONPATH": str(PACKAGE), "HOME": str(tmp_path)}
-    on_running_ray = {"PYTHONPATH": str(PACKAGE), "HOME": os.environ["HOME"], "RAY_ADDRESS": ray_address}
+    on_running_ray = {**os.environ, "PYTHONPATH": str(PACKAGE), "RAY_ADDRESS": ray_address}
     ran = []
     for command in "".join(boxes(GUIDE.read_text(), "sh")).splitlines():
         words = shlex.split(command)

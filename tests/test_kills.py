@@ -65,8 +65,8 @@ def ceph_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def shards_of(output: str) -> tuple[int, int]:
-    """Shards to score and shards already scored, as the driver says."""
-    (found,) = re.findall(r"score: (\d+) shards to score, (\d+) already scored", output)
+    """Shards to do and shards already done, as the driver says."""
+    (found,) = re.findall(r"score: (\d+) shards to do, (\d+) already done", output)
     return int(found[0]), int(found[1])
 
 
@@ -115,7 +115,7 @@ def kill_at(
         else:
             driver.wait_for(condition, what)
             driver.kill()
-        if "shards to score" in driver.output:
+        if "shards to do" in driver.output:
             assert shards_of(driver.output) == (NUM_SHARDS - len(committed), len(committed))
         assert_left_as_it_was(run, committed)
 

@@ -181,7 +181,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
     again = head.submit("again", "jobs/score.py", "--config", str(config))
     assert again.returncode == 0, again.stdout
     if committed < NUM_SHARDS:  # else the whole stage was over before the job was stopped
-        assert f"{NUM_SHARDS - committed} shards to score, {committed} already scored" in again.stdout
+        assert f"{NUM_SHARDS - committed} shards to do, {committed} already done" in again.stdout
     assert len(list((run / "scores").glob("*.parquet"))) == NUM_SHARDS
     assert (run / "manifests" / "report.json").exists()
 

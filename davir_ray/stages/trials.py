@@ -25,7 +25,7 @@ from davir_ray.stages.resume import require
 from davir_ray.stages.scoring import score
 from davir_ray.stages.streaming import num_gpus_of
 from davir_ray.stages.training import finetune, what_matters
-from davir_ray.storage import FileEntry, Location, in_folder
+from davir_ray.storage import FileEntry, Location, digest, in_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Setting:
     base: Checkpoint
     spec: dict[str, Any]
     """How text became tokens."""
+    chat_template: str | None
+    """Text of the one that the examples were rendered with, if not the tokenizer's."""
     heldout: Location
     """A run that is prepared."""
     score: ScoreConfig
@@ -77,7 +79,7 @@ class Trial:
             "precision": setting.score.precision,
             "matches": setting.matches,
             "instructions": None if instructions is None else require(instructions, "prepare").content,
-            "texts": _what_texts_depend_on(setting.generate) if setting.matches or instructions else None,
+            "texts": _what_texts_depend_on(setting) if setting.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
         }
 
@@ -142,8 +144,10 @@ class Trial:
 
     def _generate(self, place: Location, model: Checkpoint, config: GenerateConfig, holder: Location) -> Manifest:
         setting = self.setting
-        base = setting.base if model.is_adapter else None
-        return generate(place, model, config, setting.score, examples_of=holder, base=base, overwrite=setting.overwrite)
+        return generate(
+            place, model, config, setting.score, examples_of=holder, base=setting.base if model.is_adapter else None,
+            chat_template=setting.chat_template, overwrite=setting.overwrite,
+        )  # fmt: skip
 
     def drop_model(self) -> None:
         """Delete the model of a trial that has been measured, unless it is to be kept."""
@@ -151,8 +155,13 @@ class Trial:
             (self.place / "reference").remove()
 
 
-def _what_texts_depend_on(config: GenerateConfig) -> dict[str, Any]:
-    return {"max_new_tokens": config.max_new_tokens, "sources": sorted(config.sources)}
+def _what_texts_depend_on(setting: Setting) -> dict[str, Any]:
+    config, template = setting.generate, setting.chat_template
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "sources": sorted(config.sources),
+        "chat_template": digest(template) if template else None,
+    }
 
 
 def _run_trial(trial: Trial) -> None:
