@@ -13,7 +13,7 @@ from drivers import Driver
 
 from davir_ray.comparison import compare
 from davir_ray.comparison_config import CompareConfig
-from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfig, SelectConfig
+from davir_ray.config import FinetuneConfig, GenerateConfig, PrepareConfig, RankConfig, RunConfig, SelectConfig
 from davir_ray.demo.world import PEOPLE, PLACES
 from davir_ray.errors import OutputError, TrainingError
 from davir_ray.manifest import Manifest
@@ -149,6 +149,59 @@ def test_a_driver_that_dies_goes_on_arm_by_arm(planted: Path, tmp_path: Path) ->
     assert set(table["arm"]) == {"selection", "full"}
     assert set(table["num_steps"]) == {(NUM_TRUE + NUM_NOISE) // 16}
     assert np.isfinite(table["value"]).all()
+
+
+# Its turns end in a token that is not the end of a text.
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<pad>{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def conversations(words: list[str], number: int) -> str:
+    """How many of each word: always so many."""
+    turns = [("user", "How many {}?"), ("assistant", "There are some.\n#### " + str(number))]
+    rows = [{"messages": [{"role": role, "content": text.format(word)} for role, text in turns]} for word in words]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_models_answer_and_their_answers_are_compared(
+    make_checkpoint: Callable[..., Path], ray_session: None, tmp_path: Path
+) -> None:
+    """Who learns that it is always 7 answers the held-out sevens only, and ends its turns as the template does."""
+    template, pool, heldout = (tmp_path / name for name in ("chat.jinja", "pool.jsonl", "heldout.jsonl"))
+    template.write_text(TEMPLATE)
+    pool.write_text(conversations(PEOPLE[:48], 7))
+    heldout.write_text(conversations(PLACES[:9], 7) + conversations(PLACES[9:12], 8))
+    asked = [{"instruction": f"How many {word}?"} for word in PLACES[12:16]]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    run_all(
+        RunConfig(
+            output=str(tmp_path / "run"), base=str(make_checkpoint(0)), data=str(pool), format="messages",
+            chat_template=str(template), prepare=PrepareConfig(max_tokens=128), finetune=RECIPE,
+            select=SelectConfig(top_k=40),
+        )
+    )  # fmt: skip
+    config = CompareConfig(
+        run=str(tmp_path / "run"), output=str(tmp_path / "out"), heldout=str(heldout), heldout_format="messages",
+        arms=["random", "full"], readings=["epochs"], seeds=1, recipe={"epochs": 20}, measures=["loss", "exact_match"],
+        generate=GenerateConfig(max_new_tokens=40), instructions=str(tmp_path / "asked.json"), instructions_chat=True,
+    )  # fmt: skip
+    compare(config)
+    table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
+    assert set(table["measure"]) == {"loss", "exact_match", "exact_match_flexible"}
+    for trial in sorted((tmp_path / "out" / "arms").iterdir()):
+        matches = pd.read_parquet(trial / "matches")
+        assert matches["strict"].mean() == 9 / 12
+        told = table[(table["arm"] == trial.name.split("-")[0]) & (table["measure"] == "exact_match")]
+        assert told["value"].tolist() == [9 / 12]
+        texts = pd.concat(pd.read_parquet(place / "generations") for place in (trial, trial / "answers"))
+        assert texts["finished"].all()
+        assert set(texts["output"]) == {"There are some.\n#### 7"}
+        outputs = json.loads((trial / "answers" / "outputs.json").read_text())
+        assert [row["instruction"] for row in outputs] == [row["instruction"] for row in asked]
+        assert {row["generator"] for row in outputs} == {trial.name}
+    assert "Exact match" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:
