@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from davir_ray.config import FinetuneConfig, InputConfig, PrepareConfig, check
+from davir_ray.config import FinetuneConfig, InputConfig, PrepareConfig, ScoreConfig, check
 from davir_ray.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ class AlignConfig:
     davir_dpo 0.1 times the median |log-probability| of the responses trained on, in nats, where its gradient is as
     large as DPO's at 0.1: the paper does not state its own."""
     heldout_fraction: float = 0.0
-    """Share of the pairs, drawn by hash, that is not trained on; what was learnt is measured on it apart."""
+    """Share of the prompts, drawn by hash, whose pairs are not trained on; what was learnt is measured on it apart."""
 
     def __post_init__(self) -> None:
         check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
@@ -38,6 +38,9 @@ class AlignRunConfig(InputConfig):
     )
     """The training of the policy; a batch is of pairs. Defaults: a usual recipe for DPO; the paper does not state its
     own."""
+    score: ScoreConfig = field(default_factory=lambda: ScoreConfig(precision="float32"))
+    """The losses of both policies. In float32: a policy that is trained at a small learning rate differs from its base
+    by less than bfloat16 tells apart."""
     align: AlignConfig = field(default_factory=AlignConfig)
     """The objective."""
 

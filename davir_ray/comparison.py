@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
 from davir_ray.inputs import read_template
-from davir_ray.manifest import differences
+from davir_ray.manifest import Manifest, differences
 from davir_ray.models.finetune import num_steps
 from davir_ray.output import place_of, writing
 from davir_ray.progress import Progress
@@ -47,13 +48,15 @@ from davir_ray.report.comparison import (
 )
 from davir_ray.schema import Status
 from davir_ray.stages.heldout import Losses, in_training_pool, read_losses, read_matches
+from davir_ray.stages.matching import num_expected
 from davir_ray.stages.outputs import prepare_instructions
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.resume import remember, require
 from davir_ray.stages.row_sets import FinishedRun, write_set
+from davir_ray.stages.training import what_matters
 from davir_ray.stages.trials import STAGE, Setting, Trial, plan_trials, run_trials
-from davir_ray.storage import Location, digest, write_parquet
+from davir_ray.storage import Location, write_parquet
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,8 @@ def compare(config: CompareConfig) -> Location:
             output / HELDOUT, config.all_heldout(), preparation,
             max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
         )  # fmt: skip
+        if "exact_match" in config.measures:
+            _check_answers(output / HELDOUT, config.generate.sources)
         left_out = _leave_out(run, output)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
         setting = _setting(config, run, output, preparation, pool)
@@ -106,11 +111,24 @@ def _finished(run: Location, before: RunConfig) -> FinishedRun:
         now = json.loads(json.dumps(dataclasses.asdict(own)))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
             raise OutputError(f"{run} was not {stage}ed with what its config.yaml says; run jobs/rank.py with it again")
+    trained = Manifest.read(run, "finetune")
+    if trained and before.reference is None:
+        now = json.loads(json.dumps(what_matters(before.finetune)))
+        if changed := differences(trained.fingerprint["recipe"], now):
+            raise OutputError(
+                f"the reference of {run} was trained with another recipe than its config.yaml says "
+                f"({'; '.join(changed)}); run jobs/score.py with what it was made with, which skips what is complete"
+            )
     return FinishedRun(run, before.rank, before.select)
 
 
 def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
-    """The run's recipe with the changes; ConfigError where one is of the wrong type."""
+    """The run's recipe with the changes; ConfigError where one is of the wrong type, or epochs are not known."""
+    if before.finetune.max_steps is not None and "epochs" not in changes:
+        raise ConfigError(
+            f"the run's reference was trained for finetune.max_steps = {before.finetune.max_steps}, but the arms are "
+            "compared at equal epochs; say how many with --recipe '{epochs: 1}'"
+        )
     fields = {**dataclasses.asdict(before.finetune), **changes, "max_steps": None, "export_epochs": False}
     return load(RunConfig, json.dumps({"finetune": fields})).finetune
 
@@ -118,6 +136,8 @@ def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
 def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Preparation:
     """How the run's data became tokens, for the held-out data."""
     base = scored_with(run, "base", before.base or "", before.trust_remote_code)
+    if changed := differences(require(run, "score").fingerprint["base"], base.weights_digest()):
+        raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(before.chat_template)
     preparation = Preparation(base, before.prepare, template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
@@ -162,6 +182,16 @@ def _leave_out(run: Location, output: Location) -> npt.NDArray[np.int64]:
     return hashes
 
 
+def _check_answers(heldout: Location, sources: list[str]) -> None:
+    """ConfigError where there is nothing that a generated answer could be compared with."""
+    if not num_expected(heldout, sources):
+        raise ConfigError(
+            "measures has exact_match, but no held-out response of "
+            f"{', '.join(sources) or 'any source'} ends in an answer (#### or \\boxed, or a number in the record's "
+            "column `answer`); leave it out, or name other sources in generate.sources"
+        )
+
+
 def _tell(output: Location, done: int, total: int) -> None:
     Progress("compare", unit="arms", done=done, total=total).write(output)
 
@@ -194,7 +224,7 @@ class _Plan:
         return sorted(trials.values(), key=lambda trial: trial.name.seed)
 
     def _readings(self, arm: str, selection: pa.Table, size: int, seed: int) -> dict[str, Trial]:
-        """The fine-tunes of one arm with one seed, by name; every example takes the same steps in both readings."""
+        """The fine-tunes of one arm with one seed, by name; of the full set both readings are the same."""
         if arm == "full":
             rows, readings = require(self.finished.place, "prepare").counts["prepared"], ["epochs"]
             examples_of = self.finished.place
@@ -215,7 +245,7 @@ class _Plan:
         if (place := self.output / "sets" / name) in self._written:
             return place
         ids = self.finished.rows_of(arm, selection, seed)
-        fingerprint = {"ids": digest(ids.tolist()), "repeats": self.finished.repeats}
+        fingerprint = {"ids": sha256(ids.tobytes()).hexdigest(), "repeats": self.finished.repeats}
         write_set(place, self.finished, ids, fingerprint, overwrite=self.config.overwrite)
         self._written.append(place)
         return place
@@ -238,7 +268,7 @@ def _report(
     first = losses[trials[0].name]
     leaked = np.isin(first.hashes, left_out)
     valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
-    measures = [_loss_of(losses, first, ~leaked & valued)] if "loss" in config.measures else []
+    measures = [_loss_of(losses, first, ~leaked, np.asarray(valued))] if "loss" in config.measures else []
     if "exact_match" in config.measures:
         measures += _matches_of(trials, first, leaked)
     facts, table = summarise_comparison(
@@ -249,7 +279,6 @@ def _report(
             recipe=dataclasses.asdict(recipe),
             heldout=heldout.counts,
             in_training_pool=int(leaked.sum()),
-            without_value=int((~valued & ~leaked).sum()),
             trials={trial.name: _facts_of(trial) for trial in trials},
             measures=measures,
         )
@@ -259,14 +288,18 @@ def _report(
     (output / "comparison.html").write_text(render_comparison(facts))
 
 
-def _loss_of(losses: dict[TrialName, Losses], first: Losses, kept: npt.NDArray[np.bool_]) -> Measured:
-    """Nats by tokens, of the held-out examples that are kept."""
+def _loss_of(
+    losses: dict[TrialName, Losses], first: Losses, new: npt.NDArray[np.bool_], valued: npt.NDArray[np.bool_]
+) -> Measured:
+    """Nats by tokens, of the held-out examples that no model was trained on and all have a loss of."""
+    kept = new & valued
     return Measured(
         LOSS,
         first.sources[kept],
         first.num_tokens[kept].astype(np.float64),
         {name: found.nll[kept] for name, found in losses.items()},
-        first.base_nll[kept],
+        base=first.base_nll[kept],
+        without_value=int((new & ~valued).sum()),
     )
 
 
@@ -276,11 +309,17 @@ def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_
     ids = next(iter(found.values())).example_ids
     place = {example_id: row for row, example_id in enumerate(first.example_ids.tolist())}
     rows = np.array([place[example_id] for example_id in ids.tolist()], dtype=np.int64)
-    kept = ~leaked[rows] & np.isfinite(np.stack([matches.strict for matches in found.values()])).all(axis=0)
-    sources, weights = first.sources[rows][kept], np.ones(int(kept.sum()))
+    new, valued = ~leaked[rows], np.isfinite(np.stack([matches.strict for matches in found.values()])).all(axis=0)
+    kept, without_value = new & valued, int((new & ~valued).sum())
     return [
-        Measured(STRICT, sources, weights, {name: matches.strict[kept] for name, matches in found.items()}),
-        Measured(FLEXIBLE, sources, weights, {name: matches.flexible[kept] for name, matches in found.items()}),
+        Measured(
+            measure,
+            first.sources[rows][kept],
+            np.ones(int(kept.sum())),
+            {name: getattr(matches, field)[kept] for name, matches in found.items()},
+            without_value=without_value,
+        )
+        for measure, field in ((STRICT, "strict"), (FLEXIBLE, "flexible"))
     ]
 
 

@@ -92,6 +92,7 @@ _TOKENS = [
 ]
 PAIR_COLUMNS = [
     Column("pair_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
+    Column("prompt_hash", pa.int64(), "first 63 bits of SHA-256 of the prompt; its pairs are held out together"),
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair stand one after the other, in this order"),
 ]
 _MARGINS = [

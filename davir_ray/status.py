@@ -13,8 +13,8 @@ from davir_ray.manifest import Manifest
 from davir_ray.progress import Progress, duration
 from davir_ray.storage import Location
 
-STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report")
-"""In the order of a run, which has those that its job needs."""
+STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report", "compare")
+"""In the order of a run, which has those that its job needs; a comparison has but its own."""
 
 _TOLD = {
     "prepare": ("prepared", "rejected"),
@@ -26,6 +26,7 @@ _TOLD = {
     "rank": ("ranked",),
     "select": ("selected",),
     "report": (),
+    "compare": (),
 }
 """Counts of a stage's manifest that a person wants to see."""
 

@@ -37,8 +37,7 @@ def comparison_inputs(names: list[TrialName] | None = None, **fields: Any) -> Co
         recipe={"epochs": 3},
         heldout={"read": 64, "rejected": 1, "prepared": 63},
         in_training_pool=2,
-        without_value=1,
         trials={name: TrialFacts(100, 3000, 12, 1.25, 4.0) for name in names},
-        measures=[Measured(LOSS, sources, tokens, values, tokens * 3)],
+        measures=[Measured(LOSS, sources, tokens, values, tokens * 3, without_value=1)],
     )
     return replace(inputs, **fields)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from davir_ray.comparison import compare
 from davir_ray.comparison_config import CompareConfig
 from davir_ray.config import FinetuneConfig, GenerateConfig, PrepareConfig, RankConfig, RunConfig, SelectConfig
 from davir_ray.demo.world import PEOPLE, PLACES
-from davir_ray.errors import OutputError, TrainingError
+from davir_ray.errors import ConfigError, OutputError, TrainingError
 from davir_ray.manifest import Manifest
 from davir_ray.pipeline import rank_only, run_all
 from davir_ray.storage import Location
@@ -186,8 +187,11 @@ def test_models_answer_and_their_answers_are_compared(
         run=str(tmp_path / "run"), output=str(tmp_path / "out"), heldout=str(heldout), heldout_format="messages",
         arms=["random", "full"], readings=["epochs"], seeds=1, recipe={"epochs": 20}, measures=["loss", "exact_match"],
         generate=GenerateConfig(max_new_tokens=40), instructions=str(tmp_path / "asked.json"), instructions_chat=True,
+        keep_models=True,
     )  # fmt: skip
     compare(config)
+    compare(replace(config, keep_models=False))
+    assert len(list((tmp_path / "out").glob("arms/*/reference/config.json"))) == 2, "models that were to be kept are"
     table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
     assert set(table["measure"]) == {"loss", "exact_match", "exact_match_flexible"}
     for trial in sorted((tmp_path / "out" / "arms").iterdir()):
@@ -202,6 +206,23 @@ def test_models_answer_and_their_answers_are_compared(
         assert [row["instruction"] for row in outputs] == [row["instruction"] for row in asked]
         assert {row["generator"] for row in outputs} == {trial.name}
     assert "Exact match" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(planted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no held-out response of any source ends in an answer \(#### or"):
+        compare(settings(planted, output=str(tmp_path / "out"), measures=["loss", "exact_match"]))
+    (copy := tmp_path / "run").mkdir()
+    for name in ("manifests", "examples", "scores", "ranked", "selected"):
+        (copy / name).symlink_to(planted / "run" / name)
+    told = (planted / "run" / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(told.replace("epochs: 6", "epochs: 5"))
+    with pytest.raises(OutputError, match=r"another recipe than its config\.yaml says \(epochs"):
+        compare(settings(planted, run=str(copy), output=str(tmp_path / "out")))
+    given = told.replace("max_steps: null", "max_steps: 9").replace("reference: null", "reference: given")
+    (copy / "config.yaml").write_text(given)
+    with pytest.raises(ConfigError, match=r"trained for finetune\.max_steps = 9.*--recipe '\{epochs: 1\}'"):
+        compare(settings(planted, run=str(copy), output=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "arms").exists()
 
 
 def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_a_run_that_a_driver_holds_is_running(local: Location) -> None:
     assert len(lines) == 4
 
 
+def test_a_comparison_tells_how_many_arms_are_measured(local: Location) -> None:
+    Progress("compare", unit="arms", done=20, total=54).write(local)
+    with Lease(local):
+        (line,) = status(local.path).lines()[1:-1]
+    assert line.split()[:2] == ["compare", "running"]
+    assert "20 of 54 arms" in line
+
+
 def test_a_driver_that_is_silent_may_be_gone(local: Location) -> None:
     prepared(local)
     with Lease(local):

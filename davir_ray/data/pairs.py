@@ -108,6 +108,7 @@ class PairReader:
             **row_of(source, record, rendered, encoded, record_text(record) if kept else None),
             "example_id": stable_id(*place, role.value),
             "pair_id": stable_id(*place),
+            "prompt_hash": stable_id(rendered.prompt),
             "role": role.value,
         }
 
@@ -207,9 +208,10 @@ def _of_messages(
 
 
 def _with_prompt(prompt: Any, messages: list[Message], source: Source) -> list[Message]:
-    """The whole conversation: a column `prompt` may hold its beginning, or repeat it as text."""
+    """The whole conversation: a column `prompt` may hold its beginning, or repeat it."""
     if isinstance(prompt, list):
-        return [*messages_of(prompt, source.prompt_column), *messages]
+        given = messages_of(prompt, source.prompt_column)
+        return messages if messages[: len(given)] == given else [*given, *messages]
     if isinstance(prompt, str) and messages and messages[0]["role"] == "assistant":
         return [{"role": "user", "content": prompt}, *messages]
     return messages

@@ -56,6 +56,8 @@ class Outcome:
     weights_E: Floats
     draws_rows: bool = False
     """Each seed trained on rows of its own."""
+    takes_all: bool = False
+    """Trained on every row, so no other draw could have been taken."""
 
     @property
     def num_seeds(self) -> int:
@@ -148,8 +150,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _spread_against(arm: Outcome, other: Outcome) -> list[Spread]:
-    """Of the other arm, and of one more draw of its rows where the first arm is one set and the other is drawn."""
-    more_draws = other.num_seeds if other.draws_rows and not arm.draws_rows else 0
+    """Of the other arm, and of one more draw of its rows where it draws them and the first arm is one set of many."""
+    more_draws = other.num_seeds if other.draws_rows and not (arm.draws_rows or arm.takes_all) else 0
     return [Spread(part.variance * (1 + more_draws), part.degrees) for part in other.spread()]
 
 

@@ -19,7 +19,7 @@ from davir_ray.models.likelihood import Pack
 from davir_ray.models.training_set import TRAINING_COLUMNS, TrainingSet
 from davir_ray.schema import Status
 
-PAIR_COLUMNS = [*TRAINING_COLUMNS, "pair_id", "num_response_tokens"]
+PAIR_COLUMNS = [*TRAINING_COLUMNS, "pair_id", "prompt_hash", "num_response_tokens"]
 """Columns of examples that preference training reads."""
 
 FROZEN_COLUMNS = ["example_id", "base_nll", "status"]
@@ -150,9 +150,9 @@ def beta_of(config: AlignConfig, logprobs: npt.NDArray[np.float64]) -> float:
     return _DEFAULT_BETA[config.loss]
 
 
-def is_held_out(pair_ids: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Which pairs are not trained on: by their ids alone, so the same in every run."""
-    return np.asarray(drawn(pair_ids, fraction, "held out"))
+def is_held_out(prompt_hashes: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
+    """Which pairs are not trained on: by their prompts alone: a prompt's pairs together, the same in every run."""
+    return np.asarray(drawn(prompt_hashes, fraction, "held out"))
 
 
 def _usable(examples: pa.Table, frozen: pa.Table, heldout_fraction: float) -> pa.Table:
@@ -160,6 +160,7 @@ def _usable(examples: pa.Table, frozen: pa.Table, heldout_fraction: float) -> pa
     if not examples["example_id"].equals(frozen["example_id"]):
         raise IntegrityError("examples/ and frozen/ do not hold the same rows; freeze again with --overwrite")
     known = np.asarray(pc.is_in(frozen["status"], value_set=pa.array([Status.OK, Status.ZERO_BASE_NLL])))
-    usable = known.reshape(-1, 2).all(axis=1) & ~is_held_out(np.asarray(examples["pair_id"])[::2], heldout_fraction)
+    held_out = is_held_out(np.asarray(examples["prompt_hash"])[::2], heldout_fraction)
+    usable = known.reshape(-1, 2).all(axis=1) & ~held_out
     table = examples.select(PAIR_COLUMNS).append_column("base_nll", frozen["base_nll"])
     return table.filter(pa.array(np.repeat(usable, 2)))

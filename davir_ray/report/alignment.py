@@ -60,7 +60,7 @@ def alignment_facts(
     held_out = np.asarray(measured["held_out"])
     parts = {"trained": measured.filter(pa.array(~held_out)), "held_out": measured.filter(pa.array(held_out))}
     aligned = manifests["align"]["details"]
-    prepared = manifests["prepare"]["counts"]
+    prepared, counted = manifests["prepare"]["counts"], manifests["margins"]["counts"]
     facts = {
         "format": 1,
         "loss": aligned["loss"],
@@ -72,7 +72,7 @@ def alignment_facts(
             "read": prepared["read"],
             "rejected": prepared["rejected"],
             "pairs": prepared["prepared"] // 2,
-            "not_measured": margins.num_rows - measured.num_rows,
+            "not_measured": counted["pairs"] - counted["measured"],
         },
         "sample": {"rows": margins.num_rows, "stands_for": num_pairs, "is_sample": margins.num_rows < num_pairs},
         "parts": {name: _part(table) for name, table in parts.items() if table.num_rows},

@@ -91,6 +91,8 @@ class Measured:
     """By fine-tune: of each example, to be summed and divided by the weights' sum."""
     base: npt.NDArray[np.float64] | None = None
     """The same of the base, untrained."""
+    without_value: int = 0
+    """Held-out examples that are left out because a model has no value of them."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,6 @@ class ComparisonInputs:
     """Counts of the held-out data's prepare stage."""
     in_training_pool: int
     """Held-out rows that are left out because the run holds them, too."""
-    without_value: int
     trials: Mapping[TrialName, TrialFacts]
     measures: list[Measured]
 
@@ -116,7 +117,8 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
     if not measures:
         raise DataError(
             f"no held-out example is left to measure on: {inputs.in_training_pool} of {inputs.heldout['prepared']} are "
-            f"in the run's training pool, {inputs.without_value} have no value; give data that the run has not seen"
+            f"in the run's training pool, {inputs.measures[0].without_value} have no value; give data that the run has "
+            "not seen"
         )
     inputs = replace(inputs, measures=measures)
     results = [result for measured in measures for result in _results(inputs, measured)]
@@ -127,12 +129,13 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
         "base": inputs.base,
         "seeds": inputs.settings["seeds"],
         "arms": _arms(inputs),
-        "measures": [measured.measure._asdict() for measured in inputs.measures],
+        "measures": [
+            {**measured.measure._asdict(), "without_value": measured.without_value} for measured in inputs.measures
+        ],
         "heldout": {
             "read": inputs.heldout["read"],
             "rejected": inputs.heldout["rejected"],
             "in_training_pool": inputs.in_training_pool,
-            "without_value": inputs.without_value,
             "measured": len(sources),
             "sources": [{"source": str(name), "rows": int((sources == name).sum())} for name in np.unique(sources)],
         },
@@ -180,7 +183,10 @@ def _outcomes(inputs: ComparisonInputs, measured: Measured, rows: npt.NDArray[np
     for name in sorted(inputs.trials, key=lambda name: name.seed):
         seeds.setdefault((name.arm, name.rows, name.reading), []).append(measured.values[name][rows])
     weights = measured.weights[rows]
-    return {key: Outcome(np.stack(values), weights, draws_rows=key[0] in DRAWN) for key, values in seeds.items()}
+    return {
+        key: Outcome(np.stack(values), weights, draws_rows=key[0] in DRAWN, takes_all=key[0] == FULL)
+        for key, values in seeds.items()
+    }
 
 
 def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:

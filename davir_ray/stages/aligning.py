@@ -11,7 +11,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.preference import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
 from davir_ray.stages.resume import require
 from davir_ray.stages.training import Training, recipe_of, train
-from davir_ray.storage import Location, read_parquet
+from davir_ray.storage import Location, each, read_parquet
 
 
 def align(
@@ -38,8 +38,6 @@ def align(
 
 
 def _read_pairs(run: Location, shards: list[str], objective: AlignConfig) -> PairSet:
-    tables = (
-        (read_parquet(run / "examples" / name, PAIR_COLUMNS), read_parquet(run / "frozen" / name, FROZEN_COLUMNS))
-        for name in shards
-    )
-    return PairSet.of(tables, objective)
+    examples = each(lambda name: read_parquet(run / "examples" / name, PAIR_COLUMNS), shards)
+    frozen = each(lambda name: read_parquet(run / "frozen" / name, FROZEN_COLUMNS), shards)
+    return PairSet.of(zip(examples, frozen, strict=True), objective)

@@ -75,6 +75,11 @@ def entry_row(entry: FileEntry) -> pa.Table:
     return pa.table({name: [value] for name, value in asdict(entry).items() if name in ENTRY.names}, ENTRY)
 
 
+def entries_of(rows: list[dict[str, Any]]) -> list[FileEntry]:
+    """Of rows that hold the columns of ENTRY beside others."""
+    return [FileEntry(**{name: row[name] for name in ENTRY.names}) for row in rows]
+
+
 def table_of(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     """Rows as a table."""
     return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)

@@ -17,12 +17,12 @@ from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.manifest import Manifest
 from davir_ray.models.preference import is_held_out
 from davir_ray.schema import MARGINS, Role, Status
-from davir_ray.stages.exchange import ENTRY, collect, entry_row
+from davir_ray.stages.exchange import ENTRY, collect, entries_of, entry_row
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards
-from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, write_parquet
+from davir_ray.storage import Location, in_folder, read_parquet, write_parquet
 
-_EXAMPLES = ["example_id", "pair_id", "role", "source", "num_response_tokens"]
+_EXAMPLES = ["example_id", "pair_id", "prompt_hash", "role", "source", "num_response_tokens"]
 _SCORES = ["example_id", "base_nll", "reference_nll", "status"]
 _SUMMARY = pa.schema([*ENTRY, ("ok", pa.int64()), ("held_out", pa.int64())])
 
@@ -39,7 +39,7 @@ def margins(run: Location, objective: AlignConfig) -> Manifest:
     shards = Shards(scored.files_in("scores"), partial(_read, run))
     measure = partial(_measure, held_out=objective.heldout_fraction, **details)
     found = collect(shards, partial(_write, run / "margins", measure), _SUMMARY).sort_by("name").to_pylist()
-    entries = [FileEntry(**{name: row[name] for name in ENTRY.names}) for row in found]
+    entries = entries_of(found)
     counts = {
         "pairs": sum(row["rows"] for row in found),
         "measured": sum(row["ok"] for row in found),
@@ -93,7 +93,7 @@ def _measure(table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.
     columns = {
         "pair_id": chosen["pair_id"],
         "source": chosen["source"],
-        "held_out": is_held_out(np.asarray(chosen["pair_id"]), held_out),
+        "held_out": is_held_out(np.asarray(chosen["prompt_hash"]), held_out),
         "num_chosen_tokens": num_tokens[0],
         "num_rejected_tokens": num_tokens[1],
         **{name: pa.array(value.numpy(), pa.float64(), mask=unknown) for name, value in values.items()},

@@ -1,6 +1,6 @@
 """match: generations + examples → matches/: is the number that a text ends in the one that the response ends in?
 
-Takes seconds, so it is redone freely when the reading of answers changes; the generations stay.
+Takes seconds, and is redone when the reading of answers changes; the generations stay.
 """
 
 import json
@@ -14,14 +14,16 @@ from davir_ray.data.answers import ANSWERS_VERSION, as_text, flexible_answer, st
 from davir_ray.errors import IntegrityError
 from davir_ray.manifest import Manifest
 from davir_ray.schema import MATCHES, Status
-from davir_ray.stages.exchange import ENTRY, collect, entry_row
+from davir_ray.stages.exchange import ENTRY, collect, entries_of, entry_row
 from davir_ray.stages.generation import generated_from
-from davir_ray.stages.resume import clear, completed
-from davir_ray.stages.shards import Shards
-from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, write_parquet
+from davir_ray.stages.resume import clear, completed, require
+from davir_ray.stages.shards import Shards, read_columns
+from davir_ray.storage import Location, in_folder, read_parquet, write_parquet
 
 _GOLD = ["example_id", "response", "record"]
 COUNTED = ("expected", "strict", "flexible")
+_ASKED = ["source", "response", "record"]
+_EXPECTED = pa.schema([("expected", pa.int64())])
 _SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for name in COUNTED)])
 
 
@@ -40,7 +42,7 @@ def match(run: Location, *, examples_of: Location | None = None) -> Manifest:
     clear(run, "match")
     shards = Shards(generated.files_in("generations"), partial(_read, run, source))
     found = collect(shards, partial(_write, run / "matches"), _SUMMARY).sort_by("name").to_pylist()
-    entries = [FileEntry(**{name: row[name] for name in ENTRY.names}) for row in found]
+    entries = entries_of(found)
     by_source: dict[str, dict[str, int]] = {}
     for row in found:
         sums = by_source.setdefault(row["source"], dict.fromkeys(("examples", *COUNTED), 0))
@@ -49,6 +51,18 @@ def match(run: Location, *, examples_of: Location | None = None) -> Manifest:
     counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
     files, seconds = in_folder("matches", entries), time.monotonic() - started
     return Manifest("match", fingerprint, counts, files, {"by_source": by_source}, seconds=seconds).commit(run)
+
+
+def num_expected(run: Location, sources: list[str]) -> int:
+    """How many prepared examples, of these sources or of all if none is named, have an answer to compare with."""
+    shards = Shards(require(run, "prepare").files_in("examples"), partial(read_columns, run / "examples", _ASKED))
+    counted = collect(shards, partial(_count_expected, sources=sources), _EXPECTED)
+    return sum(counted["expected"].to_pylist())
+
+
+def _count_expected(table: pa.Table, sources: list[str]) -> pa.Table:
+    rows = [row for row in table.to_pylist() if not sources or row["source"] in sources]
+    return pa.table([[sum(_expected(row) is not None for row in rows)]], schema=_EXPECTED)
 
 
 def matched(generations: pa.Table, gold: pa.Table) -> pa.Table:

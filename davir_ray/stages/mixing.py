@@ -9,7 +9,7 @@ import pyarrow as pa
 from davir_ray.config import SelectConfig
 from davir_ray.formulas.ranking import random_keys, seed_from
 from davir_ray.schema import SELECTED
-from davir_ray.stages.exchange import ENTRY, collect, entry_row, exchange
+from davir_ray.stages.exchange import ENTRY, collect, entries_of, entry_row, exchange
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet, total_rows, write_parquet
 
@@ -59,7 +59,7 @@ def write_jsonl(run: Location, folder: str, files: list[FileEntry]) -> list[File
     """Write jsonl/: the source records of a folder's rows, a line each, file by file in the same order."""
     shards = Shards(files, partial(_read_records, run / folder))
     entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), ENTRY).sort_by("name").to_pylist()
-    return [FileEntry(**entry) for entry in entries]
+    return entries_of(entries)
 
 
 def _read_records(folder: Location, name: str) -> pa.Table:

@@ -1,7 +1,7 @@
 """Which rows of a finished run each arm of a comparison trains on, and a folder of them that a fine-tune reads.
 
-The driver holds ids, keys and lengths of the chosen rows, never of the whole run and never a text: one scan finds a
-sample of the order's keys, a second one the rows above the key where enough of them are sure to be.
+The driver holds ids, keys and lengths of about as many rows as are wanted, never a text: one scan finds a sample of the
+order's keys, a second one the rows above the key where enough of them are sure to be.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from davir_ray.formulas.quotas import proportional
 from davir_ray.formulas.ranking import drawn, seed_from
 from davir_ray.manifest import Manifest
 from davir_ray.schema import EXAMPLES
-from davir_ray.stages.exchange import ENTRY, collect
+from davir_ray.stages.exchange import ENTRY, collect, entries_of
 from davir_ray.stages.ranking import key_columns, order_keys
 from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.selection import choose, read_ranked
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.storage import FileEntry, Location, in_folder, read_parquet, total_rows, write_parquet
+from davir_ray.storage import Location, in_folder, read_parquet, total_rows, write_parquet
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ Ints = npt.NDArray[np.int64]
 _SAMPLED_KEYS = 20_000
 """Of all rows: enough that the key of a cut is known to within a hundredth of the rows."""
 
+_GREATEST_KEY = 2**64 - 1
+
 _MATCHING_POOL = 2
 _MATCHING_ROWS = 500
 """Rows of a range of lengths that are looked at for each that is wanted, and on top: to change places among."""
@@ -45,7 +47,7 @@ _MATCHING_ROWS = 500
 _ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
 _FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
-_WRITTEN = pa.schema([*ENTRY, ("tokens", pa.int64())])
+_WRITTEN = pa.schema([*ENTRY, ("found", pa.int64()), ("tokens", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,13 @@ class FinishedRun:
         grouping = _Grouping(order, bool(self.select.mixture), edges)
         share = min(1.0, _SAMPLED_KEYS / total_rows(files))
         sample = collect(scores, partial(_sampled_keys, grouping=grouping, share=share), _KEYS)
-        found = collect(scores, partial(_rows_up_to, grouping=grouping, last=_cuts(sample, wanted, share)), _FOUND)
+        last = _cuts(sample, wanted, share)
+        found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         there = _counts(found["group"].to_pylist())
-        if share < 1 and any(there.get(group, 0) < rows for group, rows in wanted.items()):
-            # Either the group is no larger, or the sample was an unlucky one.
-            every = dict.fromkeys(wanted, 2**64 - 1)
-            found = collect(scores, partial(_rows_up_to, grouping=grouping, last=every), _FOUND)
+        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _GREATEST_KEY}
+        if short:  # the sample was an unlucky one
+            last |= dict.fromkeys(short, _GREATEST_KEY)
+            found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
 
 
@@ -233,7 +236,7 @@ def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str
         there, expected = np.sort(keys[groups == group]), rows * share
         # Five standard deviations of the number of sampled rows among those that are wanted.
         place = int(expected if share == 1 else expected + 5 * expected**0.5 + 25)
-        cuts[group] = int(there[place]) if place < len(there) else 2**64 - 1
+        cuts[group] = int(there[place]) if place < len(there) else _GREATEST_KEY
     return cuts
 
 
@@ -259,12 +262,11 @@ def write_set(
         partial(_write_part, finished.place / "examples", place / "examples", finished.repeats, ray.put(ids)),
     )
     written = collect(shards, _as_it_is, _WRITTEN).sort_by("name").to_pylist()
-    tokens = sum(row.pop("tokens") for row in written)
-    entries = [FileEntry(**row) for row in written]
-    num_rows = total_rows(entries)
+    entries, num_found = entries_of(written), sum(row["found"] for row in written)
+    if num_found != len(ids):
+        raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
+    num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
     counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
-    if len(ids) > num_rows:
-        raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_rows} were found; run it again")
     return Manifest("prepare", fingerprint, counts, in_folder("examples", entries)).commit(place)
 
 
@@ -280,7 +282,7 @@ def _write_part(source: Location, target: Location, repeats: dict[str, int], ids
     table = table.take(pa.array(np.repeat(np.arange(table.num_rows), times))).cast(EXAMPLES)
     entry = dataclasses.asdict(write_parquet(target / name, table))
     tokens = int(pc.sum(table["num_response_tokens"]).as_py())
-    return pa.Table.from_pylist([{**entry, "tokens": tokens}], _WRITTEN)
+    return pa.Table.from_pylist([{**entry, "found": len(at), "tokens": tokens}], _WRITTEN)
 
 
 def _as_it_is(table: pa.Table) -> pa.Table:

@@ -37,7 +37,7 @@ from davir_ray.progress import Progress
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
 from davir_ray.stages.resume import completed, note_attempt, require, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
-from davir_ray.storage import FileEntry, Location, digest, in_folder, read_parquet
+from davir_ray.storage import FileEntry, Location, digest, each, in_folder, read_parquet
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def finetune(
 
 
 def _read_examples(folder: Location, shards: list[str]) -> TrainingSet:
-    return TrainingSet.of(read_parquet(folder / name, TRAINING_COLUMNS) for name in shards)
+    return TrainingSet.of(each(lambda name: read_parquet(folder / name, TRAINING_COLUMNS), shards))
 
 
 def train(

@@ -13,9 +13,11 @@ import ray
 
 from davir_ray.comparison_config import TrialName
 from davir_ray.config import FinetuneConfig, GenerateConfig, ScoreConfig
+from davir_ray.data.answers import ANSWERS_VERSION
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.generation import GENERATION_VERSION
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, room_for
 from davir_ray.stages.generation import generate
@@ -81,6 +83,7 @@ class Trial:
             "instructions": None if instructions is None else require(instructions, "prepare").content,
             "texts": _what_texts_depend_on(setting) if setting.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
+            "device": "cuda" if num_gpus_of(setting.score) else "cpu",
         }
 
     def completed(self) -> Manifest | None:
@@ -118,11 +121,12 @@ class Trial:
         )  # fmt: skip
         files = scored.files + self._matches(model) + self._answers(model)
         counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
-        details = {"final_loss": trained.details["final_loss"], "loss_by_step": trained.details["loss_by_step"]}
+        details = {name: trained.details[name] for name in ("final_loss", "loss_by_step")}
+        details |= {"keep_model": setting.keep_models}
         seconds = trained.seconds + scored.seconds
         manifest = Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds)
         manifest = manifest.commit(self.place)
-        self.drop_model()
+        self.drop_model(manifest)
         return manifest
 
     def _matches(self, model: Checkpoint) -> list[FileEntry]:
@@ -149,9 +153,9 @@ class Trial:
             chat_template=setting.chat_template, overwrite=setting.overwrite,
         )  # fmt: skip
 
-    def drop_model(self) -> None:
-        """Delete the model of a trial that has been measured, unless it is to be kept."""
-        if not self.setting.keep_models:
+    def drop_model(self, manifest: Manifest) -> None:
+        """Delete the model of a trial that has been measured, unless the command that made it wanted it kept."""
+        if not manifest.details["keep_model"]:
             (self.place / "reference").remove()
 
 
@@ -161,6 +165,7 @@ def _what_texts_depend_on(setting: Setting) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "sources": sorted(config.sources),
         "chat_template": digest(template) if template else None,
+        "versions": [GENERATION_VERSION, ANSWERS_VERSION],
     }
 
 
@@ -176,10 +181,10 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
     """
     pending = []
     for trial in trials:
-        if trial.completed() is None:
+        if (manifest := trial.completed()) is None:
             pending.append(trial)
         else:
-            trial.drop_model()  # a driver may have died just before
+            trial.drop_model(manifest)  # a driver may have died just before
     done = len(trials) - len(pending)
     log.info("compare: %d arms to train and measure, %d done, %d at a time", len(pending), done, at_once)
     tell(done)

@@ -81,8 +81,9 @@ def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> No
         {"prompt": "hi", "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
         {"prompt": "hi", "chosen": [assistant("yes")], "rejected": [assistant("no")]},
         {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        {"prompt": [user("hi")], "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
     ],
-    ids=["whole conversations", "prompt repeated", "prompt as text", "prompt as messages"],
+    ids=["whole conversations", "text repeated", "prompt as text", "prompt as messages", "messages repeated"],
 )
 def test_all_forms_of_messages_are_the_same_pair(fields: dict[str, Any]) -> None:
     chosen, rejected, templated = render_pair(fields, SOURCE, CHATML)

@@ -126,6 +126,8 @@ def test_a_drawn_arm_needs_a_larger_difference_of_a_fixed_one() -> None:
     fixed = Outcome(values[0], np.ones(100))
     drawn, not_drawn = (Outcome(values[1], np.ones(100), draws_rows=flag) for flag in (True, False))
     assert difference(fixed, drawn).p > difference(fixed, not_drawn).p
+    full = Outcome(values[0], np.ones(100), takes_all=True)
+    assert difference(full, drawn).p == pytest.approx(difference(drawn, full).p) == difference(fixed, not_drawn).p
     both = difference(Outcome(values[0], np.ones(100), draws_rows=True), drawn)
     assert both.p == difference(fixed, not_drawn).p
 

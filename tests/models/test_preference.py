@@ -152,11 +152,20 @@ def test_the_default_beta_matches_dpos_gradient_at_the_median(examples: pa.Table
 
 
 def test_held_out_pairs_are_left_out_whole_and_always_the_same(examples: pa.Table, frozen: pa.Table) -> None:
-    held_out = is_held_out(np.asarray(examples["pair_id"])[::2], 0.5)
+    held_out = is_held_out(np.asarray(examples["prompt_hash"])[::2], 0.5)
     assert 0 < held_out.sum() < len(RECORDS)
     objective = pair_set(examples, frozen, heldout_fraction=0.5)
     assert len(objective) == (~held_out).sum()
     assert set(objective.ids) == set(np.asarray(examples["pair_id"])[::2][~held_out])
+
+
+def test_pairs_of_one_prompt_are_held_out_together(tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [{**record, "chosen": record["chosen"] + text} for record in RECORDS for text in ("", " again", " still")]
+    examples = pair_table(tokenizer, records)
+    held_out = is_held_out(np.asarray(examples["prompt_hash"])[::2], 0.5).reshape(len(RECORDS), 3)
+    assert 0 < held_out.sum() < held_out.size
+    assert (held_out == held_out[:, :1]).all()
+    assert len(set(examples["pair_id"].to_pylist())) == len(records)
 
 
 def test_a_pair_without_a_log_probability_is_left_out_whole(examples: pa.Table, frozen: pa.Table) -> None:
