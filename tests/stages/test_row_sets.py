@@ -15,7 +15,7 @@ from davir_ray.stages import row_sets
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.row_sets import FinishedRun, write_set
 from davir_ray.stages.selection import select
-from davir_ray.storage import Location, in_folder, read_parquet
+from davir_ray.storage import FileEntry, Location, in_folder, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -41,7 +41,7 @@ def finished(make_scores: Callable[..., Location], config: SelectConfig, **optio
 
 def entry_of(place: Location) -> Any:
     table = read_parquet(place)
-    return row_sets.FileEntry(place.name, table.num_rows, len(place.read_bytes()), "")
+    return FileEntry(place.name, table.num_rows, len(place.read_bytes()), "")
 
 
 def ids_of(run: Location, folder: str) -> list[int]:
