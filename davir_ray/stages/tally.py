@@ -138,6 +138,13 @@ class Tally:
             return None
         return answer
 
+    def end(self) -> None:
+        """Ends the actor, once it has heard what was told: with handles in Ray Data's operators it outlives its stage.
+
+        Not ray.kill, which would lose what its metrics counted last.
+        """
+        self._actor.__ray_terminate__.remote()
+
 
 @contextmanager
 def tallied(run: Location, start: Progress) -> Iterator[Tally]:
@@ -153,7 +160,10 @@ def tallied(run: Location, start: Progress) -> Iterator[Tally]:
     except BaseException:
         teller.stop()
         raise
-    teller.finish()
+    else:
+        teller.finish()
+    finally:
+        tally.end()
 
 
 class _Teller:
