@@ -135,7 +135,7 @@ def test_a_driver_that_dies_goes_on_arm_by_arm(planted: Path, tmp_path: Path) ->
     }  # fmt: skip
     output = tmp_path / "killed"
     first = Driver("compare.py", {**options, "output": output}, tmp_path / "first.log")
-    first.wait_for(lambda: len(list(output.glob("arms/*/manifests/trial.json"))) == 1, "the first arm")
+    first.wait_for(lambda: len(list(output.glob("arms/*/manifests/trial.json"))) == 1, "the first arm", seconds=400)
     first.kill()
     (done,) = (path.parent.parent for path in output.glob("arms/*/manifests/trial.json"))
     before = (done / "manifests" / "trial.json").stat().st_mtime_ns
