@@ -111,14 +111,13 @@ def _finished(run: Location, before: RunConfig) -> FinishedRun:
         now = json.loads(json.dumps(dataclasses.asdict(own)))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
             raise OutputError(f"{run} was not {stage}ed with what its config.yaml says; run jobs/rank.py with it again")
-    trained = Manifest.read(run, "finetune")
-    if trained and before.reference is None:
-        now = json.loads(json.dumps(what_matters(before.finetune)))
-        if changed := differences(trained.fingerprint["recipe"], now):
-            raise OutputError(
-                f"the reference of {run} was trained with another recipe than its config.yaml says "
-                f"({'; '.join(changed)}); run jobs/score.py with what it was made with, which skips what is complete"
-            )
+    trained = None if before.reference else Manifest.read(run, "finetune")
+    changed = differences(trained.fingerprint["recipe"], what_matters(before.finetune)) if trained else []
+    if changed:
+        raise OutputError(
+            f"the reference of {run} was trained with another recipe than its config.yaml says "
+            f"({'; '.join(changed)}); run jobs/score.py with what it was made with, which skips what is complete"
+        )
     return FinishedRun(run, before.rank, before.select)
 
 

@@ -32,11 +32,11 @@ def margin_table(count: int = 200, unknown: int = 3) -> pa.Table:
     return pa.table({name: columns[name] for name in MARGINS.names}, schema=MARGINS)
 
 
-def manifests(loss: str = "dpo", measured: int = 197) -> dict[str, dict[str, Any]]:
+def manifests(loss: str = "dpo") -> dict[str, dict[str, Any]]:
     measures = dict.fromkeys(("accuracy", "margin", "chosen_logprob", "rejected_logprob"), CURVE)
     return {
         "prepare": manifest({"read": 210, "prepared": 400, "rejected": 10}),
-        "margins": manifest({"pairs": 200, "measured": measured}),
+        "margins": manifest({"pairs": 200, "measured": 197}),
         "align": manifest(
             {"pairs": 160, "steps": 100}, loss=loss, beta=0.1, loss_by_step=CURVE, measures_by_step=measures
         ),

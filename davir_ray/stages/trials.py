@@ -7,6 +7,7 @@ manifest, written last, says that it has been measured, and only then may its mo
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -58,6 +59,11 @@ class Setting:
     keep_models: bool
     overwrite: bool
 
+    @cached_property
+    def base_digest(self) -> dict[str, str]:
+        """Of the base's weights; gigabytes are read for it, once for all trials."""
+        return self.base.weights_digest()
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -74,7 +80,7 @@ class Trial:
         """What the measurement depends on."""
         setting, instructions = self.setting, self.setting.instructions
         return {
-            "base": setting.base.weights_digest(),
+            "base": setting.base_digest,
             "examples": require(self.examples_of, "prepare").content,
             "recipe": what_matters(self.recipe),
             "heldout": require(setting.heldout, "prepare").content,
