@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from davir_ray.alignment_config import AlignRunConfig
+from davir_ray.cli import dump
 from davir_ray.inputs import check_inputs, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import writing
@@ -11,6 +12,7 @@ from davir_ray.stages.aligning import align
 from davir_ray.stages.margin_report import report_margins
 from davir_ray.stages.margins import margins
 from davir_ray.stages.prepare import scoring_spec
+from davir_ray.stages.resume import remember
 from davir_ray.stages.scoring import freeze, score
 from davir_ray.storage import Location
 
@@ -31,6 +33,7 @@ def run_alignment(config: AlignRunConfig) -> Location:
         policy = Checkpoint.find(str(run / "policy"))
         score(run, base, policy, scoring, keep_token_nll="none", overwrite=config.overwrite)
         (run / BASE_CACHE).remove()
+        remember(run, dump(config))
         Progress("margins").write(run)
         margins(run, config.align)
         Progress("report").write(run)

@@ -77,7 +77,6 @@ def compare(config: CompareConfig) -> Location:
         preparation = _preparation(run, before, config)
     _check_output(run, output)
     with writing(output, config):
-        remember(output, dump(config))
         prepare(
             output / HELDOUT, config.all_heldout(), preparation,
             max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
@@ -89,6 +88,7 @@ def compare(config: CompareConfig) -> Location:
         setting = _setting(config, run, output, preparation, pool)
         trials = _Plan(config, finished, output, recipe, setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
+        remember(output, dump(config))
         _report(config, before, recipe, output, trials, left_out)
     return output
 

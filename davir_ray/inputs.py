@@ -1,7 +1,6 @@
 """The input of a job: settings, access, tokenizers and templates checked before anything takes time, then prepared."""
 
 from davir_ray.access import check_readable, probe_output, translated
-from davir_ray.cli import dump
 from davir_ray.config import InputConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, UserError
 from davir_ray.manifest import Manifest
@@ -9,7 +8,6 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import place_of
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.resume import remember
 from davir_ray.storage import Location
 
 
@@ -28,11 +26,9 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Location, Ch
 
 
 def prepare_inputs(run: Location, config: InputConfig, preparation: Preparation) -> Manifest:
-    """Prepare the sources, and remember in the run with what."""
+    """Prepare the sources."""
     sources = config.all_sources()
-    manifest = prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
-    remember(run, dump(config))
-    return manifest
+    return prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
 
 
 def _check_access(run: Location, config: InputConfig, models: tuple[str | None, ...]) -> None:

@@ -45,6 +45,7 @@ def run_all(config: RunConfig) -> Location:
             finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
             reference = Checkpoint.find(str(run / "reference"))
         score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
+        remember(run, dump(config))
         _rank_and_report(run, config)
     return run
 
@@ -57,6 +58,7 @@ def finetune_only(config: RunConfig) -> Location:
         prepare_inputs(run, config, preparation)
         spec = scoring_spec(preparation, config.all_sources())
         finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
+        remember(run, dump(config))
     return run / "reference"
 
 

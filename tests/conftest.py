@@ -16,6 +16,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import constants
+from object_store.stores import Store, moto
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -88,6 +89,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         resolve.cache_clear()
         yield server
         resolve.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def moto_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A stand-in for S3 that checks credentials; each test makes a bucket of its own."""
+    with moto(tmp_path_factory.mktemp("moto")) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

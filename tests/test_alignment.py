@@ -13,12 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from drivers import Driver
+from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from davir_ray import schema
 from davir_ray.alignment import run_alignment
 from davir_ray.alignment_config import AlignConfig, AlignRunConfig
+from davir_ray.cli import dump
 from davir_ray.config import FinetuneConfig, PrepareConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, OutputError
 from davir_ray.manifest import Manifest
@@ -196,6 +199,34 @@ def test_an_adapter_is_trained_and_measured_on_the_bases_weights(copied: AlignRu
     run_alignment(replace(copied, finetune=recipe, overwrite=True))
     assert Checkpoint.find(str(output / "policy")).is_adapter
     assert report(output)["parts"]["trained"]["margin"] > 0.1
+
+
+@pytest.mark.slow
+def test_a_sharded_policy_whose_driver_dies_goes_on_and_is_that_of_an_undisturbed_one(
+    config: AlignRunConfig, finished: Path, ray_address: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    recipe = replace(config.finetune, strategy="fsdp", checkpoint_every_steps=2)
+    (tmp_path / "config.yaml").write_text(dump(replace(config, output=str(run), finetune=recipe)))
+    options = {"config": tmp_path / "config.yaml"}
+    # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, forever.
+    first = Driver("align.py", options, tmp_path / "first.log")
+    first.wait_for(lambda: len(list(run.glob("checkpoints/*/checkpoint_*/training_state.json"))) > 0, "a checkpoint")
+    first.kill()
+    assert not (run / "policy").exists()
+    frozen = {path: path.stat().st_mtime_ns for path in (run / "frozen").iterdir()}
+    again = Driver("align.py", options, tmp_path / "again.log", address=ray_address)
+    assert again.finish() == 0, again.output
+    assert "freeze: complete, skipped" in again.output
+    assert "continuing after step" in again.output
+    assert {path: path.stat().st_mtime_ns for path in (run / "frozen").iterdir()} == frozen
+    policy, undisturbed = (load_file(folder / "policy" / "model.safetensors") for folder in (run, finished))
+    for name, value in undisturbed.items():
+        torch.testing.assert_close(policy[name], value, rtol=0, atol=1e-5)
+    columns = ["pair_id", "held_out", "margin", "loss"]
+    pd.testing.assert_frame_equal(
+        read(run, "margins")[columns], read(finished, "margins")[columns], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_what_is_wrong_is_told_before_anything_is_loaded(config: AlignRunConfig, tmp_path: Path) -> None:

@@ -309,10 +309,12 @@ CHANGES: dict[str, Callable[[RunConfig], RunConfig]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_settings_are_refused_by_name_and_change_nothing(copied: RunConfig, name: str) -> None:
     before = snapshot(copied.output, *TABLES, "reference", "manifests")
+    remembered = Path(str(copied.output), "config.yaml").read_text()
     with pytest.raises(OutputError, match=name) as caught:
         run_all(CHANGES[name](copied))
     assert "--overwrite" in str(caught.value)
     assert snapshot(copied.output, *TABLES, "reference", "manifests") == before
+    assert Path(str(copied.output), "config.yaml").read_text() == remembered
 
 
 def test_another_base_is_refused(copied: RunConfig, reference_folder: Path) -> None:

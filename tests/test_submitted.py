@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from drivers import PACKAGE
 from object_store.conftest import make_bucket
-from object_store.stores import Store, moto
+from object_store.stores import Store
 
 from davir_ray.storage import Location
 
@@ -104,12 +104,6 @@ def wait_until_ready(head: Head, process: "subprocess.Popen[bytes]", log: Path) 
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, f"{log.read_text()}\n{ended.stdout}"
         time.sleep(1)
-
-
-@pytest.fixture(scope="module")
-def moto_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with moto(tmp_path_factory.mktemp("moto")) as store:
-        yield store
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def claim(run: Location, config: str) -> None:
 
 
 def remember(run: Location, config: str) -> None:
-    """Write the resolved configuration of the last command into the run."""
+    """Write the resolved configuration of the last command into the run, once no stage can refuse it any more."""
     (run / CONFIG_FILE).write_text(CONFIG_HEAD + config)
 
 

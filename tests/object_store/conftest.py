@@ -1,19 +1,13 @@
-"""Each store once for the session, and a bucket for each test."""
+"""A real store once for the session, and a bucket for each test."""
 
 import uuid
 from collections.abc import Iterator
 
 import pytest
 import s3fs
-from object_store.stores import Store, ceph, moto, require_ceph
+from object_store.stores import Store, ceph, require_ceph
 
 from davir_ray.storage import Location
-
-
-@pytest.fixture(scope="session")
-def moto_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with moto(tmp_path_factory.mktemp("moto")) as store:
-        yield store
 
 
 @pytest.fixture(scope="session")
