@@ -17,7 +17,7 @@ from davir_ray.errors import DataError
 from davir_ray.formulas.comparison import Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.jsonable import flatten, json_ready
-from davir_ray.report.page import NOT_DEFINED, environment
+from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
 from davir_ray.report.words import ARM_MEANING, COMPARISON_LIMITS, READING_MEANING
 
 SELECTION, FULL, RANDOM = "selection", "full", "random"
@@ -162,7 +162,8 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
 
 def render_comparison(facts: dict[str, Any]) -> str:
     """Return the page as HTML; the same facts give the same bytes."""
-    template = environment().get_template("comparison.html.j2", globals={"verdict": verdict, "p_value": p_value})
+    functions = {"verdict": verdict, "p_value": p_value, "number": number, "decimal": decimal}
+    template = environment().get_template("comparison.html.j2", globals=functions)
     return template.render(
         facts=facts,
         sections=_SECTIONS,
@@ -176,11 +177,17 @@ def render_comparison(facts: dict[str, Any]) -> str:
 
 
 def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
-    """Each arm once for a size and reading: what its first seed trained on."""
-    first = {(name.arm, name.rows, name.reading): facts for name, facts in inputs.trials.items() if name.seed == 0}
-    return [
-        {"arm": arm, "rows": rows, "reading": reading, **asdict(facts)} for (arm, rows, reading), facts in first.items()
-    ]
+    """Each arm once for a size and reading: means over its seeds of what is told of a fine-tune, and their ranges."""
+    seeds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    for name, facts in inputs.trials.items():
+        seeds.setdefault((name.arm, name.rows, name.reading), []).append(asdict(facts))
+    arms = []
+    for (arm, rows, reading), found in seeds.items():
+        told = {field: [facts[field] for facts in found] for field in found[0]}
+        means = {field: float(np.mean(values)) for field, values in told.items()}
+        ranges = {field: [min(values), max(values)] for field, values in told.items()}
+        arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
+    return arms
 
 
 def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.bool_]]]:

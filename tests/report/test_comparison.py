@@ -19,6 +19,7 @@ from davir_ray.report.comparison import (
     ComparisonInputs,
     Measure,
     Measured,
+    TrialFacts,
     render_comparison,
     summarise_comparison,
     verdict,
@@ -55,9 +56,10 @@ def mixed_verdicts() -> ComparisonInputs:
     return replace(inputs, measures=[replace(measured, values=values)])
 
 
-def glance(page: str) -> str:
-    """Text of the page's first section."""
-    return Outline(page[page.index('<section id="glance">') : page.index('<section id="results">')]).text
+def section(page: str, name: str) -> str:
+    """Text of one section of the page."""
+    start = page.index(f'<section id="{name}">')
+    return Outline(page[start : page.index("</section>", start)]).text
 
 
 def result(facts: dict[str, Any], **wanted: Any) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def test_one_table_has_every_arm_by_measure_and_source() -> None:
                 name: found[name] for name in ("mean", "low", "high")
             }
     assert [cell is not None for cell in skills[-1]["cells"]] == [True, True, False, False, False]
-    text = glance(render_comparison(facts))
+    text = section(render_comparison(facts), "glance")
     for row in skills:
         for cell in filter(None, row["cells"]):
             assert f"{cell['mean']:.3f}{cell['low']:.3f} to {cell['high']:.3f}" in text
@@ -185,7 +187,7 @@ def test_the_verdict_is_that_of_each_source_and_not_of_all_together() -> None:
     assert [(cell["source"], cell["against_random"]) for cell in own["cells"]] == [
         ("alpaca", "worse"), ("gsm8k", "better"),
     ]  # fmt: skip
-    text = glance(render_comparison(facts))
+    text = section(render_comparison(facts), "glance")
     for source in (None, "alpaca", "gsm8k"):
         mean = result(facts, arm="selection", source=source)["against"]["random"]["mean"]
         assert (f"{mean:.3f}".replace("-", "−") in text) == (source is not None)
@@ -197,6 +199,22 @@ def test_one_measure_on_one_source_needs_no_table_of_skills() -> None:
     one = replace(measured, sources=np.array(["alpaca"] * len(measured.sources)))
     facts, _ = summarise_comparison(replace(inputs, measures=[one]))
     assert facts["skills"] == []
-    text = glance(render_comparison(facts))
+    text = section(render_comparison(facts), "glance")
     assert "so it is" in text
     assert "alpaca" not in text
+
+
+def test_the_arms_are_told_as_means_over_their_seeds_with_the_range_where_they_differ() -> None:
+    inputs = comparison_inputs(trial_names((SIZE,), ("epochs",)))
+    drawn = (3000, 3500, 4600)
+    trials = {
+        name: TrialFacts(SIZE, drawn[name.seed] if name.arm == "random" else 2900, 12, 1.25, 4.0)
+        for name in inputs.trials
+    }
+    facts, _ = summarise_comparison(replace(inputs, trials=trials))
+    told = {row["arm"]: (row["num_response_tokens"], row["ranges"]["num_response_tokens"]) for row in facts["arms"]}
+    same = (2900, [2900, 2900])
+    assert told == {"selection": same, "random": (3700, [3000, 4600]), "lowest": same, "full": same}
+    text = section(render_comparison(facts), "arms")
+    assert "3,7003,000 to 4,600" in text
+    assert text.count("2,900") == 3
