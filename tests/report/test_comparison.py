@@ -218,3 +218,13 @@ def test_the_arms_are_told_as_means_over_their_seeds_with_the_range_where_they_d
     text = section(render_comparison(facts), "arms")
     assert "3,7003,000 to 4,600" in text
     assert text.count("2,900") == 3
+
+
+def test_the_page_says_that_the_rules_of_the_selection_do_not_bind_the_other_arms() -> None:
+    facts, _ = summarise_comparison(comparison_inputs())
+    text = section(render_comparison(facts), "arms")
+    assert "every scored row of the source: random, lowest. The selection’s own" in text
+    assert "min_response_tokens, max_response_tokens, drop_duplicates, balance and quotas do not apply to them." in text
+    few = [name for name in trial_names() if name.arm in ("selection", "full")]
+    facts, _ = summarise_comparison(comparison_inputs(few))
+    assert "do not apply" not in section(render_comparison(facts), "arms")
