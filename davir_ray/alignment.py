@@ -28,9 +28,9 @@ def run_alignment(config: AlignRunConfig) -> Location:
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / BASE_CACHE))
     with writing(run, config):
         prepare_inputs(run, config, preparation)
-        freeze(run, base, scoring, overwrite=config.overwrite)
+        freeze(run, base, scoring, config.finetune, overwrite=config.overwrite)
         align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
-        policy = Checkpoint.find(str(run / "policy"))
+        policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
         score(run, base, policy, scoring, keep_token_nll="none", overwrite=config.overwrite)
         (run / BASE_CACHE).remove()
         remember(run, dump(config))

@@ -43,7 +43,7 @@ def run_all(config: RunConfig) -> Location:
         if reference is None:
             spec = scoring_spec(preparation, config.all_sources())
             finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
-            reference = Checkpoint.find(str(run / "reference"))
+            reference = Checkpoint.find(str(run / "reference"), config.trust_remote_code)
         score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
         remember(run, dump(config))
         _rank_and_report(run, config)

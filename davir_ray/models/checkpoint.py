@@ -280,6 +280,11 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def uses_autocast(precision: str, device: torch.device) -> bool:
+    """Whether a fine-tune's precision setting means bfloat16 arithmetic, whatever the weights' type, on this device."""
+    return resolve_dtype(precision, device) is torch.bfloat16
+
+
 def local_device() -> torch.device:
     """The GPU that this process was given, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

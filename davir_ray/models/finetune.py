@@ -26,10 +26,10 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
 from davir_ray.errors import TrainingError
 from davir_ray.formulas.ranking import seed_from
-from davir_ray.models.checkpoint import quiet
+from davir_ray.models.checkpoint import quiet, uses_autocast
 from davir_ray.models.hub import without_asking
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood
-from davir_ray.models.parallel import Position, Weights, spread_of, uses_autocast
+from davir_ray.models.parallel import Position, Weights, spread_of
 from davir_ray.models.training_set import Objective
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Trainer:
         self._step = 0
         self._history: list[list[float]] = []
         self._total = num_steps(len(objective), config.batch_size, config.epochs, config.max_steps)
-        self._autocast = uses_autocast(config, self._device)
+        self._autocast = uses_autocast(config.precision, self._device)
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
                 warnings.simplefilter("ignore", FutureWarning)
@@ -236,6 +236,11 @@ class Trainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             nll_R: torch.Tensor = self._module(self._objective.pack(rows))
         return self._objective.sums(nll_R, rows)
+
+
+def weights_precision(config: FinetuneConfig) -> str:
+    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter that of scoring."""
+    return "float32" if config.lora_rank is None else config.precision
 
 
 def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:

@@ -22,15 +22,16 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, UserError
 from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype
+from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype, uses_autocast
 from davir_ray.models.finetune import (
     StepReport,
     Trainer,
     freeze_what_text_does_not_reach,
     save_reference,
+    weights_precision,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
-from davir_ray.models.parallel import sharded, together, uses_autocast
+from davir_ray.models.parallel import sharded, together
 from davir_ray.models.self_check import self_check
 from davir_ray.models.training_set import TRAINING_COLUMNS, Objective, TrainingSet
 from davir_ray.progress import Progress
@@ -261,12 +262,11 @@ def _continue(trainer: Trainer, state: Path, told_as: str) -> None:
 def _load(training: Training) -> Any:
     """The base, ready to be trained, and spread over the workers as the strategy says."""
     config, device = training.config, get_device()
-    # Under an adapter the frozen weights are of the type that scoring will use.
-    dtype = torch.float32 if config.lora_rank is None else resolve_dtype(config.precision, device)
+    dtype = resolve_dtype(weights_precision(config), device)
     if config.strategy == "ddp":
         return prepare_model(together(partial(_make, training, dtype, device)))
     make = partial(_make, training, dtype, torch.device("cpu"))
-    return sharded(make, device, autocast=uses_autocast(config, device))
+    return sharded(make, device, autocast=uses_autocast(config.precision, device))
 
 
 def _make(training: Training, dtype: torch.dtype, device: torch.device) -> Likelihood:

@@ -120,7 +120,7 @@ class Trial:
             self.place, setting.base, self.recipe, setting.spec,
             examples_of=self.examples_of, overwrite=setting.overwrite,
         )  # fmt: skip
-        model = Checkpoint.find(str(self.place / "reference"))
+        model = Checkpoint.find(str(self.place / "reference"), setting.base.trust_remote_code)
         scored = score(
             self.place, setting.base, model, setting.score, keep_token_nll="none",
             examples_of=setting.heldout, overwrite=setting.overwrite,
