@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -238,7 +238,7 @@ class Trainer:
         return self._objective.sums(nll_R, rows)
 
 
-def weights_precision(config: FinetuneConfig) -> str:
+def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
     """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter that of scoring."""
     return "float32" if config.lora_rank is None else config.precision
 
@@ -250,6 +250,19 @@ def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
+
+
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Of the model as it is; an adapter that is added later has its own.
+
+    Preference training compares the policy with a frozen one that has none, as TRL's does.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what attention is called with
+                setattr(module, name, 0.0)
 
 
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:

@@ -55,8 +55,8 @@ def freeze(
     In the arithmetic of the training, whatever that of the config, so that the policy begins where the frozen one is:
     bfloat16 moves the log-probability of a response by tenths of a nat.
     """
-    stage, config = _Stage("freeze", "frozen", run, run), replace(config, precision=weights_precision(training))
-    return _score(stage, base, None, config, "none", autocast=training.precision, overwrite=overwrite)
+    stage, weights = _Stage("freeze", "frozen", run, run), replace(config, precision=weights_precision(training))
+    return _score(stage, base, None, weights, "none", autocast=training.precision, overwrite=overwrite)
 
 
 class _Stage(NamedTuple):

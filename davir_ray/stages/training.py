@@ -28,6 +28,7 @@ from davir_ray.models.finetune import (
     Trainer,
     freeze_what_text_does_not_reach,
     save_reference,
+    switch_off_dropout,
     weights_precision,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
@@ -78,6 +79,8 @@ class Training:
     spec: dict[str, Any]
     folder: str
     """Of the run, where the model goes."""
+    dropout: bool = True
+    """The base's own, where it has any."""
 
 
 def finetune(
@@ -160,7 +163,7 @@ def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
     """Run Ray Train. The fingerprint names its folder: the same fine-tune continues by itself, another starts anew."""
     config = training.config
     use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
-    _check_fits(config, use_gpu)
+    check_workers(config)
     storage = training.run / "checkpoints"
     if storage.is_local:
         Path(storage.path).mkdir(parents=True, exist_ok=True)
@@ -211,7 +214,9 @@ def _arrow_filesystem(place: Location) -> pyarrow.fs.FileSystem:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(place.fs))
 
 
-def _check_fits(config: FinetuneConfig, use_gpu: bool) -> None:
+def check_workers(config: FinetuneConfig) -> None:
+    """ClusterError if the cluster cannot hold the workers."""
+    use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
     resources = ray.cluster_resources()
     for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
         if wanted * config.num_workers > resources.get(name, 0):
@@ -273,6 +278,8 @@ def _make(training: Training, dtype: torch.dtype, device: torch.device) -> Likel
     """The base, checked, with its adapter if it gets one, and frozen where text does not reach."""
     likelihood = Likelihood(training.base.model(dtype, device))
     self_check(likelihood)
+    if not training.dropout:
+        switch_off_dropout(likelihood.model)
     if training.config.lora_rank is not None:
         add_adapter(likelihood.model, training.config, training.config.lora_rank)
     freeze_what_text_does_not_reach(likelihood.model)

@@ -27,6 +27,7 @@ from davir_ray.data.packing import pack
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
+from davir_ray.models.checkpoint import uses_autocast
 from davir_ray.models.finetune import StepReport, Trainer, plan, save_reference
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.parallel import SHARDS_FILE, layers_of, sharded, together
