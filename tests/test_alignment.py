@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drivers import Driver
+from drivers import PACKAGE, Driver
 from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
@@ -162,6 +163,24 @@ def test_the_report_is_recomputed_from_the_margins(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert "DavIR-DPO" in page
     assert "Fisher" in page
+
+
+def test_the_guides_lines_that_put_losses_side_by_side_say_what_the_reports_say(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (PACKAGE / "jobs" / "README.md").read_text()
+    (snippet,) = (box for box in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "margins" in box)
+    names = re.findall(r"runs/\w+-\d", snippet)
+    (tmp_path / "runs").mkdir()
+    for name in names:
+        (tmp_path / name).symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    told = report(finished)["parts"]["trained"]
+    expected = [told["accuracy"], told["length"]["pearson"], told["length"]["spearman"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert all([float(word) for word in line.split()[1:]] == pytest.approx(expected) for line in lines)
 
 
 def test_training_raised_the_margin(finished: Path) -> None:
