@@ -72,7 +72,6 @@ def compare(config: CompareConfig) -> Location:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
     run, output = place_of(config.run or ""), place_of(config.output or "")
-    _check_output(run, output)
     check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
     probe_output(output)
     with storage_errors(run):
@@ -80,6 +79,7 @@ def compare(config: CompareConfig) -> Location:
         finished = _finished(run, before)
         recipe = _recipe(before, config.recipe)
         preparation = _preparation(run, before, config)
+    _check_output(run, output)
     with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
         prepare(
             output / HELDOUT, config.all_heldout(), preparation,

@@ -153,7 +153,8 @@ class Trial:
         manifest = Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds)
         manifest = manifest.commit(self.place)
         self.drop_model(manifest)
-        _forget_everywhere(model)
+        if model.files:
+            _forget_everywhere(model)
         return manifest
 
     def _matches(self, model: Checkpoint) -> list[FileEntry]:
