@@ -240,9 +240,7 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
                 running[start.options(name=str(trial.name)).remote(trial)] = trial
             (ended,), _ = ray.wait(list(running), num_returns=1)
             trial = running.pop(ended)
-            try:
-                _raise_failure(ended, trial)
-            except TrainingError as error:
+            if error := _failure(ended, trial):
                 log.warning("compare: %s", error)
                 failed.append(error)
                 continue
@@ -250,9 +248,7 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
             log.info("compare: %s is measured (%d of %d)", trial.name, done, len(trials))
             tell(done)
     finally:
-        for task in running:
-            ray.cancel(task)
-        ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_S)  # none writes once the lease is given back
+        _cancel(list(running))
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(trials)} fine-tunes failed, the others are measured; {failed[0]}; or leave the arm "
@@ -260,12 +256,24 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
         )
 
 
-def _raise_failure(ended: Any, trial: Trial) -> None:
+def _failure(ended: Any, trial: Trial) -> TrainingError | None:
+    """Why this fine-tune failed, if it did by itself; any other error is raised, with the trial's name."""
     try:
         with own_errors():
             ray.get(ended)
+    except TrainingError as error:
+        return TrainingError(f"{trial.name}: {error}")
     except DavirError as error:
         raise type(error)(f"{trial.name}: {error}") from error
+    return None
+
+
+def _cancel(tasks: list[Any]) -> None:
+    """End these, and wait until they have: none may write once the lease is given back."""
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=_CANCEL_S)
 
 
 def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None) -> tuple[int, ScoreConfig]:
