@@ -17,10 +17,10 @@ from davir_ray.errors import DataError
 from davir_ray.formulas.comparison import Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.jsonable import flatten, json_ready
-from davir_ray.report.page import NOT_DEFINED, environment
+from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
 from davir_ray.report.words import ARM_MEANING, COMPARISON_LIMITS, READING_MEANING
 
-FULL, RANDOM = "full", "random"
+SELECTION, FULL, RANDOM = "selection", "full", "random"
 BASELINES = (RANDOM, FULL)
 """Arms that every other one is tested against."""
 
@@ -58,13 +58,19 @@ class Measure(NamedTuple):
 
     name: str
     title: str
+    short: str
+    """Over a column of a table."""
     unit: str
     lower_is_better: bool
 
 
-LOSS = Measure("loss", "Held-out loss", "nats per response token", True)
-STRICT = Measure("exact_match", "Exact match of the marked answer", "share of the questions", False)
-FLEXIBLE = Measure("exact_match_flexible", "Exact match of the last number", "share of the questions", False)
+LOSS = Measure("loss", "Held-out loss", "loss", "nats per response token", True)
+STRICT = Measure(
+    "exact_match", "Exact match of the marked answer", "strict exact match", "share of the questions", False
+)
+FLEXIBLE = Measure(
+    "exact_match_flexible", "Exact match of the last number", "flexible exact match", "share of the questions", False
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,12 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
         "seeds": inputs.settings["seeds"],
         "arms": _arms(inputs),
         "measures": [
-            {**measured.measure._asdict(), "without_value": measured.without_value} for measured in inputs.measures
+            {
+                **measured.measure._asdict(),
+                "sources": np.unique(measured.sources).tolist(),
+                "without_value": measured.without_value,
+            }
+            for measured in inputs.measures
         ],
         "heldout": {
             "read": inputs.heldout["read"],
@@ -145,28 +156,38 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
         "recipe": [{"name": name, "value": value} for name, value in flatten(inputs.recipe)],
         "settings": [{"name": name, "value": value} for name, value in flatten(inputs.settings)],
     }
-    return json_ready(facts), [row for measured in inputs.measures for row in _table(inputs, measured)]
+    ready = json_ready(facts)
+    return ready | {"skills": _skills(ready)}, [row for measured in inputs.measures for row in _table(inputs, measured)]
 
 
 def render_comparison(facts: dict[str, Any]) -> str:
     """Return the page as HTML; the same facts give the same bytes."""
-    template = environment().get_template("comparison.html.j2", globals={"verdict": verdict, "p_value": p_value})
+    functions = {"verdict": verdict, "p_value": p_value, "number": number, "decimal": decimal}
+    template = environment().get_template("comparison.html.j2", globals=functions)
     return template.render(
         facts=facts,
         sections=_SECTIONS,
+        columns=_columns(facts),
+        skills=_by_stage(facts["skills"]),
         parts=list(_parts(facts)),
-        findings=_findings(facts),
+        findings=_by_stage(_findings(facts)),
         arm_meaning=ARM_MEANING,
         reading_meaning=READING_MEANING,
     )
 
 
 def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
-    """Each arm once for a size and reading: what its first seed trained on."""
-    first = {(name.arm, name.rows, name.reading): facts for name, facts in inputs.trials.items() if name.seed == 0}
-    return [
-        {"arm": arm, "rows": rows, "reading": reading, **asdict(facts)} for (arm, rows, reading), facts in first.items()
-    ]
+    """Each arm once for a size and reading: means over its seeds of what is told of a fine-tune, and their ranges."""
+    seeds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    for name, facts in inputs.trials.items():
+        seeds.setdefault((name.arm, name.rows, name.reading), []).append(asdict(facts))
+    arms = []
+    for (arm, rows, reading), found in seeds.items():
+        told = {field: [facts[field] for facts in found] for field in found[0]}
+        means = {field: float(np.mean(values)) for field, values in told.items()}
+        ranges = {field: [min(values), max(values)] for field, values in told.items()}
+        arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
+    return arms
 
 
 def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.bool_]]]:
@@ -278,22 +299,78 @@ def _part(
     }
 
 
-def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What became of the selection, beside a random one and beside the full set."""
-    measures = {measure["name"]: measure for measure in facts["measures"]}
+def _columns(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each measure on each of its sources; `group` is what the rows of results call that source."""
+    return [
+        {"measure": measure, "source": source, "group": source if len(measure["sources"]) > 1 else None}
+        for measure in facts["measures"]
+        for source in measure["sources"]
+    ]
+
+
+def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each arm, and the untrained base, with all that is measured of it by source; empty where that is one figure."""
+    columns = _columns(facts)
+    if len(columns) < 2:
+        return []
+    arms: dict[tuple[int | None, str | None, str], dict[Any, dict[str, Any]]] = {}
+    for row in facts["results"]:
+        arms.setdefault((row["rows"], row["reading"], row["arm"]), {})[row["measure"], row["source"]] = row
+    for row in facts["base_results"]:
+        arms.setdefault((None, None, "base"), {})[row["measure"], row["source"]] = row
     return [
         {
-            "measure": measures[row["measure"]],
-            "rows": row["rows"],
-            "reading": row["reading"],
-            "baseline": baseline,
-            "test": test,
-            "verdict": verdict(test, measures[row["measure"]], facts["seeds"]),
+            "rows": rows,
+            "reading": reading,
+            "arm": arm,
+            "cells": [_cell(column, found, facts["seeds"]) for column in columns],
         }
-        for row in facts["results"]
-        if row["arm"] == "selection" and row["source"] is None
-        for baseline, test in row["against"].items()
+        for (rows, reading, arm), found in arms.items()
     ]
+
+
+def _cell(column: dict[str, Any], found: Mapping[Any, dict[str, Any]], seeds: int) -> dict[str, Any] | None:
+    """One figure of an arm, and what its test against random says; nothing where it was not measured."""
+    row = found.get((column["measure"]["name"], column["group"]))
+    if row is None:
+        return None
+    return {
+        "measure": column["measure"]["name"],
+        "source": column["source"],
+        "mean": row["mean"],
+        "low": row["low"],
+        "high": row["high"],
+        "against_random": verdict(row.get("against", {}).get(RANDOM), column["measure"], seeds),
+    }
+
+
+def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What became of the selection beside a random one and beside the full set: a cell for each measure and source."""
+    found: dict[tuple[int, str, str], dict[Any, dict[str, Any]]] = {}
+    for row in facts["results"]:
+        for baseline, test in row["against"].items() if row["arm"] == SELECTION else ():
+            tests = found.setdefault((row["rows"], row["reading"], baseline), {})
+            tests[row["measure"], row["source"]] = test
+    return [
+        {
+            "rows": rows,
+            "reading": reading,
+            "baseline": baseline,
+            "cells": [
+                {"column": column, "test": tests[column["measure"]["name"], column["group"]]}
+                for column in _columns(facts)
+            ],
+        }
+        for (rows, reading, baseline), tests in found.items()
+    ]
+
+
+def _by_stage(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table under their size and reading, in the order in which these come first."""
+    stages: dict[tuple[int | None, str | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault((row["rows"], row["reading"]), []).append(row)
+    return [{"rows": size, "reading": reading, "lines": lines} for (size, reading), lines in stages.items()]
 
 
 def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) -> str:

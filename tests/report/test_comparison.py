@@ -13,12 +13,53 @@ from scipy import stats
 from davir_ray.comparison_config import TrialName
 from davir_ray.errors import DataError
 from davir_ray.report.comparison import (
+    FLEXIBLE,
     LOSS,
     STRICT,
+    ComparisonInputs,
+    Measure,
+    Measured,
+    TrialFacts,
     render_comparison,
     summarise_comparison,
     verdict,
 )
+
+ARMS, SIZE, SEEDS = ("selection", "random", "lowest"), 100, range(3)
+
+
+def matches(measure: Measure, sources: list[str], names: list[TrialName], share: float, draw_from: int) -> Measured:
+    """Answers of every model that are right or wrong by chance, the selection's right more often."""
+    draw = np.random.default_rng(draw_from)
+    rates = {name: share + 0.2 * (name.arm == "selection") for name in names}
+    values = {name: (draw.random(len(sources)) < rate).astype(float) for name, rate in rates.items()}
+    return Measured(measure, np.array(sources), np.ones(len(sources)), values)
+
+
+def two_skills() -> ComparisonInputs:
+    """Loss and strict answers on two sources, flexible ones on one; three seeds of four arms."""
+    inputs = comparison_inputs(trial_names((SIZE,)))
+    names = list(inputs.trials)
+    strict = matches(STRICT, ["alpaca"] * 30 + ["gsm8k"] * 50, names, 0.3, 1)
+    flexible = matches(FLEXIBLE, ["gsm8k"] * 50, names, 0.4, 2)
+    return replace(inputs, measures=[*inputs.measures, strict, flexible])
+
+
+def mixed_verdicts() -> ComparisonInputs:
+    """The selection does better than random on the small source and worse on the large one: pooled it does worse."""
+    inputs = comparison_inputs(trial_names((SIZE,), ("epochs",)))
+    (measured,) = inputs.measures
+    moved = np.where(measured.sources == "gsm8k", -1.0, 2.0)
+    values = {
+        name: values + measured.weights * moved * (name.arm == "selection") for name, values in measured.values.items()
+    }
+    return replace(inputs, measures=[replace(measured, values=values)])
+
+
+def section(page: str, name: str) -> str:
+    """Text of one section of the page."""
+    start = page.index(f'<section id="{name}">')
+    return Outline(page[start : page.index("</section>", start)]).text
 
 
 def result(facts: dict[str, Any], **wanted: Any) -> dict[str, Any]:
@@ -115,3 +156,75 @@ def test_nothing_left_to_measure_on_is_an_error() -> None:
     )  # fmt: skip
     with pytest.raises(DataError, match="2 of 63 are in the run's training pool"):
         summarise_comparison(replace(inputs, measures=[empty]))
+
+
+def test_one_table_has_every_arm_by_measure_and_source() -> None:
+    facts, _ = summarise_comparison(two_skills())
+    skills = facts["skills"]
+    stages = [(SIZE, reading, arm) for reading in ("epochs", "steps") for arm in (*ARMS, "full")]
+    assert [(row["rows"], row["reading"], row["arm"]) for row in skills] == [*stages, (None, None, "base")]
+    columns = [("loss", "alpaca"), ("loss", "gsm8k"), ("exact_match", "alpaca"), ("exact_match", "gsm8k")]
+    columns += [("exact_match_flexible", "gsm8k")]
+    for row in skills[:-1]:
+        assert [(cell["measure"], cell["source"]) for cell in row["cells"]] == columns
+        for cell in row["cells"]:
+            group = None if cell["measure"] == "exact_match_flexible" else cell["source"]
+            own = {name: row[name] for name in ("rows", "reading", "arm")}
+            found = result(facts, measure=cell["measure"], source=group, **own)
+            assert {name: cell[name] for name in ("mean", "low", "high")} == {
+                name: found[name] for name in ("mean", "low", "high")
+            }
+    assert [cell is not None for cell in skills[-1]["cells"]] == [True, True, False, False, False]
+    text = section(render_comparison(facts), "glance")
+    for row in skills:
+        for cell in filter(None, row["cells"]):
+            assert f"{cell['mean']:.3f}{cell['low']:.3f} to {cell['high']:.3f}" in text
+
+
+def test_the_verdict_is_that_of_each_source_and_not_of_all_together() -> None:
+    facts, _ = summarise_comparison(mixed_verdicts())
+    (own,) = [row for row in facts["skills"] if row["arm"] == "selection"]
+    assert [(cell["source"], cell["against_random"]) for cell in own["cells"]] == [
+        ("alpaca", "worse"), ("gsm8k", "better"),
+    ]  # fmt: skip
+    text = section(render_comparison(facts), "glance")
+    for source in (None, "alpaca", "gsm8k"):
+        mean = result(facts, arm="selection", source=source)["against"]["random"]["mean"]
+        assert (f"{mean:.3f}".replace("-", "−") in text) == (source is not None)
+
+
+def test_one_measure_on_one_source_needs_no_table_of_skills() -> None:
+    inputs = comparison_inputs()
+    (measured,) = inputs.measures
+    one = replace(measured, sources=np.array(["alpaca"] * len(measured.sources)))
+    facts, _ = summarise_comparison(replace(inputs, measures=[one]))
+    assert facts["skills"] == []
+    text = section(render_comparison(facts), "glance")
+    assert "so it is" in text
+    assert "alpaca" not in text
+
+
+def test_the_arms_are_told_as_means_over_their_seeds_with_the_range_where_they_differ() -> None:
+    inputs = comparison_inputs(trial_names((SIZE,), ("epochs",)))
+    drawn = (3000, 3500, 4600)
+    trials = {
+        name: TrialFacts(SIZE, drawn[name.seed] if name.arm == "random" else 2900, 12, 1.25, 4.0)
+        for name in inputs.trials
+    }
+    facts, _ = summarise_comparison(replace(inputs, trials=trials))
+    told = {row["arm"]: (row["num_response_tokens"], row["ranges"]["num_response_tokens"]) for row in facts["arms"]}
+    same = (2900, [2900, 2900])
+    assert told == {"selection": same, "random": (3700, [3000, 4600]), "lowest": same, "full": same}
+    text = section(render_comparison(facts), "arms")
+    assert "3,7003,000 to 4,600" in text
+    assert text.count("2,900") == 3
+
+
+def test_the_page_says_that_the_rules_of_the_selection_do_not_bind_the_other_arms() -> None:
+    facts, _ = summarise_comparison(comparison_inputs())
+    text = section(render_comparison(facts), "arms")
+    assert "every scored row of the source: random, lowest. The selection’s own" in text
+    assert "min_response_tokens, max_response_tokens, drop_duplicates, balance and quotas do not apply to them." in text
+    few = [name for name in trial_names() if name.arm in ("selection", "full")]
+    facts, _ = summarise_comparison(comparison_inputs(few))
+    assert "do not apply" not in section(render_comparison(facts), "arms")
