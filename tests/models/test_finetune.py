@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_two_ranks
 from torch.nn.parallel import DistributedDataParallel
@@ -130,7 +130,6 @@ def first_gradient(model: PreTrainedModel, config: FinetuneConfig) -> Weights:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 4), st.integers(0, 2**32))
 def test_each_epoch_of_the_plan_is_a_permutation(num_examples: int, batch_size: int, epochs: int, seed: int) -> None:
     batches = list(plan(num_examples, batch_size, epochs, seed))
