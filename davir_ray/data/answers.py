@@ -10,8 +10,8 @@ The harness's strict-match is the regex `#### (\-?[0-9\.\,]+)`, its flexible-ext
 its braces matched, is read as Minerva's evaluation does (Lewkowycz et al. 2022, appendix D; the harness's
 minerva_math), and numbers are compared as numbers: 18.00 = 18, 1/2 = 0.5, where the harness sees two texts. Of several
 marks the last counts: models correct themselves. As with the harness's stop word, a line that begins with "Question:"
-ends the text: what a model asks itself next is no answer. Of a calculation that is marked or stated its result counts: of
-"20 apples + 5 apples = 25 apples" 25.
+ends the text: what a model asks itself next is no answer. Of a calculation that is marked or stated the result counts:
+of "20 apples + 5 apples = 25 apples" 25.
 
 Units, currencies and per cent signs are passed over: 50% is 50. What is no single plain number (3:45, 5-6, 2^10, 1e5)
 is no answer, rather than a part of it.
