@@ -89,7 +89,7 @@ def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, An
 def _expected(example: dict[str, Any]) -> Any:
     """What the response marks as its answer, else the number in the record's column `answer`.
 
-    None of a conversation with several scored turns: the text continues it at the first of them, the answer is the last.
+    None of a conversation with several scored turns: the text continues it at the first, the answer is in the last.
     """
     if len(example["response_spans"]) > 2:
         return None
