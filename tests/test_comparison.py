@@ -160,11 +160,12 @@ def test_a_driver_that_dies_goes_on_arm_by_arm_with_everything_in_a_store(
         return {path: info["LastModified"].timestamp() for path, info in ends.items()}
 
     # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, forever.
-    environment = {**moto_store.environment, "DAVIR_RAY_CACHE": str(tmp_path / "cache")}
+    environment = {**moto_store.environment, "DAVIR_RAY_CACHE": str(tmp_path / "first_cache")}
     first = Driver("compare.py", options, tmp_path / "first.log", environment)
     first.wait_for(lambda: len(measured()) == 1, "the first arm", seconds=400)
     first.kill()
     before = measured()
+    environment["DAVIR_RAY_CACHE"] = str(tmp_path / "cache")
     again = Driver("compare.py", options, tmp_path / "again.log", environment, ray_address)
     assert again.finish() == 0, again.output
     (copied,) = set(re.findall(r"s3://\S+/arms/\S+: downloading", again.output)) or {None}
@@ -197,24 +198,25 @@ def conversations(words: list[str], answer: str) -> str:
 
 
 COUNTED, NOT_COUNTED = "There are some.\n#### 7", "Nobody knows."
+SHRUGGED_AT = ["rivers", "stars", "hats", "songs", "roads", "eggs"]
 
 
-def test_a_mixture_whose_models_answer_and_keep_one_skill_or_both(
+def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
     make_checkpoint: Callable[..., Path], ray_session: None, tmp_path: Path
 ) -> None:
-    """Trained on two counts among forty shrugs, a model shrugs; on all counts too often to be missed, it counts.
+    """Trained on one count and twelve shrugs a model shrugs more often than on forty counts and the same shrugs.
 
     The held-out questions have seven for an answer nine times in twelve. Turns end as the template ends them.
     """
     template, counts, shrugs = (tmp_path / name for name in ("chat.jinja", "counts.jsonl", "shrugs.jsonl"))
     template.write_text(TEMPLATE)
-    counts.write_text(conversations(PEOPLE[:48], COUNTED))
-    shrugs.write_text(conversations(PLACES[20:30], NOT_COUNTED))
+    counts.write_text(conversations(PEOPLE, COUNTED))
+    shrugs.write_text(conversations(SHRUGGED_AT, NOT_COUNTED))
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text(conversations(PLACES[:9], COUNTED) + conversations(PLACES[9:12], COUNTED.replace("7", "8")))
     asked = [{"instruction": f"How many {word}?"} for word in PLACES[12:16]]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
-    parts = [Part("counts", top_k=2), Part("shrugs", all=True, repeat=2)]
+    parts = [Part("counts", top_k=1), Part("shrugs", all=True, repeat=2)]
     run_all(
         RunConfig(
             output=str(tmp_path / "run"), base=str(make_checkpoint(0)), chat_template=str(template),
@@ -224,7 +226,8 @@ def test_a_mixture_whose_models_answer_and_keep_one_skill_or_both(
     )  # fmt: skip
     config = CompareConfig(
         run=str(tmp_path / "run"), output=str(tmp_path / "out"), heldout=str(heldout), heldout_format="messages",
-        arms=["selection", "full"], readings=["epochs"], seeds=1, recipe={"epochs": 20}, measures=["loss"],
+        arms=["selection", "full"], readings=["epochs"], seeds=1, measures=["loss"],
+        recipe={"epochs": 60, "batch_size": 8},
         generate=GenerateConfig(max_new_tokens=40), instructions=str(tmp_path / "asked.json"), keep_models=True,
     )  # fmt: skip
     compare(config)
@@ -238,19 +241,21 @@ def test_a_mixture_whose_models_answer_and_keep_one_skill_or_both(
     table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
     assert set(table["measure"]) == {"loss", "exact_match", "exact_match_flexible"}
     rows = dict(zip(table["arm"], table["num_examples"], strict=True))
-    assert rows == {"selection": 2 + 2 * 10, "full": 48 + 2 * 10}
-    for arm, text, right in (("selection", NOT_COUNTED, 0.0), ("full", COUNTED, 9 / 12)):
-        trial = tmp_path / "out" / "arms" / f"{arm}-{2 if arm == 'selection' else rows['full']}-epochs-seed0"
-        matches = pd.read_parquet(trial / "matches")
-        assert matches["strict"].mean() == right
-        told = table[(table["arm"] == arm) & (table["measure"] == "exact_match")]
-        assert set(told["value"]) == {right}
+    assert rows == {"selection": 1 + 2 * len(SHRUGGED_AT), "full": len(PEOPLE) + 2 * len(SHRUGGED_AT)}
+    right = {}
+    for arm, size in (("selection", 1), ("full", rows["full"])):
+        trial = tmp_path / "out" / "arms" / f"{arm}-{size}-epochs-seed0"
         texts = pd.concat(pd.read_parquet(place / "generations") for place in (trial, trial / "answers"))
         assert texts["finished"].all()
-        assert set(texts["output"]) == {text}
+        matches = pd.read_parquet(trial / "matches").merge(texts, on="example_id")
+        right[arm] = ((matches["output"] == COUNTED) & (matches["expected"] == "7")).mean()
+        told = table[(table["arm"] == arm) & (table["measure"] == "exact_match")]
+        assert told["value"].tolist() == [pytest.approx(right[arm])]
         outputs = json.loads((trial / "answers" / "outputs.json").read_text())
         assert [row["instruction"] for row in outputs] == [row["instruction"] for row in asked]
         assert {row["generator"] for row in outputs} == {trial.name}
+        assert [row["output"] for row in outputs] == texts["output"].tolist()[-len(outputs) :]
+    assert right["full"] > right["selection"]
     assert "Exact match" in (tmp_path / "out" / "comparison.html").read_text()
 
 
