@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.cli import dump
-from davir_ray.inputs import check_inputs, prepare_inputs
+from davir_ray.inputs import check_inputs, foretell, prepare_inputs
+from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import writing
 from davir_ray.progress import Progress
@@ -14,6 +15,7 @@ from davir_ray.stages.margins import margins
 from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.resume import remember
 from davir_ray.stages.scoring import freeze, score
+from davir_ray.stages.training import check_workers
 from davir_ray.storage import Location
 
 BASE_CACHE = "base_cache"
@@ -27,10 +29,12 @@ def run_alignment(config: AlignRunConfig) -> Location:
     spec = scoring_spec(preparation, config.all_sources())
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / BASE_CACHE))
     with writing(run, config):
+        if Manifest.read(run, "align") is None:
+            check_workers(config.finetune)
         prepare_inputs(run, config, preparation)
-        freeze(run, base, scoring, overwrite=config.overwrite)
+        freeze(run, base, scoring, config.finetune, overwrite=config.overwrite)
         align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
-        policy = Checkpoint.find(str(run / "policy"))
+        policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
         score(run, base, policy, scoring, keep_token_nll="none", overwrite=config.overwrite)
         (run / BASE_CACHE).remove()
         remember(run, dump(config))
@@ -39,3 +43,10 @@ def run_alignment(config: AlignRunConfig) -> Location:
         Progress("report").write(run)
         report_margins(run, config)
     return run
+
+
+def dry_run(config: AlignRunConfig) -> list[str]:
+    """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
+    config.require_input()
+    run, _, preparation = check_inputs(config)
+    return foretell(run, config, preparation, config.finetune)

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from davir_ray.finished import remembered, scored_with
 from davir_ray.inputs import read_template
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.finetune import num_steps
-from davir_ray.output import place_of, writing
+from davir_ray.output import connected_to, place_of, writing
 from davir_ray.progress import Progress
 from davir_ray.report.comparison import (
     FLEXIBLE,
@@ -47,7 +47,7 @@ from davir_ray.report.comparison import (
     summarise_comparison,
 )
 from davir_ray.schema import Status
-from davir_ray.stages.heldout import Losses, in_training_pool, read_losses, read_matches
+from davir_ray.stages.heldout import Losses, check_left, in_training_pool, read_losses, read_matches
 from davir_ray.stages.matching import num_expected
 from davir_ray.stages.outputs import prepare_instructions
 from davir_ray.stages.pairing import check_base
@@ -63,6 +63,10 @@ log = logging.getLogger(__name__)
 HELDOUT = "heldout"
 LEFT_OUT = "left_out.parquet"
 
+_SHARD_ROWS = 128
+"""Of held-out data and instructions. A shard is what one actor generates the texts of, for minutes: with the thousands
+of rows that scoring takes at a time one actor would do all of a benchmark, and lose all of it when it dies."""
+
 
 def compare(config: CompareConfig) -> Location:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
@@ -76,7 +80,7 @@ def compare(config: CompareConfig) -> Location:
         recipe = _recipe(before, config.recipe)
         preparation = _preparation(run, before, config)
     _check_output(run, output)
-    with writing(output, config):
+    with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
         prepare(
             output / HELDOUT, config.all_heldout(), preparation,
             max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
@@ -84,8 +88,9 @@ def compare(config: CompareConfig) -> Location:
         if "exact_match" in config.measures:
             _check_answers(output / HELDOUT, config.generate.sources)
         left_out = _leave_out(run, output)
+        check_left(output / HELDOUT, left_out)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
-        setting = _setting(config, run, output, preparation, pool)
+        setting = _setting(config, before, run, output, preparation, pool)
         trials = _Plan(config, finished, output, recipe, setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
         remember(output, dump(config))
@@ -122,7 +127,12 @@ def _finished(run: Location, before: RunConfig) -> FinishedRun:
 
 
 def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
-    """The run's recipe with the changes; ConfigError where one is of the wrong type, or epochs are not known."""
+    """The run's recipe with the changes; ConfigError where one is of the wrong type, or the run's is not known."""
+    if before.reference and not changes:
+        raise ConfigError(
+            f"the run's reference was given ({before.reference}), so how it was trained is not known here; say how the "
+            "arms are trained with --recipe '{epochs: 3, learning_rate: 2e-5}' or another recipe (lora_rank for LoRA)"
+        )
     if before.finetune.max_steps is not None and "epochs" not in changes:
         raise ConfigError(
             f"the run's reference was trained for finetune.max_steps = {before.finetune.max_steps}, but the arms are "
@@ -138,7 +148,8 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
     if changed := differences(require(run, "score").fingerprint["base"], base.weights_digest()):
         raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(before.chat_template)
-    preparation = Preparation(base, before.prepare, template, limit=config.heldout_limit)
+    small = dataclasses.replace(before.prepare, shard_rows=min(_SHARD_ROWS, before.prepare.shard_rows))
+    preparation = Preparation(base, small, template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages
@@ -149,14 +160,18 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
 
 
 def _setting(
-    config: CompareConfig, run: Location, output: Location, preparation: Preparation, pool: ScoreConfig
-) -> Setting:
+    config: CompareConfig, before: RunConfig, run: Location, output: Location, preparation: Preparation,
+    pool: ScoreConfig,
+) -> Setting:  # fmt: skip
     """What all fine-tunes share; the instructions are prepared, if there are any."""
     instructions = output / "instructions" if config.instructions else None
     if instructions:
+        chat = config.instructions_chat
+        if chat is None:
+            chat = all(source.format == "messages" for source in before.all_sources())
         prepare_instructions(
             instructions, config.instructions or "", dataclasses.replace(preparation, limit=None),
-            chat=config.instructions_chat, overwrite=config.overwrite,
+            chat=chat, overwrite=config.overwrite,
         )  # fmt: skip
     return Setting(
         base=preparation.base,
@@ -225,8 +240,8 @@ class _Plan:
     def _readings(self, arm: str, selection: pa.Table, size: int, seed: int) -> dict[str, Trial]:
         """The fine-tunes of one arm with one seed, by name; of the full set both readings are the same."""
         if arm == "full":
-            rows, readings = require(self.finished.place, "prepare").counts["prepared"], ["epochs"]
-            examples_of = self.finished.place
+            examples_of, readings = self._full_rows, ["epochs"]
+            rows = require(examples_of, "prepare").counts["prepared"]
         else:
             rows, readings = size, list(self.config.readings)
             examples_of = self._rows(arm, selection, size, seed)
@@ -244,16 +259,26 @@ class _Plan:
         if (place := self.output / "sets" / name) in self._written:
             return place
         ids = self.finished.rows_of(arm, selection, seed)
-        fingerprint = {"ids": sha256(ids.tobytes()).hexdigest(), "repeats": self.finished.repeats}
-        write_set(place, self.finished, ids, fingerprint, overwrite=self.config.overwrite)
+        write_set(place, self.finished, ids, overwrite=self.config.overwrite)
         self._written.append(place)
         return place
 
-    @property
+    @cached_property
+    def _full_rows(self) -> Location:
+        """Every prepared example; of a run with a mixture those of its sources, as often as it takes their rows."""
+        if not self.finished.repeats:
+            return self.finished.place
+        place = self.output / "sets" / "full"
+        write_set(place, self.finished, None, overwrite=self.config.overwrite)
+        return place
+
+    @cached_property
     def _full_steps(self) -> int:
-        """Optimiser steps of a fine-tune on every prepared example that can be trained on."""
-        prepared, scored = (require(self.finished.place, stage).counts for stage in ("prepare", "score"))
-        trainable = prepared["prepared"] - scored.get(Status.NO_PREDICTOR, 0)
+        """Optimiser steps of a fine-tune on the full set, as many of its rows as can be trained on."""
+        counts = require(self._full_rows, "prepare").counts
+        trainable = counts.get("trainable")
+        if trainable is None:  # the run's own examples
+            trainable = counts["prepared"] - require(self.finished.place, "score").counts.get(Status.NO_PREDICTOR, 0)
         return num_steps(trainable, self.recipe.batch_size, self.recipe.epochs)
 
 

@@ -52,7 +52,9 @@ class CompareConfig(OutputConfig):
     )
     """What is trained on: the run's selection (its mixture, if there is one); as many rows drawn by hash; drawn rows
     with the same histogram of response lengths and as many response tokens; the lowest ranked; the highest by rho_sum;
-    every prepared example. In a mixture each but the last takes of a source what the mixture does."""
+    every prepared example. Rows are drawn and ranked among all that were scored: filters, balance and quotas are the
+    selection's own. In a mixture each but the last takes of a source as many rows as the mixture does; the last takes
+    all rows of its sources, as often as the mixture does."""
     sizes: list[int] = field(default_factory=list)
     """Sizes of the selection for the curve, in rows (of a mixture: rows of the sources that are not taken whole).
     Empty: the run's own size."""
@@ -71,10 +73,11 @@ class CompareConfig(OutputConfig):
     instructions: str | None = None
     """A list of instructions (JSON, JSON lines or Parquet with `instruction` and perhaps `input`) that each model
     answers into a file for alpaca_eval. No judge is called. None: none."""
-    instructions_chat: bool = False
-    """Ask the instructions as a user's turn in the chat template, not in Stanford Alpaca's prompt."""
+    instructions_chat: bool | None = None
+    """Ask the instructions as a user's turn in the chat template, not in Stanford Alpaca's prompt. None: if all the
+    run's data are messages."""
     arms_at_once: int | None = None
-    """Arms trained side by side. None: as many as the cluster has room for."""
+    """Arms trained side by side, at most as many as the cluster has room for. None: so many."""
     keep_models: bool = False
     """Keep each arm's model in its folder, once it has been measured."""
 

@@ -392,6 +392,10 @@ class InputConfig(OutputConfig):
     """The reference fine-tune."""
     score: ScoreConfig = ScoreConfig()
     """The scoring pool."""
+    dry_run: bool = False
+    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
+    estimate: EstimateConfig = EstimateConfig()
+    """What --dry_run reckons with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -435,14 +439,10 @@ class RunConfig(InputConfig):
     the whole set."""
     keep_token_nll: Literal["sample", "all", "none"] = "sample"
     """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
-    dry_run: bool = False
-    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
     rank: RankConfig = RankConfig()
     """The order of the ranking."""
     select: SelectConfig = SelectConfig()
     """Where the ranking is cut."""
-    estimate: EstimateConfig = EstimateConfig()
-    """What --dry_run reckons with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

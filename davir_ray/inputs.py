@@ -1,13 +1,19 @@
 """The input of a job: settings, access, tokenizers and templates checked before anything takes time, then prepared."""
 
 from davir_ray.access import check_readable, probe_output, translated
-from davir_ray.config import InputConfig
+from davir_ray.config import FinetuneConfig, InputConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, UserError
+from davir_ray.estimate import estimate, told
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.output import place_of
+from davir_ray.models.size import ModelSize
+from davir_ray.output import connected_to, place_of
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare
+from davir_ray.stages.preview import device_rate, preview
+from davir_ray.stages.resume import check_claim
+from davir_ray.stages.streaming import plan_pool
+from davir_ray.stages.training import check_workers
 from davir_ray.storage import Location
 
 
@@ -29,6 +35,25 @@ def prepare_inputs(run: Location, config: InputConfig, preparation: Preparation)
     """Prepare the sources."""
     sources = config.all_sources()
     return prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
+
+
+def foretell(
+    run: Location, config: InputConfig, preparation: Preparation, finetune: FinetuneConfig | None
+) -> list[str]:
+    """What a job would do, for --dry_run: the first examples, what they will take, the pool. Nothing is written.
+
+    `finetune` is None where nothing is trained.
+    """
+    lines, data = preview(config.all_sources(), preparation)
+    with connected_to(run, is_shared=config.output_is_shared):
+        check_claim(run)
+        if finetune is not None:
+            check_workers(finetune)
+        pool = plan_pool(config.score)
+        rate = device_rate(config.estimate)
+    found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, finetune)
+    lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
+    return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
 
 def _check_access(run: Location, config: InputConfig, models: tuple[str | None, ...]) -> None:

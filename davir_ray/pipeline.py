@@ -7,23 +7,19 @@ from typing import Any
 from davir_ray.access import check_readable, probe_output, storage_errors
 from davir_ray.cli import dump
 from davir_ray.config import RunConfig
-from davir_ray.errors import ModelError, OutputError
-from davir_ray.estimate import estimate, told
+from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
-from davir_ray.inputs import check_inputs, prepare_inputs
+from davir_ray.inputs import check_inputs, foretell, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.size import ModelSize
 from davir_ray.output import connected_to, place_of, writing
 from davir_ray.progress import Progress
 from davir_ray.stages.pairing import check_reference
 from davir_ray.stages.prepare import Preparation, scoring_spec
-from davir_ray.stages.preview import device_rate, preview
 from davir_ray.stages.ranking import rank
 from davir_ray.stages.reporting import report
-from davir_ray.stages.resume import check_claim, remember, require
+from davir_ray.stages.resume import remember, require
 from davir_ray.stages.scoring import score
 from davir_ray.stages.selection import check_count, select
-from davir_ray.stages.streaming import plan_pool
 from davir_ray.stages.training import finetune
 from davir_ray.stages.verification import Verification, verify
 from davir_ray.storage import Location
@@ -43,7 +39,7 @@ def run_all(config: RunConfig) -> Location:
         if reference is None:
             spec = scoring_spec(preparation, config.all_sources())
             finetune(run, base, config.finetune, spec, overwrite=config.overwrite)
-            reference = Checkpoint.find(str(run / "reference"))
+            reference = Checkpoint.find(str(run / "reference"), config.trust_remote_code)
         score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
         remember(run, dump(config))
         _rank_and_report(run, config)
@@ -52,6 +48,8 @@ def run_all(config: RunConfig) -> Location:
 
 def finetune_only(config: RunConfig) -> Location:
     """Prepare and fine-tune; returns where the reference is."""
+    if config.dry_run:
+        raise ConfigError("--dry_run is of jobs/score.py, which takes the same options; nothing was done")
     config.require_input()
     run, base, preparation = check_inputs(config, config.reference)
     with writing(run, config):
@@ -82,18 +80,10 @@ def dry_run(config: RunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
     config.require_input()
     config.require_select()
-    run, base, preparation = check_inputs(config, config.reference)
+    run, _, preparation = check_inputs(config, config.reference)
     reference = _outside_reference(config, preparation)
-    lines, data = preview(config.all_sources(), preparation)
-    with connected_to(run, is_shared=config.output_is_shared):
-        check_claim(run)
-        pool = plan_pool(config.score)
-        rate = device_rate(config.estimate)
-    found = estimate(ModelSize.of(base), data, config.prepare.shard_rows, None if reference else config.finetune)
-    lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
-    lines.append(f"cluster: {pool} to score")
-    lines.append(f"output: {run}; reference: {reference.uri if reference else 'fine-tuned in this run'}")
-    return lines
+    lines = foretell(run, config, preparation, None if reference else config.finetune)
+    return [*lines, f"reference: {reference.uri if reference else 'fine-tuned in this run'}"]
 
 
 def verify_only(output: str, num_rows: int, seed: int) -> Verification:

@@ -122,7 +122,11 @@ _GENERATED = [
     Column("finished", pa.bool_(), "ended by an end-of-sequence token, not by the limit of new tokens"),
 ]
 _MATCHED = [
-    Column("expected", pa.string(), "the number that the response gives as its answer; null where it gives none"),
+    Column(
+        "expected",
+        pa.string(),
+        "the number that the response gives as its answer; null where it gives none or has several turns",
+    ),
     Column(
         "strict_answer", pa.string(), "the number that the output marks as its answer (#### or boxed); null if none"
     ),

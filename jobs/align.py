@@ -13,9 +13,13 @@ from davir_ray.cli import run_job
 
 
 def main(config: AlignRunConfig) -> None:
-    """Run the chain and say where the policy and the report lie."""
-    from davir_ray.alignment import run_alignment  # late: a mistake in the options is told before torch and Ray load
+    """Run the chain and say where the policy and the report lie; with --dry_run, only say what would be done."""
+    # late: a mistake in the options is told before torch and Ray load
+    from davir_ray.alignment import dry_run, run_alignment
 
+    if config.dry_run:
+        print("\n".join(dry_run(config)))
+        return
     run = run_alignment(config)
     print(f"policy: {run / 'policy'}\nreport: {run / 'report.html'}")
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from hub_server import HubServer
@@ -31,6 +32,10 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(3_600_000
 
 # Equal bits are promised for one thread; with more, a busy machine may split a sum otherwise.
 torch.set_num_threads(1)
+
+# A busy machine is no reason to fail.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 VOCABULARY = 1024
 NUM_CPUS = 4

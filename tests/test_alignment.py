@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drivers import Driver
+from drivers import PACKAGE, Driver
 from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from davir_ray import schema
-from davir_ray.alignment import run_alignment
+from davir_ray.alignment import dry_run, run_alignment
 from davir_ray.alignment_config import AlignConfig, AlignRunConfig
 from davir_ray.cli import dump
 from davir_ray.config import FinetuneConfig, PrepareConfig, ScoreConfig
-from davir_ray.errors import ConfigError, DataError, OutputError
+from davir_ray.errors import ClusterError, ConfigError, DataError, OutputError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.preference import is_held_out
@@ -151,12 +152,35 @@ def test_the_report_is_recomputed_from_the_margins(finished: Path) -> None:
             assert told[column] == pytest.approx(part[column].mean())
         difference = part["num_chosen_tokens"] - part["num_rejected_tokens"]
         assert told["length"]["pearson"] == pytest.approx(np.corrcoef(difference, part["margin"])[0, 1])
+        gains = {role: part[f"policy_{role}"] - part[f"frozen_{role}"] for role in ("chosen", "rejected")}
+        plain = np.corrcoef(difference, gains["chosen"] - gains["rejected"])[0, 1]
+        assert told["length_of_gains"]["pearson"] == pytest.approx(plain)
+        assert told["margin_median"] == pytest.approx(part["margin"].median())
+        assert told["near_certain"] == (part[["frozen_chosen", "frozen_rejected"]] > -1).to_numpy().sum()
         assert told["length"]["spearman"] == pytest.approx(stats.spearmanr(difference, part["margin"]).statistic)
     assert facts["paper"] == 0.07
     assert facts["curves"].keys() >= {"loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob"}
     page = (finished / "report.html").read_text()
     assert "DavIR-DPO" in page
     assert "Fisher" in page
+
+
+def test_the_guides_lines_that_put_losses_side_by_side_say_what_the_reports_say(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (PACKAGE / "jobs" / "README.md").read_text()
+    (snippet,) = (box for box in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "margins" in box)
+    names = re.findall(r"runs/\w+-\d", snippet)
+    (tmp_path / "runs").mkdir()
+    for name in names:
+        (tmp_path / name).symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    told = report(finished)["parts"]["trained"]
+    expected = [told["accuracy"], told["length"]["pearson"], told["length"]["spearman"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert all([float(word) for word in line.split()[1:]] == pytest.approx(expected) for line in lines)
 
 
 def test_training_raised_the_margin(finished: Path) -> None:
@@ -169,12 +193,12 @@ def test_training_raised_the_margin(finished: Path) -> None:
 def test_a_finished_run_is_skipped(copied: AlignRunConfig) -> None:
     before = {stage: manifest(copied.output, stage).content for stage in STAGES if stage != "report"}
     files = {
-        path: path.stat().st_mtime_ns for path in Path(str(copied.output)).rglob("*.*t") if "manifests" not in str(path)
+        path: path.stat().st_mtime_ns for path in Path(str(copied.output)).rglob("*.*") if "manifests" not in str(path)
     }
     run_alignment(copied)
     assert {stage: manifest(copied.output, stage).content for stage in before} == before
     changed = {path.name for path, at in files.items() if path.stat().st_mtime_ns != at}
-    assert changed <= {"report.html"}
+    assert changed == {"report.html", "report.json", "config.yaml", "progress.json"}
 
 
 def test_another_loss_is_refused_then_redone_on_the_same_frozen_losses(copied: AlignRunConfig) -> None:
@@ -229,8 +253,25 @@ def test_a_sharded_policy_whose_driver_dies_goes_on_and_is_that_of_an_undisturbe
     )
 
 
+def test_a_dry_run_shows_both_responses_with_the_scored_tokens_marked_and_writes_nothing(
+    config: AlignRunConfig, ray_session: None, tmp_path: Path
+) -> None:
+    text = "\n".join(dry_run(replace(config, output=str(tmp_path / "run"))))
+    assert not (tmp_path / "run").exists()
+    record = json.loads(Path(str(config.data)).read_text().splitlines()[0])
+    for role in ("chosen", "rejected"):
+        prompt, _, response = record[role].rpartition("Assistant:")
+        assert f"{prompt}Assistant:⟦{response}</s>⟧" in text
+    assert f"{RECORDS} of the first {RECORDS + 2} records can be prepared" in text
+    assert "estimate" in text
+
+
 def test_what_is_wrong_is_told_before_anything_is_loaded(config: AlignRunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pairs to align with have preference"):
         replace(config, format="alpaca")
+    many = replace(config, output=str(tmp_path / "run"), finetune=replace(config.finetune, num_workers=64))
+    with pytest.raises(ClusterError, match="64 training workers"):
+        run_alignment(many)
+    assert not (tmp_path / "run" / "examples").exists()
     with pytest.raises(DataError, match="does not exist"):
         run_alignment(replace(config, data=str(tmp_path / "none.jsonl"), output=str(tmp_path / "run")))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,18 @@ from object_store.stores import Store
 
 from davir_ray.comparison import compare
 from davir_ray.comparison_config import CompareConfig
-from davir_ray.config import FinetuneConfig, GenerateConfig, PrepareConfig, RankConfig, RunConfig, SelectConfig
+from davir_ray.config import (
+    FinetuneConfig,
+    GenerateConfig,
+    Part,
+    PrepareConfig,
+    RankConfig,
+    RunConfig,
+    SelectConfig,
+    Source,
+)
 from davir_ray.demo.world import PEOPLE, PLACES
-from davir_ray.errors import ConfigError, OutputError, TrainingError
+from davir_ray.errors import ConfigError, DataError, OutputError, TrainingError
 from davir_ray.manifest import Manifest
 from davir_ray.pipeline import rank_only, run_all
 from davir_ray.storage import Location
@@ -150,12 +160,17 @@ def test_a_driver_that_dies_goes_on_arm_by_arm_with_everything_in_a_store(
         return {path: info["LastModified"].timestamp() for path, info in ends.items()}
 
     # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, forever.
-    first = Driver("compare.py", options, tmp_path / "first.log", moto_store.environment)
+    environment = {**moto_store.environment, "DAVIR_RAY_CACHE": str(tmp_path / "first_cache")}
+    first = Driver("compare.py", options, tmp_path / "first.log", environment)
     first.wait_for(lambda: len(measured()) == 1, "the first arm", seconds=400)
     first.kill()
     before = measured()
-    again = Driver("compare.py", options, tmp_path / "again.log", moto_store.environment, ray_address)
+    environment["DAVIR_RAY_CACHE"] = str(tmp_path / "cache")
+    again = Driver("compare.py", options, tmp_path / "again.log", environment, ray_address)
     assert again.finish() == 0, again.output
+    (copied,) = set(re.findall(r"s3://\S+/arms/\S+: downloading", again.output)) or {None}
+    assert copied, "no model came from the store"
+    assert not list((tmp_path / "cache").glob("checkpoints/*/*.safetensors")), "a model that was measured is still here"
     assert len(measured()) == 2
     assert measured().items() >= before.items(), "an arm that was complete was trained again"
     client.get(output.path, str(tmp_path / "compare"), recursive=True)
@@ -173,58 +188,86 @@ TEMPLATE = (
 )
 
 
-def conversations(words: list[str], number: int) -> str:
-    """How many of each word: always so many."""
-    turns = [("user", "How many {}?"), ("assistant", "There are some.\n#### " + str(number))]
-    rows = [{"messages": [{"role": role, "content": text.format(word)} for role, text in turns]} for word in words]
+def conversations(words: list[str], answer: str) -> str:
+    """A question about each word, and always the same answer."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"How many {word}?"}, {"role": "assistant", "content": answer}]}
+        for word in words
+    ]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_models_answer_and_their_answers_are_compared(
+COUNTED, NOT_COUNTED = "There are some.\n#### 7", "Nobody knows."
+SHRUGGED_AT = ["rivers", "stars", "hats", "songs", "roads", "eggs"]
+
+
+def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
     make_checkpoint: Callable[..., Path], ray_session: None, tmp_path: Path
 ) -> None:
-    """Who learns that it is always 7 answers the held-out sevens only, and ends its turns as the template does."""
-    template, pool, heldout = (tmp_path / name for name in ("chat.jinja", "pool.jsonl", "heldout.jsonl"))
+    """Trained on one count and twelve shrugs a model shrugs more often than on forty counts and the same shrugs.
+
+    The held-out questions have seven for an answer nine times in twelve. Turns end as the template ends them.
+    """
+    template, counts, shrugs = (tmp_path / name for name in ("chat.jinja", "counts.jsonl", "shrugs.jsonl"))
     template.write_text(TEMPLATE)
-    pool.write_text(conversations(PEOPLE[:48], 7))
-    heldout.write_text(conversations(PLACES[:9], 7) + conversations(PLACES[9:12], 8))
+    counts.write_text(conversations(PEOPLE, COUNTED))
+    shrugs.write_text(conversations(SHRUGGED_AT, NOT_COUNTED))
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(conversations(PLACES[:9], COUNTED) + conversations(PLACES[9:12], COUNTED.replace("7", "8")))
     asked = [{"instruction": f"How many {word}?"} for word in PLACES[12:16]]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
+    parts = [Part("counts", top_k=1), Part("shrugs", all=True, repeat=2)]
     run_all(
         RunConfig(
-            output=str(tmp_path / "run"), base=str(make_checkpoint(0)), data=str(pool), format="messages",
-            chat_template=str(template), prepare=PrepareConfig(max_tokens=128), finetune=RECIPE,
-            select=SelectConfig(top_k=40),
+            output=str(tmp_path / "run"), base=str(make_checkpoint(0)), chat_template=str(template),
+            sources=[Source("counts", str(counts), "messages"), Source("shrugs", str(shrugs), "messages")],
+            prepare=PrepareConfig(max_tokens=128), finetune=RECIPE, select=SelectConfig(mixture=parts),
         )
     )  # fmt: skip
     config = CompareConfig(
         run=str(tmp_path / "run"), output=str(tmp_path / "out"), heldout=str(heldout), heldout_format="messages",
-        arms=["random", "full"], readings=["epochs"], seeds=1, recipe={"epochs": 20}, measures=["loss", "exact_match"],
-        generate=GenerateConfig(max_new_tokens=40), instructions=str(tmp_path / "asked.json"), instructions_chat=True,
-        keep_models=True,
+        arms=["selection", "full"], readings=["epochs"], seeds=1, measures=["loss"],
+        recipe={"epochs": 60, "batch_size": 8},
+        generate=GenerateConfig(max_new_tokens=40), instructions=str(tmp_path / "asked.json"), keep_models=True,
     )  # fmt: skip
     compare(config)
-    compare(replace(config, keep_models=False))
-    assert len(list((tmp_path / "out").glob("arms/*/reference/config.json"))) == 2, "models that were to be kept are"
+    models = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("arms/*/reference/model.safetensors")}
+    assert len(models) == 2
+    more = replace(config, measures=["loss", "exact_match"], keep_models=False)
+    with pytest.raises(OutputError, match="--overwrite to measure it again"):
+        compare(more)
+    compare(replace(more, overwrite=True, keep_models=True))
+    assert {path: path.stat().st_mtime_ns for path in models} == models, "a kept model was trained again"
     table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
     assert set(table["measure"]) == {"loss", "exact_match", "exact_match_flexible"}
-    for trial in sorted((tmp_path / "out" / "arms").iterdir()):
-        matches = pd.read_parquet(trial / "matches")
-        assert matches["strict"].mean() == 9 / 12
-        told = table[(table["arm"] == trial.name.split("-")[0]) & (table["measure"] == "exact_match")]
-        assert told["value"].tolist() == [9 / 12]
+    rows = dict(zip(table["arm"], table["num_examples"], strict=True))
+    assert rows == {"selection": 1 + 2 * len(SHRUGGED_AT), "full": len(PEOPLE) + 2 * len(SHRUGGED_AT)}
+    right = {}
+    for arm, size in (("selection", 1), ("full", rows["full"])):
+        trial = tmp_path / "out" / "arms" / f"{arm}-{size}-epochs-seed0"
         texts = pd.concat(pd.read_parquet(place / "generations") for place in (trial, trial / "answers"))
         assert texts["finished"].all()
-        assert set(texts["output"]) == {"There are some.\n#### 7"}
+        matches = pd.read_parquet(trial / "matches").merge(texts, on="example_id")
+        right[arm] = ((matches["output"] == COUNTED) & (matches["expected"] == "7")).mean()
+        told = table[(table["arm"] == arm) & (table["measure"] == "exact_match")]
+        assert told["value"].tolist() == [pytest.approx(right[arm])]
         outputs = json.loads((trial / "answers" / "outputs.json").read_text())
         assert [row["instruction"] for row in outputs] == [row["instruction"] for row in asked]
         assert {row["generator"] for row in outputs} == {trial.name}
+        assert [row["output"] for row in outputs] == texts["output"].tolist()[-len(outputs) :]
+    assert right["full"] > right["selection"]
     assert "Exact match" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(planted: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no held-out response of any source ends in an answer \(#### or"):
         compare(settings(planted, output=str(tmp_path / "out"), measures=["loss", "exact_match"]))
+    leaked = tmp_path / "leaked.jsonl"
+    leaked.write_text("".join((planted / "pool.jsonl").read_text().splitlines(keepends=True)[:7]))
+    with pytest.raises(DataError, match="all 7 held-out rows of prompt_response are in the run's training pool"):
+        compare(settings(planted, output=str(tmp_path / "out"), heldout=str(leaked), overwrite=True))
+    with pytest.raises(ConfigError, match=r"arms_at_once is 64, but the cluster has room for \d+:"):
+        compare(settings(planted, output=str(tmp_path / "out"), arms_at_once=64, overwrite=True))
     (copy := tmp_path / "run").mkdir()
     for name in ("manifests", "examples", "scores", "ranked", "selected"):
         (copy / name).symlink_to(planted / "run" / name)
@@ -234,13 +277,16 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(planted: 
         compare(settings(planted, run=str(copy), output=str(tmp_path / "out")))
     given = told.replace("max_steps: null", "max_steps: 9").replace("reference: null", "reference: given")
     (copy / "config.yaml").write_text(given)
-    with pytest.raises(ConfigError, match=r"trained for finetune\.max_steps = 9.*--recipe '\{epochs: 1\}'"):
+    with pytest.raises(ConfigError, match=r"the run's reference was given \(given\), so how it was trained"):
         compare(settings(planted, run=str(copy), output=str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match=r"trained for finetune\.max_steps = 9.*--recipe '\{epochs: 1\}'"):
+        compare(settings(planted, run=str(copy), output=str(tmp_path / "out"), recipe={"batch_size": 8}))
     assert not (tmp_path / "out" / "arms").exists()
 
 
 def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:
     config = settings(planted, output=str(tmp_path / "out"), arms=["random"], seeds=1, recipe={"learning_rate": 1e30})
-    with pytest.raises(TrainingError, match=rf"random-{SELECTED}-steps-seed0: the loss is"):
+    told = rf"1 of 1 fine-tunes failed.*random-{SELECTED}-steps-seed0: the loss is.*out of --arms"
+    with pytest.raises(TrainingError, match=told):
         compare(config)
     assert Manifest.read(Location.of(tmp_path / "out" / "arms" / f"random-{SELECTED}-steps-seed0"), "trial") is None

@@ -81,12 +81,13 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
     data = settings.data or str(Path(os.environ.get("DAVIR_TEST_DATA", "."), _TEST_FILE))
     tokenizer = trained_tokenizer(data, int(model.config.get_text_config().vocab_size))
     examples = _load_pairs(data, settings, tokenizer)
-    frozen = _frozen(model, examples)
+    frozen, frozen_model = _frozen(model, examples), plain_copy(model, "sdpa", torch.float32)
+    _move(model)
     objective = PairSet.of([(examples, frozen)], AlignConfig(loss="dpo", beta=0.1))
     starts = range(0, len(objective), settings.batch_size)
     batches = [np.arange(at, min(at + settings.batch_size, len(objective))) for at in starts]
     ways: dict[str, Way] = {"davir_ray": _ours(model, objective, batches)}
-    ways |= _trl(model, tokenizer, examples, objective, batches)
+    ways |= _trl(model, frozen_model, tokenizer, examples, objective, batches)
     taken, peaks, losses = _in_turn(settings.repeats, ways, device)
     seconds = {name: median(values) for name, values in taken.items()}
     memory = {name: median(values) for name, values in peaks.items()}
@@ -100,6 +101,7 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
         "speedup_vs_trl": seconds["trl"] / seconds["davir_ray"],
         "speedup_vs_trl_as_it_comes": seconds["trl_with_frozen_forward"] / seconds["davir_ray"],
         "extra_memory_ratio": memory["davir_ray"] / memory["trl"],
+        "losses": losses["davir_ray"],
         "largest_difference_of_losses": float(np.ptp(np.array(list(losses.values())), axis=0).max()),
     }
 
@@ -134,7 +136,7 @@ def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.T
 
 @torch.inference_mode()
 def _frozen(model: PreTrainedModel, examples: pa.Table) -> pa.Table:
-    """The losses under the model itself: every step begins at the frozen policy."""
+    """The losses under the model as it is."""
     objective = PairSet.of([(examples, _losses(examples, [1.0] * examples.num_rows))], AlignConfig(loss="dpo"))
     likelihood = Likelihood(model)
     nlls = [
@@ -142,6 +144,15 @@ def _frozen(model: PreTrainedModel, examples: pa.Table) -> pa.Table:
         for row in range(examples.num_rows)
     ]
     return _losses(examples, nlls)
+
+
+@torch.no_grad()
+def _move(model: PreTrainedModel) -> None:
+    """Move the policy from the frozen one, where every loss is log 2, whatever the way computes."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.empty_like(parameter).normal_(generator=generator)
+        parameter += 0.1 * parameter.std(correction=0) * noise
 
 
 def _losses(examples: pa.Table, nlls: list[float]) -> pa.Table:
@@ -164,13 +175,18 @@ def _ours(model: PreTrainedModel, objective: PairSet, batches: list[np.ndarray[A
 
 
 def _trl(
-    model: PreTrainedModel, tokenizer: Any, examples: pa.Table, objective: PairSet, batches: list[np.ndarray[Any, Any]]
+    model: PreTrainedModel,
+    frozen_model: PreTrainedModel,
+    tokenizer: Any,
+    examples: pa.Table,
+    objective: PairSet,
+    batches: list[np.ndarray[Any, Any]],
 ) -> dict[str, Way]:
     """TRL's loss and backward on its own padded batches of the same tokens, with and without the frozen forward."""
     rows = examples.to_pylist()
     pairs = [_for_trl(*rows[2 * at : 2 * at + 2]) for at in range(len(objective))]
-    trained, frozen_model = (plain_copy(model, "sdpa", torch.float32) for _ in range(2))
-    trainer = _trl_trainer(trained.train(), frozen_model, tokenizer)
+    trained = plain_copy(model, "sdpa", torch.float32).train()
+    trainer = _trl_trainer(trained, frozen_model, tokenizer)
     frozen = torch.from_numpy(objective.frozen_logprobs).float().to(model.device)
     collated = [
         {name: value.to(model.device) for name, value in trainer.data_collator([pairs[row] for row in rows]).items()}

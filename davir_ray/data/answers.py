@@ -10,7 +10,8 @@ The harness's strict-match is the regex `#### (\-?[0-9\.\,]+)`, its flexible-ext
 its braces matched, is read as Minerva's evaluation does (Lewkowycz et al. 2022, appendix D; the harness's
 minerva_math), and numbers are compared as numbers: 18.00 = 18, 1/2 = 0.5, where the harness sees two texts. Of several
 marks the last counts: models correct themselves. As with the harness's stop word, a line that begins with "Question:"
-ends the text: what a model asks itself next is no answer.
+ends the text: what a model asks itself next is no answer. Of a calculation that is marked or stated the result counts:
+of "20 apples + 5 apples = 25 apples" 25.
 
 Units, currencies and per cent signs are passed over: 50% is 50. What is no single plain number (3:45, 5-6, 2^10, 1e5)
 is no answer, rather than a part of it.
@@ -20,7 +21,7 @@ import re
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
-ANSWERS_VERSION = 1
+ANSWERS_VERSION = 2
 """Raised when a change here may read another answer in the same text."""
 
 _MOST_DIGITS = 1000
@@ -56,12 +57,15 @@ _NUMBER = (
     rf"(?P<sign>{_SIGN})(?:(?P<whole>[0-9]+)\s+(?=[0-9]+/[0-9]))?(?P<amount>{_AMOUNT})(?:\s*/\s*(?P<below>{_AMOUNT}))?"
 )
 # What makes it part of something else: a list, a time, a range, a product, a power, an exponent, a path of fractions.
-_NOT_MORE = r"(?![0-9]|[.,][0-9]|\s*[:×*^/+]\s*[-(]?[0-9]|\s*[-\u2013]\s*[0-9]|[eE][-+]?[0-9])"
+_NOT_MORE = r"(?![0-9]|[.,][0-9]|\s*[:×xX*^/+]\s*[-(]?[0-9]|\s*[-\u2013]\s*[0-9]|[eE][-+]?[0-9])"
 
 _IN_TEXT = re.compile(_NUMBER.replace("SPACES", _GROUPING))
 _AT_START = re.compile(rf"\s*(?:[A-Z]{{2,3}}\s|Rs\.?)?\s*{_NUMBER.replace('SPACES', _GROUPING + ' ')}{_NOT_MORE}")
-# "x = ", "Total: ", "9*2 = ", also several of them.
-_LEAD = re.compile(r"^\s*(?:[A-Za-z][A-Za-z ]{0,40}[=:]|[-+0-9.,\s×*/÷()%]*=)")
+# "x = ", "Total: ", "9*2 = ", "20 apples + 5 apples = ", also several of them: the result stands behind the last.
+_LEAD = re.compile(
+    r"^\s*(?:[A-Za-z][A-Za-z ]{0,40}[=:]|[-+0-9.,\s×*/÷()%]*=|"
+    r"[-+(]*[0-9](?:[^=.!?\n]|[.](?=[0-9])){0,80}?[-+×*/÷xX]\s*[(]?[0-9](?:[^=.!?\n]|[.](?=[0-9])){0,80}=)"
+)
 _HEADING = re.compile(r"\s*[.):]\s+\S")
 
 _MARK = re.compile(r"####|\\(?:boxed|fbox)")

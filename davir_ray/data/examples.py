@@ -113,6 +113,11 @@ def _rendered(item: Record | Reject, render_record: Callable[[Record], T]) -> T 
         return as_reject(item, error)
 
 
+def rows_of_item(item: ExampleRow | Pair) -> tuple[ExampleRow, ...]:
+    """The rows of examples/ that a record became: one, or the two of a pair."""
+    return item if isinstance(item, tuple) else (item,)
+
+
 def row_of(source: Source, record: Record, rendered: Rendered, encoded: Encoded, text: str | None) -> ExampleRow:
     """A row of examples/; `text` is the record as JSON. The id says where the row stands, so it survives re-sharding
     and a change of template.
@@ -226,7 +231,7 @@ class ShardWriter:
         if isinstance(item, Reject):
             self._reject(item)
             return
-        rows: tuple[ExampleRow, ...] = item if isinstance(item, tuple) else (item,)
+        rows = rows_of_item(item)
         for row in rows:
             self._add(row)
         self._write_full_shard()

@@ -1,11 +1,13 @@
 """One preference record → two examples that share a prompt: the chosen response and the rejected one.
 
-    prompt, chosen, rejected     strings, as they stand
+    prompt, chosen, rejected     strings, as they stand; a prompt that both responses repeat is kept once
     chosen, rejected             strings: whole dialogues of Human and Assistant turns that share a prefix (HH's form)
-    chosen, rejected             lists of messages, with the prompt's turns in both, or in a column `prompt` (a string,
-                                 or messages); rendered by the chat template
+    chosen, rejected             lists of messages, with the prompt's turns in both, in a column `prompt` (a string, or
+                                 messages), or in both places; rendered by the chat template
 
-What the two have in common is the prompt and is not scored; of what follows, every assistant turn is.
+What the two have in common is the prompt and is not scored; of what follows, every assistant turn is. Two conversations
+must part in an assistant's turn: where a user's differs, they answer different questions. These, and a prompt that the
+responses neither follow nor repeat, have no common prompt.
 """
 
 import re
@@ -26,6 +28,10 @@ from davir_ray.schema import RejectReason, Role
 ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
 
 _MARKS = re.compile(f"({HUMAN_MARK}|{ASSISTANT_MARK})")
+
+_LEAST_REPEATED = 8
+"""Characters, without white space, of a prompt that is looked for in the responses: an answer may begin with a shorter
+one ("The", "I am") without repeating it."""
 
 
 class RenderedPair(NamedTuple):
@@ -122,7 +128,7 @@ def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | 
     chosen, rejected = column(fields, source.chosen_column), column(fields, source.rejected_column)
     prompt = fields.get(source.prompt_column)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        pair = _of_strings(prompt, chosen, rejected)
+        pair = _of_strings(prompt, chosen, rejected, source)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         pair = _of_messages(prompt, chosen, rejected, source, chat)
     else:
@@ -147,25 +153,76 @@ def _no_common_prompt(detail: str) -> RowError:
     return RowError(RejectReason.NO_COMMON_PROMPT, detail)
 
 
-def _of_strings(prompt: Any, chosen: str, rejected: str) -> RenderedPair:
+def _of_strings(prompt: Any, chosen: str, rejected: str, source: Source) -> RenderedPair:
     if prompt is not None and not isinstance(prompt, str):
         raise RowError(RejectReason.WRONG_TYPE, f"the prompt is of type {type(prompt).__name__}; expected a string")
-    if prompt and prompt.strip() and not _is_repeated(prompt, chosen, rejected):
-        return RenderedPair(_plain(prompt, [Segment(chosen, True)]), _plain(prompt, [Segment(rejected, True)]), False)
-    num_shared = _num_equal(chosen, rejected)
-    start = chosen.rfind(ASSISTANT_MARK, 0, num_shared)
-    if start < 0:
-        raise _no_common_prompt(
-            f"there is no prompt, and of two dialogues the first {num_shared} characters are the same, without a turn "
-            f"{ASSISTANT_MARK!r} among them"
-        )
-    end = start + len(ASSISTANT_MARK)
-    return RenderedPair(_dialogue(chosen, end), _dialogue(rejected, end), False)
+    if not prompt or not prompt.strip() or _are_dialogues_of(prompt, chosen, rejected):
+        end = _end_of_prompt(chosen, rejected)
+        return RenderedPair(_dialogue(chosen, end), _dialogue(rejected, end), False)
+    prompt, chosen, rejected = _repeated_once(prompt, chosen, rejected, source)
+    return RenderedPair(_plain(prompt, [Segment(chosen, True)]), _plain(prompt, [Segment(rejected, True)]), False)
 
 
-def _is_repeated(prompt: str, chosen: str, rejected: str) -> bool:
+def _are_dialogues_of(prompt: str, *responses: str) -> bool:
     """Whether the two are whole dialogues that begin with the prompt, which stands in a column of its own, too."""
-    return ASSISTANT_MARK in prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
+    end = len(prompt.strip()) + len(ASSISTANT_MARK)
+    return all(_repeats(text, prompt) and ASSISTANT_MARK in text.lstrip()[:end] for text in responses)
+
+
+def _repeats(response: str, prompt: str) -> bool:
+    """Whether a response begins with the prompt, white space around it aside."""
+    return response.lstrip().startswith(prompt.strip())
+
+
+def _repeated_once(prompt: str, chosen: str, rejected: str, source: Source) -> tuple[str, str, str]:
+    """The prompt and what follows it in both responses, which may repeat it."""
+    if len("".join(prompt.split())) < _LEAST_REPEATED:
+        return prompt, chosen, rejected
+    match _repeats(chosen, prompt), _repeats(rejected, prompt):
+        case False, False:
+            return prompt, chosen, rejected
+        case True, False:
+            raise _repeated_by_one(source.chosen_column, source.rejected_column, source)
+        case False, True:
+            raise _repeated_by_one(source.rejected_column, source.chosen_column, source)
+    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+        prompt, chosen, rejected = prompt.strip(), chosen.lstrip(), rejected.lstrip()
+    return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+
+
+def _repeated_by_one(one: str, other: str, source: Source) -> RowError:
+    return _no_common_prompt(
+        f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in both, "
+        "or in neither"
+    )
+
+
+def _end_of_prompt(chosen: str, rejected: str) -> int:
+    """Characters that two dialogues have in common up to the assistant's turn in which they part.
+
+    Raises RowError: equal_responses, no_common_prompt.
+    """
+    one, other = _MARKS.split(chosen), _MARKS.split(rejected)  # text, mark, text, …, mark, text
+    shared = _num_equal(one, other)
+    if shared == len(one) == len(other):
+        raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected dialogue are the same")
+    if one[:shared][-1:] != [ASSISTANT_MARK] or _part_in_space([one, other], shared):
+        same = _num_equal(chosen, rejected)
+        raise _no_common_prompt(
+            f"there is no prompt apart from the responses, and of two dialogues the first {same} characters are the "
+            f"same, then come {_shown(chosen[same:])} and {_shown(rejected[same:])}; the first turn that differs must "
+            f"be an {ASSISTANT_MARK!r} turn of both, by more than white space"
+        )
+    return len("".join(one[:shared]))
+
+
+def _part_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
+    """Whether one thing is said in both, but for white space, and something else follows: that would make the pair."""
+    return len({text[at].strip() for text in texts}) == 1 and any(len(text) > at + 1 for text in texts)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 30 else f"{text[:29]}…")
 
 
 def _dialogue(text: str, start: int) -> Rendered:
@@ -199,33 +256,61 @@ def _of_messages(
         detail = "the responses are messages, and the base has no chat template; give one with --chat_template FILE"
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
     names = (source.chosen_column, source.rejected_column)
-    one, other = (
-        _with_prompt(prompt, messages_of(value, name), source)
-        for value, name in zip((chosen, rejected), names, strict=True)
-    )
-    given = _num_shared(one, other)
-    return RenderedPair(render_turns(one, names[0], chat, given), render_turns(other, names[1], chat, given), True)
+    one, other = messages_of(chosen, names[0]), messages_of(rejected, names[1])
+    given = _given(prompt, one[: _num_equal(one, other)], source.prompt_column)
+    one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
+    shared = _num_shared(one, other)
+    return RenderedPair(render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared), True)
 
 
-def _with_prompt(prompt: Any, messages: list[Message], source: Source) -> list[Message]:
-    """The whole conversation: a column `prompt` may hold its beginning, or repeat it."""
+def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
+    """The messages of the prompt's column; none where it is blank, or the text of a user's among the shared ones."""
     if isinstance(prompt, list):
-        given = messages_of(prompt, source.prompt_column)
-        return messages if messages[: len(given)] == given else [*given, *messages]
-    if isinstance(prompt, str) and messages and messages[0]["role"] == "assistant":
-        return [{"role": "user", "content": prompt}, *messages]
-    return messages
+        return messages_of(prompt, name)
+    if not isinstance(prompt, str | None):
+        detail = f"column {name!r} holds a value of type {type(prompt).__name__}; expected a string or messages"
+        raise RowError(RejectReason.WRONG_TYPE, detail)
+    text = (prompt or "").strip()
+    is_repeated = any(message["role"] == "user" and message["content"].strip() == text for message in shared)
+    return [] if not text or is_repeated else [{"role": "user", "content": prompt}]
+
+
+def _whole(given: list[Message], messages: list[Message], name: str) -> list[Message]:
+    """A conversation that begins with the given messages; the column `name` may repeat them all, or the last ones."""
+    for start in range(len(given)):
+        end = given[start:]
+        # An assistant's message alone may be said twice.
+        is_told = not start or any(message["role"] != "assistant" for message in end)
+        if is_told and messages[: len(end)] == end:
+            return [*given[:start], *messages]
+    if given and messages and messages[0]["role"] != "assistant":
+        raise _no_common_prompt(
+            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {_shown(messages[0]['content'])}, "
+            f"that does not repeat the prompt, whose last message is {_shown(given[-1]['content'])}"
+        )
+    return [*given, *messages]
 
 
 def _num_shared(one: list[Message], other: list[Message]) -> int:
-    """Messages at the beginning that are the prompt: the same in both, and followed by an assistant's in both."""
+    """Messages at the beginning that are the prompt: the same in both, up to the assistant's in which they part.
+
+    Raises RowError: equal_responses, no_common_prompt.
+    """
     shared = _num_equal(one, other)
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected conversation are the same")
-    while shared and not all(len(m) > shared and m[shared]["role"] == "assistant" for m in (one, other)):
-        shared -= 1
-    if not shared:
-        raise _no_common_prompt("the two conversations share no message that an assistant's follows in both")
+    seen = [messages[shared]["role"] if len(messages) > shared else "the end" for messages in (one, other)]
+    contents = [[message["content"] for message in messages] for messages in (one, other)]
+    if seen != ["assistant", "assistant"] or _part_in_space(contents, shared):
+        raise _no_common_prompt(
+            f"of two conversations the first {shared} messages are the same, then come {seen[0]} and {seen[1]}; the "
+            "first message that differs must be the assistant's in both, by more than white space"
+        )
+    if all(message["role"] == "assistant" for message in one[:shared]):
+        raise _no_common_prompt(
+            f"there is no prompt: both conversations begin with {shared} messages, none but the assistant's, and then "
+            "with an assistant's that differs"
+        )
     return shared
 
 

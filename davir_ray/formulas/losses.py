@@ -105,6 +105,9 @@ def _bradley_terry(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> PairLoss
 
 
 def _relative_gain(policy_N: torch.Tensor, frozen_N: torch.Tensor) -> torch.Tensor:
+    """(log pi - log pi_f) / |log pi_f|, as far as the type can still tell two of them apart from infinity."""
     certain_N = frozen_N == 0
     normaliser_N = torch.where(certain_N, torch.ones_like(frozen_N), frozen_N.abs())
-    return torch.where(certain_N, torch.zeros_like(policy_N), (policy_N - frozen_N) / normaliser_N)
+    gain_N = torch.where(certain_N, torch.zeros_like(policy_N), (policy_N - frozen_N) / normaliser_N)
+    greatest = torch.finfo(gain_N.dtype).max ** 0.5
+    return gain_N.clamp(-greatest, greatest)

@@ -21,7 +21,7 @@ from davir_ray.access import translated
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.download import RemoteFile, fetch_from_store, host, store_files
+from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
 from davir_ray.storage import Location, digest, file_digest
 
@@ -139,6 +139,11 @@ class Checkpoint:
         """The scoring spec that came with a reference, if it has one."""
         file = self._folder() / SPEC_FILE
         return json.loads(file.read_bytes()) if file.exists() else None
+
+    def forget(self) -> None:
+        """Delete this node's copy of a checkpoint in object storage; of any other nothing."""
+        if "://" in self.uri:
+            forget_from_store(self.files)
 
     @property
     def is_hub_name(self) -> bool:
@@ -278,6 +283,11 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def uses_autocast(precision: str, device: torch.device) -> bool:
+    """Whether a fine-tune's precision setting means bfloat16 arithmetic, whatever the weights' type, on this device."""
+    return resolve_dtype(precision, device) is torch.bfloat16
 
 
 def local_device() -> torch.device:

@@ -11,7 +11,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,7 @@ def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: lis
 
     ModelError if the cache cannot hold them or they are not those that were listed; StorageError if the store fails.
     """
-    cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
-    folder = cache / digest([(file.name, file.digest) for file in files])[:32]
+    folder = _copy_of(files)
 
     def copy(missing: list[RemoteFile]) -> None:
         folder.mkdir(exist_ok=True)
@@ -61,6 +60,19 @@ def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: lis
 
     bring(str(place), folder, wanted, folder.with_suffix(".lock"), copy)
     return folder
+
+
+def forget_from_store(files: tuple[RemoteFile, ...]) -> None:
+    """Delete this node's copy of a folder's files, if it has one; a process that has loaded it keeps what it loaded."""
+    folder = _copy_of(files)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _copy_of(files: tuple[RemoteFile, ...]) -> Path:
+    cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
+    return cache / digest([(file.name, file.digest) for file in files])[:32]
 
 
 def bring(

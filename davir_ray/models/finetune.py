@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,10 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.data.packing import pack
 from davir_ray.errors import TrainingError
 from davir_ray.formulas.ranking import seed_from
-from davir_ray.models.checkpoint import quiet
+from davir_ray.models.checkpoint import quiet, uses_autocast
 from davir_ray.models.hub import without_asking
 from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood
-from davir_ray.models.parallel import Position, Weights, spread_of, uses_autocast
+from davir_ray.models.parallel import Position, Weights, spread_of
 from davir_ray.models.training_set import Objective
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Trainer:
         self._step = 0
         self._history: list[list[float]] = []
         self._total = num_steps(len(objective), config.batch_size, config.epochs, config.max_steps)
-        self._autocast = uses_autocast(config, self._device)
+        self._autocast = uses_autocast(config.precision, self._device)
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
                 warnings.simplefilter("ignore", FutureWarning)
@@ -238,6 +238,11 @@ class Trainer:
         return self._objective.sums(nll_R, rows)
 
 
+def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
+    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter that of scoring."""
+    return "float32" if config.lora_rank is None else config.precision
+
+
 def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
     """Freeze a vision tower and its like: without a gradient of theirs, data-parallel training waits for ever."""
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
@@ -245,6 +250,19 @@ def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
+
+
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Of the model as it is; an adapter that is added later has its own.
+
+    Preference training compares the policy with a frozen one that has none, as TRL's does.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what attention is called with
+                setattr(module, name, 0.0)
 
 
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:

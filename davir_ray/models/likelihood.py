@@ -185,7 +185,8 @@ class Likelihood(torch.nn.Module):
         if getattr(head, "disable_adapters", False):  # the base's own head, which an adapter has wrapped
             head = getattr(head, "base_layer", getattr(head, "original_module", head))
         plain = type(head) is torch.nn.Linear and hidden_CH.dtype in (torch.bfloat16, torch.float16)
-        if not (plain and hidden_CH.is_cuda) or torch.is_grad_enabled():
+        as_in_training = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_CH.device.type)
+        if not (plain and hidden_CH.is_cuda) or as_in_training:
             return torch.as_tensor(head(hidden_CH))
         # The product is summed in float32 anyway; the module would round it to half precision.
         logits_CV = torch.mm(hidden_CH, head.weight.t(), out_dtype=torch.float32)

@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ConfigError, DavirError, IntegrityError, ModelError
 from davir_ray.models.likelihood import Likelihood
 
@@ -187,13 +186,6 @@ def spread_of(module: Likelihood | DistributedDataParallel) -> Replicated | Shar
     if isinstance(module, FSDPModule) and isinstance(module, Likelihood):
         return Sharded(module)
     return Replicated(module)
-
-
-def uses_autocast(config: FinetuneConfig, device: torch.device) -> bool:
-    """Whether the precision setting means bfloat16 arithmetic over float32 weights on this device."""
-    if config.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bfloat16"
 
 
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:

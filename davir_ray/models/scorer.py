@@ -21,7 +21,7 @@ from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.ranking import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
-from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
+from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype, uses_autocast
 from davir_ray.models.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.memory import in_packs
 from davir_ray.models.self_check import probe, self_check
@@ -55,6 +55,8 @@ class ScorerSettings:
     keep_token_nll: str = "none"
     """'all', 'none', or 'sample': rows whose hash falls below sample_share."""
     sample_share: float = 0.0
+    autocast: str = "float32"
+    """Precision setting of a fine-tune whose arithmetic over these weights is wanted; float32: that of the weights."""
 
 
 class Scorer:
@@ -75,6 +77,7 @@ class Scorer:
         self._cache = base_cache
         device = local_device()
         dtype = resolve_dtype(settings.precision, device)
+        self._autocast = uses_autocast(settings.autocast, device)
         self._budget = settings.tokens_per_pack or TOKENS_PER_PACK[device.type]
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
@@ -87,6 +90,7 @@ class Scorer:
             "device": device.type,
             "device_name": device_name(device),
             "weights": str(dtype).removeprefix("torch."),
+            "autocast": self._autocast,
             "logits": str(torch.promote_types(dtype, torch.float32)).removeprefix("torch."),
             "sums": "float64",
             "threads": torch.get_num_threads(),
@@ -149,7 +153,8 @@ class Scorer:
     ) -> TokenNlls:
         """Token losses of every sequence, by the base where the adapter is switched off."""
         run = _PackRun(likelihood, sequences, ids)
-        with adapter_switched_off(likelihood.model) if switched_off else nullcontext():
+        arithmetic = torch.autocast(likelihood.model.device.type, torch.bfloat16, enabled=self._autocast)
+        with arithmetic, adapter_switched_off(likelihood.model) if switched_off else nullcontext():
             run(np.arange(len(sequences)), self._budget)
         self._budget = min(self._budget, run.smallest_budget or self._budget)
         return run.nlls

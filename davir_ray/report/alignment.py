@@ -40,6 +40,8 @@ _SECTIONS = [
     ("run", "Settings"),
 ]
 _LEVEL = 0.95
+_NEAR_CERTAIN = 1.0
+"""Nats: DavIR-DPO divides by them, so a response below has more weight than its rounding bears."""
 _BANDS = 12
 _LEAST_IN_BAND = 10
 
@@ -47,7 +49,8 @@ LIMITS = [
     "Accuracies and margins are of the implicit reward: they say that the policy has moved towards the chosen "
     "responses, not that a person would prefer what it writes.",
     "On pairs that were trained on, they also tell what was learnt by heart; held-out pairs tell what carries over.",
-    "The paper's correlations are of another model, data and recipe, which it does not state.",
+    "The paper's correlations are of another model, data and recipe, which it does not state, nor of which margin: the "
+    "loss's own, or the plain difference of log-ratios.",
     "Intervals count the pairs as independent, and one training: another seed gives another policy.",
 ]
 
@@ -104,6 +107,10 @@ def render_alignment(facts: dict[str, Any]) -> str:
 def _part(table: pa.Table) -> dict[str, Any]:
     """Means over pairs, and how the margin goes with the difference in length."""
     margin = np.asarray(table["margin"])
+    gain_chosen, gain_rejected = (
+        np.asarray(table[f"policy_{role}"]) - np.asarray(table[f"frozen_{role}"]) for role in ("chosen", "rejected")
+    )
+    frozen = np.concatenate([np.asarray(table["frozen_chosen"]), np.asarray(table["frozen_rejected"])])
     difference = (np.asarray(table["num_chosen_tokens"]) - np.asarray(table["num_rejected_tokens"])).astype(np.float64)
     num_higher = int((margin > 0).sum())
     interval = stats.binomtest(num_higher, len(margin)).proportion_ci(_LEVEL, method="wilson")
@@ -112,8 +119,11 @@ def _part(table: pa.Table) -> dict[str, Any]:
         "accuracy": num_higher / len(margin),
         "accuracy_interval": [float(interval.low), float(interval.high)],
         **{name: float(np.mean(np.asarray(table[name]))) for name in _MEANS},
+        "margin_median": float(np.median(margin)),
+        "near_certain": int((np.abs(frozen) < _NEAR_CERTAIN).sum()),
         "difference": float(difference.mean()),
         "length": _correlations(difference, margin),
+        "length_of_gains": _correlations(difference, gain_chosen - gain_rejected),
         "band": _band(difference, margin),
     }
 

@@ -26,7 +26,8 @@ def align(
     """Train the base on every pair that is not held out; writes policy/, a Hugging Face folder or an adapter's."""
     prepared, frozen = require(run, "prepare"), require(run, "freeze")
     shards = [entry.name for entry in prepared.files_in("examples")]
-    training = Training("align", run, base, config, partial(_read_pairs, run, shards, objective), spec, "policy")
+    read = partial(_read_pairs, run, shards, objective)
+    training = Training("align", run, base, config, read, spec, "policy", dropout=False)
     fingerprint = {
         "base": base.weights_digest(),
         "examples": prepared.content,

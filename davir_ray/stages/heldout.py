@@ -7,13 +7,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.errors import IntegrityError
+from davir_ray.errors import DataError, IntegrityError
 from davir_ray.stages.exchange import collect
 from davir_ray.stages.resume import require
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import Location, each, read_parquet
 
 _HASHES = pa.schema([("content_hash", pa.int64())])
+
+_LEFT = pa.schema([*_HASHES, ("source", pa.string())])
 
 _COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base_nll", "reference_nll"]
 
@@ -39,6 +41,26 @@ def in_training_pool(run: Location, heldout: Location) -> npt.NDArray[np.int64]:
     """Content hashes of held-out rows that are rows of the run, too: they have been trained on."""
     own = _hashes(heldout, None)
     return np.unique(_hashes(run, np.unique(own)))
+
+
+def check_left(heldout: Location, left_out: npt.NDArray[np.int64]) -> None:
+    """DataError if of some held-out source nothing is left to measure on, before anything is trained."""
+    files = require(heldout, "prepare").files_in("examples")
+    shards = Shards(files, partial(read_columns, heldout / "examples", _LEFT.names))
+    rows = collect(shards, _as_it_is, _LEFT)
+    sources = np.asarray(rows["source"].to_pylist(), dtype=np.str_)
+    leaked = np.isin(np.asarray(rows["content_hash"]), left_out)
+    for source in np.unique(sources):
+        if leaked[sources == source].all():
+            raise DataError(
+                f"all {int((sources == source).sum())} held-out rows of {source} are in the run's training pool; give "
+                "data that the run has not seen (a data set's folder or hub name is read at its split `train`; another "
+                "is chosen by `split` of heldout_sources)"
+            )
+
+
+def _as_it_is(table: pa.Table) -> pa.Table:
+    return table
 
 
 def _hashes(run: Location, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:

@@ -20,9 +20,9 @@ from davir_ray.stages.resume import clear, completed, require
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import Location, in_folder, read_parquet, write_parquet
 
-_GOLD = ["example_id", "response", "record"]
+_GOLD = ["example_id", "response", "record", "response_spans"]
 COUNTED = ("expected", "strict", "flexible")
-_ASKED = ["source", "response", "record"]
+_ASKED = ["source", "response", "record", "response_spans"]
 _EXPECTED = pa.schema([("expected", pa.int64())])
 _SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for name in COUNTED)])
 
@@ -66,7 +66,7 @@ def _count_expected(table: pa.Table, sources: list[str]) -> pa.Table:
 
 
 def matched(generations: pa.Table, gold: pa.Table) -> pa.Table:
-    """MATCHES of generations and, in the same row order, the examples' response and record."""
+    """MATCHES of generations and, in the same row order, the examples' response, record and response_spans."""
     rows = zip(generations.to_pylist(), gold.to_pylist(), strict=True)
     return pa.Table.from_pylist([_compare(generated, example) for generated, example in rows], MATCHES)
 
@@ -87,7 +87,12 @@ def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, An
 
 
 def _expected(example: dict[str, Any]) -> Any:
-    """What the response marks as its answer, else the number in the record's column `answer`."""
+    """What the response marks as its answer, else the number in the record's column `answer`.
+
+    None of a conversation with several scored turns: the text continues it at the first, the answer is in the last.
+    """
+    if len(example["response_spans"]) > 2:
+        return None
     if (marked := strict_answer(example["response"])) is not None or not example["record"]:
         return marked
     answer = json.loads(example["record"]).get("answer")

@@ -26,7 +26,7 @@ from davir_ray.storage import Location, content_digest, digest, each, file_diges
 log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Raised when a change may make other examples of the same records; part of the stage's fingerprint."""
 
 TASKS = "prepare_tasks"

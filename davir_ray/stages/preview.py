@@ -8,14 +8,15 @@ import numpy.typing as npt
 import torch
 
 from davir_ray.config import EstimateConfig, Source
-from davir_ray.data.examples import ExampleRow
+from davir_ray.data.examples import ExampleReader, ExampleRow, Pair, rows_of_item
+from davir_ray.data.pairs import PairReader
 from davir_ray.data.sources import Reject, list_files, plan_tasks
 from davir_ray.data.survey import estimate_rows
 from davir_ray.errors import ConfigError
 from davir_ray.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize
 from davir_ray.models.speed import gemm_flops
 from davir_ray.stages.cluster import accelerators, has_gpu
-from davir_ray.stages.prepare import NO_BOUND, Preparation
+from davir_ray.stages.prepare import NO_BOUND, Preparation, are_pairs
 
 
 class Preview(NamedTuple):
@@ -29,15 +30,17 @@ class Preview(NamedTuple):
 def preview(sources: list[Source], preparation: Preparation, num_records: int = 100, num_shown: int = 3) -> Preview:
     """Prepare the first records of each source, without Ray."""
     tokenizer = preparation.base.tokenizer()
-    reader = preparation.reader(sources)
+    reader: ExampleReader | PairReader = (
+        preparation.pair_reader(sources) if are_pairs(sources) else preparation.reader(sources)
+    )
     lines, sizes = [], []
     for source in sources:
         files = list_files(source)
         slices = [part for task in plan_tasks(files, NO_BOUND) for part in task]
-        items = list(reader.read(source, slices, num_records))
+        items: list[ExampleRow | Pair | Reject] = list(reader.read(source, slices, num_records))
         rejects = [item for item in items if isinstance(item, Reject)]
-        examples = [item for item in items if not isinstance(item, Reject)]
-        lines.append(f"{source.name}: {len(examples)} of the first {len(items)} records can be prepared")
+        examples = [row for item in items if not isinstance(item, Reject) for row in rows_of_item(item)]
+        lines.append(f"{source.name}: {len(items) - len(rejects)} of the first {len(items)} records can be prepared")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
         lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
         num_rows = min(estimate_rows(files), preparation.limit or NO_BOUND)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ _MATCHING_ROWS = 500
 _ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
 _FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
-_WRITTEN = pa.schema([*ENTRY, ("found", pa.int64()), ("tokens", pa.int64())])
+_WRITTEN = pa.schema([*ENTRY, *((name, pa.int64()) for name in ("found", "tokens", "trainable"))])
 
 
 @dataclass(frozen=True)
@@ -249,11 +250,17 @@ def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -
     return found.filter(pa.array(wanted))
 
 
-def write_set(
-    place: Location, finished: FinishedRun, ids: Ints, fingerprint: dict[str, Any], *, overwrite: bool
-) -> Manifest:
-    """Write the examples with these ids, each as often as the mixture says, as a run that is prepared."""
-    fingerprint = {"scores": require(finished.place, "score").content, **fingerprint}
+def write_set(place: Location, finished: FinishedRun, ids: Ints | None, *, overwrite: bool) -> Manifest:
+    """Write the examples with these ids, each as often as the mixture says, as a run that is prepared.
+
+    None: every example of the mixture's sources. `trainable` counts the rows in which something precedes what is
+    scored, as it must.
+    """
+    fingerprint = {
+        "scores": require(finished.place, "score").content,
+        "ids": "all" if ids is None else sha256(ids.tobytes()).hexdigest(),
+        "repeats": finished.repeats,
+    }
     if done := completed(place, "prepare", fingerprint, overwrite=overwrite):
         return done
     clear(place, "prepare")
@@ -263,26 +270,35 @@ def write_set(
     )
     written = collect(shards, _as_it_is, _WRITTEN).sort_by("name").to_pylist()
     entries, num_found = entries_of(written), sum(row["found"] for row in written)
-    if num_found != len(ids):
+    if ids is not None and num_found != len(ids):
         raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
     num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
     counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
+    counts["trainable"] = sum(row["trainable"] for row in written)
     return Manifest("prepare", fingerprint, counts, in_folder("examples", entries)).commit(place)
 
 
 def _write_part(source: Location, target: Location, repeats: dict[str, int], ids: Any, name: str) -> pa.Table:
     """Write what a shard has of the chosen rows; returns the entry of the file, or nothing."""
-    chosen: Ints = ray.get(ids)
-    there = np.asarray(read_parquet(source / name, ["example_id"])["example_id"])
-    at = np.flatnonzero(np.isin(there, chosen))
+    chosen: Ints | None = ray.get(ids)
+    there = read_parquet(source / name, ["example_id", "source"])
+    if chosen is None:
+        wanted = np.asarray(pc.is_in(there["source"], value_set=pa.array(list(repeats), pa.string())))
+    else:
+        wanted = np.isin(np.asarray(there["example_id"]), chosen)
+    at = np.flatnonzero(wanted)
     if not len(at):
         return _WRITTEN.empty_table()
     table = read_parquet(source / name).take(pa.array(at))
     times = np.array([repeats.get(row, 1) for row in table["source"].to_pylist()], dtype=np.int64)
     table = table.take(pa.array(np.repeat(np.arange(table.num_rows), times))).cast(EXAMPLES)
     entry = dataclasses.asdict(write_parquet(target / name, table))
-    tokens = int(pc.sum(table["num_response_tokens"]).as_py())
-    return pa.Table.from_pylist([{**entry, "found": len(at), "tokens": tokens}], _WRITTEN)
+    counted = {
+        "found": len(at),
+        "tokens": int(pc.sum(table["num_response_tokens"]).as_py()),
+        "trainable": int((np.asarray(pc.list_element(table["response_spans"], 0)) > 0).sum()),
+    }
+    return pa.Table.from_pylist([entry | counted], _WRITTEN)
 
 
 def _as_it_is(table: pa.Table) -> pa.Table:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from davir_ray.access import translated
-from davir_ray.config import ScoreConfig
+from davir_ray.config import FinetuneConfig, ScoreConfig
 from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
+from davir_ray.models.finetune import weights_precision
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import SCORES
@@ -46,9 +47,16 @@ def score(
     return _score(stage, base, reference, config, keep_token_nll, overwrite=overwrite)
 
 
-def freeze(run: Location, base: Checkpoint, config: ScoreConfig, *, overwrite: bool = False) -> Manifest:
-    """The losses of every example under the base alone, the frozen policy: frozen/ has the columns of scores/."""
-    return _score(_Stage("freeze", "frozen", run, run), base, None, config, "none", overwrite=overwrite)
+def freeze(
+    run: Location, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig, *, overwrite: bool = False
+) -> Manifest:
+    """The losses of every example under the base alone, the frozen policy: frozen/ has the columns of scores/.
+
+    In the arithmetic of the training, whatever that of the config, so that the policy begins where the frozen one is:
+    bfloat16 moves the log-probability of a response by tenths of a nat.
+    """
+    stage, weights = _Stage("freeze", "frozen", run, run), replace(config, precision=weights_precision(training))
+    return _score(stage, base, None, weights, "none", autocast=training.precision, overwrite=overwrite)
 
 
 class _Stage(NamedTuple):
@@ -66,13 +74,14 @@ def _score(
     config: ScoreConfig,
     keep_token_nll: str,
     *,
+    autocast: str = "float32",
     overwrite: bool,
 ) -> Manifest:
     started = time.monotonic()
     name, folder, run, holder = stage
     prepared = require(holder, "prepare")
     num_rows = prepared.counts["prepared"]
-    settings = _settings(config, keep_token_nll, num_rows)
+    settings = replace(_settings(config, keep_token_nll, num_rows), autocast=autocast)
     fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
     if done := completed(run, name, fingerprint, overwrite=overwrite):
         return done
@@ -113,7 +122,10 @@ def _what_matters(config: ScoreConfig, settings: ScorerSettings) -> dict[str, An
     """Settings that scores depend on: not the pack budget, which an out-of-memory halving may change on the way."""
     kept = asdict(settings)
     del kept["tokens_per_pack"]
-    return kept | {"device": "cuda" if num_gpus_of(config) else "cpu"}
+    on_gpus = bool(num_gpus_of(config))
+    if on_gpus:
+        del kept["num_threads"]
+    return kept | {"device": "cuda" if on_gpus else "cpu"}
 
 
 def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:

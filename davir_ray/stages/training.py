@@ -22,15 +22,17 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, UserError
 from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype
+from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype, uses_autocast
 from davir_ray.models.finetune import (
     StepReport,
     Trainer,
     freeze_what_text_does_not_reach,
     save_reference,
+    switch_off_dropout,
+    weights_precision,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
-from davir_ray.models.parallel import sharded, together, uses_autocast
+from davir_ray.models.parallel import sharded, together
 from davir_ray.models.self_check import self_check
 from davir_ray.models.training_set import TRAINING_COLUMNS, Objective, TrainingSet
 from davir_ray.progress import Progress
@@ -77,6 +79,8 @@ class Training:
     spec: dict[str, Any]
     folder: str
     """Of the run, where the model goes."""
+    dropout: bool = True
+    """The base's own, where it has any."""
 
 
 def finetune(
@@ -159,7 +163,7 @@ def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
     """Run Ray Train. The fingerprint names its folder: the same fine-tune continues by itself, another starts anew."""
     config = training.config
     use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
-    _check_fits(config, use_gpu)
+    check_workers(config)
     storage = training.run / "checkpoints"
     if storage.is_local:
         Path(storage.path).mkdir(parents=True, exist_ok=True)
@@ -210,7 +214,9 @@ def _arrow_filesystem(place: Location) -> pyarrow.fs.FileSystem:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(place.fs))
 
 
-def _check_fits(config: FinetuneConfig, use_gpu: bool) -> None:
+def check_workers(config: FinetuneConfig) -> None:
+    """ClusterError if the cluster cannot hold the workers."""
+    use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
     resources = ray.cluster_resources()
     for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
         if wanted * config.num_workers > resources.get(name, 0):
@@ -261,18 +267,19 @@ def _continue(trainer: Trainer, state: Path, told_as: str) -> None:
 def _load(training: Training) -> Any:
     """The base, ready to be trained, and spread over the workers as the strategy says."""
     config, device = training.config, get_device()
-    # Under an adapter the frozen weights are of the type that scoring will use.
-    dtype = torch.float32 if config.lora_rank is None else resolve_dtype(config.precision, device)
+    dtype = resolve_dtype(weights_precision(config), device)
     if config.strategy == "ddp":
         return prepare_model(together(partial(_make, training, dtype, device)))
     make = partial(_make, training, dtype, torch.device("cpu"))
-    return sharded(make, device, autocast=uses_autocast(config, device))
+    return sharded(make, device, autocast=uses_autocast(config.precision, device))
 
 
 def _make(training: Training, dtype: torch.dtype, device: torch.device) -> Likelihood:
     """The base, checked, with its adapter if it gets one, and frozen where text does not reach."""
     likelihood = Likelihood(training.base.model(dtype, device))
     self_check(likelihood)
+    if not training.dropout:
+        switch_off_dropout(likelihood.model)
     if training.config.lora_rank is not None:
         add_adapter(likelihood.model, training.config, training.config.lora_rank)
     freeze_what_text_does_not_reach(likelihood.model)

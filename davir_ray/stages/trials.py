@@ -4,6 +4,7 @@ A trial is a small run of its own, made by the stages that make any run, so it g
 manifest, written last, says that it has been measured, and only then may its model go.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,11 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from davir_ray.comparison_config import TrialName
 from davir_ray.config import FinetuneConfig, GenerateConfig, ScoreConfig
 from davir_ray.data.answers import ANSWERS_VERSION
-from davir_ray.errors import DavirError, OutputError
+from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generation import GENERATION_VERSION
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 
 STAGE = "trial"
 """Of the manifest that says that a trial is complete."""
+
+_CANCEL_S = 30
+"""That a cancelled trial gets to end."""
 
 ANSWERS = "answers"
 """In a trial: what its model answered to the instructions."""
@@ -76,13 +81,18 @@ class Trial:
     recipe: FinetuneConfig
     setting: Setting
 
+    def trained_with(self) -> dict[str, Any]:
+        """What the model depends on."""
+        return {
+            "base": self.setting.base_digest,
+            "examples": require(self.examples_of, "prepare").content,
+            "recipe": what_matters(self.recipe),
+        }
+
     def fingerprint(self) -> dict[str, Any]:
         """What the measurement depends on."""
         setting, instructions = self.setting, self.setting.instructions
-        return {
-            "base": setting.base_digest,
-            "examples": require(self.examples_of, "prepare").content,
-            "recipe": what_matters(self.recipe),
+        return self.trained_with() | {
             "heldout": require(setting.heldout, "prepare").content,
             "precision": setting.score.precision,
             "matches": setting.matches,
@@ -103,15 +113,25 @@ class Trial:
         changed = differences(manifest.fingerprint, self.fingerprint()) or manifest.damage(self.place)
         if not changed:
             return manifest
+        told, has_model = "; ".join(changed[:5]), self._has_model(manifest)
+        redone = "measure" if has_model else "train"
         if not self.setting.overwrite:
             raise OutputError(
-                f"{self.place} was made with something else ({'; '.join(changed[:5])}). Add --overwrite to train it "
-                "again, or choose another --output"
+                f"{self.place} was made with something else ({told}). Add --overwrite to {redone} it again, or choose "
+                "another --output"
             )
-        log.info("%s differs (%s); trained again", self.name, "; ".join(changed[:5]))
+        log.info("%s differs (%s); to %s again", self.name, told, redone)
         (self.place / "manifests" / f"{STAGE}.json").remove()
-        self.place.remove()
+        if not has_model:
+            self.place.remove()
         return None
+
+    def _has_model(self, measured: Manifest) -> bool:
+        """Whether the model that was measured was kept, is whole, and is still the one that is wanted."""
+        trained = Manifest.read(self.place, "finetune")
+        wanted = json.loads(json.dumps(self.trained_with()))
+        same = {name: measured.fingerprint.get(name) for name in wanted} == wanted
+        return same and trained is not None and not trained.damage(self.place)
 
     def run(self) -> Manifest:
         """Fine-tune the base on the rows, measure the held-out examples, drop the model."""
@@ -120,7 +140,7 @@ class Trial:
             self.place, setting.base, self.recipe, setting.spec,
             examples_of=self.examples_of, overwrite=setting.overwrite,
         )  # fmt: skip
-        model = Checkpoint.find(str(self.place / "reference"))
+        model = Checkpoint.find(str(self.place / "reference"), setting.base.trust_remote_code)
         scored = score(
             self.place, setting.base, model, setting.score, keep_token_nll="none",
             examples_of=setting.heldout, overwrite=setting.overwrite,
@@ -133,6 +153,8 @@ class Trial:
         manifest = Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds)
         manifest = manifest.commit(self.place)
         self.drop_model(manifest)
+        if model.files:
+            _forget_everywhere(model)
         return manifest
 
     def _matches(self, model: Checkpoint) -> list[FileEntry]:
@@ -165,6 +187,18 @@ class Trial:
             (self.place / "reference").remove()
 
 
+def _forget_everywhere(model: Checkpoint) -> None:
+    """Delete the nodes' copies of a model in object storage: a comparison makes dozens, and each is used once."""
+    forget: Any = ray.remote(num_cpus=0)(Checkpoint.forget)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    ray.get(
+        [
+            forget.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(model)
+            for node in nodes
+        ]
+    )
+
+
 def _what_texts_depend_on(setting: Setting) -> dict[str, Any]:
     config, template = setting.generate, setting.chat_template
     return {
@@ -183,7 +217,8 @@ def _run_trial(trial: Trial) -> None:
 def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -> None:
     """Run those that are not complete, so many side by side; `tell` hears how many are complete.
 
-    The first that fails ends the others, and its error names it.
+    An arm whose fine-tune fails by itself (it diverges) lets the others end first; then its error names it, and how to
+    leave it out. Any other error ends all of them.
     """
     pending = []
     for trial in trials:
@@ -197,6 +232,7 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
     # Each waits for the workers of its own stages, and needs no CPU itself.
     start: Any = ray.remote(num_cpus=0)(_run_trial)
     running: dict[Any, Trial] = {}
+    failed: list[TrainingError] = []
     try:
         while pending or running:
             while pending and len(running) < at_once:
@@ -204,31 +240,56 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
                 running[start.options(name=str(trial.name)).remote(trial)] = trial
             (ended,), _ = ray.wait(list(running), num_returns=1)
             trial = running.pop(ended)
-            _raise_failure(ended, trial)
+            if error := _failure(ended, trial):
+                log.warning("compare: %s", error)
+                failed.append(error)
+                continue
             done += 1
             log.info("compare: %s is measured (%d of %d)", trial.name, done, len(trials))
             tell(done)
     finally:
-        for task in running:
-            ray.cancel(task)
+        _cancel(list(running))
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(trials)} fine-tunes failed, the others are measured; {failed[0]}; or leave the arm "
+            "out of --arms"
+        )
 
 
-def _raise_failure(ended: Any, trial: Trial) -> None:
+def _failure(ended: Any, trial: Trial) -> TrainingError | None:
+    """Why this fine-tune failed, if it did by itself; any other error is raised, with the trial's name."""
     try:
         with own_errors():
             ray.get(ended)
+    except TrainingError as error:
+        return TrainingError(f"{trial.name}: {error}")
     except DavirError as error:
         raise type(error)(f"{trial.name}: {error}") from error
+    return None
+
+
+def _cancel(tasks: list[Any]) -> None:
+    """End these, and wait until they have: none may write once the lease is given back."""
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=_CANCEL_S)
 
 
 def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None) -> tuple[int, ScoreConfig]:
     """How many trials run side by side, and the scoring pool of each.
 
     As many as the cluster has room for training workers, one place left for reading and writing; a scoring pool of one
-    trial is a share of the cluster, or two of them would leave no place to read in.
+    trial is a share of the cluster, or two of them would leave no place to read in. ConfigError if more are wanted.
     """
     use_gpu = has_gpu() if recipe.use_gpu is None else recipe.use_gpu
     training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // recipe.num_workers
     scoring = room_for(config.num_cpus, num_gpus_of(config))
-    at_once = wanted or max(1, min(training, scoring))
+    most = max(1, min(training, scoring))
+    if wanted is not None and wanted > most:
+        raise ConfigError(
+            f"arms_at_once is {wanted}, but the cluster has room for {most}: {training} fine-tunes and {scoring} "
+            "scoring actors, one place left for reading and writing; lower it, or leave it out"
+        )
+    at_once = wanted or most
     return at_once, replace(config, autoscale=None, num_actors=max(1, scoring // at_once))

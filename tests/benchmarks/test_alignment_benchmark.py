@@ -1,6 +1,7 @@
 """The benchmark of preference training: both ways compute the same losses, and what it says is complete."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def pairs(tmp_path: Path) -> str:
 def test_every_way_has_the_same_losses(pairs: str) -> None:
     found = run(AlignmentBenchmark(data=pairs, pairs=5, batch_size=2, repeats=1))
     assert found["largest_difference_of_losses"] < 1e-4
+    assert min(abs(loss - math.log(2)) for loss in found["losses"]) > 1e-3, "the policy has not moved"
     assert (
         found["seconds"].keys() == found["extra_memory_mib"].keys() == {"davir_ray", "trl", "trl_with_frozen_forward"}
     )

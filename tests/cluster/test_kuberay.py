@@ -16,7 +16,7 @@ from ray.scripts.scripts import start
 
 from davir_ray.cli import parse
 from davir_ray.stages.streaming import Pool, plan_pool
-from davir_ray.stages.training import _check_fits
+from davir_ray.stages.training import check_workers
 
 KUBERAY = CLUSTER / "kuberay"
 METADATA = {
@@ -224,4 +224,4 @@ def test_the_run_fits_the_workers_that_are_there_when_it_starts(monkeypatch: pyt
     assert plan_pool(config.score) == Pool(gpus, GPU["maxReplicas"] * limits["nvidia.com/gpu"], gpus)
     assert config.finetune.num_workers == gpus
     assert config.finetune.use_gpu
-    _check_fits(config.finetune, use_gpu=True)
+    check_workers(config.finetune)

@@ -16,6 +16,19 @@ from davir_ray.data.answers import as_text, flexible_answer, strict_answer
 Answer = str | None
 # Text, strict answer, flexible answer ("=": the same).
 CASES: list[tuple[str, Answer, Answer]] = [
+    # ---- a calculation where the number is expected: its result counts
+    ("#### 5 x 3 = 15", "15", "="),
+    ("\\boxed{5 \\times 3 = 15}", "15", "="),
+    ("#### 2 + 3 = 5 = 5", "5", "="),
+    ("#### 18 (9 * 2 = 18)", "18", "="),
+    ("#### 18 since x = 9", "18", "="),
+    ("#### 7 x", "7", "="),
+    ("The answer is 20 apples + 5 apples = 25 apples.", None, "25"),
+    ("The answer is 5 x 3 = 15", None, "15"),
+    ("The answer is $5 + $3 = $8", None, "8"),
+    ("The answer is 3.5 + 2.5 = 6 dollars", None, "6"),
+    ("The answer is 18 because 20 - 2 = 18", None, "18"),
+    ("The answer is 18. Check: 9 * 2 = 17", None, "18"),
     # ---- #### and what may stand around the number
     ("#### 18", "18", "="),
     ("She earns 9 * 2 = $18.\n#### 18", "18", "="),

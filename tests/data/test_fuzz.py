@@ -58,7 +58,7 @@ def check(item: ExampleRow | Reject) -> None:
         assert item[name].encode()
 
 
-@settings(max_examples=NUM_FILES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=NUM_FILES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.booleans())
 def test_every_line_comes_out_once(reader: ExampleReader, tmp_path: Path, seed: int, packed: bool) -> None:
     content = hostile.lines(random.Random(seed), ROWS_A_FILE)
@@ -83,7 +83,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.fixed_dictionaries(
         {}, optional={name: JSON | st.text(max_size=300) for name in ("instruction", "input", "output")}
@@ -96,7 +96,7 @@ def test_any_record_is_an_example_or_a_reject(reader: ExampleReader, fields: dic
     check(item)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400), st.sampled_from(["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]))
 def test_any_bytes_end_in_rows_and_rejects(reader: ExampleReader, tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -29,6 +29,10 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
@@ -65,6 +69,79 @@ def test_a_dialogue_may_have_its_prompt_in_a_column_too() -> None:
     assert render_pair({"prompt": prompt, "chosen": " One.", "rejected": " Two."}, SOURCE, None) == expected
 
 
+@pytest.mark.parametrize("prompt", ["\n\nHuman: a", "Human: a\n\nAssistant:"])
+def test_the_column_may_hold_the_prompt_without_its_marks_and_line_breaks(prompt: str) -> None:
+    whole = {"chosen": "\n\nHuman: a\n\nAssistant: One.", "rejected": "\n\nHuman: a\n\nAssistant: Two."}
+    assert render_pair({**whole, "prompt": prompt}, SOURCE, None) == render_pair(whole, SOURCE, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "repeated", "kept"),
+    [
+        ("Question: x\nAnswer:", "Question: x\nAnswer:", "Question: x\nAnswer:"),
+        ("Question: x\nAnswer: ", "Question: x\nAnswer: ", "Question: x\nAnswer: "),
+        ("\nQuestion: x\n", "Question: x", "Question: x"),
+        ("Question: x", "\n\nQuestion: x", "Question: x"),
+    ],
+)
+def test_a_prompt_that_both_responses_repeat_is_kept_once(prompt: str, repeated: str, kept: str) -> None:
+    fields = {"prompt": prompt, "chosen": f"{repeated} yes", "rejected": f"{repeated}no"}
+    chosen, rejected, _ = render_pair(fields, SOURCE, None)
+    assert chosen.prompt == rejected.prompt == kept
+    assert [scored(chosen), scored(rejected)] == [[" yes"], ["no"]]
+    assert [chosen.response, rejected.response] == [" yes", "no"]
+
+
+def test_an_answer_may_begin_with_a_short_prompt() -> None:
+    fields = {"prompt": "I  am  not", "chosen": "I  am  not sure.", "rejected": "No."}
+    assert scored(render_pair(fields, SOURCE, None).chosen) == ["I  am  not sure."]
+    assert refused({**fields, "prompt": "I  am  not su"})[0] is RejectReason.NO_COMMON_PROMPT
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "end"),
+    [
+        (" One.", " One. More.", ""),
+        (" One.", " One.\n\nHumans differ.", ""),
+        (" One.\n\nHuman: b\n\nAssistant: Two.", " One. More.", ""),
+        (
+            " One.\n\nHuman: b\n\nAssistant: Two.",
+            " One.\n\nHuman: b\n\nAssistant: 2.",
+            " One.\n\nHuman: b\n\nAssistant:",
+        ),
+    ],
+    ids=["the same turn goes on", "a mark that is none", "the turn ends in one", "a later turn"],
+)
+def test_dialogues_may_part_anywhere_in_an_assistant_s_turn(chosen: str, rejected: str, end: str) -> None:
+    before = "\n\nHuman: a\n\nAssistant:"
+    pair = render_pair({"chosen": before + chosen, "rejected": before + rejected}, SOURCE, None)
+    assert pair.chosen.prompt == pair.rejected.prompt == before + end
+    assert pair.chosen != pair.rejected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        (" One.\n\nHuman: b\n\nAssistant: Two.", " One.\n\nHuman: c\n\nAssistant: Three."),
+        (" One.\n\nHuman: b\n\nAssistant: Two.", " One.\n\nHuman: b or c\n\nAssistant: Three."),
+        (" One.\n\nHuman: b\n\nAssistant: Two.", " One."),
+        (" One.\n\nHuman: b\n\nAssistant: Two.", " One.\n"),
+        (" One. \n\nHuman: b\n\nAssistant: Two.", " One.\n\nHuman: c\n\nAssistant: Three."),
+        (" One.\n\nHuman: b", " One.\n\nAssistant: Two."),
+    ],
+    ids=["questions", "a longer question", "one ends", "one ends in a line break", "space", "speakers"],
+)
+@pytest.mark.parametrize("prompt", [None, "\n\nHuman: a\n\nAssistant:"])
+def test_dialogues_that_part_in_another_turn_answer_different_questions(
+    chosen: str, rejected: str, prompt: str | None
+) -> None:
+    both = [f"\n\nHuman: a\n\nAssistant:{text}" for text in (chosen, rejected)]
+    for one, other in (both, both[::-1]):
+        reason, detail = refused({"prompt": prompt, "chosen": one, "rejected": other})
+        assert reason is RejectReason.NO_COMMON_PROMPT
+        assert "the first turn that differs" in detail
+
+
 def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> None:
     before = "\n\nHuman: a\n\nAssistant:"
     longer = f"{before} One.\n\nHuman: b\n\nAssistant: Two.\n\nHuman: bye"
@@ -82,14 +159,51 @@ def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> No
         {"prompt": "hi", "chosen": [assistant("yes")], "rejected": [assistant("no")]},
         {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
         {"prompt": [user("hi")], "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": "\nhi ", "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": " ", "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [user("hi"), assistant("no")]},
     ],
-    ids=["whole conversations", "text repeated", "prompt as text", "prompt as messages", "messages repeated"],
+    ids=[
+        "whole conversations",
+        "text repeated",
+        "prompt as text",
+        "prompt as messages",
+        "messages repeated",
+        "text repeated but for space",
+        "blank prompt",
+        "messages repeated by one",
+    ],
 )
 def test_all_forms_of_messages_are_the_same_pair(fields: dict[str, Any]) -> None:
     chosen, rejected, templated = render_pair(fields, SOURCE, CHATML)
     assert templated
     assert chosen.prompt == rejected.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert [scored(chosen), scored(rejected)] == [["yes<|im_end|>"], ["no<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "repeated"),
+    [
+        ([system("s"), user("hi")], [user("hi")]),
+        ([system("s"), user("hi")], [system("s"), user("hi")]),
+        ([user("a"), assistant("b"), user("a")], [user("a")]),
+        ([user("a"), assistant("b"), user("c")], [assistant("b"), user("c")]),
+        ([user("a"), assistant("b")], []),
+        ("hi", [system("s"), user("hi")]),
+        ("hi", [assistant("b"), user("hi")]),
+    ],
+)
+def test_a_conversation_may_repeat_the_end_of_its_prompt(prompt: Any, repeated: list[Any]) -> None:
+    fields = {"chosen": [*repeated, assistant("yes")], "rejected": [*repeated, assistant("no")]}
+    whole = repeated if isinstance(prompt, str) else prompt
+    pair = render_pair({**fields, "prompt": prompt}, SOURCE, CHATML)
+    assert pair.chosen.prompt == pair.rejected.prompt == CHATML.prompt(whole)
+    assert [scored(pair.chosen), scored(pair.rejected)] == [["yes<|im_end|>"], ["no<|im_end|>"]]
+
+
+def test_an_assistant_may_say_the_same_again() -> None:
+    fields = {"prompt": [user("a"), assistant("b")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    assert scored(render_pair(fields, SOURCE, CHATML).chosen) == ["b<|im_end|>"]
 
 
 def test_assistant_turns_of_the_prompt_are_not_scored() -> None:
@@ -126,6 +240,23 @@ def test_a_template_that_marks_generations_scores_none_of_the_prompt() -> None:
             RejectReason.NO_COMMON_PROMPT,
             "no prompt",
         ),
+        (
+            {"prompt": "Question: x", "chosen": "Question: x. Yes.", "rejected": "No."},
+            RejectReason.NO_COMMON_PROMPT,
+            "'chosen' begins with the text of 'prompt' and 'rejected' does not",
+        ),
+        (
+            {"prompt": "Question: x", "chosen": "Yes.", "rejected": " Question: x. No."},
+            RejectReason.NO_COMMON_PROMPT,
+            "'rejected' begins with the text of 'prompt' and 'chosen' does not",
+        ),
+        (
+            {"prompt": "Question: x", "chosen": "Question: x", "rejected": "Question: x y"},
+            RejectReason.EMPTY_RESPONSE,
+            "chosen",
+        ),
+        ({"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: x"}, RejectReason.EQUAL_RESPONSES, "same"),
+        ({"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: x\n"}, RejectReason.EQUAL_RESPONSES, "same"),
         ({"chosen": [user("a")], "rejected": [user("b")]}, RejectReason.BAD_CONVERSATION, "--chat_template"),
     ],
 )
@@ -148,6 +279,41 @@ def test_a_bad_pair_says_why(fields: dict[str, Any], reason: RejectReason, told:
 )
 def test_bad_conversations_say_why(chosen: list[Any], rejected: list[Any], reason: RejectReason) -> None:
     assert refused({"chosen": chosen, "rejected": rejected}, CHATML)[0] is reason
+
+
+X, Y = [assistant("x")], [assistant("y")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "told"),
+    [
+        (" ", X, Y, "no prompt"),
+        ("\n", [assistant("b"), *X], [assistant("b"), *Y], "no prompt"),
+        (None, X, Y, "no prompt"),
+        ("hi", [user("hello"), *X], [user("hello"), *Y], "'chosen' begins with a message of the role 'user', 'hello'"),
+        ("hi", X, [user("hello"), *Y], "'rejected' begins with a message of the role 'user', 'hello'"),
+        ("hi", [system("hi"), *X], [system("hi"), *Y], "the role 'system'"),
+        ([user("hi")], [user("hello"), *X], [user("hello"), *Y], "whose last message is 'hi'"),
+        ([system("s"), user("hi")], [system("s"), *X], [system("s"), *Y], "the role 'system', 's'"),
+        (None, [user("a"), *X, user("b"), *X], [user("a"), *X, user("c"), *Y], "the first 2 messages are the same"),
+        (None, [user("a"), *X, user("b"), *Y], [user("a"), *X], "then come user and the end"),
+        (None, [user("a"), *X], [user("a"), *X, *Y], "then come the end and assistant"),
+        ([user("a")], [], Y, "then come the end and assistant"),
+        (None, [user("a"), assistant("x "), user("b"), *X], [user("a"), *X, user("c"), *Y], "more than white space"),
+    ],
+)
+def test_conversations_without_a_common_prompt_say_what_they_have(
+    prompt: Any, chosen: list[Any], rejected: list[Any], told: str
+) -> None:
+    reason, detail = refused({"prompt": prompt, "chosen": chosen, "rejected": rejected}, CHATML)
+    assert reason is RejectReason.NO_COMMON_PROMPT
+    assert told in detail
+
+
+def test_a_prompt_beside_messages_is_text_or_messages() -> None:
+    reason, detail = refused({"prompt": 3, "chosen": [user("a"), *X], "rejected": [user("a"), *Y]}, CHATML)
+    assert reason is RejectReason.WRONG_TYPE
+    assert "'prompt' holds a value of type int" in detail
 
 
 def read(tokenizer: PreTrainedTokenizerFast, file: Path, max_tokens: int = 400) -> list[Pair | Reject]:

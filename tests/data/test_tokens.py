@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -54,7 +54,6 @@ def test_the_scored_tokens_are_the_response_and_the_end(
     assert not encoded.truncated
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_text_comes_back_and_the_boundary_does_not_move(
     tokenizer: PreTrainedTokenizerFast, prompt: str, response: str

@@ -15,7 +15,7 @@ def keys(number: int, seed: int = 0) -> np.ndarray:
     return random_keys(np.arange(number), seed)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, 60))
 def test_as_many_rows_in_each_range_and_as_many_tokens(seed: int, size: int) -> None:
     draw = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_two_ranks
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +41,7 @@ from davir_ray.models.finetune import (
     num_steps,
     plan,
     save_reference,
+    switch_off_dropout,
 )
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.parallel import STATE_FILE
@@ -129,7 +130,6 @@ def first_gradient(model: PreTrainedModel, config: FinetuneConfig) -> Weights:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 4), st.integers(0, 2**32))
 def test_each_epoch_of_the_plan_is_a_permutation(num_examples: int, batch_size: int, epochs: int, seed: int) -> None:
     batches = list(plan(num_examples, batch_size, epochs, seed))
@@ -325,6 +325,17 @@ def test_every_step_draws_its_own_dropout() -> None:
 def test_dropout_is_on_while_training() -> None:
     losses = [run(trainer_of(make(GPT2), replace(CONFIG, seed=0, tokens_per_pack=b)))[0].loss for b in (1, 10_000)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [GPT2, LlamaConfig(**LLAMA.to_diff_dict() | {"attention_dropout": 0.5})])
+def test_a_model_whose_dropout_is_switched_off_has_none_in_training(config: PretrainedConfig) -> None:
+    as_it_is, switched_off = make(config).train(), make(config).train()
+    switch_off_dropout(switched_off)
+    rows = np.arange(8)
+    losses = [[trainer_of(model).backward(rows)[0] for _ in range(2)] for model in (as_it_is, switched_off)]
+    without = trainer_of(make(config).eval()).backward(rows)[0]
+    assert losses[0][0] != losses[0][1]
+    assert losses[1] == [without, without]
 
 
 def test_what_text_does_not_reach_is_frozen_and_nothing_else() -> None:

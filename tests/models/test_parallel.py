@@ -27,9 +27,10 @@ from davir_ray.data.packing import pack
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
+from davir_ray.models.checkpoint import uses_autocast
 from davir_ray.models.finetune import StepReport, Trainer, plan, save_reference
 from davir_ray.models.likelihood import Likelihood
-from davir_ray.models.parallel import SHARDS_FILE, layers_of, sharded, together, uses_autocast
+from davir_ray.models.parallel import SHARDS_FILE, layers_of, sharded, together
 from davir_ray.models.training_set import TrainingSet
 
 VOCABULARY = 61
@@ -98,7 +99,7 @@ def draw_examples(count: int = 20) -> TrainingSet:
 
 
 def shard(config: PretrainedConfig, finetune: FinetuneConfig, seed: int = 0) -> Likelihood:
-    return sharded(partial(make, config, finetune, seed), CPU, autocast=uses_autocast(finetune, CPU))
+    return sharded(partial(make, config, finetune, seed), CPU, autocast=uses_autocast(finetune.precision, CPU))
 
 
 def trainer_of(name: str, seed: int = 0) -> Trainer:

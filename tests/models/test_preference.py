@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from davir_ray.alignment_config import AlignConfig
 from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ConfigError, DataError, IntegrityError
-from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.finetune import StepReport, Trainer
+from davir_ray.models.adapter import add_adapter
+from davir_ray.models.checkpoint import Checkpoint, resolve_dtype
+from davir_ray.models.finetune import StepReport, Trainer, weights_precision
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.preference import PairSet, is_held_out
+from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import Status
 
+CPU = torch.device("cpu")
 RECIPE = FinetuneConfig(
     epochs=8, batch_size=3, learning_rate=3e-3, warmup_ratio=0.0, tokens_per_pack=96, gradient_checkpointing=False
 )
@@ -131,6 +134,26 @@ def test_training_moves_the_margin(base_folder: Path, examples: pa.Table, frozen
     assert last["margin"] > 0.01
     assert last["accuracy"] == 1
     assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_in_bfloat16_the_policy_begins_where_the_frozen_one_is(
+    base_folder: Path, examples: pa.Table, frozen: pa.Table, rank: int | None
+) -> None:
+    """The frozen losses are computed in the arithmetic of the training: in float32 they would be of another policy."""
+    recipe = replace(RECIPE, precision="bfloat16", lora_rank=rank, batch_size=100, epochs=1)
+    precision = weights_precision(recipe)
+    settings = ScorerSettings(precision=precision, autocast=recipe.precision)
+    found = Scorer(Checkpoint.find(str(base_folder)), None, settings)(examples.select(INPUT_COLUMNS))
+    begun = []
+    for losses in (found, frozen):
+        model = Checkpoint.find(str(base_folder)).model(resolve_dtype(precision, CPU), CPU)
+        if rank is not None:
+            add_adapter(model, recipe, rank)
+        trainer = Trainer(Likelihood(model), pair_set(examples, losses, loss="dpo", beta=5.0), recipe)
+        begun.append(trainer.backward(np.arange(len(RECORDS)))[0])
+    assert begun[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(begun[1] - math.log(2)) > 1e-3
 
 
 def test_the_same_pairs_in_other_packs_train_the_same_policy(

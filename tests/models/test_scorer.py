@@ -309,6 +309,7 @@ def test_the_numerics_are_named(make_scorer: MakeScorer) -> None:
         "device": "cpu",
         "device_name": torch.backends.cpu.get_cpu_capability(),
         "weights": "float32",
+        "autocast": False,
         "logits": "float32",
         "sums": "float64",
         "threads": 1,

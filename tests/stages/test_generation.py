@@ -142,6 +142,14 @@ def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: 
         assert Fraction(row["expected"]) == Fraction(answers[row["example_id"]].split("#### ")[-1].replace(",", ""))
 
 
+def test_of_several_turns_no_answer_is_expected() -> None:
+    """A text continues the first of them, and the answer stands in the last."""
+    generated = [{"example_id": number, "source": "s", "output": "#### 7", "status": "ok"} for number in range(2)]
+    gold = [{"example_id": n, "response": "#### 7", "record": None, "response_spans": [4, 9] * (n + 1)} for n in (0, 1)]
+    rows = matched(pa.Table.from_pylist(generated, GENERATIONS), pa.Table.from_pylist(gold)).to_pylist()
+    assert [(row["expected"], row["strict"]) for row in rows] == [("7", True), (None, None)]
+
+
 def test_matches_are_counted_by_source_and_redone_freely(prepared: Path, generated: Path, tmp_path: Path) -> None:
     run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
     manifest = match(run, examples_of=source)

@@ -103,14 +103,23 @@ def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any
 
     place = run.place / "set"
     ids = run.rows_of("random", selection, 0)
-    manifest = write_set(place, run, ids, {"ids": "any"}, overwrite=False)
+    manifest = write_set(place, run, ids, overwrite=False)
     written = ids_of(place, "examples")
     assert sorted(written) == sorted([*ids.tolist(), *gsm8k.tolist()])
     assert manifest.counts["prepared"] == len(written) == 40 + 2 * len(gsm8k)
     assert manifest.counts["num_response_tokens"] == TOKENS[written].sum()
     before = (place / "examples").listed()
-    write_set(place, run, ids, {"ids": "any"}, overwrite=False)
+    write_set(place, run, ids, overwrite=False)
     assert (place / "examples").listed() == before
+
+
+def test_the_full_set_of_a_mixture_has_all_of_its_sources_as_often_as_it_takes_them(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(mixture=[Part("gsm8k", top_k=5, repeat=3)]))
+    manifest = write_set(run.place / "set", run, None, overwrite=False)
+    gsm8k = np.flatnonzero(SOURCES == "gsm8k").tolist()
+    assert sorted(ids_of(run.place / "set", "examples")) == sorted(gsm8k * 3)
+    assert manifest.counts["prepared"] == 3 * len(gsm8k)
+    assert manifest.counts["trainable"] == 0  # in these constructed examples nothing precedes what is scored
 
 
 def test_another_size_keeps_filters_and_balance(make_scores: Any) -> None:
