@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from davir_ray.access import translated
+from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
@@ -288,6 +289,11 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 def uses_autocast(precision: str, device: torch.device) -> bool:
     """Whether a fine-tune's precision setting means bfloat16 arithmetic, whatever the weights' type, on this device."""
     return resolve_dtype(precision, device) is torch.bfloat16
+
+
+def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
+    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter as precision says."""
+    return "float32" if config.lora_rank is None else config.precision
 
 
 def local_device() -> torch.device:

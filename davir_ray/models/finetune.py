@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -236,11 +236,6 @@ class Trainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             nll_R: torch.Tensor = self._module(self._objective.pack(rows))
         return self._objective.sums(nll_R, rows)
-
-
-def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
-    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter that of scoring."""
-    return "float32" if config.lora_rank is None else config.precision
 
 
 def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:

@@ -47,7 +47,7 @@ def check_left(heldout: Location, left_out: npt.NDArray[np.int64]) -> None:
     """DataError if of some held-out source nothing is left to measure on, before anything is trained."""
     files = require(heldout, "prepare").files_in("examples")
     shards = Shards(files, partial(read_columns, heldout / "examples", _LEFT.names))
-    rows = collect(shards, _as_it_is, _LEFT)
+    rows = collect(shards, partial(_among, hashes=None), _LEFT)
     sources = np.asarray(rows["source"].to_pylist(), dtype=np.str_)
     leaked = np.isin(np.asarray(rows["content_hash"]), left_out)
     for source in np.unique(sources):
@@ -57,10 +57,6 @@ def check_left(heldout: Location, left_out: npt.NDArray[np.int64]) -> None:
                 "data that the run has not seen (a data set's folder or hub name is read at its split `train`; another "
                 "is chosen by `split` of heldout_sources)"
             )
-
-
-def _as_it_is(table: pa.Table) -> pa.Table:
-    return table
 
 
 def _hashes(run: Location, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:

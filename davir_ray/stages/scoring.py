@@ -13,8 +13,7 @@ from davir_ray.config import FinetuneConfig, ScoreConfig
 from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
 from davir_ray.models.base_cache import BaseCache
-from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
-from davir_ray.models.finetune import weights_precision
+from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest, weights_precision
 from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import SCORES

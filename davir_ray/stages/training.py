@@ -22,14 +22,13 @@ from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, UserError
 from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype, uses_autocast
+from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype, uses_autocast, weights_precision
 from davir_ray.models.finetune import (
     StepReport,
     Trainer,
     freeze_what_text_does_not_reach,
     save_reference,
     switch_off_dropout,
-    weights_precision,
 )
 from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood
 from davir_ray.models.parallel import sharded, together

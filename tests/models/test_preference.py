@@ -19,8 +19,8 @@ from davir_ray.alignment_config import AlignConfig
 from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ConfigError, DataError, IntegrityError
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import Checkpoint, resolve_dtype
-from davir_ray.models.finetune import StepReport, Trainer, weights_precision
+from davir_ray.models.checkpoint import Checkpoint, resolve_dtype, weights_precision
+from davir_ray.models.finetune import StepReport, Trainer
 from davir_ray.models.likelihood import Likelihood
 from davir_ray.models.preference import PairSet, is_held_out
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
