@@ -30,6 +30,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # Left to itself Ray ends idle workers after a second, and every test would start new ones, at 1 to 2 CPU seconds each.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(3_600_000))
 
+# Ray gives an agent of a node 15 s to start, which takes longer where several nodes start on two cores.
+os.environ.setdefault("RAY_agent_register_timeout_ms", str(120_000))
+
 # Equal bits are promised for one thread; with more, a busy machine may split a sum otherwise.
 torch.set_num_threads(1)
 
@@ -47,7 +50,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The one local Ray of the test session."""
     import ray
 
-    # Its agents have 15 s to start (2.60), which a busy machine may not give them, and all tests need this one start.
+    # All tests need this one start, which may fail on a busy machine.
     for attempt in range(3):
         try:
             _start_ray()

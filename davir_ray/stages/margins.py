@@ -77,7 +77,7 @@ def _measure(table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.
         *(_logprobs(side, column) for column in ("reference_nll", "base_nll") for side in (chosen, rejected))
     )
     num_tokens = [np.array(side["num_response_tokens"]) for side in (chosen, rejected)]
-    found = pair_loss(loss, logprobs, torch.from_numpy(num_tokens[0]), torch.from_numpy(num_tokens[1]), beta)
+    found = pair_loss(loss, logprobs, torch.tensor(num_tokens[0]), torch.tensor(num_tokens[1]), beta)
     status = [_worse(*both) for both in zip(chosen["status"].to_pylist(), rejected["status"].to_pylist(), strict=True)]
     unknown = np.array([one != Status.OK for one in status])
     values = {
