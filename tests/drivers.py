@@ -58,7 +58,7 @@ class Driver:
         """What it has written so far."""
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
         """Return when the condition holds; it must while the job runs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -71,7 +71,7 @@ class Driver:
         self.process.kill()
         self.process.wait()
 
-    def finish(self, seconds: float = 400) -> int:
+    def finish(self, seconds: float = 900) -> int:
         """Wait for the end; returns the exit status."""
         try:
             return self.process.wait(seconds)
