@@ -1,6 +1,6 @@
 """The command line: one YAML file and dotted options → a configuration; errors → one line and an exit status.
 
-Exit status: 0 complete; 2 the user's mistake, in one line; 1 anything else.
+Exit status: 0 complete; 2 the user's mistake, in one line; 130 Ctrl-C; 1 anything else.
 """
 
 import argparse
@@ -34,15 +34,20 @@ def run_job(job: Callable[[T], None], settings: type[T], description: str, argv:
 def exit_status(job: Callable[[], None]) -> int:
     """Run a job that has its settings already: 0, or 2 after one line that tells the user's mistake.
 
-    1 after one line where storage failed or a file is damaged; any other error is a defect, and shows its traceback.
+    1 after one line where storage failed or a file is damaged, 130 after Ctrl-C, as shells have it; any other error is
+    a defect, and shows its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("davir_ray").setLevel(logging.INFO)
+    name = os.path.basename(sys.argv[0])
     try:
         job()
     except DavirError as error:
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted\n")
+        return 130
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,3 +250,11 @@ def test_an_error_that_is_not_the_users_is_not_hidden() -> None:
 
     with pytest.raises(RuntimeError, match="ours"):
         run_job(job, RunConfig, "", [])
+
+
+def test_ctrl_c_is_one_line_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    def job(config: RunConfig) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    assert run_job(job, RunConfig, "", []) == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")

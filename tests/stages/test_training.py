@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -30,6 +32,7 @@ from davir_ray.errors import ClusterError, ModelError, TrainingError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.stages import training
+from davir_ray.stages.cluster import own_interrupts
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.scoring import score
 from davir_ray.stages.training import finetune
@@ -92,6 +95,32 @@ def test_an_adapter_is_trained_scored_with_and_is_no_whole_model(
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def controllers() -> list[str]:
+    """Ray Train's controllers that this process keeps alive."""
+    names = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            names.append(child.name())
+    return [name for name in names if name.startswith("ray::TrainContr")]
+
+
+def test_after_a_training_ctrl_c_and_the_memory_are_the_drivers_again(
+    prepared: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    finetune_copy(prepared, base_folder, tmp_path / "run", **RECIPE, max_steps=1)
+    assert signal.getsignal(signal.SIGINT) is before
+    deadline = time.monotonic() + 60
+    while controllers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not controllers()
+
+
+def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt), own_interrupts():
+        sys.exit(0)
 
 
 def test_one_and_two_workers_take_the_same_steps_and_so_do_two_that_share_a_model(
