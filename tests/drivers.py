@@ -80,6 +80,17 @@ class Driver:
             raise AssertionError(f"the job does not end:\n{self.output}") from None
 
 
+def checkpoint_is_known(run: Path) -> Callable[[], bool]:
+    """Whether a killed training would go on by now: Ray Train deletes older checkpoints than one it knows."""
+    seen = set[Path]()
+
+    def is_known() -> bool:
+        seen.update(run.glob("checkpoints/*/checkpoint_*/training_state.sha256"))
+        return not all(path.exists() for path in seen)
+
+    return is_known
+
+
 def content_of(run: Location) -> dict[str, pd.DataFrame]:
     """Every data folder of a run as a table, the rows in the order of its files."""
     tables = {}

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drivers import PACKAGE, Driver
+from drivers import PACKAGE, Driver, checkpoint_is_known
 from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
@@ -235,7 +235,7 @@ def test_a_sharded_policy_whose_driver_dies_goes_on_and_is_that_of_an_undisturbe
     options = {"config": tmp_path / "config.yaml"}
     # With a Ray of its own: in one that lives on, Ray Train's cleaner would ask a dashboard that is not there, forever.
     first = Driver("align.py", options, tmp_path / "first.log")
-    first.wait_for(lambda: len(list(run.glob("checkpoints/*/checkpoint_*/training_state.json"))) > 0, "a checkpoint")
+    first.wait_for(checkpoint_is_known(run), "a checkpoint")
     first.kill()
     assert not (run / "policy").exists()
     frozen = {path: path.stat().st_mtime_ns for path in (run / "frozen").iterdir()}

@@ -22,7 +22,7 @@ import pytest
 import ray
 import ray.train.torch
 import torch
-from drivers import PACKAGE, Driver
+from drivers import PACKAGE, Driver, checkpoint_is_known
 from ray.train.torch import TorchConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -241,10 +241,9 @@ def undisturbed(prepared: Path, base_folder: Path, tmp_path_factory: pytest.Temp
 
 
 def wait_for_checkpoint(run: Path, seconds: float = 400) -> None:
-    deadline, seen = time.monotonic() + seconds, set[Path]()
+    deadline, is_known = time.monotonic() + seconds, checkpoint_is_known(run)
     while time.monotonic() < deadline:
-        seen.update(run.glob("checkpoints/*/checkpoint_*/training_state.sha256"))
-        if not all(path.exists() for path in seen):  # only one that Ray Train knows makes it delete an older one
+        if is_known():
             return
         time.sleep(0.02)
     raise TimeoutError("no checkpoint was written")
