@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,7 +253,7 @@ def test_an_error_that_is_not_the_users_is_not_hidden() -> None:
 
 def test_ctrl_c_is_one_line_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
     def job(config: RunConfig) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     assert run_job(job, RunConfig, "", []) == 130
     assert capsys.readouterr().err.endswith(": interrupted\n")
