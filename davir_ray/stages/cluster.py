@@ -4,9 +4,10 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import ray
 import ray.train
@@ -33,17 +34,20 @@ def connected() -> Iterator[None]:
     """Connect to Ray for a block; a connection that is there already is used, and stays.
 
     The end of the block is the end of the workers' output, so that the reason of a failure is the last line. Left to
-    Ray's own handler at exit, a job that is complete ends with status 1 where a node died on the way (2.60).
+    Ray's own handler at exit, a job that is complete ends with status 1 where a node died on the way (2.60). Within the
+    block standard output goes to standard error: Ray prints there what workers, nodes and the autoscaler say, among
+    them warnings, and a job's standard output is its result alone.
     """
     _quieten()
     if ray.is_initialized():
         yield
         return
-    _start()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):
+        _start()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def ensure_started() -> None:
