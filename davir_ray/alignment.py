@@ -15,6 +15,7 @@ from davir_ray.stages.margins import margins
 from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.resume import remember
 from davir_ray.stages.scoring import freeze, score
+from davir_ray.stages.siblings import check_finished, check_same_pairs
 from davir_ray.stages.training import check_workers
 from davir_ray.storage import Location
 
@@ -26,12 +27,14 @@ def run_alignment(config: AlignRunConfig) -> Location:
     """From preference data to a trained policy and its report; stages that are complete are skipped."""
     config.require_input()
     run, base, preparation = check_inputs(config)
+    siblings = check_finished(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / BASE_CACHE))
     with writing(run, config):
         if Manifest.read(run, "align") is None:
             check_workers(config.finetune)
         prepare_inputs(run, config, preparation)
+        check_same_pairs(run, siblings)
         freeze(run, base, scoring, config.finetune, overwrite=config.overwrite)
         align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
         policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
@@ -49,4 +52,5 @@ def dry_run(config: AlignRunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
     config.require_input()
     run, _, preparation = check_inputs(config)
+    check_finished(config.beside)
     return foretell(run, config, preparation, config.finetune)

@@ -43,6 +43,9 @@ class AlignRunConfig(InputConfig):
     by less than bfloat16 tells apart."""
     align: AlignConfig = field(default_factory=AlignConfig)
     """The objective."""
+    beside: list[str] = field(default_factory=list)
+    """Folders of finished runs of this job on the same pairs, by another loss, setting or seed: the report then has a
+    table of all, with means over the seeds of each setting."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

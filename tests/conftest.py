@@ -27,8 +27,9 @@ from davir_ray.storage import Location
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-# Left to itself Ray ends idle workers after a second, and every test would start new ones, at 1 to 2 CPU seconds each.
-os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(3_600_000))
+# Left to itself Ray ends idle workers after a second, and every test would start new ones, at several CPU seconds each.
+# Those that no test needs any more end in time: eighty idle ones take two thirds of a core.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(120_000))
 
 # Ray gives an agent of a node 15 s to start, which takes longer where several nodes start on two cores.
 os.environ.setdefault("RAY_agent_register_timeout_ms", str(120_000))

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drivers import PACKAGE, Driver, checkpoint_is_known
+from drivers import Driver, checkpoint_is_known
 from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
@@ -165,24 +164,6 @@ def test_the_report_is_recomputed_from_the_margins(finished: Path) -> None:
     assert "Fisher" in page
 
 
-def test_the_guides_lines_that_put_losses_side_by_side_say_what_the_reports_say(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    guide = (PACKAGE / "jobs" / "README.md").read_text()
-    (snippet,) = (box for box in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "margins" in box)
-    names = re.findall(r"runs/\w+-\d", snippet)
-    (tmp_path / "runs").mkdir()
-    for name in names:
-        (tmp_path / name).symlink_to(finished)
-    monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
-    told = report(finished)["parts"]["trained"]
-    expected = [told["accuracy"], told["length"]["pearson"], told["length"]["spearman"]]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == names
-    assert all([float(word) for word in line.split()[1:]] == pytest.approx(expected) for line in lines)
-
-
 def test_training_raised_the_margin(finished: Path) -> None:
     aligned = manifest(finished, "align").details
     assert aligned["loss_by_step"][0][1] == pytest.approx(np.log(2), abs=1e-4)
@@ -201,7 +182,7 @@ def test_a_finished_run_is_skipped(copied: AlignRunConfig) -> None:
     assert changed == {"report.html", "report.json", "config.yaml", "progress.json"}
 
 
-def test_another_loss_is_refused_then_redone_on_the_same_frozen_losses(copied: AlignRunConfig) -> None:
+def test_another_loss_is_refused_then_redone_and_told_beside_the_first(copied: AlignRunConfig, finished: Path) -> None:
     other = replace(copied, align=replace(copied.align, loss="dpo"))
     with pytest.raises(OutputError, match=r"objective\.loss"):
         run_alignment(other)
@@ -215,6 +196,33 @@ def test_another_loss_is_refused_then_redone_on_the_same_frozen_losses(copied: A
         margins["policy_chosen"] - margins["frozen_chosen"] - margins["policy_rejected"] + margins["frozen_rejected"]
     )
     np.testing.assert_allclose(margins["margin"], expected, atol=1e-9)
+
+    run_alignment(replace(other, beside=[str(finished)]))
+    told = report(Path(str(copied.output)))
+    assert {**told, "sweep": [], "settings": [], "stages": []} == {**facts, "settings": [], "stages": []}
+    assert [(row["loss"], row["seeds"], row["differs"]) for row in told["sweep"]] == [
+        ("dpo", [0], []),
+        ("davir_dpo", [0], []),
+    ]
+    for row, of_its_own in zip(told["sweep"], (facts, report(finished)), strict=True):
+        for part, figures in row["parts"].items():
+            shown = of_its_own["parts"][part]
+            assert {name: figure["mean"] for name, figure in figures.items()} == {
+                **{name: shown[name] for name in ("accuracy", "margin")},
+                **{name: shown["length"][name] for name in ("pearson", "spearman")},
+                "plain": shown["length_of_gains"]["pearson"],
+            }
+
+
+def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_told_beside(
+    config: AlignRunConfig, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(ConfigError, match="unfinished, which has no complete prepare stage"):
+        dry_run(replace(config, beside=[str(finished), str(tmp_path / "unfinished")]))
+    with pytest.raises(ConfigError, match="not those of"):
+        run_alignment(replace(config, output=str(tmp_path / "run"), limit=20, beside=[str(finished)]))
+    assert not (tmp_path / "run" / "frozen").exists()
 
 
 def test_an_adapter_is_trained_and_measured_on_the_bases_weights(copied: AlignRunConfig) -> None:

@@ -4,6 +4,7 @@ Pure functions: no files, no models. Log-probabilities are nats, lengths respons
 None.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _MEANS = (
 _SECTIONS = [
     ("glance", "What was learnt"),
     ("length", "Length"),
+    ("sweep", "Beside other trainings"),
     ("training", "Training"),
     ("limits", "Known limits"),
     ("run", "Settings"),
@@ -56,12 +58,16 @@ LIMITS = [
 
 
 def alignment_facts(
-    margins: pa.Table, num_pairs: int, manifests: dict[str, dict[str, Any]], settings: dict[str, Any]
+    margins: pa.Table,
+    num_pairs: int,
+    manifests: dict[str, dict[str, Any]],
+    settings: dict[str, Any],
+    sweep: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The facts of a run from rows of MARGINS, all of them or a sample of `num_pairs`."""
-    measured = margins.filter(pc.equal(margins["status"], "ok"))
-    held_out = np.asarray(measured["held_out"])
-    parts = {"trained": measured.filter(pa.array(~held_out)), "held_out": measured.filter(pa.array(held_out))}
+    """The facts of a run from rows of MARGINS, all of them or a sample of `num_pairs`.
+
+    `sweep` is the table of this and further trainings, of report/sweep.py; empty where there are none.
+    """
     aligned = manifests["align"]["details"]
     prepared, counted = manifests["prepare"]["counts"], manifests["margins"]["counts"]
     facts = {
@@ -78,13 +84,22 @@ def alignment_facts(
             "not_measured": counted["pairs"] - counted["measured"],
         },
         "sample": {"rows": margins.num_rows, "stands_for": num_pairs, "is_sample": margins.num_rows < num_pairs},
-        "parts": {name: _part(table) for name, table in parts.items() if table.num_rows},
+        "parts": parts_of(margins),
+        "sweep": list(sweep),
         "curves": {"loss": aligned["loss_by_step"], **aligned["measures_by_step"]},
         "limits": LIMITS,
         "settings": [{"name": name, "value": value} for name, value in flatten(settings)],
         "stages": history.stages(manifests),
     }
     return json_ready(facts)  # type: ignore[no-any-return]
+
+
+def parts_of(margins: pa.Table) -> dict[str, dict[str, Any]]:
+    """Figures of the pairs trained on and of those held out, where there are any that have a margin."""
+    measured = margins.filter(pc.equal(margins["status"], "ok"))
+    held_out = np.asarray(measured["held_out"])
+    parts = {"trained": measured.filter(pa.array(~held_out)), "held_out": measured.filter(pa.array(held_out))}
+    return {name: _part(table) for name, table in parts.items() if table.num_rows}
 
 
 def render_alignment(facts: dict[str, Any]) -> str:
@@ -101,7 +116,8 @@ def render_alignment(facts: dict[str, Any]) -> str:
         "length": charts.margin_band(shown["band"]) if shown and shown["band"] else None,
     }
     template = environment().get_template("alignment.html.j2")
-    return template.render(facts=facts, charts=drawn, sections=_SECTIONS)
+    sections = [(id, name) for id, name in _SECTIONS if id != "sweep" or facts["sweep"]]
+    return template.render(facts=facts, charts=drawn, sections=sections)
 
 
 def _part(table: pa.Table) -> dict[str, Any]:

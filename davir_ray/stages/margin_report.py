@@ -11,35 +11,49 @@ import pyarrow as pa
 from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.formulas.ranking import drawn
 from davir_ray.manifest import Manifest
-from davir_ray.report.alignment import alignment_facts, render_alignment
+from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
+from davir_ray.report.sweep import Trained, sweep_table
 from davir_ray.schema import MARGINS
 from davir_ray.stages.exchange import collect
 from davir_ray.stages.resume import leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
+from davir_ray.stages.siblings import check_finished, check_same_pairs
 from davir_ray.storage import Location
 
 _MOST_PAIRS = 200_000
-"""That the figures are computed from; of more a sample by hash, and the page says so."""
+"""That the figures of a run are computed from; of more a sample by hash, and the page says so."""
 
 
 def report_margins(run: Location, config: AlignRunConfig) -> None:
     """Write the page and the same facts as JSON; always redone, it takes seconds."""
     started = time.monotonic()
-    measured = require(run, "margins")
     manifests = {stage: found for stage in leading_to("report") if (found := Manifest.read(run, stage))}
-    num_pairs = measured.counts["pairs"]
-    draw = partial(_draw, share=min(1.0, _MOST_PAIRS / num_pairs))
-    shards = Shards(measured.files_in("margins"), partial(read_columns, run / "margins", None))
+    siblings = check_finished(config.beside)
+    check_same_pairs(run, siblings)
     facts = alignment_facts(
-        collect(shards, draw, MARGINS),
-        num_pairs,
+        _sample(run),
+        require(run, "margins").counts["pairs"],
         {stage: dataclasses.asdict(found) for stage, found in manifests.items()},
         dataclasses.asdict(config),
+        sweep_table([_trained(place) for place in (run, *siblings)]) if siblings else (),
     )
     (run / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
     (run / "report.html").write_text(render_alignment(facts))
     fingerprint = {stage: found.content for stage, found in manifests.items()}
     Manifest("report", fingerprint, {}, [], seconds=time.monotonic() - started).write(run)
+
+
+def _trained(run: Location) -> Trained:
+    align = require(run, "align")
+    return Trained(str(run), align.fingerprint, align.details, parts_of(_sample(run)))
+
+
+def _sample(run: Location) -> pa.Table:
+    """MARGINS of the run, all rows or a sample by hash."""
+    margins = require(run, "margins")
+    draw = partial(_draw, share=min(1.0, _MOST_PAIRS / margins.counts["pairs"]))
+    shards = Shards(margins.files_in("margins"), partial(read_columns, run / "margins", None))
+    return collect(shards, draw, MARGINS)
 
 
 def _draw(table: pa.Table, share: float) -> pa.Table:

@@ -1,0 +1,37 @@
+"""Finished trainings on the same pairs, which the report of a preference training tells beside its own."""
+
+from collections.abc import Sequence
+
+from davir_ray.access import check_readable, translated
+from davir_ray.errors import ConfigError
+from davir_ray.manifest import Manifest
+from davir_ray.stages.resume import require
+from davir_ray.storage import Location
+
+
+def check_finished(places: Sequence[str]) -> list[Location]:
+    """The runs at these places; ConfigError if one cannot be read or is not of a finished preference training."""
+    check_readable([(place, ConfigError) for place in places])
+    return [_finished(place) for place in places]
+
+
+def check_same_pairs(run: Location, siblings: Sequence[Location]) -> None:
+    """ConfigError if one was trained on other pairs than this run, whose prepare stage is complete."""
+    pairs = require(run, "prepare").content
+    for sibling in siblings:
+        if require(sibling, "prepare").content != pairs:
+            raise ConfigError(
+                f"beside names {sibling}, whose prepared pairs are not those of {run}; name runs of the same data, "
+                "base and prepare settings"
+            )
+
+
+def _finished(place: str) -> Location:
+    with translated(place, ConfigError):
+        run = Location.of(place)
+        missing = [stage for stage in ("prepare", "align", "margins") if Manifest.read(run, stage) is None]
+    if missing:
+        raise ConfigError(
+            f"beside names {place}, which has no complete {missing[0]} stage; name finished runs of jobs/align.py"
+        )
+    return run
