@@ -9,18 +9,19 @@ from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import writing
 from davir_ray.progress import Progress
-from davir_ray.stages.aligning import align
+from davir_ray.stages.aligning import align, check_arithmetic
 from davir_ray.stages.margin_report import report_margins
 from davir_ray.stages.margins import margins
 from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.resume import remember
 from davir_ray.stages.scoring import freeze, score
-from davir_ray.stages.siblings import check_finished, check_same_pairs
+from davir_ray.stages.siblings import check_finished, check_siblings
 from davir_ray.stages.training import check_workers
 from davir_ray.storage import Location
 
-BASE_CACHE = "base_cache"
-"""In the run, until it is complete: the frozen policy's token losses, which scoring the trained one needs again."""
+FROZEN_CACHE = "frozen_cache"
+"""In the run, until it is scored: the frozen policy's token losses, which scoring the trained one reads again where the
+training's arithmetic is scoring's."""
 
 
 def run_alignment(config: AlignRunConfig) -> Location:
@@ -29,17 +30,18 @@ def run_alignment(config: AlignRunConfig) -> Location:
     run, base, preparation = check_inputs(config)
     siblings = check_finished(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
-    scoring = replace(config.score, base_cache=config.score.base_cache or str(run / BASE_CACHE))
+    scoring = replace(config.score, base_cache=config.score.base_cache or str(run / FROZEN_CACHE))
     with writing(run, config):
         if Manifest.read(run, "align") is None:
             check_workers(config.finetune)
+            check_arithmetic(config.finetune, config.score)
         prepare_inputs(run, config, preparation)
-        check_same_pairs(run, siblings)
+        check_siblings(run, siblings, is_shared=config.output_is_shared)
         freeze(run, base, scoring, config.finetune, overwrite=config.overwrite)
         align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
         policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
         score(run, base, policy, scoring, keep_token_nll="none", overwrite=config.overwrite)
-        (run / BASE_CACHE).remove()
+        (run / FROZEN_CACHE).remove()
         remember(run, dump(config))
         Progress("margins").write(run)
         margins(run, config.align)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from davir_ray.config import FinetuneConfig, InputConfig, PrepareConfig, ScoreConfig, check
+from davir_ray.config import FinetuneConfig, InputConfig, PrepareConfig, ScoreConfig, check, check_no_secret
 from davir_ray.errors import ConfigError
 
 
@@ -49,6 +49,8 @@ class AlignRunConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for place in self.beside:
+            check_no_secret("beside", place)
         for source in self.all_sources():
             if source.format != "preference":
                 raise ConfigError(

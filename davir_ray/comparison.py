@@ -10,7 +10,7 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, reading 
                       asked for generations/ and matches/ of them, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
   left_out.parquet    held-out rows that are in the run's training pool
-  comparison.json, comparison.parquet, comparison.html
+  comparison.json, comparison.html, results.parquet, comparison.parquet
 """
 
 import dataclasses
@@ -38,12 +38,14 @@ from davir_ray.progress import Progress
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
+    RESULTS,
     STRICT,
     TABLE,
     ComparisonInputs,
     Measured,
     TrialFacts,
     render_comparison,
+    results_rows,
     summarise_comparison,
 )
 from davir_ray.schema import Status
@@ -308,6 +310,7 @@ def _report(
         )
     )
     write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE))
+    write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS))
     (output / "comparison.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
     (output / "comparison.html").write_text(render_comparison(facts))
 

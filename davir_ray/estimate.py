@@ -55,8 +55,10 @@ class Estimate:
         return self.finetune_flops / tflops / 3.6e15, self.score_flops / tflops / 3.6e15
 
 
-def estimate(size: ModelSize, data: DataSize, shard_rows: int, finetune: FinetuneConfig | None) -> Estimate:
-    """The arithmetic; `finetune` is None where a reference is given."""
+def estimate(
+    size: ModelSize, data: DataSize, shard_rows: int, finetune: FinetuneConfig | None, examples_per_unit: int = 1
+) -> Estimate:
+    """The arithmetic; `finetune` is None where a reference is given. A batch is of units: examples, or pairs of them."""
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
     num_shards = -(-data.num_examples // shard_rows)
@@ -69,7 +71,7 @@ def estimate(size: ModelSize, data: DataSize, shard_rows: int, finetune: Finetun
     passes += finetune.gradient_checkpointing
     epochs = float(finetune.epochs)
     if finetune.max_steps is not None:
-        epochs = finetune.max_steps * finetune.batch_size / max(1, data.num_examples)
+        epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
     return Estimate(
         data,
         num_shards,

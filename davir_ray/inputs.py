@@ -9,7 +9,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
 from davir_ray.output import connected_to, place_of
 from davir_ray.stages.pairing import check_base
-from davir_ray.stages.prepare import Preparation, prepare
+from davir_ray.stages.prepare import Preparation, are_pairs, prepare
 from davir_ray.stages.preview import device_rate, preview
 from davir_ray.stages.resume import check_claim
 from davir_ray.stages.streaming import plan_pool
@@ -51,7 +51,8 @@ def foretell(
             check_workers(finetune)
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
-    found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, finetune)
+    size, examples_per_unit = ModelSize.of(preparation.base), 2 if are_pairs(config.all_sources()) else 1
+    found = estimate(size, data, config.prepare.shard_rows, finetune, examples_per_unit)
     lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
     return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 

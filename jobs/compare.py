@@ -17,7 +17,7 @@ def main(config: CompareConfig) -> None:
     from davir_ray.comparison import compare  # late: a mistake in the options is told before torch and Ray load
 
     output = compare(config)
-    print(f"table: {output / 'comparison.parquet'}\npage:  {output / 'comparison.html'}")
+    print(f"table: {output / 'results.parquet'}\npage:  {output / 'comparison.html'}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from davir_ray.errors import ClusterError, ConfigError, DataError, OutputError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.preference import is_held_out
+from davir_ray.stages import siblings
+from davir_ray.stages.aligning import check_arithmetic
 from davir_ray.storage import Location
 
 RECORDS = 60
@@ -215,14 +217,31 @@ def test_another_loss_is_refused_then_redone_and_told_beside_the_first(copied: A
 
 
 def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_told_beside(
-    config: AlignRunConfig, finished: Path, tmp_path: Path
+    config: AlignRunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "unfinished").mkdir()
     with pytest.raises(ConfigError, match="unfinished, which has no complete prepare stage"):
         dry_run(replace(config, beside=[str(finished), str(tmp_path / "unfinished")]))
     with pytest.raises(ConfigError, match="not those of"):
         run_alignment(replace(config, output=str(tmp_path / "run"), limit=20, beside=[str(finished)]))
+    monkeypatch.setattr(siblings, "num_nodes", lambda: 2)  # as on a cluster, where the driver alone may see a path
+    with pytest.raises(ConfigError, match="which is local, but the cluster has 2 nodes"):
+        run_alignment(replace(config, output=str(tmp_path / "run"), beside=[str(finished)], overwrite=True))
     assert not (tmp_path / "run" / "frozen").exists()
+
+
+def test_a_password_is_refused_and_not_told() -> None:
+    with pytest.raises(ConfigError, match="beside") as error:
+        AlignRunConfig(beside=["s3://key:secret@host/run"])
+    assert "secret" not in str(error.value)
+
+
+def test_frozen_losses_in_other_arithmetic_than_the_training_are_refused(config: AlignRunConfig) -> None:
+    training = replace(config.finetune, precision="auto", use_gpu=False)
+    check_arithmetic(training, config.score)
+    check_arithmetic(replace(training, precision="float32"), replace(config.score, num_gpus=1))
+    with pytest.raises(ConfigError, match=r"trained on CPUs, .* computed on GPUs.*--finetune\.precision float32"):
+        check_arithmetic(training, replace(config.score, num_gpus=1))
 
 
 def test_an_adapter_is_trained_and_measured_on_the_bases_weights(copied: AlignRunConfig) -> None:

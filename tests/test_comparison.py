@@ -120,6 +120,10 @@ def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path) -> 
     assert set(table["num_heldout"]) == {NUM_HELDOUT}
     facts = json.loads((output / "comparison.json").read_text())
     assert facts["heldout"]["in_training_pool"] == NUM_LEAKED
+    results = pd.read_parquet(output / "results.parquet").set_index("arm")
+    assert results.loc["selection", "against_random_p_holm"] == won["p_holm"]
+    means = table.groupby("arm")["value"].mean()
+    assert results["mean"].to_dict() == pytest.approx(means.to_dict())
     assert set(table["num_steps"]) == {6 * (NUM_TRUE + NUM_NOISE) // 16}
     assert not list(output.glob("arms/*/reference"))
     assert (output / "comparison.html").stat().st_size > 10_000

@@ -137,7 +137,7 @@ def test_the_guide_word_by_word(
     assert "estimate" in ran[0]
     assert ran[2].splitlines()[-1] == "complete"
     assert "largest difference" in ran[3]
-    snippet, _ = boxes(GUIDE.read_text(), "python")  # the other one is run by test_alignment.py
+    (snippet,) = boxes(GUIDE.read_text(), "python")
     ended = subprocess.run(
         [sys.executable, "-c", f"{snippet}\nprint(len(rows), sorted(rows[0]))"], cwd=tmp_path, capture_output=True,
         text=True, check=True,

@@ -61,6 +61,14 @@ def test_the_parts_add_up(size: ModelSize) -> None:
     assert adapter.reference_bytes < full.reference_bytes
 
 
+def test_a_batch_of_pairs_holds_two_examples_each(size: ModelSize) -> None:
+    """450 pairs in 45 batches of ten are one epoch."""
+    steps = FinetuneConfig(max_steps=45, batch_size=10)
+    pairs = estimate(size, DATA, 100, steps, examples_per_unit=2)
+    assert pairs.finetune_flops == estimate(size, DATA, 100, FinetuneConfig(epochs=1)).finetune_flops
+    assert estimate(size, DATA, 100, steps).finetune_flops == pairs.finetune_flops / 2
+
+
 def test_memory_of_a_device_falls_with_the_workers_that_share_a_model(size: ModelSize) -> None:
     def device_bytes(**options: Any) -> float:
         return estimate(size, DATA, 100, FinetuneConfig(**options)).device_bytes

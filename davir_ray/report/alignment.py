@@ -81,6 +81,7 @@ def alignment_facts(
             "read": prepared["read"],
             "rejected": prepared["rejected"],
             "pairs": prepared["prepared"] // 2,
+            "trained": manifests["align"]["counts"]["pairs"],
             "not_measured": counted["pairs"] - counted["measured"],
         },
         "sample": {"rows": margins.num_rows, "stands_for": num_pairs, "is_sample": margins.num_rows < num_pairs},

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from davir_ray.comparison_config import DRAWN, TrialName
 from davir_ray.errors import DataError
-from davir_ray.formulas.comparison import Outcome, Panel, holm
+from davir_ray.formulas.comparison import Interval, Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.jsonable import flatten, json_ready
 from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
@@ -52,6 +52,24 @@ TABLE = pa.schema(
 )
 """comparison.parquet: a row for each model, measure and source; source is null for all of them together."""
 
+_TEST = ("mean", "low", "high", "p", "p_holm", "p_examples")
+RESULTS = pa.schema(
+    [
+        ("measure", pa.string()),
+        ("source", pa.string()),
+        ("rows", pa.int64()),
+        ("reading", pa.string()),
+        ("arm", pa.string()),
+        ("num_heldout", pa.int64()),
+        ("mean", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        *((f"against_{baseline}_{name}", pa.float64()) for baseline in BASELINES for name in _TEST),
+    ]
+)
+"""results.parquet: a row for each measure, source, size, reading and arm: its mean over the seeds with a 95 % interval,
+and its difference from each baseline with interval and p-values; null where there is none."""
+
 
 class Measure(NamedTuple):
     """What is measured."""
@@ -62,14 +80,20 @@ class Measure(NamedTuple):
     """Over a column of a table."""
     unit: str
     lower_is_better: bool
+    most: float | None
+    """That it can be; none is below 0."""
+
+    def clipped(self, interval: Interval) -> Interval:
+        """An interval of the measure itself, kept where the measure can be."""
+        return Interval(*(float(np.clip(end, 0, self.most)) for end in interval))
 
 
-LOSS = Measure("loss", "Held-out loss", "loss", "nats per response token", True)
+LOSS = Measure("loss", "Held-out loss", "loss", "nats per response token", True, None)
 STRICT = Measure(
-    "exact_match", "Exact match of the marked answer", "strict exact match", "share of the questions", False
+    "exact_match", "Exact match of the marked answer", "strict exact match", "share of the questions", False, 1
 )
 FLEXIBLE = Measure(
-    "exact_match_flexible", "Exact match of the last number", "flexible exact match", "share of the questions", False
+    "exact_match_flexible", "Exact match of the last number", "flexible exact match", "share of the questions", False, 1
 )
 
 
@@ -160,6 +184,16 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
     return ready | {"skills": _skills(ready)}, [row for measured in inputs.measures for row in _table(inputs, measured)]
 
 
+def results_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of the facts as rows of RESULTS."""
+    own = set(RESULTS.names)
+    return [
+        {name: value for name, value in row.items() if name in own}
+        | {f"against_{baseline}_{name}": test[name] for baseline, test in row["against"].items() for name in _TEST}
+        for row in facts["results"]
+    ]
+
+
 def render_comparison(facts: dict[str, Any]) -> str:
     """Return the page as HTML; the same facts give the same bytes."""
     functions = {"verdict": verdict, "p_value": p_value, "number": number, "decimal": decimal}
@@ -230,7 +264,7 @@ def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str,
                     "arm": arm,
                     "num_heldout": int(rows.sum()),
                     "mean": outcome.mean,
-                    **panel.interval(key)._asdict(),
+                    **measured.measure.clipped(panel.interval(key))._asdict(),
                     "by_seed": outcome.by_seed.tolist(),
                     "against": {name: found[arm] for name, found in tests.items() if arm in found},
                 }
@@ -255,7 +289,7 @@ def _base(measured: Measured) -> Iterable[dict[str, Any]]:
         outcome = Outcome(measured.base[None, rows], measured.weights[rows])
         yield {
             "measure": measured.measure.name, "source": source, "mean": outcome.mean,
-            **Panel({None: outcome}).interval(None)._asdict(),
+            **measured.measure.clipped(Panel({None: outcome}).interval(None))._asdict(),
         }  # fmt: skip
 
 

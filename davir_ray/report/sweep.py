@@ -42,8 +42,14 @@ class Trained:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the policy depends on, its seed among them: equal for one training done twice."""
-        return {name: value for name, value in self.fingerprint.items() if name not in _NOT_SETTINGS}
+        """What the policy depends on, its seed among them: equal for one training done twice.
+
+        A default beta is the number that it stands for; DavIR-DPO's is a median of the frozen losses.
+        """
+        kept = {name: value for name, value in self.fingerprint.items() if name not in _NOT_SETTINGS}
+        if self.details["loss"] == "davir_dpo":
+            return kept
+        return {**kept, "objective": {**kept["objective"], "beta": self.details["beta"]}}
 
     @property
     def without_seed(self) -> dict[str, Any]:

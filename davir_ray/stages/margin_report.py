@@ -17,7 +17,7 @@ from davir_ray.schema import MARGINS
 from davir_ray.stages.exchange import collect
 from davir_ray.stages.resume import leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.stages.siblings import check_finished, check_same_pairs
+from davir_ray.stages.siblings import check_finished, check_siblings
 from davir_ray.storage import Location
 
 _MOST_PAIRS = 200_000
@@ -29,7 +29,7 @@ def report_margins(run: Location, config: AlignRunConfig) -> None:
     started = time.monotonic()
     manifests = {stage: found for stage in leading_to("report") if (found := Manifest.read(run, stage))}
     siblings = check_finished(config.beside)
-    check_same_pairs(run, siblings)
+    check_siblings(run, siblings, is_shared=config.output_is_shared)
     facts = alignment_facts(
         _sample(run),
         require(run, "margins").counts["pairs"],

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 FOLDERS = {
     "prepare": ("examples", "rejects", "prepare_tasks"),
-    "freeze": ("frozen", "base_cache"),
+    "freeze": ("frozen", "frozen_cache"),
     "align": ("checkpoints", "policy", "policy_epochs"),
     "finetune": ("checkpoints", "reference", "reference_epochs"),
     "score": ("scores",),

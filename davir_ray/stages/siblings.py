@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from davir_ray.access import check_readable, translated
 from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
+from davir_ray.stages.cluster import num_nodes
 from davir_ray.stages.resume import require
 from davir_ray.storage import Location
 
@@ -15,10 +16,17 @@ def check_finished(places: Sequence[str]) -> list[Location]:
     return [_finished(place) for place in places]
 
 
-def check_same_pairs(run: Location, siblings: Sequence[Location]) -> None:
-    """ConfigError if one was trained on other pairs than this run, whose prepare stage is complete."""
+def check_siblings(run: Location, siblings: Sequence[Location], *, is_shared: bool) -> None:
+    """ConfigError if one was trained on other pairs than this run, whose prepare stage is complete, or if a node may
+    not see it.
+    """
     pairs = require(run, "prepare").content
     for sibling in siblings:
+        if sibling.is_local and num_nodes() > 1 and not is_shared:
+            raise ConfigError(
+                f"beside names {sibling}, which is local, but the cluster has {num_nodes()} nodes; name runs in "
+                "s3://…, or give --output_is_shared if every node sees these paths"
+            )
         if require(sibling, "prepare").content != pairs:
             raise ConfigError(
                 f"beside names {sibling}, whose prepared pairs are not those of {run}; name runs of the same data, "

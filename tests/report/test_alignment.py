@@ -17,7 +17,7 @@ def test_the_facts_are_those_of_the_margins() -> None:
     facts = facts_of(table)
     frame = table.to_pandas()
     frame = frame[frame["status"] == "ok"]
-    assert facts["books"] == {"read": 210, "rejected": 10, "pairs": 200, "not_measured": 3}
+    assert facts["books"] == {"read": 210, "rejected": 10, "pairs": 200, "trained": 160, "not_measured": 3}
     for name, part in (("trained", frame[~frame["held_out"]]), ("held_out", frame[frame["held_out"]])):
         told = facts["parts"][name]
         difference = part["num_chosen_tokens"] - part["num_rejected_tokens"]
@@ -62,7 +62,9 @@ def test_the_page_has_the_papers_figure_beside_ours(loss: str, paper: str) -> No
 def test_a_sample_says_so() -> None:
     table = margin_table()
     facts = alignment_facts(table, 10**9, manifests(), {})
-    assert "200 of 1,000,000,000 pairs" in render_alignment(facts)
+    page = render_alignment(facts)
+    assert "200 of 1,000,000,000 pairs" in page
+    assert "A policy trained on 160 preference pairs" in page
 
 
 def test_the_page_loads_nothing_and_escapes_what_it_shows() -> None:

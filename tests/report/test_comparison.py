@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from comparison_facts import comparison_inputs, trial_names
 from outline import Outline
@@ -15,12 +16,14 @@ from davir_ray.errors import DataError
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
+    RESULTS,
     STRICT,
     ComparisonInputs,
     Measure,
     Measured,
     TrialFacts,
     render_comparison,
+    results_rows,
     summarise_comparison,
     verdict,
 )
@@ -216,6 +219,36 @@ def test_the_table_has_a_row_for_each_model_and_source() -> None:
     for name, values in measured.values.items():
         value = of_all[name.arm, name.reading, name.seed]["value"]
         assert value == pytest.approx(values.sum() / measured.weights.sum())
+
+
+def test_the_results_have_a_row_for_each_arm_with_its_interval_and_tests() -> None:
+    facts, _ = summarise_comparison(two_skills())
+    table = pa.Table.from_pylist(results_rows(facts), RESULTS).to_pylist()
+    assert len(table) == len(facts["results"])
+    for row, told in zip(table, facts["results"], strict=True):
+        assert {name: row[name] for name in ("measure", "source", "rows", "reading", "arm", "mean", "low", "high")} == {
+            name: told[name] for name in ("measure", "source", "rows", "reading", "arm", "mean", "low", "high")
+        }
+        for baseline in ("random", "full"):
+            test = told["against"].get(baseline, {})
+            for name in ("mean", "low", "high", "p", "p_holm", "p_examples"):
+                assert row[f"against_{baseline}_{name}"] == test.get(name)
+
+
+def test_the_interval_of_a_share_is_of_shares() -> None:
+    """One right answer of fifty: Student's t over the seeds reaches below 0."""
+    inputs = comparison_inputs(trial_names((SIZE,)))
+    names, sources = list(inputs.trials), np.array(["gsm8k"] * 50)
+    values = {name: np.eye(1, 50, name.seed)[0] * (name.seed == 0) for name in names}
+    few = Measured(STRICT, sources, np.ones(50), values)
+    most = Measured(FLEXIBLE, sources, np.ones(50), {name: 1 - value for name, value in values.items()})
+    facts, _ = summarise_comparison(replace(inputs, measures=[few, most]))
+    ends = {"exact_match": set(), "exact_match_flexible": set()}
+    for row in facts["results"]:
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
+        ends[row["measure"]] |= {row["low"], row["high"]}
+    assert 0 in ends["exact_match"]
+    assert 1 in ends["exact_match_flexible"]
 
 
 def test_a_verdict_needs_a_low_p_and_seeds_and_knows_which_way_is_better() -> None:

@@ -18,17 +18,24 @@ def part(accuracy: float, pearson: float | None = 0.2) -> dict[str, Any]:
 
 
 def trained(
-    seed: int = 0, accuracy: float = 0.5, loss: str = "dpo", *, rate: float = 1e-6, frozen: str = "f", **parts: Any
+    seed: int = 0,
+    accuracy: float = 0.5,
+    loss: str = "dpo",
+    *,
+    rate: float = 1e-6,
+    frozen: str = "f",
+    beta: float | None = None,
+    **parts: Any,
 ) -> Trained:
     fingerprint = {
         "base": "b",
         "examples": "e",
         "frozen": frozen,
-        "objective": {"loss": loss, "beta": None},
+        "objective": {"loss": loss, "beta": beta},
         "recipe": {"seed": seed, "learning_rate": rate},
     }
     parts = {"trained": part(accuracy), **parts}
-    return Trained(f"runs/{loss}-{seed}", fingerprint, {"loss": loss, "beta": 0.1}, parts)
+    return Trained(f"runs/{loss}-{seed}", fingerprint, {"loss": loss, "beta": beta or 0.1}, parts)
 
 
 def test_a_setting_is_a_row_with_the_mean_and_students_interval_over_its_seeds() -> None:
@@ -59,6 +66,13 @@ def test_one_training_found_twice_is_no_second_seed() -> None:
     (row,) = sweep_table([trained(0, 0.5), trained(0, 0.5), trained(0, 0.5, frozen="other bits"), trained(1, 0.7)])
     assert row["seeds"] == [0, 1]
     assert row["parts"]["trained"]["accuracy"]["mean"] == pytest.approx(0.6)
+
+
+def test_a_default_beta_is_the_number_that_it_stands_for() -> None:
+    (row,) = sweep_table([trained(0, 0.5), trained(1, 0.7, beta=0.1), trained(0, 0.5, beta=0.1)])
+    assert row["seeds"] == [0, 1]
+    usual, larger = sweep_table([trained(0), trained(0, beta=0.2)])
+    assert (usual["beta"], larger["beta"]) == (0.1, 0.2)
 
 
 def test_another_setting_is_another_row_and_says_what_differs() -> None:
