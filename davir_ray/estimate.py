@@ -58,7 +58,7 @@ class Estimate:
 def estimate(
     size: ModelSize, data: DataSize, shard_rows: int, finetune: FinetuneConfig | None, examples_per_unit: int = 1
 ) -> Estimate:
-    """The arithmetic; `finetune` is None where a reference is given. A batch is of units: examples, or pairs of them."""
+    """The arithmetic; `finetune` is None where a reference is given. A batch counts units: examples, or pairs."""
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
     num_shards = -(-data.num_examples // shard_rows)
