@@ -290,7 +290,7 @@ def killed(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> dict[str, Any]:
-    """Options of a fine-tune whose driver was killed after a checkpoint."""
+    """Options of a fine-tune whose driver was killed after a checkpoint, and whose workers have ended since."""
     folder = tmp_path_factory.mktemp("killed")
     run = folder / "run"
     options = {f"finetune.{name}": value for name, value in (LONG | request.param).items()} | {
@@ -301,8 +301,11 @@ def killed(
     first = Driver("finetune.py", options, folder / "first.log")
     try:
         wait_for_checkpoint(run)
+        orphans = psutil.Process(first.process.pid).children(recursive=True)
     finally:
         first.kill()
+    _, alive = psutil.wait_procs(orphans, timeout=300)  # until then the workers write further checkpoints
+    assert not alive
     assert not (run / "reference").exists()
     return options
 
