@@ -49,11 +49,11 @@ def _trained(run: Location) -> Trained:
 
 
 def _sample(run: Location) -> pa.Table:
-    """MARGINS of the run, all rows or a sample by hash."""
+    """MARGINS of the run, all rows or a sample by hash, in an order that is always the same, as their sums then are."""
     margins = require(run, "margins")
     draw = partial(_draw, share=min(1.0, _MOST_PAIRS / margins.counts["pairs"]))
     shards = Shards(margins.files_in("margins"), partial(read_columns, run / "margins", None))
-    return collect(shards, draw, MARGINS)
+    return collect(shards, draw, MARGINS).sort_by("pair_id")
 
 
 def _draw(table: pa.Table, share: float) -> pa.Table:
