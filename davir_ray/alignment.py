@@ -15,7 +15,7 @@ from davir_ray.stages.margins import margins
 from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.resume import remember
 from davir_ray.stages.scoring import freeze, score
-from davir_ray.stages.siblings import check_finished, check_siblings
+from davir_ray.stages.sweep import check_finished, check_sweep
 from davir_ray.stages.training import check_workers
 from davir_ray.storage import Location
 
@@ -28,7 +28,7 @@ def run_alignment(config: AlignRunConfig) -> Location:
     """From preference data to a trained policy and its report; stages that are complete are skipped."""
     config.require_input()
     run, base, preparation = check_inputs(config)
-    siblings = check_finished(config.beside)
+    others = check_finished(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / FROZEN_CACHE))
     with writing(run, config):
@@ -36,7 +36,7 @@ def run_alignment(config: AlignRunConfig) -> Location:
             check_workers(config.finetune)
             check_arithmetic(config.finetune, config.score)
         prepare_inputs(run, config, preparation)
-        check_siblings(run, siblings, is_shared=config.output_is_shared)
+        check_sweep(run, others, is_shared=config.output_is_shared)
         freeze(run, base, scoring, config.finetune, overwrite=config.overwrite)
         align(run, base, config.finetune, config.align, spec, overwrite=config.overwrite)
         policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
@@ -46,7 +46,7 @@ def run_alignment(config: AlignRunConfig) -> Location:
         Progress("margins").write(run)
         margins(run, config.align)
         Progress("report").write(run)
-        report_margins(run, config)
+        report_margins(run, config, others)
     return run
 
 

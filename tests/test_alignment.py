@@ -27,7 +27,7 @@ from davir_ray.errors import ClusterError, ConfigError, DataError, OutputError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.preference import is_held_out
-from davir_ray.stages import siblings
+from davir_ray.stages import sweep
 from davir_ray.stages.aligning import check_arithmetic
 from davir_ray.storage import Location
 
@@ -224,7 +224,7 @@ def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_told_beside(
         dry_run(replace(config, beside=[str(finished), str(tmp_path / "unfinished")]))
     with pytest.raises(ConfigError, match="not those of"):
         run_alignment(replace(config, output=str(tmp_path / "run"), limit=20, beside=[str(finished)]))
-    monkeypatch.setattr(siblings, "num_nodes", lambda: 2)  # as on a cluster, where the driver alone may see a path
+    monkeypatch.setattr(sweep, "num_nodes", lambda: 2)  # as on a cluster, where the driver alone may see a path
     with pytest.raises(ConfigError, match="which is local, but the cluster has 2 nodes"):
         run_alignment(replace(config, output=str(tmp_path / "run"), beside=[str(finished)], overwrite=True))
     assert not (tmp_path / "run" / "frozen").exists()

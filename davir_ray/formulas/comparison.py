@@ -40,6 +40,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def clipped(self, least: float, most: float) -> "Interval":
+        """The same, kept where the measure can be."""
+        return Interval(*(float(min(max(end, least), most)) for end in self))
+
 
 class Spread(NamedTuple):
     """A part of a mean's variance, and how well it is known."""
@@ -121,6 +125,14 @@ class Panel:
             _p_value(mean, [*examples, *spreads]),
             _p_value(mean, examples),
         )
+
+
+def over_seeds(values: Sequence[float]) -> Interval | None:
+    """Student's t around the mean of one number for each seed; None where there is one seed."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return Interval(float(np.mean(values)) - half, float(np.mean(values)) + half)
 
 
 def resampled(values_AE: Floats, weights_E: Floats, num_replicates: int, seed: int) -> Floats:

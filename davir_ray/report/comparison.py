@@ -3,6 +3,7 @@
 Pure functions: no files, no models. Held-out losses are nats a token; every other measure has a unit of its own.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -81,11 +82,11 @@ class Measure(NamedTuple):
     unit: str
     lower_is_better: bool
     most: float | None
-    """That it can be; none is below 0."""
+    """That it can be, None: without limit; none is below 0."""
 
     def clipped(self, interval: Interval) -> Interval:
         """An interval of the measure itself, kept where the measure can be."""
-        return Interval(*(float(np.clip(end, 0, self.most)) for end in interval))
+        return interval.clipped(0.0, math.inf if self.most is None else self.most)
 
 
 LOSS = Measure("loss", "Held-out loss", "loss", "nats per response token", True, None)

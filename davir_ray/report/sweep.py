@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from davir_ray.formulas.comparison import over_seeds
 from davir_ray.manifest import differences
 from davir_ray.report.alignment import NAMES, PAPER
+from davir_ray.storage import digest
 
-_LEVEL = 0.95
 _NOT_SETTINGS = ("frozen",)
 """Of a fingerprint: the frozen policy's losses, whose last bits may differ between machines."""
 
@@ -64,22 +64,13 @@ def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
     A training that is there twice counts once. A figure is {"mean", "interval"}: Student's t over the seeds; no
     interval for one seed, neither where a seed has no such figure.
     """
-    settings: list[list[Trained]] = []
-    for one in _each_once(trained):
-        of_its_own = (group for group in settings if group[0].without_seed == one.without_seed)
-        if (group := next(of_its_own, None)) is None:
-            settings.append([one])
-        else:
-            group.append(one)
-    return [_row(group, settings[0][0]) for group in settings]
-
-
-def _each_once(trained: Sequence[Trained]) -> list[Trained]:
-    kept: list[Trained] = []
+    once: dict[str, Trained] = {}
     for one in trained:
-        if all(one.settings != other.settings for other in kept):
-            kept.append(one)
-    return kept
+        once.setdefault(digest(one.settings), one)
+    groups: dict[str, list[Trained]] = {}
+    for one in once.values():
+        groups.setdefault(digest(one.without_seed), []).append(one)
+    return [_row(group, trained[0]) for group in groups.values()]
 
 
 def _row(group: list[Trained], first: Trained) -> dict[str, Any]:
@@ -109,15 +100,12 @@ def _figures(parts: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         for part in parts
     ]
-    return {name: _over_seeds([of_one[name] for of_one in values], *limits) for name, limits in _LIMITS.items()}
+    return {name: _figure([of_one[name] for of_one in values], *limits) for name, limits in _LIMITS.items()}
 
 
-def _over_seeds(values: list[float | None], least: float, most: float) -> dict[str, Any]:
+def _figure(values: list[float | None], least: float, most: float) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {"mean": None, "interval": None}
-    mean = float(np.mean(known))
-    if len(known) < 2:
-        return {"mean": mean, "interval": None}
-    half = float(stats.t.ppf((1 + _LEVEL) / 2, len(known) - 1) * stats.sem(known))
-    return {"mean": mean, "interval": [max(least, mean - half), min(most, mean + half)]}
+    interval = over_seeds(known)
+    return {"mean": float(np.mean(known)), "interval": interval and list(interval.clipped(least, most))}

@@ -10,10 +10,9 @@ from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.preference import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
-from davir_ray.stages.cluster import has_gpu
 from davir_ray.stages.resume import require
 from davir_ray.stages.streaming import num_gpus_of
-from davir_ray.stages.training import Training, recipe_of, train
+from davir_ray.stages.training import Training, recipe_of, train, trains_on_gpus
 from davir_ray.storage import Location, each, read_parquet
 
 
@@ -45,13 +44,12 @@ def check_arithmetic(training: FinetuneConfig, scoring: ScoreConfig) -> None:
     """ConfigError if the frozen losses would be computed in other arithmetic than the training's: the policy would not
     begin where the frozen one is.
     """
-    trains_on_gpus = has_gpu() if training.use_gpu is None else training.use_gpu
-    scores_on_gpus = num_gpus_of(scoring) > 0
-    if training.precision == "auto" and trains_on_gpus != scores_on_gpus:
-        kinds = {True: "GPUs", False: "CPUs"}
+    training_kind = "GPUs" if trains_on_gpus(training) else "CPUs"
+    scoring_kind = "GPUs" if num_gpus_of(scoring) > 0 else "CPUs"
+    if training.precision == "auto" and training_kind != scoring_kind:
         raise ConfigError(
             "finetune.precision is auto, which may be bfloat16 on one and float32 on the other: the policy is trained "
-            f"on {kinds[trains_on_gpus]}, its frozen losses are computed on {kinds[scores_on_gpus]}; give "
+            f"on {training_kind}, its frozen losses are computed on {scoring_kind}; give "
             "--finetune.precision float32, or the same devices (--finetune.use_gpu, --score.num_gpus)"
         )
 

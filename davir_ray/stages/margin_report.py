@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -17,25 +18,27 @@ from davir_ray.schema import MARGINS
 from davir_ray.stages.exchange import collect
 from davir_ray.stages.resume import leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.stages.siblings import check_finished, check_siblings
 from davir_ray.storage import Location
 
 _MOST_PAIRS = 200_000
 """That the figures of a run are computed from; of more a sample by hash, and the page says so."""
 
 
-def report_margins(run: Location, config: AlignRunConfig) -> None:
-    """Write the page and the same facts as JSON; always redone, it takes seconds."""
+def report_margins(run: Location, config: AlignRunConfig, others: Sequence[Location]) -> None:
+    """Write the page and the same facts as JSON; always redone, it takes seconds.
+
+    `others` are finished trainings that are told beside this one.
+    """
     started = time.monotonic()
     manifests = {stage: found for stage in leading_to("report") if (found := Manifest.read(run, stage))}
-    siblings = check_finished(config.beside)
-    check_siblings(run, siblings, is_shared=config.output_is_shared)
+    pairs = _sample(run)
+    trained = [_trained(run, pairs), *(_trained(other, _sample(other)) for other in others)]
     facts = alignment_facts(
-        _sample(run),
+        pairs,
         require(run, "margins").counts["pairs"],
         {stage: dataclasses.asdict(found) for stage, found in manifests.items()},
         dataclasses.asdict(config),
-        sweep_table([_trained(place) for place in (run, *siblings)]) if siblings else (),
+        sweep_table(trained) if others else (),
     )
     (run / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
     (run / "report.html").write_text(render_alignment(facts))
@@ -43,9 +46,9 @@ def report_margins(run: Location, config: AlignRunConfig) -> None:
     Manifest("report", fingerprint, {}, [], seconds=time.monotonic() - started).write(run)
 
 
-def _trained(run: Location) -> Trained:
+def _trained(run: Location, pairs: pa.Table) -> Trained:
     align = require(run, "align")
-    return Trained(str(run), align.fingerprint, align.details, parts_of(_sample(run)))
+    return Trained(str(run), align.fingerprint, align.details, parts_of(pairs))
 
 
 def _sample(run: Location) -> pa.Table:

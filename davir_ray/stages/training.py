@@ -161,7 +161,7 @@ def what_matters(config: FinetuneConfig) -> dict[str, Any]:
 def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
     """Run Ray Train. The fingerprint names its folder: the same fine-tune continues by itself, another starts anew."""
     config = training.config
-    use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
+    use_gpu = trains_on_gpus(config)
     check_workers(config)
     storage = training.run / "checkpoints"
     if storage.is_local:
@@ -213,9 +213,14 @@ def _arrow_filesystem(place: Location) -> pyarrow.fs.FileSystem:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(place.fs))
 
 
+def trains_on_gpus(config: FinetuneConfig) -> bool:
+    """Whether each worker has a GPU."""
+    return has_gpu() if config.use_gpu is None else config.use_gpu
+
+
 def check_workers(config: FinetuneConfig) -> None:
     """ClusterError if the cluster cannot hold the workers."""
-    use_gpu = has_gpu() if config.use_gpu is None else config.use_gpu
+    use_gpu = trains_on_gpus(config)
     resources = ray.cluster_resources()
     for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
         if wanted * config.num_workers > resources.get(name, 0):

@@ -16,20 +16,20 @@ def check_finished(places: Sequence[str]) -> list[Location]:
     return [_finished(place) for place in places]
 
 
-def check_siblings(run: Location, siblings: Sequence[Location], *, is_shared: bool) -> None:
+def check_sweep(run: Location, others: Sequence[Location], *, is_shared: bool) -> None:
     """ConfigError if one was trained on other pairs than this run, whose prepare stage is complete, or if a node may
     not see it.
     """
     pairs = require(run, "prepare").content
-    for sibling in siblings:
-        if sibling.is_local and num_nodes() > 1 and not is_shared:
+    for other in others:
+        if other.is_local and num_nodes() > 1 and not is_shared:
             raise ConfigError(
-                f"beside names {sibling}, which is local, but the cluster has {num_nodes()} nodes; name runs in "
+                f"beside names {other}, which is local, but the cluster has {num_nodes()} nodes; name runs in "
                 "s3://…, or give --output_is_shared if every node sees these paths"
             )
-        if require(sibling, "prepare").content != pairs:
+        if require(other, "prepare").content != pairs:
             raise ConfigError(
-                f"beside names {sibling}, whose prepared pairs are not those of {run}; name runs of the same data, "
+                f"beside names {other}, whose prepared pairs are not those of {run}; name runs of the same data, "
                 "base and prepare settings"
             )
 
