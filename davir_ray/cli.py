@@ -19,11 +19,14 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from davir_ray.config import SELECT_RULES, RunConfig
 from davir_ray.errors import ConfigError, DavirError, UserError
+from davir_ray.terminal import LogHandler
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 """The configuration of a job: a frozen dataclass, validated when it is made."""
+
+DEBUG_HELP = "Show what Ray and its workers print, too, which otherwise goes to Ray's log files."
 
 
 def run_job(job: Callable[[T], None], settings: type[T], description: str, argv: list[str] | None = None) -> int:
@@ -37,7 +40,8 @@ def exit_status(job: Callable[[], None]) -> int:
     1 after one line where storage failed or a file is damaged, 130 after Ctrl-C, as shells have it; any other error is
     a defect, and shows its traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _keep_standard_error_apart()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
     logging.getLogger("davir_ray").setLevel(logging.INFO)
     name = os.path.basename(sys.argv[0])
     try:
@@ -49,6 +53,16 @@ def exit_status(job: Callable[[], None]) -> int:
         sys.stderr.write(f"{name}: interrupted\n")
         return 130
     return 0
+
+
+def _keep_standard_error_apart() -> None:
+    """Let Python write to a copy of file descriptor 2, so that what native code writes there can go elsewhere."""
+    ours = sys.stderr
+    try:
+        if ours.fileno() == 2:
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=ours.encoding, errors=ours.errors)
+    except (OSError, ValueError):  # there is none, or it is a notebook's
+        return
 
 
 def parse(argv: list[str], description: str = "") -> RunConfig:
@@ -69,6 +83,8 @@ def parse_as(settings: type[T], argv: list[str], description: str = "") -> T:
             values = parser.parse_args(argv)
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    if values.debug:
+        show_debug()
     _replace_rule(values, argv)
     return _config(settings, parser, values)
 
@@ -96,9 +112,15 @@ def _parser(settings: type[Any], description: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these fields; options override it.")
+    parser.add_argument("--debug", type=bool, default=False, help=DEBUG_HELP)
     parser.add_class_arguments(settings, as_group=False)
     _let_flags_stand_alone(parser)
     return parser
+
+
+def show_debug() -> None:
+    """Show, from here on, what Ray and the workers print, too: the option --debug."""
+    logging.getLogger("davir_ray").setLevel(logging.DEBUG)
 
 
 def _config(settings: type[T], parser: ArgumentParser, values: Namespace) -> T:

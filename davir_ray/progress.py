@@ -4,6 +4,7 @@ import json
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import accumulate, takewhile
 from typing import Literal, NamedTuple, Self
 
 from davir_ray.storage import Location
@@ -86,6 +87,18 @@ class Progress:
             parts.append(f"{self.unscored:,} without a score")
         parts.append(f"{self.retries:,} {'retry' if self.retries == 1 else 'retries'}")
         return f"{self.stage}: {', '.join(parts)}"
+
+    def brief(self, width: int) -> str:
+        """The same in at most `width` characters: what matters most comes first, and counts of nothing are left out."""
+        troubles = {"rejects": self.rejects, "without a score": self.unscored, "retries": self.retries}
+        parts = [self._told_done()] if self.unit else []
+        if self.seconds_left:
+            parts.append(f"{duration(self.seconds_left)} left")
+        parts += [f"{count:,} {name}" for name, count in troubles.items() if count]
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        fitting = takewhile(lambda line: len(line) <= width, accumulate(parts, "{}, {}".format))
+        return max(fitting, key=len, default="")
 
     def _told_done(self) -> str:
         if self.unit == "bytes":

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from davir_ray.cli import exit_status
+from davir_ray.cli import DEBUG_HELP, exit_status, show_debug
 from davir_ray.demo.run import run_demo
 
 
@@ -19,7 +19,11 @@ def main() -> None:
     """Run the demo and print what came of the planted truth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("davir_demo"), help="folder for data, base and run")
-    print(run_demo(parser.parse_args().output))
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    options = parser.parse_args()
+    if options.debug:
+        show_debug()
+    print(run_demo(options.output))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from davir_ray.cli import exit_status
+from davir_ray.cli import DEBUG_HELP, exit_status, show_debug
 from davir_ray.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--output", type=str, required=True, help="Folder of the run.")
     options.add_argument("--rows", type=int, default=200, help="Rows to score again, chosen at random.")
     options.add_argument("--seed", type=int, default=0, help="Seed of the choice.")
+    options.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return options
 
 
@@ -36,6 +37,8 @@ def main() -> None:
         raise ConfigError(" ".join(str(error).split())) from error
     if found.rows < 1:
         raise ConfigError(f"rows is {found.rows}; it must be at least 1")
+    if found.debug:
+        show_debug()
     from davir_ray.pipeline import verify_only  # late: a mistake in the options is told before torch and Ray load
 
     print("\n".join(verify_only(found.output, found.rows, found.seed).lines()))

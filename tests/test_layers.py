@@ -29,14 +29,15 @@ ABOVE: dict[str, set[str]] = {
     "lease": {"errors", "storage", "access"},
     "manifest": {"errors", "storage"},
     "progress": {"storage"},
+    "terminal": {"progress"},
     "status": GROUND,
     "formulas": set(),
     "data": GROUND,
     "models": GROUND | {"data", "formulas"},
     "report": GROUND | {"formulas", "data"},
     "estimate": GROUND | {"models"},
-    "stages": GROUND | {"data", "formulas", "models", "report", "estimate"},
-    "cli": {"config", "errors", "access"},
+    "stages": GROUND | {"data", "formulas", "models", "report", "estimate", "terminal"},
+    "cli": {"config", "errors", "access", "terminal"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 

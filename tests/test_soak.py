@@ -16,7 +16,7 @@ import pytest
 from drivers import Driver
 
 from davir_ray.manifest import Manifest
-from davir_ray.stages.cluster import LOG_LEVEL
+from davir_ray.stages.console import LOG_LEVEL
 from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)

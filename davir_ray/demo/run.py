@@ -2,7 +2,10 @@
 
 import dataclasses
 import logging
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,8 +17,10 @@ from davir_ray.demo.world import TOP_FRACTION, instruction_rows, pretraining_tex
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.finetune import StepReport
 from davir_ray.pipeline import run_all
+from davir_ray.progress import Progress
 from davir_ray.stages.cluster import connected
 from davir_ray.stages.reporting import report
+from davir_ray.terminal import Bar
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,8 @@ def run_demo(output: Path, seed: int = 0) -> str:
     if not base.is_dir():
         log.info("demo: pre-training a base model of 0.6M parameters on generated text")
         torch.set_num_threads(1)  # such small products gain nothing from more, and lose much on a busy machine
-        pretrain(base, pretraining_texts(seed), seed, _tell)
+        with _shown() as show:
+            pretrain(base, pretraining_texts(seed), seed, show)
     config = demo_config(data, base, output / "run")
     with connected():  # one Ray for the run and for the report again, which then knows the truth
         run = run_all(config)
@@ -64,6 +70,20 @@ def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
     )
 
 
-def _tell(step: StepReport) -> None:
-    if step.step % 50 == 0 or step.step == step.total_steps:
-        log.info("pre-training: step %d of %d, loss %.3f nats a token", step.step, step.total_steps, step.loss)
+@contextmanager
+def _shown() -> Iterator[Callable[[StepReport], None]]:
+    """What the pre-training calls after each step: a bar on a terminal, else a line now and then."""
+    stage, unit = "pre-training", "steps"
+    bar = Bar(Progress(stage, unit=unit)) if sys.stderr.isatty() else None
+
+    def show(step: StepReport) -> None:
+        if bar is not None:
+            bar.show(Progress(stage, unit=unit, done=step.step, total=step.total_steps))
+        elif step.step % 50 == 0 or step.step == step.total_steps:
+            log.info("%s: step %d of %d, loss %.3f nats a token", stage, step.step, step.total_steps, step.loss)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()

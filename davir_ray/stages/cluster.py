@@ -17,13 +17,11 @@ from ray.data.exceptions import ExecutionTimeoutError
 from davir_ray import errors
 from davir_ray.access import CONTINUES, explain_text
 from davir_ray.errors import ClusterError, ProgressError, StorageError
+from davir_ray.stages.console import LOG_LEVEL, quiet_ray, quieten, shows_all
 
 log = logging.getLogger(__name__)
 
 _OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
-
-LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
-"""Environment variable of the workers: DEBUG makes them tell of every shard."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
@@ -38,14 +36,15 @@ def connected() -> Iterator[None]:
     block standard output goes to standard error: Ray prints there what workers, nodes and the autoscaler say, among
     them warnings, and a job's standard output is its result alone.
     """
-    _quieten()
+    quieten()
     if ray.is_initialized():
         yield
         return
     with redirect_stdout(sys.stderr):
         _start()
         try:
-            yield
+            with quiet_ray():
+                yield
         finally:
             ray.shutdown()
 
@@ -65,6 +64,9 @@ def _start() -> None:
     if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
         ray.init(logging_level=logging.WARNING)
         return
+    log.info("starting Ray on this machine")
+    if shows_all():
+        os.environ.setdefault(LOG_LEVEL, "DEBUG")
     ray.init(
         "local",
         num_cpus=(os.cpu_count() or 1) + 1,
@@ -77,22 +79,6 @@ def _start() -> None:
 def _silence_cleaner() -> None:
     """Ray Train's cleaner warns every second that it cannot ask the dashboard, which a local start does without."""
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
-
-
-def configure_worker_logging() -> None:
-    """Let a worker's log lines at INFO reach the driver; Ray's workers drop them by default."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("davir_ray").setLevel(os.environ.get(LOG_LEVEL, "INFO"))
-    _quieten()
-
-
-def _quieten() -> None:
-    """Leave out what says nothing about the run: plans of small datasets, placement of workers."""
-    logging.getLogger("aiobotocore").setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = False  # progress.py tells of stages, not of operators
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
-from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
+from davir_ray.stages.cluster import own_errors, pool_size
+from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import Location, content_digest, digest, each, file_digest

@@ -22,7 +22,6 @@ from davir_ray.errors import IntegrityError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import (
-    configure_worker_logging,
     has_gpu,
     own_errors,
     pool_size,
@@ -30,6 +29,7 @@ from davir_ray.stages.cluster import (
     side_cpus,
     whole_block_context,
 )
+from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.resume import clear, other_attempt
 from davir_ray.stages.shards import (
     NAMED,

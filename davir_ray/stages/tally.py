@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,12 +13,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.metrics import Counter as Metric
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from davir_ray.access import explain
 from davir_ray.progress import Pace, Progress
 from davir_ray.storage import Location
+from davir_ray.terminal import Bar
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ EVERY_S = 5.0
 """Seconds between two writes of progress.json, and between two lines where something was done."""
 
 _STILL_S = 30.0
-"""Seconds between two lines while nothing is done."""
+"""Seconds between two lines while nothing is done, and between two lines of a training."""
 
 _MOST_POINTS = 200
 _ASK_S = 10.0
@@ -176,12 +175,10 @@ class _Teller:
         self._told_done, self._told_at = -1, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
-        self._bar = _bar(start) if sys.stderr.isatty() else None
-        self._lines = logging_redirect_tqdm() if self._bar is not None else nullcontext()
+        self._bar = Bar(start) if sys.stderr.isatty() else None
 
     def start(self) -> None:
         """Begin to tell."""
-        self._lines.__enter__()
         self._tell(self._first)
         self._thread.start()
 
@@ -193,7 +190,6 @@ class _Teller:
         """Tell no more: the run may be another driver's by now, or its store away."""
         self._ended.set()
         self._thread.join(EVERY_S)
-        self._lines.__exit__(None, None, None)
         if self._bar is not None:
             self._bar.close()
 
@@ -231,8 +227,7 @@ class _Teller:
         if self._bar is None:
             self._log(progress)
         else:
-            self._bar.n, self._bar.total = progress.done, progress.total
-            self._bar.set_description_str(str(progress))
+            self._bar.show(progress)
         try:
             progress.write(self._run)
         except Exception as error:  # noqa: BLE001  # of any store's library; the stage's own writes will fail, if it lasts
@@ -240,12 +235,8 @@ class _Teller:
 
     def _log(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress.done != self._told_done or now - self._told_at > _STILL_S:
+        # Of a training the first worker logs the steps; these lines add the time that is left.
+        is_news = progress.done != self._told_done and progress.unit != "steps"
+        if is_news or now - self._told_at > _STILL_S:
             log.info("%s", progress)
             self._told_done, self._told_at = progress.done, now
-
-
-def _bar(start: Progress) -> "tqdm[Any]":
-    """A bar with our own words behind it: rates of the bar's own would count what was done before."""
-    form = "|{bar:20}| {desc}" if start.total else "{desc}"
-    return tqdm(total=start.total, initial=start.done, desc=start.stage, bar_format=form)

@@ -35,7 +35,8 @@ from davir_ray.models.parallel import sharded, together
 from davir_ray.models.self_check import self_check
 from davir_ray.models.training_set import TRAINING_COLUMNS, Objective, TrainingSet
 from davir_ray.progress import Progress
-from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, own_interrupts
+from davir_ray.stages.cluster import has_gpu, own_errors, own_interrupts
+from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.resume import completed, note_attempt, require, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import FileEntry, Location, digest, each, in_folder, read_parquet

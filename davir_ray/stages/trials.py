@@ -22,7 +22,8 @@ from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generation import GENERATION_VERSION
 from davir_ray.models.likelihood import NUMERICS_VERSION
-from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors, room_for
+from davir_ray.stages.cluster import has_gpu, own_errors, room_for
+from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.generation import generate
 from davir_ray.stages.matching import match
 from davir_ray.stages.outputs import write_outputs

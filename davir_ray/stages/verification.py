@@ -17,7 +17,8 @@ from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.plain import PlainScorer
 from davir_ray.schema import EXAMPLES, SCORES, Status
-from davir_ray.stages.cluster import configure_worker_logging, has_gpu, own_errors
+from davir_ray.stages.cluster import has_gpu, own_errors
+from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.exchange import collect
 from davir_ray.stages.resume import FOLDERS, require
 from davir_ray.stages.shards import Shards

@@ -1,0 +1,147 @@
+"""What a driver shows of Ray: its workers' log lines and the news of nodes. The rest stays in Ray's log files.
+
+Left alone, Ray (2.60) prints every line of every worker with the process in front, and its C++ core writes to standard
+error: some hundred lines in a run of a minute, which say nothing about it and break the bars.
+"""
+
+import faulthandler
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private.log import PlainRayHandler
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.worker import filter_autoscaler_events
+
+log = logging.getLogger(__name__)
+
+LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
+"""Environment variable of the workers: DEBUG makes them log every shard."""
+
+_MARK = "davir_ray|"
+"""Stands, with the level, before each log line of a worker, so that the driver tells it from all that is printed."""
+
+_MOST_REMEMBERED = 1000
+
+
+def configure_worker_logging() -> None:
+    """Mark a worker's log lines for the driver, and let those at INFO through; Ray's workers drop them by default."""
+    ours = logging.getLogger("davir_ray")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{_MARK}%(levelname)s|%(message)s"))
+    ours.handlers = [handler]
+    ours.propagate = False  # Ray Train's handlers at the root would repeat each line
+    ours.setLevel(os.environ.get(LOG_LEVEL, "INFO"))
+    quieten()
+
+
+def quieten() -> None:
+    """Leave out what says nothing about the run: plans of datasets, placement of workers, the cluster's token."""
+    for name in ("aiobotocore", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # a bar is of a stage, not of an operator
+
+
+def shows_all() -> bool:
+    """Whether the user asked for everything (--debug)."""
+    return log.isEnabledFor(logging.DEBUG)
+
+
+class WorkerLines:
+    """Logs what our workers log, as if it were logged here: once, however many workers say the same.
+
+    So it does with what Ray says of nodes: of one that joins, or is out of memory. On a terminal there is a bar instead
+    of lines at INFO.
+    """
+
+    def __init__(self) -> None:
+        self._least = logging.WARNING if sys.stderr.isatty() else logging.INFO
+        self._seen: dict[str, None] = {}
+
+    def __call__(self, batch: dict[str, Any]) -> None:
+        """Handle a batch of lines of one process, as Ray hands it to whoever listens."""
+        for level, message in _lines_of(batch):
+            if level >= self._least and self._is_new(message):
+                log.log(level, "%s", message)
+
+    def _is_new(self, line: str) -> bool:
+        is_new = line not in self._seen
+        self._seen[line] = None
+        if len(self._seen) > _MOST_REMEMBERED:
+            self._seen.pop(next(iter(self._seen)))
+        return is_new
+
+
+def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """Levels and messages of what is worth a line."""
+    node = "" if batch["ip"] == batch["localhost"] else f" (node {batch['ip']})"
+    if batch["pid"] == "autoscaler":
+        yield from ((logging.INFO, line) for line in filter_autoscaler_events(batch["lines"]))
+    elif batch["pid"] == "raylet":
+        yield from ((logging.WARNING, line + node) for line in batch["lines"])
+    else:
+        for line in batch["lines"]:
+            before, mark, rest = line.partition(_MARK)
+            name, _, message = rest.partition("|")
+            level = logging.getLevelNamesMapping().get(name)
+            if mark and not before and level is not None:
+                yield level, message + (node if level >= logging.WARNING else "")
+
+
+@contextmanager
+def quiet_ray() -> Iterator[None]:
+    """While the block runs, in a driver that is connected, show of Ray what concerns the run; with --debug all."""
+    if shows_all():
+        yield
+        return
+    _log_through_the_job()
+    dispatcher = global_worker_stdstream_dispatcher
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("davir_ray", WorkerLines())
+    try:
+        with _native_errors_in_log_file():
+            yield
+    finally:
+        dispatcher.remove_handler("davir_ray")
+
+
+def _log_through_the_job() -> None:
+    """Let Ray's Python code log through the job's handler, which breaks no bar, and not through handlers of its own."""
+    for name in ("ray", "ray.data", "ray.train"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, PlainRayHandler)]
+        logger.propagate = True
+
+
+@contextmanager
+def _native_errors_in_log_file() -> Iterator[None]:
+    """Let file descriptor 2, which Python does not write to (see exit_status), be a file beside Ray's own logs.
+
+    Nothing else keeps what Ray's C++ core logs for its developers off a driver's terminal (2.60). Where Python writes
+    to that descriptor, as in a notebook, or the file cannot be made, all stays as it is.
+    """
+    node = ray._private.worker._global_node
+    try:
+        if sys.stderr.fileno() == 2 or node is None:
+            raise OSError("nothing to keep apart")
+        name = f"davir_ray-driver-{os.getpid()}.err"
+        file = os.open(os.path.join(node.get_logs_dir_path(), name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except (OSError, ValueError) as error:
+        log.debug("errors of native code stay on the terminal: %s", error)
+        yield
+        return
+    before = os.dup(2)
+    os.dup2(file, 2)
+    os.close(file)
+    faulthandler.enable(file=sys.stderr, all_threads=False)  # a crash is shown
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
