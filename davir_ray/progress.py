@@ -98,7 +98,7 @@ class Progress:
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         fitting = takewhile(lambda line: len(line) <= width, accumulate(parts, "{}, {}".format))
-        return max(fitting, key=len, default="")
+        return max(fitting, key=len, default="".join(parts[:1])[:width])
 
     def _told_done(self) -> str:
         if self.unit == "bytes":

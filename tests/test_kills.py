@@ -143,7 +143,8 @@ def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
 ) -> None:
     run = Location.of(tmp_path / "run")
-    first = Driver("score.py", {**options, "output": run}, tmp_path / "first.log", address=ray_address)
+    shown = {**options, "output": run, "debug": "true"}
+    first = Driver("score.py", shown, tmp_path / "first.log", address=ray_address)
     first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
     second = Driver("score.py", {**options, "output": run}, tmp_path / "second.log", address=ray_address)
     first.wait_for(lambda: bool((run / "scores").names()), "the first scores")

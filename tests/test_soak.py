@@ -16,7 +16,6 @@ import pytest
 from drivers import Driver
 
 from davir_ray.manifest import Manifest
-from davir_ray.stages.console import LOG_LEVEL
 from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def options(base_folder: Path, reference_folder: Path, tmp_path: Path) -> dict[s
     file.write_text("\n".join(lines))
     return {
         "data": file, "format": "prompt_response", "base": base_folder, "reference": reference_folder,
-        "output": tmp_path / "run", "select.top_k": 5,
+        "output": tmp_path / "run", "select.top_k": 5, "debug": "true",
     }  # fmt: skip
 
 
@@ -70,7 +69,7 @@ def test_two_thousand_shards_leave_no_trace_in_memory(options: dict[str, Any], t
             "score.py",
             options,
             tmp_path / "log",
-            {"TMPDIR": temporary, "RAY_TMPDIR": temporary, "RAY_DEDUP_LOGS": "0", LOG_LEVEL: "DEBUG"},
+            {"TMPDIR": temporary, "RAY_TMPDIR": temporary},
         )
         # The actors are far ahead of what is written, and end when they are done.
         driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS // 4, "a quarter of the shards", 600)

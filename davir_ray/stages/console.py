@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -54,10 +54,10 @@ def shows_all() -> bool:
 
 
 class WorkerLines:
-    """Logs what our workers log, as if it were logged here: once, however many workers say the same.
+    """Logs the news of nodes and what our workers log, each once, however many workers say the same.
 
-    So it does with what Ray says of nodes: of one that joins, or is out of memory. On a terminal there is a bar instead
-    of lines at INFO.
+    On a terminal a bar takes the place of lines at INFO. With --debug every line that any process prints is logged,
+    with the process in front.
     """
 
     def __init__(self) -> None:
@@ -66,46 +66,44 @@ class WorkerLines:
 
     def __call__(self, batch: dict[str, Any]) -> None:
         """Handle a batch of lines of one process, as Ray hands it to whoever listens."""
+        node = "" if batch["ip"] == batch["localhost"] else f", node {batch['ip']}"
+        process = f"{batch.get('actor_name') or batch.get('task_name') or ''} pid={batch['pid']}{node}".strip()
         for level, message in _lines_of(batch):
-            if level >= self._least and self._is_new(message):
-                log.log(level, "%s", message)
+            if shows_all():
+                log.log(level, "(%s) %s", process, message)
+            elif level >= self._least and self._is_new(message):
+                log.log(level, "%s%s", message, f" ({node[2:]})" if node and level >= logging.WARNING else "")
 
-    def _is_new(self, line: str) -> bool:
-        is_new = line not in self._seen
-        self._seen[line] = None
+    def _is_new(self, message: str) -> bool:
+        is_new = message not in self._seen
+        self._seen[message] = None
         if len(self._seen) > _MOST_REMEMBERED:
             self._seen.pop(next(iter(self._seen)))
         return is_new
 
 
 def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Levels and messages of what is worth a line."""
-    node = "" if batch["ip"] == batch["localhost"] else f" (node {batch['ip']})"
+    """Levels and messages of a batch; a line that is neither marked as ours nor about nodes is for debugging."""
     if batch["pid"] == "autoscaler":
         yield from ((logging.INFO, line) for line in filter_autoscaler_events(batch["lines"]))
-    elif batch["pid"] == "raylet":
-        yield from ((logging.WARNING, line + node) for line in batch["lines"])
-    else:
-        for line in batch["lines"]:
-            before, mark, rest = line.partition(_MARK)
-            name, _, message = rest.partition("|")
-            level = logging.getLevelNamesMapping().get(name)
-            if mark and not before and level is not None:
-                yield level, message + (node if level >= logging.WARNING else "")
+        return
+    for line in batch["lines"]:
+        name, bar, message = line.removeprefix(_MARK).partition("|")
+        if line.startswith(_MARK) and bar:
+            yield logging.getLevelNamesMapping().get(name, logging.WARNING), message
+        else:
+            yield logging.WARNING if batch["pid"] == "raylet" else logging.DEBUG, line
 
 
 @contextmanager
 def quiet_ray() -> Iterator[None]:
     """While the block runs, in a driver that is connected, show of Ray what concerns the run; with --debug all."""
-    if shows_all():
-        yield
-        return
     _log_through_the_job()
     dispatcher = global_worker_stdstream_dispatcher
     dispatcher.remove_handler("ray_print_logs")
     dispatcher.add_handler("davir_ray", WorkerLines())
     try:
-        with _native_errors_in_log_file():
+        with nullcontext() if shows_all() else _native_errors_in_log_file():
             yield
     finally:
         dispatcher.remove_handler("davir_ray")

@@ -124,8 +124,8 @@ def prepare(
         clear(run, "prepare")
     note_attempt(run, TASKS, fingerprint)
     done = _finished(run, reports)
-    tasks = _plan(sources, files, preparation)
-    log.info("prepare: %d files in %d tasks, %d done before", sum(map(len, files.values())), len(tasks), len(done))
+    tasks, num_files = _plan(sources, files, preparation), sum(map(len, files.values()))
+    log.info("prepare: tasks: %d, of them done before: %d, input files: %d", len(tasks), len(done), num_files)
     limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
     try:
         total = limits.total_bytes if preparation.limit is None else None  # how far a limit reaches, nobody knows

@@ -93,8 +93,8 @@ def test_a_terminal_shows_a_bar(
         sums_of(tally, lambda sums: sums.told.done == 60)
         time.sleep(0.5)
     shown = capsys.readouterr().err
-    assert "| score: 40 of 100 rows (40%), 3 rejects, 0 retries" in shown
-    assert "|████████████████████| score: 100 of 100 rows (100%)" in shown
+    assert "| 40 of 100 rows (40%), 3 rejects\r" in shown
+    assert "score    |████████████████| 100 of 100 rows (100%), 3 rejects" in shown
 
 
 def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
