@@ -69,7 +69,7 @@ def test_a_stage_is_one_line_and_log_lines_are_whole(columns: int, told: str) ->
     assert screen_of([sys.executable, "-c", JOB], columns) == [
         "the first line",
         "the second line",
-        f"finetune |████████████████| 9,000,000 of 9,000,000 steps (100%){told}"[:columns].rstrip(),
+        f"finetune |████████████████| 9,000,000 of 9,000,000 steps (100%){told}"[: columns - 1],
         "the last line",
         "",
     ]
