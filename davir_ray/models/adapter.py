@@ -1,4 +1,4 @@
-"""LoRA adapters (peft): a reference that is the base's own weights and a small difference, switched off and on.
+"""Adapters (peft): a reference that is the base's own weights and a small difference, switched off and on.
 
 Never merged: in bfloat16 a merge rounds the base's weights, and the base could not be had back bit for bit.
 """
@@ -8,9 +8,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
@@ -23,7 +24,24 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _NAME = "reference"
-_REWRITES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_MERGE = "merge it into a model (peft's merge_and_unload) and give that"
+
+_DESCRIBES = {
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out",
+}  # fmt: skip
+_TAKEN = {
+    "LORA": _DESCRIBES | {
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform",
+        "layers_pattern", "lora_bias", "ensure_weight_tying", "eva_config",
+    },
+    "IA3": _DESCRIBES | {"feedforward_modules", "init_ia3_weights"},
+}  # fmt: skip
+"""Kinds of adapters whose losses are known to be peft's, and which leave the base as it is when they are switched off;
+with the settings that may have any value. Any other must have peft's default."""
+
+_ALSO_TAKEN = {"task_type": (None, "CAUSAL_LM"), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+"""Values of other settings; what initialises the adapter in another way rewrites the base's weights."""
 
 
 def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> None:
@@ -55,14 +73,26 @@ def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> No
             parameter.data = parameter.data.float()
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter. ModelError if they cannot be read."""
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{folder / ADAPTER_CONFIG} holds no settings of an adapter")
+    return settings
+
+
 def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     """Load an adapter into the model it was trained on, switched on.
 
-    ModelError if it does not fit, or is of a kind that changes the base's own weights when it is loaded.
+    ModelError if it does not fit, is of a kind that is not taken, or brings weights that would replace the base's.
     """
-    settings = json.loads(Path(folder, ADAPTER_CONFIG).read_text())
-    _check_kind(settings, folder)
+    settings = read_settings(Path(folder))
+    check_kind(settings, folder)
     _compare_names(model, settings.get("base_model_name_or_path"), folder)
+    before = {name: _Weight.of(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         info = model.load_adapter(folder, adapter_name=_NAME)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -72,6 +102,10 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
             raise ModelError(
                 f"the adapter {folder} does not fit the base: {problem.replace('_', ' ')} such as {min(map(str, keys))}"
             )
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weight = before.get(name.replace(".base_layer.", ".").replace(".original_module.", "."))
+        if weight is not None and weight.differs(parameter):
+            raise ModelError(f"the adapter {folder} would replace the base's own {name}; {_MERGE}")
     model.eval()
 
 
@@ -81,25 +115,67 @@ def adapter_switched_off(model: PreTrainedModel) -> Iterator[None]:
     if not getattr(model, "_hf_peft_config_loaded", False):
         yield
         return
-    model.disable_adapters()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    # Not transformers' own enable_adapters: it leaves modules_to_save switched off.
+    parts = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for part in parts:
+        part.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for part in parts:
+            part.enable_adapters(True)
 
 
-def _check_kind(settings: dict[str, Any], folder: str) -> None:
-    """Refuse what switching off does not undo, and what transformers 5.23 cannot load."""
-    start = settings.get("init_lora_weights")
-    problems = {
-        "it trains the base's own biases": settings.get("bias") not in (None, "none"),
-        f"{start} rewrites the base's weights": isinstance(start, str) and start.startswith(_REWRITES_THE_BASE),
-        "DoRA is not supported": bool(settings.get("use_dora")),
-        "trainable_token_indices are not supported": bool(settings.get("trainable_token_indices")),
-    }
-    for problem, is_so in problems.items():
-        if is_so:
-            raise ModelError(f"the adapter {folder} cannot be switched off and on: {problem}; merge it into a model")
+def check_kind(settings: dict[str, Any], told_as: str) -> None:
+    """ModelError unless an adapter with these settings can be scored as peft would and be switched off."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = str(settings.get("peft_type", "unknown"))
+    if kind not in _TAKEN:
+        raise ModelError(
+            f"the adapter {told_as} is of the kind {kind}, and only {', '.join(_TAKEN)} are taken; {_MERGE}"
+        )
+    defaults = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().to_dict()
+    for name, value in settings.items():
+        switched_off = (defaults[name],) if name in defaults else (None, False)
+        if name in _TAKEN[kind] or value in _ALSO_TAKEN.get(name, switched_off):
+            continue
+        raise ModelError(f"the adapter {told_as} has {name}: {json.dumps(value)}, which is not supported; {_MERGE}")
+
+
+def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None:
+    """ModelError where an adapter brings a weight of another shape than the base's, as after a resize of embeddings."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            shape = torch.Size(file.get_slice(key).get_shape())
+            if shapes.get(name, shape) != shape:
+                raise ModelError(
+                    f"the adapter {folder} has {name} of shape {list(shape)}, but {base} of {list(shapes[name])}; "
+                    "give the base that it was trained on, with the embeddings resized as they were then"
+                )
+
+
+class _Weight(NamedTuple):
+    """A weight of the base, and what tells whether it has been written to."""
+
+    parameter: torch.nn.Parameter
+    place: int
+    version: int
+
+    @classmethod
+    def of(cls, parameter: torch.nn.Parameter) -> Self:
+        return cls(parameter, parameter.data_ptr(), parameter._version)
+
+    def differs(self, now: torch.nn.Parameter) -> bool:
+        """Whether another value stands there now; one that was loaded over it may be a copy."""
+        if now is self.parameter:
+            return (now.data_ptr(), now._version) != (self.place, self.version)
+        return now.dtype != self.parameter.dtype or not torch.equal(now, self.parameter)
 
 
 def _compare_names(model: PreTrainedModel, named: str | None, folder: str) -> None:

@@ -20,7 +20,14 @@ from transformers.utils import logging as hf_logging
 from davir_ray.access import translated
 from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ModelError
-from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
+from davir_ray.models.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    attach_adapter,
+    check_kind,
+    check_shapes,
+    read_settings,
+)
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
@@ -122,10 +129,38 @@ class Checkpoint:
         model.name_or_path = self.uri
         return model.to(device).eval()
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: its modules and shapes. ModelError if it cannot be built."""
+        config = self.config()
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        except (ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(f"{self.uri} is no causal language model: {' '.join(str(error).split())}") from error
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def check_adapter(self, base: "Checkpoint") -> None:
+        """ModelError unless this adapter can be scored on that base, as far as can be known without its download."""
+        check_kind(read_settings(self._folder()), self.uri)
+        if not self.files:
+            shapes = {name: value.shape for name, value in base.skeleton().state_dict().items()}
+            check_shapes(Path(self.uri), shapes, base.uri)
+
+    def modules_to_save(self) -> list[str]:
+        """What this adapter replaces as a whole, such as a trained head; nothing if it is no adapter."""
+        return sorted(read_settings(self._folder()).get("modules_to_save") or []) if self.is_adapter else []
+
     def attach_to(self, base: PreTrainedModel) -> None:
         """Load this adapter into its base, switched on. ModelError if it does not fit."""
         with quiet():
             attach_adapter(base, str(self._folder(weights=True)))
+
+    def as_peft(self, base: PreTrainedModel) -> PreTrainedModel:
+        """The base with this adapter on it, by peft's own loading, to check `attach_to` against: they share no code."""
+        from peft import PeftModel  # late: scoring full references does without peft
+
+        return PeftModel.from_pretrained(base, self._folder(weights=True)).eval().get_base_model()
 
     def weights_digest(self) -> dict[str, str]:
         """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name."""

@@ -181,9 +181,7 @@ class Likelihood(torch.nn.Module):
         return torch.cat([token_nll(_adjust_logits(self.model.config, logits), targets) for logits, targets in blocks])
 
     def _logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
-        head = self.model.get_output_embeddings()
-        if getattr(head, "disable_adapters", False):  # the base's own head, which an adapter has wrapped
-            head = getattr(head, "base_layer", getattr(head, "original_module", head))
+        head = active_head(self.model)
         plain = type(head) is torch.nn.Linear and hidden_CH.dtype in (torch.bfloat16, torch.float16)
         as_in_training = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_CH.device.type)
         if not (plain and hidden_CH.is_cuda) or as_in_training:
@@ -191,6 +189,18 @@ class Likelihood(torch.nn.Module):
         # The product is summed in float32 anyway; the module would round it to half precision.
         logits_CV = torch.mm(hidden_CH, head.weight.t(), out_dtype=torch.float32)
         return logits_CV if head.bias is None else logits_CV + head.bias
+
+
+def active_head(model: PreTrainedModel) -> Any:
+    """The output head that is used: the base's own where an adapter is switched off, else what the adapter made of it.
+
+    Without the wrapping of modules_to_save, so that it is seen to be a plain linear layer.
+    """
+    head: Any = model.get_output_embeddings()
+    if getattr(head, "disable_adapters", False):
+        return getattr(head, "base_layer", getattr(head, "original_module", head))
+    trained = getattr(head, "modules_to_save", None)
+    return head if trained is None else trained[head.active_adapters[0]]
 
 
 def _rope_that_switches(config: Any) -> tuple[set[str], int]:

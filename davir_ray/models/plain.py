@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from davir_ray.data.packing import Spans
-from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.checkpoint import Checkpoint, local_device
 from davir_ray.models.self_check import eager_nll
 
@@ -20,7 +19,10 @@ Nlls = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlainScorer:
-    """Base and reference, loaded one after the other: in float32 both may not fit."""
+    """Base and reference, loaded one after the other: in float32 both may not fit.
+
+    An adapter is never switched off, and is loaded by peft itself: what scoring does with it is what is checked.
+    """
 
     base: Checkpoint
     reference: Checkpoint
@@ -28,16 +30,13 @@ class PlainScorer:
     def __call__(self, examples: Examples) -> tuple[Nlls, Nlls]:
         """Summed nats of each example's response under the base and under the reference."""
         device = local_device()
-        model = self.base.model(torch.float32, device)
-        if self.reference.is_adapter:
-            self.reference.attach_to(model)
-            with adapter_switched_off(model):
-                base = _nlls(model, examples)
-            return base, _nlls(model, examples)
-        base = _nlls(model, examples)
-        del model
+        base = _nlls(self.base.model(torch.float32, device), examples)
         gc.collect()
-        return base, _nlls(self.reference.model(torch.float32, device), examples)
+        if self.reference.is_adapter:
+            reference = self.reference.as_peft(self.base.model(torch.float32, device))
+        else:
+            reference = self.reference.model(torch.float32, device)
+        return base, _nlls(reference, examples)
 
 
 def _nlls(model: PreTrainedModel, examples: Examples) -> Nlls:

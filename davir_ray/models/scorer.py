@@ -120,12 +120,15 @@ class Scorer:
         return self._attach(reference) if reference.is_adapter else Likelihood(reference.model(dtype, device))
 
     def _attach(self, adapter: Checkpoint) -> Likelihood:
-        """The base with the adapter on it. ModelError if that changes the base, a bit of which would be enough."""
+        """The base with the adapter on it. ModelError unless switching it leaves both as they were, bit for bit."""
         before = probe(self._base)
         adapter.attach_to(self._base.model)
+        switched_on = probe(self._base)
         with adapter_switched_off(self._base.model):
             if not torch.equal(probe(self._base), before):
                 raise ModelError(f"{adapter.uri} changes the base itself, also switched off; merge it into a model")
+        if not torch.equal(probe(self._base), switched_on):
+            raise ModelError(f"{adapter.uri} is another once it was switched off and on; merge it into a model")
         return self._base
 
     def _base_token_nlls(self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:

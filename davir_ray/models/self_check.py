@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from davir_ray.data.packing import Spans, scored_positions
 from davir_ray.errors import ModelError
-from davir_ray.models.likelihood import Likelihood, Pack
+from davir_ray.models.likelihood import Likelihood, Pack, active_head
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
         bias = None if head.bias is None else head.bias.float()
         return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
 
-    head = model.get_output_embeddings()
+    head = active_head(model)
     half = model.dtype in (torch.bfloat16, torch.float16)
     if model.device.type != "cuda" or not half or type(head) is not torch.nn.Linear:
         yield

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 
 
@@ -26,14 +24,9 @@ class ModelSize:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelSize":
         """The size of a checkpoint's model; no weight is read. ModelError if it cannot be built."""
-        config = checkpoint.config()
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
-        except (ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"{checkpoint.uri} is no causal language model: {' '.join(str(error).split())}") from error
+        model = checkpoint.skeleton()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        text = config.get_text_config()
+        text = model.config.get_text_config()
         return cls(
             num_parameters=model.num_parameters(),
             num_embedding=embedding.weight.numel(),

@@ -90,6 +90,7 @@ def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:
         raise ModelError(f"{model.uri} is an adapter; give the base that it was trained on")
     if base.is_adapter:
         raise ModelError(f"{base.uri} is an adapter itself; give a base with weights of its own")
+    model.check_adapter(base)
 
 
 def _turn_end(checkpoint: Checkpoint, template: str | None) -> int | None:

@@ -23,7 +23,9 @@ def check_base(preparation: Preparation, sources: list[Source]) -> None:
 def check_reference(reference: Checkpoint, preparation: Preparation, sources: list[Source]) -> None:
     """ModelError unless the reference belongs to the base and was trained on text encoded alike."""
     base = preparation.base
-    if not reference.is_adapter:  # an adapter reads with the base's embeddings
+    if reference.is_adapter:  # it reads with the base's embeddings
+        reference.check_adapter(base)
+    else:
         check_same_encoding(base.tokenizer(), reference.tokenizer(), (base.uri, reference.uri))
     spec = reference.spec()
     if spec is not None and (changed := differences(spec, scoring_spec(preparation, sources))):

@@ -108,13 +108,17 @@ def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: floa
 def _fingerprint(
     base: Checkpoint, reference: Checkpoint | None, prepared: Manifest, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    return {
+    fingerprint: dict[str, Any] = {
         "base": base.weights_digest(),
         "reference": None if reference is None else reference.weights_digest(),
         "examples": prepared.content,
         "settings": settings,
         "numerics": NUMERICS_VERSION,
     }
+    # Scores without this entry were computed without these modules, and must not pass for complete.
+    if reference is not None and (modules := reference.modules_to_save()):
+        fingerprint["modules_to_save"] = modules
+    return fingerprint
 
 
 def _what_matters(config: ScoreConfig, settings: ScorerSettings) -> dict[str, Any]:
