@@ -265,6 +265,9 @@ def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights
 
     `weights` are those of a sharded model, gathered.
     """
+    if weights is None and getattr(likelihood.model, "_hf_peft_config_loaded", False):
+        # Of a head or an embedding that the adapter is on, peft would save the base's own weights, too.
+        weights = {name: value for name, value in likelihood.model.state_dict().items() if ".base_layer." not in name}
     with quiet(), without_asking():
         likelihood.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)

@@ -439,6 +439,7 @@ def test_an_adapter_of_ours_may_be_on_the_head(base_folder: Path, tokenizer: Any
     trainer = new_trainer(base_folder, lora_targets=r".*(q_proj|lm_head)", epochs=1)
     trainer.train(lambda _report: None)
     save_reference(trainer.likelihood, tokenizer, tmp_path)
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path).double().eval()
     scores = scorer_of(base_folder, tmp_path)(draw_table(4))
     assert scores["reference_nll"].to_pylist() == pytest.approx(sums(peft, draw_table(4)), rel=1e-5)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from davir_ray.config import FinetuneConfig
@@ -111,6 +112,24 @@ def test_a_model_with_few_positions_gets_what_room_there_is(tmp_path: Path, toke
     assert {0, 9, NEW} <= set(room)
     expected = [plain_loop(tmp_path, prompt, most, [1]) for prompt, most in zip(PROMPTS, room, strict=True)]
     assert [tuple(one) for one in found if one] == expected
+
+
+def test_an_adapter_with_a_head_and_an_embedding_of_its_own_is_whole(base_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    model = get_peft_model(base, lora)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name:
+                weight.normal_(0, 0.5)
+    model.save_pretrained(tmp_path)
+    settings = GeneratorSettings(NEW, precision="float32")
+    found = Generator(Checkpoint.find(str(tmp_path)), settings, Checkpoint.find(str(base_folder))).generate(
+        PROMPTS[:4], ids_of(PROMPTS[:4])
+    )
+    expected = [plain_loop_of(model.eval(), prompt, NEW, [1]) for prompt in PROMPTS[:4]]
+    assert [tuple(one) for one in found if one] == expected
+    assert expected != [plain_loop(base_folder, prompt, NEW, [1]) for prompt in PROMPTS[:4]]
 
 
 def test_an_adapter_is_switched_on(base_folder: Path, tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import ray.data
+from safetensors.torch import save_file
 
 from davir_ray.config import PrepareConfig, ScoreConfig, Source
-from davir_ray.errors import ClusterError, IntegrityError, ModelError
+from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.likelihood import NUMERICS_VERSION
 from davir_ray.schema import SCORES
 from davir_ray.stages.cluster import pool_size, whole_block_context
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.scoring import score
+from davir_ray.stages.scoring import _settings, _what_matters, score
 from davir_ray.stages.shards import Shards, ShardSink, num_tokens
 from davir_ray.stages.streaming import describe
 from davir_ray.stages.tally import Told
@@ -162,6 +164,34 @@ def test_a_pool_leaves_a_cpu_for_reading_and_writing() -> None:
     for wanted, num_cpus, num_gpus in [(cpus, 1, 0), (1, cpus, 0), (None, cpus, 0), (1, 1, 1)]:
         with pytest.raises(ClusterError, match="do not fit"):
             pool_size(wanted, num_cpus, num_gpus)
+
+
+@pytest.mark.parametrize("modules", [None, ["lm_head"]], ids=str)
+def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
+    base_folder: Path, tmp_path: Path, modules: list[str] | None
+) -> None:
+    """Its manifest says nothing of them; that of any other adapter need not."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": modules}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({}, adapter / "adapter_model.safetensors")
+    run, config = Location.of(tmp_path / "run"), ScoreConfig(precision="float32")
+    prepared = Manifest("prepare", {}, {"prepared": 1}, []).commit(run)
+    base, reference = Checkpoint.find(str(base_folder)), Checkpoint.find(str(adapter))
+    fingerprint = {
+        "base": base.weights_digest(),
+        "reference": reference.weights_digest(),
+        "examples": prepared.content,
+        "settings": _what_matters(config, _settings(config, "sample", 1)),
+        "numerics": NUMERICS_VERSION,
+    }
+    before = Manifest("score", fingerprint, {"scored": 1}, []).commit(run)
+    if modules is None:
+        assert score(run, base, reference, config) == before
+        return
+    with pytest.raises(OutputError, match="score differs in modules_to_save"):
+        score(run, base, reference, config)
 
 
 def test_an_actor_that_cannot_load_its_model_says_why(
