@@ -6,6 +6,7 @@ found, in the driver, and comes to each node once; then it is loaded from the no
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,7 +161,9 @@ class Checkpoint:
         """The base with this adapter on it, by peft's own loading, to check `attach_to` against: they share no code."""
         from peft import PeftModel  # late: scoring full references does without peft
 
-        return PeftModel.from_pretrained(base, self._folder(weights=True)).eval().get_base_model()
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by an old name
+            return PeftModel.from_pretrained(base, self._folder(weights=True)).eval().get_base_model()
 
     def weights_digest(self) -> dict[str, str]:
         """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name."""
