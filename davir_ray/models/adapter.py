@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from davir_ray.config import FinetuneConfig
@@ -95,7 +95,7 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     before = {name: _Weight.of(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         info = model.load_adapter(folder, adapter_name=_NAME)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := getattr(info, problem):
@@ -149,15 +149,18 @@ def check_kind(settings: dict[str, Any], told_as: str) -> None:
 
 def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None:
     """ModelError where an adapter brings a weight of another shape than the base's, as after a resize of embeddings."""
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            shape = torch.Size(file.get_slice(key).get_shape())
-            if shapes.get(name, shape) != shape:
-                raise ModelError(
-                    f"the adapter {folder} has {name} of shape {list(shape)}, but {base} of {list(shapes[name])}; "
-                    "give the base that it was trained on, with the embeddings resized as they were then"
-                )
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged or no file of safetensors: {error}") from error
+    for key, shape in found.items():
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if shapes.get(name, shape) != shape:
+            raise ModelError(
+                f"the adapter {folder} has {name} of shape {list(shape)}, but {base} of {list(shapes[name])}; "
+                "give the base that it was trained on, with the embeddings resized as they were then"
+            )
 
 
 class _Weight(NamedTuple):

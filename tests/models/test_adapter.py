@@ -180,6 +180,17 @@ def test_an_adapter_of_another_shape_is_refused(base_folder: Path, adapter_folde
         scorer_of(base_folder, folder)
 
 
+def test_an_adapter_of_damaged_weights_is_refused(base_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(adapter_folder, folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    adapter = Checkpoint.find(str(folder))
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is damaged or no file of safetensors"):
+        adapter.check_adapter(Checkpoint.find(str(base_folder)))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        adapter.attach_to(load(base_folder))
+
+
 def test_an_adapter_that_lacks_weights_is_refused(base_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "torn"
     shutil.copytree(adapter_folder, folder)
