@@ -15,8 +15,8 @@ from ray.data import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 
 from davir_ray import errors
-from davir_ray.access import CONTINUES, explain_text
-from davir_ray.errors import ClusterError, ProgressError, StorageError
+from davir_ray.errors import ClusterError, ProgressError
+from davir_ray.storage_errors import CONTINUES
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,9 @@ _OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
 
 LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
 """Environment variable of the workers: DEBUG makes them tell of every shard."""
+
+NO_PROGRESS = "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"
+"""Ray Data's environment variable of the driver: seconds in which something must finish; 1800 if it is not set."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
@@ -96,14 +99,18 @@ def _quieten() -> None:
 
 
 @contextmanager
-def own_errors() -> Iterator[None]:
-    """Raise an error of ours that a worker raised as itself, out of Ray's wrappings."""
+def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
+    """Raise an error of ours that a worker raised as itself, out of Ray's wrappings.
+
+    `limit` names what says how long nothing may finish.
+    """
     try:
         yield
     except ExecutionTimeoutError as error:
+        reason = " ".join(str(error).partition("If this is expected")[0].split())  # then it names settings of Ray Data
         raise ProgressError(
-            f"the run is stuck (score.no_progress_timeout_s): {' '.join(str(error).split())} Look for a worker or node "
-            f"that hangs, or raise the limit if one shard takes longer. {CONTINUES}"
+            f"the run is stuck ({limit}): {reason} Look for a worker or node that hangs, or raise the limit if one "
+            f"shard or task takes longer. {CONTINUES}"
         ) from error
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
         # Of an error in a user function or an actor's constructor Ray keeps only the traceback's text (2.60).
@@ -111,8 +118,6 @@ def own_errors() -> Iterator[None]:
         if told := [found for found in _OWN_ERROR.findall(text) if hasattr(errors, found[0])]:
             name, message = told[-1]
             raise getattr(errors, name)(message) from error
-        if reason := explain_text(text):
-            raise StorageError(f"{reason}. {CONTINUES}") from error
         raise
 
 
@@ -191,12 +196,13 @@ def _room_on(node: dict[str, float], num_cpus: float, num_gpus: float) -> int:
     return min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items() if size)
 
 
-def whole_block_context(no_progress_timeout_s: int) -> DataContext:
-    """A context in which a block is never split and a stuck run ends.
+def whole_block_context(no_progress_timeout_s: int | None = None) -> DataContext:
+    """A context in which a block is never split and a stuck run ends; None: after Ray Data's own limit.
 
     Blocks above 1.5 x target_max_block_size would be split, and a shard must stay one block.
     """
     context = DataContext.get_current().copy()
     context.target_max_block_size = None
-    context.execution_no_progress_timeout_s = no_progress_timeout_s
+    if no_progress_timeout_s is not None:
+        context.execution_no_progress_timeout_s = no_progress_timeout_s
     return context

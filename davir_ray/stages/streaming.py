@@ -129,7 +129,8 @@ class Stream:
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, config.num_cpus, num_gpus)
         source = Shards(pending, partial(read_named, self.examples, self.columns))
         sink = ShardSink(self.run / self.folder, self.schema, json.dumps(self.fingerprint), tally.tell, count_tokens)
-        with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
+        context = whole_block_context(config.no_progress_timeout_s)
+        with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
             (
                 ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(config.num_cpus) / 2})
                 # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.

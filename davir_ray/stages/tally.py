@@ -16,9 +16,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from davir_ray.access import explain
 from davir_ray.progress import Pace, Progress
 from davir_ray.storage import Location
+from davir_ray.storage_errors import explain
 
 log = logging.getLogger(__name__)
 
