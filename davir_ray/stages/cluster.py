@@ -4,15 +4,19 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
 import ray.train
+from ray._private import services
 from ray.data import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import AuthenticationError
 
 from davir_ray import errors
 from davir_ray.errors import ClusterError, ProgressError
@@ -27,6 +31,18 @@ LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
 
 NO_PROGRESS = "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"
 """Ray Data's environment variable of the driver: seconds in which something must finish; 1800 if it is not set."""
+
+_ANSWER_S = 5.0
+"""Seconds that a cluster gets to answer at all."""
+
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""An empty frame of HTTP/2 settings."""
+
+_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
+"""Environment variable: attempts of a connection to the cluster, a second apart where it refuses (2.60)."""
+
+_LEAST_BYTES = 2**20
+"""Without which Ray does not start."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
@@ -60,26 +76,93 @@ def ensure_started() -> None:
 
 
 def _start() -> None:
-    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here.
+    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here; ClusterError if that fails.
 
     A local start is never another cluster that happens to run on this machine. It counts one CPU more than the machine
     has: reading and writing wait for storage most of their time, and leave the real ones to the actors.
     """
-    if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
-        ray.init(logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address != "local" and (address or os.environ.get(SUBMITTED_JOB)):
+        _connect(address)
         return
-    ray.init(
-        "local",
-        num_cpus=(os.cpu_count() or 1) + 1,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": _silence_cleaner},
-    )
+    folder = _temporary_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_LEAST_BYTES))  # on a full disk Ray would wait for itself for a minute
+        ray.init(
+            "local",
+            num_cpus=(os.cpu_count() or 1) + 1,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": _prepare_helpers},
+        )
+    except Exception as error:  # Ray raises plain ones, too
+        raise ClusterError(
+            f"Ray cannot be started here: {_one_line(error)}. Its files and sockets are in {folder}, the value of "
+            "RAY_TMPDIR, else of TMPDIR, else /tmp: a short path, writable, with space; its token is below HOME, now "
+            f"{os.environ.get('HOME')}: writable"
+        ) from error
 
 
-def _silence_cleaner() -> None:
-    """Ray Train's cleaner warns every second that it cannot ask the dashboard, which a local start does without."""
+def _temporary_folder() -> str:
+    """Where Ray started here keeps its files."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with suppress(OSError):  # told where it is used
+        os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _prepare_helpers() -> None:
+    """Let Ray Train's cleaner ask this Ray, whichever others run on the machine.
+
+    It warns every second that it cannot ask the dashboard, which a local start does without.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
+def _connect(address: str) -> None:
+    """Connect to a cluster that answers; Ray itself goes on asking for ten minutes."""
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"RAY_ADDRESS is {address}, of Ray Client, which training and Ray Data do not work through; give host:port "
+            "on a node of the cluster, or use ray job submit"
+        )
+    is_set = _ATTEMPTS in os.environ
+    os.environ.setdefault(_ATTEMPTS, "3")
+    try:
+        found = services.canonicalize_bootstrap_address(address or None)
+        if found is not None:
+            _check_answer(found)
+        # Ray Train's cleaner would ask any cluster of its machine, and take the training for one that has ended.
+        helpers = {"env_vars": {"RAY_ADDRESS": found}} if found else None
+        ray.init(logging_level=logging.WARNING, runtime_env=helpers)
+    except Exception as error:  # Ray raises plain ones, too
+        told = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
+            mode = os.environ.get("RAY_AUTH_MODE", "not set")
+            told += f"it wants a token that it knows. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
+            raise ClusterError(f"{told}RAY_AUTH_TOKEN_PATH to its file") from error
+        told += f"{_one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
+        raise ClusterError(told) from error
+    finally:
+        if not is_set:
+            del os.environ[_ATTEMPTS]
+
+
+def _check_answer(address: str) -> None:
+    """OSError if no server of Ray's kind listens there: one answers whatever it is sent with its HTTP/2 settings."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
+        if connection.recv(len(_SETTINGS))[3:4] != _SETTINGS[3:4]:
+            raise ConnectionError("what listens there is no Ray")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def configure_worker_logging() -> None:
