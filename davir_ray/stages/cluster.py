@@ -250,9 +250,14 @@ def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
         raise ClusterError(
             f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of "
             f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs with one CPU left for reading and "
-            "writing; ask for fewer or smaller actors"
+            "writing; lower score.num_actors, score.num_cpus or score.num_gpus, or take a larger cluster"
         )
     return wanted or most
+
+
+def actor_cpus(num_cpus: float) -> float:
+    """CPUs of an actor, as wanted; half of one where the cluster has but one, so that there is room beside it."""
+    return 0.5 if num_cpus == 1 and ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
 
 
 def room_for(num_cpus: float, num_gpus: float) -> int:

@@ -230,9 +230,10 @@ def check_workers(config: FinetuneConfig) -> None:
     resources = ray.cluster_resources()
     for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
         if wanted * config.num_workers > resources.get(name, 0):
+            smaller = "--finetune.num_cpus" if name == "CPU" else "give --finetune.use_gpu false"
             raise ClusterError(
                 f"{config.num_workers} training workers of {wanted} {name} do not fit a cluster of "
-                f"{resources.get(name, 0):g}; lower --finetune.num_workers or --finetune.num_cpus"
+                f"{resources.get(name, 0):g}; lower --finetune.num_workers or {smaller}"
             )
 
 
