@@ -106,7 +106,7 @@ def _start() -> None:
 
 def _temporary_folder() -> str:
     """Where Ray started here keeps its files."""
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
     with suppress(OSError):  # told where it is used
         os.makedirs(folder, exist_ok=True)
     return folder
