@@ -1,12 +1,6 @@
-"""Whether a place can be used: a file system's errors in words that tell what to change; a probe before any work.
+"""Whether a place can be used: a probe before any work, and what is wrong in the class of the user's mistake."""
 
-Wrong credentials, a missing bucket, a missing permission and throttling look alike in a traceback, and want different
-people to mend them.
-"""
-
-import errno
 import logging
-import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -17,114 +11,17 @@ from typing import Any
 
 from davir_ray.errors import OutputError, StorageError, UserError
 from davir_ray.storage import Location
+from davir_ray.storage_errors import STORE_ERRORS, explain
 
-try:
-    from botocore.exceptions import BotoCoreError, ClientError
-except ModuleNotFoundError:  # the kernel alone, on a machine without s3fs
-    _STORE_ERRORS: tuple[type[Exception], ...] = (OSError,)
-else:
-    _STORE_ERRORS = (OSError, BotoCoreError, ClientError)
-
-_LOCATION_ERRORS: tuple[type[Exception], ...] = (*_STORE_ERRORS, ValueError, ImportError)
+_LOCATION_ERRORS: tuple[type[Exception], ...] = (*STORE_ERRORS, StorageError, ValueError, ImportError)
 
 log = logging.getLogger(__name__)
-
-CONTINUES = "The same command goes on where this run stopped"
 
 PATIENCE_S = 9.0
 """Seconds that a probe may take before the store counts as unreachable."""
 
 _QUICK = {"connect_timeout": 3, "read_timeout": 4, "retries": {"mode": "standard", "max_attempts": 2}}
 """Of a probe: a run waits longer."""
-
-_CREDENTIALS = "wrong credentials: the store does not accept them ({code}); check the access key, secret and clock"
-_PERMISSION = "missing permission: the credentials are valid but may not do this ({code}); ask for access"
-_THROTTLED = "throttled: the store answers that there are too many requests ({code}); try later or with fewer actors"
-_REGION = "the bucket is in another region ({code}); set AWS_REGION to it"
-_REASONS = {
-    "InvalidAccessKeyId": _CREDENTIALS,
-    "SignatureDoesNotMatch": _CREDENTIALS,
-    "ExpiredToken": _CREDENTIALS,
-    "InvalidToken": _CREDENTIALS,
-    "InvalidClientTokenId": _CREDENTIALS,
-    "RequestTimeTooSkewed": _CREDENTIALS,
-    "AccessDenied": _PERMISSION,
-    "AllAccessDisabled": _PERMISSION,
-    "403": "refused ({code}): wrong credentials or missing permission; check both",
-    "NoSuchBucket": "missing bucket: {bucket} does not exist; create it or correct its name",
-    "SlowDown": _THROTTLED,
-    "ServiceUnavailable": _THROTTLED,
-    "503": _THROTTLED,
-    "429": _THROTTLED,
-    "TooManyRequests": _THROTTLED,
-    "PermanentRedirect": _REGION,
-    "AuthorizationHeaderMalformed": _REGION,
-    "IllegalLocationConstraintException": _REGION,
-}
-_UNREACHABLE = "unreachable: {error}; check AWS_ENDPOINT_URL and the network"
-_NAMES = {
-    "NoCredentialsError": "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a "
-    "role, where the driver and the workers see them",
-    "PartialCredentialsError": "the credentials are incomplete: {error}",
-    "ProfileNotFound": "the profile does not exist: {error}",
-    "EndpointConnectionError": _UNREACHABLE,
-    "ConnectTimeoutError": _UNREACHABLE,
-    "ConnectionClosedError": _UNREACHABLE,
-    "ReadTimeoutError": "no answer: {error}; check AWS_ENDPOINT_URL and the network",
-}
-_LOCAL_PERMISSION = "missing permission: this user may not do this there; change its access or choose another place"
-_NUMBERS = {
-    errno.ENOSPC: "no space is left there; free some or choose another place",
-    errno.EROFS: "it is read-only; choose another place",
-    errno.EACCES: _LOCAL_PERMISSION,
-    errno.EPERM: _LOCAL_PERMISSION,
-    errno.EBUSY: _THROTTLED.format(code="EBUSY"),
-}
-
-
-def explain(error: BaseException, place: object = "") -> str:
-    """What a file system's error means and what to change; for an unknown one its type and text."""
-    bucket = str(place).partition("://")[2].split("/")[0] or "the bucket"
-    for cause in _causes(error):
-        code = _code(cause)
-        if code in _REASONS:
-            return _REASONS[code].format(code=code, bucket=bucket)
-        if type(cause).__name__ in _NAMES:
-            return _NAMES[type(cause).__name__].format(error=_one_line(cause))
-        if isinstance(cause, OSError) and cause.errno in _NUMBERS:
-            return _NUMBERS[cause.errno]
-    if isinstance(error, FileNotFoundError):
-        return "it does not exist; correct the path or restore it"
-    return f"{type(error).__name__}: {_one_line(error)}; check path and access"
-
-
-def explain_text(text: str) -> str | None:
-    """The same of a traceback's text, where only that is left of an error; None if no storage failed in it."""
-    for code in re.findall(r"An error occurred \((\w+)\)", text):
-        if code in _REASONS:
-            return _REASONS[code].format(code=code, bucket="the bucket")
-    for name, told in re.findall(r"botocore\.exceptions\.(\w+): (.+)", text):
-        if name in _NAMES:
-            return _NAMES[name].format(error=told)
-    for number, told in re.findall(r"^\w*Error: \[Errno (\d+)\] (.*)", text, re.MULTILINE):
-        return str(_NUMBERS.get(int(number), told))
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: s3fs keeps the store's own answer there."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _code(error: BaseException) -> str | None:
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -134,15 +31,6 @@ def translated(uri: object, error_class: type[UserError]) -> Iterator[None]:
         yield
     except _LOCATION_ERRORS as error:
         raise error_class(f"{uri} cannot be used: {explain(error, uri)}") from error
-
-
-@contextmanager
-def storage_errors(place: object) -> Iterator[None]:
-    """Turn what a file system raises in the middle of a run into one line."""
-    try:
-        yield
-    except _STORE_ERRORS as error:
-        raise StorageError(f"{place}: {explain(error, place)}. {CONTINUES}") from error
 
 
 def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:

@@ -209,7 +209,7 @@ def _score_here(dataset: datasets.Dataset, scoring: RowScoring) -> datasets.Data
     if refs:
         context = ray.data.DataContext.get_current().copy()
         context.execution_no_progress_timeout_s = scoring.config.no_progress_timeout_s
-        with own_errors(), ray.data.DataContext.current(context):
+        with own_errors("ScoreConfig.no_progress_timeout_s"), ray.data.DataContext.current(context):
             scored = score_rows(ray.data.from_arrow_refs(refs), scoring, len(refs)).select_columns(scores.column_names)
             scores = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by(_ROW)
     if not np.array_equal(scores[_ROW], np.arange(len(dataset))):

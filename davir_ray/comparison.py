@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.access import check_readable, probe_output, storage_errors
+from davir_ray.access import check_readable, probe_output
 from davir_ray.cli import dump, load
 from davir_ray.comparison_config import DRAWN, CompareConfig, TrialName
 from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
@@ -76,11 +76,10 @@ def compare(config: CompareConfig) -> Location:
     run, output = place_of(config.run or ""), place_of(config.output or "")
     check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
     probe_output(output)
-    with storage_errors(run):
-        before = remembered(run)
-        finished = _finished(run, before)
-        recipe = _recipe(before, config.recipe)
-        preparation = _preparation(run, before, config)
+    before = remembered(run)
+    finished = _finished(run, before)
+    recipe = _recipe(before, config.recipe)
+    preparation = _preparation(run, before, config)
     _check_output(run, output)
     with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
         prepare(

@@ -21,9 +21,10 @@ from typing import Self
 
 import psutil
 
-from davir_ray.access import explain, translated
-from davir_ray.errors import OutputError
+from davir_ray.access import translated
+from davir_ray.errors import OutputError, StorageError
 from davir_ray.storage import Location
+from davir_ray.storage_errors import explain
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Lease:
         self._heart.join()
         if self._lost_to is not None:
             raise OutputError(f"{self._place.parent} was taken over by {self._lost_to}; this run ends here") from error
-        with suppress(OSError):  # the heartbeat of a lease that stays behind does not move
+        with suppress(StorageError):  # the heartbeat of a lease that stays behind does not move
             if self._is_ours():
                 self._place.remove()
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from davir_ray.access import storage_errors, translated
+from davir_ray.access import translated
 from davir_ray.cli import dump
 from davir_ray.config import OutputConfig
-from davir_ray.errors import ConfigError, OutputError, StorageError
+from davir_ray.errors import ConfigError, DavirError, OutputError, StorageError
 from davir_ray.lease import Lease
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import SUBMITTED_JOB, connected, num_nodes
@@ -32,7 +32,7 @@ def writing(run: Location, config: OutputConfig) -> Iterator[None]:
     """Connect to Ray and hold the output, alone, with what dead attempts left behind cleared away."""
     with connected_to(run, is_shared=config.output_is_shared):
         check_claim(run)
-        with Lease(run), _end_told(run), storage_errors(run):
+        with Lease(run), _end_told(run):
             claim(run, dump(config))
             remove_leftovers(run)
             yield
@@ -58,8 +58,14 @@ def _end_told(run: Location) -> Iterator[None]:
     except OutputError:  # a refusal: the run that is there did not fail
         raise
     except Exception as error:
-        with suppress(StorageError), storage_errors(run):
-            Progress.end(run, "failed", " ".join(f"{error}".split()) or type(error).__name__)
+        with suppress(StorageError):
+            Progress.end(run, "failed", _reason(error))
         raise
-    with storage_errors(run):
-        Progress.end(run, "complete")
+    Progress.end(run, "complete")
+
+
+def _reason(error: Exception) -> str:
+    """One line. Of an error that is not ours its kind, too, and the end of its text: Ray's hold a whole traceback."""
+    if isinstance(error, DavirError):
+        return " ".join(str(error).split())
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])

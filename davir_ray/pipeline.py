@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from davir_ray.access import check_readable, probe_output, storage_errors
+from davir_ray.access import check_readable, probe_output
 from davir_ray.cli import dump
 from davir_ray.config import RunConfig
 from davir_ray.errors import ConfigError, ModelError, OutputError
@@ -66,11 +66,10 @@ def rank_only(config: RunConfig) -> Location:
     config.require_select()
     run = place_of(config.output or "")
     probe_output(run)
-    with storage_errors(run):
-        check_count(config.select, require(run, "score").counts["scored"], "scored")
-        before = remembered(run)
-        shared = config.output_is_shared or before.output_is_shared
-        config = dataclasses.replace(before, rank=config.rank, select=config.select, output_is_shared=shared)
+    check_count(config.select, require(run, "score").counts["scored"], "scored")
+    before = remembered(run)
+    shared = config.output_is_shared or before.output_is_shared
+    config = dataclasses.replace(before, rank=config.rank, select=config.select, output_is_shared=shared)
     with writing(run, config):
         _rank_and_report(run, config)
     return run
@@ -90,13 +89,12 @@ def verify_only(output: str, num_rows: int, seed: int) -> Verification:
     """Check the files of a finished run, and score random rows again one at a time."""
     run = place_of(output)
     check_readable([(str(run), OutputError)])
-    with storage_errors(run):
-        require(run, "score")
-        config = remembered(run)
-        base = scored_with(run, "base", config.base or "", config.trust_remote_code)
-        reference = scored_with(run, "reference", config.reference or str(run / "reference"), config.trust_remote_code)
-        with connected_to(run, is_shared=config.output_is_shared):
-            return verify(run, base, reference, num_rows, seed)
+    require(run, "score")
+    config = remembered(run)
+    base = scored_with(run, "base", config.base or "", config.trust_remote_code)
+    reference = scored_with(run, "reference", config.reference or str(run / "reference"), config.trust_remote_code)
+    with connected_to(run, is_shared=config.output_is_shared):
+        return verify(run, base, reference, num_rows, seed)
 
 
 def _rank_and_report(run: Location, config: RunConfig) -> None:

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from davir_ray.access import check_readable, storage_errors, translated
+from davir_ray.access import check_readable, translated
 from davir_ray.errors import OutputError
 from davir_ray.lease import BEAT_S, LEASE_FILE, MISSED_BEATS, Holder
 from davir_ray.manifest import Manifest
 from davir_ray.progress import Progress, duration
 from davir_ray.storage import Location
+from davir_ray.storage_errors import storage_errors
 
 STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report", "compare")
 """In the order of a run, which has those that its job needs; a comparison has but its own."""
@@ -78,21 +79,20 @@ def status(output: str) -> Status:
     with translated(output, OutputError):
         run = Location.of(output)
     check_readable([(output, OutputError)])
-    with storage_errors(run):
-        manifests = {stage: found for stage in STAGES if (found := Manifest.read(run, stage))}
-        progress, holder = Progress.read(run), Holder.read(run / LEASE_FILE)
-        if not manifests and progress is None and holder is None:
-            raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")
-        stages = {stage: {**found.counts, "seconds": found.seconds} for stage, found in manifests.items()}
-        silent_s = None if holder is None else _seconds_since(run / LEASE_FILE)
-        return Status(
-            run=str(run),
-            state=_state(progress, holder, silent_s),
-            stages=stages,
-            progress=progress,
-            driver=None if holder is None else str(holder),
-            silent_s=silent_s,
-        )
+    manifests = {stage: found for stage in STAGES if (found := Manifest.read(run, stage))}
+    progress, holder = Progress.read(run), Holder.read(run / LEASE_FILE)
+    if not manifests and progress is None and holder is None:
+        raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")
+    stages = {stage: {**found.counts, "seconds": found.seconds} for stage, found in manifests.items()}
+    silent_s = None if holder is None else _seconds_since(run / LEASE_FILE)
+    return Status(
+        run=str(run),
+        state=_state(progress, holder, silent_s),
+        stages=stages,
+        progress=progress,
+        driver=None if holder is None else str(holder),
+        silent_s=silent_s,
+    )
 
 
 def _state(progress: Progress | None, holder: Holder | None, silent_s: float | None) -> str:
@@ -106,7 +106,8 @@ def _state(progress: Progress | None, holder: Holder | None, silent_s: float | N
 def _seconds_since(file: Location) -> float | None:
     """Since a file was written; None where its file system keeps no time."""
     try:
-        written: datetime = file.fs.modified(file.path)
+        with storage_errors(file, may_be_absent=True):
+            written: datetime = file.fs.modified(file.path)
     except (NotImplementedError, FileNotFoundError):
         return None
     return max(0.0, (datetime.now(UTC) - written).total_seconds())

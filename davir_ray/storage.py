@@ -1,7 +1,8 @@
 """Files, local or in object storage: locations, atomic writes, Parquet with checksums.
 
 A reader never sees a torn file under its final name: locally a file is written beside its place and renamed, in object
-storage it is one PUT, or an upload in parts that appears when it is complete.
+storage it is one PUT, or an upload in parts that appears when it is complete. What a file system raises becomes a
+StorageError here, at the call; a file that is not there is a FileNotFoundError to who reads it.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.errors import IntegrityError
+from davir_ray.storage_errors import STORE_ERRORS, storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,8 @@ class Location:
     def exists(self) -> bool:
         """Whether a file or folder is there now."""
         self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path))
+        with storage_errors(self):
+            return bool(self.fs.exists(self.path))
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the finished files directly in this folder; empty if there is no folder."""
@@ -108,7 +111,8 @@ class Location:
         """The finished files directly in this folder, by name, from one listing; empty if there is no folder."""
         self.fs.invalidate_cache()
         try:
-            infos = {posixpath.basename(info["name"]): info for info in self.fs.ls(self.path, detail=True)}
+            with storage_errors(self, may_be_absent=True):
+                infos = {posixpath.basename(info["name"]): info for info in self.fs.ls(self.path, detail=True)}
         except FileNotFoundError:
             return {}
         files = {name: info for name, info in infos.items() if info["type"] == "file"}
@@ -116,40 +120,44 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError if it is not there."""
-        return bytes(self.fs.cat_file(self.path))
+        with storage_errors(self, may_be_absent=True):
+            return bytes(self.fs.cat_file(self.path))
 
     def write_bytes(self, content: bytes) -> None:
         """Write the whole file so that no reader sees a part of it, replacing one that is there."""
-        if not self.is_local:
-            self.fs.pipe_file(self.path, content)
-            return
-        target = Path(self.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        with storage_errors(self):
+            if not self.is_local:
+                self.fs.pipe_file(self.path, content)
+                return
+            target = Path(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
 
     def create(self, content: bytes) -> bool:
         """Write the whole file unless there is one; whether it was written. One of several writers succeeds."""
-        try:
+        with storage_errors(self):
             if self.is_local:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "xb") as file:
-                    file.write(content)
-            else:
-                self.fs.pipe_file(self.path, content, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # s3fs knows the refusal of some stores by its number only (RADOS Gateway 16).
-            if self.is_local or not self.exists():
-                raise
-            log.debug("%s is there already: %s", self, error)
-            return False
-        return True
+            try:
+                if self.is_local:
+                    with open(self.path, "xb") as file:
+                        file.write(content)
+                else:
+                    self.fs.pipe_file(self.path, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # s3fs knows the refusal of some stores by its number only (RADOS Gateway 16).
+                if self.is_local or not self.exists():
+                    raise
+                log.debug("%s is there already: %s", self, error)
+                return False
+            return True
 
     def write_text(self, text: str) -> None:
         """`write_bytes` of UTF-8."""
@@ -158,7 +166,8 @@ class Location:
     def remove(self) -> None:
         """Delete the file or folder, if it is there."""
         if self.exists():
-            self.fs.rm(self.path, recursive=True)
+            with storage_errors(self):
+                self.fs.rm(self.path, recursive=True)
 
     def put_folder(self, local: Path, last: Collection[str] = ()) -> list["FileEntry"]:
         """Replace this folder by the files of a local folder; returns what was written.
@@ -168,17 +177,18 @@ class Location:
         """
         files = sorted(path for path in local.rglob("*") if path.is_file())
         entries = [_entry_of(file, file.relative_to(local).as_posix()) for file in files]
-        if self.is_local:
-            target = Path(self.path)
-            partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-            shutil.copytree(local, partial)
+        with storage_errors(self):
+            if self.is_local:
+                target = Path(self.path)
+                partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+                shutil.copytree(local, partial)
+                self.remove()
+                partial.replace(target)
+                return entries
             self.remove()
-            partial.replace(target)
+            for entry in sorted(entries, key=lambda entry: entry.name in last):
+                self.fs.put_file(str(local / entry.name), (self / entry.name).path)
             return entries
-        self.remove()
-        for entry in sorted(entries, key=lambda entry: entry.name in last):
-            self.fs.put_file(str(local / entry.name), (self / entry.name).path)
-        return entries
 
 
 def _stored(info: Mapping[str, Any]) -> Stored:
@@ -214,11 +224,17 @@ def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes]
 
 def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file, only the named columns of it. IntegrityError if what is read was damaged."""
-    with place.fs.open(place.path, "rb") as file, _sound(place):
+    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
         table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
         if columns is not None and set(table.column_names) != set(columns):
             raise pa.ArrowInvalid(f"its columns are {table.column_names}")
         return table
+
+
+def parquet_rows(place: Location) -> int:
+    """Rows of a Parquet file, from its footer. IntegrityError if it was damaged."""
+    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
+        return int(pq.ParquetFile(file).metadata.num_rows)
 
 
 def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
@@ -254,9 +270,11 @@ def digest(value: Any) -> str:
 def file_digest(place: Location) -> str:
     """What changes when a file's content does: SHA-256 of a local file, the store's etag of a remote one."""
     if place.is_local:
-        stat = Path(place.path).stat()
-        return _local_digest(place.path, stat.st_size, stat.st_mtime_ns)
-    num_bytes, mark = _stored(place.fs.info(place.path))
+        with storage_errors(place, may_be_absent=True):
+            stat = Path(place.path).stat()
+            return _local_digest(place.path, stat.st_size, stat.st_mtime_ns)
+    with storage_errors(place, may_be_absent=True):
+        num_bytes, mark = _stored(place.fs.info(place.path))
     return content_digest(place) if mark is None else f"{num_bytes}-{mark}"
 
 
@@ -269,7 +287,7 @@ def _local_digest(path: str, num_bytes: int, mtime_ns: int) -> str:
 
 def content_digest(place: Location) -> str:
     """SHA-256 of a file's content, read now."""
-    with place.fs.open(place.path, "rb") as file:
+    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -285,9 +303,10 @@ def remove_leftovers(folder: Location) -> None:
     Of object storage, parts of uploads that were never completed: no listing of objects shows them, every bill does.
     """
     if folder.is_local:
-        for path in sorted(Path(folder.path).rglob(f"{TEMPORARY}*")):
-            log.info("removing %s, left by an attempt that died", path)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with storage_errors(folder):
+            for path in sorted(Path(folder.path).rglob(f"{TEMPORARY}*")):
+                log.info("removing %s, left by an attempt that died", path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif "s3" in folder.fs.protocol:
         bucket, _, prefix = folder.path.partition("/")
         try:
@@ -296,7 +315,7 @@ def remove_leftovers(folder: Location) -> None:
                 log.info("removing parts of %s, left by an upload that died", upload["Key"])
                 upload_id = upload["UploadId"]
                 folder.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload_id)
-        except OSError as error:  # a permission of its own, which no run needs
+        except STORE_ERRORS as error:  # a permission of its own, which no run needs
             log.warning("%s: parts of uploads that died, if there are any, stay: %s", folder, error)
 
 

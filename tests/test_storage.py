@@ -4,6 +4,7 @@ import errno
 import hashlib
 import pickle
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,16 +12,21 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from botocore.exceptions import BotoCoreError
 
-from davir_ray.errors import IntegrityError
+from davir_ray.access import translated
+from davir_ray.errors import IntegrityError, OutputError, StorageError
 from davir_ray.storage import (
     FINGERPRINT_KEY,
     TEMPORARY,
     FileEntry,
     Location,
     committed_parquet,
+    content_digest,
     digest,
     file_digest,
+    parquet_rows,
     read_parquet,
     remove_leftovers,
     write_parquet,
@@ -248,8 +254,90 @@ def test_storage_that_fails_is_not_taken_for_damage(place: Location, monkeypatch
         raise OSError(errno.EBUSY, "SlowDown")
 
     monkeypatch.setattr(pq.ParquetFile, "read", fail)
-    with pytest.raises(OSError, match="SlowDown"):
+    with pytest.raises(StorageError, match="throttled"):
         read_parquet(place / "a")
+
+
+# --- storage that fails ---------------------------------------------------------------------------------------------
+
+
+CALLS: dict[str, Callable[[Location, Path], object]] = {
+    "read_bytes": lambda place, _: place.read_bytes(),
+    "write_bytes": lambda place, _: place.write_bytes(b"x"),
+    "create": lambda place, _: place.create(b"x"),
+    "listed": lambda place, _: place.listed(),
+    "put_folder": lambda place, folder: place.put_folder(folder),
+    "read_parquet": lambda place, _: read_parquet(place),
+    "committed_parquet": lambda place, _: committed_parquet(place),
+    "parquet_rows": lambda place, _: parquet_rows(place),
+    "write_parquet": lambda place, _: write_parquet(place, TABLE),
+    "file_digest": lambda place, _: file_digest(place),
+    "content_digest": lambda place, _: content_digest(place),
+    "exists": lambda place, _: place.exists(),
+    "remove": lambda place, _: place.remove(),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder to be put somewhere."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_bytes(b"x")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
+    """A file in a store where nobody listens."""
+    names = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for name, value in {**names, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    place = Location.of("s3://bucket/run/a")
+    place.fs.retries = 1
+    yield place
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_disk_that_fails_is_a_storage_error(call: str, local: Location, folder: Path) -> None:
+    local.write_bytes(b"a file where a folder should be")
+    if call in ("exists", "remove"):
+        assert not CALLS[call](local / "a", folder)
+        return
+    with pytest.raises(StorageError, match=rf"{local}/a: .*(Not a dir|File ex).*The same command goes on") as caught:
+        CALLS[call](local / "a", folder)
+    assert isinstance(caught.value.__cause__, NotADirectoryError | FileExistsError)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_store_that_is_away_is_a_storage_error(call: str, unreachable: Location, folder: Path) -> None:
+    with pytest.raises(StorageError, match=r"s3://bucket/run/a: unreachable: .*The same command goes on") as caught:
+        CALLS[call](unreachable, folder)
+    assert isinstance(caught.value.__cause__, BotoCoreError)
+
+
+def test_of_a_path_that_the_user_gave_it_is_the_users_mistake(unreachable: Location, local: Location) -> None:
+    with pytest.raises(OutputError, match="x cannot be used: unreachable") as caught, translated("x", OutputError):
+        unreachable.read_bytes()
+    assert "The same command" not in str(caught.value)
+    local.write_bytes(b"")
+    with pytest.raises(OutputError, match="x cannot be used: NotADirectoryError"), translated("x", OutputError):
+        (local / "a").read_bytes()
+    with pytest.raises(OutputError, match="x cannot be used: it does not exist"), translated("x", OutputError):
+        (local.parent / "nothing").read_bytes()
+
+
+@pytest.mark.parametrize("call", ["read_bytes", "read_parquet", "committed_parquet", "file_digest", "content_digest"])
+def test_a_file_that_is_not_there_is_not_found(call: str, place: Location, folder: Path) -> None:
+    place.write_bytes(b"x")
+    with pytest.raises(FileNotFoundError):
+        CALLS[call](place.parent / "nothing", folder)
+
+
+def test_leftovers_in_a_store_that_is_away_stay(unreachable: Location, caplog: pytest.LogCaptureFixture) -> None:
+    remove_leftovers(unreachable)
+    assert "parts of uploads that died, if there are any, stay" in caplog.text
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

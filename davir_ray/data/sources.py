@@ -25,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from davir_ray.access import explain
 from davir_ray.config import Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
 from davir_ray.storage import file_system
+from davir_ray.storage_errors import explain
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from davir_ray.data.sources import Slice, SourceFile, read_records
-from davir_ray.storage import Location
+from davir_ray.errors import IntegrityError
+from davir_ray.storage import Location, parquet_rows
 
 _FILES = 8
 """Looked into, evenly spaced over the sorted list."""
@@ -33,11 +31,9 @@ def _spread(files: Sequence[_T]) -> list[_T]:
 def _rows_and_bytes(file: SourceFile) -> tuple[int, int]:
     """Rows of a file's beginning and the bytes that hold them; all of a Parquet file, by its footer."""
     if file.layout == "parquet":
-        place = Location.of(file.uri)
         try:
-            with place.fs.open(place.path, "rb") as stream:
-                return int(pq.ParquetFile(stream).metadata.num_rows), file.num_bytes
-        except (pa.ArrowException, OSError):  # a run makes a reject of it
+            return parquet_rows(Location.of(file.uri)), file.num_bytes
+        except IntegrityError:  # a run makes a reject of it
             return 1, file.num_bytes
     rows, read = 0, 0
 

@@ -29,9 +29,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's, or httpx2's
 from huggingface_hub.file_download import repo_folder_name
 
-from davir_ray.access import CONTINUES, explain
 from davir_ray.errors import DavirError, ModelError, StorageError
 from davir_ray.models.download import RemoteFile, bring, host
+from davir_ray.storage_errors import CONTINUES, explain
 
 log = logging.getLogger(__name__)
 

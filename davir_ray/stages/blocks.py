@@ -7,7 +7,7 @@ import pyarrow as pa
 import ray.data
 
 from davir_ray.stages.cluster import own_errors, whole_block_context
-from davir_ray.stages.exchange import TIMEOUT_S, Change
+from davir_ray.stages.exchange import Change
 
 
 class Blocks:
@@ -60,7 +60,7 @@ def _changed(block: pa.Table, change: Change) -> pa.Table:
 
 def _in_order() -> Any:
     """Blocks are neither split nor overtake each other."""
-    context = whole_block_context(TIMEOUT_S)
+    context = whole_block_context()
     context.execution_options.preserve_order = True
     return ray.data.DataContext.current(context)
 

@@ -4,24 +4,43 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import ray
 import ray.train
+from ray._private import services
 from ray.data import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import AuthenticationError
 
 from davir_ray import errors
-from davir_ray.access import CONTINUES, explain_text
-from davir_ray.errors import ClusterError, ProgressError, StorageError
+from davir_ray.errors import ClusterError, ProgressError
 from davir_ray.stages.console import LOG_LEVEL, quiet_ray, quieten, shows_all
+from davir_ray.storage_errors import CONTINUES
 
 log = logging.getLogger(__name__)
 
 _OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
+
+NO_PROGRESS = "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"
+"""Ray Data's environment variable of the driver: seconds in which something must finish; 1800 if it is not set."""
+
+_ANSWER_S = 5.0
+"""Seconds that a cluster gets to answer at all."""
+
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""An empty frame of HTTP/2 settings."""
+
+_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
+"""Environment variable: attempts of a connection to the cluster, a second apart where it refuses (2.60)."""
+
+_LEAST_BYTES = 2**20
+"""Without which Ray does not start."""
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
@@ -56,40 +75,111 @@ def ensure_started() -> None:
 
 
 def _start() -> None:
-    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here.
+    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here; ClusterError if that fails.
 
     A local start is never another cluster that happens to run on this machine. It counts one CPU more than the machine
     has: reading and writing wait for storage most of their time, and leave the real ones to the actors.
     """
-    if os.environ.get("RAY_ADDRESS") or os.environ.get(SUBMITTED_JOB):
-        ray.init(logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address != "local" and (address or os.environ.get(SUBMITTED_JOB)):
+        _connect(address)
         return
     log.info("starting Ray on this machine")
     if shows_all():
         os.environ.setdefault(LOG_LEVEL, "DEBUG")
-    ray.init(
-        "local",
-        num_cpus=(os.cpu_count() or 1) + 1,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": _silence_cleaner},
-    )
+    folder = _temporary_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_LEAST_BYTES))  # on a full disk Ray would wait for itself for a minute
+        ray.init(
+            "local",
+            num_cpus=(os.cpu_count() or 1) + 1,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": _prepare_helpers},
+        )
+    except Exception as error:  # Ray raises plain ones, too
+        raise ClusterError(
+            f"Ray cannot be started here: {_one_line(error)}. Its files and sockets are in {folder}, the value of "
+            "RAY_TMPDIR, else of TMPDIR, else /tmp: a short path, writable, with space; its token is below HOME, now "
+            f"{os.environ.get('HOME')}: writable"
+        ) from error
 
 
-def _silence_cleaner() -> None:
-    """Ray Train's cleaner warns every second that it cannot ask the dashboard, which a local start does without."""
+def _temporary_folder() -> str:
+    """Where Ray started here keeps its files."""
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
+    with suppress(OSError):  # told where it is used
+        os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _prepare_helpers() -> None:
+    """Let Ray Train's cleaner ask this Ray, whichever others run on the machine.
+
+    It warns every second that it cannot ask the dashboard, which a local start does without.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
+def _connect(address: str) -> None:
+    """Connect to a cluster that answers; Ray itself goes on asking for ten minutes."""
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"RAY_ADDRESS is {address}, of Ray Client, which training and Ray Data do not work through; give host:port "
+            "on a node of the cluster, or use ray job submit"
+        )
+    is_set = _ATTEMPTS in os.environ
+    os.environ.setdefault(_ATTEMPTS, "3")
+    try:
+        found = services.canonicalize_bootstrap_address(address or None)
+        if found is not None:
+            _check_answer(found)
+        # Ray Train's cleaner would ask any cluster of its machine, and take the training for one that has ended.
+        helpers = {"env_vars": {"RAY_ADDRESS": found}} if found else None
+        ray.init(logging_level=logging.WARNING, runtime_env=helpers)
+    except Exception as error:  # Ray raises plain ones, too
+        told = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
+            mode = os.environ.get("RAY_AUTH_MODE", "not set")
+            told += f"it wants a token that it knows. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
+            raise ClusterError(f"{told}RAY_AUTH_TOKEN_PATH to its file") from error
+        told += f"{_one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
+        raise ClusterError(told) from error
+    finally:
+        if not is_set:
+            del os.environ[_ATTEMPTS]
+
+
+def _check_answer(address: str) -> None:
+    """OSError if no server of Ray's kind listens there: one answers whatever it is sent with its HTTP/2 settings."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
+        if connection.recv(len(_SETTINGS))[3:4] != _SETTINGS[3:4]:
+            raise ConnectionError("what listens there is no Ray")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
-def own_errors() -> Iterator[None]:
-    """Raise an error of ours that a worker raised as itself, out of Ray's wrappings."""
+def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
+    """Raise an error of ours that a worker raised as itself, out of Ray's wrappings.
+
+    `limit` names what says how long nothing may finish.
+    """
     try:
         yield
     except ExecutionTimeoutError as error:
+        reason = " ".join(str(error).partition("If this is expected")[0].split())  # then it names settings of Ray Data
         raise ProgressError(
-            f"the run is stuck (score.no_progress_timeout_s): {' '.join(str(error).split())} Look for a worker or node "
-            f"that hangs, or raise the limit if one shard takes longer. {CONTINUES}"
+            f"the run is stuck ({limit}): {reason} Look for a worker or node that hangs, or raise the limit if one "
+            f"shard or task takes longer. {CONTINUES}"
         ) from error
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
         # Of an error in a user function or an actor's constructor Ray keeps only the traceback's text (2.60).
@@ -97,8 +187,6 @@ def own_errors() -> Iterator[None]:
         if told := [found for found in _OWN_ERROR.findall(text) if hasattr(errors, found[0])]:
             name, message = told[-1]
             raise getattr(errors, name)(message) from error
-        if reason := explain_text(text):
-            raise StorageError(f"{reason}. {CONTINUES}") from error
         raise
 
 
@@ -148,9 +236,14 @@ def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
         raise ClusterError(
             f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of "
             f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs with one CPU left for reading and "
-            "writing; ask for fewer or smaller actors"
+            "writing; lower score.num_actors, score.num_cpus or score.num_gpus, or take a larger cluster"
         )
     return wanted or most
+
+
+def actor_cpus(num_cpus: float) -> float:
+    """CPUs of an actor, as wanted; half of one where the cluster has but one, so that there is room beside it."""
+    return 0.5 if num_cpus == 1 and ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
 
 
 def room_for(num_cpus: float, num_gpus: float) -> int:
@@ -177,12 +270,13 @@ def _room_on(node: dict[str, float], num_cpus: float, num_gpus: float) -> int:
     return min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items() if size)
 
 
-def whole_block_context(no_progress_timeout_s: int) -> DataContext:
-    """A context in which a block is never split and a stuck run ends.
+def whole_block_context(no_progress_timeout_s: int | None = None) -> DataContext:
+    """A context in which a block is never split and a stuck run ends; None: after Ray Data's own limit.
 
     Blocks above 1.5 x target_max_block_size would be split, and a shard must stay one block.
     """
     context = DataContext.get_current().copy()
     context.target_max_block_size = None
-    context.execution_no_progress_timeout_s = no_progress_timeout_s
+    if no_progress_timeout_s is not None:
+        context.execution_no_progress_timeout_s = no_progress_timeout_s
     return context

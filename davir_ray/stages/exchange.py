@@ -17,9 +17,6 @@ from davir_ray.storage import FileEntry
 _MOST_PARTITIONS = 200
 """Ray's default, which costs seconds where there are only a few groups."""
 
-TIMEOUT_S = 1800
-"""Seconds without any finished task after which an exchange fails instead of hanging."""
-
 ENTRY = pa.schema([("name", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
 
 Change = Callable[[pa.Table], pa.Table]
@@ -52,7 +49,7 @@ def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, An
     `assign` adds the first round's column to the table of a shard, and drops what is not needed.
     """
     shards = shards.then(assign, num_cpus())
-    with own_errors(), ray.data.DataContext.current(whole_block_context(TIMEOUT_S)):
+    with own_errors(), ray.data.DataContext.current(whole_block_context()):
         dataset = ray.data.read_datasource(shards, **shards.read_options)
         for each in rounds:
             grouped = dataset.groupby(each.column, num_partitions=min(each.num_groups, _MOST_PARTITIONS))

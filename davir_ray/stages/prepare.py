@@ -18,7 +18,7 @@ from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
-from davir_ray.stages.cluster import own_errors, pool_size
+from davir_ray.stages.cluster import actor_cpus, own_errors, pool_size
 from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
@@ -233,10 +233,12 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
     for report in done.values():
         so_far += report
     if pending:
+        num_cpus = actor_cpus(1)
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
             Preparer,
             fn_constructor_kwargs={"work": work},
-            compute=ray.data.ActorPoolStrategy(size=min(len(pending), pool_size(None, 1, 0))),
+            compute=ray.data.ActorPoolStrategy(size=min(len(pending), pool_size(None, num_cpus, 0))),
+            num_cpus=num_cpus,
         )
         with own_errors():
             for row in dataset.iter_rows():

@@ -21,6 +21,7 @@ from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.schema import EXAMPLES, SCORES
+from davir_ray.stages.cluster import actor_cpus
 from davir_ray.stages.prepare import Preparation
 from davir_ray.stages.scoring import base_cache, scorer_settings
 from davir_ray.stages.streaming import num_gpus_of, plan_pool
@@ -90,7 +91,7 @@ def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int |
         batch_size=None,
         batch_format="pyarrow",
         compute=pool,
-        num_cpus=config.num_cpus,
+        num_cpus=actor_cpus(config.num_cpus),
         num_gpus=num_gpus_of(config),
     )
 

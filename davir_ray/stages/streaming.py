@@ -22,6 +22,7 @@ from davir_ray.errors import IntegrityError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import (
+    actor_cpus,
     has_gpu,
     own_errors,
     pool_size,
@@ -124,14 +125,15 @@ class Stream:
         count_tokens: Callable[[pa.Table], int],
     ) -> list[CommittedShard]:
         """Read each shard, give it whole to an actor, write its file."""
-        num_gpus = num_gpus_of(config)
+        num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
         pool = plan_pool(config).at_most(len(pending))
-        log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, config.num_cpus, num_gpus)
+        log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
         source = Shards(pending, partial(read_named, self.examples, self.columns))
         sink = ShardSink(self.run / self.folder, self.schema, json.dumps(self.fingerprint), tally.tell, count_tokens)
-        with own_errors(), ray.data.DataContext.current(whole_block_context(config.no_progress_timeout_s)):
+        context = whole_block_context(config.no_progress_timeout_s)
+        with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
             (
-                ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(config.num_cpus) / 2})
+                ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(num_cpus) / 2})
                 # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
                 .map_batches_internal(
                     worker,
@@ -141,10 +143,10 @@ class Stream:
                     compute=ray.data.ActorPoolStrategy(
                         min_size=pool.least, max_size=pool.most, initial_size=pool.at_start
                     ),
-                    num_cpus=config.num_cpus,
+                    num_cpus=num_cpus,
                     num_gpus=num_gpus,
                 )
-                .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(config.num_cpus)})
+                .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(num_cpus)})
             )
         return sink.shards
 
@@ -259,12 +261,12 @@ def plan_pool(config: ScoreConfig) -> Pool:
 
     ClusterError if it does not fit; a pool that grows may wait for nodes that are not there yet.
     """
-    num_gpus = num_gpus_of(config)
+    num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
     if config.autoscale is None:
-        size = pool_size(config.num_actors, config.num_cpus, num_gpus)
+        size = pool_size(config.num_actors, num_cpus, num_gpus)
         return Pool(size, size, size)
     least, most = config.autoscale
-    room = room_for(config.num_cpus, num_gpus)
+    room = room_for(num_cpus, num_gpus)
     at_start = min(most, room) if room > 0 else least  # where there is none yet, waiting actors bring the nodes
     return Pool(min(least, at_start), most, at_start)
 

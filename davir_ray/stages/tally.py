@@ -14,9 +14,9 @@ from ray.exceptions import RayError
 from ray.util.metrics import Counter as Metric
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from davir_ray.access import explain
 from davir_ray.progress import Pace, Progress
 from davir_ray.storage import Location
+from davir_ray.storage_errors import explain
 from davir_ray.terminal import Bar
 
 log = logging.getLogger(__name__)

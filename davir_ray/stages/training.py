@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from davir_ray import errors
 from davir_ray.config import FinetuneConfig
-from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, UserError
+from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, StorageError, UserError
 from davir_ray.manifest import Manifest
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint, resolve_dtype, uses_autocast, weights_precision
@@ -40,6 +40,7 @@ from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.resume import completed, note_attempt, require, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import FileEntry, Location, digest, each, in_folder, read_parquet
+from davir_ray.storage_errors import storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,8 @@ def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
     check_workers(config)
     storage = training.run / "checkpoints"
     if storage.is_local:
-        Path(storage.path).mkdir(parents=True, exist_ok=True)
+        with storage_errors(storage):
+            Path(storage.path).mkdir(parents=True, exist_ok=True)
     _remove_torn_state(storage / name)
     trainer = TorchTrainer(
         _train_worker,
@@ -185,8 +187,12 @@ def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with own_errors(), own_interrupts():
-        trainer.fit()
+    try:
+        with own_errors(), own_interrupts():
+            trainer.fit()
+    except ray.train.ControllerError as error:  # which keeps Ray Train's list of checkpoints in the run
+        with storage_errors(storage):
+            raise error.controller_failure from error
     outcome = json.loads((training.run / "checkpoints" / _OUTCOME).read_bytes())
     if "error" in outcome:
         raise getattr(errors, outcome["error"])(outcome["message"])
@@ -225,9 +231,10 @@ def check_workers(config: FinetuneConfig) -> None:
     resources = ray.cluster_resources()
     for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
         if wanted * config.num_workers > resources.get(name, 0):
+            smaller = "--finetune.num_cpus" if name == "CPU" else "give --finetune.use_gpu false"
             raise ClusterError(
                 f"{config.num_workers} training workers of {wanted} {name} do not fit a cluster of "
-                f"{resources.get(name, 0):g}; lower --finetune.num_workers or --finetune.num_cpus"
+                f"{resources.get(name, 0):g}; lower --finetune.num_workers or {smaller}"
             )
 
 
@@ -240,6 +247,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     is_first = ray.train.get_context().get_world_rank() == 0
     try:
         outcome = _train(training, settings["tally"], is_first)
+    except StorageError:  # of one rank, perhaps: Ray Train ends the others, and begins again as often as it may
+        raise
     except DavirError as error:  # of the model, a checkpoint or the loss, the same on every rank: all of them end here
         outcome = {"error": type(error).__name__, "message": str(error)}
     if is_first:
@@ -251,7 +260,7 @@ def _train(training: Training, tally: Tally, is_first: bool) -> dict[str, Any]:
     objective = training.objective()
     trainer = Trainer(_load(training), objective, training.config)
     if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as state:
+        with storage_errors(checkpoint.path), checkpoint.as_directory() as state:
             together(partial(_continue, trainer, Path(state), checkpoint.path))
     trainer.train(_Reporter(training, tally, trainer, is_first=is_first))
     files = _export(training, trainer, training.folder, is_first=is_first)
@@ -324,8 +333,10 @@ class _Reporter:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
-            self._trainer.save_state(Path(folder))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            with storage_errors(folder):
+                self._trainer.save_state(Path(folder))
+            with storage_errors(self._training.run / "checkpoints"):
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _tell(self, report: StepReport) -> None:
         self._steps += 1
@@ -351,6 +362,7 @@ def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) 
     if not is_first:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        save_reference(trainer.likelihood, training.base.tokenizer(), Path(folder), weights)
-        Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
+        with storage_errors(folder):
+            save_reference(trainer.likelihood, training.base.tokenizer(), Path(folder), weights)
+            Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
         return (training.run / name).put_folder(Path(folder), last=CONFIGS)

@@ -22,7 +22,7 @@ from davir_ray.manifest import Manifest, differences
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generation import GENERATION_VERSION
 from davir_ray.models.likelihood import NUMERICS_VERSION
-from davir_ray.stages.cluster import has_gpu, own_errors, room_for
+from davir_ray.stages.cluster import actor_cpus, has_gpu, own_errors, room_for
 from davir_ray.stages.console import configure_worker_logging
 from davir_ray.stages.generation import generate
 from davir_ray.stages.matching import match
@@ -285,7 +285,7 @@ def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None)
     """
     use_gpu = has_gpu() if recipe.use_gpu is None else recipe.use_gpu
     training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // recipe.num_workers
-    scoring = room_for(config.num_cpus, num_gpus_of(config))
+    scoring = room_for(actor_cpus(config.num_cpus), num_gpus_of(config))
     most = max(1, min(training, scoring))
     if wanted is not None and wanted > most:
         raise ConfigError(

@@ -1,0 +1,114 @@
+"""What a file system raises, translated at the calls: into a StorageError of one line that tells what to change.
+
+Wrong credentials, a missing bucket, a missing permission and throttling look alike in a traceback, and want different
+people to mend them. Only calls of a file system stand inside `storage_errors`: any other error is no storage's.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from davir_ray.errors import StorageError
+
+try:
+    from aiohttp import ClientError as TransportError
+    from botocore.exceptions import BotoCoreError, ClientError
+except ModuleNotFoundError:  # the kernel alone, on a machine without s3fs
+    STORE_ERRORS: tuple[type[Exception], ...] = (OSError,)
+else:
+    STORE_ERRORS = (OSError, BotoCoreError, ClientError, TransportError)
+
+CONTINUES = "The same command goes on where this run stopped"
+
+_CREDENTIALS = "wrong credentials: the store does not accept them ({code}); check the access key, secret and clock"
+_PERMISSION = "missing permission: the credentials are valid but may not do this ({code}); ask for access"
+_THROTTLED = "throttled: the store answers that there are too many requests ({code}); try later or with fewer actors"
+_REGION = "the bucket is in another region ({code}); set AWS_REGION to it"
+_REASONS = {
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "SignatureDoesNotMatch": _CREDENTIALS,
+    "ExpiredToken": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS,
+    "InvalidClientTokenId": _CREDENTIALS,
+    "RequestTimeTooSkewed": _CREDENTIALS,
+    "AccessDenied": _PERMISSION,
+    "AllAccessDisabled": _PERMISSION,
+    "403": "refused ({code}): wrong credentials or missing permission; check both",
+    "NoSuchBucket": "missing bucket: {bucket} does not exist; create it or correct its name",
+    "SlowDown": _THROTTLED,
+    "ServiceUnavailable": _THROTTLED,
+    "503": _THROTTLED,
+    "429": _THROTTLED,
+    "TooManyRequests": _THROTTLED,
+    "PermanentRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+}
+_UNREACHABLE = "unreachable: {error}; check AWS_ENDPOINT_URL and the network"
+_NAMES = {
+    "NoCredentialsError": "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a "
+    "role, where the driver and the workers see them",
+    "PartialCredentialsError": "the credentials are incomplete: {error}",
+    "ProfileNotFound": "the profile does not exist: {error}",
+    "EndpointConnectionError": _UNREACHABLE,
+    "ConnectTimeoutError": _UNREACHABLE,
+    "ConnectionClosedError": _UNREACHABLE,
+    "ReadTimeoutError": "no answer: {error}; check AWS_ENDPOINT_URL and the network",
+}
+_FULL = "no space is left there; free some or choose another place"
+_LOCAL_PERMISSION = "missing permission: this user may not do this there; change its access or choose another place"
+_NUMBERS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: "it is read-only; choose another place",
+    errno.EACCES: _LOCAL_PERMISSION,
+    errno.EPERM: _LOCAL_PERMISSION,
+    errno.EBUSY: _THROTTLED.format(code="EBUSY"),
+}
+
+
+def explain(error: BaseException, place: object = "") -> str:
+    """What a file system's error means and what to change; for an unknown one its type and text."""
+    if isinstance(error, StorageError):  # translated before, perhaps in a worker, whose file system's error stays there
+        if not isinstance(error.__cause__, STORE_ERRORS):
+            return str(error)
+        error = error.__cause__
+    bucket = str(place).partition("://")[2].split("/")[0] or "the bucket"
+    for cause in _causes(error):
+        code = _code(cause)
+        if code in _REASONS:
+            return _REASONS[code].format(code=code, bucket=bucket)
+        if type(cause).__name__ in _NAMES:
+            return _NAMES[type(cause).__name__].format(error=_one_line(cause))
+        if isinstance(cause, OSError) and cause.errno in _NUMBERS:
+            return _NUMBERS[cause.errno]
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist; correct the path or restore it"
+    return f"{type(error).__name__}: {_one_line(error)}; check path and access"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: s3fs keeps the store's own answer there."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _code(error: BaseException) -> str | None:
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def storage_errors(place: object, *, may_be_absent: bool = False) -> Iterator[None]:
+    """Turn what a file system raises into a StorageError; of a file that may be absent, not FileNotFoundError."""
+    try:
+        yield
+    except STORE_ERRORS as error:
+        if may_be_absent and isinstance(error, FileNotFoundError):
+            raise
+        raise StorageError(f"{place}: {explain(error, place)}. {CONTINUES}") from error
