@@ -11,7 +11,7 @@ from davir_ray.storage import Location
 def remembered(run: Location) -> RunConfig:
     """The configuration of the run's last command."""
     try:
-        return load(RunConfig, (run / CONFIG_FILE).read_bytes().decode())
+        return load(RunConfig, (run / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
         raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
     except ConfigError as error:

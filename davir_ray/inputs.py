@@ -72,4 +72,4 @@ def read_template(file: str | None) -> str | None:
     if file is None:
         return None
     with translated(f"chat_template {file}", ConfigError):
-        return Location.of(file).read_bytes().decode()
+        return Location.of(file).read_text()

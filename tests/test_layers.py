@@ -14,7 +14,7 @@ PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {"storage", "access", "progress", "lease", "manifest", "schema", "config", "errors"} | {
+GROUND = {"storage", "access", "progress", "lease", "manifest", "schema", "config", "errors", "text"} | {
     "alignment_config",
     "comparison_config",
 }
@@ -24,7 +24,8 @@ ABOVE: dict[str, set[str]] = {
     "config": {"errors"},
     "alignment_config": {"config", "errors"},
     "comparison_config": {"config", "errors"},
-    "storage": {"errors"},
+    "text": set(),
+    "storage": {"errors", "text"},
     "access": {"errors", "storage"},
     "lease": {"errors", "storage", "access"},
     "manifest": {"errors", "storage"},
@@ -36,7 +37,7 @@ ABOVE: dict[str, set[str]] = {
     "report": GROUND | {"formulas", "data"},
     "estimate": GROUND | {"models"},
     "stages": GROUND | {"data", "formulas", "models", "report", "estimate"},
-    "cli": {"config", "errors", "access"},
+    "cli": {"config", "errors", "access", "text"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 

@@ -47,6 +47,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_JSON = str(pa.json_())
 _CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 
 
@@ -475,13 +476,18 @@ def _skip_space(text: str, at: int) -> int:
     return match.end() if match else at
 
 
+def _check_text(value: Any, text: str) -> None:
+    """UnicodeEncodeError if a parsed value holds a lone surrogate; `text` is what it was parsed from."""
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+
+
 def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
     """The parsed value if it is an object of valid text."""
-    if _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    try:
+        _check_text(value, text)
+    except UnicodeEncodeError as error:
+        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
     if not isinstance(value, dict):
         return _Bad(RejectReason.NOT_AN_OBJECT, f"a {type(value).__name__}; expected an object with named fields")
     return value
@@ -504,17 +510,44 @@ def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
 
 def _plain_rows(batch: Any) -> list[_Row]:
     """The rows of an Arrow batch as Python values; where a value has none, only its row is bad."""
+    json_fields = [field for field in batch.schema if _JSON in str(field.type)]
     try:
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError):
-        return [_plain_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        rows: list[_Row] = batch.to_pylist()
+        return [_with_json(row, json_fields) for row in rows] if json_fields else rows
+    except (ValueError, OverflowError, RecursionError):
+        return [_plain_row(batch.slice(index, 1), json_fields) for index in range(batch.num_rows)]
 
 
-def _plain_row(batch: Any) -> _Row:
+def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
     try:
         row: dict[str, Any] = batch.to_pylist()[0]
-        return row
     except UnicodeDecodeError as error:
         return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
     except (ValueError, OverflowError) as error:  # a date that Python does not know
         return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])
+    try:
+        return _with_json(row, json_fields)
+    except UnicodeEncodeError as error:
+        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    except (ValueError, RecursionError) as error:
+        return _Bad(RejectReason.BROKEN_JSON, str(error)[:300])
+
+
+def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:
+    """A row, or a struct in it, with the values of these fields decoded where Arrow calls their text JSON."""
+    return {**row, **{field.name: _decoded(row[field.name], field.type) for field in fields}}
+
+
+def _decoded(value: Any, kind: pa.DataType) -> Any:
+    """A value of an Arrow type, decoded where it is JSON. `datasets` (5) stores so what has no one type."""
+    if value is not None and isinstance(kind, pa.JsonType):
+        found = json.loads(value)
+        _check_text(found, value)
+        return found
+    if value is None or isinstance(kind, pa.BaseExtensionType):
+        return value
+    if isinstance(kind, pa.StructType):
+        return _with_json(value, kind)
+    if isinstance(kind, pa.MapType):
+        return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
+    return [_decoded(item, kind.value_type) for item in value] if isinstance(value, list) else value

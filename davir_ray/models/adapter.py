@@ -60,7 +60,7 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
 
     ModelError if it does not fit, or is of a kind that changes the base's own weights when it is loaded.
     """
-    settings = json.loads(Path(folder, ADAPTER_CONFIG).read_text())
+    settings = json.loads(Path(folder, ADAPTER_CONFIG).read_bytes())
     _check_kind(settings, folder)
     _compare_names(model, settings.get("base_model_name_or_path"), folder)
     try:

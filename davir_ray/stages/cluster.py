@@ -17,6 +17,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from davir_ray import errors
 from davir_ray.access import CONTINUES, explain_text
 from davir_ray.errors import ClusterError, ProgressError, StorageError
+from davir_ray.text import terminal_handler
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def _silence_cleaner() -> None:
 
 def configure_worker_logging() -> None:
     """Let a worker's log lines at INFO reach the driver; Ray's workers drop them by default."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[terminal_handler()])
     logging.getLogger("davir_ray").setLevel(os.environ.get(LOG_LEVEL, "INFO"))
     _quieten()
 

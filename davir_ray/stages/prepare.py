@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ray.data
 
 from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
+from davir_ray.data.examples import BYTES, COUNTED, NOT_FINITE, ExampleReader, ShardWriter, TaskReport
 from davir_ray.data.pairs import PairReader
 from davir_ray.data.render import ChatTemplate, rendering
 from davir_ray.data.sources import Slice, SourceFile, list_files, plan_tasks
@@ -26,7 +26,7 @@ from davir_ray.storage import Location, content_digest, digest, each, file_diges
 log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raised when a change may make other examples of the same records; part of the stage's fingerprint."""
 
 TASKS = "prepare_tasks"
@@ -252,6 +252,7 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
     counts = {"read": report.num_read, "prepared": prepared, "rejected": report.reasons.total()}
     counts |= {name: report.sums[name] for name in COUNTED} | dict(sorted(report.reasons.items()))
+    counts |= dict(sorted(report.replaced.items()))
     details = {"first_reject": report.first_reject}
     files = sorted(report.files, key=lambda entry: entry.name)
     return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
@@ -273,6 +274,12 @@ def _check_books(report: TaskReport, limits: _Limits, rows_per_record: int) -> N
         "prepare: %d read, %d prepared, %d rejected %s",
         report.num_read, prepared, report.reasons.total(), report.told_reasons,
     )  # fmt: skip
+    if report.replaced:
+        log.warning(
+            "prepare: JSON has no NaN, infinity or bytes, so in the column record %d numbers became null and %d values "
+            "of bytes became base64 text",
+            report.replaced[NOT_FINITE], report.replaced[BYTES],
+        )  # fmt: skip
 
 
 class Preparer:
@@ -292,6 +299,7 @@ class Preparer:
         work = self._work
         task, reader = work.tasks[row["item"]], self._reader
         reader.bytes_read = 0
+        reader.replaced.clear()
         work.tally.begin(str(task.number))
         writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
@@ -302,6 +310,7 @@ class Preparer:
                 self._stop_early(writer)
         report = writer.finish()
         report.num_bytes = reader.bytes_read
+        report.replaced = reader.replaced
         self._tell(task.number, report)
         text = report.to_json()
         (work.reports / f"{task.number:05d}.json").write_text(text)

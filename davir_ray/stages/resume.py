@@ -137,7 +137,7 @@ def check_claim(run: Location) -> bool:
     mark = run / CONFIG_FILE
     with translated(run, OutputError):
         if mark.exists():
-            if not mark.read_bytes().startswith(CONFIG_HEAD.encode()):
+            if not mark.read_text().startswith(CONFIG_HEAD):
                 raise OutputError(f"{mark} was not written by davir_ray; choose an empty or a new --output")
             return True
         taken = [name for names in FOLDERS.values() for name in (*names, "manifests") if (run / name).exists()]
