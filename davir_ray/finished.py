@@ -3,8 +3,9 @@
 from davir_ray.cli import load
 from davir_ray.config import RunConfig
 from davir_ray.errors import ConfigError, OutputError
+from davir_ray.manifest import CONFIG_FILE
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.stages.resume import CONFIG_FILE, require
+from davir_ray.stages.resume import require
 from davir_ray.storage import Location
 
 

@@ -28,8 +28,9 @@ from fsspec.implementations.local import LocalFileSystem
 from davir_ray.access import explain
 from davir_ray.config import Source
 from davir_ray.errors import DataError, StorageError
+from davir_ray.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.schema import RejectReason
-from davir_ray.storage import file_system
+from davir_ray.storage import Location, each, file_system
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _ACCEPTED = ".parquet, .jsonl, .ndjson and .json, the last three also with .gz o
 _BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
 _BUFFER_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
+_MODEL_MARKS = (".safetensors", "/tokenizer_config.json")
 _MAGIC = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
@@ -149,18 +151,21 @@ class _Found(NamedTuple):
     is_datasets_folder: bool = False
 
 
-def list_files(source: Source) -> list[SourceFile]:
+def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceFile]:
     """The files of a source, sorted by relative path.
 
     A path is relative to the folder given, to a glob's fixed part, to a file's folder; for a list, to what these have
     in common; for a hub name, to the repository. In folders and globs, names that begin with a dot or an underscore
-    are skipped, and other extensions too, with a warning. Raises DataError where nothing is found.
+    are skipped, and so is what lies in the places `written` by the job that reads; with a warning other extensions,
+    outputs of other runs, and the JSON files of models. Raises DataError where nothing is found, or where a path is
+    given that lies in a place that is written.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     if isinstance(source.path, str) and _looks_like_hub_name(source.path):
         files = _hub_files(source)
     else:
-        found = [_find(path, source.split) for path in paths]
+        real = [Location(place.fs, _real(place.fs, place.path)) for place in written]
+        found = [_find(path, source.split, real) for path in paths]
         if any(one.fs != found[0].fs for one in found):
             raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
         root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
@@ -170,18 +175,21 @@ def list_files(source: Source) -> list[SourceFile]:
     return sorted(set(files), key=lambda file: file.relative_path)
 
 
-def _find(path: str, split: str) -> _Found:
+def _find(path: str, split: str, written: list[Location]) -> _Found:
     """The files that one path means: a file, a folder, a folder written by `datasets`, or a glob."""
     absolute = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     try:
         fs, stripped = file_system(absolute)
         fs.invalidate_cache()  # a notebook may have written files since fsspec listed the folder
-        if not fs.exists(stripped):
-            if _MAGIC.search(stripped):
-                return _find_glob(fs, stripped)
+        is_there = fs.exists(stripped)
+        if not (is_there or _MAGIC.search(stripped)):
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
+        if place := _place_of(fs, stripped if is_there else _fixed_part(stripped), written):
+            raise DataError(f"{path} lies in {place}, which this job writes; choose another --output, or other data")
+        if not is_there:
+            return _find_glob(fs, stripped, written)
         if fs.isdir(stripped):
-            return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped)
+            return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped, written)
         if _layout(stripped) is None:
             raise DataError(f"{path} has an extension that is not read; give {_ACCEPTED}")
         return _Found(fs, posixpath.dirname(stripped), {stripped: _size(fs.info(stripped))})
@@ -191,16 +199,79 @@ def _find(path: str, split: str) -> _Found:
         raise DataError(f"{path} cannot be listed: {explain(error, path)}") from error
 
 
-def _find_folder(fs: Any, root: str) -> _Found:
-    return _Found(fs, root, _keep_readable(root, fs.find(root, detail=True)))
+def _find_folder(fs: Any, root: str, written: list[Location]) -> _Found:
+    infos = fs.find(root, detail=True)
+    return _Found(fs, root, _keep_readable(root, _data_among(fs, root, infos, infos, written)))
 
 
-def _find_glob(fs: Any, pattern: str) -> _Found:
-    root = posixpath.dirname(_MAGIC.split(pattern)[0])
+def _find_glob(fs: Any, pattern: str, written: list[Location]) -> _Found:
+    root = _fixed_part(pattern)
     infos: dict[str, Any] = {}
     for path, info in fs.glob(pattern, detail=True).items():
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
-    return _Found(fs, root, _keep_readable(root, infos, pattern))
+    # A pattern without ** names its folders by their depth, and finds in them what it asks for.
+    around = fs.find(root, detail=True) if "**" in pattern else infos
+    return _Found(fs, root, _keep_readable(root, _data_among(fs, root, infos, around, written), pattern))
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder in which a glob's first pattern stands."""
+    return posixpath.dirname(_MAGIC.split(pattern)[0])
+
+
+def _real(fs: Any, path: str) -> str:
+    """The path without links, which only this machine's own file system has."""
+    return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
+
+
+def _place_of(fs: Any, path: str, places: list[Location]) -> Location | None:
+    """The first of some places without links that a path is, or lies in."""
+    real = _real(fs, path)
+    kind = type(fs)
+    inside = (place for place in places if type(place.fs) is kind and f"{real}/".startswith(f"{place.path}/"))
+    return next(inside, None)
+
+
+def _data_among(
+    fs: Any, root: str, infos: dict[str, Any], around: dict[str, Any], written: list[Location]
+) -> dict[str, Any]:
+    """Of the files that were found those that may be data: not what this job or another run writes, nor a model's JSON.
+
+    The files `around` them say what a folder holds. Raises DataError where the root is a run's, or nothing is left.
+    """
+    runs = _outputs_among(fs, around)
+    if root in runs:
+        raise DataError(f"{root} is the output of a run; give a folder in it that holds data, such as {root}/selected")
+    models = {posixpath.dirname(path) for path in around if path.endswith(_MODEL_MARKS)}
+    kept, left_out = {}, Counter[str]()
+    for path, info in infos.items():
+        folder = posixpath.dirname(path)
+        if place := _place_of(fs, path, written):
+            left_out[f"files in {place}, which this job writes"] += 1
+        elif run := next((run for run in runs if path.startswith(f"{run}/")), None):
+            left_out[f"files in {run}, the output of another run"] += 1
+        elif folder in models and _layout(path) == "json":
+            left_out[f"JSON files of the model in {folder}"] += 1
+        else:
+            kept[path] = info
+    told = ", ".join(f"{count} {what}" for what, count in left_out.items())
+    if left_out and not kept:
+        raise DataError(f"no data files in {root}: there are {told}; give a path with other files")
+    if left_out:
+        logger.warning("%s: left out %s", root, told)
+    return kept
+
+
+def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
+    """The folders of runs, by the configuration in each."""
+    marks = [path for path in infos if posixpath.basename(path) == CONFIG_FILE]
+    starts = each(lambda path: fs.cat_file(path, end=len(CONFIG_HEAD) + len(_BOM)), marks)
+    head = CONFIG_HEAD.strip().encode()
+    return [
+        posixpath.dirname(path)
+        for path, start in zip(marks, starts, strict=True)
+        if start.removeprefix(_BOM).startswith(head)
+    ]
 
 
 def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:

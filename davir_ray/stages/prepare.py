@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.cluster import configure_worker_logging, own_errors, pool_size
-from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
+from davir_ray.stages.resume import clear, completed, note_attempt, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import Location, content_digest, digest, each, file_digest
 
@@ -108,16 +109,24 @@ class Work:
 
 
 def prepare(
-    run: Location, sources: list[Source], preparation: Preparation, *, max_bad_fraction: float, overwrite: bool = False
+    run: Location,
+    sources: list[Source],
+    preparation: Preparation,
+    *,
+    max_bad_fraction: float,
+    written: Sequence[Location] = (),
+    overwrite: bool = False,
 ) -> Manifest:
-    """Turn the sources into tokenised shards and named rejects."""
+    """Turn the sources into tokenised shards and named rejects.
+
+    What lies in the run, or in the other places `written` by the job, is no data.
+    """
     started = time.monotonic()
-    files = {source.name: list_files(source) for source in sources}
+    files = {source.name: list_files(source, [run, *written]) for source in sources}
     fingerprint = _fingerprint(sources, files, preparation)
     if complete := completed(run, "prepare", fingerprint, overwrite=overwrite):
         (run / TASKS).remove()  # left where the driver died just after the manifest
         return complete
-    _check_outside(run, files)
     reports = run / TASKS / digest(fingerprint)[:16]
     if not same_attempt(run, "prepare", TASKS, fingerprint, overwrite=overwrite):
         clear(run, "prepare")
@@ -166,14 +175,6 @@ def _finished(run: Location, reports: Location) -> dict[int, TaskReport]:
         else:
             log.warning("what %s tells of is lost or damaged; its task is done again", reports / name)
     return found
-
-
-def _check_outside(run: Location, files: dict[str, list[SourceFile]]) -> None:
-    """Refuse sources inside the run's own folders, which are about to be cleared."""
-    own = tuple(f"{(run / folder).path}/" for folders in FOLDERS.values() for folder in folders)
-    for file in (file for source in files.values() for file in source):
-        if Location.of(file.uri).path.startswith(own):
-            raise DataError(f"{file.uri} lies in the output {run}, which this run writes; choose another --output")
 
 
 def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, Any]:
