@@ -8,6 +8,7 @@ what is wrong with the request (no such file, no access) is a DataError; a disk 
 a StorageError, so that a hiccup never looks like a short file.
 """
 
+import codecs
 import io
 import itertools
 import json
@@ -227,8 +228,7 @@ def _real(fs: Any, path: str) -> str:
 def _place_of(fs: Any, path: str, places: list[Location]) -> Location | None:
     """The first of some places without links that a path is, or lies in."""
     real = _real(fs, path)
-    kind = type(fs)
-    inside = (place for place in places if type(place.fs) is kind and f"{real}/".startswith(f"{place.path}/"))
+    inside = (p for p in places if p.fs.protocol == fs.protocol and f"{real}/".startswith(f"{p.path}/"))
     return next(inside, None)
 
 
@@ -243,23 +243,26 @@ def _data_among(
     if root in runs:
         raise DataError(f"{root} is the output of a run; give a folder in it that holds data, such as {root}/selected")
     models = {posixpath.dirname(path) for path in around if path.endswith(_MODEL_MARKS)}
-    kept, left_out = {}, Counter[str]()
+    kept, own, others = {}, Counter[str](), Counter[str]()
     for path, info in infos.items():
         folder = posixpath.dirname(path)
         if place := _place_of(fs, path, written):
-            left_out[f"files in {place}, which this job writes"] += 1
+            own[f"files in {place}, which this job writes"] += 1
         elif run := next((run for run in runs if path.startswith(f"{run}/")), None):
-            left_out[f"files in {run}, the output of another run"] += 1
+            others[f"files in {run}, the output of another run"] += 1
         elif folder in models and _layout(path) == "json":
-            left_out[f"JSON files of the model in {folder}"] += 1
+            others[f"JSON files of the model in {folder}"] += 1
         else:
             kept[path] = info
-    told = ", ".join(f"{count} {what}" for what, count in left_out.items())
-    if left_out and not kept:
-        raise DataError(f"no data files in {root}: there are {told}; give a path with other files")
-    if left_out:
-        logger.warning("%s: left out %s", root, told)
+    if infos and not kept:
+        raise DataError(f"no data files in {root}: there are {_told(own + others)}; give a path with other files")
+    if others:
+        logger.warning("%s: left out %s", root, _told(others))
     return kept
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
 
 
 def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
@@ -489,6 +492,8 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     text = _decompressed(stream, uri)
     if not text.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes when decompressed")])
+    if text.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{uri} is UTF-16; save it as UTF-8")
     if layout == "json" and text.peek(1).lstrip(_BOM + b" \t\r\n").startswith(b"["):
         return 0, _array_rows(text)
     return 0, _line_rows(text)

@@ -58,10 +58,14 @@ WAYS: dict[str, Callable[[str], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_lies_in_the_output_is_not_listed(proj: str, way: str) -> None:
-    assert listed(WAYS[way](proj), f"{proj}/run") == listed(WAYS[way](proj), f"{proj}/run/") == [
-        "run2/more.jsonl",
-        "train.jsonl",
-    ]
+    assert (
+        listed(WAYS[way](proj), f"{proj}/run")
+        == listed(WAYS[way](proj), f"{proj}/run/")
+        == [
+            "run2/more.jsonl",
+            "train.jsonl",
+        ]
+    )
 
 
 @pytest.mark.parametrize("named", ["run/deep/x.jsonl", "run/deep", "run", "run/", "run/*.json", "run/deep/**"])
@@ -92,8 +96,9 @@ def test_links_and_relative_paths_lead_to_the_same_output(tmp_path: Path, monkey
 
 
 def test_another_output_is_left_out_and_named(proj: str, caplog: pytest.LogCaptureFixture) -> None:
-    fill_run(f"{proj}/old/run1")
     caplog.set_level(logging.WARNING)
+    assert listed(proj, f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"] and not caplog.text
+    fill_run(f"{proj}/old/run1")
     assert listed(proj, f"{proj}/run") == listed(f"{proj}/**", f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"]
     assert listed(f"{proj}/**/*.jsonl", f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"]
     assert "6 files in " in caplog.text and "proj/old/run1, the output of another run" in caplog.text
