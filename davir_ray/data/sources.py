@@ -17,7 +17,7 @@ import os
 import posixpath
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -44,7 +44,6 @@ _ACCEPTED = ".parquet, .jsonl, .ndjson and .json, the last three also with .gz o
 _BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
 _BUFFER_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
-_MODEL_MARKS = (".safetensors", "/tokenizer_config.json")
 _MAGIC = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
@@ -239,10 +238,10 @@ def _data_among(
 
     The files `around` them say what a folder holds. Raises DataError where the root is a run's, or nothing is left.
     """
-    runs = _outputs_among(fs, around)
+    infos, around = _shown(infos, root), _shown(around, root)
+    runs, models = _outputs_among(fs, around), _models_among(around)
     if root in runs:
         raise DataError(f"{root} is the output of a run; give a folder in it that holds data, such as {root}/selected")
-    models = {posixpath.dirname(path) for path in around if path.endswith(_MODEL_MARKS)}
     kept, own, others = {}, Counter[str](), Counter[str]()
     for path, info in infos.items():
         folder = posixpath.dirname(path)
@@ -254,15 +253,31 @@ def _data_among(
             others[f"JSON files of the model in {folder}"] += 1
         else:
             kept[path] = info
-    if infos and not kept:
-        raise DataError(f"no data files in {root}: there are {_told(own + others)}; give a path with other files")
-    if others:
-        logger.warning("%s: left out %s", root, _told(others))
+    counts = ", ".join(f"{count} {what}" for what, count in (others if kept else own + others).items())
+    if counts and not kept:
+        raise DataError(f"no data files in {root}: there are {counts}; give a path with other files")
+    if counts:
+        logger.warning("%s: left out %s", root, counts)
     return kept
 
 
-def _told(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+def _shown(infos: dict[str, Any], root: str) -> dict[str, Any]:
+    """Files without a name below the root that begins with a dot or an underscore."""
+    names = ((path, _relative(path, root).split("/")) for path in infos)
+    return {path: infos[path] for path, parts in names if not any(part[:1] in (".", "_") for part in parts)}
+
+
+def _models_among(infos: dict[str, Any]) -> set[str]:
+    """The folders of models, adapters and tokenizers."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for path in infos:
+        inside[posixpath.dirname(path)].add(posixpath.basename(path))
+    return {
+        folder
+        for folder, names in inside.items()
+        if "tokenizer_config.json" in names
+        or (names & {"config.json", "adapter_config.json"} and any(name.endswith(".safetensors") for name in names))
+    }
 
 
 def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
@@ -294,11 +309,7 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
     """Path → bytes of the files with an extension that is read; the others are counted in a warning."""
-    visible = {
-        path: info
-        for path, info in infos.items()
-        if info["type"] == "file" and not any(part[:1] in (".", "_") for part in _relative(path, root).split("/"))
-    }
+    visible = {path: info for path, info in infos.items() if info["type"] == "file"}
     kept = {path: _size(info) for path, info in visible.items() if _layout(path) is not None}
     skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in visible if path not in kept)
     counts = ", ".join(f"{count} {extension}" for extension, count in sorted(skipped.items()))

@@ -99,9 +99,14 @@ def test_another_output_is_left_out_and_named(proj: str, caplog: pytest.LogCaptu
     caplog.set_level(logging.WARNING)
     assert listed(proj, f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"] and not caplog.text
     fill_run(f"{proj}/old/run1")
-    assert listed(proj, f"{proj}/run") == listed(f"{proj}/**", f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"]
-    assert listed(f"{proj}/**/*.jsonl", f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"]
-    assert "6 files in " in caplog.text and "proj/old/run1, the output of another run" in caplog.text
+    fill_run(f"{proj}/.hidden")
+    for path in (proj, f"{proj}/*", f"{proj}/**", f"{proj}/**/*.jsonl"):
+        caplog.clear()
+        assert listed(path, f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"]
+        assert "proj/old/run1, the output of another run" in caplog.text and ".hidden" not in caplog.text
+    caplog.clear()
+    assert listed(proj, f"{proj}/run") == ["run2/more.jsonl", "train.jsonl"]
+    assert "6 files in " in caplog.text and "3 files" not in caplog.text
 
 
 def test_what_is_named_in_another_output_is_read(proj: str) -> None:
@@ -120,11 +125,11 @@ def test_a_configuration_of_another_program_is_no_output(tmp_path: Path) -> None
 def test_the_json_of_a_model_is_left_out_and_named(
     tmp_path: Path, base_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fill(str(tmp_path), "train.jsonl", "more.json", "base/also.jsonl")
+    fill(str(tmp_path), "train.jsonl", "more.json", "base/also.jsonl", "features/x.json", "features/x.safetensors")
     for file in base_folder.iterdir():
         (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
     num_json = len(list(base_folder.glob("*.json")))
     assert num_json >= 3 and all(json.loads(file.read_bytes()) for file in base_folder.glob("*.json"))
     caplog.set_level(logging.WARNING)
-    assert listed(tmp_path) == ["base/also.jsonl", "more.json", "train.jsonl"]
+    assert listed(tmp_path) == ["base/also.jsonl", "features/x.json", "more.json", "train.jsonl"]
     assert f"left out {num_json} JSON files of the model in {tmp_path}/base" in caplog.text
