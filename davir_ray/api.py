@@ -43,6 +43,7 @@ from davir_ray.stages.ranking import key_columns, order_keys, value_column
 from davir_ray.stages.row_ranking import TIES, check_rankable, no_value, rank_rows
 from davir_ray.stages.row_scoring import BLOCK_ROWS, RowScoring, score_rows
 from davir_ray.stages.row_selection import check_selectable, prefix, reaching, select_rows, selects_nothing, tokens_of
+from davir_ray.text import decoded
 
 __all__ = ["rank", "score", "select"]
 
@@ -102,6 +103,8 @@ def score(
     """
     _check_type(dataset)
     _check_choice("format", format, get_args(Format))
+    if chat_template is not None:
+        chat_template = decoded(chat_template.encode())  # as of a file
     source = Source("dataset", "dataset", format, prompt_column, response_column, messages_column)
     base, reference = (_checkpoint(model, trust_remote_code) for model in (base, reference))
     preparation = Preparation(base, PrepareConfig(max_tokens), chat_template, keep_record=False)

@@ -10,16 +10,18 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import path_type
 
 from davir_ray.config import SELECT_RULES, RunConfig
 from davir_ray.errors import ConfigError, DavirError, UserError
 from davir_ray.terminal import LogHandler
+from davir_ray.text import PrintableStream, decoded, printable
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +40,19 @@ def exit_status(job: Callable[[], None]) -> int:
     """Run a job that has its settings already: 0, or 2 after one line that tells the user's mistake.
 
     1 after one line where storage failed or a file is damaged, 130 after Ctrl-C, as shells have it; any other error is
-    a defect, and shows its traceback.
+    a defect, and shows its traceback. What is printed is shown, whatever the encoding of the terminal, and does nothing
+    else there, whatever the data hold.
     """
     _keep_standard_error_apart()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
+    logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("davir_ray").setLevel(logging.INFO)
     name = os.path.basename(sys.argv[0])
+    shown: Any = PrintableStream(sys.stdout)
     try:
-        job()
+        with redirect_stdout(shown):
+            job()
     except DavirError as error:
-        sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{name}: {printable(' '.join(str(error).split()))}\n")
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted\n")
@@ -103,9 +108,25 @@ def load(settings: type[T], text: str) -> T:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
+class _Parser(ArgumentParser):
+    """jsonargparse's, which would read a configuration file in the terminal's encoding."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """The settings of a configuration file: local, in a store, or standard input (-)."""
+        place: Any = path_type("fsr")(path)  # a file or whatever fsspec reads
+        with place.relative_path_context(), place.open("rb") as file:
+            content = file.read()
+            try:
+                text = content if isinstance(content, str) else decoded(content)
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+            values: Namespace = self.parse_string(text, os.path.basename(path), *args, **kwargs)
+            return values
+
+
 def _parser(settings: type[Any], description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
-    parser = ArgumentParser(
+    parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,

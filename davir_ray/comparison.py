@@ -30,7 +30,7 @@ from davir_ray.comparison_config import DRAWN, CompareConfig, TrialName
 from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
-from davir_ray.inputs import read_template
+from davir_ray.inputs import read_template, written_by
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.finetune import num_steps
 from davir_ray.output import connected_to, place_of, writing
@@ -83,9 +83,13 @@ def compare(config: CompareConfig) -> Location:
     _check_output(run, output)
     with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
         prepare(
-            output / HELDOUT, config.all_heldout(), preparation,
-            max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite,
-        )  # fmt: skip
+            output / HELDOUT,
+            config.all_heldout(),
+            preparation,
+            max_bad_fraction=config.max_bad_fraction,
+            written=written_by(output, before.score),
+            overwrite=config.overwrite,
+        )
         if "exact_match" in config.measures:
             _check_answers(output / HELDOUT, config.generate.sources)
         left_out = _leave_out(run, output)
@@ -172,7 +176,7 @@ def _setting(
             chat = all(source.format == "messages" for source in before.all_sources())
         prepare_instructions(
             instructions, config.instructions or "", dataclasses.replace(preparation, limit=None),
-            chat=chat, overwrite=config.overwrite,
+            chat=chat, written=written_by(output, before.score), overwrite=config.overwrite,
         )  # fmt: skip
     return Setting(
         base=preparation.base,

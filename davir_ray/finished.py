@@ -3,15 +3,16 @@
 from davir_ray.cli import load
 from davir_ray.config import RunConfig
 from davir_ray.errors import ConfigError, OutputError
+from davir_ray.manifest import CONFIG_FILE
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.stages.resume import CONFIG_FILE, require
+from davir_ray.stages.resume import require
 from davir_ray.storage import Location
 
 
 def remembered(run: Location) -> RunConfig:
     """The configuration of the run's last command."""
     try:
-        return load(RunConfig, (run / CONFIG_FILE).read_bytes().decode())
+        return load(RunConfig, (run / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
         raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
     except ConfigError as error:

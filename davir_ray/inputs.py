@@ -1,7 +1,7 @@
 """The input of a job: settings, access, tokenizers and templates checked before anything takes time, then prepared."""
 
 from davir_ray.access import check_readable, probe_output, translated
-from davir_ray.config import FinetuneConfig, InputConfig
+from davir_ray.config import FinetuneConfig, InputConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, UserError
 from davir_ray.estimate import estimate, told
 from davir_ray.manifest import Manifest
@@ -33,8 +33,15 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Location, Ch
 
 def prepare_inputs(run: Location, config: InputConfig, preparation: Preparation) -> Manifest:
     """Prepare the sources."""
-    sources = config.all_sources()
-    return prepare(run, sources, preparation, max_bad_fraction=config.max_bad_fraction, overwrite=config.overwrite)
+    return prepare(
+        run, config.all_sources(), preparation,
+        max_bad_fraction=config.max_bad_fraction, written=written_by(run, config.score), overwrite=config.overwrite,
+    )  # fmt: skip
+
+
+def written_by(run: Location, score: ScoreConfig) -> list[Location]:
+    """The places that a job writes: no data of its own, though they may lie in a data folder."""
+    return [run, *([Location.of(score.base_cache)] if score.base_cache else [])]
 
 
 def foretell(
@@ -44,7 +51,7 @@ def foretell(
 
     `finetune` is None where nothing is trained.
     """
-    lines, data = preview(config.all_sources(), preparation)
+    lines, data = preview(config.all_sources(), preparation, written=written_by(run, config.score))
     with connected_to(run, is_shared=config.output_is_shared):
         check_claim(run)
         if finetune is not None:
@@ -72,4 +79,4 @@ def read_template(file: str | None) -> str | None:
     if file is None:
         return None
     with translated(f"chat_template {file}", ConfigError):
-        return Location.of(file).read_bytes().decode()
+        return Location.of(file).read_text()

@@ -11,6 +11,12 @@ from typing import Any, Self
 from davir_ray.errors import IntegrityError
 from davir_ray.storage import FileEntry, Location, Stored, content_digest, digest, each
 
+CONFIG_FILE = "config.yaml"
+CONFIG_HEAD = (
+    "# The last command's configuration of this run of davir_ray; manifests/ say what each stage was made with.\n"
+)
+"""How the configuration in a run's folder begins: a folder with it is the output of a run."""
+
 _PACKAGES = ("davir_ray", "ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
 

@@ -27,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.errors import IntegrityError
 from davir_ray.storage_errors import STORE_ERRORS, storage_errors
+from davir_ray.text import decoded
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,10 @@ class Location:
         """The whole file. FileNotFoundError if it is not there."""
         with storage_errors(self, may_be_absent=True):
             return bytes(self.fs.cat_file(self.path))
+
+    def read_text(self) -> str:
+        """The whole file as text that a person may have written (see `decoded`). FileNotFoundError if there is none."""
+        return decoded(self.read_bytes())
 
     def write_bytes(self, content: bytes) -> None:
         """Write the whole file so that no reader sees a part of it, replacing one that is there."""

@@ -84,6 +84,8 @@ def explain(error: BaseException, place: object = "") -> str:
             return _NUMBERS[cause.errno]
     if isinstance(error, FileNotFoundError):
         return "it does not exist; correct the path or restore it"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text ({error}); save it as UTF-8"
     return f"{type(error).__name__}: {_one_line(error)}; check path and access"
 
 

@@ -7,12 +7,17 @@ from typing import Any
 from tqdm import tqdm
 
 from davir_ray.progress import Progress
+from davir_ray.text import PrintableFormatter
 
 _BAR_COLUMNS = 16
 
 
 class LogHandler(logging.Handler):
     """Writes each log record as a line on standard error, above the bars that are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(PrintableFormatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record; an error in doing so is told the way that logging tells it, and ends nothing."""

@@ -10,17 +10,17 @@ import sys
 from davir_ray.cli import exit_status
 
 
-def main(output: str, as_json: bool) -> None:
-    """Print the status."""
-    from davir_ray.status import status  # late: --help need not wait for it
-
-    found = status(output)
-    print(found.to_json() if as_json else "\n".join(found.lines()))
-
-
-if __name__ == "__main__":
+def main() -> None:
+    """Print the status of the run that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="Folder of the run: a local path or s3://…")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of lines.")
     options = parser.parse_args()
-    sys.exit(exit_status(lambda: main(options.output, options.json)))
+    from davir_ray.status import status  # late: --help need not wait for it
+
+    found = status(options.output)
+    print(found.to_json() if options.json else "\n".join(found.lines()))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,5 +1,6 @@
 """The Python API: the jobs' scores beside the user's own rows, an exact order, the same cuts; Ray Data and datasets."""
 
+import hashlib
 import json
 import textwrap
 import uuid
@@ -139,6 +140,28 @@ def test_datasets_go_in_and_come_out_in_their_order(
     assert {name: ranked.features[name] for name in features} == features
     best = davir_ray.select(ranked, top_fraction=0.29)
     assert best["mine"] == ranked["mine"][:11]
+
+
+def test_messages_that_datasets_keeps_as_json_are_messages(models: dict[str, Any]) -> None:
+    """Tool calls have no one type. Every row has the text that the messages have."""
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{{ m.calls | tojson if m.calls else '' }}{% endfor %}"
+    )
+    talks = [
+        [{"role": "user", "content": f"q{i}", **more}, {"role": "assistant", "content": f"a{i}"}]
+        for i, more in enumerate([{}, {"calls": [{"x": [1, "a"]}]}, {"calls": {"city": "Oslo"}}])
+    ]
+    dataset = datasets.Dataset.from_dict({"messages": talks}, on_mixed_types="use_json")
+    assert "Json" in str(dataset.features)
+    options = {**models, "format": "messages", "chat_template": "\ufeff" + template, "config": ONE_ACTOR}
+    found = davir_ray.score(dataset, **options)
+    assert found["status"] == ["ok"] * 3
+    expected = [
+        json.dumps([f"user:q{i};{calls}", f"a{i}"])
+        for i, calls in enumerate(["", '[{"x": [1, "a"]}]', '{"city": "Oslo"}'])
+    ]
+    hashes = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1 for text in expected]
+    assert found["content_hash"] == hashes
 
 
 def test_five_lines_of_the_docstring(rows: list[dict[str, Any]], models: dict[str, Any], tmp_path: Path) -> None:

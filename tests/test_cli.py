@@ -167,9 +167,14 @@ def test_a_relative_output_of_a_submitted_job_is_refused(
 
 
 def test_a_dry_run_prints_examples_and_writes_nothing(good: dict[str, str], ray_session: None) -> None:
+    """What the job would write may lie among its data, as a cache of an earlier run does here."""
+    folder = Path(good["--data"]).parent
+    good |= {"--data": str(folder), "--score.base_cache": str(folder / "cache")}
+    (folder / "cache").mkdir()
+    shutil.copy(folder / "data.jsonl", folder / "cache")
     lines: list[str] = []
     assert run_job(lambda config: lines.extend(dry_run(config)), RunConfig, "", [*words(good), "--dry_run"]) == 0
-    assert sum("⟦" in line for line in lines) == 2
+    assert sum("⟦" in line for line in lines) == 2 and "2 of the first 2 records" in lines[0]
     assert not Path(good["--output"]).exists()
 
 

@@ -62,13 +62,14 @@ def planted(make_checkpoint: Callable[..., Path], ray_session: None, tmp_path_fa
     pool = rows(NUM_TRUE, 0, is_true=True) + rows(NUM_NOISE, 1, is_true=False)
     leaked = pool[:NUM_LEAKED]
     random.Random(2).shuffle(pool)
-    for name, kept in (("pool", pool), ("heldout", rows(NUM_HELDOUT, 3, is_true=True) + leaked)):
+    (folder / "_pool").mkdir()
+    for name, kept in (("_pool/pool", pool), ("heldout", rows(NUM_HELDOUT, 3, is_true=True) + leaked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     run_all(
         RunConfig(
             output=str(folder / "run"),
             base=str(make_checkpoint(0)),
-            data=str(folder / "pool.jsonl"),
+            data=str(folder / "_pool" / "pool.jsonl"),
             format="prompt_response",
             prepare=PrepareConfig(max_tokens=128),
             finetune=RECIPE,
@@ -79,8 +80,9 @@ def planted(make_checkpoint: Callable[..., Path], ray_session: None, tmp_path_fa
 
 
 def settings(planted: Path, **changes: Any) -> CompareConfig:
+    """Of a comparison whose output and run lie in the folder of the held-out data."""
     fixed: dict[str, Any] = {
-        "run": str(planted / "run"), "output": str(planted / "compare"), "heldout": str(planted / "heldout.jsonl"),
+        "run": str(planted / "run"), "output": str(planted / "compare"), "heldout": str(planted),
         "heldout_format": "prompt_response", "seeds": SEEDS, "arms": ["selection", "random"], "readings": ["steps"],
     }  # fmt: skip
     return CompareConfig(**{**fixed, **changes})
@@ -267,7 +269,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(planted: 
     with pytest.raises(ConfigError, match=r"no held-out response of any source ends in an answer \(#### or"):
         compare(settings(planted, output=str(tmp_path / "out"), measures=["loss", "exact_match"]))
     leaked = tmp_path / "leaked.jsonl"
-    leaked.write_text("".join((planted / "pool.jsonl").read_text().splitlines(keepends=True)[:7]))
+    leaked.write_text("".join((planted / "_pool" / "pool.jsonl").read_text().splitlines(keepends=True)[:7]))
     with pytest.raises(DataError, match="all 7 held-out rows of prompt_response are in the run's training pool"):
         compare(settings(planted, output=str(tmp_path / "out"), heldout=str(leaked), overwrite=True))
     with pytest.raises(ConfigError, match=r"arms_at_once is 64, but the cluster has room for \d+:"):

@@ -14,23 +14,23 @@ PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {"storage_errors", "storage", "access", "progress", "lease", "manifest", "schema", "config", "errors"} | {
-    "alignment_config",
-    "comparison_config",
-}
+GROUND = {"errors", "schema", "config", "alignment_config", "comparison_config", "text", "storage_errors", "storage"} | {
+    "access", "manifest", "progress", "lease",
+}  # fmt: skip
 ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
     "config": {"errors"},
     "alignment_config": {"config", "errors"},
     "comparison_config": {"config", "errors"},
+    "text": set(),
     "storage_errors": {"errors"},
-    "storage": {"errors", "storage_errors"},
+    "storage": {"errors", "storage_errors", "text"},
     "access": {"errors", "storage_errors", "storage"},
     "lease": {"errors", "storage_errors", "storage", "access"},
     "manifest": {"errors", "storage"},
     "progress": {"storage"},
-    "terminal": {"progress"},
+    "terminal": {"progress", "text"},
     "status": GROUND,
     "formulas": set(),
     "data": GROUND,
@@ -38,7 +38,7 @@ ABOVE: dict[str, set[str]] = {
     "report": GROUND | {"formulas", "data"},
     "estimate": GROUND | {"models"},
     "stages": GROUND | {"data", "formulas", "models", "report", "estimate", "terminal"},
-    "cli": {"config", "errors", "access", "terminal"},
+    "cli": {"config", "errors", "access", "terminal", "text"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 

@@ -90,7 +90,7 @@ def _config(random_init: str | None) -> PretrainedConfig:
         if random_init.lstrip().startswith("{"):
             fields = json.loads(random_init)
         elif random_init.endswith(".json"):
-            fields = json.loads(Path(random_init).read_text())
+            fields = json.loads(Path(random_init).read_bytes())
         else:
             return AutoConfig.from_pretrained(random_init)
         if "model_type" not in fields:
@@ -169,7 +169,7 @@ def trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _lines(data: str) -> Iterator[str]:
-    with gzip.open(data, "rt") if data.endswith(".gz") else open(data) as file:
+    with gzip.open(data, "rt", encoding="utf-8") if data.endswith(".gz") else open(data, encoding="utf-8") as file:
         yield from file
 
 

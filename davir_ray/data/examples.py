@@ -1,10 +1,12 @@
 """Records → examples: read, rendered and encoded, then cut into shards and written; rejects beside them."""
 
+import base64
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import date, time
 from functools import partial
 from itertools import islice
 from typing import Any, Self, TypeVar
@@ -35,6 +37,9 @@ _REJECT_ROWS = 20_000
 _TELLING_BYTES = 16 * 2**20
 """Less says little about the rest: buffers run ahead of the rows by up to a megabyte."""
 
+NOT_FINITE, BYTES = "not_finite_to_null", "bytes_to_base64"
+"""Counts of values that `record` holds otherwise than the source: JSON has no NaN, no infinity and no bytes."""
+
 COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
 """Columns whose sums a report carries."""
 
@@ -58,6 +63,8 @@ class ExampleReader:
         self._keep_record = keep_record
         self.bytes_read = 0
         """Of the sources, as they are stored."""
+        self.replaced: Counter[str] = Counter()
+        """Values of the records that were replaced in their JSON: NOT_FINITE and BYTES."""
 
     def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRow | Reject]:
         """Every row of the slices, at most `limit`, exactly once: an example or a reject."""
@@ -92,7 +99,8 @@ class ExampleReader:
             if isinstance(result, RowError):
                 yield as_reject(record, result)
             else:
-                yield row_of(source, record, text, result, record_text(record) if self._keep_record else None)
+                kept = record_text(record, self.replaced) if self._keep_record else None
+                yield row_of(source, record, text, result, kept)
 
 
 def rendered_in_batches(
@@ -139,9 +147,31 @@ def row_of(source: Source, record: Record, rendered: Rendered, encoded: Encoded,
     }
 
 
-def record_text(record: Record) -> str:
-    """The source row as JSON."""
-    return json.dumps(record.fields, ensure_ascii=False, default=str)
+def record_text(record: Record, replaced: Counter[str]) -> str:
+    """The source row as JSON, for readers that are strict.
+
+    A number that is not finite becomes null and bytes become base64 text, both counted in `replaced`; dates and times
+    become ISO 8601, and anything else that JSON lacks becomes its text.
+    """
+    found: Counter[str] = Counter()
+
+    def plain(value: Any) -> str:
+        if isinstance(value, bytes):
+            found[BYTES] += 1
+            return base64.b64encode(value).decode()
+        return value.isoformat() if isinstance(value, date | time) else str(value)
+
+    def null(constant: str) -> None:
+        found[NOT_FINITE] += 1
+
+    write = partial(json.dumps, ensure_ascii=False, default=plain)
+    try:
+        text = write(record.fields, allow_nan=False)
+    except ValueError:  # of a number that is not finite; the text that is not JSON is where it is easily found
+        found.clear()
+        text = write(json.loads(write(record.fields), parse_constant=null))
+    replaced.update(found)
+    return text
 
 
 def as_reject(record: Record, error: RowError) -> Reject:
@@ -162,6 +192,8 @@ class TaskReport:
     """Rejected rows by reason."""
     sums: Counter[str] = field(default_factory=Counter)
     """Sums of the COUNTED columns."""
+    replaced: Counter[str] = field(default_factory=Counter)
+    """Values of the records that were replaced in their JSON: NOT_FINITE and BYTES."""
     first_reject: str | None = None
 
     def __iadd__(self, other: "TaskReport") -> Self:
@@ -170,6 +202,7 @@ class TaskReport:
         self.files += other.files
         self.reasons.update(other.reasons)
         self.sums.update(other.sums)
+        self.replaced.update(other.replaced)
         self.first_reject = self.first_reject or other.first_reject
         return self
 
@@ -182,7 +215,7 @@ class TaskReport:
         """The report that `to_json` wrote."""
         values = json.loads(text)
         files = [FileEntry(**entry) for entry in values["files"]]
-        counters = {name: Counter(values[name]) for name in ("reasons", "sums")}
+        counters = {name: Counter(values[name]) for name in ("reasons", "sums", "replaced")}
         return cls(**{**values, **counters, "files": files})
 
     def check_rejects(self, max_bad_fraction: float, total_bytes: int | None = None) -> None:

@@ -11,6 +11,7 @@ responses neither follow nor repeat, have no common prompt.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, takewhile
@@ -52,6 +53,8 @@ class PairReader:
         self._keep_record = keep_record
         self.bytes_read = 0
         """Of the sources, as they are stored."""
+        self.replaced: Counter[str] = Counter()
+        """Values of the records that were replaced in their JSON (see record_text)."""
 
     def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[Pair | Reject]:
         """Every row of the slices, at most `limit`, exactly once: a pair or a reject."""
@@ -110,8 +113,9 @@ class PairReader:
     def _row(self, source: Source, record: Record, rendered: Rendered, encoded: Encoded, role: Role) -> ExampleRow:
         place = (source.name, record.source_file, record.source_row)
         kept = self._keep_record and role is Role.CHOSEN  # one copy is enough for both rows
+        text = record_text(record, self.replaced) if kept else None
         return {
-            **row_of(source, record, rendered, encoded, record_text(record) if kept else None),
+            **row_of(source, record, rendered, encoded, text),
             "example_id": stable_id(*place, role.value),
             "pair_id": stable_id(*place),
             "prompt_hash": stable_id(rendered.prompt),

@@ -8,6 +8,7 @@ what is wrong with the request (no such file, no access) is a DataError; a disk 
 a StorageError, so that a hiccup never looks like a short file.
 """
 
+import codecs
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ import os
 import posixpath
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,8 +28,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.config import Source
 from davir_ray.errors import DataError, StorageError
+from davir_ray.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.schema import RejectReason
-from davir_ray.storage import file_system
+from davir_ray.storage import Location, each, file_system
 from davir_ray.storage_errors import explain
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_JSON = str(pa.json_())
 _CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 
 
@@ -148,18 +151,21 @@ class _Found(NamedTuple):
     is_datasets_folder: bool = False
 
 
-def list_files(source: Source) -> list[SourceFile]:
+def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceFile]:
     """The files of a source, sorted by relative path.
 
     A path is relative to the folder given, to a glob's fixed part, to a file's folder; for a list, to what these have
     in common; for a hub name, to the repository. In folders and globs, names that begin with a dot or an underscore
-    are skipped, and other extensions too, with a warning. Raises DataError where nothing is found.
+    are skipped, and so is what lies in the places `written` by the job that reads; with a warning other extensions,
+    outputs of other runs, and the JSON files of models. Raises DataError where nothing is found, or where a path is
+    given that lies in a place that is written.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     if isinstance(source.path, str) and _looks_like_hub_name(source.path):
         files = _hub_files(source)
     else:
-        found = [_find(path, source.split) for path in paths]
+        real = [Location(place.fs, _real(place.fs, place.path)) for place in written]
+        found = [_find(path, source.split, real) for path in paths]
         if any(one.fs != found[0].fs for one in found):
             raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
         root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
@@ -169,18 +175,21 @@ def list_files(source: Source) -> list[SourceFile]:
     return sorted(set(files), key=lambda file: file.relative_path)
 
 
-def _find(path: str, split: str) -> _Found:
+def _find(path: str, split: str, written: list[Location]) -> _Found:
     """The files that one path means: a file, a folder, a folder written by `datasets`, or a glob."""
     absolute = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     try:
         fs, stripped = file_system(absolute)
         fs.invalidate_cache()  # a notebook may have written files since fsspec listed the folder
-        if not fs.exists(stripped):
-            if _MAGIC.search(stripped):
-                return _find_glob(fs, stripped)
+        is_there = fs.exists(stripped)
+        if not (is_there or _MAGIC.search(stripped)):
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
+        if place := _place_of(fs, stripped if is_there else _fixed_part(stripped), written):
+            raise DataError(f"{path} lies in {place}, which this job writes; choose another --output, or other data")
+        if not is_there:
+            return _find_glob(fs, stripped, written)
         if fs.isdir(stripped):
-            return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped)
+            return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped, written)
         if _layout(stripped) is None:
             raise DataError(f"{path} has an extension that is not read; give {_ACCEPTED}")
         return _Found(fs, posixpath.dirname(stripped), {stripped: _size(fs.info(stripped))})
@@ -190,16 +199,97 @@ def _find(path: str, split: str) -> _Found:
         raise DataError(f"{path} cannot be listed: {explain(error, path)}") from error
 
 
-def _find_folder(fs: Any, root: str) -> _Found:
-    return _Found(fs, root, _keep_readable(root, fs.find(root, detail=True)))
+def _find_folder(fs: Any, root: str, written: list[Location]) -> _Found:
+    infos = fs.find(root, detail=True)
+    return _Found(fs, root, _keep_readable(root, _data_among(fs, root, infos, infos, written)))
 
 
-def _find_glob(fs: Any, pattern: str) -> _Found:
-    root = posixpath.dirname(_MAGIC.split(pattern)[0])
+def _find_glob(fs: Any, pattern: str, written: list[Location]) -> _Found:
+    root = _fixed_part(pattern)
     infos: dict[str, Any] = {}
     for path, info in fs.glob(pattern, detail=True).items():
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
-    return _Found(fs, root, _keep_readable(root, infos, pattern))
+    # A pattern without ** names its folders by their depth, and finds in them what it asks for.
+    around = fs.find(root, detail=True) if "**" in pattern else infos
+    return _Found(fs, root, _keep_readable(root, _data_among(fs, root, infos, around, written), pattern))
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder in which a glob's first pattern stands."""
+    return posixpath.dirname(_MAGIC.split(pattern)[0])
+
+
+def _real(fs: Any, path: str) -> str:
+    """The path without links, which only this machine's own file system has."""
+    return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
+
+
+def _place_of(fs: Any, path: str, places: list[Location]) -> Location | None:
+    """The first of some places without links that a path is, or lies in."""
+    real = _real(fs, path)
+    inside = (p for p in places if p.fs.protocol == fs.protocol and f"{real}/".startswith(f"{p.path}/"))
+    return next(inside, None)
+
+
+def _data_among(
+    fs: Any, root: str, infos: dict[str, Any], around: dict[str, Any], written: list[Location]
+) -> dict[str, Any]:
+    """Of the files that were found those that may be data: not what this job or another run writes, nor a model's JSON.
+
+    The files `around` them say what a folder holds. Raises DataError where the root is a run's, or nothing is left.
+    """
+    infos, around = _shown(infos, root), _shown(around, root)
+    runs, models = _outputs_among(fs, around), _models_among(around)
+    if root in runs:
+        raise DataError(f"{root} is the output of a run; give a folder in it that holds data, such as {root}/selected")
+    kept, own, others = {}, Counter[str](), Counter[str]()
+    for path, info in infos.items():
+        folder = posixpath.dirname(path)
+        if place := _place_of(fs, path, written):
+            own[f"files in {place}, which this job writes"] += 1
+        elif run := next((run for run in runs if path.startswith(f"{run}/")), None):
+            others[f"files in {run}, the output of another run"] += 1
+        elif folder in models and _layout(path) == "json":
+            others[f"JSON files of the model in {folder}"] += 1
+        else:
+            kept[path] = info
+    counts = ", ".join(f"{count} {what}" for what, count in (others if kept else own + others).items())
+    if counts and not kept:
+        raise DataError(f"no data files in {root}: there are {counts}; give a path with other files")
+    if counts:
+        logger.warning("%s: left out %s", root, counts)
+    return kept
+
+
+def _shown(infos: dict[str, Any], root: str) -> dict[str, Any]:
+    """Files without a name below the root that begins with a dot or an underscore."""
+    names = ((path, _relative(path, root).split("/")) for path in infos)
+    return {path: infos[path] for path, parts in names if not any(part[:1] in (".", "_") for part in parts)}
+
+
+def _models_among(infos: dict[str, Any]) -> set[str]:
+    """The folders of models, adapters and tokenizers."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for path in infos:
+        inside[posixpath.dirname(path)].add(posixpath.basename(path))
+    return {
+        folder
+        for folder, names in inside.items()
+        if "tokenizer_config.json" in names
+        or (names & {"config.json", "adapter_config.json"} and any(name.endswith(".safetensors") for name in names))
+    }
+
+
+def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
+    """The folders of runs, by the configuration in each."""
+    marks = [path for path in infos if posixpath.basename(path) == CONFIG_FILE]
+    starts = each(lambda path: fs.cat_file(path, end=len(CONFIG_HEAD) + len(_BOM)), marks)
+    head = CONFIG_HEAD.strip().encode()
+    return [
+        posixpath.dirname(path)
+        for path, start in zip(marks, starts, strict=True)
+        if start.removeprefix(_BOM).startswith(head)
+    ]
 
 
 def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
@@ -219,11 +309,7 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
     """Path → bytes of the files with an extension that is read; the others are counted in a warning."""
-    visible = {
-        path: info
-        for path, info in infos.items()
-        if info["type"] == "file" and not any(part[:1] in (".", "_") for part in _relative(path, root).split("/"))
-    }
+    visible = {path: info for path, info in infos.items() if info["type"] == "file"}
     kept = {path: _size(info) for path, info in visible.items() if _layout(path) is not None}
     skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in visible if path not in kept)
     counts = ", ".join(f"{count} {extension}" for extension, count in sorted(skipped.items()))
@@ -417,6 +503,8 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     text = _decompressed(stream, uri)
     if not text.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes when decompressed")])
+    if text.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{uri} is UTF-16; save it as UTF-8")
     if layout == "json" and text.peek(1).lstrip(_BOM + b" \t\r\n").startswith(b"["):
         return 0, _array_rows(text)
     return 0, _line_rows(text)
@@ -475,13 +563,18 @@ def _skip_space(text: str, at: int) -> int:
     return match.end() if match else at
 
 
+def _check_text(value: Any, text: str) -> None:
+    """UnicodeEncodeError if a parsed value holds a lone surrogate; `text` is what it was parsed from."""
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+
+
 def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
     """The parsed value if it is an object of valid text."""
-    if _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    try:
+        _check_text(value, text)
+    except UnicodeEncodeError as error:
+        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
     if not isinstance(value, dict):
         return _Bad(RejectReason.NOT_AN_OBJECT, f"a {type(value).__name__}; expected an object with named fields")
     return value
@@ -504,17 +597,44 @@ def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
 
 def _plain_rows(batch: Any) -> list[_Row]:
     """The rows of an Arrow batch as Python values; where a value has none, only its row is bad."""
+    json_fields = [field for field in batch.schema if _JSON in str(field.type)]
     try:
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError):
-        return [_plain_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        rows: list[_Row] = batch.to_pylist()
+        return [_with_json(row, json_fields) for row in rows] if json_fields else rows
+    except (ValueError, OverflowError, RecursionError):
+        return [_plain_row(batch.slice(index, 1), json_fields) for index in range(batch.num_rows)]
 
 
-def _plain_row(batch: Any) -> _Row:
+def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
     try:
         row: dict[str, Any] = batch.to_pylist()[0]
-        return row
     except UnicodeDecodeError as error:
         return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
     except (ValueError, OverflowError) as error:  # a date that Python does not know
         return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])
+    try:
+        return _with_json(row, json_fields)
+    except UnicodeEncodeError as error:
+        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
+    except (ValueError, RecursionError) as error:
+        return _Bad(RejectReason.BROKEN_JSON, str(error)[:300])
+
+
+def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:
+    """A row, or a struct in it, with the values of these fields decoded where Arrow calls their text JSON."""
+    return {**row, **{field.name: _decoded(row[field.name], field.type) for field in fields}}
+
+
+def _decoded(value: Any, kind: pa.DataType) -> Any:
+    """A value of an Arrow type, decoded where it is JSON. `datasets` (5) stores so what has no one type."""
+    if value is not None and isinstance(kind, pa.JsonType):
+        found = json.loads(value)
+        _check_text(found, value)
+        return found
+    if value is None or isinstance(kind, pa.BaseExtensionType):
+        return value
+    if isinstance(kind, pa.StructType):
+        return _with_json(value, kind)
+    if isinstance(kind, pa.MapType):
+        return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
+    return [_decoded(item, kind.value_type) for item in value] if isinstance(value, list) else value

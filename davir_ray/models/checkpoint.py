@@ -33,6 +33,7 @@ from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
 from davir_ray.storage import Location, digest, file_digest
+from davir_ray.text import BYTE_ORDER_MARK
 
 SPEC_FILE = "scoring_spec.json"
 """Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
@@ -104,6 +105,12 @@ class Checkpoint:
         tokenizer = self._load(AutoTokenizer)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
+        # Of a template's file transformers keeps the byte-order mark, and would begin every conversation with it.
+        templates = tokenizer.chat_template
+        if isinstance(templates, str):
+            tokenizer.chat_template = templates.removeprefix(BYTE_ORDER_MARK)
+        elif templates is not None:
+            tokenizer.chat_template = {name: text.removeprefix(BYTE_ORDER_MARK) for name, text in templates.items()}
         return tokenizer
 
     def model(

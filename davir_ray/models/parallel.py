@@ -171,7 +171,7 @@ class Sharded:
         """
         _check_strategy(folder, STATE_FILE, "ddp")
         _check(folder, SHARDS_FILE, _written_checksum(folder))
-        index = json.loads((folder / SHARDS_FILE).read_text())
+        index = json.loads((folder / SHARDS_FILE).read_bytes())
         _check_together(folder, index["files"])
         tensors = dict(_tensors(self.likelihood.model, optimizer))
         reader = HuggingFaceStorageReader(str(folder))

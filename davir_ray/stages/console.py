@@ -17,6 +17,8 @@ from ray._private.log import PlainRayHandler
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.worker import filter_autoscaler_events
 
+from davir_ray.text import PrintableFormatter
+
 log = logging.getLogger(__name__)
 
 LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
@@ -32,7 +34,7 @@ def configure_worker_logging() -> None:
     """Mark a worker's log lines for the driver, and let those at INFO through; Ray's workers drop them by default."""
     ours = logging.getLogger("davir_ray")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{_MARK}%(levelname)s|%(message)s"))
+    handler.setFormatter(PrintableFormatter(f"{_MARK}%(levelname)s|%(message)s"))
     ours.handlers = [handler]
     ours.propagate = False  # Ray Train's handlers at the root would repeat each line
     ours.setLevel(os.environ.get(LOG_LEVEL, "INFO"))

@@ -11,7 +11,7 @@ own generation strips white space around an output, and so does this.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -34,7 +34,13 @@ _READ_AT_A_TIME = 64
 
 
 def prepare_instructions(
-    run: Location, path: str, preparation: Preparation, *, chat: bool = False, overwrite: bool = False
+    run: Location,
+    path: str,
+    preparation: Preparation,
+    *,
+    chat: bool = False,
+    written: Sequence[Location] = (),
+    overwrite: bool = False,
 ) -> Manifest:
     """Make prompts of a list of {instruction, input?, dataset?} (JSON, JSON lines or Parquet; also without outputs).
 
@@ -43,7 +49,7 @@ def prepare_instructions(
     """
     source = Source(SOURCE, path, "messages" if chat else "alpaca")
     preparation = replace(preparation, prompts_only=True, keep_record=True)
-    return prepare(run, [source], preparation, max_bad_fraction=0, overwrite=overwrite)
+    return prepare(run, [source], preparation, max_bad_fraction=0, written=written, overwrite=overwrite)
 
 
 def write_outputs(run: Location, generator: str, *, examples_of: Location | None = None) -> Manifest:

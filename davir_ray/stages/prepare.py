@@ -2,13 +2,14 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray.data
 
 from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.examples import COUNTED, ExampleReader, ShardWriter, TaskReport
+from davir_ray.data.examples import BYTES, COUNTED, NOT_FINITE, ExampleReader, ShardWriter, TaskReport
 from davir_ray.data.pairs import PairReader
 from davir_ray.data.render import ChatTemplate, rendering
 from davir_ray.data.sources import Slice, SourceFile, list_files, plan_tasks
@@ -20,7 +21,7 @@ from davir_ray.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.cluster import actor_cpus, own_errors, pool_size
 from davir_ray.stages.console import configure_worker_logging
-from davir_ray.stages.resume import FOLDERS, clear, completed, note_attempt, same_attempt
+from davir_ray.stages.resume import clear, completed, note_attempt, same_attempt
 from davir_ray.stages.tally import Tally, Told, tallied
 from davir_ray.storage import Location, content_digest, digest, each, file_digest
 
@@ -109,16 +110,24 @@ class Work:
 
 
 def prepare(
-    run: Location, sources: list[Source], preparation: Preparation, *, max_bad_fraction: float, overwrite: bool = False
+    run: Location,
+    sources: list[Source],
+    preparation: Preparation,
+    *,
+    max_bad_fraction: float,
+    written: Sequence[Location] = (),
+    overwrite: bool = False,
 ) -> Manifest:
-    """Turn the sources into tokenised shards and named rejects."""
+    """Turn the sources into tokenised shards and named rejects.
+
+    What lies in the run, or in the other places `written` by the job, is no data.
+    """
     started = time.monotonic()
-    files = {source.name: list_files(source) for source in sources}
+    files = {source.name: list_files(source, [run, *written]) for source in sources}
     fingerprint = _fingerprint(sources, files, preparation)
     if complete := completed(run, "prepare", fingerprint, overwrite=overwrite):
         (run / TASKS).remove()  # left where the driver died just after the manifest
         return complete
-    _check_outside(run, files)
     reports = run / TASKS / digest(fingerprint)[:16]
     if not same_attempt(run, "prepare", TASKS, fingerprint, overwrite=overwrite):
         clear(run, "prepare")
@@ -167,14 +176,6 @@ def _finished(run: Location, reports: Location) -> dict[int, TaskReport]:
         else:
             log.warning("what %s tells of is lost or damaged; its task is done again", reports / name)
     return found
-
-
-def _check_outside(run: Location, files: dict[str, list[SourceFile]]) -> None:
-    """Refuse sources inside the run's own folders, which are about to be cleared."""
-    own = tuple(f"{(run / folder).path}/" for folders in FOLDERS.values() for folder in folders)
-    for file in (file for source in files.values() for file in source):
-        if Location.of(file.uri).path.startswith(own):
-            raise DataError(f"{file.uri} lies in the output {run}, which this run writes; choose another --output")
 
 
 def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, Any]:
@@ -255,6 +256,7 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
     counts = {"read": report.num_read, "prepared": prepared, "rejected": report.reasons.total()}
     counts |= {name: report.sums[name] for name in COUNTED} | dict(sorted(report.reasons.items()))
+    counts |= dict(sorted(report.replaced.items()))
     details = {"first_reject": report.first_reject}
     files = sorted(report.files, key=lambda entry: entry.name)
     return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
@@ -276,6 +278,12 @@ def _check_books(report: TaskReport, limits: _Limits, rows_per_record: int) -> N
         "prepare: %d read, %d prepared, %d rejected %s",
         report.num_read, prepared, report.reasons.total(), report.told_reasons,
     )  # fmt: skip
+    if report.replaced:
+        log.warning(
+            "prepare: JSON has no NaN, infinity or bytes, so in the column record %d numbers became null and %d values "
+            "of bytes became base64 text",
+            report.replaced[NOT_FINITE], report.replaced[BYTES],
+        )  # fmt: skip
 
 
 class Preparer:
@@ -295,6 +303,7 @@ class Preparer:
         work = self._work
         task, reader = work.tasks[row["item"]], self._reader
         reader.bytes_read = 0
+        reader.replaced.clear()
         work.tally.begin(str(task.number))
         writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
@@ -305,6 +314,7 @@ class Preparer:
                 self._stop_early(writer)
         report = writer.finish()
         report.num_bytes = reader.bytes_read
+        report.replaced = reader.replaced
         self._tell(task.number, report)
         text = report.to_json()
         (work.reports / f"{task.number:05d}.json").write_text(text)

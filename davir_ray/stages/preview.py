@@ -1,5 +1,6 @@
 """What a run would do: the first records as examples, and the rate that its devices are reckoned to sustain."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from davir_ray.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize
 from davir_ray.models.speed import gemm_flops
 from davir_ray.stages.cluster import accelerators, has_gpu
 from davir_ray.stages.prepare import NO_BOUND, Preparation, are_pairs
+from davir_ray.storage import Location
 
 
 class Preview(NamedTuple):
@@ -27,15 +29,21 @@ class Preview(NamedTuple):
     data: DataSize
 
 
-def preview(sources: list[Source], preparation: Preparation, num_records: int = 100, num_shown: int = 3) -> Preview:
-    """Prepare the first records of each source, without Ray."""
+def preview(
+    sources: list[Source],
+    preparation: Preparation,
+    num_records: int = 100,
+    num_shown: int = 3,
+    written: Sequence[Location] = (),
+) -> Preview:
+    """Prepare the first records of each source, without Ray; what lies where the job writes (`written`) is no data."""
     tokenizer = preparation.base.tokenizer()
     reader: ExampleReader | PairReader = (
         preparation.pair_reader(sources) if are_pairs(sources) else preparation.reader(sources)
     )
     lines, sizes = [], []
     for source in sources:
-        files = list_files(source)
+        files = list_files(source, written)
         slices = [part for task in plan_tasks(files, NO_BOUND) for part in task]
         items: list[ExampleRow | Pair | Reject] = list(reader.read(source, slices, num_records))
         rejects = [item for item in items if isinstance(item, Reject)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from davir_ray.access import translated
 from davir_ray.errors import OutputError
-from davir_ray.manifest import Manifest, differences
+from davir_ray.manifest import CONFIG_FILE, CONFIG_HEAD, Manifest, differences
 from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,6 @@ _MADE_OF = {
     "outputs": ("generate",),
 }
 """The stages whose files a stage is made of; a run has those that its job needs."""
-
-CONFIG_FILE = "config.yaml"
-CONFIG_HEAD = (
-    "# The last command's configuration of this run of davir_ray; manifests/ say what each stage was made with.\n"
-)
 
 _MOST_TOLD = 5
 """Differences named in one message."""
@@ -137,7 +132,7 @@ def check_claim(run: Location) -> bool:
     mark = run / CONFIG_FILE
     with translated(run, OutputError):
         if mark.exists():
-            if not mark.read_bytes().startswith(CONFIG_HEAD.encode()):
+            if not mark.read_text().startswith(CONFIG_HEAD):
                 raise OutputError(f"{mark} was not written by davir_ray; choose an empty or a new --output")
             return True
         taken = [name for names in FOLDERS.values() for name in (*names, "manifests") if (run / name).exists()]

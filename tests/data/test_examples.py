@@ -1,20 +1,40 @@
 """Rows of examples and rejects: stable ids, shards, books that balance."""
 
+import base64
 import hashlib
 import json
+import math
+from collections import Counter
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import duckdb
 import numpy as np
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config import Source
 from davir_ray.data import examples as module
-from davir_ray.data.examples import COUNTED, ExampleReader, ExampleRow, ShardWriter, TaskReport, stable_id
-from davir_ray.data.sources import Reject, Slice, list_files
+from davir_ray.data.examples import (
+    BYTES,
+    COUNTED,
+    NOT_FINITE,
+    ExampleReader,
+    ExampleRow,
+    ShardWriter,
+    TaskReport,
+    record_text,
+    stable_id,
+)
+from davir_ray.data.sources import Record, Reject, Slice, list_files, read_records
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import EXAMPLES, REJECTS, RejectReason
 from davir_ray.storage import Location, committed_parquet, read_parquet
@@ -83,6 +103,101 @@ def test_a_row_has_exactly_the_columns_of_the_schema(tokenizer: PreTrainedTokeni
     start, end = row["response_spans"]
     assert (row["num_prompt_tokens"], row["num_response_tokens"]) == (start, end - start)
     assert tokenizer.decode(row["input_ids"]) == "<s>Frage?Bär</s>"
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text()
+OTHERS = (
+    st.floats() | st.binary() | st.dates() | st.datetimes() | st.times() | st.uuids() | st.decimals(allow_nan=False)
+)
+VALUES = st.recursive(
+    PLAIN | OTHERS,
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def in_json(value: Any, seen: Counter[str]) -> Any:
+    """What a reader of JSON finds in place of a value; `seen` counts those that it cannot find."""
+    match value:
+        case float():
+            seen["numbers"] += not math.isfinite(value)
+            return value if math.isfinite(value) else None
+        case bytes():
+            seen["bytes"] += 1
+            return base64.standard_b64encode(value).decode("ascii")
+        case datetime():
+            return str(value).replace(" ", "T")
+        case date() | time() | UUID() | Decimal():
+            return str(value)
+        case list() | tuple():
+            return [in_json(item, seen) for item in value]
+        case dict():
+            return {name: in_json(item, seen) for name, item in value.items()}
+        case _:
+            return value
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.text(), VALUES, max_size=4))
+def test_a_record_is_json_that_strict_readers_take(fields: dict[str, Any]) -> None:
+    replaced, seen = Counter[str](), Counter[str]()
+    text = record_text(Record("f", 0, fields), replaced)
+    assert json.loads(text, parse_constant=refuse) == in_json(fields, seen)
+    assert (replaced[NOT_FINITE], replaced[BYTES]) == (seen["numbers"], seen["bytes"])
+    assert replaced.keys() <= {NOT_FINITE, BYTES}
+
+
+def test_records_of_arrow_are_read_back_by_other_readers(tmp_path: Path) -> None:
+    """Every type of column that Parquet has, nested too."""
+    moment = datetime(2024, 1, 2, 3, 4, 5, 678900)
+    columns = {
+        "half": pa.array(np.array([1.5, np.nan, np.inf], np.float16)),
+        "single": pa.array([0.5, float("nan"), None], pa.float32()),
+        "deep": pa.array([[{"x": float("-inf")}], [], None], pa.list_(pa.struct({"x": pa.float64()}))),
+        "pairs": pa.array([[("a", b"\xff")], [], None], pa.map_(pa.string(), pa.binary())),
+        "bytes": pa.array([b"", b"\x00\xff", None], pa.large_binary()),
+        "fixed": pa.array([b"ab", b"cd", None], pa.binary(2)),
+        "day": pa.array([date(2024, 1, 2)] * 3),
+        "moment": pa.array([moment] * 3, pa.timestamp("us", "UTC")),
+        "nanos": pa.array([1] * 3, pa.timestamp("ns")),
+        "hour": pa.array([time(1, 2, 3)] * 3),
+        "took": pa.array([timedelta(seconds=1)] * 3),
+        "price": pa.array([Decimal("1.50")] * 3),
+        "id": pa.array([bytes(16)] * 3, pa.uuid()),
+        "large": pa.array([2**64 - 1] * 3, pa.uint64()),
+        "word": pa.array(["é\u2028\x00", "b", "b"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source, replaced = Source(name="s", path=str(tmp_path), format="alpaca"), Counter[str]()
+    records = [record for file in list_files(source) for record in read_records(Slice(file))]
+    texts = [record_text(record, replaced) for record in records if isinstance(record, Record)]
+    assert replaced == {NOT_FINITE: 4, BYTES: 5}
+    (tmp_path / "a.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    by_json = [json.loads(text, parse_constant=refuse) for text in texts]
+    by_polars = polars.read_ndjson(tmp_path / "a.jsonl", infer_schema_length=None)
+    by_duckdb = duckdb.sql(f"SELECT * FROM read_json('{tmp_path / 'a.jsonl'}', format='newline_delimited')").fetchall()
+    assert by_polars.columns == list(columns) and len(by_duckdb) == len(by_json) == by_polars.height == 3
+    assert by_polars["half"].to_list() == [row[0] for row in by_duckdb] == [1.5, None, None]
+    assert [row["bytes"] and base64.b64decode(row["bytes"]) for row in by_json] == ["", b"\x00\xff", None]
+    first = by_json[0]
+    assert datetime.fromisoformat(first["moment"]).timestamp() == moment.replace(tzinfo=UTC).timestamp()
+    assert (first["deep"], first["pairs"], first["day"], first["price"]) == (
+        [{"x": None}], [["a", "/w=="]], "2024-01-02", "1.50",
+    )  # fmt: skip
+    assert (first["large"], first["word"], first["id"]) == (2**64 - 1, "é\u2028\x00", str(UUID(int=0)))
+
+
+def test_numbers_that_json_lacks_are_null_in_the_record(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Python's reader takes them, and numbers too large to be finite."""
+    (row,) = read_all(tokenizer, tmp_path, ['{"prompt": "q", "response": "NaN", "more": [NaN, -Infinity, 1e999, 1.5]}'])
+    assert isinstance(row, dict)
+    assert json.loads(row["record"], parse_constant=refuse) == {
+        "prompt": "q", "response": "NaN", "more": [None, None, None, 1.5],
+    }  # fmt: skip
 
 
 def test_the_record_is_kept_only_if_wanted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub import HfFileSystem
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from davir_ray.config import Source
@@ -106,6 +106,86 @@ def test_a_dataset_written_by_save_to_disk(tmp_path: Path) -> None:
     assert read_path(tmp_path / "many", split="test") == [Record("test/data-00000-of-00001.arrow", 0, ROWS[4])]
     with pytest.raises(DataError, match=r"no split 'dev'; set split to one of train, test"):
         read_path(tmp_path / "many", split="dev")
+
+
+@pytest.mark.parametrize("extension", PACK)
+@pytest.mark.parametrize("stem", ["a.jsonl", "array.json"])
+def test_files_of_editors_with_a_mark_and_crlf_give_the_same_records(tmp_path: Path, stem: str, extension: str) -> None:
+    rows = [*ROWS, {"instruction": "keep\r\n", "output": "\ufeffboth"}]
+    content = json.dumps(rows, indent=1) if stem.startswith("array") else "\n".join(map(json.dumps, rows))
+    saved = content.replace("\n", "\r\n").encode("utf-8-sig")
+    assert fields(read_path(write(tmp_path / (stem + extension), PACK[extension](saved)))) == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_refused_by_name(tmp_path: Path, name: str, encoding: str) -> None:
+    content = ("\ufeff" if encoding == "utf-16-be" else "") + LINES.decode()
+    write(tmp_path / name, PACK[Path(name).suffix.replace(".jsonl", "").replace(".json", "")](content.encode(encoding)))
+    with pytest.raises(DataError, match=rf"{name} is UTF-16; save it as UTF-8"):
+        read_path(tmp_path)
+
+
+TALKS = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hé😀 1.1"}]},
+    {"messages": [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "w", "arguments": {"city": "Oslo"}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "s", "arguments": {"x": [1, "a"]}}]},
+        {"role": "tool", "content": None, "arguments": {"x": 0.1, "deep": [{"y": None}, 2**53 + 1]}},
+    ]},
+]  # fmt: skip
+"""Values of no one type, which `datasets` (5) keeps as JSON."""
+
+
+def test_the_type_json_of_datasets_gives_the_records_of_the_source(tmp_path: Path) -> None:
+    lines = write(tmp_path / "lines" / "a.jsonl", "".join(json.dumps(talk) + "\n" for talk in TALKS).encode())
+    loaded = datasets.load_dataset("json", data_files=str(lines), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json" in str(loaded.features)
+    loaded.save_to_disk(tmp_path / "saved")
+    loaded.to_parquet(tmp_path / "table" / "a.parquet")
+    assert TALKS == fields(read_path(lines)) == list(loaded)
+    assert fields(read_path(tmp_path / "saved")) == fields(read_path(tmp_path / "table")) == TALKS
+
+
+@settings(max_examples=50)
+@given(
+    rows=st.lists(
+        st.none()
+        | st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            max_leaves=5,
+        ),
+        min_size=1,
+    ),
+    at=st.sampled_from(["column", "list", "struct", "large list", "list of structs", "map"]),
+)
+def test_json_is_decoded_wherever_it_stands(tmp_path_factory: pytest.TempPathFactory, rows: list[Any], at: str) -> None:
+    """As the file holds it beside other values, which stay: a text that reads like JSON, too."""
+    kinds: dict[str, tuple[Callable[[pa.DataType], pa.DataType], Callable[[Any], Any]]] = {
+        "column": (lambda kind: kind, lambda value: value),
+        "list": (pa.list_, lambda value: [value, None]),
+        "large list": (lambda kind: pa.large_list(pa.list_(kind)), lambda value: [[value], None, []]),
+        "struct": (lambda kind: pa.struct({"j": kind, "t": pa.string()}), lambda value: {"j": value, "t": "1"}),
+        "list of structs": (lambda kind: pa.list_(pa.struct({"j": kind})), lambda value: [{"j": value}, None]),
+        "map": (lambda kind: pa.map_(pa.string(), kind), lambda value: [("1", value)]),
+    }
+    kind_of, around = kinds[at]
+    texts = [None if value is None else json.dumps(value) for value in rows]
+    column = pa.array(map(around, texts), kind_of(pa.string())).cast(kind_of(pa.json_()))
+    table = pa.table({"x": column, "text": ["[1]"] * len(rows)})
+    path = tmp_path_factory.getbasetemp() / "any.parquet"
+    pq.write_table(table, path)
+    assert fields(read_path(path)) == [{"x": around(value), "text": "[1]"} for value in rows]
+
+
+def test_what_is_no_json_there_costs_its_row_only(tmp_path: Path) -> None:
+    texts = ['{"a": 1}', '{"a": ', '"\\ud800"', "[" * 100_000, "2"]
+    pq.write_table(pa.table({"x": pa.array(texts, pa.json_())}), tmp_path / "a.parquet")
+    rows = read_path(tmp_path)
+    assert fields([rows[0], rows[4]]) == [{"x": {"a": 1}}, {"x": 2}]
+    broken, text = RejectReason.BROKEN_JSON, RejectReason.INVALID_TEXT
+    assert reasons(rows) == [(1, broken), (2, text), (3, broken)]
 
 
 def test_arrow_files_in_several_batches_keep_the_row_index(tmp_path: Path) -> None:

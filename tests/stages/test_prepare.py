@@ -1,13 +1,16 @@
 """Whatever is in the files, each row is an example or a reject with file, row and reason; the sums say so."""
 
 import json
+import logging
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from davir_ray.config import Format, PrepareConfig, Source
@@ -16,9 +19,10 @@ from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.schema import REJECTS, RejectReason
 from davir_ray.stages import prepare as module
+from davir_ray.stages.mixing import write_jsonl
 from davir_ray.stages.prepare import TASKS, Preparation, prepare
 from davir_ray.stages.preview import preview
-from davir_ray.storage import Location, read_parquet
+from davir_ray.storage import Location, read_parquet, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -167,6 +171,40 @@ def test_a_changed_file_is_another_run(base_folder: Path, tmp_path: Path) -> Non
         prepare(run, [source(file)], options, max_bad_fraction=0)
     prepare(run, [source(file)], options, max_bad_fraction=0, overwrite=True)
     assert table_of(tmp_path / "run", "examples")["response"].tolist() == ["y"]
+
+
+def test_an_output_among_the_data_is_no_data_and_a_second_start_finds_nothing_new(
+    base_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is the cache of the base's losses; what JSON lacks is replaced in the records, counted and told once."""
+    caplog.set_level(logging.INFO)
+    run, cache, options = (
+        Location.of(tmp_path / "run"),
+        Location.of(tmp_path / "cache"),
+        settings(base_folder, max_tokens=200),
+    )
+    rows = [GOOD | {"weight": float("nan"), "blob": b"\xff", "why": [float("inf"), 1.0]}, GOOD | {"weight": 1.0}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps(GOOD | {"weight": float("nan")}))
+    (run / "lease.json").write_text("{}")
+    manifest = prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache])
+    check_books(tmp_path / "run", manifest, 3)
+    assert (manifest.counts["not_finite_to_null"], manifest.counts["bytes_to_base64"]) == (3, 1)
+    assert "3 numbers became null and 1 values of bytes became base64 text" in caplog.text
+
+    (lines,) = write_jsonl(run, "examples", manifest.files_in("examples"))[:1]
+    found = duckdb.sql(
+        f"SELECT weight, blob, why FROM read_json('{tmp_path / 'run' / 'jsonl' / lines.name}')"
+    ).fetchall()
+    assert found == [(None, "/w==", [None, 1.0]), (1.0, None, None)]
+
+    write_parquet(cache / "digest" / "shard.parquet", pa.table({"token_nll": [[1.0]]}))
+    caplog.clear()
+    prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache])
+    assert "prepare: complete, skipped" in caplog.text and "left out" not in caplog.text
+    assert "3 of the first 3 records" in preview([source(tmp_path)], options, written=[run, cache]).lines[0]
+    with pytest.raises(DataError, match=r"examples lies in .*run, which this job writes"):
+        prepare(run, [source(tmp_path / "run" / "examples")], options, max_bad_fraction=0)
 
 
 def test_a_preview_names_bad_rows_and_marks_scored_tokens(base_folder: Path, tmp_path: Path) -> None:
