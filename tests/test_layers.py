@@ -14,7 +14,8 @@ PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {"errors", "schema", "config", "alignment_config", "comparison_config", "text", "storage_errors", "storage"} | {
+GROUND = {
+    "errors", "schema", "config", "alignment_config", "comparison_config", "text", "storage_errors", "storage",
     "access", "manifest", "progress", "lease",
 }  # fmt: skip
 ABOVE: dict[str, set[str]] = {

@@ -30,7 +30,7 @@ from davir_ray.config import Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.schema import RejectReason
-from davir_ray.storage import Location, each, file_system
+from davir_ray.storage import CYCLE, DANGLING, LFS_POINTER, LFS_POINTER_BYTES, Location, each, file_system
 from davir_ray.storage_errors import explain
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ _BOM = b"\xef\xbb\xbf"
 _MAGIC = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
+_REVISION = re.compile(r"(?P<cache>.*/datasets--[^/]+)/snapshots/(?P<revision>[^/]+)/")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _JSON = str(pa.json_())
@@ -157,8 +158,9 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
     A path is relative to the folder given, to a glob's fixed part, to a file's folder; for a list, to what these have
     in common; for a hub name, to the repository. In folders and globs, names that begin with a dot or an underscore
     are skipped, and so is what lies in the places `written` by the job that reads; with a warning other extensions,
-    outputs of other runs, and the JSON files of models. Raises DataError where nothing is found, or where a path is
-    given that lies in a place that is written.
+    outputs of other runs, and the JSON files of models. A link is what it points to, under its own path; one that leads
+    back to a folder that it lies in is not entered, with a warning. Raises DataError where nothing is found, for a link
+    that points to nothing, and where a path is given that lies in a place that is written.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     if isinstance(source.path, str) and _looks_like_hub_name(source.path):
@@ -183,6 +185,8 @@ def _find(path: str, split: str, written: list[Location]) -> _Found:
         fs.invalidate_cache()  # a notebook may have written files since fsspec listed the folder
         is_there = fs.exists(stripped)
         if not (is_there or _MAGIC.search(stripped)):
+            if fs.lexists(stripped):
+                raise _dangling(stripped)
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
         if place := _place_of(fs, stripped if is_there else _fixed_part(stripped), written):
             raise DataError(f"{path} lies in {place}, which this job writes; choose another --output, or other data")
@@ -196,7 +200,15 @@ def _find(path: str, split: str, written: list[Location]) -> _Found:
     except DataError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
-        raise DataError(f"{path} cannot be listed: {explain(error, path)}") from error
+        refused = getattr(error, "filename", None) or path  # perhaps a folder below it
+        raise DataError(f"{refused} cannot be listed: {explain(error, path)}") from error
+
+
+def _dangling(path: str) -> DataError:
+    return DataError(
+        f"{path} is a link to {os.readlink(path)}, which is not there or may not be read; restore that or remove the "
+        "link"
+    )
 
 
 def _find_folder(fs: Any, root: str, written: list[Location]) -> _Found:
@@ -304,11 +316,20 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
         return None
     state = json.loads(fs.cat_file(f"{folder}/state.json"))
     paths = [f"{folder}/{entry['filename']}" for entry in state["_data_files"]]
+    if absent := [path for path in paths if not fs.exists(path)]:
+        if fs.lexists(absent[0]):
+            raise _dangling(absent[0])
+        raise DataError(f"{absent[0]} does not exist, but {folder}/state.json names it; restore it")
     return _Found(fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True)
 
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
     """Path → bytes of the files with an extension that is read; the others are counted in a warning."""
+    for path, info in infos.items():
+        if info["type"] == DANGLING:
+            raise _dangling(path)
+        if info["type"] == CYCLE:
+            logger.warning("%s is a link to a folder that it lies in, and is not entered", path)
     visible = {path: info for path, info in infos.items() if info["type"] == "file"}
     kept = {path: _size(info) for path, info in visible.items() if _layout(path) is not None}
     skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in visible if path not in kept)
@@ -318,9 +339,21 @@ def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -
             f"no data files in {asked or root} ({f'found {counts}' if counts else 'it matches nothing'}; names that "
             f"begin with a dot or an underscore are skipped); give {_ACCEPTED}"
         )
+    _check_revisions(kept)
     if skipped:
         logger.warning("%s: skipped %d files with other extensions (%s)", asked or root, skipped.total(), counts)
     return kept
+
+
+def _check_revisions(paths: Iterable[str]) -> None:
+    """DataError where the hub's cache of a data set holds several revisions: each row would be read from each."""
+    revisions: dict[str, set[str]] = {}
+    for match in filter(None, map(_REVISION.search, paths)):
+        revisions.setdefault(match["cache"], set()).add(match["revision"])
+    for cache, found in revisions.items():
+        if len(found) > 1:
+            names = ", ".join(sorted(found))
+            raise DataError(f"{cache} holds {len(found)} revisions ({names}); give {cache}/snapshots/REVISION")
 
 
 def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceFile:
@@ -335,7 +368,7 @@ def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceF
 
 
 def _looks_like_hub_name(path: str) -> bool:
-    return bool(_HUB_NAME.fullmatch(path)) and _layout(path) is None and not os.path.exists(path)
+    return bool(_HUB_NAME.fullmatch(path)) and _layout(path) is None and not os.path.lexists(path)
 
 
 def _hub_files(source: Source) -> list[SourceFile]:
@@ -496,6 +529,8 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     layout, uri = piece.file.layout, piece.file.uri
     if not stream.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes")])
+    if LFS_POINTER.match(stream.peek(LFS_POINTER_BYTES)):
+        raise DataError(f"{uri} is a Git LFS pointer, not data; run git lfs pull where it was cloned")
     if layout == "parquet":
         return _parquet_rows(stream, piece.row_groups)
     if layout == "arrow":

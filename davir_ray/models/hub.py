@@ -67,8 +67,12 @@ def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
             folder = snapshot_download(name, revision=commit, allow_patterns=["config.json", "adapter_config.json"])
     try:
         return _cached_list(name, commit)
-    except CachedRepoTreeNotFoundError:
-        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    except CachedRepoTreeNotFoundError as error:
+        paths = [path for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
+        if lost := [path for path in paths if not path.exists()]:
+            raise ModelError(
+                f"{lost[0]} is a link to {lost[0].readlink()}, which is not there; download {name} again"
+            ) from error
         return tuple(RemoteFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
 
 
@@ -131,7 +135,8 @@ def _told(name: str, revision: str | None, failed: type[DavirError]) -> Iterator
         reason = "throttled (429); try later" if status == 429 else f"the hub fails ({status})"
         raise failed(f"{name} on {host()}: {reason}{_after(failed)}") from error
     except _UNREACHABLE as error:
-        raise failed(f"{name} on {host()}: {_absence(revision, error)}{_after(failed)}") from error
+        place = f"is no folder on {host()}, and" if failed is ModelError else f"on {host()}:"
+        raise failed(f"{name} {place} {_absence(revision, error)}{_after(failed)}") from error
     except OSError as error:
         if error.errno is None:  # huggingface_hub's own, of a file that did not come as it was announced
             raise failed(f"{name} on {host()}: {' '.join(str(error).split())[:300]}{_after(failed)}") from error

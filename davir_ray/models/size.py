@@ -50,3 +50,13 @@ class ModelSize:
         """Of one forward pass over packed examples: matrix products and causal attention, the head at scored tokens."""
         attention = 2 * self.num_layers * self.hidden * mean_length
         return num_tokens * (2 * self.num_body + attention) + num_scored * 2 * self.num_head
+
+
+def num_ids(checkpoint: Checkpoint) -> int:
+    """Token ids that the model has rows for, in its embedding and in its head; it may have more than its tokenizer.
+
+    By the configuration: weights of another shape are refused when they are loaded.
+    """
+    model = checkpoint.skeleton()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))
