@@ -137,11 +137,11 @@ class Lease:
             if holder is not None and holder.token != self._holder.token:
                 if not holder.is_dead():
                     self._wait_for_end_of(holder)
-                begun = time.monotonic()
-                if Holder.read(self._place) == holder:
-                    log.warning("taking over the run from %s, which is gone", holder)
-                    self._place.remove()
-                taken_over = True
+                taken_over, begun = True, time.monotonic()
+                if Holder.read(self._place) != holder:  # another was faster, or the holder has ended
+                    continue
+                log.warning("taking over the run from %s, which is gone", holder)
+                self._place.remove()
             # Where the store's answer was lost and the request repeated, the lease that is there is our own.
             if not self._place.create(self._content()) and not self._is_ours():
                 continue
