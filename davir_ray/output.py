@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from davir_ray.access import storage_errors, translated
 from davir_ray.cli import dump
 from davir_ray.config import OutputConfig
-from davir_ray.errors import ConfigError, OutputError, StorageError
+from davir_ray.errors import ConfigError, OutputError
 from davir_ray.lease import Lease
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import SUBMITTED_JOB, connected, num_nodes
@@ -58,8 +58,6 @@ def _end_told(run: Location) -> Iterator[None]:
     except OutputError:  # a refusal: the run that is there did not fail
         raise
     except Exception as error:
-        with suppress(StorageError), storage_errors(run):
-            Progress.end(run, "failed", " ".join(f"{error}".split()) or type(error).__name__)
+        Progress.end(run, "failed", " ".join(f"{error}".split()) or type(error).__name__)
         raise
-    with storage_errors(run):
-        Progress.end(run, "complete")
+    Progress.end(run, "complete")

@@ -28,7 +28,7 @@ ABOVE: dict[str, set[str]] = {
     "access": {"errors", "storage"},
     "lease": {"errors", "storage", "access"},
     "manifest": {"errors", "storage"},
-    "progress": {"storage"},
+    "progress": {"storage", "access"},
     "terminal": {"progress"},
     "status": GROUND,
     "formulas": set(),

@@ -23,6 +23,7 @@ from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfi
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
+from davir_ray.status import status
 from davir_ray.storage import Location, read_parquet, write_parquet
 
 LIMIT = 150
@@ -480,6 +481,23 @@ def test_rank_only_needs_only_the_output(copied: RunConfig) -> None:
     facts = json.loads(Path(str(copied.output), "report.json").read_text())
     assert facts["headline"]["selected"] == 3
     assert facts["headline"]["base"] == copied.base
+
+
+def test_a_progress_file_that_cannot_be_written_ends_nothing(
+    copied: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Path(str(copied.output), "progress.json")
+    file.unlink()
+    (file / "in the way").mkdir(parents=True)  # no file takes the place of a folder
+    rank_only(RunConfig(output=copied.output, select=SelectConfig(top_k=4)))
+    assert len(read_folder(copied.output, "selected")) == 4
+    assert (Path(str(copied.output)) / "report.html").exists()
+    told = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert len(told) == 1
+    assert f"{file} cannot be written" in told[0]
+    found = status(str(copied.output))
+    assert found.stages["select"]["selected"] == 4
+    assert found.progress is None
 
 
 def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
