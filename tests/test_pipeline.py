@@ -390,6 +390,22 @@ def test_verify_finds_a_flipped_bit_anywhere(copied: RunConfig, folder: str, kee
         verify_only(str(copied.output), 10, 0)
 
 
+def test_verify_finds_a_report_that_is_not_as_it_was_written(copied: RunConfig) -> None:
+    page = Path(str(copied.output), "report.html")
+    page.write_text(page.read_text().replace("Known limits", "No limits"))
+    Path(str(copied.output), "report.json").unlink()
+    with pytest.raises(
+        IntegrityError, match=r"2 files .*report\.html: \d+ bytes → \d+; report\.json: \d+ bytes → missing"
+    ):
+        verify_only(str(copied.output), 10, 0)
+
+
+def test_verify_does_not_take_files_for_sound_whose_manifest_is_gone(copied: RunConfig) -> None:
+    Path(str(copied.output), "manifests", "prepare.json").unlink()
+    with pytest.raises(OutputError, match="no complete prepare stage"):
+        verify_only(str(copied.output), 10, 0)
+
+
 @pytest.mark.parametrize("folder", ["examples", "scores", "reference"])
 def test_a_changed_file_of_a_complete_stage_is_named(copied: RunConfig, folder: str) -> None:
     file = max(Path(str(copied.output), folder).iterdir(), key=lambda path: path.stat().st_size)
@@ -406,7 +422,7 @@ def test_verify_scores_again_and_agrees(copied: RunConfig) -> None:
     assert found.largest_nll_difference < 1e-4
     assert found.rank_correlation > 0.999
     assert found.overlap == 1
-    stages = [manifest(copied.output, stage) for stage in STAGES]
+    stages = [manifest(copied.output, stage) for stage in (*STAGES, "report")]
     assert found.num_files == sum(len(stage.files) for stage in stages)
 
 
