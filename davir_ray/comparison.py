@@ -10,12 +10,13 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, reading 
                       asked for generations/ and matches/ of them, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
   left_out.parquet    held-out rows that are in the run's training pool
-  comparison.json, comparison.html, results.parquet, comparison.parquet
+  comparison.json, comparison.html, results.parquet, comparison.parquet, and manifests/compare.json of these
 """
 
 import dataclasses
 import json
 import logging
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,12 +59,15 @@ from davir_ray.stages.resume import remember, require
 from davir_ray.stages.row_sets import FinishedRun, write_set
 from davir_ray.stages.training import what_matters
 from davir_ray.stages.trials import STAGE, Setting, Trial, plan_trials, run_trials
-from davir_ray.storage import Location, write_parquet
+from davir_ray.storage import Location, committed_parquet, write_file, write_parquet
 
 log = logging.getLogger(__name__)
 
 HELDOUT = "heldout"
 LEFT_OUT = "left_out.parquet"
+
+_STAGE = "compare"
+"""Of the manifest that says that the comparison is complete."""
 
 _SHARD_ROWS = 128
 """Of held-out data and instructions. A shard is what one actor generates the texts of, for minutes: with the thousands
@@ -82,6 +86,7 @@ def compare(config: CompareConfig) -> Location:
     preparation = _preparation(run, before, config)
     _check_output(run, output)
     with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
+        (output / "manifests" / f"{_STAGE}.json").remove()
         prepare(
             output / HELDOUT,
             config.all_heldout(),
@@ -110,7 +115,7 @@ def _inputs(config: CompareConfig) -> list[str]:
 
 def _check_output(run: Location, output: Location) -> None:
     """A comparison's folder is its own: stages of a run would take its parts for theirs."""
-    if str(output) == str(run) or (output / "manifests").exists():
+    if str(output) == str(run) or set((output / "manifests").names()) - {f"{_STAGE}.json"}:
         raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
 
 
@@ -121,7 +126,7 @@ def _finished(run: Location, before: RunConfig) -> FinishedRun:
         now = json.loads(json.dumps(dataclasses.asdict(own)))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
             raise OutputError(f"{run} was not {stage}ed with what its config.yaml says; run jobs/rank.py with it again")
-    trained = None if before.reference else Manifest.read(run, "finetune")
+    trained = None if before.reference else require(run, "finetune")
     changed = differences(trained.fingerprint["recipe"], what_matters(before.finetune)) if trained else []
     if changed:
         raise OutputError(
@@ -292,7 +297,7 @@ def _report(
     left_out: npt.NDArray[np.int64],
 ) -> None:  # fmt: skip
     """Write the table, the facts and the page."""
-    heldout = require(output / HELDOUT, "prepare")
+    started, heldout = time.monotonic(), require(output / HELDOUT, "prepare")
     losses = {trial.name: read_losses(trial.place, output / HELDOUT) for trial in trials}
     first = losses[trials[0].name]
     leaked = np.isin(first.hashes, left_out)
@@ -312,10 +317,18 @@ def _report(
             measures=measures,
         )
     )
-    write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE))
-    write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS))
-    (output / "comparison.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
-    (output / "comparison.html").write_text(render_comparison(facts))
+    told = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    files = [
+        committed_parquet(output / LEFT_OUT)[0],
+        write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE)),
+        write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS)),
+        write_file(output / "comparison.json", told.encode()),
+        write_file(output / "comparison.html", render_comparison(facts).encode()),
+    ]
+    made_of = {str(trial.name): require(trial.place, STAGE).content for trial in trials}
+    fingerprint = {"heldout": heldout.content, "arms": made_of}
+    seconds = time.monotonic() - started
+    Manifest(_STAGE, fingerprint, {"arms": len(trials)}, files, seconds=seconds).commit(output)
 
 
 def _loss_of(

@@ -2,6 +2,12 @@
 
 On the same machine a process that is gone is known at once. Elsewhere clocks differ, so nobody compares times: who
 finds a lease watches whether its heartbeat moves.
+
+A driver that finds a lease never writes over it while its heartbeat moves. Of drivers that begin at the same moment one
+goes on: where the store refuses to create a file twice, because it does; elsewhere because the last to write wins, and
+all read again when every write that may still count has ended. A write that took longer than that, to take the lease or
+to renew it, is taken back: the driver that holds the run writes its own again at its next heartbeat. Not covered is a
+store that does a write after its client gave it up; the heartbeat then ends one of the two within BEAT_S.
 """
 
 import _thread
@@ -37,7 +43,9 @@ MISSED_BEATS = 4
 """After so many of them without a change the holder counts as dead."""
 
 _SETTLE_S = 1.0
-"""Two drivers that take over the same lease both see, this much later, whose it is."""
+"""From seeing no lease to having written one takes at most this long, or the write does not count; so long after that a
+driver sees whose the lease is.
+"""
 
 
 @dataclass(frozen=True)
@@ -124,22 +132,39 @@ class Lease:
 
     def _acquire(self) -> None:
         taken_over = False
-        while not self._place.create(self._content()):
+        while True:
+            begun = time.monotonic()
             holder = Holder.read(self._place)
-            if holder is None:
-                continue
-            if holder.token == self._holder.token:  # written, but the store's answer was lost and the request repeated
-                break
-            if not holder.is_dead():
-                self._wait_for_end_of(holder)
-            if Holder.read(self._place) == holder:
+            if holder is not None and holder.token != self._holder.token:
+                if not holder.is_dead():
+                    self._wait_for_end_of(holder)
+                taken_over, begun = True, time.monotonic()
+                if Holder.read(self._place) != holder:  # another was faster, or the holder has ended
+                    continue
                 log.warning("taking over the run from %s, which is gone", holder)
                 self._place.remove()
-            taken_over = True
-        if taken_over or not self._place.is_local:  # not every store refuses to create a file twice
-            time.sleep(_SETTLE_S)
-            if not self._is_ours():
-                raise _refusal(self._place, Holder.read(self._place) or Holder())
+            # Where the store's answer was lost and the request repeated, the lease that is there is our own.
+            if not self._place.create(self._content()) and not self._is_ours():
+                continue
+            if self._place.is_local and not taken_over:  # no disk creates a file twice, but not every store refuses to
+                return
+            if time.monotonic() - begun <= _SETTLE_S:
+                time.sleep(_SETTLE_S)
+                now = Holder.read(self._place)
+                if now is not None and now.token != self._holder.token:
+                    raise _refusal(self._place, now)
+                if now is not None:
+                    return
+            elif not taken_over and not self._place.create(self._content()) and self._is_ours():
+                return  # this store does refuse to create a file twice
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Remove what was written too late, and leave who may have held the lease the time to write it again."""
+        log.warning("the lease %s was written too slowly to tell whose it is; trying again", self._place)
+        if self._is_ours():
+            self._place.remove()
+        time.sleep(BEAT_S + _SETTLE_S)
 
     def _wait_for_end_of(self, holder: Holder) -> None:
         """Return when its heartbeat stood still for so long that it must be dead. OutputError when it moves."""
@@ -159,7 +184,8 @@ class Lease:
     def _beat(self) -> None:
         renewed, trouble = time.monotonic(), ""
         while not self._ended.wait(BEAT_S):
-            if time.monotonic() - renewed > BEAT_S * (MISSED_BEATS - 1):
+            begun = time.monotonic()
+            if _is_overdue(renewed):
                 self._lose(f"a driver that may take it for dead: its heartbeat failed: {trouble}")
                 return
             try:
@@ -169,7 +195,11 @@ class Lease:
                     return
                 self._holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1})
                 self._place.write_bytes(self._content())
-                renewed = time.monotonic()
+                if _is_overdue(renewed):  # another may have taken the lease just before, which this write took back
+                    self._place.remove()
+                    self._lose("a driver that may take it for dead: its heartbeat came too late")
+                    return
+                renewed = begun
             except Exception as error:  # noqa: BLE001  # whatever the store's library raises: it may be back at the next beat
                 trouble = explain(error, self._place)
                 log.warning("the lease %s could not be renewed: %s", self._place, trouble)
@@ -184,6 +214,11 @@ class Lease:
 
     def _content(self) -> bytes:
         return json.dumps(asdict(self._holder)).encode()
+
+
+def _is_overdue(renewed: float) -> bool:
+    """Whether another driver may by now have seen a heartbeat stand still that was last written then."""
+    return time.monotonic() - renewed > BEAT_S * (MISSED_BEATS - 1)
 
 
 def _refusal(place: Location, holder: Holder) -> OutputError:

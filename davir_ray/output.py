@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from davir_ray.access import translated
 from davir_ray.cli import dump
 from davir_ray.config import OutputConfig
-from davir_ray.errors import ConfigError, DavirError, OutputError, StorageError
+from davir_ray.errors import ConfigError, DavirError, OutputError
 from davir_ray.lease import Lease
 from davir_ray.progress import Progress
 from davir_ray.stages.cluster import SUBMITTED_JOB, connected, num_nodes
@@ -58,8 +58,7 @@ def _end_told(run: Location) -> Iterator[None]:
     except OutputError:  # a refusal: the run that is there did not fail
         raise
     except Exception as error:
-        with suppress(StorageError):
-            Progress.end(run, "failed", _reason(error))
+        Progress.end(run, "failed", _reason(error))
         raise
     Progress.end(run, "complete")
 

@@ -1,13 +1,21 @@
-"""How far a run is: progress.json in its output, for whoever asks from any machine, and a line for who waits."""
+"""How far a run is: progress.json in its output, for whoever asks from any machine, and a line for who waits.
+
+The file only tells: where it cannot be written or read, that is said, and nothing ends.
+"""
 
 import json
+import logging
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import accumulate, takewhile
 from typing import Literal, NamedTuple, Self
 
+from davir_ray.errors import StorageError
 from davir_ray.storage import Location
+from davir_ray.storage_errors import explain
+
+log = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.json"
 
@@ -18,6 +26,9 @@ LEAST_CHANGES = 5
 """Of what was done, that a rate is taken from: a shard may take longer than a minute."""
 
 State = Literal["running", "complete", "failed"]
+
+_told: set[str] = set()
+"""Runs whose progress.json could not be written: said once."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,14 @@ class Progress:
     """UTC, by the driver's clock."""
 
     def write(self, run: Location) -> None:
-        """Replace progress.json."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        (run / PROGRESS_FILE).write_text(json.dumps(asdict(replace(self, updated=now)), indent=1) + "\n")
+        """Replace progress.json. A store that refuses it is told of once; if it is away, the run's own writes fail."""
+        now, file = datetime.now(UTC).isoformat(timespec="seconds"), run / PROGRESS_FILE
+        try:
+            file.write_text(json.dumps(asdict(replace(self, updated=now)), indent=1) + "\n")
+        except Exception as error:  # noqa: BLE001  # of any store's library
+            if str(run) not in _told:
+                _told.add(str(run))
+                log.warning("%s cannot be written (%s); the run goes on untold", file, explain(error, file))
 
     @classmethod
     def read(cls, run: Location) -> Self | None:
@@ -63,7 +79,10 @@ class Progress:
         try:
             values = json.loads((run / PROGRESS_FILE).read_bytes())
             return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # or not ours: it only tells
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # or not ours
+            return None
+        except StorageError as error:
+            log.warning("%s cannot be read: %s", run / PROGRESS_FILE, explain(error, run))
             return None
 
     @classmethod

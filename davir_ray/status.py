@@ -27,7 +27,7 @@ _TOLD = {
     "rank": ("ranked",),
     "select": ("selected",),
     "report": (),
-    "compare": (),
+    "compare": ("arms",),
 }
 """Counts of a stage's manifest that a person wants to see."""
 

@@ -266,14 +266,18 @@ def _entry_of(file: Path, name: str) -> FileEntry:
     return FileEntry(name, 0, file.stat().st_size, file_digest(Location.of(file)))
 
 
+def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:
+    """Write a whole file, atomically; returns its entry."""
+    place.write_bytes(content)
+    return FileEntry(place.name, rows, len(content), hashlib.sha256(content).hexdigest())
+
+
 def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes] | None = None) -> FileEntry:
     """Write a table as one Parquet file, atomically, with `extra` added to its schema metadata."""
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(extra or {})})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    content = sink.getvalue().to_pybytes()
-    place.write_bytes(content)
-    return FileEntry(place.name, table.num_rows, len(content), hashlib.sha256(content).hexdigest())
+    return write_file(place, sink.getvalue().to_pybytes(), table.num_rows)
 
 
 def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:

@@ -245,9 +245,11 @@ def test_frozen_losses_in_other_arithmetic_than_the_training_are_refused(config:
 
 
 def test_an_adapter_is_trained_and_measured_on_the_bases_weights(copied: AlignRunConfig) -> None:
+    """On all pairs: by default none is held out."""
     output = Path(str(copied.output))
     recipe = replace(copied.finetune, lora_rank=4, learning_rate=1e-2, num_workers=1)
-    run_alignment(replace(copied, finetune=recipe, overwrite=True))
+    run_alignment(replace(copied, finetune=recipe, align=AlignConfig(), overwrite=True))
+    assert report(output)["parts"].keys() == {"trained"}
     assert Checkpoint.find(str(output / "policy")).is_adapter
     assert report(output)["parts"]["trained"]["margin"] > 0.1
 

@@ -30,7 +30,7 @@ ABOVE: dict[str, set[str]] = {
     "access": {"errors", "storage_errors", "storage"},
     "lease": {"errors", "storage_errors", "storage", "access"},
     "manifest": {"errors", "storage"},
-    "progress": {"storage"},
+    "progress": {"errors", "storage_errors", "storage"},
     "terminal": {"progress", "text"},
     "status": GROUND,
     "formulas": set(),

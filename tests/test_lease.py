@@ -8,10 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import davir_ray
 from davir_ray import lease as module
@@ -30,8 +34,9 @@ def run(tmp_path: Path) -> Location:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hearts that beat fast."""
+    """Hearts that beat fast, and may miss a few beats where the machine is busy."""
     monkeypatch.setattr(module, "BEAT_S", 0.1)
+    monkeypatch.setattr(module, "MISSED_BEATS", 10)
     monkeypatch.setattr(module, "_SETTLE_S", 0.3)
 
 
@@ -43,6 +48,18 @@ def start_holder(run: Location) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def doze(seconds: float) -> None:
+    """A sleep that an interrupt by another thread ends."""
+    wait_until(lambda: False, seconds)
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 30) -> None:
+    """Return when it has happened, or after so long."""
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def leave(run: Location, **changes: object) -> Holder:
@@ -132,7 +149,7 @@ def test_who_loses_the_lease_stops_and_leaves_the_others(run: Location) -> None:
     def lose() -> None:
         with Lease(run):
             leave(run)
-            time.sleep(30)
+            doze(30)
 
     with pytest.raises(OutputError, match=r"taken over by process \d+ on node7"):
         lose()
@@ -186,7 +203,7 @@ def test_who_cannot_renew_the_lease_stops_before_another_may_take_it(
     def hold() -> None:
         with Lease(run):
             monkeypatch.setattr(Location, "write_bytes", fail)
-            time.sleep(30)
+            doze(30)
 
     with pytest.raises(OutputError, match="taken over by a driver that may take it for dead"):
         hold()
@@ -203,3 +220,137 @@ def test_an_end_before_the_loss_is_noticed_leaves_the_others_lease(run: Location
     with Lease(run):
         other = leave(run)
     assert Holder.read(run / LEASE_FILE) == other
+
+
+# --- stores that create a file twice ---------------------------------------------------------------------------------
+
+
+class Forgetful(MemoryFileSystem):  # type: ignore[misc]
+    """A store that ignores the condition of a write, as those do that do not know If-None-Match."""
+
+    protocol = "forgetful"
+    cachable = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.before_write: Callable[[], object] = lambda: None
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        self.before_write()
+        super().pipe_file(path, value, **options)
+
+
+@pytest.fixture
+def twice() -> Iterator[Callable[[], Location]]:
+    """A run in a store that creates a file twice; each call gives a client of its own."""
+    name = f"/{uuid.uuid4().hex}"
+    yield lambda: Location(Forgetful(), name)
+    Location(Forgetful(), name).remove()
+
+
+@pytest.mark.usefixtures("quick")
+def test_where_a_file_is_created_twice_the_first_driver_holds_and_the_second_is_refused(
+    twice: Callable[[], Location],
+) -> None:
+    place = twice() / "probe"
+    assert [place.create(b"one"), place.create(b"two")] == [True, True]
+    with Lease(twice()):
+        first = Holder.read(twice() / LEASE_FILE)
+        with pytest.raises(OutputError, match=f"being written by process {os.getpid()} on"), Lease(twice()):
+            pass
+        time.sleep(3 * module.BEAT_S)
+        now = Holder.read(twice() / LEASE_FILE)
+        assert first is not None
+        assert now is not None
+        assert now.token == first.token
+        assert now.beat > first.beat
+    assert not (twice() / LEASE_FILE).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_where_a_file_is_created_twice_one_of_many_that_begin_at_the_same_moment_goes_on(
+    twice: Callable[[], Location],
+) -> None:
+    """All of them have seen no lease when the first writes its own."""
+    all_have_read, begun, held, refused = threading.Barrier(5), set[int](), list[int](), list[int]()
+
+    def take(number: int) -> None:
+        def wait_once() -> None:
+            if number not in begun:
+                begun.add(number)
+                all_have_read.wait()
+
+        run = twice()
+        run.fs.before_write = wait_once
+        try:
+            with Lease(run):
+                held.append(number)
+                wait_until(lambda: len(refused) == 4)
+        except OutputError:
+            refused.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lease_that_is_written_too_late_to_count_is_taken_back(twice: Callable[[], Location]) -> None:
+    """The second driver has seen no lease, and writes its own when the first is long at work."""
+    second_reads, first_works, refused = threading.Event(), threading.Event(), []
+
+    def come_late() -> None:
+        run = twice()
+        run.fs.before_write = lambda: (second_reads.set(), first_works.wait())
+        try:
+            with Lease(run):
+                pass
+        except OutputError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=come_late)
+    thread.start()
+    second_reads.wait()
+    with Lease(twice()):
+        first = Holder.read(twice() / LEASE_FILE)
+        first_works.set()
+        thread.join()
+        now = Holder.read(twice() / LEASE_FILE)
+        assert first is not None
+        assert now is not None
+        assert now.token == first.token
+    assert len(refused) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_heartbeat_that_is_written_too_late_takes_nothing_from_who_took_over(twice: Callable[[], Location]) -> None:
+    """A write of the holder hangs in the store until another has found its heart still and has taken the run over."""
+    hangs, taken_over, held = threading.Event(), threading.Event(), []
+
+    def take_over() -> None:
+        hangs.wait()
+        run = twice()
+        (run / LEASE_FILE).write_bytes((run / LEASE_FILE).read_bytes().replace(b'"machine": "', b'"machine": "not '))
+        with Lease(run):
+            held.append(Holder.read(run / LEASE_FILE))
+            taken_over.set()
+            time.sleep(6 * module.BEAT_S)
+            held.append(Holder.read(run / LEASE_FILE))
+
+    def hold() -> None:
+        run = twice()
+        with Lease(run):
+            run.fs.before_write = lambda: (hangs.set(), taken_over.wait())
+            doze(30)
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    with pytest.raises(OutputError, match=r"taken over by .*its heartbeat came too late"):
+        hold()
+    thread.join()
+    tokens = [found.token for found in held if found is not None]
+    assert len(tokens) == 2
+    assert len(set(tokens)) == 1

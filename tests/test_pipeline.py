@@ -23,6 +23,7 @@ from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfi
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
+from davir_ray.status import status
 from davir_ray.storage import Location, read_parquet, write_parquet
 
 LIMIT = 150
@@ -405,6 +406,22 @@ def test_verify_finds_a_flipped_bit_anywhere(copied: RunConfig, folder: str, kee
         verify_only(str(copied.output), 10, 0)
 
 
+def test_verify_finds_a_report_that_is_not_as_it_was_written(copied: RunConfig) -> None:
+    page = Path(str(copied.output), "report.html")
+    page.write_text(page.read_text().replace("Known limits", "No limits"))
+    Path(str(copied.output), "report.json").unlink()
+    with pytest.raises(
+        IntegrityError, match=r"2 files .*report\.html: \d+ bytes → \d+; report\.json: \d+ bytes → missing"
+    ):
+        verify_only(str(copied.output), 10, 0)
+
+
+def test_verify_does_not_take_files_for_sound_whose_manifest_is_gone(copied: RunConfig) -> None:
+    Path(str(copied.output), "manifests", "prepare.json").unlink()
+    with pytest.raises(OutputError, match="no complete prepare stage"):
+        verify_only(str(copied.output), 10, 0)
+
+
 @pytest.mark.parametrize("folder", ["examples", "scores", "reference"])
 def test_a_changed_file_of_a_complete_stage_is_named(copied: RunConfig, folder: str) -> None:
     file = max(Path(str(copied.output), folder).iterdir(), key=lambda path: path.stat().st_size)
@@ -421,7 +438,7 @@ def test_verify_scores_again_and_agrees(copied: RunConfig) -> None:
     assert found.largest_nll_difference < 1e-4
     assert found.rank_correlation > 0.999
     assert found.overlap == 1
-    stages = [manifest(copied.output, stage) for stage in STAGES]
+    stages = [manifest(copied.output, stage) for stage in (*STAGES, "report")]
     assert found.num_files == sum(len(stage.files) for stage in stages)
 
 
@@ -496,6 +513,23 @@ def test_rank_only_needs_only_the_output(copied: RunConfig) -> None:
     facts = json.loads(Path(str(copied.output), "report.json").read_text())
     assert facts["headline"]["selected"] == 3
     assert facts["headline"]["base"] == copied.base
+
+
+def test_a_progress_file_that_cannot_be_written_ends_nothing(
+    copied: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Path(str(copied.output), "progress.json")
+    file.unlink()
+    (file / "in the way").mkdir(parents=True)  # no file takes the place of a folder
+    rank_only(RunConfig(output=copied.output, select=SelectConfig(top_k=4)))
+    assert len(read_folder(copied.output, "selected")) == 4
+    assert (Path(str(copied.output)) / "report.html").exists()
+    told = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert len(told) == 1
+    assert f"{file} cannot be written" in told[0]
+    found = status(str(copied.output))
+    assert found.stages["select"]["selected"] == 4
+    assert found.progress is None
 
 
 def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -167,12 +168,10 @@ class Sharded:
 
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
         """Take over what any number of ranks saved. IntegrityError if it was damaged, ConfigError if it is of the other
-        strategy.
+        strategy; every rank raises it.
         """
-        _check_strategy(folder, STATE_FILE, "ddp")
-        _check(folder, SHARDS_FILE, _written_checksum(folder))
-        index = json.loads((folder / SHARDS_FILE).read_bytes())
-        _check_together(folder, index["files"])
+        index = together(partial(_read_index, folder))
+        together(partial(_check_share, folder, index["files"]))
         tensors = dict(_tensors(self.likelihood.model, optimizer))
         reader = HuggingFaceStorageReader(str(folder))
         if set(tensors) != reader.read_metadata().state_dict_metadata.keys():
@@ -291,6 +290,8 @@ def _from_first(make: Callable[[], Any]) -> Any:
 def together(work: Callable[[], T]) -> T:
     """The result of work that each rank does. An error of ours on one rank, such as its node's full disk, is raised on
     all of them: the others would wait for it in vain.
+
+    Where the work waits for the other ranks itself, no rank may meet such an error before alone.
     """
     problem, done = None, None
     try:
@@ -311,17 +312,17 @@ def _from_all(own: Any) -> list[Any]:
     return found
 
 
-def _check_together(folder: Path, files: dict[str, str]) -> None:
-    """Each rank checks its share of the files; all raise the same IntegrityError."""
-    problem = None
-    try:
-        for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
-            _check(folder, name, files[name])
-    except IntegrityError as error:
-        problem = error
-    for found in _from_all(problem):
-        if found is not None:
-            raise found
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Position of a sharded model, and its files, once they are known to be as they were written."""
+    _check_strategy(folder, STATE_FILE, "ddp")
+    _check(folder, SHARDS_FILE, _written_checksum(folder))
+    return dict(json.loads((folder / SHARDS_FILE).read_bytes()))
+
+
+def _check_share(folder: Path, files: dict[str, str]) -> None:
+    """Check this rank's share of the files."""
+    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+        _check(folder, name, files[name])
 
 
 def _check(folder: Path, name: str, checksum: str) -> None:

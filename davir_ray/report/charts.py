@@ -68,7 +68,8 @@ def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Ma
         figure, axes = _figure(WIDE)
         steps, values = np.array(curve, dtype=float).T
         many = steps.size > 40
-        axes.plot(steps, values, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8)
+        mark = "o" if steps.size == 1 else None  # of a single point a line shows nothing
+        axes.plot(steps, values, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8, marker=mark)
         if many:
             axes.plot(steps, _smooth(values), color=CHOSEN, linewidth=1.8)
         axes.set_xlabel("optimiser step")

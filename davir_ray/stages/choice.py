@@ -23,6 +23,8 @@ class Choice:
     run: Location
     rank_config: RankConfig
     config: SelectConfig
+    duplicates: frozenset[str]
+    """Files that have any."""
     limits: dict[str, Limits]
     """By file; empty while the groups are still being counted."""
 
@@ -31,7 +33,8 @@ class Choice:
         config, tokens = self.config, np.asarray(table["num_response_tokens"])
         left: dict[str, npt.NDArray[np.bool_]] = {}
         if config.drop_duplicates:
-            left["duplicates"] = np.isin(np.asarray(table["rank"]), read_duplicates(self.run, name))
+            known = read_duplicates(self.run, name) if name in self.duplicates else np.empty(0, np.int64)
+            left["duplicates"] = np.isin(np.asarray(table["rank"]), known)
         if config.min_response_tokens is not None:
             left["too_short"] = tokens < config.min_response_tokens
         if config.max_response_tokens is not None:

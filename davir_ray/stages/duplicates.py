@@ -6,13 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from davir_ray.errors import IntegrityError
 from davir_ray.formulas.ranking import hash_parts
-from davir_ray.stages.exchange import Round, regroup
+from davir_ray.manifest import Manifest
+from davir_ray.stages.exchange import Round, entry_row, regroup
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import FileEntry, Location, read_parquet, write_parquet
 
 FOLDER = "duplicates"
-"""Ranks that are duplicates of a higher one, a file for each file of ranked/ that has any."""
+"""Ranks that are duplicates of a higher one, a file for each file of ranked/ that has any. The manifest of the
+selection says which: one that is not there is lost, and does not mean that there are none."""
 
 _ROWS_PER_PART = 2_000_000
 """Rows that one task compares; 32 MB."""
@@ -21,23 +24,44 @@ _NONE = pa.table({"rank": pa.array([-1], pa.int64()), "file": pa.array([-1], pa.
 """Stands for no duplicate: a round's answer must not be empty."""
 
 
-def find_duplicates(run: Location, files: list[FileEntry]) -> None:
-    """Write the ranks of duplicates. Rows are brought together by hash, then their ranks by file of the ranking."""
+def find_duplicates(run: Location, files: list[FileEntry]) -> list[FileEntry]:
+    """Write the ranks of duplicates; returns the files. Rows are brought together by hash, then ranks by file."""
     num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
     first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
     names = [entry.name for entry in files]
-    regroup(
+    rows = regroup(
         Shards(files, partial(read_columns, run / "ranked", ["content_hash", "rank"])),
         partial(_assign_part, num_parts=num_parts),
         Round("part", num_parts, partial(_later_copies, first_ranks=first_ranks)),
         Round("file", len(files), partial(_write, folder=run / FOLDER, names=names)),
     )
+    return sorted((FileEntry(**row) for row in rows if row["rows"]), key=lambda entry: entry.name)
+
+
+def files_with_duplicates(run: Location, selected: Manifest) -> frozenset[str]:
+    """Files of ranked/ that have duplicates, of a complete selection. IntegrityError if one is known to be lost.
+
+    Older manifests count the duplicates and do not name their files.
+    """
+    entries, counted = selected.files_in(FOLDER), selected.counts.get("duplicates", 0)
+    if entries or not counted:
+        return frozenset(entry.name for entry in entries)
+    names = (run / FOLDER).names()
+    found = sum(len(read_duplicates(run, name)) for name in names)
+    if found != counted:
+        raise IntegrityError(
+            f"{run / FOLDER} holds {found} duplicates where the selection counted {counted}; run jobs/rank.py again"
+        )
+    return frozenset(names)
 
 
 def read_duplicates(run: Location, name: str) -> npt.NDArray[np.int64]:
-    """Ranks of duplicates in a file of ranked/."""
+    """Ranks of duplicates in a file of ranked/ that has any."""
     place = run / FOLDER / name
-    return np.asarray(read_parquet(place)["rank"]) if place.exists() else np.empty(0, np.int64)
+    try:
+        return np.asarray(read_parquet(place)["rank"])
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{place} is missing; run jobs/rank.py again") from error
 
 
 def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
@@ -57,8 +81,7 @@ def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Tab
 
 def _write(group: pa.Table, folder: Location, names: list[str]) -> pa.Table:
     number = int(group["file"][0].as_py())
-    if number >= 0:
-        write_parquet(
-            folder / names[number], pa.table({"rank": pa.array(np.sort(np.asarray(group["rank"])), pa.int64())})
-        )
-    return pa.table({"file": [number]})
+    if number < 0:
+        return entry_row(FileEntry("", 0, 0, ""))
+    ranks = pa.array(np.sort(np.asarray(group["rank"])), pa.int64())
+    return entry_row(write_parquet(folder / names[number], pa.table({"rank": ranks})))

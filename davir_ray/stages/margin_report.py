@@ -1,7 +1,6 @@
 """report of preference training: margins and manifests → report.html and report.json."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from davir_ray.report.alignment import alignment_facts, parts_of, render_alignme
 from davir_ray.report.sweep import Trained, sweep_table
 from davir_ray.schema import MARGINS
 from davir_ray.stages.exchange import collect
+from davir_ray.stages.reporting import write_report
 from davir_ray.stages.resume import leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
 from davir_ray.storage import Location
@@ -40,10 +40,7 @@ def report_margins(run: Location, config: AlignRunConfig, others: Sequence[Locat
         dataclasses.asdict(config),
         sweep_table(trained) if others else (),
     )
-    (run / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
-    (run / "report.html").write_text(render_alignment(facts))
-    fingerprint = {stage: found.content for stage, found in manifests.items()}
-    Manifest("report", fingerprint, {}, [], seconds=time.monotonic() - started).write(run)
+    write_report(run, facts, render_alignment(facts), manifests, started)
 
 
 def _trained(run: Location, pairs: pa.Table) -> Trained:

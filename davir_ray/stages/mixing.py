@@ -1,6 +1,5 @@
 """What becomes of selected/ for a trainer: a mixture, repeated and shuffled, and JSON lines."""
 
-import hashlib
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ from davir_ray.formulas.ranking import random_keys, seed_from
 from davir_ray.schema import SELECTED
 from davir_ray.stages.exchange import ENTRY, collect, entries_of, entry_row, exchange
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet, total_rows, write_parquet
+from davir_ray.storage import FINGERPRINT_KEY, FileEntry, Location, read_parquet, total_rows, write_file, write_parquet
 
 BIN_ROWS = 50_000
 """Rows with their text that one task shuffles and writes; about 100 MB."""
@@ -70,5 +69,4 @@ def _read_records(folder: Location, name: str) -> pa.Table:
 def _write_lines(table: pa.Table, folder: Location) -> pa.Table:
     name = table["name"][0].as_py().replace(".parquet", ".jsonl")
     content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
-    (folder / name).write_bytes(content)
-    return entry_row(FileEntry(name, table.num_rows, len(content), hashlib.sha256(content).hexdigest()))
+    return entry_row(write_file(folder / name, content, table.num_rows))

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 from davir_ray.config import Source
@@ -24,7 +23,7 @@ from davir_ray.schema import Status
 from davir_ray.stages.generation import generated_from
 from davir_ray.stages.prepare import Preparation, prepare
 from davir_ray.stages.resume import clear, completed
-from davir_ray.storage import FileEntry, Location, each, read_parquet
+from davir_ray.storage import FileEntry, Location, each, read_parquet, write_file
 
 OUTPUTS = "outputs.json"
 SOURCE = "instructions"
@@ -69,8 +68,7 @@ def write_outputs(run: Location, generator: str, *, examples_of: Location | None
     if len(rows) != prepared.counts["prepared"]:
         raise IntegrityError(f"{prepared.counts['prepared']} instructions were prepared but {len(rows)} have an output")
     content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
-    (run / OUTPUTS).write_bytes(content)
-    entry = FileEntry(OUTPUTS, len(rows), len(content), sha256(content).hexdigest())
+    entry = write_file(run / OUTPUTS, content, len(rows))
     seconds = time.monotonic() - started
     return Manifest("outputs", fingerprint, {"outputs": len(rows)}, [entry], seconds=seconds).commit(run)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,9 @@ from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.schema import REJECTS, SCORES, RejectReason
 from davir_ray.stages.excerpts import excerpts
 from davir_ray.stages.exchange import collect
-from davir_ray.stages.resume import leading_to, require
+from davir_ray.stages.resume import clear, leading_to, require
 from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.storage import Location, read_parquet
+from davir_ray.storage import Location, read_parquet, write_file
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,19 @@ def report(
             planted=planted,
         )
     )
-    (run / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
-    (run / "report.html").write_text(render_page(facts))
-    fingerprint = {stage: manifest.content for stage, manifest in manifests.items()}
-    Manifest("report", fingerprint, {}, [], seconds=time.monotonic() - started).write(run)
+    write_report(run, facts, render_page(facts), manifests, started)
     return facts
+
+
+def write_report(
+    run: Location, facts: dict[str, Any], page: str, made_of: Mapping[str, Manifest], started: float
+) -> None:
+    """Write the facts as JSON, the page, and their manifest; `started` is when time.monotonic() said so."""
+    told = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    clear(run, "report")
+    files = [write_file(run / "report.json", told.encode()), write_file(run / "report.html", page.encode())]
+    fingerprint = {stage: manifest.content for stage, manifest in made_of.items()}
+    Manifest("report", fingerprint, {}, files, seconds=time.monotonic() - started).commit(run)
 
 
 def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.Table:

@@ -25,6 +25,7 @@ from davir_ray.formulas.quotas import proportional
 from davir_ray.formulas.ranking import drawn, seed_from
 from davir_ray.manifest import Manifest
 from davir_ray.schema import EXAMPLES
+from davir_ray.stages.duplicates import files_with_duplicates
 from davir_ray.stages.exchange import ENTRY, collect, entries_of
 from davir_ray.stages.ranking import key_columns, order_keys
 from davir_ray.stages.resume import clear, completed, require
@@ -78,7 +79,8 @@ class FinishedRun:
         """
         config = self.select if size is None else self._resized(size)
         files = require(self.place, "rank").files_in("ranked")
-        choice, _ = choose(self.place, self.rank, config, files)
+        duplicates = files_with_duplicates(self.place, require(self.place, "select"))
+        choice, _ = choose(self.place, self.rank, config, files, duplicates)
         needed = [entry for entry in files if entry.name in choice.limits]
         ranked = Shards(needed, partial(read_ranked, self.place / "ranked", self.rank))
         return collect(ranked, partial(_selected_rows, choice=choice), _ROWS)

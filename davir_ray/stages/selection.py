@@ -23,6 +23,7 @@ from davir_ray.formulas import ranking
 from davir_ray.manifest import Manifest
 from davir_ray.schema import SELECTED
 from davir_ray.stages.choice import Choice
+from davir_ray.stages.duplicates import FOLDER as DUPLICATES
 from davir_ray.stages.duplicates import find_duplicates
 from davir_ray.stages.exchange import collect, entry_row, exchange, table_of
 from davir_ray.stages.limits import limits_by_file
@@ -97,9 +98,9 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
     check_count(config, ranked.counts["rankable"], "ranked")
     clear(run, "select")
     mark = digest(fingerprint)
-    if config.drop_duplicates:
-        find_duplicates(run, ranked.files_in("ranked"))
-    choice, counted = choose(run, rank_config, config, ranked.files_in("ranked"))
+    duplicates = find_duplicates(run, ranked.files_in("ranked")) if config.drop_duplicates else []
+    with_duplicates = frozenset(entry.name for entry in duplicates)
+    choice, counted = choose(run, rank_config, config, ranked.files_in("ranked"), with_duplicates)
     plan = _plan(choice, ranked.files_in("ranked"))
     files = exchange(
         Shards(scored.files_in("scores"), partial(_read_with_text, plan)),
@@ -107,7 +108,7 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
         len(plan.files),
         partial(_write_bin, plan=plan, metadata=file_metadata(run, rank_config, mark)),
     )
-    written = {"selected": files}
+    written = {"selected": files, DUPLICATES: duplicates}
     if config.mixture:
         written["mixture"] = write_mixture(run, files, config, mark)
     if config.jsonl:
@@ -120,12 +121,15 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
 
 
 def choose(
-    run: Location, rank_config: RankConfig, config: SelectConfig, files: list[FileEntry]
+    run: Location, rank_config: RankConfig, config: SelectConfig, files: list[FileEntry], duplicates: frozenset[str]
 ) -> tuple[Choice, list[dict[str, Any]]]:
-    """What the rule takes of each file of ranked/, and the rows that were counted to know it."""
-    counted = _count(Choice(run, rank_config, config, {}), files)
+    """What the rule takes of each file of ranked/, and the rows that were counted to know it.
+
+    `duplicates` names the files that have any.
+    """
+    counted = _count(Choice(run, rank_config, config, duplicates, {}), files)
     eligible = [row for row in counted if row["what"] == _ELIGIBLE]
-    return Choice(run, rank_config, config, limits_by_file(eligible, config)), counted
+    return Choice(run, rank_config, config, duplicates, limits_by_file(eligible, config)), counted
 
 
 def check_count(config: SelectConfig, num_rows: int, what: str) -> None:

@@ -16,7 +16,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from davir_ray.progress import Pace, Progress
 from davir_ray.storage import Location
-from davir_ray.storage_errors import explain
 from davir_ray.terminal import Bar
 
 log = logging.getLogger(__name__)
@@ -228,10 +227,7 @@ class _Teller:
             self._log(progress)
         else:
             self._bar.show(progress)
-        try:
-            progress.write(self._run)
-        except Exception as error:  # noqa: BLE001  # of any store's library; the stage's own writes will fail, if it lasts
-            log.warning("progress.json could not be written: %s", explain(error, self._run))
+        progress.write(self._run)
 
     def _log(self, progress: Progress) -> None:
         now = time.monotonic()

@@ -256,14 +256,19 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(training: Training, tally: Tally, is_first: bool) -> dict[str, Any]:
-    """Train to the end; rank 0 writes the model."""
-    objective = training.objective()
-    trainer = Trainer(_load(training), objective, training.config)
+    """Train to the end; rank 0 writes the model.
+
+    An error of ours must be every rank's, as long as they have steps before them: a rank that ends with one that it met
+    alone leaves the others waiting. So what may fail on one of them, as reading and writing do, is done `together`.
+    """
+    objective = together(training.objective)
+    model = _load(training)
+    trainer = together(lambda: Trainer(model, objective, training.config))
     if checkpoint := ray.train.get_checkpoint():
         with storage_errors(checkpoint.path), checkpoint.as_directory() as state:
             together(partial(_continue, trainer, Path(state), checkpoint.path))
     trainer.train(_Reporter(training, tally, trainer, is_first=is_first))
-    files = _export(training, trainer, training.folder, is_first=is_first)
+    files = _export(training, trainer, training.folder, is_first=is_first)  # for which nobody waits
     facts = {"num_rows": len(objective), "details": objective.details}
     return {**trainer.summary(_MOST_CURVE_POINTS), **facts, "files": [dataclasses.asdict(entry) for entry in files]}
 
@@ -320,7 +325,7 @@ class _Reporter:
             self._tell(report)
         if config.export_epochs and report.ends_epoch:
             name = f"{self._training.folder}_epochs/{report.epoch}"
-            _export(self._training, self._trainer, name, is_first=self._is_first)
+            together(partial(_export, self._training, self._trainer, name, is_first=self._is_first))
         last = report.step == report.total_steps
         if report.step % config.checkpoint_every_steps == 0 or last:
             self._report_with_checkpoint(report)

@@ -86,6 +86,7 @@ def _check_files(run: Location) -> int:
     Of local files the content is read: their time of change says nothing of a disk that fails. A store's etag is of the
     content.
     """
+    require(run, "prepare")  # a manifest that is gone would say nothing of its files
     manifests = [manifest for stage in FOLDERS if (manifest := Manifest.read(run, stage))]
     damaged = [line for manifest in manifests for line in manifest.damage(run, trust_marks=not run.is_local)]
     if damaged:

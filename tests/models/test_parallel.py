@@ -164,6 +164,11 @@ def continue_sharded(name: str, folder: Path, rank: int) -> None:
     with pytest.raises(IntegrityError) as raised:
         trainer_of(name, CONTINUED[name]).load_state(folder / f"{name}-broken")
     (folder / f"{name}-error-{rank}.json").write_text(json.dumps(str(raised.value)))
+    own = Path(shutil.copytree(folder / f"{name}-state", folder / f"{name}-copied-{rank}"))
+    if rank == 1:  # on its way to this rank's node alone
+        flip(own / SHARDS_FILE)
+    with pytest.raises(IntegrityError, match=f"{SHARDS_FILE} does not match its checksum"):
+        together(partial(trainer_of(name, CONTINUED[name]).load_state, own))
     trainer = trainer_of(name, CONTINUED[name])
     trainer.load_state(folder / f"{name}-state")
     (folder / f"{name}-continued-{rank}.json").write_text(json.dumps(train(trainer)))

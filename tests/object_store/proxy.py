@@ -4,7 +4,7 @@ import http.client
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -15,11 +15,24 @@ SLOW_DOWN = (
 )
 
 
-class FaultyProxy:
-    """Passes requests on to an endpoint and answers `share` of them with 503 SlowDown; counts both."""
+Headers = dict[str, str]
 
-    def __init__(self, endpoint: str, share: float, seed: int = 0) -> None:
+
+class FaultyProxy:
+    """Passes requests on to an endpoint and answers `share` of them with 503 SlowDown; counts both.
+
+    `change` makes the headers that are passed on of method, path, headers and body.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        share: float,
+        seed: int = 0,
+        change: Callable[[str, str, Headers, bytes], Headers] = lambda method, path, headers, body: headers,
+    ) -> None:
         self.share = share
+        self._change = change
         self.counts: Counter[str] = Counter()
         self._target = urlsplit(endpoint)
         self._random = random.Random(seed)
@@ -60,6 +73,7 @@ class FaultyProxy:
                     return
                 connection = http.client.HTTPConnection(proxy._target.hostname or "", proxy._target.port, timeout=60)
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+                headers = proxy._change(self.command, self.path, headers, body)
                 connection.request(self.command, self.path, body or None, headers)
                 answer = connection.getresponse()
                 self._answer(answer.status, dict(answer.getheaders()), answer.read())

@@ -1,5 +1,6 @@
 """Files in real stores: whole or not there, created once, damage and leftovers found, refusals in plain words."""
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,7 @@ def test_an_upload_that_died_is_cleared_away(used: Store, place: Location) -> No
 
 def test_a_lease_is_held_by_one_and_taken_from_the_dead(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "BEAT_S", 0.2)
+    monkeypatch.setattr(lease_module, "MISSED_BEATS", 10)
     with Lease(place):
         with pytest.raises(OutputError, match="being written by process"), Lease(place):
             pass
@@ -115,6 +117,46 @@ def test_a_lease_is_held_by_one_and_taken_from_the_dead(place: Location, monkeyp
     (place / LEASE_FILE).write_text('{"machine": "elsewhere"}')
     with Lease(place):
         pass
+
+
+def test_of_two_drivers_one_goes_on_where_the_store_ignores_if_none_match(
+    moto_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, and at the same moment: then both have seen no lease before either writes its own."""
+    at_once, num_waiting = threading.Barrier(2), 0
+
+    def change(method: str, path: str, headers: dict[str, str], body: bytes) -> dict[str, str]:
+        nonlocal num_waiting
+        if "both" in path and method == "PUT" and num_waiting < 2:
+            num_waiting += 1
+            at_once.wait(30)
+        return moto_store.unconditional(method, path, headers, body)
+
+    def take(run: Location) -> bool:
+        try:
+            with Lease(run):
+                refused.wait(30)
+                return True
+        except OutputError:
+            refused.set()
+            return False
+
+    bucket, refused = make_bucket(moto_store), threading.Event()
+    with FaultyProxy(moto_store.endpoint, share=0.0, change=change).serving() as proxy:
+        for name, value in {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        run = Location.of(f"s3://{bucket}/run")
+        assert [(run / "twice").create(b"one"), (run / "twice").create(b"two")] == [True, True]
+        with Lease(run):
+            first = Holder.read(run / LEASE_FILE)
+            with pytest.raises(OutputError, match="being written by process"), Lease(run):
+                pass
+            assert Holder.read(run / LEASE_FILE) == first
+        with ThreadPoolExecutor(2) as pool:
+            held = list(pool.map(take, [Location.of(f"s3://{bucket}/both")] * 2))
+        assert sorted(held) == [False, True]
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_pyarrow_reads_what_was_written(used: Store, place: Location) -> None:

@@ -10,6 +10,7 @@ from outline import Outline
 from run_facts import evil_inputs, example, manifest, report_inputs
 
 from davir_ray.report import render_page, summarise
+from davir_ray.report.charts import step_curve
 from davir_ray.report.page import decimal, duration, fold_sources, number, shade, share
 
 
@@ -161,6 +162,13 @@ def test_one_point_of_throughput_gives_figures_and_no_chart() -> None:
     page = render_page(summarise(inputs))
     assert "250 tokens per second" in page
     assert page.count("<svg") == 7
+
+
+def test_a_training_of_one_step_is_a_mark_in_its_chart() -> None:
+    marks = [
+        re.findall(r'<g clip-path="[^"]+">\s*<use', step_curve(c, "", "", "")) for c in ([[1, 0.7]], [[1, 0.7], [2, 1]])
+    ]
+    assert [len(found) for found in marks] == [1, 0]
 
 
 def test_each_example_is_shown_once_and_those_with_tokens_are_unfolded() -> None:

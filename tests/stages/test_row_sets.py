@@ -1,6 +1,7 @@
 """Which rows each arm gets: as many as the selection of each group, the right ones, the same whatever the shards."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from davir_ray.config import Part, RankConfig, SelectConfig
-from davir_ray.errors import ConfigError
+from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.matching import length_bins
 from davir_ray.manifest import Manifest
 from davir_ray.stages import row_sets
@@ -30,7 +31,7 @@ SOURCES = np.where(np.arange(ROWS) % 4 == 0, "gsm8k", "alpaca")
 def finished(make_scores: Callable[..., Location], config: SelectConfig, **options: Any) -> FinishedRun:
     """A constructed run, ranked and selected by the real stages."""
     columns = {"source": SOURCES, "rho_sum": RHO, "num_response_tokens": TOKENS, "content_hash": range(ROWS)}
-    run = make_scores(DAVIR, **columns, **options)
+    run = make_scores(DAVIR, **columns | options)
     names = (run / "examples").names()
     files = in_folder("examples", [entry_of(run / "examples" / name) for name in names])
     Manifest("prepare", {}, {"read": ROWS, "prepared": ROWS, "rejected": 0}, files).write(run)
@@ -129,6 +130,25 @@ def test_another_size_keeps_filters_and_balance(make_scores: Any) -> None:
         assert len(rows) == size
         assert (TOKENS[rows] >= 50).all()
         assert abs((SOURCES[rows] == "gsm8k").mean() - (SOURCES[TOKENS >= 50] == "gsm8k").mean()) < 0.05
+
+
+def test_duplicates_that_are_lost_are_not_taken_for_none(make_scores: Any) -> None:
+    """By a comparison with a run, whose manifest may be of a version that did not name their files."""
+    config = SelectConfig(top_k=50, drop_duplicates=True)
+    run = finished(make_scores, config, content_hash=np.arange(ROWS) % 300)
+    selected = Manifest.read(run.place, "select")
+    assert selected is not None
+    older = replace(selected, files=[entry for entry in selected.files if not entry.name.startswith("duplicates/")])
+    assert len(older.files) < len(selected.files)
+    for manifest in (selected, older):
+        manifest.write(run.place)
+        assert sorted(run.selection(None)["example_id"].to_pylist()) == sorted(ids_of(run.place, "selected"))
+    (run.place / "duplicates" / (run.place / "duplicates").names()[0]).remove()
+    with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates where the selection counted \d+"):
+        run.selection(None)
+    selected.write(run.place)
+    with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing; run jobs/rank.py again"):
+        run.selection(None)
 
 
 def test_more_rows_than_there_are_is_told(make_scores: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import polars
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from davir_ray.config import Part, RankConfig, SelectConfig
@@ -19,7 +21,7 @@ from davir_ray.manifest import Manifest
 from davir_ray.stages import mixing, ranking, selection
 from davir_ray.stages.ranking import cut_into_bins, rank
 from davir_ray.stages.selection import select
-from davir_ray.storage import Location, read_parquet
+from davir_ray.storage import FileEntry, Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
@@ -98,6 +100,31 @@ def test_of_duplicates_the_highest_ranked_stays(run: Location) -> None:
     manifest = select(run, RankConfig(), SelectConfig(top_fraction=1.0, drop_duplicates=True))
     check(run, manifest, kept)
     assert manifest.counts["duplicates"] == ROWS - len(kept)
+    written = pd.concat([pq.read_table(run.path + f"/{entry.name}").to_pandas() for entry in duplicates_of(manifest)])
+    assert sorted(written["rank"]) == ranked["rank"][ranked.duplicated("content_hash")].tolist()
+
+
+def test_a_duplicates_file_that_is_lost_or_damaged_is_noticed(run: Location) -> None:
+    rule = SelectConfig(top_fraction=1.0, drop_duplicates=True)
+    before = select(run, RankConfig(), rule)
+    (first, *_) = duplicates_of(before)
+    for spoil in (Path.unlink, flip):
+        spoil(Path(run.path, first.name))
+        assert [line.partition(":")[0] for line in before.damage(run)] == [first.name]
+        assert select(run, RankConfig(), rule).content == before.content
+        assert select(run, RankConfig(), rule).damage(run) == []
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def duplicates_of(manifest: Manifest) -> list[FileEntry]:
+    found = [entry for entry in manifest.files if entry.name.startswith("duplicates/")]
+    assert len(found) > 1
+    return found
 
 
 def test_no_duplicates_is_no_special_case(make_scores: MakeScores) -> None:
