@@ -30,7 +30,7 @@ from davir_ray.comparison_config import DRAWN, CompareConfig, TrialName
 from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
-from davir_ray.inputs import read_template
+from davir_ray.inputs import read_template, warn_without_effect
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.finetune import num_steps
 from davir_ray.output import connected_to, place_of, writing
@@ -73,6 +73,7 @@ of rows that scoring takes at a time one actor would do all of a benchmark, and 
 def compare(config: CompareConfig) -> Location:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
+    warn_without_effect(config)
     run, output = place_of(config.run or ""), place_of(config.output or "")
     check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
     probe_output(output)
@@ -146,12 +147,12 @@ def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
 
 def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Preparation:
     """How the run's data became tokens, for the held-out data."""
-    base = scored_with(run, "base", before.base or "", before.trust_remote_code)
+    base = scored_with(run, "base", before.base or "", config.trust_remote_code)
     if changed := differences(require(run, "score").fingerprint["base"], base.weights_digest()):
         raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(before.chat_template)
     small = dataclasses.replace(before.prepare, shard_rows=min(_SHARD_ROWS, before.prepare.shard_rows))
-    preparation = Preparation(base, small, template, limit=config.heldout_limit)
+    preparation = Preparation(base=base, config=small, chat_template=template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages

@@ -101,8 +101,8 @@ def test_scores_have_the_bits_of_the_job(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     run, base = Location.of(tmp_path / "run"), Checkpoint.find(models["base"])
-    preparation = prepare_stage.Preparation(base, PrepareConfig(max_tokens=256))
-    source = Source("mine", str(tmp_path / "rows.jsonl"), "prompt_response")
+    preparation = prepare_stage.Preparation(base=base, config=PrepareConfig(max_tokens=256))
+    source = Source(name="mine", path=str(tmp_path / "rows.jsonl"), format="prompt_response")
     prepare_stage.prepare(run, [source], preparation, max_bad_fraction=1)
     scoring.score(run, base, Checkpoint.find(models["reference"]), ONE_ACTOR)
     ours, compared = by_row(scored), 0

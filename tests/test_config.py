@@ -77,7 +77,7 @@ def test_a_source_needs_a_name_and_a_path(values: dict[str, Any]) -> None:
 
 def test_source_names_are_unique() -> None:
     with pytest.raises(ConfigError, match="unique"):
-        RunConfig(sources=[Source("a", "x", "alpaca"), Source("a", "y", "gsm8k")])
+        RunConfig(sources=[Source(name="a", path="x", format="alpaca"), Source(name="a", path="y", format="gsm8k")])
 
 
 def test_exactly_one_selection_rule() -> None:
@@ -94,7 +94,7 @@ def test_min_score_has_no_meaning_for_a_random_order() -> None:
 
 def test_data_and_sources_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="both data and sources"):
-        RunConfig(data="x", format="alpaca", sources=[Source("a", "x", "alpaca")])
+        RunConfig(data="x", format="alpaca", sources=[Source(name="a", path="x", format="alpaca")])
 
 
 @pytest.mark.parametrize("given", [{"data": "x"}, {"format": "alpaca"}])
@@ -105,7 +105,7 @@ def test_data_needs_a_format_and_the_reverse(given: dict[str, Any]) -> None:
 
 def test_data_is_one_source_named_after_its_format() -> None:
     config = RunConfig(data=["x", "y"], format="gsm8k")
-    assert config.all_sources() == [Source("gsm8k", ["x", "y"], "gsm8k")]
+    assert config.all_sources() == [Source(name="gsm8k", path=["x", "y"], format="gsm8k")]
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows:
         ({"quotas": {"a": 1}}, "quotas needs select.balance"),
         ({"quotas": {"a": 0}, "balance": ["source"]}, "quotas of 'a' is 0"),
         ({"quotas": {"a": 1}, "balance": ["source"], "top_k": 1}, "top_k and quotas"),
-        ({"mixture": [Part("a", all=True)], "top_k": 1}, "top_k and mixture"),
-        ({"mixture": [Part("a", all=True)], "balance": ["source"]}, "leave select.balance out"),
-        ({"mixture": [Part("a", all=True), Part("a", top_k=1)]}, "given once"),
+        ({"mixture": [Part(source="a", all=True)], "top_k": 1}, "top_k and mixture"),
+        ({"mixture": [Part(source="a", all=True)], "balance": ["source"]}, "leave select.balance out"),
+        ({"mixture": [Part(source="a", all=True), Part(source="a", top_k=1)]}, "given once"),
         ({"length_edges": [32, 32]}, "length_edges"),
         ({"length_edges": [0, 32]}, "length_edges"),
         ({"length_edges": []}, "length_edges"),
@@ -154,16 +154,16 @@ def test_selections_that_contradict_themselves_are_refused(select: dict[str, Any
 @pytest.mark.parametrize("part", [{}, {"all": True, "top_k": 1}, {"top_k": 0}, {"all": True, "repeat": 0}])
 def test_a_part_of_a_mixture_has_exactly_one_rule(part: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="mixture of 'a'"):
-        Part("a", **part)
+        Part(source="a", **part)
 
 
-SOURCES = [Source("a", "x", "alpaca"), Source("b", "y", "gsm8k")]
+SOURCES = [Source(name="a", path="x", format="alpaca"), Source(name="b", path="y", format="gsm8k")]
 
 
 @pytest.mark.parametrize(
     "select",
     [
-        SelectConfig(mixture=[Part("a", all=True), Part("nobody", all=True)]),
+        SelectConfig(mixture=[Part(source="a", all=True), Part(source="nobody", all=True)]),
         SelectConfig(balance=["source"], quotas={"nobody": 3}),
         SelectConfig(balance=["source", "length"], quotas={"nobody/0-31": 3}),
     ],
@@ -177,7 +177,7 @@ def test_a_selection_of_a_source_that_is_not_there_is_refused_at_once(select: Se
 def test_groups_of_the_sources_that_are_there_are_taken() -> None:
     RunConfig(sources=SOURCES, select=SelectConfig(balance=["source", "length"], quotas={"a/0-31": 3}))
     RunConfig(sources=SOURCES, select=SelectConfig(balance=["length"], quotas={"0-31": 3}))
-    RunConfig(sources=SOURCES, select=SelectConfig(mixture=[Part("b", all=True)]))
+    RunConfig(sources=SOURCES, select=SelectConfig(mixture=[Part(source="b", all=True)]))
 
 
 @pytest.mark.parametrize(

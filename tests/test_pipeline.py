@@ -23,6 +23,7 @@ from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfi
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
 from davir_ray.manifest import Manifest, differences
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
+from davir_ray.rank_options import RankOptions, parse_rank
 from davir_ray.storage import Location, read_parquet, write_parquet
 
 LIMIT = 150
@@ -35,8 +36,8 @@ TEXT_FIELDS = {"alpaca": ("instruction", "output"), "gsm8k": ("question", "answe
 
 def real_sources(data_folder: Path) -> list[Source]:
     return [
-        Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca"),
-        Source("gsm8k", str(data_folder / "gsm8k_train.jsonl.gz"), "gsm8k"),
+        Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca"),
+        Source(name="gsm8k", path=str(data_folder / "gsm8k_train.jsonl.gz"), format="gsm8k"),
     ]
 
 
@@ -472,7 +473,7 @@ def test_another_order_ranks_again_without_a_flag(copied: RunConfig) -> None:
 
 def test_rank_only_needs_only_the_output(copied: RunConfig) -> None:
     before = snapshot(copied.output, "examples", "scores", "reference")
-    rank_only(RunConfig(output=copied.output, rank=RankConfig(order="rho_sum"), select=SelectConfig(top_k=3)))
+    rank_only(parse_rank(["--output", str(copied.output), "--rank.order", "rho_sum", "--select.top_k", "3"]))
     assert snapshot(copied.output, "examples", "scores", "reference") == before
     scores, selected = read_folder(copied.output, "scores"), read_folder(copied.output, "selected")
     order = np.lexsort((scores["example_id"], -scores["rho_sum"]))[:3]
@@ -484,7 +485,7 @@ def test_rank_only_needs_only_the_output(copied: RunConfig) -> None:
 
 def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no complete score stage"):
-        rank_only(RunConfig(output=str(tmp_path), select=SelectConfig(top_k=3)))
+        rank_only(RankOptions(output=str(tmp_path), changes={"select.top_k": 3}))
 
 
 # --- an outside reference --------------------------------------------------------------------------------------------

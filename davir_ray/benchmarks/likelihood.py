@@ -28,7 +28,7 @@ from davir_ray.models.speed import gemm_flops
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LikelihoodBenchmark:
     """Measure the likelihood kernel: share of the machine's own matrix rate, ratios to other ways, the Ray pipeline.
 

@@ -39,7 +39,7 @@ _ROWS = "rows.jsonl"
 _PATIENCE_S = 300.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScalingBenchmark:
     """Measure the scoring stage with 1, 2 and 4 actors over the same shards, and how soon a command scores.
 

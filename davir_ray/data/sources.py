@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.access import explain
-from davir_ray.config import Source
+from davir_ray.config import DEFAULT_SPLIT, Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
 from davir_ray.storage import file_system
@@ -146,6 +146,7 @@ class _Found(NamedTuple):
     root: str
     sizes: dict[str, int]
     is_datasets_folder: bool = False
+    has_splits: bool = False
 
 
 def list_files(source: Source) -> list[SourceFile]:
@@ -162,6 +163,11 @@ def list_files(source: Source) -> list[SourceFile]:
         found = [_find(path, source.split) for path in paths]
         if any(one.fs != found[0].fs for one in found):
             raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
+        if source.split != DEFAULT_SPLIT and not any(one.has_splits for one in found):
+            raise DataError(
+                f"split of source {source.name!r} is {source.split!r}, but {source.path} has no splits; leave it out, "
+                "or give the files of that split"
+            )
         root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
         files = [_source_file(source, one, path, root) for one in found for path in one.sizes]
     for file in files:
@@ -205,7 +211,8 @@ def _find_glob(fs: Any, pattern: str) -> _Found:
 def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
     """The Arrow files of what `save_to_disk` of a Dataset or a DatasetDict wrote; None if the folder is not such."""
     folder = root
-    if fs.exists(f"{root}/dataset_dict.json"):
+    has_splits = fs.exists(f"{root}/dataset_dict.json")
+    if has_splits:
         splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
         if split not in splits:
             raise DataError(f"{root} has no split {split!r}; set split to one of {', '.join(splits)}")
@@ -214,7 +221,9 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
         return None
     state = json.loads(fs.cat_file(f"{folder}/state.json"))
     paths = [f"{folder}/{entry['filename']}" for entry in state["_data_files"]]
-    return _Found(fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True)
+    return _Found(
+        fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True, has_splits=has_splits
+    )
 
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:

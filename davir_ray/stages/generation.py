@@ -43,11 +43,11 @@ def generate(
     prepared = require(source, "prepare")
     _check_model(model, base)
     settings = GeneratorSettings(
-        config.max_new_tokens,
-        pool.precision,
-        config.tokens_per_batch,
-        max(1, int(pool.num_cpus)),
-        _turn_end(base if model.is_adapter and base else model, chat_template),
+        max_new_tokens=config.max_new_tokens,
+        precision=pool.precision,
+        tokens_per_batch=config.tokens_per_batch,
+        num_threads=max(1, int(pool.num_cpus)),
+        turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
     )
     fingerprint = {
         "model": model.weights_digest() | (_of_base(base) if model.is_adapter and base else {}),

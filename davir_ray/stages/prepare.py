@@ -42,7 +42,7 @@ _BYTES_PER_ROW = 256
 """A low guess at a source row's bytes on disk, to keep a large corpus below _MOST_SHARDS."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """Everything that the content of examples/ depends on, beside the sources."""
 

@@ -102,7 +102,13 @@ def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> Scorer
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:
     """What one actor needs of the settings."""
     num_threads = max(1, int(config.num_cpus))
-    return ScorerSettings(config.precision, config.tokens_per_pack, num_threads, keep_token_nll, sample_share)
+    return ScorerSettings(
+        precision=config.precision,
+        tokens_per_pack=config.tokens_per_pack,
+        num_threads=num_threads,
+        keep_token_nll=keep_token_nll,
+        sample_share=sample_share,
+    )
 
 
 def _fingerprint(

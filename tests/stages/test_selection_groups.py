@@ -156,7 +156,11 @@ def test_lowest_and_random_orders_are_grouped_too(run: Location) -> None:
 
 
 MIXTURE = SelectConfig(
-    mixture=[Part("alpaca", top_fraction=0.25), Part("gsm8k", all=True, repeat=3), Part("third", top_tokens=2000)],
+    mixture=[
+        Part(source="alpaca", top_fraction=0.25),
+        Part(source="gsm8k", all=True, repeat=3),
+        Part(source="third", top_tokens=2000),
+    ],
     jsonl=True,
 )
 
@@ -201,7 +205,7 @@ def test_a_mixture_again_is_the_same_bytes_and_another_seed_another_order(make_s
             record=["{}"] * 90,
         )
         rank(run, RankConfig())
-        parts = [Part("alpaca", all=True, repeat=2), Part("gsm8k", top_k=20)]
+        parts = [Part(source="alpaca", all=True, repeat=2), Part(source="gsm8k", top_k=20)]
         select(run, RankConfig(), SelectConfig(mixture=parts, shuffle_seed=seed))
         found.append(table_of(run, "mixture"))
     pd.testing.assert_frame_equal(found[0], found[1])
@@ -214,8 +218,8 @@ def test_a_mixture_again_is_the_same_bytes_and_another_seed_another_order(make_s
     [
         (SelectConfig(balance=["source"], quotas={"third": 200}), r"quotas of 'third' is 200, but only \d+ rows"),
         (SelectConfig(balance=["source"], quotas={"nobody": 1}), "quotas of 'nobody' is 1, but only 0"),
-        (SelectConfig(mixture=[Part("nobody", all=True)]), "no row of this source"),
-        (SelectConfig(mixture=[Part("third", top_k=200)]), r"top_k is 200, but only \d+"),
+        (SelectConfig(mixture=[Part(source="nobody", all=True)]), "no row of this source"),
+        (SelectConfig(mixture=[Part(source="third", top_k=200)]), r"top_k is 200, but only \d+"),
         (SelectConfig(top_k=240, drop_duplicates=True), r"top_k is 240, but only \d+ rows may be selected"),
         (SelectConfig(top_k=1, min_response_tokens=10**6), "leaves no row"),
     ],
