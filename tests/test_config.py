@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 
+from davir_ray.alignment_config import AlignRunConfig
+from davir_ray.comparison_config import CompareConfig
 from davir_ray.config import (
+    EstimateConfig,
     FinetuneConfig,
     GenerateConfig,
+    OutputConfig,
     Part,
     PrepareConfig,
     RankConfig,
@@ -134,6 +138,7 @@ def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows:
     ("select", "told"),
     [
         ({"quotas": {"a": 1}}, "quotas needs select.balance"),
+        ({"quotas": {7: 1}, "balance": ["source"]}, "a group of select.quotas is 7; it must be text"),
         ({"quotas": {"a": 0}, "balance": ["source"]}, "quotas of 'a' is 0"),
         ({"quotas": {"a": 1}, "balance": ["source"], "top_k": 1}, "top_k and quotas"),
         ({"mixture": [Part(source="a", all=True)], "top_k": 1}, "top_k and mixture"),
@@ -166,6 +171,7 @@ SOURCES = [Source(name="a", path="x", format="alpaca"), Source(name="b", path="y
         SelectConfig(mixture=[Part(source="a", all=True), Part(source="nobody", all=True)]),
         SelectConfig(balance=["source"], quotas={"nobody": 3}),
         SelectConfig(balance=["source", "length"], quotas={"nobody/0-31": 3}),
+        SelectConfig(balance=["length", "source"], quotas={"0-31/nobody": 3}),
     ],
 )
 def test_a_selection_of_a_source_that_is_not_there_is_refused_at_once(select: SelectConfig) -> None:
@@ -178,6 +184,74 @@ def test_groups_of_the_sources_that_are_there_are_taken() -> None:
     RunConfig(sources=SOURCES, select=SelectConfig(balance=["source", "length"], quotas={"a/0-31": 3}))
     RunConfig(sources=SOURCES, select=SelectConfig(balance=["length"], quotas={"0-31": 3}))
     RunConfig(sources=SOURCES, select=SelectConfig(mixture=[Part(source="b", all=True)]))
+
+
+@pytest.mark.parametrize("group", ["0-32", "a/0-32", "a"])
+def test_a_quota_of_a_range_of_lengths_that_is_none_is_refused_at_once(group: str) -> None:
+    balance: list[Any] = ["source", "length"] if "/" in group else ["length"]
+    config = RunConfig(select=SelectConfig(balance=balance, quotas={group: 3}, length_edges=[32, 99]))
+    with pytest.raises(ConfigError, match=f"has '{group}'.*the ranges are 0-31, 32-98, 99-"):
+        config.require_select()
+
+
+USED = {
+    "alpaca": (), "gsm8k": (), "messages": ("messages_column",),
+    "prompt_response": ("prompt_column", "response_column"),
+    "preference": ("prompt_column", "chosen_column", "rejected_column"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", USED)
+@pytest.mark.parametrize("column", [field.name for field in dataclasses.fields(Source) if "_column" in field.name])
+def test_a_column_that_the_format_does_not_read_is_refused(format: Any, column: str) -> None:
+    options: dict[str, Any] = {column: "mine"}
+    source = Source(name="a", path="x", format=format, **options)
+    if column in USED[format]:
+        source.check_columns()
+        return
+    with pytest.raises(ConfigError, match=f"{column} of source 'a' is 'mine', but the format {format}"):
+        source.check_columns()
+    if format != "preference":
+        with pytest.raises(ConfigError, match=column):
+            RunConfig(output="o", base="b", sources=[source]).require_input()
+        with pytest.raises(ConfigError, match=column):
+            CompareConfig(output="o", run="r", heldout_sources=[source]).require()
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", 8), ("lora_dropout", 0.1), ("lora_targets", "x")])
+def test_a_setting_of_an_adapter_needs_the_adapter(name: str, value: Any) -> None:
+    options = {"output": "o", "base": "b", "data": "d", "format": "alpaca"}
+    config = RunConfig(**options, finetune=FinetuneConfig(**{name: value}))
+    with pytest.raises(ConfigError, match=rf"finetune\.{name} is given, but finetune\.lora_rank is not"):
+        config.require_input()
+    RunConfig(**options, finetune=FinetuneConfig(**{name: value, "lora_rank": 4})).require_input()
+
+
+@pytest.mark.parametrize(
+    ("config", "unused"),
+    [
+        (RunConfig(rank=RankConfig(seed=3)), ["rank.seed"]),
+        (RunConfig(rank=RankConfig(order="random", seed=3)), []),
+        (RunConfig(select=SelectConfig(shuffle_seed=3)), ["select.shuffle_seed"]),
+        (RunConfig(select=SelectConfig(shuffle_seed=3, mixture=[Part(source="a", all=True)])), []),
+        (RunConfig(select=SelectConfig(length_edges=[9], balance=["source"])), ["select.length_edges"]),
+        (RunConfig(select=SelectConfig(length_edges=[9], balance=["length"])), []),
+        (RunConfig(estimate=EstimateConfig(device_tflops=1)), ["estimate.device_tflops"]),
+        (RunConfig(estimate=EstimateConfig(device_tflops=1), dry_run=True), []),
+        (RunConfig(finetune=FinetuneConfig(epochs=2, max_steps=9)), ["finetune.epochs"]),
+        (AlignRunConfig(), []),
+        (RunConfig(reference="r", finetune=FinetuneConfig(batch_size=9)), ["finetune.batch_size"]),
+        (RunConfig(reference="r"), []),
+        (CompareConfig(instructions_chat=True), ["instructions_chat"]),
+        (CompareConfig(instructions_chat=True, instructions="i"), []),
+        (CompareConfig(generate=GenerateConfig(max_new_tokens=9)), ["generate.max_new_tokens"]),
+        (CompareConfig(generate=GenerateConfig(max_new_tokens=9), instructions="i"), []),
+        (CompareConfig(generate=GenerateConfig(sources=["a"]), instructions="i"), ["generate.sources"]),
+        (CompareConfig(generate=GenerateConfig(sources=["a"]), measures=["exact_match"]), []),
+    ],
+)
+def test_what_changes_nothing_is_known(config: OutputConfig, unused: list[str]) -> None:
+    assert list(config.without_effect()) == unused
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,16 @@ def test_a_dataset_written_by_save_to_disk(tmp_path: Path) -> None:
     assert read_path(tmp_path / "many", split="test") == [Record("test/data-00000-of-00001.arrow", 0, ROWS[4])]
     with pytest.raises(DataError, match=r"no split 'dev'; set split to one of train, test"):
         read_path(tmp_path / "many", split="dev")
+    with pytest.raises(DataError, match=r"split of source 's' is 'test', but .*one has no splits"):
+        read_path(tmp_path / "one", split="test")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "", "*.jsonl"])
+def test_a_split_of_files_that_have_none_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    assert len(read_path(tmp_path / name)) == 1
+    with pytest.raises(DataError, match="split of source 's' is 'test', but"):
+        read_path(tmp_path / name, split="test")
 
 
 def test_arrow_files_in_several_batches_keep_the_row_index(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import polars
 import pyarrow as pa
 import pytest
 
-from davir_ray.config import Part, RankConfig, SelectConfig
+from davir_ray.config import Part, RankConfig, RunConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
 from davir_ray.stages import mixing, ranking, selection
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
 MakeScores = Callable[..., Location]
 ROWS = 240
-SOURCES = ("alpaca", "gsm8k", "third")
+SOURCES = ("org/alpaca", "gsm8k", "third")
 
 
 @pytest.fixture
@@ -123,11 +123,23 @@ def test_a_balanced_selection_has_the_groups_of_the_pool(run: Location, balance:
 
 def test_quotas_are_rows_of_each_group(run: Location) -> None:
     ranked = table_of(run, "ranked")
-    manifest = select(run, RankConfig(), SelectConfig(balance=["source"], quotas={"third": 7, "alpaca": 31}))
+    manifest = select(run, RankConfig(), SelectConfig(balance=["source"], quotas={"third": 7, "org/alpaca": 31}))
     expected = pd.concat(
-        [ranked[ranked["source"] == "third"][:7], ranked[ranked["source"] == "alpaca"][:31]]
+        [ranked[ranked["source"] == "third"][:7], ranked[ranked["source"] == "org/alpaca"][:31]]
     ).sort_values("rank")
     check(run, manifest, expected)
+
+
+@pytest.mark.parametrize("balance", [["source", "length"], ["length", "source"]])
+def test_quotas_of_a_source_whose_name_has_a_slash(run: Location, balance: list[Any]) -> None:
+    wanted = {"org/alpaca": 9, "gsm8k": 4}
+    quotas = {"/".join({"source": name, "length": "128-255"}[by] for by in balance): n for name, n in wanted.items()}
+    config = SelectConfig(balance=balance, quotas=quotas)
+    RunConfig(sources=[Source(name=name, path="x", format="alpaca") for name in SOURCES], select=config)
+    ranked = table_of(run, "ranked")
+    ranked = ranked[ranked["num_response_tokens"].between(128, 255)]
+    expected = pd.concat([ranked[ranked["source"] == name][:n] for name, n in wanted.items()]).sort_values("rank")
+    check(run, select(run, RankConfig(), config), expected)
 
 
 def test_tokens_are_shared_out_among_groups(run: Location) -> None:
@@ -157,7 +169,7 @@ def test_lowest_and_random_orders_are_grouped_too(run: Location) -> None:
 
 MIXTURE = SelectConfig(
     mixture=[
-        Part(source="alpaca", top_fraction=0.25),
+        Part(source="org/alpaca", top_fraction=0.25),
         Part(source="gsm8k", all=True, repeat=3),
         Part(source="third", top_tokens=2000),
     ],
@@ -173,7 +185,7 @@ def test_a_mixture_takes_repeats_and_shuffles(run: Location) -> None:
     manifest = select(run, RankConfig(), MIXTURE)
     check(run, manifest, expected)
     mixture = table_of(run, "mixture")
-    repeats = expected["source"].map({"alpaca": 1, "gsm8k": 3, "third": 1})
+    repeats = expected["source"].map({"org/alpaca": 1, "gsm8k": 3, "third": 1})
     assert sorted(mixture["example_id"]) == sorted(expected["example_id"].repeat(repeats))
     assert len((run / "mixture").names()) > 1
     places = np.flatnonzero(mixture["source"] == "gsm8k")
@@ -181,7 +193,7 @@ def test_a_mixture_takes_repeats_and_shuffles(run: Location) -> None:
     ids = mixture["example_id"].to_numpy()
     assert (ids[1:] == ids[:-1]).mean() < 0.05, "copies of a row stand together"
     assert {row["source"]: row["repeat"] for row in manifest.details["sources"]} == {
-        "alpaca": 1,
+        "org/alpaca": 1,
         "gsm8k": 3,
         "third": 1,
     }
