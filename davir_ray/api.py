@@ -111,9 +111,7 @@ def score(
         ClusterError: The cluster does not hold the actors that are asked for.
     """
     _check_type(dataset)
-    if format == "preference":
-        raise ConfigError("format is 'preference', whose rows hold two responses; jobs/align.py trains on pairs")
-    _check_choice("format", format, get_args(Format))
+    _check_choice("format", format, tuple(name for name in get_args(Format) if name != "preference"))
     source = Source(
         name="dataset",
         path="dataset",

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,14 +83,12 @@ def parse_as(settings: type[T], argv: list[str], description: str = "") -> T:
     values = parse_words(parser, argv)
     if values.debug:
         show_debug()
-    options, _ = split_config(argv)
-    if bringing := rules_in(flat(parse_words(parser, options, defaults=False))):
-        for rule in NO_RULE.keys() - bringing:
+    given = flat(parse_words(parser, split_config(argv)[0], defaults=False))
+    if brought := rules_in(given):
+        for rule in NO_RULE.keys() - brought:
             values[f"select.{rule}"] = NO_RULE[rule]
     config = _config(settings, parser, values)
-    unused = config.without_effect()
-    for name in option_names(options) & unused.keys():
-        raise ConfigError(f"--{name} has no effect: {unused[name]}; leave it out")
+    refuse_without_effect(config, given)
     return config
 
 
@@ -215,17 +213,20 @@ def _readable_config(file: str | None) -> Iterator[None]:
         yield
 
 
-def option_names(argv: list[str]) -> set[str]:
-    """Names of the options of a command line."""
-    return {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
-
-
 def refuse_repeated(argv: list[str]) -> None:
     """Of a repeated option only the last would count, silently."""
     options = (word.split("=")[0] for word in argv if word.startswith("--"))
     for name, count in Counter(name for name in options if not name.endswith("+")).items():
         if count > 1:
             raise ConfigError(f"{name} is given {count} times; give it once (a list: {name} '[a, b]')")
+
+
+def refuse_without_effect(config: OutputConfig, given: Iterable[str]) -> None:
+    """Refuse an option of the command line that changes nothing; of a file's fields the job tells."""
+    unused = config.without_effect()
+    for name in given:
+        if name in unused:
+            raise ConfigError(f"--{name} has no effect: {unused[name]}; leave it out")
 
 
 def flat(values: Namespace) -> dict[str, Any]:

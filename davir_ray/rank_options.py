@@ -13,13 +13,13 @@ from davir_ray.cli import (
     flat,
     load,
     new_parser,
-    option_names,
     parse_words,
     refuse_repeated,
+    refuse_without_effect,
     rules_in,
     split_config,
 )
-from davir_ray.config import RunConfig, Source
+from davir_ray.config import RunConfig, Source, check_no_secret
 from davir_ray.errors import ConfigError
 
 _TAKEN = ("output", "output_is_shared", "trust_remote_code", "rank", "select")
@@ -41,8 +41,8 @@ class RankOptions:
     """New values of fields of rank and select, by dotted name."""
     stated: dict[str, Any] = field(default_factory=dict)
     """Values that --config has for other fields, by dotted name: those of the run, or it is of another run."""
-    on_command_line: frozenset[str] = frozenset()
-    """Names of the changes that are no file's."""
+    on_command_line: tuple[str, ...] = ()
+    """Names of what stands on the command line itself."""
 
     def applied_to(self, own: RunConfig) -> RunConfig:
         """The run's configuration with the changes; ConfigError where they contradict it."""
@@ -63,6 +63,9 @@ class RankOptions:
         for name, value in self.stated.items():
             if name in _SWITCHES and not value:
                 continue
+            for place in value if isinstance(value, list) else [value]:
+                if isinstance(place, str):
+                    check_no_secret(name, place)
             if name == "sources":
                 value = [dataclasses.asdict(Source(**source)) for source in value]
             there: Any = own
@@ -76,9 +79,7 @@ class RankOptions:
 
     def _check_effect(self, own: RunConfig, config: RunConfig) -> None:
         """ConfigError for a change without effect, or one that gives another meaning to what stays."""
-        unused = config.without_effect()
-        for name in self.on_command_line & unused.keys():
-            raise ConfigError(f"--{name} has no effect: {unused[name]}; leave it out")
+        refuse_without_effect(config, self.on_command_line)
         least, same = config.select.min_score, ("order", "lowest")
         before, now = (tuple(getattr(one.rank, name) for name in same) for one in (own, config))
         if least is not None and "select.min_score" not in self.changes and before != now:
@@ -95,7 +96,7 @@ def parse_rank(argv: list[str], description: str = "") -> RankOptions:
     """
     refuse_repeated(argv)
     words, _ = split_config(argv)
-    _refuse_others(option_names(words))
+    _refuse_others(words)
     parser = _parser(description)
     given = flat(parse_words(parser, argv, defaults=False))
     options = flat(parse_words(parser, words, defaults=False))
@@ -112,7 +113,7 @@ def parse_rank(argv: list[str], description: str = "") -> RankOptions:
         trust_remote_code=options.get("trust_remote_code", False),
         changes=changes,
         stated={name: value for name, value in given.items() if name not in options and _is_stated(name)},
-        on_command_line=frozenset(options),
+        on_command_line=tuple(options),
     )
 
 
@@ -121,17 +122,17 @@ def _is_stated(name: str) -> bool:
     return name.split(".")[0] not in ("output", "output_is_shared", "rank", "select")
 
 
-def _refuse_others(names: set[str]) -> None:
+def _refuse_others(words: list[str]) -> None:
     """Refuse options of jobs/score.py that are not taken, and those that add to a list: the run has the rest of it."""
     known = {field.name for field in dataclasses.fields(RunConfig)} - {*_TAKEN}
-    for name in sorted(names):
-        if name.split(".")[0].rstrip("+") in known:
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option.removeprefix("--").split(".")[0].rstrip("+") in known:
             raise ConfigError(
-                f"jobs/rank.py does not take --{name}; it ranks and selects again from the scores of a finished run, "
+                f"jobs/rank.py does not take {option}; it ranks and selects again from the scores of a finished run, "
                 "and takes --output, --output_is_shared, --trust_remote_code, --rank.* and --select.*"
             )
-        if name.endswith("+"):
-            raise ConfigError(f"jobs/rank.py does not take --{name}; give the whole list: --{name[:-1]} '[a, b]'")
+        if option.endswith("+"):
+            raise ConfigError(f"jobs/rank.py does not take {option}; give the whole list: {option[:-1]} '[a, b]'")
 
 
 def _parser(description: str) -> ArgumentParser:

@@ -212,7 +212,8 @@ CHAT = (
 )
 AS_MESSAGES = {"format": "messages", "chat_template": CHAT.format(":")}
 EVERY_COLUMN = {
-    "prompt": ["Say one", "Say two"], "response": ["one", "two"], "question": ["Well?", "So?"], "answer": ["1", "2"],
+    "prompt": ["Say one", "Say two"], "response": ["one and one", "two and two"],
+    "question": ["Well?", "So?"], "answer": ["1", "2"],
     "instruction": ["Count", "Sum"], "output": ["uno", "due"],
     "messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b", "c")],
     "conversation": [[{"role": "user", "content": "d"}, {"role": "assistant", "content": text}] for text in ("e", "f")],
@@ -261,7 +262,7 @@ ARGUMENTS: dict[Any, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "response_column": ({}, {"response_column": "answer"}),
         "messages_column": (AS_MESSAGES, {"messages_column": "conversation"}),
         "chat_template": (AS_MESSAGES, {"chat_template": CHAT.format("!")}),
-        "max_tokens": ({}, {"max_tokens": 5}),
+        "max_tokens": ({}, {"max_tokens": 10}),
         "config": ({}, {"config": ScoreConfig(precision="float64")}),
         "keep_token_nll": ({}, {"keep_token_nll": True}),
         "trust_remote_code": ({"base": "coded"}, {"trust_remote_code": True}),
@@ -321,7 +322,10 @@ def test_every_argument_changes_the_result(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"format": "preference"}, "format is 'preference'"),
+        (
+            {"format": "preference"},
+            "format is 'preference'; it must be one of alpaca, gsm8k, prompt_response, messages$",
+        ),
         ({"messages_column": "conversation"}, "messages_column .* the format prompt_response does not read it"),
         ({"format": "alpaca", "prompt_column": "question"}, "prompt_column .* the format alpaca does not read it"),
         ({"chat_template": CHAT.format(":")}, "chat_template is given"),

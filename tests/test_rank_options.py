@@ -161,6 +161,7 @@ def test_a_whole_dump_of_the_run_is_taken(tmp_path: Path) -> None:
         ("dry_run: true", "dry_run is True"),
         ("trust_remote_code: true", "trust_remote_code is True"),
         ("select:", "select is empty"),
+        ("data: ['s3://key:secret@host/data']", r"^data is 's3://…@host/data', with a password in it"),
     ],
 )
 def test_a_file_of_another_run_is_refused_with_both_values(file: Path, line: str, told: str) -> None:

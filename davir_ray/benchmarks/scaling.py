@@ -74,6 +74,8 @@ class ScalingBenchmark:
     """Where the files are written, and removed at the end; every node must see it. None: a temporary folder."""
 
     def __post_init__(self) -> None:
+        if self.model is not None and self.random_init is not None:
+            raise ConfigError("both model and random_init are given; give at most one of the two")
         if not self.actors or min(self.actors) < 1:
             raise ConfigError(f"actors is {self.actors}; it must be numbers of at least 1")
         for name, least in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():
