@@ -94,7 +94,7 @@ def compare(config: CompareConfig) -> Location:
         check_left(output / HELDOUT, left_out)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
         setting = _setting(config, before, run, output, preparation, pool)
-        trials = _Plan(config, finished, output, recipe, setting).trials()
+        trials = _Plan(config=config, finished=finished, output=output, recipe=recipe, setting=setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
         remember(output, dump(config))
         _report(config, before, recipe, output, trials, left_out)
@@ -213,7 +213,7 @@ def _tell(output: Location, done: int, total: int) -> None:
     Progress("compare", unit="arms", done=done, total=total).write(output)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """Which fine-tunes make up the comparison, on which rows."""
 
@@ -253,7 +253,13 @@ class _Plan:
             name = TrialName(arm, rows, reading, seed)
             steps = self._full_steps if reading == "steps" else None
             recipe = dataclasses.replace(self.recipe, seed=seed, max_steps=steps)
-            trials[str(name)] = Trial(name, self.output / "arms" / str(name), examples_of, recipe, self.setting)
+            trials[str(name)] = Trial(
+                name=name,
+                place=self.output / "arms" / str(name),
+                examples_of=examples_of,
+                recipe=recipe,
+                setting=self.setting,
+            )
         return trials
 
     def _rows(self, arm: str, selection: pa.Table, size: int, seed: int) -> Location:

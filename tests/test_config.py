@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from davir_ray import alignment_config, comparison_config, config, rank_options
 from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.comparison_config import CompareConfig
 from davir_ray.config import (
@@ -22,6 +23,10 @@ from davir_ray.config import (
     count_from_fraction,
 )
 from davir_ray.errors import ConfigError
+from davir_ray.models.generation import GeneratorSettings
+from davir_ray.models.scorer import ScorerSettings
+from davir_ray.stages.prepare import Preparation
+from davir_ray.stages.row_scoring import RowScoring
 
 OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (PrepareConfig, {"max_tokens": 1}, "prepare.max_tokens is 1"),
@@ -71,6 +76,23 @@ def test_defaults_are_valid_and_frozen(section: type) -> None:
     config = section()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.changed = 1
+
+
+SETTINGS = [
+    *(
+        found
+        for module in (config, alignment_config, comparison_config, rank_options)
+        for found in vars(module).values()
+        if dataclasses.is_dataclass(found) and found.__module__ == module.__name__
+    ),
+    Preparation, RowScoring, ScorerSettings, GeneratorSettings,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SETTINGS)
+def test_settings_are_given_by_name(section: Any) -> None:
+    """By position a value of the right type may land in a wrong field, and nobody sees it."""
+    assert all(field.kw_only for field in dataclasses.fields(section))
 
 
 @pytest.mark.parametrize("values", [{"name": " ", "path": "a"}, {"name": "a", "path": ""}, {"name": "a", "path": []}])

@@ -86,8 +86,8 @@ def test_memory_of_a_device_falls_with_the_workers_that_share_a_model(size: Mode
 
 def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
     found = Estimate(
-        DATA,
-        3,
+        data=DATA,
+        num_shards=3,
         finetune_flops=3.6e18,
         score_flops=7.2e18,
         checkpoint_bytes=2.5e9,

@@ -50,7 +50,7 @@ _SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceFile:
     """One file of a source. `relative_path` does not change when the source's root moves; example_id is made of it."""
 
@@ -284,7 +284,11 @@ def _hub_files(source: Source) -> list[SourceFile]:
         if layout is None:
             raise DataError(f"the hub's {name} holds {uri}, whose extension is not read; give {_ACCEPTED}")
         # The revision is left out: an unchanged row keeps its example_id when another file of the repository changes.
-        files.append(SourceFile(source.name, uri, _HUB_ROOT.sub("", uri), layout, num_bytes))
+        files.append(
+            SourceFile(
+                source=source.name, uri=uri, relative_path=_HUB_ROOT.sub("", uri), layout=layout, num_bytes=num_bytes
+            )
+        )
     return files
 
 

@@ -9,7 +9,7 @@ from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """Counts of parameters, and the lengths that attention costs depend on."""
 

@@ -58,7 +58,15 @@ def generate(
     }
     if done := completed(run, "generate", fingerprint, overwrite=overwrite):
         return done
-    stream = Stream("generate", run, "generations", GENERATIONS, fingerprint, source / "examples", INPUT_COLUMNS)
+    stream = Stream(
+        stage="generate",
+        run=run,
+        folder="generations",
+        schema=GENERATIONS,
+        fingerprint=fingerprint,
+        examples=source / "examples",
+        columns=INPUT_COLUMNS,
+    )
     wanted = _of_sources(source, prepared.files_in("examples"), config.sources)
     arguments = {"model": model, "settings": settings, "base": base}
     filled = stream.fill(wanted, GenerateShard, arguments, pool, overwrite=overwrite, count_tokens=_num_new_tokens)

@@ -84,7 +84,15 @@ def _score(
     fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
     if done := completed(run, name, fingerprint, overwrite=overwrite):
         return done
-    stream = Stream(name, run, folder, SCORES, fingerprint, holder / "examples", INPUT_COLUMNS)
+    stream = Stream(
+        stage=name,
+        run=run,
+        folder=folder,
+        schema=SCORES,
+        fingerprint=fingerprint,
+        examples=holder / "examples",
+        columns=INPUT_COLUMNS,
+    )
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
     shards, rejects = prepared.files_in("examples"), prepared.counts["rejected"]
     filled = stream.fill(shards, ScoreShard, scorer, config, rejects=rejects, overwrite=overwrite)

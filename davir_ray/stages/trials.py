@@ -71,7 +71,7 @@ class Setting:
         return self.base.weights_digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One fine-tune and its measurement."""
 

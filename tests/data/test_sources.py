@@ -496,7 +496,7 @@ def test_what_the_hub_does_not_have_is_the_users_error() -> None:
 
 
 def some_file(name: str, num_bytes: int) -> SourceFile:
-    return SourceFile("s", f"/{name}", name, "jsonl", num_bytes)
+    return SourceFile(source="s", uri=f"/{name}", relative_path=name, layout="jsonl", num_bytes=num_bytes)
 
 
 @given(st.lists(st.integers(0, 100)), st.integers(1, 200))
