@@ -17,6 +17,7 @@ from davir_ray.cli import (
     refuse_repeated,
     refuse_without_effect,
     rules_in,
+    show_debug,
     split_config,
 )
 from davir_ray.config import RunConfig, Source, check_no_secret
@@ -100,6 +101,8 @@ def parse_rank(argv: list[str], description: str = "") -> RankOptions:
     parser = _parser(description)
     given = flat(parse_words(parser, argv, defaults=False))
     options = flat(parse_words(parser, words, defaults=False))
+    if given.get("debug"):
+        show_debug()
     if not given.get("output"):
         raise ConfigError("no output is given; add --output DIR, the folder of a finished run of jobs/score.py")
     changes = {name: value for name, value in given.items() if name.split(".")[0] in ("rank", "select")}
@@ -119,7 +122,7 @@ def parse_rank(argv: list[str], description: str = "") -> RankOptions:
 
 def _is_stated(name: str) -> bool:
     """Whether the run must say the same of a field."""
-    return name.split(".")[0] not in ("output", "output_is_shared", "rank", "select")
+    return name.split(".")[0] not in ("output", "output_is_shared", "rank", "select", "debug")
 
 
 def _refuse_others(words: list[str]) -> None:
@@ -139,6 +142,6 @@ def _parser(description: str) -> ArgumentParser:
     """The parser of jobs/score.py, so that --config may be its file; --help and --print_config show what is taken."""
     parser = new_parser(RunConfig, description)
     for action in parser._actions:
-        if action.dest.split(".")[0] not in (*_TAKEN, "help", "config", "print_config"):
+        if action.dest.split(".")[0] not in (*_TAKEN, "help", "config", "print_config", "debug"):
             action.help = argparse.SUPPRESS
     return parser

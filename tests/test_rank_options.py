@@ -1,5 +1,6 @@
 """jobs/rank.py begins with the run's own settings: what a command changes, what it may not, what a file must say."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,12 @@ def test_a_file_of_another_run_is_refused_with_both_values(file: Path, line: str
     file.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=told):
         applied("--config", str(file))
+
+
+def test_debug_is_of_the_command(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "davir_ray"):
+        assert applied("--config", str(file), "--debug") == applied("--config", str(file))
+        assert logging.getLogger("davir_ray").level == logging.DEBUG
 
 
 def test_switches_that_are_off_ask_for_nothing(file: Path) -> None:
