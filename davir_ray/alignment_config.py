@@ -7,7 +7,7 @@ from davir_ray.config import FinetuneConfig, InputConfig, PrepareConfig, ScoreCo
 from davir_ray.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AlignConfig:
     """The objective of preference training."""
 
@@ -27,7 +27,7 @@ class AlignConfig:
         check(0 <= heldout < 1, "align.heldout_fraction", heldout, "from 0 to below 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AlignRunConfig(InputConfig):
     """Train a policy on preference pairs by DavIR-DPO, or by the losses that it is compared with."""
 

@@ -29,7 +29,16 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from davir_ray.config import Format, Order, PrepareConfig, RankConfig, ScoreConfig, SelectConfig, Source
+from davir_ray.config import (
+    Format,
+    Order,
+    PrepareConfig,
+    RankConfig,
+    ScoreConfig,
+    SelectConfig,
+    Source,
+    check_chat_template,
+)
 from davir_ray.data.render import columns
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas import ranking
@@ -97,21 +106,39 @@ def score(
         trust_remote_code: Run Python code that comes with a hub checkpoint.
 
     Raises:
-        ConfigError: A setting, a column that is absent, or a column that has the name of a score column.
+        ConfigError: A setting, also one that the format does not read; a column that is absent, or has the name of a
+            score column.
         ModelError: A model cannot be used, or the two do not belong together.
         ClusterError: The cluster does not hold the actors that are asked for.
     """
     _check_type(dataset)
-    _check_choice("format", format, get_args(Format))
+    _check_choice("format", format, tuple(name for name in get_args(Format) if name != "preference"))
+    source = Source(
+        name="dataset",
+        path="dataset",
+        format=format,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        messages_column=messages_column,
+    )
+    source.check_columns()
     if chat_template is not None:
         chat_template = decoded(chat_template.encode())  # as of a file
-    source = Source("dataset", "dataset", format, prompt_column, response_column, messages_column)
+    check_chat_template(chat_template, [format])
     base, reference = (_checkpoint(model, trust_remote_code) for model in (base, reference))
-    preparation = Preparation(base, PrepareConfig(max_tokens), chat_template, keep_record=False)
+    preparation = Preparation(
+        base=base, config=PrepareConfig(max_tokens=max_tokens), chat_template=chat_template, keep_record=False
+    )
     check_base(preparation, [source])
     check_reference(reference, preparation, [source])
     ensure_started()
-    scoring = RowScoring(source, preparation, reference, config or ScoreConfig(), keep_token_nll)
+    scoring = RowScoring(
+        source=source,
+        preparation=preparation,
+        reference=reference,
+        config=config or ScoreConfig(),
+        keep_token_nll=keep_token_nll,
+    )
     if isinstance(dataset, datasets.Dataset):
         scoring.check_columns(dataset.column_names)
         return _score_here(dataset, scoring)
@@ -139,7 +166,7 @@ def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: in
     """
     _check_type(scored)
     _check_choice("order", order, get_args(Order))
-    config = RankConfig(order, lowest, seed)
+    config = RankConfig(order=order, lowest=lowest, seed=seed)
     return _rank_here(scored, config) if isinstance(scored, datasets.Dataset) else rank_rows(scored, config)
 
 
@@ -171,12 +198,12 @@ def select(
     """
     _check_type(ranked)
     _check_choice("order", order, get_args(Order))
-    config = SelectConfig(top_k, top_fraction, top_tokens, min_score)
+    config = SelectConfig(top_k=top_k, top_fraction=top_fraction, top_tokens=top_tokens, min_score=min_score)
     if not config.rules:
         raise ConfigError(f"no selection rule is given; give one of {', '.join(_RULES)}")
     if config.min_score is not None and order == "random":
         raise ConfigError("min_score has no meaning with the order random; choose top_k or top_fraction")
-    rank_config = RankConfig(order, lowest)
+    rank_config = RankConfig(order=order, lowest=lowest)
     if isinstance(ranked, datasets.Dataset):
         return _select_here(ranked, rank_config, config)
     return select_rows(ranked, rank_config, config)
@@ -197,7 +224,11 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _checkpoint(model: str | Checkpoint, trust_remote_code: bool) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else Checkpoint.find(model, trust_remote_code)
+    if not isinstance(model, Checkpoint):
+        return Checkpoint.find(model, trust_remote_code)
+    if trust_remote_code and not model.trust_remote_code:
+        raise ConfigError(f"trust_remote_code is of models by name; give it to Checkpoint.find for {model.uri}, too")
+    return model
 
 
 # --- datasets.Dataset ------------------------------------------------------------------------------------------------

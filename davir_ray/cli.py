@@ -9,23 +9,25 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import path_type
 
-from davir_ray.config import SELECT_RULES, RunConfig
+from davir_ray.config import SELECT_RULES, OutputConfig, RunConfig
 from davir_ray.errors import ConfigError, DavirError, UserError
 from davir_ray.terminal import LogHandler
 from davir_ray.text import PrintableStream, decoded, printable
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+NO_RULE: dict[str, Any] = {**dict.fromkeys(SELECT_RULES), "quotas": {}, "mixture": []}
+"""Fields of a selection without any rule."""
+
+T = TypeVar("T", bound=OutputConfig)
 """The configuration of a job: a frozen dataclass, validated when it is made."""
 
 DEBUG_HELP = "Show what Ray and its workers print, too, which otherwise goes to Ray's log files."
@@ -81,17 +83,16 @@ def parse_as(settings: type[T], argv: list[str], description: str = "") -> T:
     A selection rule on the command line replaces the file's, so that --select.top_k works beside a file with another
     rule. --help and --print_config print and exit with status 0.
     """
-    parser = _parser(settings, description)
-    _refuse_repeated(argv)
-    try:
-        with _readable_config(argv):
-            values = parser.parse_args(argv)
-    except (argparse.ArgumentError, UnicodeDecodeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    if values.debug:
-        show_debug()
-    _replace_rule(values, argv)
-    return _config(settings, parser, values)
+    parser = new_parser(settings, description)
+    refuse_repeated(argv)
+    values = parse_words(parser, argv)
+    given = flat(parse_words(parser, split_config(argv)[0], defaults=False))
+    if brought := rules_in(given):
+        for rule in NO_RULE.keys() - brought:
+            values[f"select.{rule}"] = NO_RULE[rule]
+    config = _config(settings, parser, values)
+    refuse_without_effect(config, given)
+    return config
 
 
 def dump(config: Any) -> str:
@@ -101,7 +102,7 @@ def dump(config: Any) -> str:
 
 def load(settings: type[T], text: str) -> T:
     """The configuration that `dump` wrote."""
-    parser = _parser(settings, "")
+    parser = new_parser(settings, "")
     try:
         return _config(settings, parser, parser.parse_string(text))
     except argparse.ArgumentError as error:
@@ -124,8 +125,10 @@ class _Parser(ArgumentParser):
             return values
 
 
-def _parser(settings: type[Any], description: str) -> ArgumentParser:
+def new_parser(settings: type[Any], description: str) -> ArgumentParser:
+    """A parser whose options, and the keys of its --config, are the fields of the settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
+    load_yaml_strictly()
     parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,7 +147,40 @@ def show_debug() -> None:
     logging.getLogger("davir_ray").setLevel(logging.DEBUG)
 
 
+_PLAIN_YAML = get_loader("yaml")
+
+
+def load_yaml_strictly() -> None:
+    """Let jsonargparse refuse what repeats a key, in a file or in the value of an option; the last would count."""
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+
+
+def _load_yaml(text: str) -> Any:
+    _refuse_repeated_keys(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "", {})
+    return _PLAIN_YAML(text)
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
+    """Refuse a key that stands twice, also as `a.b` and as `b` of `a`; `lines` are those of the keys by dotted name."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, "", {})
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+            if name in lines:
+                where = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
+                raise ConfigError(
+                    f"the key {name!r} stands twice in the YAML ({where}); only the last would count, so keep one"
+                )
+            lines[name] = line
+            _refuse_repeated_keys(value, f"{name}.", lines)
+
+
 def _config(settings: type[T], parser: ArgumentParser, values: Namespace) -> T:
+    for name in _field_names(settings):
+        if values[name] is None and dataclasses.is_dataclass(getattr(settings(), name)):
+            raise ConfigError(f"{name} is empty; give it fields, or leave it out")
     filled = parser.instantiate(values)
     return settings(**{name: filled[name] for name in _field_names(settings)})
 
@@ -160,22 +196,46 @@ def _let_flags_stand_alone(parser: ArgumentParser) -> None:
             action.nargs, action.const = "?", True
 
 
+def parse_words(parser: ArgumentParser, argv: list[str], *, defaults: bool = True) -> Namespace:
+    """The values of a command line; without defaults only what it and its --config give. ConfigError in one line."""
+    try:
+        with _readable_config(split_config(argv)[1]):
+            values = parser.parse_args(argv, defaults=defaults)
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if values.get("debug"):
+        show_debug()
+    return values
+
+
+def split_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """The command line without its --config, and the file that is named there."""
+    rest, file = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            file = next(words, None)
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return rest, file
+
+
 @contextmanager
-def _readable_config(argv: list[str]) -> Iterator[None]:
+def _readable_config(file: str | None) -> Iterator[None]:
     """Tell in one line why a configuration file in a store cannot be read."""
-    given = [uri for before, uri in pairwise(argv) if before == "--config"]
-    given += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    if not any("://" in uri for uri in given):
+    if file is None or "://" not in file:
         yield
         return
     from davir_ray.access import check_readable, translated  # late: only here does the command line need a store
 
-    check_readable([(uri, ConfigError) for uri in given])
-    with translated(given[0], ConfigError):
+    check_readable([(file, ConfigError)])
+    with translated(file, ConfigError):
         yield
 
 
-def _refuse_repeated(argv: list[str]) -> None:
+def refuse_repeated(argv: list[str]) -> None:
     """Of a repeated option only the last would count, silently."""
     options = (word.split("=")[0] for word in argv if word.startswith("--"))
     for name, count in Counter(name for name in options if not name.endswith("+")).items():
@@ -183,9 +243,26 @@ def _refuse_repeated(argv: list[str]) -> None:
             raise ConfigError(f"{name} is given {count} times; give it once (a list: {name} '[a, b]')")
 
 
-def _replace_rule(values: Namespace, argv: list[str]) -> None:
-    """Unset the file's selection rules where the command line brings one."""
-    given = {word.split("=")[0].removeprefix("--select.") for word in argv if word.startswith("--select.")}
-    if given & set(SELECT_RULES):
-        for rule in set(SELECT_RULES) - given:
-            values[f"select.{rule}"] = {"quotas": {}, "mixture": []}.get(rule)
+def refuse_without_effect(config: OutputConfig, given: Iterable[str]) -> None:
+    """Refuse an option of the command line that changes nothing; of a file's fields the job tells."""
+    unused = config.without_effect()
+    for name in given:
+        if name in unused:
+            raise ConfigError(f"--{name} has no effect: {unused[name]}; leave it out")
+
+
+def flat(values: Namespace) -> dict[str, Any]:
+    """Values by dotted name, nested settings as plain dictionaries."""
+    own = ("config", "debug")  # options of the command line that no settings have
+    return {name: _plain(value) for name, value in values.items(branches=False) if name not in own}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def rules_in(given: Mapping[str, Any]) -> set[str]:
+    """Names of the selection rules that are set, of values by dotted name."""
+    return {rule for rule in SELECT_RULES if given.get(f"select.{rule}") not in (None, {}, [])}

@@ -31,7 +31,7 @@ from davir_ray.comparison_config import DRAWN, CompareConfig, TrialName
 from davir_ray.config import FinetuneConfig, RunConfig, ScoreConfig
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.finished import remembered, scored_with
-from davir_ray.inputs import read_template, written_by
+from davir_ray.inputs import read_template, warn_without_effect, written_by
 from davir_ray.manifest import Manifest, differences
 from davir_ray.models.finetune import num_steps
 from davir_ray.output import connected_to, place_of, writing
@@ -77,6 +77,7 @@ of rows that scoring takes at a time one actor would do all of a benchmark, and 
 def compare(config: CompareConfig) -> Location:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
+    warn_without_effect(config)
     run, output = place_of(config.run or ""), place_of(config.output or "")
     check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
     probe_output(output)
@@ -101,7 +102,7 @@ def compare(config: CompareConfig) -> Location:
         check_left(output / HELDOUT, left_out)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
         setting = _setting(config, before, run, output, preparation, pool)
-        trials = _Plan(config, finished, output, recipe, setting).trials()
+        trials = _Plan(config=config, finished=finished, output=output, recipe=recipe, setting=setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
         remember(output, dump(config))
         _report(config, before, recipe, output, trials, left_out)
@@ -154,12 +155,12 @@ def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
 
 def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Preparation:
     """How the run's data became tokens, for the held-out data."""
-    base = scored_with(run, "base", before.base or "", before.trust_remote_code)
+    base = scored_with(run, "base", before.base or "", config.trust_remote_code)
     if changed := differences(require(run, "score").fingerprint["base"], base.weights_digest()):
         raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(before.chat_template)
     small = dataclasses.replace(before.prepare, shard_rows=min(_SHARD_ROWS, before.prepare.shard_rows))
-    preparation = Preparation(base, small, template, limit=config.heldout_limit)
+    preparation = Preparation(base=base, config=small, chat_template=template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages
@@ -220,7 +221,7 @@ def _tell(output: Location, done: int, total: int) -> None:
     Progress("compare", unit="arms", done=done, total=total).write(output)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """Which fine-tunes make up the comparison, on which rows."""
 
@@ -260,7 +261,13 @@ class _Plan:
             name = TrialName(arm, rows, reading, seed)
             steps = self._full_steps if reading == "steps" else None
             recipe = dataclasses.replace(self.recipe, seed=seed, max_steps=steps)
-            trials[str(name)] = Trial(name, self.output / "arms" / str(name), examples_of, recipe, self.setting)
+            trials[str(name)] = Trial(
+                name=name,
+                place=self.output / "arms" / str(name),
+                examples_of=examples_of,
+                recipe=recipe,
+                setting=self.setting,
+            )
         return trials
 
     def _rows(self, arm: str, selection: pa.Table, size: int, seed: int) -> Location:

@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from davir_ray.config import FinetuneConfig, Format, GenerateConfig, OutputConfig, Source, check, check_no_secret
+from davir_ray.config import (
+    FinetuneConfig,
+    Format,
+    GenerateConfig,
+    OutputConfig,
+    Source,
+    check,
+    check_no_secret,
+    not_default,
+)
 from davir_ray.errors import ConfigError
 
 ArmName = Literal["selection", "random", "random_matched", "lowest", "rho", "full"]
@@ -30,7 +39,7 @@ _OWN_OF_RECIPE = ("seed", "max_steps", "export_epochs")
 """Settings of a fine-tune that the comparison sets itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig(OutputConfig):
     """Fine-tune the base on a run's selection and on other sets of rows, and measure each on held-out data."""
 
@@ -45,6 +54,8 @@ class CompareConfig(OutputConfig):
     """Several named sources to measure on, instead of --heldout."""
     heldout_limit: int | None = None
     """Read at most this many records from each held-out source. None: all."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the run's base; what the run's own configuration says does not count."""
     max_bad_fraction: float = 0.01
     """Largest share of rejected held-out rows; above it the job stops with the reasons counted."""
     arms: list[ArmName] = field(
@@ -145,3 +156,16 @@ class CompareConfig(OutputConfig):
                 "there is nothing to measure on; add --heldout PATH --heldout_format FORMAT, or heldout_sources in the "
                 "configuration file"
             )
+        for source in self.all_heldout():
+            source.check_columns()
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        unused = {}
+        if "exact_match" not in self.measures:
+            unused = dict.fromkeys(not_default("generate", self.generate), "measures has no exact_match")
+            if self.instructions is not None:
+                unused = {name: why for name, why in unused.items() if name == "generate.sources"}
+        if self.instructions is None and self.instructions_chat is not None:
+            unused["instructions_chat"] = "no instructions are given"
+        return unused

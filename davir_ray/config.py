@@ -6,10 +6,11 @@ section, never the whole.
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from davir_ray.errors import ConfigError
 
@@ -24,6 +25,22 @@ def check(condition: bool, field_name: str, value: object, need: str) -> None:
         raise ConfigError(f"{field_name} is {value!r}; it must be {need}")
 
 
+def check_chat_template(chat_template: str | None, formats: Iterable[Format]) -> None:
+    """ConfigError where a chat template is given but nothing is rendered with one."""
+    if chat_template is not None and not {"messages", "preference"} & set(formats):
+        raise ConfigError(
+            "chat_template is given, but only the format messages is rendered with one, and preference where its "
+            "columns hold messages; leave it out, or choose that format"
+        )
+
+
+def not_default(section: str, settings: Any) -> list[str]:
+    """Dotted names of a section's fields that have another value than their default."""
+    default = type(settings)()
+    names = (field.name for field in fields(settings))
+    return [f"{section}.{name}" for name in names if getattr(settings, name) != getattr(default, name)]
+
+
 def check_no_secret(field_name: str, uri: str | None) -> None:
     """Refuse credentials in a URI: it is written to config.yaml and to messages."""
     if uri and re.match(r"\w+://[^/]*:[^/]*@", uri):
@@ -31,7 +48,17 @@ def check_no_secret(field_name: str, uri: str | None) -> None:
         raise ConfigError(f"{field_name} is {shown!r}, with a password in it; give credentials by the environment")
 
 
-@dataclass(frozen=True)
+_COLUMNS_OF: dict[Format, tuple[str, ...]] = {
+    "prompt_response": ("prompt_column", "response_column"),
+    "messages": ("messages_column",),
+    "preference": ("prompt_column", "chosen_column", "rejected_column"),
+}
+"""Fields of a source that its format reads; the other formats have columns of fixed names."""
+
+DEFAULT_SPLIT = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One named source of instruction data."""
 
@@ -51,7 +78,7 @@ class Source:
     """Column of the other response, for the format preference."""
     messages_column: str = "messages"
     """Column of the list of {role, content}, for the format messages."""
-    split: str = "train"
+    split: str = DEFAULT_SPLIT
     """Split to read, for a hub name or a folder written by `datasets` that holds several."""
 
     def __post_init__(self) -> None:
@@ -61,13 +88,24 @@ class Source:
         for path in self.paths:
             check_no_secret(named, path)
 
+    def check_columns(self) -> None:
+        """ConfigError for a column that is named, but is not of this format."""
+        defaults = {field.name: field.default for field in fields(self) if field.name.endswith("_column")}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value != default and name not in _COLUMNS_OF.get(self.format, ()):
+                raise ConfigError(
+                    f"{name} of source {self.name!r} is {value!r}, but the format {self.format} does not read it; "
+                    "leave it out, or choose another format"
+                )
+
     @property
     def paths(self) -> list[str]:
         """The path, or the list of them."""
         return [self.path] if isinstance(self.path, str) else self.path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """From raw records to tokenised examples."""
 
@@ -81,7 +119,7 @@ class PrepareConfig:
         check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """The reference fine-tune. Defaults: Stanford Alpaca's recipe, ours to choose; the paper does not state its own."""
 
@@ -149,7 +187,7 @@ class FinetuneConfig:
         check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Scoring with a pool of actors, each holding base and reference."""
 
@@ -186,7 +224,7 @@ class ScoreConfig:
         check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Greedy generation with a pool of actors, whose size and precision are those of scoring."""
 
@@ -204,7 +242,7 @@ class GenerateConfig:
         check(batch is None or batch >= 1, "generate.tokens_per_batch", batch, "at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankConfig:
     """The order of the ranking; every baseline of the paper is one option away."""
 
@@ -221,7 +259,7 @@ class RankConfig:
         check(self.most is None or self.most >= 1, "rank.most", self.most, "at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """One source's part of a mixture: the best of it by exactly one rule, each row `repeat` times."""
 
@@ -249,7 +287,7 @@ class Part:
 PART_RULES = ("top_k", "top_fraction", "top_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Where the ranking is cut: exactly one of top_k, top_fraction, top_tokens, min_score, quotas, mixture.
 
@@ -303,6 +341,7 @@ class SelectConfig:
         if self.mixture and self.balance:
             raise ConfigError("select.mixture has a rule for each source; leave select.balance out")
         for group, rows in self.quotas.items():
+            check(isinstance(group, str), "a group of select.quotas", group, f"text: '{group}', in quotes")
             check(rows >= 1, f"select.quotas of {group!r}", rows, "at least 1")
         names = [part.source for part in self.mixture]
         for name in names:
@@ -312,6 +351,20 @@ class SelectConfig:
     def rules(self) -> list[str]:
         """Names of the rules that are set."""
         return [name for name in SELECT_RULES if getattr(self, name) not in (None, {}, [])]
+
+    @property
+    def length_ranges(self) -> list[str]:
+        """Names of the ranges of response lengths, in scored tokens, the shortest first."""
+        edges = self.length_edges
+        return [f"{a}-{b - 1}" for a, b in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}-"]
+
+    def parts_of(self, group: str) -> dict[str, str]:
+        """The source and the range of lengths that a group of balance is named after; a source's name may have a /."""
+        if len(self.balance) < 2:
+            return dict(zip(self.balance, [group], strict=False))
+        source_first = self.balance[0] == "source"
+        before, _, after = group.rpartition("/") if source_first else group.partition("/")
+        return dict(zip(self.balance, (before, after), strict=True))
 
 
 SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score", "quotas", "mixture")
@@ -329,7 +382,7 @@ def _check_rules(where: str, config: Part | SelectConfig) -> None:
     check(fraction is None or 0 < fraction <= 1, f"{where}top_fraction", fraction, "above 0 and at most 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
     """What --dry_run reckons with; a run does not depend on it."""
 
@@ -344,7 +397,7 @@ class EstimateConfig:
             check(value is None or value > 0, f"estimate.{name}", value, "above 0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """Where a job writes."""
 
@@ -363,8 +416,12 @@ class OutputConfig:
         if not self.output:
             raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
 
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        return {}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class InputConfig(OutputConfig):
     """What a job begins with: a base and the data for it."""
 
@@ -422,15 +479,30 @@ class InputConfig(OutputConfig):
         return [Source(name=self.format, path=self.data, format=self.format)]
 
     def require_input(self) -> None:
-        """Raise ConfigError for the first of output, base and data that is not given."""
+        """Raise ConfigError for the first of output, base and data that is not given, or is for another format."""
         self.require_output()
         if not self.base:
             raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
         if not self.all_sources():
             raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
+        for source in self.all_sources():
+            source.check_columns()
+        if self.finetune.lora_rank is None:
+            for name in not_default("finetune", self.finetune):
+                if name.startswith("finetune.lora_"):
+                    raise ConfigError(f"{name} is given, but finetune.lora_rank is not; give it, or leave {name} out")
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        unused = {}
+        if self.finetune.max_steps is not None and self.finetune.epochs != type(self)().finetune.epochs:
+            unused["finetune.epochs"] = "finetune.max_steps is given"
+        if not self.dry_run:
+            unused |= dict.fromkeys(not_default("estimate", self.estimate), "only --dry_run reckons with it")
+        return unused
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(InputConfig):
     """Score instruction data by DavIR and select the best part of it."""
 
@@ -461,9 +533,7 @@ class RunConfig(InputConfig):
         """A selection may name only sources that there are; known before hours are spent on a fine-tune."""
         names = [source.name for source in self.all_sources()]
         asked = [part.source for part in self.select.mixture]
-        if self.select.balance[:1] == ["source"]:
-            asked += [group.split("/")[0] for group in self.select.quotas] if len(self.select.balance) > 1 else []
-            asked += list(self.select.quotas) if len(self.select.balance) == 1 else []
+        asked += [parts["source"] for parts in map(self.select.parts_of, self.select.quotas) if "source" in parts]
         for name in asked:
             if names and name not in names:
                 raise ConfigError(f"select names the source {name!r}; the sources are {', '.join(names)}")
@@ -476,15 +546,39 @@ class RunConfig(InputConfig):
         only_counts = (select.top_k is not None and not select.balance) or bool(select.quotas)
         if select.rules and not only_counts:
             raise ConfigError(
-                f"rank.most is {most}, but select.{select.rules[0]} may need every rank; leave rank.most out"
+                f"rank.most is {most}, but select.{select.rules[0]} may need every rank; leave rank.most out (null)"
             )
         if select.top_k is not None and select.top_k > most:
             raise ConfigError(f"select.top_k is {select.top_k}, but rank.most keeps only {most} ranks; raise rank.most")
 
     def require_select(self) -> None:
-        """Raise ConfigError where no selection rule is given."""
+        """Raise ConfigError where no selection rule is given, or one names a range of lengths that there is not."""
         if not self.select.rules:
             rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
             raise ConfigError(
                 f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)"
             )
+        ranges = self.select.length_ranges
+        for group in self.select.quotas:
+            parts = self.select.parts_of(group)
+            if "length" in parts and parts["length"] not in ranges:
+                raise ConfigError(
+                    f"select.quotas has {group!r}, whose range of lengths is {parts['length']!r}; the ranges are "
+                    f"{', '.join(ranges)} (select.length_edges)"
+                )
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        unused: dict[str, str] = {}
+        if self.reference is not None:
+            unused |= dict.fromkeys(
+                not_default("finetune", self.finetune), "a reference is given, so nothing is trained"
+            )
+        unused |= super().without_effect()
+        if self.rank.order != "random" and self.rank.seed:
+            unused["rank.seed"] = f"rank.order is {self.rank.order}, not random"
+        if not self.select.mixture and self.select.shuffle_seed:
+            unused["select.shuffle_seed"] = "there is no select.mixture"
+        if "length" not in self.select.balance and self.select.length_edges != SelectConfig().length_edges:
+            unused["select.length_edges"] = "select.balance has no length"
+        return unused

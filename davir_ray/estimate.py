@@ -24,7 +24,7 @@ _GRADIENT_BYTES = 4
 """Of a trained parameter in memory, besides: float32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataSize:
     """What the sources hold, estimated from their first rows."""
 
@@ -36,7 +36,7 @@ class DataSize:
     """Response tokens of all examples."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a run will take."""
 
@@ -63,7 +63,15 @@ def estimate(
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
     num_shards = -(-data.num_examples // shard_rows)
     if finetune is None:
-        return Estimate(data, num_shards, 0.0, 2 * forward, 0.0, 0.0, 0.0)
+        return Estimate(
+            data=data,
+            num_shards=num_shards,
+            finetune_flops=0.0,
+            score_flops=2 * forward,
+            checkpoint_bytes=0.0,
+            reference_bytes=0.0,
+            device_bytes=0.0,
+        )
     if finetune.lora_rank is None:
         trained, passes = size.num_parameters, 3
     else:  # the frozen weights get no gradient of their own
@@ -73,13 +81,13 @@ def estimate(
     if finetune.max_steps is not None:
         epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
     return Estimate(
-        data,
-        num_shards,
-        epochs * passes * forward,
-        2 * forward,
-        2.0 * _ADAM_BYTES * trained,
-        4.0 * trained,
-        _device_bytes(size, finetune, trained),
+        data=data,
+        num_shards=num_shards,
+        finetune_flops=epochs * passes * forward,
+        score_flops=2 * forward,
+        checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
+        reference_bytes=4.0 * trained,
+        device_bytes=_device_bytes(size, finetune, trained),
     )
 
 

@@ -1,7 +1,9 @@
 """The input of a job: settings, access, tokenizers and templates checked before anything takes time, then prepared."""
 
+import logging
+
 from davir_ray.access import check_readable, probe_output, translated
-from davir_ray.config import FinetuneConfig, InputConfig, ScoreConfig
+from davir_ray.config import FinetuneConfig, InputConfig, OutputConfig, ScoreConfig, check_chat_template
 from davir_ray.errors import ConfigError, DataError, ModelError, UserError
 from davir_ray.estimate import estimate, told
 from davir_ray.manifest import Manifest
@@ -16,19 +18,31 @@ from davir_ray.stages.streaming import plan_pool
 from davir_ray.stages.training import check_workers
 from davir_ray.storage import Location
 
+log = logging.getLogger(__name__)
+
 
 def check_inputs(config: InputConfig, *models: str | None) -> tuple[Location, Checkpoint, Preparation]:
     """What can be wrong with the settings is found here, before Ray starts or a weight is loaded.
 
     `models` are others than the base that must be readable.
     """
+    warn_without_effect(config)
     run = place_of(config.output or "")
     _check_access(run, config, models)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
     template = read_template(config.chat_template)
-    preparation = Preparation(base, config.prepare, template, config.keep_record, config.limit)
+    check_chat_template(template, [source.format for source in config.all_sources()])
+    preparation = Preparation(
+        base=base, config=config.prepare, chat_template=template, keep_record=config.keep_record, limit=config.limit
+    )
     check_base(preparation, config.all_sources())
     return run, base, preparation
+
+
+def warn_without_effect(config: OutputConfig) -> None:
+    """Name settings that change nothing: a file that serves several commands may well have some."""
+    if unused := config.without_effect():
+        log.warning("without effect: %s", "; ".join(f"{name} ({why})" for name, why in unused.items()))
 
 
 def prepare_inputs(run: Location, config: InputConfig, preparation: Preparation) -> Manifest:

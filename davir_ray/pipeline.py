@@ -1,6 +1,5 @@
 """The whole chain, read aloud: prepare, finetune, score, rank, select, report."""
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -13,6 +12,7 @@ from davir_ray.inputs import check_inputs, foretell, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.output import connected_to, place_of, writing
 from davir_ray.progress import Progress
+from davir_ray.rank_options import RankOptions
 from davir_ray.stages.pairing import check_reference
 from davir_ray.stages.prepare import Preparation, scoring_spec
 from davir_ray.stages.ranking import rank
@@ -42,16 +42,18 @@ def run_all(config: RunConfig) -> Location:
             reference = Checkpoint.find(str(run / "reference"), config.trust_remote_code)
         score(run, base, reference, config.score, keep_token_nll=config.keep_token_nll, overwrite=config.overwrite)
         remember(run, dump(config))
-        _rank_and_report(run, config)
+        _rank_and_report(run, config, config.trust_remote_code)
     return run
 
 
 def finetune_only(config: RunConfig) -> Location:
-    """Prepare and fine-tune; returns where the reference is."""
+    """Prepare and fine-tune; returns where the reference is. What jobs/score.py does afterwards is not looked at."""
     if config.dry_run:
         raise ConfigError("--dry_run is of jobs/score.py, which takes the same options; nothing was done")
+    if config.reference is not None:
+        raise ConfigError(f"reference is {config.reference!r}, so there is nothing to train; leave it out")
     config.require_input()
-    run, base, preparation = check_inputs(config, config.reference)
+    run, base, preparation = check_inputs(config)
     with writing(run, config):
         prepare_inputs(run, config, preparation)
         spec = scoring_spec(preparation, config.all_sources())
@@ -60,18 +62,16 @@ def finetune_only(config: RunConfig) -> Location:
     return run / "reference"
 
 
-def rank_only(config: RunConfig) -> Location:
-    """Rank and select again from the scores of a finished run; only output, rank and select are used."""
-    config.require_output()
-    config.require_select()
-    run = place_of(config.output or "")
+def rank_only(options: RankOptions) -> Location:
+    """Rank and select again from the scores of a finished run, by its own settings with some of them changed."""
+    run = place_of(options.output)
     probe_output(run)
-    check_count(config.select, require(run, "score").counts["scored"], "scored")
-    before = remembered(run)
-    shared = config.output_is_shared or before.output_is_shared
-    config = dataclasses.replace(before, rank=config.rank, select=config.select, output_is_shared=shared)
+    scored = require(run, "score").counts["scored"]
+    config = options.applied_to(remembered(run))
+    config.require_select()
+    check_count(config.select, scored, "scored")
     with writing(run, config):
-        _rank_and_report(run, config)
+        _rank_and_report(run, config, options.trust_remote_code)
     return run
 
 
@@ -85,32 +85,35 @@ def dry_run(config: RunConfig) -> list[str]:
     return [*lines, f"reference: {reference.uri if reference else 'fine-tuned in this run'}"]
 
 
-def verify_only(output: str, num_rows: int, seed: int) -> Verification:
-    """Check the files of a finished run, and score random rows again one at a time."""
+def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: bool = False) -> Verification:
+    """Check the files of a finished run, and score random rows again one at a time.
+
+    Code that comes with a model is run only if this command says so, whatever the run's configuration does.
+    """
     run = place_of(output)
     check_readable([(str(run), OutputError)])
     require(run, "score")
     config = remembered(run)
-    base = scored_with(run, "base", config.base or "", config.trust_remote_code)
-    reference = scored_with(run, "reference", config.reference or str(run / "reference"), config.trust_remote_code)
+    base = scored_with(run, "base", config.base or "", trust_remote_code)
+    reference = scored_with(run, "reference", config.reference or str(run / "reference"), trust_remote_code)
     with connected_to(run, is_shared=config.output_is_shared):
         return verify(run, base, reference, num_rows, seed)
 
 
-def _rank_and_report(run: Location, config: RunConfig) -> None:
+def _rank_and_report(run: Location, config: RunConfig, trust_remote_code: bool) -> None:
     Progress("rank").write(run)
     rank(run, config.rank)
     Progress("select").write(run)
     select(run, config.rank, config.select)
     remember(run, dump(config))
     Progress("report").write(run)
-    report(run, config, _tokenizer(run, config))
+    report(run, config, _tokenizer(run, config, trust_remote_code))
 
 
-def _tokenizer(run: Location, config: RunConfig) -> Any:
+def _tokenizer(run: Location, config: RunConfig, trust_remote_code: bool) -> Any:
     """The base's tokenizer, to spell tokens in the report; None if it cannot be loaded any more."""
     try:
-        return scored_with(run, "base", config.base or "", config.trust_remote_code).tokenizer()
+        return scored_with(run, "base", config.base or "", trust_remote_code).tokenizer()
     except ModelError as error:
         log.warning("the report shows no tokens: %s", error)
         return None

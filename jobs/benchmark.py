@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from davir_ray.benchmarks import alignment, likelihood, ranking, scaling
-from davir_ray.cli import exit_status
+from davir_ray.cli import exit_status, load_yaml_strictly, refuse_repeated
 from davir_ray.errors import ConfigError
 
 BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]], str]] = {
@@ -33,7 +33,12 @@ BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]], str]] = 
 def parser() -> ArgumentParser:
     """One subcommand for each benchmark; its options are the fields of its settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    options: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "exit_on_error": False}
+    load_yaml_strictly()
+    options: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "exit_on_error": False,
+        "allow_abbrev": False,
+    }
     top = ArgumentParser(description=__doc__, **options)
     commands = top.add_subcommands(required=True, dest="benchmark")
     for name, (settings, _, told) in BENCHMARKS.items():
@@ -45,6 +50,7 @@ def parser() -> ArgumentParser:
 
 def main() -> None:
     """Run the benchmark that the command line names."""
+    refuse_repeated(sys.argv[1:])
     try:
         found: dict[str, Any] = parser().parse_args().as_dict()
     except argparse.ArgumentError as error:

@@ -11,13 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from davir_ray.cli import DEBUG_HELP, exit_status, show_debug
+from davir_ray.cli import DEBUG_HELP, exit_status, refuse_repeated, show_debug
 from davir_ray.demo.run import run_demo
 
 
 def main() -> None:
     """Run the demo and print what came of the planted truth."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    refuse_repeated(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, default=Path("davir_demo"), help="folder for data, base and run")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     options = parser.parse_args()

@@ -3,7 +3,8 @@
     ray job submit --working-dir . -- python jobs/finetune.py --data s3://bucket/alpaca/ --format alpaca \\
         --base meta-llama/Llama-3.2-1B --output s3://bucket/run1
 
-jobs/score.py with the same options goes on from there.
+jobs/score.py with the same options goes on from there: so all of its options are taken, and what it does later (score,
+rank, select) is not looked at here.
 """
 
 import sys

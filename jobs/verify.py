@@ -10,7 +10,7 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from davir_ray.cli import DEBUG_HELP, exit_status, show_debug
+from davir_ray.cli import DEBUG_HELP, exit_status, refuse_repeated, show_debug
 from davir_ray.errors import ConfigError
 
 
@@ -25,12 +25,16 @@ def parser() -> ArgumentParser:
     options.add_argument("--output", type=str, required=True, help="Folder of the run.")
     options.add_argument("--rows", type=int, default=200, help="Rows to score again, chosen at random.")
     options.add_argument("--seed", type=int, default=0, help="Seed of the choice.")
+    options.add_argument(
+        "--trust_remote_code", action="store_true", help="Run Python code that comes with the run's models."
+    )
     options.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return options
 
 
 def main() -> None:
     """Verify the run that the command line names and say what was found."""
+    refuse_repeated(sys.argv[1:])
     try:
         found = parser().parse_args()
     except argparse.ArgumentError as error:
@@ -41,7 +45,8 @@ def main() -> None:
         show_debug()
     from davir_ray.pipeline import verify_only  # late: a mistake in the options is told before torch and Ray load
 
-    print("\n".join(verify_only(found.output, found.rows, found.seed).lines()))
+    verified = verify_only(found.output, found.rows, found.seed, trust_remote_code=found.trust_remote_code)
+    print("\n".join(verified.lines()))
 
 
 if __name__ == "__main__":

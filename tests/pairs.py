@@ -14,7 +14,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import PAIRS
 
-SOURCE = Source("s", "x", "preference")
+SOURCE = Source(name="s", path="x", format="preference")
 RECORDS = [
     {"prompt": f"def {name}(self):", "chosen": " return self." + "value " * (2 + number), "rejected": f" pass {name}"}
     for number, name in enumerate(["parse", "format", "write", "read", "close", "open", "flush"])

@@ -1,6 +1,7 @@
 """The Python API: the jobs' scores beside the user's own rows, an exact order, the same cuts; Ray Data and datasets."""
 
 import hashlib
+import inspect
 import json
 import shutil
 import textwrap
@@ -25,6 +26,7 @@ from davir_ray.errors import ConfigError, DataError, ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.stages import prepare as prepare_stage
 from davir_ray.stages import row_ranking, row_scoring, row_selection, scoring
+from davir_ray.stages.row_scoring import ScoreRows
 from davir_ray.storage import Location, read_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -104,8 +106,8 @@ def test_scores_have_the_bits_of_the_job(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     run, base = Location.of(tmp_path / "run"), Checkpoint.find(models["base"])
-    preparation = prepare_stage.Preparation(base, PrepareConfig(max_tokens=256))
-    source = Source("mine", str(tmp_path / "rows.jsonl"), "prompt_response")
+    preparation = prepare_stage.Preparation(base=base, config=PrepareConfig(max_tokens=256))
+    source = Source(name="mine", path=str(tmp_path / "rows.jsonl"), format="prompt_response")
     prepare_stage.prepare(run, [source], preparation, max_bad_fraction=1)
     scoring.score(run, base, Checkpoint.find(models["reference"]), ONE_ACTOR)
     ours, compared = by_row(scored), 0
@@ -236,6 +238,139 @@ def test_a_large_block_is_cut(models: dict[str, Any]) -> None:
         .take_all()
     ]
     assert sorted(sizes) == [452, 1024, 1024]
+
+
+# --- every argument -------------------------------------------------------------------------------------------------
+
+CHAT = (
+    "{{% for turn in messages %}}{{{{ turn['role'] }}}}{0} {{{{ turn['content'] }}}}{{{{ eos_token }}}}{{% endfor %}}"
+)
+AS_MESSAGES = {"format": "messages", "chat_template": CHAT.format(":")}
+EVERY_COLUMN = {
+    "prompt": ["Say one", "Say two"], "response": ["one and one", "two and two"],
+    "question": ["Well?", "So?"], "answer": ["1", "2"],
+    "instruction": ["Count", "Sum"], "output": ["uno", "due"],
+    "messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b", "c")],
+    "conversation": [[{"role": "user", "content": "d"}, {"role": "assistant", "content": text}] for text in ("e", "f")],
+    "davir": [0.1, 0.2], "rho_sum": [4.0, 3.0], "num_response_tokens": [5, 6], "status": ["ok", "ok"],
+    "content_hash": [7, 8],
+}  # fmt: skip
+SCORED = ("davir", "rho_sum", "num_response_tokens", "status", "content_hash")
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "of_its_own"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.fixture(scope="module")
+def coded_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as a model that transformers does not know, with its code."""
+    folder = tmp_path_factory.mktemp("coded") / "model"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "of_its_own"}
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE)
+    return folder
+
+
+def outcome(function: Any, dataset: datasets.Dataset, options: dict[str, Any]) -> Any:
+    """What a call gives, as plain values; a refusal is one, too."""
+    try:
+        found = function(dataset, **options)
+    except ModelError as error:
+        return str(error)
+    return found.to_dict() if isinstance(found, datasets.Dataset) else found.to_pydict()
+
+
+ARGUMENTS: dict[Any, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    davir_ray.score: {
+        "base": ({}, {"base": "reference"}),
+        "reference": ({}, {"reference": "base"}),
+        "format": ({}, {"format": "alpaca"}),
+        "prompt_column": ({}, {"prompt_column": "question"}),
+        "response_column": ({}, {"response_column": "answer"}),
+        "messages_column": (AS_MESSAGES, {"messages_column": "conversation"}),
+        "chat_template": (AS_MESSAGES, {"chat_template": CHAT.format("!")}),
+        "max_tokens": ({}, {"max_tokens": 10}),
+        "config": ({}, {"config": ScoreConfig(precision="float64")}),
+        "keep_token_nll": ({}, {"keep_token_nll": True}),
+        "trust_remote_code": ({"base": "coded"}, {"trust_remote_code": True}),
+    },
+    davir_ray.rank: {
+        "order": ({}, {"order": "rho_sum"}),
+        "lowest": ({}, {"lowest": True}),
+        "seed": ({"order": "random"}, {"seed": 3}),
+    },
+    davir_ray.select: {
+        "top_k": ({"top_k": 1}, {"top_k": 2}),
+        "top_fraction": ({"top_fraction": 0.5}, {"top_fraction": 1.0}),
+        "top_tokens": ({"top_tokens": 6}, {"top_tokens": 11}),
+        "min_score": ({"min_score": 0.1}, {"min_score": 0.15}),
+        "order": ({"min_score": 0.15}, {"order": "rho_sum"}),
+        "lowest": ({"min_score": 0.15}, {"lowest": True}),
+    },
+}
+"""For each argument a call, and what is added to it for another result."""
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_every_argument_has_a_case(function: Any) -> None:
+    assert list(inspect.signature(function).parameters)[1:] == list(ARGUMENTS[function])
+
+
+@pytest.mark.parametrize(("function", "name"), [(f, name) for f, cases in ARGUMENTS.items() for name in cases])
+def test_every_argument_changes_the_result(
+    function: Any, name: str, base_folder: Path, reference_folder: Path, coded_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows are scored by the pool's own worker, in this process."""
+    monkeypatch.setattr(api, "_score_here", lambda dataset, scoring: ScoreRows(scoring, None)(dataset.data.table))
+    dataset = datasets.Dataset.from_dict(EVERY_COLUMN)
+    given: dict[str, Any] = {}
+    if function is davir_ray.score:
+        dataset, given = dataset.remove_columns([*SCORED]), {"base": "base", "reference": "reference"}
+    elif function is davir_ray.select:
+        dataset = davir_ray.rank(dataset)
+    before, added = ARGUMENTS[function][name]
+    folders = {"base": base_folder, "reference": reference_folder, "coded": coded_folder}
+    first, second = (
+        {key: str(folders[value]) if key in ("base", "reference") else value for key, value in options.items()}
+        for options in (given | before, given | before | added)
+    )
+    found = outcome(function, dataset, second)
+    assert outcome(function, dataset, first) != found
+    assert isinstance(found, dict), found
+    assert "ok" in found["status"]
+    if name == "trust_remote_code":
+        assert "add --trust_remote_code" in outcome(function, dataset, first)
+    if name == "messages_column":
+        renamed = dataset.remove_columns("messages").rename_column("conversation", "messages")
+        assert outcome(function, renamed, first)["base_nll"] == found["base_nll"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"format": "preference"},
+            "format is 'preference'; it must be one of alpaca, gsm8k, prompt_response, messages$",
+        ),
+        ({"messages_column": "conversation"}, "messages_column .* the format prompt_response does not read it"),
+        ({"format": "alpaca", "prompt_column": "question"}, "prompt_column .* the format alpaca does not read it"),
+        ({"chat_template": CHAT.format(":")}, "chat_template is given"),
+        ({"base": Checkpoint(uri="/m"), "trust_remote_code": True}, "give it to Checkpoint.find for /m"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(models: dict[str, Any], options: dict[str, Any], told: str) -> None:
+    for dataset in (datasets.Dataset.from_dict(EVERY_COLUMN), ray.data.from_arrow(pa.table(EVERY_COLUMN))):
+        with pytest.raises(ConfigError, match=told):
+            davir_ray.score(dataset, **(models | options))
 
 
 # --- rank ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from transformers import AutoTokenizer
 from davir_ray.cli import dump, parse, run_job
 from davir_ray.config import FinetuneConfig, RankConfig, RunConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError
+from davir_ray.inputs import check_inputs
 from davir_ray.pipeline import dry_run, finetune_only, run_all
 from davir_ray.stages.cluster import SUBMITTED_JOB
+from davir_ray.storage import Location
 
 Fails = Callable[..., str]
 
@@ -74,6 +77,11 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "repeated with equals sign": (["--limit=3", "--limit=4"], "--limit is given 2 times"),
     "repeated flag": (["--overwrite", "--overwrite"], "--overwrite is given 2 times"),
     "no such file": (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+    "repeated key": (["--select.quotas", "{a: 1, a: 2}", "--select.balance", "[source]"], "the key 'a' stands twice"),
+    "repeated key in a list": (["--select.mixture", "[{source: a, top_k: 1, top_k: 2}]"], "the key 'top_k' stands"),
+    "no random order": (["--rank.seed", "3"], "--rank.seed has no effect: rank.order is davir"),
+    "nothing trained": (["--reference", "r", "--finetune.epochs", "1"], "--finetune.epochs has no effect"),
+    "no dry run": (["--estimate.device_tflops", "1"], "--estimate.device_tflops has no effect"),
     "data without format": (["--data", "x"], "data is given without format"),
 }
 
@@ -106,6 +114,18 @@ BAD_FILES = {
         "both data and sources",
     ),
     "two rules": ("select: {top_k: 1, top_fraction: 0.5}", "give exactly one rule"),
+    "a section twice": (
+        "finetune: {epochs: 1}\nselect: {top_k: 3}\nfinetune: {batch_size: 16}",
+        "the key 'finetune' stands twice in the YAML (lines 1 and 3)",
+    ),
+    "a key twice, once in quotes": ("finetune:\n  epochs: 1\n  'epochs': 2", "'finetune.epochs' stands twice"),
+    "a key twice, once with dots": ("finetune: {epochs: 1}\nfinetune.epochs: 2", "'finetune.epochs' stands twice"),
+    "a key twice in a source": (
+        "sources:\n- {name: a, path: x, format: alpaca}\n- name: b\n  path: x\n  format: alpaca\n  path: y",
+        "the key 'path' stands twice in the YAML (lines 4 and 6)",
+    ),
+    "a group twice": ("select: {balance: [source], quotas: {a: 1, a: 2}}", "'select.quotas.a' stands twice"),
+    "an empty section": ("finetune:\nlimit: 3", "finetune is empty"),
     "not YAML": ("a: [", "config"),
     "a list": ("[1, 2]", "config"),
 }
@@ -116,6 +136,49 @@ def test_a_bad_file_is_one_line(name: str, fails: Fails, no_ray: None, tmp_path:
     text, told = BAD_FILES[name]
     (tmp_path / "run.yaml").write_text(text)
     assert told in fails(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_file_in_a_store_may_not_repeat_a_key_either() -> None:
+    place = Location.of(f"memory://{uuid.uuid4().hex}") / "run.yaml"
+    place.write_text("limit: 3\nlimit: 4")
+    with pytest.raises(ConfigError, match=r"the key 'limit' stands twice in the YAML \(lines 1 and 2\)"):
+        parse(["--config", str(place)])
+
+
+def test_keys_that_only_look_alike_are_no_repetition(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "base: &base m\nsources: [{name: a, path: x, format: alpaca}, {name: a.b, path: x, format: alpaca}]\n"
+        "finetune: &tuned {epochs: 2, learning_rate: 1e-4}\nprepare: {max_tokens: 9}\n"
+        "select: {balance: [source], quotas: {a: 1, a.b: 2}}\n"
+    )
+    config = parse(["--config", str(file)])
+    assert config.select.quotas == {"a": 1, "a.b": 2}
+    assert config.finetune == FinetuneConfig(epochs=2, learning_rate=0.0001)
+
+
+def test_a_file_may_hold_what_another_command_needs(
+    tmp_path: Path, good: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same field on the command line is refused."""
+    (tmp_path / "run.yaml").write_text("{estimate: {price_per_device_hour: 2}, rank: {seed: 3}}")
+    config = parse(["--config", str(tmp_path / "run.yaml"), *words(good)])
+    check_inputs(config)
+    assert [record.getMessage() for record in caplog.records if "without effect" in record.message] == [
+        "without effect: estimate.price_per_device_hour (only --dry_run reckons with it); rank.seed (rank.order is "
+        "davir, not random)"
+    ]
+
+
+def test_a_chat_template_for_data_without_messages_is_one_line(
+    good: dict[str, str], fails: Fails, no_ray: None, tmp_path: Path
+) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    assert "chat_template is given" in fails(words(good | {"--chat_template": str(tmp_path / "chat.jinja")}))
+
+
+def test_nothing_is_trained_beside_a_reference(good: dict[str, str], fails: Fails, no_ray: None) -> None:
+    assert "nothing to train" in fails(words(good | {"--reference": good["--base"]}), finetune_only)
 
 
 def test_a_path_without_data_is_one_line(good: dict[str, str], fails: Fails, ray_session: None) -> None:
@@ -230,6 +293,8 @@ def test_a_rule_on_the_command_line_replaces_the_files(tmp_path: Path, given: li
     file.write_text("select: {top_fraction: 0.5}")
     assert parse(["--config", str(file), *given]).select == SelectConfig(min_score=-0.5)
     assert parse([*given, "--config", str(file)]).select == SelectConfig(min_score=-0.5)
+    assert parse(["--config", str(file), "--select", "{min_score: -0.5}"]).select == SelectConfig(min_score=-0.5)
+    assert parse(["--config", str(file), "--select.top_k", "null"]).select == SelectConfig(top_fraction=0.5)
     assert parse(["--config", str(file)]).select == SelectConfig(top_fraction=0.5)
 
 
@@ -249,11 +314,11 @@ def test_two_rules_on_the_command_line_are_refused_beside_a_file(tmp_path: Path)
             output="s3://bucket/rün",
             base="org/model",
             sources=[
-                Source("a", "x: y # z", "messages", messages_column="true"),
-                Source("1.5", ["p", "q"], "prompt_response", response_column="null"),
+                Source(name="a", path="x: y # z", format="messages", messages_column="true"),
+                Source(name="1.5", path=["p", "q"], format="prompt_response", response_column="null"),
             ],
             finetune=FinetuneConfig(learning_rate=2e-5, use_gpu=False),
-            rank=RankConfig("length", lowest=True, seed=3),
+            rank=RankConfig(order="length", lowest=True, seed=3),
             select=SelectConfig(min_score=float("-inf")),
             overwrite=True,
         ),

@@ -22,7 +22,6 @@ from davir_ray.config import (
     GenerateConfig,
     Part,
     PrepareConfig,
-    RankConfig,
     RunConfig,
     SelectConfig,
     Source,
@@ -31,6 +30,7 @@ from davir_ray.demo.world import PEOPLE, PLACES
 from davir_ray.errors import ConfigError, DataError, OutputError, TrainingError
 from davir_ray.manifest import Manifest
 from davir_ray.pipeline import rank_only, run_all
+from davir_ray.rank_options import RankOptions
 from davir_ray.storage import Location
 
 pytestmark = pytest.mark.slow
@@ -132,11 +132,8 @@ def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path) -> 
 
     # The same run ranked by chance. What the random arm trained on has not changed: it is not trained again.
     before = {path: path.stat().st_mtime_ns for path in output.glob("arms/random-*/scores/*")}
-    rank_only(
-        RunConfig(
-            output=str(planted / "run"), rank=RankConfig(order="random", seed=4), select=SelectConfig(top_k=SELECTED)
-        )
-    )
+    changes = {"rank.order": "random", "rank.seed": 4}
+    rank_only(RankOptions(output=str(planted / "run"), changes=changes))
     with pytest.raises(OutputError, match="--overwrite"):
         compare(settings(planted))
     compare(settings(planted, overwrite=True))
@@ -222,11 +219,11 @@ def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
     heldout.write_text(conversations(PLACES[:9], COUNTED) + conversations(PLACES[9:12], COUNTED.replace("7", "8")))
     asked = [{"instruction": f"How many {word}?"} for word in PLACES[12:16]]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
-    parts = [Part("counts", top_k=1), Part("shrugs", all=True, repeat=2)]
+    parts = [Part(source="counts", top_k=1), Part(source="shrugs", all=True, repeat=2)]
     run_all(
         RunConfig(
             output=str(tmp_path / "run"), base=str(make_checkpoint(0)), chat_template=str(template),
-            sources=[Source("counts", str(counts), "messages"), Source("shrugs", str(shrugs), "messages")],
+            sources=[Source(name=file.stem, path=str(file), format="messages") for file in (counts, shrugs)],
             prepare=PrepareConfig(max_tokens=128), finetune=RECIPE, select=SelectConfig(mixture=parts),
         )
     )  # fmt: skip

@@ -35,7 +35,7 @@ def test_a_whole_configuration_by_command_line() -> None:
         ({"seeds": 0}, "seeds is 0"),
         ({"heldout_format": None}, "heldout is given without heldout_format"),
         ({"heldout_format": "preference"}, "that of a response"),
-        ({"heldout_sources": [Source("a", "b", "alpaca")]}, "exactly one of the two"),
+        ({"heldout_sources": [Source(name="a", path="b", format="alpaca")]}, "exactly one of the two"),
         ({"generate": {"sources": ["gsm8k"]}}, "the held-out sources are alpaca"),
         ({"run": "s3://key:secret@host/run"}, "with a password in it"),
         ({"heldout": "s3://key:secret@host/data"}, "with a password in it"),

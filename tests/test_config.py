@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 
+from davir_ray import alignment_config, comparison_config, config, rank_options
+from davir_ray.alignment_config import AlignRunConfig
+from davir_ray.comparison_config import CompareConfig
 from davir_ray.config import (
+    EstimateConfig,
     FinetuneConfig,
     GenerateConfig,
+    OutputConfig,
     Part,
     PrepareConfig,
     RankConfig,
@@ -18,6 +23,10 @@ from davir_ray.config import (
     count_from_fraction,
 )
 from davir_ray.errors import ConfigError
+from davir_ray.models.generation import GeneratorSettings
+from davir_ray.models.scorer import ScorerSettings
+from davir_ray.stages.prepare import Preparation
+from davir_ray.stages.row_scoring import RowScoring
 
 OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (PrepareConfig, {"max_tokens": 1}, "prepare.max_tokens is 1"),
@@ -69,6 +78,23 @@ def test_defaults_are_valid_and_frozen(section: type) -> None:
         config.changed = 1
 
 
+SETTINGS = [
+    *(
+        found
+        for module in (config, alignment_config, comparison_config, rank_options)
+        for found in vars(module).values()
+        if dataclasses.is_dataclass(found) and found.__module__ == module.__name__
+    ),
+    Preparation, RowScoring, ScorerSettings, GeneratorSettings,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SETTINGS)
+def test_settings_are_given_by_name(section: Any) -> None:
+    """By position a value of the right type may land in a wrong field, and nobody sees it."""
+    assert all(field.kw_only for field in dataclasses.fields(section))
+
+
 @pytest.mark.parametrize("values", [{"name": " ", "path": "a"}, {"name": "a", "path": ""}, {"name": "a", "path": []}])
 def test_a_source_needs_a_name_and_a_path(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -77,7 +103,7 @@ def test_a_source_needs_a_name_and_a_path(values: dict[str, Any]) -> None:
 
 def test_source_names_are_unique() -> None:
     with pytest.raises(ConfigError, match="unique"):
-        RunConfig(sources=[Source("a", "x", "alpaca"), Source("a", "y", "gsm8k")])
+        RunConfig(sources=[Source(name="a", path="x", format="alpaca"), Source(name="a", path="y", format="gsm8k")])
 
 
 def test_exactly_one_selection_rule() -> None:
@@ -94,7 +120,7 @@ def test_min_score_has_no_meaning_for_a_random_order() -> None:
 
 def test_data_and_sources_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="both data and sources"):
-        RunConfig(data="x", format="alpaca", sources=[Source("a", "x", "alpaca")])
+        RunConfig(data="x", format="alpaca", sources=[Source(name="a", path="x", format="alpaca")])
 
 
 @pytest.mark.parametrize("given", [{"data": "x"}, {"format": "alpaca"}])
@@ -105,7 +131,7 @@ def test_data_needs_a_format_and_the_reverse(given: dict[str, Any]) -> None:
 
 def test_data_is_one_source_named_after_its_format() -> None:
     config = RunConfig(data=["x", "y"], format="gsm8k")
-    assert config.all_sources() == [Source("gsm8k", ["x", "y"], "gsm8k")]
+    assert config.all_sources() == [Source(name="gsm8k", path=["x", "y"], format="gsm8k")]
 
 
 @pytest.mark.parametrize(
@@ -134,11 +160,12 @@ def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows:
     ("select", "told"),
     [
         ({"quotas": {"a": 1}}, "quotas needs select.balance"),
+        ({"quotas": {7: 1}, "balance": ["source"]}, "a group of select.quotas is 7; it must be text"),
         ({"quotas": {"a": 0}, "balance": ["source"]}, "quotas of 'a' is 0"),
         ({"quotas": {"a": 1}, "balance": ["source"], "top_k": 1}, "top_k and quotas"),
-        ({"mixture": [Part("a", all=True)], "top_k": 1}, "top_k and mixture"),
-        ({"mixture": [Part("a", all=True)], "balance": ["source"]}, "leave select.balance out"),
-        ({"mixture": [Part("a", all=True), Part("a", top_k=1)]}, "given once"),
+        ({"mixture": [Part(source="a", all=True)], "top_k": 1}, "top_k and mixture"),
+        ({"mixture": [Part(source="a", all=True)], "balance": ["source"]}, "leave select.balance out"),
+        ({"mixture": [Part(source="a", all=True), Part(source="a", top_k=1)]}, "given once"),
         ({"length_edges": [32, 32]}, "length_edges"),
         ({"length_edges": [0, 32]}, "length_edges"),
         ({"length_edges": []}, "length_edges"),
@@ -154,18 +181,19 @@ def test_selections_that_contradict_themselves_are_refused(select: dict[str, Any
 @pytest.mark.parametrize("part", [{}, {"all": True, "top_k": 1}, {"top_k": 0}, {"all": True, "repeat": 0}])
 def test_a_part_of_a_mixture_has_exactly_one_rule(part: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="mixture of 'a'"):
-        Part("a", **part)
+        Part(source="a", **part)
 
 
-SOURCES = [Source("a", "x", "alpaca"), Source("b", "y", "gsm8k")]
+SOURCES = [Source(name="a", path="x", format="alpaca"), Source(name="b", path="y", format="gsm8k")]
 
 
 @pytest.mark.parametrize(
     "select",
     [
-        SelectConfig(mixture=[Part("a", all=True), Part("nobody", all=True)]),
+        SelectConfig(mixture=[Part(source="a", all=True), Part(source="nobody", all=True)]),
         SelectConfig(balance=["source"], quotas={"nobody": 3}),
         SelectConfig(balance=["source", "length"], quotas={"nobody/0-31": 3}),
+        SelectConfig(balance=["length", "source"], quotas={"0-31/nobody": 3}),
     ],
 )
 def test_a_selection_of_a_source_that_is_not_there_is_refused_at_once(select: SelectConfig) -> None:
@@ -177,7 +205,75 @@ def test_a_selection_of_a_source_that_is_not_there_is_refused_at_once(select: Se
 def test_groups_of_the_sources_that_are_there_are_taken() -> None:
     RunConfig(sources=SOURCES, select=SelectConfig(balance=["source", "length"], quotas={"a/0-31": 3}))
     RunConfig(sources=SOURCES, select=SelectConfig(balance=["length"], quotas={"0-31": 3}))
-    RunConfig(sources=SOURCES, select=SelectConfig(mixture=[Part("b", all=True)]))
+    RunConfig(sources=SOURCES, select=SelectConfig(mixture=[Part(source="b", all=True)]))
+
+
+@pytest.mark.parametrize("group", ["0-32", "a/0-32", "a"])
+def test_a_quota_of_a_range_of_lengths_that_is_none_is_refused_at_once(group: str) -> None:
+    balance: list[Any] = ["source", "length"] if "/" in group else ["length"]
+    config = RunConfig(select=SelectConfig(balance=balance, quotas={group: 3}, length_edges=[32, 99]))
+    with pytest.raises(ConfigError, match=f"has '{group}'.*the ranges are 0-31, 32-98, 99-"):
+        config.require_select()
+
+
+USED = {
+    "alpaca": (), "gsm8k": (), "messages": ("messages_column",),
+    "prompt_response": ("prompt_column", "response_column"),
+    "preference": ("prompt_column", "chosen_column", "rejected_column"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", USED)
+@pytest.mark.parametrize("column", [field.name for field in dataclasses.fields(Source) if "_column" in field.name])
+def test_a_column_that_the_format_does_not_read_is_refused(format: Any, column: str) -> None:
+    options: dict[str, Any] = {column: "mine"}
+    source = Source(name="a", path="x", format=format, **options)
+    if column in USED[format]:
+        source.check_columns()
+        return
+    with pytest.raises(ConfigError, match=f"{column} of source 'a' is 'mine', but the format {format}"):
+        source.check_columns()
+    if format != "preference":
+        with pytest.raises(ConfigError, match=column):
+            RunConfig(output="o", base="b", sources=[source]).require_input()
+        with pytest.raises(ConfigError, match=column):
+            CompareConfig(output="o", run="r", heldout_sources=[source]).require()
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", 8), ("lora_dropout", 0.1), ("lora_targets", "x")])
+def test_a_setting_of_an_adapter_needs_the_adapter(name: str, value: Any) -> None:
+    options = {"output": "o", "base": "b", "data": "d", "format": "alpaca"}
+    config = RunConfig(**options, finetune=FinetuneConfig(**{name: value}))
+    with pytest.raises(ConfigError, match=rf"finetune\.{name} is given, but finetune\.lora_rank is not"):
+        config.require_input()
+    RunConfig(**options, finetune=FinetuneConfig(**{name: value, "lora_rank": 4})).require_input()
+
+
+@pytest.mark.parametrize(
+    ("config", "unused"),
+    [
+        (RunConfig(rank=RankConfig(seed=3)), ["rank.seed"]),
+        (RunConfig(rank=RankConfig(order="random", seed=3)), []),
+        (RunConfig(select=SelectConfig(shuffle_seed=3)), ["select.shuffle_seed"]),
+        (RunConfig(select=SelectConfig(shuffle_seed=3, mixture=[Part(source="a", all=True)])), []),
+        (RunConfig(select=SelectConfig(length_edges=[9], balance=["source"])), ["select.length_edges"]),
+        (RunConfig(select=SelectConfig(length_edges=[9], balance=["length"])), []),
+        (RunConfig(estimate=EstimateConfig(device_tflops=1)), ["estimate.device_tflops"]),
+        (RunConfig(estimate=EstimateConfig(device_tflops=1), dry_run=True), []),
+        (RunConfig(finetune=FinetuneConfig(epochs=2, max_steps=9)), ["finetune.epochs"]),
+        (AlignRunConfig(), []),
+        (RunConfig(reference="r", finetune=FinetuneConfig(batch_size=9)), ["finetune.batch_size"]),
+        (RunConfig(reference="r"), []),
+        (CompareConfig(instructions_chat=True), ["instructions_chat"]),
+        (CompareConfig(instructions_chat=True, instructions="i"), []),
+        (CompareConfig(generate=GenerateConfig(max_new_tokens=9)), ["generate.max_new_tokens"]),
+        (CompareConfig(generate=GenerateConfig(max_new_tokens=9), instructions="i"), []),
+        (CompareConfig(generate=GenerateConfig(sources=["a"]), instructions="i"), ["generate.sources"]),
+        (CompareConfig(generate=GenerateConfig(sources=["a"]), measures=["exact_match"]), []),
+    ],
+)
+def test_what_changes_nothing_is_known(config: OutputConfig, unused: list[str]) -> None:
+    assert list(config.without_effect()) == unused
 
 
 @pytest.mark.parametrize(

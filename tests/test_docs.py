@@ -16,13 +16,13 @@ from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.cli import parse_as
 from davir_ray.comparison_config import CompareConfig
 from davir_ray.config import OutputConfig, RunConfig
+from davir_ray.rank_options import parse_rank
 from davir_ray.schema import COLUMNS, RejectReason, Status
 
 DOCUMENTS = [PACKAGE / "README.md", PACKAGE / "CONTRIBUTING.md", *sorted(PACKAGE.glob("*/README.md"))]
 GUIDE = PACKAGE / "jobs" / "README.md"
 SETTINGS: dict[str, type[OutputConfig]] = {
-    "score.py": RunConfig, "finetune.py": RunConfig, "rank.py": RunConfig, "align.py": AlignRunConfig,
-    "compare.py": CompareConfig,
+    "score.py": RunConfig, "finetune.py": RunConfig, "align.py": AlignRunConfig, "compare.py": CompareConfig,
 }  # fmt: skip
 
 
@@ -48,6 +48,8 @@ def test_the_documents_have_commands() -> None:
 def test_a_command_names_a_job_and_options_that_exist(document: Path, command: str, tmp_path: Path) -> None:
     words = shlex.split(command.replace("…", ""))
     assert (PACKAGE / words[1]).is_file(), command
+    if words[1] == "jobs/rank.py":
+        parse_rank(words[2:])
     settings = SETTINGS.get(Path(words[1]).name)
     if settings is None or "--help" in words:
         return
@@ -74,7 +76,10 @@ def test_a_configuration_parses_and_so_do_the_commands_in_its_head(name: str) ->
     assert commands(text)
     for command in commands(text):
         words = [str(PACKAGE / word) if word.startswith("jobs/configs/") else word for word in shlex.split(command)]
-        parse_as(SETTINGS[Path(words[1]).name], words[2:])
+        if words[1] == "jobs/rank.py":
+            parse_rank(words[2:])
+        else:
+            parse_as(SETTINGS[Path(words[1]).name], words[2:])
 
 
 @pytest.fixture(scope="module")

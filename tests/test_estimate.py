@@ -86,8 +86,8 @@ def test_memory_of_a_device_falls_with_the_workers_that_share_a_model(size: Mode
 
 def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
     found = Estimate(
-        DATA,
-        3,
+        data=DATA,
+        num_shards=3,
         finetune_flops=3.6e18,
         score_flops=7.2e18,
         checkpoint_bytes=2.5e9,
@@ -124,7 +124,7 @@ def write_rows(folder: Path, num_files: int, rows_a_file: int) -> None:
 @pytest.mark.parametrize("pattern", ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json"])
 def test_rows_of_small_files_are_counted(tmp_path: Path, pattern: str) -> None:
     write_rows(tmp_path / "data", 5, 300)
-    assert estimate_rows(list_files(Source("s", str(tmp_path / "data" / pattern), "alpaca"))) == 1500
+    assert estimate_rows(list_files(Source(name="s", path=str(tmp_path / "data" / pattern), format="alpaca"))) == 1500
 
 
 @pytest.mark.parametrize("pattern", ["*.parquet", "*.jsonl", "*.jsonl.gz"])
@@ -133,18 +133,18 @@ def test_rows_of_many_and_large_files_are_estimated(tmp_path: Path, pattern: str
     large = b"".join((tmp_path / "data" / "0.jsonl").read_bytes() for _ in range(20))
     (tmp_path / "data" / "large.jsonl").write_bytes(large)
     expected = 20 * 3000 + (60_000 if pattern == "*.jsonl" else 0)
-    found = estimate_rows(list_files(Source("s", str(tmp_path / "data" / pattern), "alpaca")))
+    found = estimate_rows(list_files(Source(name="s", path=str(tmp_path / "data" / pattern), format="alpaca")))
     assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_nothing_is_estimated_as_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
-    assert estimate_rows(list_files(Source("s", str(tmp_path), "alpaca"))) <= 1
+    assert estimate_rows(list_files(Source(name="s", path=str(tmp_path), format="alpaca"))) <= 1
 
 
 def test_real_data_hold_about_what_was_estimated(data_folder: Path, base_folder: Path) -> None:
-    preparation = Preparation(Checkpoint.find(str(base_folder)), PrepareConfig(max_tokens=1024))
-    source = Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca")
+    preparation = Preparation(base=Checkpoint.find(str(base_folder)), config=PrepareConfig(max_tokens=1024))
+    source = Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
     few = preview([source], preparation).data
     many = preview([source], preparation, num_records=3000).data
     assert few.num_rows == many.num_rows == 9229

@@ -27,7 +27,7 @@ def test_every_row_of_a_hostile_corpus_ends_once(base_folder: Path, reference_fo
         output=str(tmp_path / "run"),
         base=str(base_folder),
         reference=str(reference_folder),
-        sources=[Source("s", str(tmp_path / "data"), "alpaca")],
+        sources=[Source(name="s", path=str(tmp_path / "data"), format="alpaca")],
         max_bad_fraction=1,
         prepare=PrepareConfig(max_tokens=256, shard_rows=500),
         score=ScoreConfig(num_actors=2),

@@ -55,9 +55,13 @@ def test_help_shows_the_command_to_submit() -> None:
         ["likelihood", "--no_such", "1"],
         ["likelihood", "--rows", "0"],
         ["likelihood", "--json", "/no/such/folder/result.json"],
+        ["likelihood", "--data", "d", "--lengths", "[20]"],
+        ["likelihood", "--rows", "3", "--rows", "4"],
+        ["likelihood", "--random_init", "{model_type: llama, model_type: gpt2}"],
         ["ranking", "--rows", "many"],
         ["ranking", "--fraction", "2"],
         ["scaling", "--actors", "[0]"],
+        ["scaling", "--model", "m", "--random_init", "r"],
         ["scaling", "--shards_per_actor", "1"],
         ["sorting"],
     ],
@@ -72,6 +76,25 @@ def test_a_benchmark_tells_a_mistake_in_one_line(
         runpy.run_path(script, run_name="__main__")
     out, err = capsys.readouterr()
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("name", ["status.py", "verify.py", "demo.py"])
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--output", "a", "--output", "b"], "--output is given 2 times"),
+        (["--outp", "a", "--output", "b"], "--outp"),
+    ],
+)
+def test_a_job_with_options_of_its_own_takes_none_twice_and_none_cut_short(
+    name: str, argv: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(ROOT / "jobs" / name)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -19,10 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from davir_ray import schema
+from davir_ray.comparison import _preparation as prepare_heldout
+from davir_ray.comparison_config import CompareConfig
 from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfig, ScoreConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
+from davir_ray.finished import remembered
 from davir_ray.manifest import Manifest, differences
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
+from davir_ray.rank_options import RankOptions, parse_rank
 from davir_ray.status import status
 from davir_ray.storage import Location, read_parquet, write_parquet
 
@@ -36,16 +40,36 @@ TEXT_FIELDS = {"alpaca": ("instruction", "output"), "gsm8k": ("question", "answe
 
 def real_sources(data_folder: Path) -> list[Source]:
     return [
-        Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca"),
-        Source("gsm8k", str(data_folder / "gsm8k_train.jsonl.gz"), "gsm8k"),
+        Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca"),
+        Source(name="gsm8k", path=str(data_folder / "gsm8k_train.jsonl.gz"), format="gsm8k"),
     ]
 
 
 @pytest.fixture(scope="module")
-def config(data_folder: Path, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that is there once the code of the model of these tests has run."""
+    return tmp_path_factory.mktemp("ran") / "ran"
+
+
+@pytest.fixture(scope="module")
+def coded_base(base_folder: Path, ran: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with code of its own, without which it can be used, too."""
+    folder = tmp_path_factory.mktemp("coded") / "base"
+    shutil.copytree(base_folder, folder)
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(data_folder: Path, coded_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return RunConfig(
         output=str(tmp_path_factory.mktemp("chain") / "run"),
-        base=str(base_folder),
+        base=str(coded_base),
         sources=real_sources(data_folder),
         limit=LIMIT,
         max_bad_fraction=0.1,
@@ -457,13 +481,35 @@ def test_verify_finds_a_score_that_the_models_do_not_give(copied: RunConfig) -> 
         verify_only(str(copied.output), 300, 0)
 
 
-def test_verify_refuses_another_base(copied: RunConfig, base_folder: Path, tmp_path: Path) -> None:
+def test_verify_refuses_another_base(copied: RunConfig, coded_base: Path, tmp_path: Path) -> None:
     config = Path(str(copied.output), "config.yaml")
-    shutil.copytree(base_folder, tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text((base_folder / "config.json").read_text() + " ")
-    config.write_text(config.read_text().replace(str(base_folder), str(tmp_path / "other")))
+    shutil.copytree(coded_base, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text((coded_base / "config.json").read_text() + " ")
+    config.write_text(config.read_text().replace(str(coded_base), str(tmp_path / "other")))
     with pytest.raises(OutputError, match=r"other is not the base that the run was scored with \(config\.json"):
         verify_only(str(copied.output), 10, 0)
+
+
+def test_only_their_own_flag_lets_other_jobs_run_the_code_of_a_runs_model(copied: RunConfig, ran: Path) -> None:
+    """Whatever the run's configuration says, which somebody else may have written."""
+    run, file = Location.of(str(copied.output)), Path(str(copied.output), "config.yaml")
+    file.write_text(file.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    before = remembered(run)
+    assert before.trust_remote_code
+    heldout = CompareConfig(heldout_sources=copied.sources)
+
+    verify_only(str(run), 3, 0)
+    rank_only(RankOptions(output=str(run), changes={"select.top_k": 3}))
+    prepared = prepare_heldout(run, before, heldout)
+    assert not (prepared.base.trust_remote_code or ran.exists())
+
+    with pytest.raises(ModelError):  # the reference was saved without the code
+        verify_only(str(run), 3, 0, trust_remote_code=True)
+    assert ran.exists()
+    ran.unlink()
+    rank_only(RankOptions(output=str(run), changes={"select.top_k": 4}, trust_remote_code=True))
+    assert ran.exists()
+    assert prepare_heldout(run, before, replace(heldout, trust_remote_code=True)).base.trust_remote_code
 
 
 def test_a_flipped_byte_in_a_manifest_is_found(copied: RunConfig) -> None:
@@ -505,7 +551,7 @@ def test_another_order_ranks_again_without_a_flag(copied: RunConfig) -> None:
 
 def test_rank_only_needs_only_the_output(copied: RunConfig) -> None:
     before = snapshot(copied.output, "examples", "scores", "reference")
-    rank_only(RunConfig(output=copied.output, rank=RankConfig(order="rho_sum"), select=SelectConfig(top_k=3)))
+    rank_only(parse_rank(["--output", str(copied.output), "--rank.order", "rho_sum", "--select.top_k", "3"]))
     assert snapshot(copied.output, "examples", "scores", "reference") == before
     scores, selected = read_folder(copied.output, "scores"), read_folder(copied.output, "selected")
     order = np.lexsort((scores["example_id"], -scores["rho_sum"]))[:3]
@@ -521,7 +567,7 @@ def test_a_progress_file_that_cannot_be_written_ends_nothing(
     file = Path(str(copied.output), "progress.json")
     file.unlink()
     (file / "in the way").mkdir(parents=True)  # no file takes the place of a folder
-    rank_only(RunConfig(output=copied.output, select=SelectConfig(top_k=4)))
+    rank_only(RankOptions(output=str(copied.output), changes={"select.top_k": 4}))
     assert len(read_folder(copied.output, "selected")) == 4
     assert (Path(str(copied.output)) / "report.html").exists()
     told = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
@@ -532,9 +578,23 @@ def test_a_progress_file_that_cannot_be_written_ends_nothing(
     assert found.progress is None
 
 
+def test_ranking_again_begins_with_the_runs_own_order_and_filters(copied: RunConfig) -> None:
+    filters = SelectConfig(top_fraction=0.5, drop_duplicates=True, min_response_tokens=30)
+    run_all(replace(copied, rank=RankConfig(order="base_nll", lowest=True), select=filters))
+    rank_only(parse_rank(["--output", str(copied.output), "--select.top_k", "9"]))
+    scores, selected = read_folder(copied.output, "scores"), read_folder(copied.output, "selected")
+    scores = scores.sort_values(["base_nll", "example_id"]).drop_duplicates("content_hash")
+    scores = scores[scores["num_response_tokens"] >= 30]
+    assert selected["example_id"].tolist() == scores["example_id"].tolist()[:9]
+    last = remembered(Location.of(str(copied.output)))
+    assert (last.rank, last.select) == (
+        RankConfig(order="base_nll", lowest=True), replace(filters, top_fraction=None, top_k=9),
+    )  # fmt: skip
+
+
 def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no complete score stage"):
-        rank_only(RunConfig(output=str(tmp_path), select=SelectConfig(top_k=3)))
+        rank_only(RankOptions(output=str(tmp_path), changes={"select.top_k": 3}))
 
 
 # --- an outside reference --------------------------------------------------------------------------------------------

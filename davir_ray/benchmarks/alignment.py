@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _TEST_FILE = "hh_harmless_pairs_1k.jsonl.gz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AlignmentBenchmark:
     """Measure forward and backward of a batch of pairs against TRL's DPOTrainer: time, memory beyond the model's.
 
@@ -124,7 +124,7 @@ def _in_turn(
 
 def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.Table:
     """The first pairs that can be prepared, through the same door as in a run."""
-    source = Source("benchmark", data, "preference")
+    source = Source(name="benchmark", path=data, format="preference")
     reader = PairReader(Encoder(tokenizer, settings.max_tokens), None, keep_record=False)
     slices = [part for task in plan_tasks(list_files(source), 2**62) for part in task]
     pairs = (item for item in reader.read(source, slices, None) if not isinstance(item, Reject))

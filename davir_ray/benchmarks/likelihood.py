@@ -28,7 +28,7 @@ from davir_ray.models.speed import gemm_flops
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LikelihoodBenchmark:
     """Measure the likelihood kernel: share of the machine's own matrix rate, ratios to other ways, the Ray pipeline.
 
@@ -73,6 +73,8 @@ class LikelihoodBenchmark:
     def __post_init__(self) -> None:
         if self.model is not None and self.random_init is not None:
             raise ConfigError("both model and random_init are given; give at most one of the two")
+        if self.data is not None and self.lengths:
+            raise ConfigError("both data and lengths are given; give at most one of the two")
         least = {"rows": 1, "max_tokens": 2, "num_threads": 1, "repeats": 1}
         least |= {"reference_rows": 0, "training_rows": 0, "pipeline_shards": 0}
         for name, value in least.items():

@@ -83,7 +83,9 @@ def _bare_seconds(
     turns: int,
 ) -> float:
     """Median wall seconds of a shard, the first not counted."""
-    scorer = Scorer(base, reference, ScorerSettings(precision, tokens_per_pack, keep_token_nll="none"))
+    scorer = Scorer(
+        base, reference, ScorerSettings(precision=precision, tokens_per_pack=tokens_per_pack, keep_token_nll="none")
+    )
     table = as_shard(examples, 0).select(INPUT_COLUMNS)
     taken = []
     for turn in range(turns + 1):

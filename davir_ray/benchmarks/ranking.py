@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankingBenchmark:
     """Measure the ranking of generated scores: the first 6 % and all, against sort().limit() and sort() of Ray Data."""
 

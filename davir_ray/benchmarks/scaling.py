@@ -39,7 +39,7 @@ _ROWS = "rows.jsonl"
 _PATIENCE_S = 300.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScalingBenchmark:
     """Measure the scoring stage with 1, 2 and 4 actors over the same shards, and how soon a command scores.
 
@@ -74,6 +74,8 @@ class ScalingBenchmark:
     """Where the files are written, and removed at the end; every node must see it. None: a temporary folder."""
 
     def __post_init__(self) -> None:
+        if self.model is not None and self.random_init is not None:
+            raise ConfigError("both model and random_init are given; give at most one of the two")
         if not self.actors or min(self.actors) < 1:
             raise ConfigError(f"actors is {self.actors}; it must be numbers of at least 1")
         for name, least in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():

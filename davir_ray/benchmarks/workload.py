@@ -137,7 +137,7 @@ def _drawn(lengths: list[int], vocab_size: int) -> list[Example]:
 
 def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size: int, tokenizer: Any) -> list[Example]:
     """The first rows that can be scored, through the same door as in a run."""
-    source = Source("benchmark", data, data_format)
+    source = Source(name="benchmark", path=data, format=data_format)
     tasks = plan_tasks(list_files(source), 2**62)
     tokenizer = tokenizer or trained_tokenizer(data, vocab_size)
     reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)

@@ -179,7 +179,7 @@ def as_reject(record: Record, error: RowError) -> Reject:
     return Reject(record.source_file, record.source_row, error.reason, error.detail)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TaskReport:
     """What one task read and wrote; adds up over tasks."""
 

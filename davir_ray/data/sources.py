@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from davir_ray.config import Source
+from davir_ray.config import DEFAULT_SPLIT, Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.schema import RejectReason
@@ -54,7 +54,7 @@ _JSON = str(pa.json_())
 _CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceFile:
     """One file of a source. `relative_path` does not change when the source's root moves; example_id is made of it."""
 
@@ -150,6 +150,7 @@ class _Found(NamedTuple):
     root: str
     sizes: dict[str, int]
     is_datasets_folder: bool = False
+    has_splits: bool = False
 
 
 def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceFile]:
@@ -170,6 +171,11 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
         found = [_find(path, source.split, real) for path in paths]
         if any(one.fs != found[0].fs for one in found):
             raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
+        if source.split != DEFAULT_SPLIT and not any(one.has_splits for one in found):
+            raise DataError(
+                f"split of source {source.name!r} is {source.split!r}, but {source.path} has no splits; leave it out, "
+                "or give the files of that split"
+            )
         root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
         files = [_source_file(source, one, path, root) for one in found for path in one.sizes]
     for file in files:
@@ -307,7 +313,8 @@ def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
 def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
     """The Arrow files of what `save_to_disk` of a Dataset or a DatasetDict wrote; None if the folder is not such."""
     folder = root
-    if fs.exists(f"{root}/dataset_dict.json"):
+    has_splits = fs.exists(f"{root}/dataset_dict.json")
+    if has_splits:
         splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
         if split not in splits:
             raise DataError(f"{root} has no split {split!r}; set split to one of {', '.join(splits)}")
@@ -320,7 +327,9 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
         if fs.lexists(absent[0]):
             raise _dangling(absent[0])
         raise DataError(f"{absent[0]} does not exist, but {folder}/state.json names it; restore it")
-    return _Found(fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True)
+    return _Found(
+        fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True, has_splits=has_splits
+    )
 
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
@@ -394,7 +403,11 @@ def _hub_files(source: Source) -> list[SourceFile]:
         if layout is None:
             raise DataError(f"the hub's {name} holds {uri}, whose extension is not read; give {_ACCEPTED}")
         # The revision is left out: an unchanged row keeps its example_id when another file of the repository changes.
-        files.append(SourceFile(source.name, uri, _HUB_ROOT.sub("", uri), layout, num_bytes))
+        files.append(
+            SourceFile(
+                source=source.name, uri=uri, relative_path=_HUB_ROOT.sub("", uri), layout=layout, num_bytes=num_bytes
+            )
+        )
     return files
 
 

@@ -14,7 +14,7 @@ from davir_ray.storage import Location, read_parquet
 MEASURES = ("rho_sum", "rho_mean", "davir")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassShare:
     """One class's part of the whole set, of the selection and of a random selection of the same size."""
 

@@ -102,7 +102,7 @@ class World:
     sunday: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InstructionRow:
     """One row of the instruction set, with the truth that the scoring does not see."""
 
@@ -211,7 +211,17 @@ def _true_rows(
     for index in range(num_rows):
         prompt, people, truth = _ask(world, subject, 1 + index % MOST_PEOPLE, draw)
         response = _response(people, truth, draw)
-        rows.append(InstructionRow(prompt, response, planted, subject, people, truth, truth))
+        rows.append(
+            InstructionRow(
+                prompt=prompt,
+                response=response,
+                planted_class=planted,
+                subject=subject,
+                people=people,
+                answer=truth,
+                truth=truth,
+            )
+        )
     return rows
 
 
@@ -230,7 +240,17 @@ def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
             answers = shuffle_answers([truth for _, _, truth in asked], draw)
             for planted, (prompt, people, truth), answer in zip(classes, asked, answers, strict=True):
                 response = _response(people, answer, draw)
-                rows.append(InstructionRow(prompt, response, planted, subject, people, answer, truth))
+                rows.append(
+                    InstructionRow(
+                        prompt=prompt,
+                        response=response,
+                        planted_class=planted,
+                        subject=subject,
+                        people=people,
+                        answer=answer,
+                        truth=truth,
+                    )
+                )
     return rows
 
 

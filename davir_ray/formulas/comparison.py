@@ -85,7 +85,7 @@ class Outcome:
         return [Spread(float(self.by_seed.var(ddof=1)) / self.num_seeds, self.num_seeds - 1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """One arm minus another, on the same examples."""
 
@@ -120,10 +120,12 @@ class Panel:
         spreads = [*arm.spread(), *_spread_against(arm, against)]
         examples = _spread_of_examples(apart_E, arm.weights_E)
         return Difference(
-            mean,
-            _interval(self._replicates[name] - self._replicates[other], self._num_examples, spreads, self._seed),
-            _p_value(mean, [*examples, *spreads]),
-            _p_value(mean, examples),
+            mean=mean,
+            interval=_interval(
+                self._replicates[name] - self._replicates[other], self._num_examples, spreads, self._seed
+            ),
+            p=_p_value(mean, [*examples, *spreads]),
+            p_examples=_p_value(mean, examples),
         )
 
 

@@ -244,6 +244,11 @@ class Checkpoint:
                 return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())
+            if not self.trust_remote_code and "trust_remote_code" in reason:
+                raise ModelError(
+                    f"{self.uri} needs Python code that comes with it; read it, then add --trust_remote_code "
+                    "(in Python: trust_remote_code=True)"
+                ) from error
             raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
 
     def _folder(self, *, weights: bool = False) -> Path:

@@ -35,7 +35,7 @@ from davir_ray.models.training_set import Objective
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One global batch: one optimiser step."""
 
@@ -59,7 +59,12 @@ def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
         order = np.random.default_rng([seed, epoch]).permutation(num_examples)
         for start in range(0, num_examples, batch_size):
             step += 1
-            yield Batch(step, epoch, order[start : start + batch_size], start + batch_size >= num_examples)
+            yield Batch(
+                step=step,
+                epoch=epoch,
+                rows=order[start : start + batch_size],
+                ends_epoch=start + batch_size >= num_examples,
+            )
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int | None = None) -> int:
@@ -75,7 +80,7 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, total - warmup)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What a step tells the outside; the same on every rank."""
 

@@ -34,7 +34,7 @@ values grows to (16 GiB for 131072 tokens of an 8B Llama in bfloat16)."""
 Prompt = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GeneratorSettings:
     """What the texts depend on beside the model."""
 

@@ -38,7 +38,7 @@ TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
 """Token budget of a pack unless the settings say otherwise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pack:
     """Examples laid end to end, with the rows that predict their scored tokens."""
 

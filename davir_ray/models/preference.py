@@ -32,7 +32,7 @@ _DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "dpo_norm": 5.0}
 """Rafailov et al. 2023 and TRL; TRL; Tulu 3 (arXiv 2411.15124)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairSet:
     """Pairs in memory; both responses of a pair are in one pack, and the loss is the mean over pairs.
 

@@ -44,7 +44,7 @@ TokenNlls = list[npt.NDArray[np.float32] | None]
 """Nats of each scored token, for each example; None where it does not fit the device even alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScorerSettings:
     """What the numbers depend on beside the models."""
 

@@ -7,7 +7,7 @@ import torch
 from davir_ray.models.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """Counts of parameters, and the lengths that attention costs depend on."""
 

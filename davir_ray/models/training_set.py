@@ -62,7 +62,7 @@ _TRAINING_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSet:
     """All examples of a run in memory, as flat arrays: 4 bytes a token. The loss is of the response tokens."""
 

@@ -126,7 +126,7 @@ class Measured:
     """Held-out examples that are left out because a model has no value of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparisonInputs:
     """What the facts are made of."""
 

@@ -22,7 +22,7 @@ MEASURES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReportInputs:
     """What the report is made of.
 
@@ -56,7 +56,7 @@ class ReportInputs:
     mean_davir."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scored:
     """The rows that have a score, as columns of one length."""
 

@@ -75,6 +75,5 @@ class Choice:
     def _labels(self, table: pa.Table, dimension: str) -> npt.NDArray[np.str_]:
         if dimension == "source":
             return np.asarray(table["source"].to_pylist(), dtype=np.str_)
-        edges = self.config.length_edges
-        labels = np.array([f"{a}-{b - 1}" for a, b in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}-"])
-        return labels[np.searchsorted(edges, np.asarray(table["num_response_tokens"]), side="right")]
+        labels, tokens = np.array(self.config.length_ranges), np.asarray(table["num_response_tokens"])
+        return labels[np.searchsorted(self.config.length_edges, tokens, side="right")]

@@ -26,7 +26,7 @@ _TEXTS = pa.schema([EXAMPLES.field(name) for name in _TEXT_COLUMNS])
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Excerpts:
     """Rows in rank order, at most 20 at each place."""
 

@@ -43,11 +43,11 @@ def generate(
     prepared = require(source, "prepare")
     _check_model(model, base)
     settings = GeneratorSettings(
-        config.max_new_tokens,
-        pool.precision,
-        config.tokens_per_batch,
-        max(1, int(pool.num_cpus)),
-        _turn_end(base if model.is_adapter and base else model, chat_template),
+        max_new_tokens=config.max_new_tokens,
+        precision=pool.precision,
+        tokens_per_batch=config.tokens_per_batch,
+        num_threads=max(1, int(pool.num_cpus)),
+        turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
     )
     fingerprint = {
         "model": model.weights_digest() | (_of_base(base) if model.is_adapter and base else {}),
@@ -58,7 +58,15 @@ def generate(
     }
     if done := completed(run, "generate", fingerprint, overwrite=overwrite):
         return done
-    stream = Stream("generate", run, "generations", GENERATIONS, fingerprint, source / "examples", INPUT_COLUMNS)
+    stream = Stream(
+        stage="generate",
+        run=run,
+        folder="generations",
+        schema=GENERATIONS,
+        fingerprint=fingerprint,
+        examples=source / "examples",
+        columns=INPUT_COLUMNS,
+    )
     wanted = _of_sources(source, prepared.files_in("examples"), config.sources)
     arguments = {"model": model, "settings": settings, "base": base}
     filled = stream.fill(wanted, GenerateShard, arguments, pool, overwrite=overwrite, count_tokens=_num_new_tokens)

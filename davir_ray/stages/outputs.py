@@ -46,7 +46,7 @@ def prepare_instructions(
     The prompt is Stanford Alpaca's, or with `chat` a user's turn in the chat template. DataError if any instruction
     cannot be one: AlpacaEval wants all of them.
     """
-    source = Source(SOURCE, path, "messages" if chat else "alpaca")
+    source = Source(name=SOURCE, path=path, format="messages" if chat else "alpaca")
     preparation = replace(preparation, prompts_only=True, keep_record=True)
     return prepare(run, [source], preparation, max_bad_fraction=0, written=written, overwrite=overwrite)
 

@@ -43,7 +43,7 @@ _BYTES_PER_ROW = 256
 """A low guess at a source row's bytes on disk, to keep a large corpus below _MOST_SHARDS."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """Everything that the content of examples/ depends on, beside the sources."""
 
@@ -96,7 +96,7 @@ class _Limits(NamedTuple):
     """Of all sources, as they are stored."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a worker needs to know."""
 
@@ -139,7 +139,9 @@ def prepare(
     try:
         total = limits.total_bytes if preparation.limit is None else None  # how far a limit reaches, nobody knows
         with tallied(run, _before(done, total)) as tally:
-            report = _run(Work(run, reports, tasks, preparation, limits, tally), done)
+            report = _run(
+                Work(run=run, reports=reports, tasks=tasks, preparation=preparation, limits=limits, tally=tally), done
+            )
         _check_books(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
         note_attempt(run, TASKS, fingerprint, binding=False)  # mended data are other data

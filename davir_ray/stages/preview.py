@@ -61,10 +61,10 @@ def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
     columns = ("num_prompt_tokens", "num_response_tokens")
     prompt, scored = (sum(scale * sum(row[name] for row in rows) for _, scale, rows in sizes) for name in columns)
     return DataSize(
-        sum(num_rows for num_rows, _, _ in sizes),
-        round(sum(scale * len(rows) for _, scale, rows in sizes)),
-        round(prompt + scored),
-        round(scored),
+        num_rows=sum(num_rows for num_rows, _, _ in sizes),
+        num_examples=round(sum(scale * len(rows) for _, scale, rows in sizes)),
+        num_tokens=round(prompt + scored),
+        num_scored=round(scored),
     )
 
 

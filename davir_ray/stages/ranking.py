@@ -43,7 +43,7 @@ Collect = Callable[[Callable[[pa.Table], pa.Table], pa.Schema], pa.Table]
 """Makes a small table, with a schema, of each part of the rows; returns them together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cut:
     """Bins of the order: their boundaries and exact counts."""
 
@@ -130,7 +130,7 @@ def cut_rows(
         sampled = np.asarray(sample["key"]), np.asarray(sample["example_id"])
         boundary_keys, boundary_ids = ranking.boundaries(*sampled, num_bins)
     counts = np.zeros(len(boundary_keys) + 1, np.int64)
-    cut = Cut(config, boundary_keys, boundary_ids, counts, id_column)
+    cut = Cut(config=config, boundary_keys=boundary_keys, boundary_ids=boundary_ids, counts=counts, id_column=id_column)
     counted = collected(partial(_count, cut=cut), _COUNTED)
     np.add.at(counts, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
     return replace(cut, counts=counts)

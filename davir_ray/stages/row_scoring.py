@@ -36,7 +36,7 @@ _TOKEN_LOSSES = ["base_token_nll", "reference_token_nll"]
 _NOT_ADDED = ["example_id", "source"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowScoring:
     """What the scores of rows depend on."""
 

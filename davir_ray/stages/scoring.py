@@ -84,7 +84,15 @@ def _score(
     fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
     if done := completed(run, name, fingerprint, overwrite=overwrite):
         return done
-    stream = Stream(name, run, folder, SCORES, fingerprint, holder / "examples", INPUT_COLUMNS)
+    stream = Stream(
+        stage=name,
+        run=run,
+        folder=folder,
+        schema=SCORES,
+        fingerprint=fingerprint,
+        examples=holder / "examples",
+        columns=INPUT_COLUMNS,
+    )
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
     shards, rejects = prepared.files_in("examples"), prepared.counts["rejected"]
     filled = stream.fill(shards, ScoreShard, scorer, config, rejects=rejects, overwrite=overwrite)
@@ -102,7 +110,13 @@ def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> Scorer
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:
     """What one actor needs of the settings."""
     num_threads = max(1, int(config.num_cpus))
-    return ScorerSettings(config.precision, config.tokens_per_pack, num_threads, keep_token_nll, sample_share)
+    return ScorerSettings(
+        precision=config.precision,
+        tokens_per_pack=config.tokens_per_pack,
+        num_threads=num_threads,
+        keep_token_nll=keep_token_nll,
+        sample_share=sample_share,
+    )
 
 
 def _fingerprint(

@@ -70,7 +70,7 @@ class Totals:
         self.tokens += row["tokens"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The selected rows, cut into the files of selected/, and what lies beyond them in each group."""
 
@@ -192,15 +192,15 @@ def _plan(choice: Choice, files: list[FileEntry]) -> Plan:
     for before, row in pairwise(bins):
         starts.append(starts[-1] + before["rows"] if before["name"] == row["name"] else 0)
     return Plan(
-        choice,
-        groups,
-        sources,
-        [row["name"] for row in bins],
-        starts,
-        [row["rows"] for row in bins],
-        np.array([row["key"] for row in bins[1:]], np.uint64),
-        np.array([row["example_id"] for row in bins[1:]], np.int64),
-        last,
+        choice=choice,
+        groups=groups,
+        sources=sources,
+        files=[row["name"] for row in bins],
+        starts=starts,
+        rows=[row["rows"] for row in bins],
+        boundary_keys=np.array([row["key"] for row in bins[1:]], np.uint64),
+        boundary_ids=np.array([row["example_id"] for row in bins[1:]], np.int64),
+        last=last,
     )
 
 

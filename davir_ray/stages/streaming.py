@@ -57,7 +57,7 @@ from davir_ray.storage import (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """What becomes of shards: a file of the same name in a folder of a run, with one row for each example."""
 

@@ -48,7 +48,7 @@ _COUNTED = ("rows", "tokens", "rejects", "unscored", "retries")
 """Ray's metrics of a stage."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sums:
     """What all workers have told."""
 
@@ -107,7 +107,7 @@ class _Counts:
         told = Told(*(sum(column) for column in zip(Told(0), *self._told.values(), strict=True)))
         points = self._points if not self._points or self._points[-1] == self._last else [*self._points, self._last]
         throughput = {"seconds": [at for at, _ in points], "tokens": [float(tokens) for _, tokens in points]}
-        return Sums(told, self._retries, throughput, self._total)
+        return Sums(told=told, retries=self._retries, throughput=throughput, total=self._total)
 
 
 class Tally:

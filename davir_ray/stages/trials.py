@@ -45,7 +45,7 @@ ANSWERS = "answers"
 """In a trial: what its model answered to the instructions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trials of a comparison share."""
 
@@ -71,7 +71,7 @@ class Setting:
         return self.base.weights_digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One fine-tune and its measurement."""
 

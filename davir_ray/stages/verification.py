@@ -36,7 +36,7 @@ _DRAWN = pa.schema([("name", pa.string()), SCORES.field("example_id")])
 _SCORED = pa.schema([*map(SCORES.field, _SCORE_COLUMNS), *map(EXAMPLES.field, _TOKEN_COLUMNS)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """What re-scoring some rows one at a time in float32 found."""
 
@@ -160,14 +160,14 @@ def _compare(
     stored, plain = np.asarray(rows["davir"]), davir(base_nll, reference_nll)
     top_k = max(1, round(share * len(stored)))
     result = Verification(
-        num_files,
-        len(stored),
-        precision,
-        float(np.abs(stored - plain).max()),
-        float(worst.max()),
-        float(spearmanr(stored, plain).statistic) if len(set(stored.tolist())) > 1 else 1.0,
-        top_k,
-        len(set(_top(stored, top_k)) & set(_top(plain, top_k))) / top_k,
+        num_files=num_files,
+        num_rows=len(stored),
+        precision=precision,
+        largest_davir_difference=float(np.abs(stored - plain).max()),
+        largest_nll_difference=float(worst.max()),
+        rank_correlation=float(spearmanr(stored, plain).statistic) if len(set(stored.tolist())) > 1 else 1.0,
+        top_k=top_k,
+        overlap=len(set(_top(stored, top_k)) & set(_top(plain, top_k))) / top_k,
     )
     if not worst.max() <= _TOLERANCE[precision]:
         row = rows.slice(int(worst.argmax()), 1).to_pylist()[0]

@@ -38,7 +38,7 @@ def reader(tokenizer: PreTrainedTokenizerFast) -> ExampleReader:
 
 
 def read(reader: ExampleReader, path: Path) -> list[ExampleRow | Reject]:
-    source = Source("s", str(path), "alpaca")
+    source = Source(name="s", path=str(path), format="alpaca")
     return list(reader.read(source, [Slice(file) for file in list_files(source)], None))
 
 
@@ -90,7 +90,7 @@ JSON = st.recursive(
     )
 )
 def test_any_record_is_an_example_or_a_reject(reader: ExampleReader, fields: dict[str, object]) -> None:
-    source = Source("s", "unused", "alpaca")
+    source = Source(name="s", path="unused", format="alpaca")
     record = Record("f", 0, fields)
     (item,) = reader.convert(source, [record])
     check(item)

@@ -17,7 +17,7 @@ from davir_ray.data.sources import Reject, Slice, list_files
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import PAIRS, RejectReason
 
-SOURCE = Source("s", "x", "preference")
+SOURCE = Source(name="s", path="x", format="preference")
 CHATML = ChatTemplate(
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
@@ -317,7 +317,7 @@ def test_a_prompt_beside_messages_is_text_or_messages() -> None:
 
 
 def read(tokenizer: PreTrainedTokenizerFast, file: Path, max_tokens: int = 400) -> list[Pair | Reject]:
-    source = Source("s", str(file), "preference")
+    source = Source(name="s", path=str(file), format="preference")
     reader = PairReader(Encoder(tokenizer, max_tokens), None, keep_record=True)
     return list(reader.read(source, [Slice(one) for one in list_files(source)], None))
 

@@ -106,6 +106,16 @@ def test_a_dataset_written_by_save_to_disk(tmp_path: Path) -> None:
     assert read_path(tmp_path / "many", split="test") == [Record("test/data-00000-of-00001.arrow", 0, ROWS[4])]
     with pytest.raises(DataError, match=r"no split 'dev'; set split to one of train, test"):
         read_path(tmp_path / "many", split="dev")
+    with pytest.raises(DataError, match=r"split of source 's' is 'test', but .*one has no splits"):
+        read_path(tmp_path / "one", split="test")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "", "*.jsonl"])
+def test_a_split_of_files_that_have_none_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    assert len(read_path(tmp_path / name)) == 1
+    with pytest.raises(DataError, match="split of source 's' is 'test', but"):
+        read_path(tmp_path / name, split="test")
 
 
 @pytest.mark.parametrize("extension", PACK)
@@ -677,7 +687,7 @@ def test_what_the_hub_does_not_have_is_the_users_error() -> None:
 
 
 def some_file(name: str, num_bytes: int) -> SourceFile:
-    return SourceFile("s", f"/{name}", name, "jsonl", num_bytes)
+    return SourceFile(source="s", uri=f"/{name}", relative_path=name, layout="jsonl", num_bytes=num_bytes)
 
 
 @given(st.lists(st.integers(0, 100)), st.integers(1, 200))

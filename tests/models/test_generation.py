@@ -140,7 +140,7 @@ def test_an_adapter_is_switched_on(base_folder: Path, tmp_path: Path) -> None:
             if "lora_B" in name:
                 weight.normal_(0, 0.5)
     model.save_pretrained(tmp_path)
-    settings = GeneratorSettings(NEW, precision="float32")
+    settings = GeneratorSettings(max_new_tokens=NEW, precision="float32")
     found = Generator(Checkpoint.find(str(tmp_path)), settings, Checkpoint.find(str(base_folder))).generate(
         PROMPTS, ids_of(PROMPTS)
     )

@@ -167,7 +167,7 @@ def test_pyarrow_reads_what_was_written(used: Store, place: Location) -> None:
 def test_sources_are_found_and_read(place: Location) -> None:
     (place / "data" / "a.jsonl").write_text('{"instruction": "ü", "output": "x"}\n{\n')
     write_parquet(place / "data" / "b.parquet", pa.table({"instruction": ["q"], "output": ["a"]}))
-    files = list_files(Source("s", str(place / "data"), "alpaca"))
+    files = list_files(Source(name="s", path=str(place / "data"), format="alpaca"))
     assert [file.relative_path for file in files] == ["a.jsonl", "b.parquet"]
     assert [type(row).__name__ for file in files for row in read_records(Slice(file))] == ["Record", "Reject", "Record"]
 

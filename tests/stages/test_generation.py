@@ -35,10 +35,12 @@ def pool(num_actors: int = 1) -> ScoreConfig:
 def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("prepared") / "run"
     sources = [
-        Source("gsm8k", str(data_folder / "gsm8k_test.jsonl.gz"), "gsm8k"),
-        Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca"),
+        Source(name="gsm8k", path=str(data_folder / "gsm8k_test.jsonl.gz"), format="gsm8k"),
+        Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca"),
     ]
-    settings = Preparation(Checkpoint.find(str(base_folder)), PrepareConfig(max_tokens=512, shard_rows=8), limit=ROWS)
+    settings = Preparation(
+        base=Checkpoint.find(str(base_folder)), config=PrepareConfig(max_tokens=512, shard_rows=8), limit=ROWS
+    )
     prepare(Location.of(run), sources, settings, max_bad_fraction=1)
     return run
 
@@ -63,7 +65,7 @@ def test_the_texts_are_those_of_one_process_in_a_run_of_their_own(
     assert names == (source / "examples").names()
     assert len(names) >= 6
     assert not (run / "examples").exists()
-    alone = Generator(Checkpoint.find(str(base_folder)), GeneratorSettings(6, precision="float32"))
+    alone = Generator(Checkpoint.find(str(base_folder)), GeneratorSettings(max_new_tokens=6, precision="float32"))
     for name in names:
         found = read_parquet(run / "generations" / name)
         assert found.schema.remove_metadata().equals(GENERATIONS)
@@ -102,7 +104,7 @@ def test_only_the_sources_that_are_asked_for(prepared: Path, base_folder: Path, 
     run = Location.of(tmp_path / "run")
     with pytest.raises(ConfigError, match="'mbpp'; there are alpaca, gsm8k"):
         generate(run, model, GenerateConfig(sources=["mbpp"]), pool(), examples_of=source)
-    manifest = generate(run, model, GenerateConfig(1, sources=["gsm8k"]), pool(), examples_of=source)
+    manifest = generate(run, model, GenerateConfig(max_new_tokens=1, sources=["gsm8k"]), pool(), examples_of=source)
     rows = table_of(run, "generations").to_pylist()
     assert {row["source"] for row in rows} == {"gsm8k"}
     assert len(rows) == manifest.counts["examples"] == ROWS

@@ -45,7 +45,9 @@ def prepared(folder: Path, base: Path, rows: list[dict[str, Any]], **options: An
     run, file = Location.of(folder / "list"), folder / "instructions.json"
     file.write_text(json.dumps(rows))
     settings = Preparation(
-        Checkpoint.find(str(base)), PrepareConfig(max_tokens=128, shard_rows=8), **options.pop("settings", {})
+        base=Checkpoint.find(str(base)),
+        config=PrepareConfig(max_tokens=128, shard_rows=8),
+        **options.pop("settings", {}),
     )
     prepare_instructions(run, str(file), settings, **options)
     return run
@@ -58,7 +60,9 @@ def examples_of(run: Location) -> list[dict[str, Any]]:
 def test_every_instruction_once_in_order_as_alpaca_eval_reads_it(base_folder: Path, tmp_path: Path) -> None:
     source = prepared(tmp_path, base_folder, INSTRUCTIONS)
     model, run = Checkpoint.find(str(base_folder)), Location.of(tmp_path / "run")
-    generate(run, model, GenerateConfig(5), ScoreConfig(num_actors=2, precision="float32"), examples_of=source)
+    generate(
+        run, model, GenerateConfig(max_new_tokens=5), ScoreConfig(num_actors=2, precision="float32"), examples_of=source
+    )
     assert write_outputs(run, "tiny llama", examples_of=source).counts == {"outputs": len(INSTRUCTIONS)}
     text = (run / "outputs.json").read_bytes().decode()
     outputs = json.loads(text)
@@ -117,6 +121,12 @@ def test_the_texts_must_be_of_this_list(base_folder: Path, tmp_path: Path) -> No
     one = prepared(tmp_path / "one", base_folder, INSTRUCTIONS[:2])
     other = prepared(tmp_path / "other", base_folder, INSTRUCTIONS[:3])
     run = Location.of(tmp_path / "run")
-    generate(run, Checkpoint.find(str(base_folder)), GenerateConfig(1), ScoreConfig(num_actors=1), examples_of=one)
+    generate(
+        run,
+        Checkpoint.find(str(base_folder)),
+        GenerateConfig(max_new_tokens=1),
+        ScoreConfig(num_actors=1),
+        examples_of=one,
+    )
     with pytest.raises(OutputError, match="from other examples"):
         write_outputs(run, "m", examples_of=other)

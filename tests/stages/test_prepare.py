@@ -48,11 +48,11 @@ LINES: list[tuple[bytes, RejectReason | None]] = [
 
 def settings(base_folder: Path, **options: Any) -> Preparation:
     config = PrepareConfig(max_tokens=options.pop("max_tokens", MAX_TOKENS), shard_rows=options.pop("shard_rows", 2))
-    return Preparation(Checkpoint.find(str(base_folder)), config, **options)
+    return Preparation(base=Checkpoint.find(str(base_folder)), config=config, **options)
 
 
 def source(path: Path, form: Format = "alpaca", name: str = "s") -> Source:
-    return Source(name, str(path), form)
+    return Source(name=name, path=str(path), format=form)
 
 
 def table_of(run: Path, folder: str) -> pd.DataFrame:

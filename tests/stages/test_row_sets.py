@@ -85,7 +85,7 @@ def test_the_rows_do_not_depend_on_the_shards(make_scores: Any) -> None:
     assert found[0] == found[1]
 
 
-MIXTURE = [Part("alpaca", top_k=40), Part("gsm8k", all=True, repeat=2)]
+MIXTURE = [Part(source="alpaca", top_k=40), Part(source="gsm8k", all=True, repeat=2)]
 
 
 def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any) -> None:
@@ -115,7 +115,7 @@ def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any
 
 
 def test_the_full_set_of_a_mixture_has_all_of_its_sources_as_often_as_it_takes_them(make_scores: Any) -> None:
-    run = finished(make_scores, SelectConfig(mixture=[Part("gsm8k", top_k=5, repeat=3)]))
+    run = finished(make_scores, SelectConfig(mixture=[Part(source="gsm8k", top_k=5, repeat=3)]))
     manifest = write_set(run.place / "set", run, None, overwrite=False)
     gsm8k = np.flatnonzero(SOURCES == "gsm8k").tolist()
     assert sorted(ids_of(run.place / "set", "examples")) == sorted(gsm8k * 3)

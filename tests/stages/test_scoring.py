@@ -34,9 +34,9 @@ Score = Callable[[str, int], Location]
 
 
 def prepared_run(folder: Path, data_folder: Path, base_folder: Path, shard_rows: int) -> Location:
-    source = Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca")
+    source = Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
     base = Checkpoint.find(str(base_folder))
-    settings = Preparation(base, PrepareConfig(max_tokens=256, shard_rows=shard_rows), limit=ROWS)
+    settings = Preparation(base=base, config=PrepareConfig(max_tokens=256, shard_rows=shard_rows), limit=ROWS)
     prepare(Location.of(folder), [source], settings, max_bad_fraction=1)
     return Location.of(folder)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from davir_ray.config import Part, RankConfig, SelectConfig
+from davir_ray.config import Part, RankConfig, RunConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError
 from davir_ray.manifest import Manifest
 from davir_ray.stages import mixing, ranking, selection
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
 MakeScores = Callable[..., Location]
 ROWS = 240
-SOURCES = ("alpaca", "gsm8k", "third")
+SOURCES = ("org/alpaca", "gsm8k", "third")
 
 
 @pytest.fixture
@@ -150,11 +150,23 @@ def test_a_balanced_selection_has_the_groups_of_the_pool(run: Location, balance:
 
 def test_quotas_are_rows_of_each_group(run: Location) -> None:
     ranked = table_of(run, "ranked")
-    manifest = select(run, RankConfig(), SelectConfig(balance=["source"], quotas={"third": 7, "alpaca": 31}))
+    manifest = select(run, RankConfig(), SelectConfig(balance=["source"], quotas={"third": 7, "org/alpaca": 31}))
     expected = pd.concat(
-        [ranked[ranked["source"] == "third"][:7], ranked[ranked["source"] == "alpaca"][:31]]
+        [ranked[ranked["source"] == "third"][:7], ranked[ranked["source"] == "org/alpaca"][:31]]
     ).sort_values("rank")
     check(run, manifest, expected)
+
+
+@pytest.mark.parametrize("balance", [["source", "length"], ["length", "source"]])
+def test_quotas_of_a_source_whose_name_has_a_slash(run: Location, balance: list[Any]) -> None:
+    wanted = {"org/alpaca": 9, "gsm8k": 4}
+    quotas = {"/".join({"source": name, "length": "128-255"}[by] for by in balance): n for name, n in wanted.items()}
+    config = SelectConfig(balance=balance, quotas=quotas)
+    RunConfig(sources=[Source(name=name, path="x", format="alpaca") for name in SOURCES], select=config)
+    ranked = table_of(run, "ranked")
+    ranked = ranked[ranked["num_response_tokens"].between(128, 255)]
+    expected = pd.concat([ranked[ranked["source"] == name][:n] for name, n in wanted.items()]).sort_values("rank")
+    check(run, select(run, RankConfig(), config), expected)
 
 
 def test_tokens_are_shared_out_among_groups(run: Location) -> None:
@@ -183,7 +195,11 @@ def test_lowest_and_random_orders_are_grouped_too(run: Location) -> None:
 
 
 MIXTURE = SelectConfig(
-    mixture=[Part("alpaca", top_fraction=0.25), Part("gsm8k", all=True, repeat=3), Part("third", top_tokens=2000)],
+    mixture=[
+        Part(source="org/alpaca", top_fraction=0.25),
+        Part(source="gsm8k", all=True, repeat=3),
+        Part(source="third", top_tokens=2000),
+    ],
     jsonl=True,
 )
 
@@ -196,7 +212,7 @@ def test_a_mixture_takes_repeats_and_shuffles(run: Location) -> None:
     manifest = select(run, RankConfig(), MIXTURE)
     check(run, manifest, expected)
     mixture = table_of(run, "mixture")
-    repeats = expected["source"].map({"alpaca": 1, "gsm8k": 3, "third": 1})
+    repeats = expected["source"].map({"org/alpaca": 1, "gsm8k": 3, "third": 1})
     assert sorted(mixture["example_id"]) == sorted(expected["example_id"].repeat(repeats))
     assert len((run / "mixture").names()) > 1
     places = np.flatnonzero(mixture["source"] == "gsm8k")
@@ -204,7 +220,7 @@ def test_a_mixture_takes_repeats_and_shuffles(run: Location) -> None:
     ids = mixture["example_id"].to_numpy()
     assert (ids[1:] == ids[:-1]).mean() < 0.05, "copies of a row stand together"
     assert {row["source"]: row["repeat"] for row in manifest.details["sources"]} == {
-        "alpaca": 1,
+        "org/alpaca": 1,
         "gsm8k": 3,
         "third": 1,
     }
@@ -228,7 +244,7 @@ def test_a_mixture_again_is_the_same_bytes_and_another_seed_another_order(make_s
             record=["{}"] * 90,
         )
         rank(run, RankConfig())
-        parts = [Part("alpaca", all=True, repeat=2), Part("gsm8k", top_k=20)]
+        parts = [Part(source="alpaca", all=True, repeat=2), Part(source="gsm8k", top_k=20)]
         select(run, RankConfig(), SelectConfig(mixture=parts, shuffle_seed=seed))
         found.append(table_of(run, "mixture"))
     pd.testing.assert_frame_equal(found[0], found[1])
@@ -241,8 +257,8 @@ def test_a_mixture_again_is_the_same_bytes_and_another_seed_another_order(make_s
     [
         (SelectConfig(balance=["source"], quotas={"third": 200}), r"quotas of 'third' is 200, but only \d+ rows"),
         (SelectConfig(balance=["source"], quotas={"nobody": 1}), "quotas of 'nobody' is 1, but only 0"),
-        (SelectConfig(mixture=[Part("nobody", all=True)]), "no row of this source"),
-        (SelectConfig(mixture=[Part("third", top_k=200)]), r"top_k is 200, but only \d+"),
+        (SelectConfig(mixture=[Part(source="nobody", all=True)]), "no row of this source"),
+        (SelectConfig(mixture=[Part(source="third", top_k=200)]), r"top_k is 200, but only \d+"),
         (SelectConfig(top_k=240, drop_duplicates=True), r"top_k is 240, but only \d+ rows may be selected"),
         (SelectConfig(top_k=1, min_response_tokens=10**6), "leaves no row"),
     ],

@@ -55,11 +55,13 @@ LONG_STEPS = 25 * ROWS // 4
 
 
 def real_source(data_folder: Path) -> Source:
-    return Source("alpaca", str(data_folder / "alpaca_9k.jsonl.gz"), "alpaca")
+    return Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
 
 
 def settings(base_folder: Path) -> Preparation:
-    return Preparation(Checkpoint.find(str(base_folder)), PrepareConfig(max_tokens=256, shard_rows=10), limit=ROWS)
+    return Preparation(
+        base=Checkpoint.find(str(base_folder)), config=PrepareConfig(max_tokens=256, shard_rows=10), limit=ROWS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_f
 
 def finetune_copy(prepared: Path, base_folder: Path, target: Path, **options: Any) -> Manifest:
     shutil.copytree(prepared, target)
-    spec = scoring_spec(settings(base_folder), [Source("alpaca", "any", "alpaca")])
+    spec = scoring_spec(settings(base_folder), [Source(name="alpaca", path="any", format="alpaca")])
     return finetune(Location.of(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
 
 
