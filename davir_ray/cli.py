@@ -139,6 +139,9 @@ def new_parser(settings: type[Any], description: str) -> ArgumentParser:
     parser.add_argument("--debug", type=bool, default=False, help=DEBUG_HELP)
     parser.add_class_arguments(settings, as_group=False)
     _let_flags_stand_alone(parser)
+    for action in parser._actions:
+        if isinstance(action.metavar, str):  # jsonargparse takes back a space of its help by a control character
+            action.metavar = action.metavar.lstrip("\b")
     return parser
 
 
