@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from davir_ray.config import ScoreConfig
 from davir_ray.errors import ClusterError, ConfigError
 from davir_ray.manifest import Manifest
-from davir_ray.stages.cluster import pool_size, room_for
+from davir_ray.stages.cluster import LOG_LEVEL, NO_PROGRESS, actor_cpus, pool_size, room_for
 from davir_ray.stages.console import LOG_LEVEL
 from davir_ray.stages.streaming import Pool, plan_pool
 from davir_ray.storage import Location
@@ -42,6 +42,14 @@ from davir_ray.config import ScoreConfig
 rows = ray.data.from_items([{"prompt": "Count.", "response": "one two"}] * 8)
 scored = davir_ray.score(rows, base=sys.argv[1], reference=sys.argv[2], config=ScoreConfig(num_gpus=0.5))
 print(sum(row["status"] == "ok" for row in scored.take_all()))
+"""
+
+ON_ONE_CPU = """
+import sys, ray
+from davir_ray.cli import parse
+from davir_ray.pipeline import run_all
+ray.init("local", num_cpus=1, include_dashboard=False)
+run_all(parse(sys.argv[1:]))
 """
 
 
@@ -90,6 +98,18 @@ def test_one_actor_to_a_gpu_unless_fractions_are_asked_for(cluster_of: Any) -> N
     assert plan_pool(ScoreConfig(num_gpus=0)) == Pool(11, 11, 11)
 
 
+def test_one_cpu_has_room_for_an_actor_and_for_what_reads_and_writes(cluster_of: Any) -> None:
+    cluster_of([{"CPU": 1.0}])
+    assert plan_pool(ScoreConfig()) == Pool(1, 1, 1)
+    assert 2 * actor_cpus(1.0) <= 1
+    with pytest.raises(ClusterError, match=r"2 actors of 0\.5 CPUs.*lower score\.num_actors"):
+        plan_pool(ScoreConfig(num_actors=2))
+    with pytest.raises(ClusterError, match=r"1 actors of 2 CPUs.*score\.num_cpus"):
+        plan_pool(ScoreConfig(num_cpus=2))
+    cluster_of([{"CPU": 1.0}, {"CPU": 1.0}])
+    assert actor_cpus(1.0) == 1.0
+
+
 def test_a_pool_that_grows_begins_with_what_fits(cluster_of: Any) -> None:
     cluster_of([{"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}])
     assert plan_pool(ScoreConfig(autoscale=[1, 16])) == Pool(1, 16, 2)
@@ -109,6 +129,27 @@ def test_a_wrong_range_is_refused(wrong: list[int]) -> None:
 def test_a_number_and_a_range_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="one of the two"):
         ScoreConfig(autoscale=[1, 2], num_actors=1)
+
+
+@pytest.mark.slow
+def test_one_cpu_runs_the_whole_chain_with_the_defaults(
+    data_folder: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    options = {
+        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 40, "prepare.shard_rows": 16,
+        "base": base_folder, "reference": reference_folder, "max_bad_fraction": 0.1, "output": tmp_path / "run",
+        "select.top_k": 5, "score.no_progress_timeout_s": 120,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ended = subprocess.run(
+        [sys.executable, "-c", ON_ONE_CPU, *words],
+        env=kept | {NO_PROGRESS: "120"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    manifest = Manifest.read(Location.of(tmp_path / "run"), "select")
+    assert manifest is not None
+    assert manifest.counts["selected"] == 5
 
 
 @pytest.mark.slow
