@@ -87,7 +87,6 @@ def compare(config: CompareConfig) -> Location:
     preparation = _preparation(run, before, config)
     _check_output(run, output)
     with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
-        (output / "manifests" / f"{_STAGE}.json").remove()
         prepare(
             output / HELDOUT,
             config.all_heldout(),
@@ -218,7 +217,10 @@ def _check_answers(heldout: Location, sources: list[str]) -> None:
 
 
 def _tell(output: Location, done: int, total: int) -> None:
-    Progress("compare", unit="arms", done=done, total=total).write(output)
+    (
+        output / "manifests" / f"{_STAGE}.json"
+    ).remove()  # the report is written again, also where nothing is to be trained
+    Progress(_STAGE, unit="arms", done=done, total=total).write(output)
 
 
 @dataclass(frozen=True, kw_only=True)
