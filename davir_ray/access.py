@@ -157,7 +157,7 @@ def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:
         if "://" in uri and bucket not in seen:
             seen.add(bucket)
             with translated(uri, error_class):
-                _in_time(partial(_list, uri))
+                in_time(partial(_list, uri))
 
 
 def probe_output(run: Location) -> None:
@@ -190,7 +190,7 @@ def _absent_folders(place: Location) -> list[Path]:
 
 def _step(run: Location, verb: str, work: Callable[[], None]) -> None:
     try:
-        _in_time(work)
+        in_time(work)
     except _LOCATION_ERRORS as error:
         raise OutputError(f"output {run} cannot be {verb}: {explain(error, run)}") from error
 
@@ -217,7 +217,8 @@ def _quick(place: Location) -> Location:
     return Location(fs, place.path)
 
 
-def _in_time(work: Callable[[], None]) -> None:
+def in_time(work: Callable[[], object]) -> None:
+    """Do something; TimeoutError if it takes longer than a probe may."""
     raised: list[BaseException] = []
 
     def run() -> None:

@@ -45,12 +45,57 @@ HEAD, which has no body, by no name. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS come fi
 _THREADS = 32
 """Requests at a time where many files are looked at: they wait for the store, not for this process."""
 
+DANGLING = "dangling link"
+CYCLE = "link to a folder that it lies in"
+"""Types of an entry of a local listing, beside fsspec's `file`, `directory` and `other`."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a small text file begins that Git LFS left in place of one that it has not downloaded."""
+
+LFS_POINTER_BYTES = 1024
+"""A pointer is smaller, by the specification."""
+
+
+class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """The local file system, where a link is what it points to in listings, too: fsspec calls it `other` there.
+
+    Folders that are links are entered, but for one that the link lies in, by its path or any link in it: what it holds
+    would be listed without end. What cannot be listed is an error; fsspec takes it for empty.
+    """
+
+    def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is known of a path, or of an entry of a listing."""
+        if not (isinstance(path, os.DirEntry) and path.is_symlink()):
+            return dict(super().info(path, **kwargs))
+        try:
+            found = dict(super().info(path.path, **kwargs))
+        except OSError:  # it points to nothing, to itself, or to where this user may not look
+            return {**super().info(path, **kwargs), "type": DANGLING}
+        if found["type"] == "directory":
+            target = os.path.realpath(path.path)
+            if any(os.path.realpath(folder) == target for folder in Path(path.path).parents):
+                found["type"] = CYCLE
+        return found
+
+    def walk(
+        self, path: str, maxdepth: int | None = None, topdown: bool = True, on_error: Any = None, **kwargs: Any
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """Folders below a path and what is in them; empty if there is no folder."""
+        yield from super().walk(path, maxdepth, topdown, on_error or _raise_unless_absent, **kwargs)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
 
 def file_system(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URI, and the path in it. Only S3's patience with a throttling store is ours."""
+    """The file system of a path or URI, and the path in it. Ours are S3's patience with a throttling store, and links
+    of the local one.
+    """
     own = uri.startswith(_S3) and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys()
     fs, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if own else {}))
-    return fs, str(path)
+    return LinkedFileSystem() if type(fs) is LocalFileSystem else fs, str(path)
 
 
 class Stored(NamedTuple):
@@ -156,8 +201,9 @@ class Location:
         self.write_bytes(text.encode())
 
     def remove(self) -> None:
-        """Delete the file or folder, if it is there."""
-        if self.exists():
+        """Delete the file or folder, if it is there; of a link the link, never what it points to."""
+        self.fs.invalidate_cache()
+        if self.fs.lexists(self.path):
             self.fs.rm(self.path, recursive=True)
 
     def put_folder(self, local: Path, last: Collection[str] = ()) -> list["FileEntry"]:
@@ -255,14 +301,14 @@ def file_digest(place: Location) -> str:
     """What changes when a file's content does: SHA-256 of a local file, the store's etag of a remote one."""
     if place.is_local:
         stat = Path(place.path).stat()
-        return _local_digest(place.path, stat.st_size, stat.st_mtime_ns)
+        return _local_digest(place.path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     num_bytes, mark = _stored(place.fs.info(place.path))
     return content_digest(place) if mark is None else f"{num_bytes}-{mark}"
 
 
 @lru_cache(maxsize=4096)
-def _local_digest(path: str, num_bytes: int, mtime_ns: int) -> str:
-    """SHA-256 of a local file, computed again only where size or time of change differ."""
+def _local_digest(path: str, *_: int) -> str:
+    """SHA-256 of a local file, computed again only where the file behind the path, its size or its times differ."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -280,14 +326,15 @@ def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Resu
 
 
 def remove_leftovers(folder: Location) -> None:
-    """Delete what dead attempts left unfinished in a folder and below it: nobody else may be writing there.
+    """Delete what dead attempts left unfinished in a folder and below it: nobody else may be writing there. Folders
+    that are links are not entered: others may be writing to theirs.
 
     Of object storage, parts of uploads that were never completed: no listing of objects shows them, every bill does.
     """
     if folder.is_local:
         for path in sorted(Path(folder.path).rglob(f"{TEMPORARY}*")):
             log.info("removing %s, left by an attempt that died", path)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     elif "s3" in folder.fs.protocol:
         bucket, _, prefix = folder.path.partition("/")
         try:

@@ -29,7 +29,7 @@ from davir_ray.access import explain
 from davir_ray.config import Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
-from davir_ray.storage import file_system
+from davir_ray.storage import CYCLE, DANGLING, LFS_POINTER, file_system
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,9 @@ def list_files(source: Source) -> list[SourceFile]:
 
     A path is relative to the folder given, to a glob's fixed part, to a file's folder; for a list, to what these have
     in common; for a hub name, to the repository. In folders and globs, names that begin with a dot or an underscore
-    are skipped, and other extensions too, with a warning. Raises DataError where nothing is found.
+    are skipped, and other extensions too, with a warning. A link is what it points to, under its own path; one that
+    leads back to a folder that it lies in is not entered, with a warning. Raises DataError where nothing is found, and
+    for a link that points to nothing.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     if isinstance(source.path, str) and _looks_like_hub_name(source.path):
@@ -178,8 +180,11 @@ def _find(path: str, split: str) -> _Found:
         if not fs.exists(stripped):
             if _MAGIC.search(stripped):
                 return _find_glob(fs, stripped)
+            if fs.lexists(stripped):
+                raise _dangling(stripped)
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
         if fs.isdir(stripped):
+            stripped = _snapshot(fs, stripped)
             return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped)
         if _layout(stripped) is None:
             raise DataError(f"{path} has an extension that is not read; give {_ACCEPTED}")
@@ -188,6 +193,26 @@ def _find(path: str, split: str) -> _Found:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
         raise DataError(f"{path} cannot be listed: {explain(error, path)}") from error
+
+
+def _snapshot(fs: Any, folder: str) -> str:
+    """The snapshot in a folder of the hub's cache, datasets--org--name; any other folder as it is."""
+    if not (posixpath.basename(folder).startswith("datasets--") and fs.isdir(f"{folder}/snapshots")):
+        return folder
+    snapshots = sorted(fs.ls(f"{folder}/snapshots", detail=False))
+    if len(snapshots) != 1:
+        names = ", ".join(map(posixpath.basename, snapshots)) or "none"
+        raise DataError(
+            f"{folder} is a cache of {len(snapshots)} revisions ({names}); give {folder}/snapshots/REVISION"
+        )
+    return str(snapshots[0])
+
+
+def _dangling(path: str) -> DataError:
+    return DataError(
+        f"{path} is a link to {os.readlink(path)}, which is not there or may not be read; restore that or remove the "
+        "link"
+    )
 
 
 def _find_folder(fs: Any, root: str) -> _Found:
@@ -214,16 +239,26 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
         return None
     state = json.loads(fs.cat_file(f"{folder}/state.json"))
     paths = [f"{folder}/{entry['filename']}" for entry in state["_data_files"]]
+    if absent := [path for path in paths if not fs.exists(path)]:
+        if fs.lexists(absent[0]):
+            raise _dangling(absent[0])
+        raise DataError(f"{absent[0]} does not exist, but {folder}/state.json names it; restore it")
     return _Found(fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True)
 
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
     """Path → bytes of the files with an extension that is read; the others are counted in a warning."""
-    visible = {
+    shown = {
         path: info
         for path, info in infos.items()
-        if info["type"] == "file" and not any(part[:1] in (".", "_") for part in _relative(path, root).split("/"))
+        if not any(part[:1] in (".", "_") for part in _relative(path, root).split("/"))
     }
+    for path, info in shown.items():
+        if info["type"] == DANGLING:
+            raise _dangling(path)
+        if info["type"] == CYCLE:
+            logger.warning("%s is a link to a folder that it lies in, and is not entered", path)
+    visible = {path: info for path, info in shown.items() if info["type"] == "file"}
     kept = {path: _size(info) for path, info in visible.items() if _layout(path) is not None}
     skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in visible if path not in kept)
     counts = ", ".join(f"{count} {extension}" for extension, count in sorted(skipped.items()))
@@ -249,7 +284,7 @@ def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceF
 
 
 def _looks_like_hub_name(path: str) -> bool:
-    return bool(_HUB_NAME.fullmatch(path)) and _layout(path) is None and not os.path.exists(path)
+    return bool(_HUB_NAME.fullmatch(path)) and _layout(path) is None and not os.path.lexists(path)
 
 
 def _hub_files(source: Source) -> list[SourceFile]:
@@ -410,6 +445,8 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     layout, uri = piece.file.layout, piece.file.uri
     if not stream.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes")])
+    if stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+        raise DataError(f"{uri} is a Git LFS pointer, not data; run git lfs pull where it was cloned")
     if layout == "parquet":
         return _parquet_rows(stream, piece.row_groups)
     if layout == "arrow":

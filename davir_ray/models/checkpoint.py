@@ -6,9 +6,11 @@ found, in the driver, and comes to each node once; then it is loaded from the no
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +19,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from davir_ray.access import translated
+from davir_ray.access import PATIENCE_S, in_time, translated
 from davir_ray.config import FinetuneConfig
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_adapter
 from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
-from davir_ray.storage import Location, digest, file_digest
+from davir_ray.storage import LFS_POINTER, LFS_POINTER_BYTES, Location, digest, file_digest
 
 SPEC_FILE = "scoring_spec.json"
 """Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
@@ -62,18 +64,24 @@ class Checkpoint:
 
         ModelError if it is none of these, or lacks what is needed to load it.
         """
-        uri = uri.removeprefix("hf://")
+        is_hub, uri = uri.startswith("hf://"), uri.removeprefix("hf://").removeprefix("file://")
         if "://" in uri:
             with translated(uri, ModelError):
                 files = store_files(Location.of(uri))
             return cls._elsewhere(uri, None, trust_remote_code, files)
         path = Path(uri).expanduser()
         name, _, revision = uri.partition("@")
-        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            if path.is_symlink() and not path.exists():
+                raise ModelError(f"{path} is a link to {path.readlink()}, which is not there; correct path or link")
             folder = path.resolve()
             names = _names_in(folder)
             _check_names(str(folder), names)
-            return cls(str(folder), None, trust_remote_code, _is_adapter(names))
+            found = cls(str(folder), None, trust_remote_code, _is_adapter(names))
+            found._check_files()
+            return found
+        if path.parent != Path() and path.parent.is_dir() and not (is_hub or revision):
+            _look_up_first(path)
         commit = resolve(name, revision or None)
         return cls._elsewhere(name, commit, trust_remote_code, repository_files(name, commit))
 
@@ -84,8 +92,22 @@ class Checkpoint:
         names = {file.name for file in files}
         _check_names(uri, names)
         found = cls(uri, commit, trust_remote_code, _is_adapter(names), files)
-        found._weights(found._folder())  # ModelError now rather than in every worker
+        found._check_files()
         return found
+
+    def _check_files(self) -> None:
+        """ModelError now rather than in every worker where weights are missing, or Git LFS left pointers to files."""
+        folder = self._folder()
+        if not self.is_hub_name:  # the hub tells the sizes of the files themselves
+            sizes = {file.name: file.bytes for file in self.files if _is_read(file.name)}
+            sizes = sizes or {name: (folder / name).stat().st_size for name in _names_in(folder) if _is_read(name)}
+            for name in (name for name, num_bytes in sizes.items() if num_bytes < LFS_POINTER_BYTES):
+                here = folder / name
+                with translated(self.uri, ModelError):
+                    content = Location.of(here if here.exists() else f"{self.uri}/{name}").read_bytes()
+                if content.startswith(LFS_POINTER):
+                    raise ModelError(f"{self.uri}: {name} is a Git LFS pointer; run git lfs pull where it was cloned")
+        self._weight_names(folder)
 
     def config(self) -> Any:
         """The model's configuration, without its weights."""
@@ -93,7 +115,22 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
-        tokenizer = self._load(AutoTokenizer)
+        names = {file.name for file in self.files} or _names_in(self._folder())
+        try:
+            tokenizer, problem = self._load(AutoTokenizer), None
+        except ModelError as error:
+            tokenizer, problem = None, error
+        # Without its files transformers (5.23) fails, or makes up an empty vocabulary, in which text has no tokens.
+        # Tokenizers of bytes need none.
+        needed = set(getattr(tokenizer, "vocab_files_names", {}).values())
+        is_made_up = (tokenizer is None or needed) and needed.isdisjoint(names)
+        if is_made_up and not any(_is_vocabulary(name) for name in names):
+            raise ModelError(
+                f"{self.uri} has no tokenizer (tokenizer.json, or the vocabulary that it is made from); copy the "
+                "tokenizer's files of the model that it was trained from into it"
+            ) from problem
+        if problem is not None:
+            raise problem
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
         return tokenizer
@@ -128,13 +165,17 @@ class Checkpoint:
             attach_adapter(base, str(self._folder(weights=True)))
 
     def weights_digest(self) -> dict[str, str]:
-        """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name."""
+        """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name.
+
+        ModelError where a file of the weights is missing: the digest would be that of other models, too.
+        """
         if self.is_hub_name:
             return {"commit": str(self.revision)}
         if self.files:
             return {file.name: file.digest for file in self.files if _is_content(file.name)}
-        place = Location.of(self.uri)
-        return {name: file_digest(place / name) for name in place.names() if _is_content(name)}
+        folder = Path(self.uri)
+        names = {*filter(_is_content, _names_in(folder)), *self._weight_names(folder)}
+        return {name: file_digest(Location.of(folder / name)) for name in sorted(names)}
 
     def spec(self) -> dict[str, Any] | None:
         """The scoring spec that came with a reference, if it has one."""
@@ -170,7 +211,10 @@ class Checkpoint:
                 )
             return folder
         folder = self._fetch([file for file in self.files if _is_description(file.name, self.trust_remote_code)])
-        return self._fetch(self._weights(folder)) if weights else folder
+        if not weights:
+            return folder
+        wanted = self._weight_names(folder)
+        return self._fetch([file for file in self.files if file.name in wanted])
 
     def _fetch(self, wanted: list[RemoteFile]) -> Path:
         with quiet():
@@ -178,20 +222,27 @@ class Checkpoint:
                 return fetch_from_hub(self.uri, self.revision, wanted)
             return fetch_from_store(Location.of(self.uri), self.files, wanted)
 
-    def _weights(self, folder: Path) -> list[RemoteFile]:
-        """The files that transformers would read the weights from: of several formats in a repository, one."""
-        files = {file.name: file for file in self.files}
+    def _weight_names(self, folder: Path) -> list[str]:
+        """The files that transformers would read the weights from: of several formats in a repository, one.
+
+        ModelError if one of them is missing.
+        """
+        listed = {file.name for file in self.files}
+
+        def is_there(name: str) -> bool:
+            return name in listed if listed else (folder / name).is_file()
+
         names = [ADAPTER_WEIGHTS if self.is_adapter else _SINGLE]
-        if names[0] not in files and _INDEX in files:
+        if not is_there(names[0]) and is_there(_INDEX):
             try:
                 names = sorted(set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{self.uri} has an index of weights, {_INDEX}, that cannot be read") from error
-        if absent := [name for name in names if name not in files]:
+        if absent := [name for name in names if not is_there(name)]:
             raise ModelError(
                 f"{self.uri} has no {absent[0]}, which its weights are read from; save it with safetensors"
             )
-        return [files[name] for name in names]
+        return names
 
 
 @contextmanager
@@ -211,7 +262,30 @@ def _names_in(folder: Path) -> set[str]:
         raise ModelError(
             f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model"
         )
-    return {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    for name in sorted(names):
+        if (_is_read(name) or not Path(name).suffix) and not (folder / name).exists():  # without one it may be a folder
+            raise ModelError(
+                f"{folder / name} is a link to {os.readlink(folder / name)}, which is not there or may not be read; "
+                "restore that, or download or copy the model again"
+            )
+    return names
+
+
+def _look_up_first(path: Path) -> None:
+    """Ask the hub, a few seconds at most, for a name in a folder that is here; ModelError that tells of both if it
+    does not have it.
+    """
+    name = path.as_posix()
+    try:
+        in_time(partial(resolve, name, None))
+    except (ModelError, TimeoutError) as error:
+        siblings = sorted(one.name for one in path.parent.iterdir() if one.is_dir())
+        there = f"has {', '.join(siblings[:10])}" if siblings else "has no folder"
+        raise ModelError(
+            f"{path.absolute()} is no folder ({path.parent} {there}), and as the name of a model of the hub: "
+            f"{f'no answer in {PATIENCE_S:g} seconds' if isinstance(error, TimeoutError) else error}"
+        ) from error
 
 
 def _check_names(uri: str, names: set[str]) -> None:
@@ -222,7 +296,8 @@ def _check_names(uri: str, names: set[str]) -> None:
     if ADAPTER_CONFIG in names:  # transformers would load the adapter, on the model that it names, and not the weights
         raise ModelError(f"{uri} has both the weights of a model and {ADAPTER_CONFIG}; keep one of them in a folder")
     if "config.json" not in names:
-        raise ModelError(f"{uri} has no config.json, so it is no checkpoint; name the folder that holds it")
+        inside = " (in the hub's cache: snapshots/REVISION)" if "snapshots" in names else ""
+        raise ModelError(f"{uri} has no config.json, so it is no checkpoint; name the folder that holds it{inside}")
     if not any(name.endswith(_WEIGHTS) for name in names):
         raise ModelError(f"{uri} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
 
@@ -233,6 +308,14 @@ def _is_adapter(names: set[str]) -> bool:
 
 def _is_content(name: str) -> bool:
     return name.endswith((_WEIGHTS, ".py")) or name in CONFIGS
+
+
+def _is_read(name: str) -> bool:
+    return _is_content(name) or _is_description(name, trust_remote_code=True)
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.startswith(("tokenizer.", "vocab", "tekken.")) or name.endswith((".model", ".tiktoken"))
 
 
 def _is_description(name: str, trust_remote_code: bool) -> bool:

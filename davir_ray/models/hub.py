@@ -67,8 +67,12 @@ def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
             folder = snapshot_download(name, revision=commit, allow_patterns=["config.json", "adapter_config.json"])
     try:
         return _cached_list(name, commit)
-    except CachedRepoTreeNotFoundError:
-        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    except CachedRepoTreeNotFoundError as error:
+        paths = [path for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
+        if lost := [path for path in paths if not path.exists()]:
+            raise ModelError(
+                f"{lost[0]} is a link to {lost[0].readlink()}, which is not there; download {name} again"
+            ) from error
         return tuple(RemoteFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
 
 
@@ -165,7 +169,10 @@ def _absence(revision: str | None, error: Exception) -> str:
     while last.__cause__ is not None:
         last = last.__cause__  # type: ignore[assignment]
     reason = " ".join(f"{type(last).__name__}: {last}".split())[:200]
-    return f"the hub {constants.ENDPOINT} gives no answer ({reason}) and {lacks}; check the network and HF_ENDPOINT"
+    return (
+        f"the hub {constants.ENDPOINT} gives no answer ({reason}) and {lacks}; check the network and HF_ENDPOINT, or "
+        "the path where a folder is meant"
+    )
 
 
 def _after(failed: type[DavirError]) -> str:

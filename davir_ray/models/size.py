@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
@@ -26,14 +26,9 @@ class ModelSize:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelSize":
         """The size of a checkpoint's model; no weight is read. ModelError if it cannot be built."""
-        config = checkpoint.config()
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
-        except (ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"{checkpoint.uri} is no causal language model: {' '.join(str(error).split())}") from error
+        model = without_weights(checkpoint)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        text = config.get_text_config()
+        text = model.config.get_text_config()
         return cls(
             num_parameters=model.num_parameters(),
             num_embedding=embedding.weight.numel(),
@@ -57,3 +52,26 @@ class ModelSize:
         """Of one forward pass over packed examples: matrix products and causal attention, the head at scored tokens."""
         attention = 2 * self.num_layers * self.hidden * mean_length
         return num_tokens * (2 * self.num_body + attention) + num_scored * 2 * self.num_head
+
+
+def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's model by its configuration, with shapes and no weights. ModelError if it cannot be built."""
+    config = checkpoint.config()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=checkpoint.trust_remote_code
+            )
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{checkpoint.uri} is no causal language model: {' '.join(str(error).split())}") from error
+    return model
+
+
+def num_ids(checkpoint: Checkpoint) -> int:
+    """Token ids that the model has rows for, in its embedding and in its head; it may have more than its tokenizer.
+
+    By the configuration: weights of another shape are refused when they are loaded.
+    """
+    model = without_weights(checkpoint)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(end.weight.shape[0]) for end in ends if end is not None)

@@ -1,32 +1,90 @@
 """Do base, reference and settings belong together? Known before any weight is loaded."""
 
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
 from davir_ray.config import Source
 from davir_ray.data.render import ChatTemplate
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.manifest import differences
+from davir_ray.models.adapter import ADAPTER_WEIGHTS
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
+from davir_ray.models.size import num_ids, without_weights
 from davir_ray.stages.prepare import Preparation, scoring_spec
 
 
 def check_base(preparation: Preparation, sources: list[Source]) -> None:
-    """ModelError if the base is an adapter or lacks the chat template it needs; ConfigError if it is too short."""
+    """ModelError if the base is an adapter, lacks the chat template it needs or has tokens without an embedding;
+    ConfigError if it is too short.
+    """
     base, max_tokens = preparation.base, preparation.config.max_tokens
     if base.is_adapter:
         raise ModelError(f"{base.uri} is an adapter; give the model it was trained on as the base")
     longest = getattr(base.config().get_text_config(), "max_position_embeddings", None)
     if longest and max_tokens > longest:
         raise ConfigError(f"prepare.max_tokens is {max_tokens}, but {base.uri} has {longest} positions")
+    tokenizer = base.tokenizer()
+    _check_ids(base, {base.uri: tokenizer})
     if any(source.format == "messages" for source in sources):
-        ChatTemplate.from_tokenizer(base.tokenizer(), preparation.chat_template)
+        ChatTemplate.from_tokenizer(tokenizer, preparation.chat_template)
 
 
 def check_reference(reference: Checkpoint, preparation: Preparation, sources: list[Source]) -> None:
     """ModelError unless the reference belongs to the base and was trained on text encoded alike."""
     base = preparation.base
-    if not reference.is_adapter:  # an adapter reads with the base's embeddings
-        check_same_encoding(base.tokenizer(), reference.tokenizer(), (base.uri, reference.uri))
+    if reference.is_adapter:  # it reads with the base's tokenizer
+        _check_adapter_rows(reference, base)
+    else:
+        ours, theirs = base.tokenizer(), reference.tokenizer()
+        check_same_encoding(ours, theirs, (base.uri, reference.uri))
+        _check_ids(reference, {base.uri: ours, reference.uri: theirs})
     spec = reference.spec()
     if spec is not None and (changed := differences(spec, scoring_spec(preparation, sources))):
         raise ModelError(
             f"{reference.uri} was fine-tuned on text encoded otherwise ({'; '.join(changed)}); use the same settings"
         )
+
+
+def _check_ids(model: Checkpoint, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """ModelError unless the model has a row for each token of these tokenizers, which stand by their checkpoint."""
+    limit = num_ids(model)
+    for uri, tokenizer in tokenizers.items():
+        roles = tokenizer.special_tokens_map
+        # A processor of images or sound writes these, no text does; gemma-3-1b has one and no row for it.
+        placeholders = {str(roles.get(f"{kind}_token")) for kind in ("image", "audio", "video")}
+        beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= limit and token not in placeholders}
+        if beyond:
+            first = min(beyond)
+            more = f" and {len(beyond) - 1} more beyond them" if len(beyond) > 1 else ""
+            raise ModelError(
+                f"the tokenizer of {uri} has the token {beyond[first]!r} with the id {first}{more}, but {model.uri} "
+                f"has {limit} embedding rows; resize it (model.resize_token_embeddings({max(beyond) + 1})) and save it "
+                "once it is trained with them, or remove these tokens from the tokenizer"
+            )
+
+
+def _check_adapter_rows(adapter: Checkpoint, base: Checkpoint) -> None:
+    """ModelError if a local adapter was trained on another number of embedding rows; others are told when attached."""
+    if adapter.files:
+        return
+    model = without_weights(base)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = {name: module.weight.shape[0] for name, module in model.named_modules() if module in ends}
+    with safe_open(f"{adapter.uri}/{ADAPTER_WEIGHTS}", "pt") as file:
+        keys = file.keys()
+        for key in keys:
+            module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+            name = module.removesuffix(".weight").removesuffix(".modules_to_save")
+            if name in rows and (found := _rows_of(part, file.get_slice(key).get_shape())) not in (None, rows[name]):
+                raise ModelError(
+                    f"the adapter {adapter.uri} was trained on {found} rows of {name}, but {base.uri} has "
+                    f"{rows[name]}; give the base that it was trained on, resized by "
+                    f"model.resize_token_embeddings({found}) and saved with its tokenizer"
+                )
+
+
+def _rows_of(lora_part: str, shape: list[int]) -> int | None:
+    """Rows of the embedding or head that a tensor of an adapter is (no LoRA part), or changes; None if it says none."""
+    if lora_part.startswith("embedding_A"):
+        return shape[1]
+    return shape[0] if lora_part.startswith("B") or not lora_part else None
