@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import posixpath
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -49,11 +50,11 @@ DANGLING = "dangling link"
 CYCLE = "link to a folder that it lies in"
 """Types of an entry of a local listing, beside fsspec's `file`, `directory` and `other`."""
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\r?\n(ext-.*\n)*oid ")
 """How a small text file begins that Git LFS left in place of one that it has not downloaded."""
 
 LFS_POINTER_BYTES = 1024
-"""A pointer is smaller, by the specification."""
+"""A pointer is smaller, by Git LFS's specification."""
 
 
 class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,66 @@ def test_leftovers_are_removed_wherever_they_are_and_finished_files_are_not(plac
     if place.is_local:
         files = sorted(path.name for path in Path(place.path).rglob("*"))
         assert files == ["a.parquet", "b.parquet", "below"]
+
+
+def test_a_listed_link_is_the_file_that_it_points_to(local: Location, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.write_bytes(b"twelve bytes")
+    os.utime(target, ns=(1, 1_000_000_000))
+    folder = Path(local.path)
+    folder.mkdir()
+    (folder / "link").symlink_to(target)
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "folder").symlink_to(tmp_path)
+    found = pickle.loads(pickle.dumps(local)).listed()
+    assert list(found) == ["link"]
+    assert found["link"].bytes == os.stat(target).st_size
+    assert found["link"].mark == str(os.stat(target).st_mtime)
+
+
+@pytest.mark.parametrize("target", ["kept", "nowhere"])
+def test_removing_and_replacing_a_link_leaves_what_it_points_to(local: Location, tmp_path: Path, target: str) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_bytes(b"x")
+    folder = Path(local.path)
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / target)
+    (local / "link").put_folder(tmp_path / "kept")
+    assert not (folder / "link").is_symlink()
+    (local / "link").remove()
+    (folder / "link").symlink_to(tmp_path / target)
+    (local / "link").remove()
+    assert list(folder.iterdir()) == []
+    assert (tmp_path / "kept" / "file").read_bytes() == b"x"
+
+
+def test_leftovers_behind_links_stay_and_links_among_them_go(local: Location, tmp_path: Path) -> None:
+    others = tmp_path / "others" / f"{TEMPORARY}written-by-another-run"
+    others.mkdir(parents=True)
+    folder = Path(local.path)
+    folder.mkdir()
+    (folder / "scores").symlink_to(tmp_path / "others")
+    (folder / f"{TEMPORARY}link").symlink_to(tmp_path / "others")
+    remove_leftovers(local)
+    assert [path.name for path in folder.iterdir()] == ["scores"]
+    assert others.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    local: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (local / "below" / "file").write_bytes(b"x")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("below"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    assert local.fs.find(local.path) == [f"{local.path}/below/file"]
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        local.fs.find(local.path)
 
 
 def test_only_one_of_many_creates_a_file(place: Location) -> None:
@@ -278,3 +339,17 @@ def test_a_remote_file_digest_is_the_stores_etag(monkeypatch: pytest.MonkeyPatch
     for info, expected in [({"size": 3, "ETag": '"abc"'}, "3-abc"), ({"size": 3, "etag": "abd"}, "3-abd")]:
         monkeypatch.setattr(type(place.fs), "info", lambda _self, _path, info=info, **_: info)
         assert file_digest(place) == expected
+
+
+def test_the_digest_is_of_the_file_that_a_link_points_to_now(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+        os.utime(tmp_path / name, ns=(0, 0))
+    for name in ("a", "b"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        assert file_digest(Location.of(tmp_path / "link")) == hashlib.sha256(name.encode()).hexdigest()
+    with (tmp_path / "b").open("r+b") as file:  # in place, its time put back
+        file.write(b"c")
+    os.utime(tmp_path / "b", ns=(0, 0))
+    assert file_digest(Location.of(tmp_path / "link")) == hashlib.sha256(b"c").hexdigest()

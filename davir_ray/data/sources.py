@@ -29,7 +29,7 @@ from davir_ray.access import explain
 from davir_ray.config import Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
-from davir_ray.storage import CYCLE, DANGLING, LFS_POINTER, file_system
+from davir_ray.storage import CYCLE, DANGLING, LFS_POINTER, LFS_POINTER_BYTES, file_system
 
 logger = logging.getLogger(__name__)
 
@@ -445,7 +445,7 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     layout, uri = piece.file.layout, piece.file.uri
     if not stream.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes")])
-    if stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+    if LFS_POINTER.match(stream.peek(LFS_POINTER_BYTES)):
         raise DataError(f"{uri} is a Git LFS pointer, not data; run git lfs pull where it was cloned")
     if layout == "parquet":
         return _parquet_rows(stream, piece.row_groups)

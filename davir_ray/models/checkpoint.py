@@ -105,7 +105,7 @@ class Checkpoint:
                 here = folder / name
                 with translated(self.uri, ModelError):
                     content = Location.of(here if here.exists() else f"{self.uri}/{name}").read_bytes()
-                if content.startswith(LFS_POINTER):
+                if LFS_POINTER.match(content):
                     raise ModelError(f"{self.uri}: {name} is a Git LFS pointer; run git lfs pull where it was cloned")
         self._weight_names(folder)
 

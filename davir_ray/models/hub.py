@@ -135,7 +135,8 @@ def _told(name: str, revision: str | None, failed: type[DavirError]) -> Iterator
         reason = "throttled (429); try later" if status == 429 else f"the hub fails ({status})"
         raise failed(f"{name} on {host()}: {reason}{_after(failed)}") from error
     except _UNREACHABLE as error:
-        raise failed(f"{name} on {host()}: {_absence(revision, error)}{_after(failed)}") from error
+        place = f"is no folder on {host()}, and" if failed is ModelError else f"on {host()}:"
+        raise failed(f"{name} {place} {_absence(revision, error)}{_after(failed)}") from error
     except OSError as error:
         if error.errno is None:  # huggingface_hub's own, of a file that did not come as it was announced
             raise failed(f"{name} on {host()}: {' '.join(str(error).split())[:300]}{_after(failed)}") from error
@@ -169,10 +170,7 @@ def _absence(revision: str | None, error: Exception) -> str:
     while last.__cause__ is not None:
         last = last.__cause__  # type: ignore[assignment]
     reason = " ".join(f"{type(last).__name__}: {last}".split())[:200]
-    return (
-        f"the hub {constants.ENDPOINT} gives no answer ({reason}) and {lacks}; check the network and HF_ENDPOINT, or "
-        "the path where a folder is meant"
-    )
+    return f"the hub {constants.ENDPOINT} gives no answer ({reason}) and {lacks}; check the network and HF_ENDPOINT"
 
 
 def _after(failed: type[DavirError]) -> str:

@@ -382,6 +382,115 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
     assert names(write(tmp_path / "a[1].jsonl", LINES)) == ["a[1].jsonl"]
 
 
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """Files, links to files and to folders, whose targets have other names than the links."""
+    write(tmp_path / "blobs" / "0", LINES)
+    write(tmp_path / "blobs" / "deep" / "1.jsonl", LINES * 2)
+    root = tmp_path / "data"
+    write(root / "own.jsonl", LINES * 3)
+    (root / "file.jsonl").symlink_to("../blobs/0")
+    (root / "folder").symlink_to(tmp_path / "blobs")
+    (root / "sub").mkdir()
+    (root / "sub" / "twice").symlink_to("../folder/deep")
+    (tmp_path / "root").symlink_to(root)
+    return root
+
+
+def seen_by_python(root: Path) -> list[tuple[str, int]]:
+    """Every readable file, by the standard library's walk through links."""
+    walk = os.walk(root, followlinks=True)
+    files = [Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".jsonl")]
+    return sorted((file.relative_to(root).as_posix(), file.stat().st_size) for file in files)
+
+
+def test_links_to_files_and_folders_are_read_under_their_own_paths(linked: Path) -> None:
+    expected = seen_by_python(linked)
+    assert len(expected) == 4
+    for path in (linked, linked.parent / "root", f"{linked}/**", f"{linked}/*", f"file://{linked}"):
+        assert [(file.relative_path, file.num_bytes) for file in list_files(source(path))] == expected
+    assert names(f"{linked}/f*/deep/*") == ["folder/deep/1.jsonl"]
+    assert names(f"{linked}/*/*/1.jsonl") == ["folder/deep/1.jsonl", "sub/twice/1.jsonl"]
+    assert names([str(linked / "folder"), str(linked / "file.jsonl")]) == ["file.jsonl", "folder/deep/1.jsonl"]
+
+
+def test_rows_of_a_link_have_the_names_and_ids_that_a_copy_would_have(linked: Path) -> None:
+    copy = linked.parent / "copy"
+    shutil.copytree(linked, copy, symlinks=False)
+    assert read_path(linked) == read_path(copy)
+    assert {row.source_file for row in read_path(linked)} == {name for name, _ in seen_by_python(copy)}
+
+
+@pytest.mark.parametrize("target", ["nowhere", "gone.jsonl", "../blobs/0/below"])
+@pytest.mark.parametrize("asked", ["", "gone.jsonl", "gone*", "*", "sub/../"])
+def test_a_link_to_nothing_is_named(linked: Path, target: str, asked: str) -> None:
+    (linked / "gone.jsonl").symlink_to(target)
+    with pytest.raises(DataError, match=rf"gone\.jsonl is a link to {target}, which is not there"):
+        list_files(source(f"{linked}/{asked}"))
+
+
+def test_a_link_to_a_folder_that_is_gone_is_named(linked: Path) -> None:
+    shutil.rmtree(linked.parent / "blobs")
+    with pytest.raises(DataError, match=r"file\.jsonl is a link to \.\./blobs/0, which is not there"):
+        list_files(source(linked))
+    (linked / "file.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data/folder is a link to .*blobs, which is not there"):
+        list_files(source(linked))
+
+
+def test_links_in_a_circle_end_and_are_named(linked: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = seen_by_python(linked)
+    (linked / "self").symlink_to(".")
+    (linked / "sub" / "above").symlink_to(linked.parent)
+    (linked.parent / "blobs" / "deep" / "back").symlink_to(linked / "sub")
+    for path in (linked, f"{linked}/**"):
+        caplog.clear()
+        assert [(file.relative_path, file.num_bytes) for file in list_files(source(path))] == expected
+        for name in ("self", "sub/above", "folder/deep/back/twice", "sub/twice/back"):
+            assert f"{linked}/{name} is a link to a folder that it lies in" in caplog.text
+
+
+def test_the_hubs_cache_is_read_by_its_one_revision(tmp_path: Path) -> None:
+    cache = tmp_path / "datasets--org--data"
+    blob = write(cache / "blobs" / "1f", LINES)
+    write(cache / "refs" / "main", b"abc")
+    for revision in ("abc", "def"):
+        (cache / "snapshots" / revision / "data").mkdir(parents=True)
+        (cache / "snapshots" / revision / "data" / "train.jsonl").symlink_to("../../../blobs/1f")
+        if revision == "abc":
+            assert names(cache) == names(cache / "snapshots" / "abc") == ["data/train.jsonl"]
+    with pytest.raises(DataError, match=r"cache of 2 revisions .abc, def.; give .*/snapshots/REVISION"):
+        list_files(source(cache))
+    blob.unlink()
+    with pytest.raises(DataError, match=r"train\.jsonl is a link to \.\./\.\./\.\./blobs/1f, which is not there"):
+        list_files(source(cache / "snapshots" / "abc"))
+
+
+def test_a_folder_of_datasets_may_be_links_and_names_what_is_missing(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in (tmp_path / "saved").iterdir():
+        (linked / file.name).symlink_to(file)
+    assert fields(read_path(linked)) == ROWS
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.unlink()
+    with pytest.raises(DataError, match=rf"{arrow.name} is a link to {arrow}, which is not there"):
+        list_files(source(linked))
+    with pytest.raises(DataError, match=rf"{arrow.name} does not exist, but .*state\.json names it"):
+        list_files(source(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.json", "a.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer, not data; run git lfs pull"):
+        read_path(write(tmp_path / name, pointer))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from davir_ray.errors import ModelError, StorageError
 from davir_ray.formulas.ranking import seed_from
@@ -303,6 +305,122 @@ def test_a_store_without_etags_is_told_apart_by_content(
         Checkpoint.find(uri)
 
 
+# --- links, pointers and what is missing -----------------------------------------------------------------------------
+
+
+def links_to(folder: Path, target: Path) -> Path:
+    """A folder of links to the files of another, as the hub's cache has them."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    return target
+
+
+def test_a_folder_of_links_is_the_model_that_it_points_to(folder: Path, tmp_path: Path) -> None:
+    linked = Checkpoint.find(str(links_to(folder, tmp_path / "linked")))
+    digest = linked.weights_digest()
+    assert digest == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
+    }
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    for uri in (folder, tmp_path / "link", f"file://{tmp_path / 'linked'}"):
+        assert Checkpoint.find(str(uri)).weights_digest() == digest
+    loaded, plain = linked.model(torch.float32, torch.device("cpu")), load_file(folder / "model.safetensors")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in plain.items())
+
+
+def test_other_weights_behind_a_link_change_the_digest_whatever_their_size_and_time(
+    folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(reference_folder, tmp_path / "other")
+    for file in (folder / "model.safetensors", other / "model.safetensors"):
+        os.utime(file, ns=(0, 0))
+    assert os.stat(folder / "model.safetensors").st_size == os.stat(other / "model.safetensors").st_size
+    checkpoint = Checkpoint.find(str(links_to(folder, tmp_path / "linked")))
+    before = checkpoint.weights_digest()
+    (tmp_path / "linked" / "model.safetensors").unlink()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(other / "model.safetensors")
+    assert checkpoint.weights_digest() == Checkpoint.find(str(other)).weights_digest() != before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "additional_chat_templates"])
+def test_a_link_to_nothing_in_a_checkpoint_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    linked = links_to(folder, tmp_path / "linked")
+    (linked / name).unlink(missing_ok=True)
+    (linked / name).symlink_to("../../blobs/gone")
+    with pytest.raises(ModelError, match=rf"linked/{name} is a link to \.\./\.\./blobs/gone, which is not there"):
+        Checkpoint.find(str(linked))
+    (linked / name).unlink()
+    (linked / "pytorch_model.bin").symlink_to("../../blobs/gone")  # never read
+    if name == "additional_chat_templates":
+        Checkpoint.find(str(linked))
+
+
+def test_a_checkpoint_that_is_a_link_to_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "link"), "./link", "link"):
+        with pytest.raises(ModelError, match="link is a link to nowhere, which is not there"):
+            Checkpoint.find(name)
+
+
+def test_the_digest_of_a_folder_that_lost_weights_is_an_error(folder: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(shards, max_shard_size="200KB")
+    adapter = tmp_path / "adapter"
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(adapter)
+    for place, lost in ((folder, "model.safetensors"), (shards, "*-00002-*"), (adapter, "adapter_model.safetensors")):
+        checkpoint = Checkpoint.find(str(place))
+        assert checkpoint.weights_digest()
+        (file,) = place.glob(lost)
+        file.unlink()
+        for look in (checkpoint.weights_digest, lambda place=place: Checkpoint.find(str(place))):
+            with pytest.raises(ModelError, match=rf"has no .*{file.name if place != folder else 'safetensors'}"):
+                look()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 4951240\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    for place in (folder, links_to(folder, tmp_path / "linked")):
+        with pytest.raises(ModelError, match=rf"{place}: {name} is a Git LFS pointer; run git lfs pull"):
+            Checkpoint.find(str(place))
+
+
+def test_a_pointer_of_git_lfs_is_named_in_an_adapter_and_in_a_store(folder: Path, store: Store, tmp_path: Path) -> None:
+    store.pipe_file("/models/tiny/model.safetensors", POINTER)
+    with pytest.raises(ModelError, match=r"counted://models/tiny: model\.safetensors is a Git LFS pointer"):
+        Checkpoint.find(URI)
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(POINTER)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
+        Checkpoint.find(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("keep", [None, '{"tokenizer_class": "GPT2Tokenizer"}'])
+def test_a_folder_without_a_tokenizer_is_named_and_none_is_made_up(folder: Path, family: str, keep: str | None) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    if keep:
+        (folder / "tokenizer_config.json").write_text(keep)
+    if family == "gpt2":
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+    with pytest.raises(ModelError, match=rf"{folder} has no tokenizer .*; copy the tokenizer's files of the model"):
+        Checkpoint.find(str(folder)).tokenizer()
+
+
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    ByT5Tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    assert Checkpoint.find(str(folder)).tokenizer()("é", add_special_tokens=False)["input_ids"] == [0xC3 + 3, 0xA9 + 3]
+
+
 # --- identity --------------------------------------------------------------------------------------------------------
 
 
@@ -378,13 +496,6 @@ def test_an_added_token_that_changes_how_text_is_encoded_changes_the_digest(
     other.add_tokens(["return"], special_tokens=special)
     assert other("return x")["input_ids"] != tokenizer("return x")["input_ids"]
     assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
-    for file in folder.glob("*token*"):
-        file.unlink()
-    with pytest.raises(ModelError):
-        Checkpoint.find(str(folder)).tokenizer()
 
 
 # --- seeds and types -------------------------------------------------------------------------------------------------

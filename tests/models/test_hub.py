@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -413,6 +414,39 @@ def test_a_cache_without_the_list_is_used_offline(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub_module.resolve.cache_clear()
     assert_same(weights_of(Checkpoint.find("org/tiny")), weights_of(base_folder))
+
+
+def test_a_snapshot_of_the_cache_is_a_folder_of_links(hub: HubServer, base_folder: Path) -> None:
+    hub.publish("org/tiny", base_folder)
+    found = Checkpoint.find("org/tiny")
+    found.model(torch.float32, CPU)
+    snapshot = Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "snapshots" / str(found.revision)
+    assert (snapshot / "model.safetensors").is_symlink()
+    local = Checkpoint.find(str(snapshot))
+    assert local.weights_digest() == Checkpoint.find(str(base_folder)).weights_digest()
+    assert_same(weights_of(local), weights_of(base_folder))
+    with pytest.raises(ModelError, match=r"no config\.json.*in the hub's cache: snapshots/REVISION"):
+        Checkpoint.find(str(snapshot.parents[1]))
+    (snapshot / "model.safetensors").resolve().unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors is a link to \.\./\.\./blobs/.*, which is not there"):
+        Checkpoint.find(str(snapshot))
+    assert_same(weights_of(Checkpoint.find("org/tiny")), weights_of(base_folder))  # downloaded again
+
+
+def test_a_mistyped_folder_is_told_as_one_and_soon(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, base_folder: Path, tmp_path: Path
+) -> None:
+    hub.publish("org/tiny", base_folder)
+    (tmp_path / "org" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/org/mien is no folder .org has mine., .*shows no such model"):
+        Checkpoint.find("org/mien")
+    assert Checkpoint.find("org/tiny").is_hub_name  # the hub's, whatever else is in a folder of that name
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("davir_ray.access.PATIENCE_S", 0.5)
+        with pytest.raises(ModelError, match=r"org/other is no folder .org has mine., .*no answer in"):
+            Checkpoint.find("org/other")
 
 
 def test_a_full_disk_is_told_before_the_download(
