@@ -1,6 +1,7 @@
 """The Python API: the jobs' scores beside the user's own rows, an exact order, the same cuts; Ray Data and datasets."""
 
 import json
+import shutil
 import textwrap
 import uuid
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import ray.data
+from transformers import AutoTokenizer
 
 import davir_ray
 from davir_ray import api
@@ -176,6 +178,17 @@ def test_mistakes_are_told_by_the_call(
     dataset = ray.data.from_items([{"mine": 1, "prompt": "p", "response": "r"}])
     with pytest.raises(error, match=told):
         davir_ray.score(dataset, **(models | options))
+
+
+@pytest.mark.parametrize("role", ["base", "reference"])
+def test_a_token_without_an_embedding_is_told_by_the_call(models: dict[str, Any], tmp_path: Path, role: str) -> None:
+    folder = shutil.copytree(models[role], tmp_path / role)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(folder)
+    dataset = ray.data.from_items([{"prompt": "p", "response": "r"}])
+    with pytest.raises(ModelError, match=rf"{role} has the token '<.im_start.>' with the id 1024.*has 1024 embedding"):
+        davir_ray.score(dataset, **(models | {role: str(folder)}))
 
 
 def test_a_name_that_is_taken_is_refused(models: dict[str, Any]) -> None:

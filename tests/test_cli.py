@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
+from transformers import AutoTokenizer
 
 from davir_ray.cli import dump, parse, run_job
 from davir_ray.config import FinetuneConfig, RankConfig, RunConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError
-from davir_ray.pipeline import dry_run, run_all
+from davir_ray.pipeline import dry_run, finetune_only, run_all
 from davir_ray.stages.cluster import SUBMITTED_JOB
 
 Fails = Callable[..., str]
@@ -123,6 +125,33 @@ def test_a_path_without_data_is_one_line(good: dict[str, str], fails: Fails, ray
 def test_a_base_that_is_none_is_one_line(good: dict[str, str], fails: Fails, no_ray: None, tmp_path: Path) -> None:
     assert "is no folder" in fails(words(good | {"--base": str(tmp_path / "none")}))
     assert "no config.json" in fails(words(good | {"--base": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("job", [run_all, dry_run, finetune_only])
+def test_tokens_that_were_added_without_a_resize_are_one_line(
+    good: dict[str, str],
+    fails: Fails,
+    no_ray: None,
+    base_folder: Path,
+    tmp_path: Path,
+    job: Callable[[RunConfig], object],
+) -> None:
+    padded = shutil.copytree(base_folder, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(padded)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(padded)
+    message = fails(words(good | {"--base": str(padded)}), job)
+    assert "the token '[PAD]' with the id 1024" in message
+    assert "1024 embedding rows" in message
+
+
+def test_a_mistyped_folder_is_one_line(
+    good: dict[str, str], fails: Fails, no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "models/lama is no folder (models has llama)" in fails(words(good | {"--base": "models/lama"}))
 
 
 def test_a_pickled_base_is_refused(

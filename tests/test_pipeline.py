@@ -322,6 +322,22 @@ def test_another_base_is_refused(copied: RunConfig, reference_folder: Path) -> N
         run_all(replace(copied, base=str(reference_folder)))
 
 
+def test_a_base_of_links_is_the_same_base_until_other_weights_are_behind_them(
+    copied: RunConfig, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in base_folder.iterdir():
+        (linked / file.name).symlink_to(file)
+    before = snapshot(copied.output, "examples", "reference", "scores")
+    run_all(replace(copied, base=str(linked)))
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(reference_folder / "model.safetensors")
+    with pytest.raises(OutputError, match=r"holds another run: .*base\.model\.safetensors"):
+        run_all(replace(copied, base=str(linked)))
+    assert snapshot(copied.output, "examples", "reference", "scores") == before
+
+
 def test_a_tokenizer_that_encodes_otherwise_is_refused(copied: RunConfig, base_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(base_folder, tmp_path / "base")
     tokenizer = json.loads((tmp_path / "base" / "tokenizer.json").read_text())

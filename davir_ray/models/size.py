@@ -63,7 +63,8 @@ def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
                 config, trust_remote_code=checkpoint.trust_remote_code
             )
     except (ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{checkpoint.uri} is no causal language model: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{checkpoint.uri} is no causal language model: {reason}") from error
     return model
 
 

@@ -9,12 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from davir_ray.config import ScoreConfig
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.likelihood import Likelihood, Pack
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.schema import EXAMPLES
+from davir_ray.stages.scoring import base_cache
 from davir_ray.storage import Location
 
 SETTINGS = ScorerSettings(keep_token_nll="all")
@@ -189,3 +192,32 @@ def test_the_cache_may_lie_in_object_storage(base_folder: Path, counted: Counted
     assert passes == 0
     assert second.equals(first)
     assert np.isfinite(np.array(second["base_nll"].to_pylist())).all()
+
+
+def plain_nlls(folder: Path) -> list[float]:
+    """Summed losses of TABLE's responses by transformers alone, one example at a time in double precision."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double().eval()
+    sums = []
+    for row in TABLE.to_pylist():
+        ids = torch.tensor([row["input_ids"]])
+        labels = ids.clone()
+        labels[0, : row["num_prompt_tokens"]] = -100
+        with torch.no_grad():
+            sums.append(float(model(ids, labels=labels).loss) * row["num_response_tokens"])
+    return sums
+
+
+def test_models_that_are_folders_of_links_have_losses_of_their_own(
+    base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    config = ScoreConfig(base_cache=str(tmp_path / "cache"), precision="float64")
+    for folder in (base_folder, reference_folder):
+        links = tmp_path / folder.name
+        links.mkdir()
+        for file in folder.iterdir():
+            (links / file.name).symlink_to(file)
+        base = Checkpoint.find(str(links))
+        for _ in range(2):  # computed, then read
+            scorer = Scorer(base, None, replace(SETTINGS, precision="float64"), base_cache(base, config))
+            assert scorer(TABLE)["base_nll"].to_pylist() == pytest.approx(plain_nlls(folder), rel=1e-6)
+    assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 2

@@ -1,0 +1,156 @@
+"""Every token of a tokenizer has a row in the embedding of each model, or it is said before any weight is loaded."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from davir_ray.config import PrepareConfig, Source
+from davir_ray.data.sources import Record
+from davir_ray.errors import ModelError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.size import num_ids
+from davir_ray.stages.pairing import check_base, check_reference
+from davir_ray.stages.prepare import Preparation
+
+SOURCES = [Source(name="s", path="s.jsonl", format="prompt_response")]
+
+
+def preparation_of(base: Path) -> Preparation:
+    return Preparation(Checkpoint.find(str(base)), PrepareConfig(max_tokens=64))
+
+
+def check(base: Path, reference: Path | None = None) -> None:
+    preparation = preparation_of(base)
+    check_base(preparation, SOURCES)
+    if reference is not None:
+        check_reference(Checkpoint.find(str(reference)), preparation, SOURCES)
+
+
+@pytest.fixture
+def folder(base_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_folder, tmp_path / "base"))
+
+
+def add_tokens(folder: Path, **tokens: Any) -> PreTrainedTokenizerFast:
+    """Add tokens to a folder's tokenizer, and leave its model as it is."""
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+ADDED = {
+    "chatml": ({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}, "'<|im_start|>' with the id 1024 and 1"),
+    "pad": ({"pad_token": "[PAD]"}, "'[PAD]' with the id 1024,"),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_token_without_a_row_is_named_for_base_and_reference(
+    folder: Path, base_folder: Path, reference_folder: Path, tmp_path: Path, name: str
+) -> None:
+    tokens, told = ADDED[name]
+    reference = Path(shutil.copytree(reference_folder, tmp_path / "reference"))
+    for place in (folder, reference):
+        tokenizer = add_tokens(place, **tokens)
+        model = AutoModelForCausalLM.from_pretrained(place)
+        with pytest.raises(IndexError):  # what a run would die of
+            model(torch.tensor([[len(tokenizer) - 1]]))
+        with pytest.raises(ModelError) as caught:
+            check(place) if place == folder else check(base_folder, place)
+        assert f"the tokenizer of {place} has the token {told}" in str(caught.value)
+        assert f"{place} has 1024 embedding rows; resize it" in str(caught.value)
+        assert f"resize_token_embeddings({len(tokenizer)})" in str(caught.value)
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(place)
+        check(place) if place == folder else check(base_folder, place)
+
+
+def test_more_rows_than_tokens_are_fine_and_a_smaller_reference_is_not(
+    folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(1024 + 64)
+    model.save_pretrained(folder)
+    check(folder)
+    check(base_folder, folder)
+    add_tokens(folder, additional_special_tokens=["<|a|>"])
+    check(folder)
+    with pytest.raises(ModelError, match=rf"tokenizer of {folder} has the token '<.a.>'.* but {base_folder} has 1024"):
+        check(folder, base_folder)
+
+
+def test_a_placeholder_for_images_which_no_text_spells_needs_no_row(folder: Path) -> None:
+    """As gemma-3-1b has it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": "<image>"})
+    assert tokenizer.convert_tokens_to_ids("<image>") == 1024
+    tokenizer.save_pretrained(folder)
+    check(folder)
+    row = Record("", 0, {"prompt": "an <image>", "response": "<image>!"})
+    (example,) = preparation_of(folder).reader(SOURCES).convert(SOURCES[0], iter([row]))
+    assert isinstance(example, dict)
+    assert max(example["input_ids"]) < 1024
+
+
+def tied(folder: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+
+
+def with_pictures(folder: Path) -> None:
+    text = {"vocab_size": 333, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [tied, with_pictures])
+def test_rows_are_those_of_the_saved_weights(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (rows,) = {weights[name].shape[0] for name in weights if name.endswith(("wte.weight", "embed_tokens.weight"))}
+    assert num_ids(Checkpoint.find(str(tmp_path))) == rows
+
+
+ADAPTERS = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "both ends": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora of an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "lora of the head": {"target_modules": ["lm_head", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_a_resized_base_needs_that_base(
+    folder: Path, base_folder: Path, tmp_path: Path, name: str
+) -> None:
+    for rows in (1024, 1026):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(rows)
+        get_peft_model(model, LoraConfig(r=2, **ADAPTERS[name])).save_pretrained(tmp_path / f"{rows}")
+    check(base_folder, tmp_path / "1024")
+    with pytest.raises(
+        ModelError, match=rf"1026 was trained on 1026 rows of (lm_head|model\.embed_tokens), but {base_folder} has 1024"
+    ):
+        check(base_folder, tmp_path / "1026")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(1026)
+    model.save_pretrained(folder)
+    check(folder, tmp_path / "1026")
