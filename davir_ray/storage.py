@@ -61,7 +61,8 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
     """The local file system, where a link is what it points to in listings, too: fsspec calls it `other` there.
 
     Folders that are links are entered, but for one that the link lies in, by its path or any link in it: what it holds
-    would be listed without end. What cannot be listed is an error; fsspec takes it for empty.
+    would be listed without end. A folder that cannot be listed is an error unless it is hidden; fsspec takes it for
+    empty.
     """
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
@@ -86,7 +87,8 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    name = os.path.basename(str(error.filename))
+    if not (isinstance(error, FileNotFoundError) or name.startswith(".") or name == "lost+found"):
         raise error
 
 

@@ -180,10 +180,13 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scan(path)
 
-    assert local.fs.find(local.path) == [f"{local.path}/below/file"]
+    (local / ".below" / "file").write_bytes(b"x")
+    assert local.fs.find(local.path) == [f"{local.path}/.below/file", f"{local.path}/below/file"]
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
         local.fs.find(local.path)
+    (Path(local.path) / "below").rename(f"{local.path}/other")
+    assert local.fs.find(local.path) == [f"{local.path}/other/file"]  # hidden: nobody would read it
 
 
 def test_only_one_of_many_creates_a_file(place: Location) -> None:

@@ -45,6 +45,7 @@ _BOM = b"\xef\xbb\xbf"
 _MAGIC = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
+_REVISION = re.compile(r"(?P<cache>.*/datasets--[^/]+)/snapshots/(?P<revision>[^/]+)/")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
@@ -184,7 +185,6 @@ def _find(path: str, split: str) -> _Found:
                 raise _dangling(stripped)
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
         if fs.isdir(stripped):
-            stripped = _snapshot(fs, stripped)
             return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped)
         if _layout(stripped) is None:
             raise DataError(f"{path} has an extension that is not read; give {_ACCEPTED}")
@@ -192,20 +192,8 @@ def _find(path: str, split: str) -> _Found:
     except DataError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
-        raise DataError(f"{path} cannot be listed: {explain(error, path)}") from error
-
-
-def _snapshot(fs: Any, folder: str) -> str:
-    """The snapshot in a folder of the hub's cache, datasets--org--name; any other folder as it is."""
-    if not (posixpath.basename(folder).startswith("datasets--") and fs.isdir(f"{folder}/snapshots")):
-        return folder
-    snapshots = sorted(fs.ls(f"{folder}/snapshots", detail=False))
-    if len(snapshots) != 1:
-        names = ", ".join(map(posixpath.basename, snapshots)) or "none"
-        raise DataError(
-            f"{folder} is a cache of {len(snapshots)} revisions ({names}); give {folder}/snapshots/REVISION"
-        )
-    return str(snapshots[0])
+        place = getattr(error, "filename", None) or path  # the folder below it that was refused
+        raise DataError(f"{place} cannot be listed: {explain(error, path)}") from error
 
 
 def _dangling(path: str) -> DataError:
@@ -267,9 +255,21 @@ def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -
             f"no data files in {asked or root} ({f'found {counts}' if counts else 'it matches nothing'}; names that "
             f"begin with a dot or an underscore are skipped); give {_ACCEPTED}"
         )
+    _check_revisions(kept)
     if skipped:
         logger.warning("%s: skipped %d files with other extensions (%s)", asked or root, skipped.total(), counts)
     return kept
+
+
+def _check_revisions(paths: Iterable[str]) -> None:
+    """DataError where the hub's cache of a data set holds several revisions: each row would be read from each."""
+    revisions: dict[str, set[str]] = {}
+    for match in filter(None, map(_REVISION.search, paths)):
+        revisions.setdefault(match["cache"], set()).add(match["revision"])
+    for cache, found in revisions.items():
+        if len(found) > 1:
+            names = ", ".join(sorted(found))
+            raise DataError(f"{cache} holds {len(found)} revisions ({names}); give {cache}/snapshots/REVISION")
 
 
 def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceFile:

@@ -75,4 +75,4 @@ def num_ids(checkpoint: Checkpoint) -> int:
     """
     model = without_weights(checkpoint)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(end.weight.shape[0]) for end in ends if end is not None)
+    return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))

@@ -453,7 +453,7 @@ def test_links_in_a_circle_end_and_are_named(linked: Path, caplog: pytest.LogCap
             assert f"{linked}/{name} is a link to a folder that it lies in" in caplog.text
 
 
-def test_the_hubs_cache_is_read_by_its_one_revision(tmp_path: Path) -> None:
+def test_of_the_hubs_cache_one_revision_is_read(tmp_path: Path) -> None:
     cache = tmp_path / "datasets--org--data"
     blob = write(cache / "blobs" / "1f", LINES)
     write(cache / "refs" / "main", b"abc")
@@ -461,9 +461,11 @@ def test_the_hubs_cache_is_read_by_its_one_revision(tmp_path: Path) -> None:
         (cache / "snapshots" / revision / "data").mkdir(parents=True)
         (cache / "snapshots" / revision / "data" / "train.jsonl").symlink_to("../../../blobs/1f")
         if revision == "abc":
-            assert names(cache) == names(cache / "snapshots" / "abc") == ["data/train.jsonl"]
-    with pytest.raises(DataError, match=r"cache of 2 revisions .abc, def.; give .*/snapshots/REVISION"):
-        list_files(source(cache))
+            assert names(cache) == ["snapshots/abc/data/train.jsonl"]
+        assert names(cache / "snapshots" / revision) == ["data/train.jsonl"]
+    for path in (cache, tmp_path, tmp_path / "datasets--*"):
+        with pytest.raises(DataError, match=r"data holds 2 revisions .abc, def.; give .*org--data/snapshots/REVISION"):
+            list_files(source(path))
     blob.unlink()
     with pytest.raises(DataError, match=r"train\.jsonl is a link to \.\./\.\./\.\./blobs/1f, which is not there"):
         list_files(source(cache / "snapshots" / "abc"))
