@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from davir_ray.config import ScoreConfig
 from davir_ray.errors import ClusterError, ConfigError
 from davir_ray.manifest import Manifest
-from davir_ray.stages.cluster import LOG_LEVEL, NO_PROGRESS, actor_cpus, pool_size, room_for
+from davir_ray.stages.cluster import NO_PROGRESS, actor_cpus, pool_size, room_for
 from davir_ray.stages.console import LOG_LEVEL
 from davir_ray.stages.streaming import Pool, plan_pool
 from davir_ray.storage import Location
