@@ -32,7 +32,7 @@ SOURCES = [Source(name="s", path="s.jsonl", format="prompt_response")]
 
 
 def preparation_of(base: Path) -> Preparation:
-    return Preparation(Checkpoint.find(str(base)), PrepareConfig(max_tokens=64))
+    return Preparation(base=Checkpoint.find(str(base)), config=PrepareConfig(max_tokens=64))
 
 
 def check(base: Path, reference: Path | None = None) -> None:
