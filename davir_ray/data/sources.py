@@ -20,6 +20,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -194,7 +195,8 @@ def _find(path: str, split: str, written: list[Location]) -> _Found:
             if fs.lexists(stripped):
                 raise _dangling(stripped)
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
-        if place := _place_of(fs, stripped if is_there else _fixed_part(stripped), written):
+        named = stripped if is_there else _fixed_part(stripped)
+        if place := _place_of(fs, named, written, partial(_real, fs)):
             raise DataError(f"{path} lies in {place}, which this job writes; choose another --output, or other data")
         if not is_there:
             return _find_glob(fs, stripped, written)
@@ -242,11 +244,17 @@ def _real(fs: Any, path: str) -> str:
     return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
 
 
-def _place_of(fs: Any, path: str, places: list[Location]) -> Location | None:
-    """The first of some places without links that a path is, or lies in."""
-    real = _real(fs, path)
-    inside = (p for p in places if p.fs.protocol == fs.protocol and f"{real}/".startswith(f"{p.path}/"))
-    return next(inside, None)
+def _place_of(fs: Any, path: str, places: list[Location], real: Callable[[str], str]) -> Location | None:
+    """The first of some places without links that a path is, or lies in: by one of its folders, or by where links lead.
+
+    `real` is the path's without links.
+    """
+    ways = [real(path)]
+    while (parent := posixpath.dirname(path)) not in ("", path):
+        path = parent
+        ways.append(real(path))
+    here = [place for place in places if place.fs.protocol == fs.protocol]
+    return next((place for place in here if any(f"{way}/".startswith(f"{place.path}/") for way in ways)), None)
 
 
 def _data_among(
@@ -260,10 +268,11 @@ def _data_among(
     runs, models = _outputs_among(fs, around), _models_among(around)
     if root in runs:
         raise DataError(f"{root} is the output of a run; give a folder in it that holds data, such as {root}/selected")
+    real = lru_cache(None)(partial(_real, fs))
     kept, own, others = {}, Counter[str](), Counter[str]()
     for path, info in infos.items():
         folder = posixpath.dirname(path)
-        if place := _place_of(fs, path, written):
+        if place := _place_of(fs, path, written, real):
             own[f"files in {place}, which this job writes"] += 1
         elif run := next((run for run in runs if path.startswith(f"{run}/")), None):
             others[f"files in {run}, the output of another run"] += 1
@@ -300,7 +309,7 @@ def _models_among(infos: dict[str, Any]) -> set[str]:
 
 def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
     """The folders of runs, by the configuration in each."""
-    marks = [path for path in infos if posixpath.basename(path) == CONFIG_FILE]
+    marks = [path for path, info in infos.items() if posixpath.basename(path) == CONFIG_FILE and info["type"] == "file"]
     starts = each(lambda path: fs.cat_file(path, end=len(CONFIG_HEAD) + len(_BOM)), marks)
     head = CONFIG_HEAD.strip().encode()
     return [

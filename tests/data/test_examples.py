@@ -151,6 +151,14 @@ def test_a_record_is_json_that_strict_readers_take(fields: dict[str, Any]) -> No
     assert replaced.keys() <= {NOT_FINITE, BYTES}
 
 
+def test_each_value_is_counted_once() -> None:
+    replaced = Counter[str]()
+    assert record_text(Record("f", 0, {"a": b"a", "b": math.nan, "c": [b"b"]}), replaced) == (
+        '{"a": "YQ==", "b": null, "c": ["Yg=="]}'
+    )
+    assert replaced == {BYTES: 2, NOT_FINITE: 1}
+
+
 def test_records_of_arrow_are_read_back_by_other_readers(tmp_path: Path) -> None:
     """Every type of column that Parquet has, nested too."""
     moment = datetime(2024, 1, 2, 3, 4, 5, 678900)

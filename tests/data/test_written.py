@@ -117,8 +117,22 @@ def test_what_is_named_in_another_output_is_read(proj: str) -> None:
         listed(f"{proj}/run1", f"{proj}/run")
 
 
+def test_links_in_the_output_lead_to_no_data(tmp_path: Path) -> None:
+    """To a folder or a file elsewhere, or to nothing."""
+    fill(str(tmp_path / "proj"), "train.jsonl", "run/x.jsonl")
+    fill(str(tmp_path / "disk"), "part-0.parquet")
+    run = tmp_path / "proj" / "run"
+    (run / "examples").symlink_to(tmp_path / "disk")
+    (run / "one.parquet").symlink_to(tmp_path / "disk" / "part-0.parquet")
+    (run / "config.yaml").symlink_to(tmp_path / "gone")
+    assert listed(tmp_path / "proj", run) == listed(f"{tmp_path}/proj/**", run) == ["train.jsonl"]
+    for named in (run / "examples", run / "examples" / "part-0.parquet", run / "one.parquet"):
+        with pytest.raises(DataError, match="proj/run, which this job writes"):
+            listed(named, run)
+
+
 def test_a_configuration_of_another_program_is_no_output(tmp_path: Path) -> None:
-    fill(str(tmp_path), "train.jsonl", "theirs/more.jsonl", "theirs/config.yaml")
+    fill(str(tmp_path), "train.jsonl", "theirs/more.jsonl", "theirs/config.yaml", "folder/config.yaml/x.txt")
     assert listed(tmp_path) == ["theirs/more.jsonl", "train.jsonl"]
 
 
