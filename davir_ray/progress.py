@@ -163,7 +163,7 @@ class Pace:
         if num_left is None or not self._changes:
             return None
         rate = self._per_second(self._changes[-1].done - self._changes[0].done)
-        return num_left / rate if rate else None
+        return max(0, num_left) / rate if rate else None  # of Parquet some bytes are read twice
 
     def _per_second(self, count: int) -> float | None:
         first, last = self._changes[0], self._changes[-1]

@@ -19,6 +19,7 @@ def test_a_steady_run_is_told_its_rate_and_its_end() -> None:
     pace = pace_of([(at, 10 * at, 500 * at) for at in range(0, 300, 5)])
     assert pace.tokens_per_second == pytest.approx(500)
     assert pace.seconds_left(2000) == pytest.approx(200)
+    assert pace.seconds_left(-10) == 0, "more was done than was thought to be there"
 
 
 def test_only_the_last_minute_counts() -> None:
