@@ -397,7 +397,7 @@ def test_an_adapter_of_resized_embeddings_is_refused_before_anything_is_loaded(
     base, adapter = Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder))
     told = r"has (lm_head|model.embed_tokens).weight of shape \[1032, 64\], but .* of \[1024, 64\]"
     with pytest.raises(ModelError, match=told):
-        check_reference(adapter, Preparation(base, PrepareConfig()), [])
+        check_reference(adapter, Preparation(base=base, config=PrepareConfig()), [])
     with pytest.raises(ModelError, match=told):
         _check_model(adapter, base)
     with pytest.raises(ModelError, match="adapter"):

@@ -123,7 +123,7 @@ def test_an_adapter_with_a_head_and_an_embedding_of_its_own_is_whole(base_folder
             if "modules_to_save" in name:
                 weight.normal_(0, 0.5)
     model.save_pretrained(tmp_path)
-    settings = GeneratorSettings(NEW, precision="float32")
+    settings = GeneratorSettings(max_new_tokens=NEW, precision="float32")
     found = Generator(Checkpoint.find(str(tmp_path)), settings, Checkpoint.find(str(base_folder))).generate(
         PROMPTS[:4], ids_of(PROMPTS[:4])
     )
