@@ -176,7 +176,8 @@ def test_of_many_that_take_over_a_dead_drivers_run_one_gets_it(run: Location) ->
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(held), len(refused)) == (1, 5)
+    assert len(held) == 1
+    assert {*range(6)} - {*held} <= {*refused}, "who held it may lose it, on a busy machine"
 
 
 def test_a_lease_whose_answer_was_lost_is_ones_own(run: Location, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,8 +59,12 @@ def coded_base(base_folder: Path, ran: Path, tmp_path_factory: pytest.TempPathFa
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     config = json.loads((folder / "config.json").read_text()) | {"auto_map": own}
     (folder / "config.json").write_text(json.dumps(config))
+    # Classes of its own: transformers marks those that code brings, for all who use them in this process.
     (folder / "own.py").write_text(
-        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig): pass\n"
+        "class Model(LlamaForCausalLM): config_class = Config\n"
     )
     return folder
 
@@ -348,11 +352,11 @@ def test_another_base_is_refused(copied: RunConfig, reference_folder: Path) -> N
 
 
 def test_a_base_of_links_is_the_same_base_until_other_weights_are_behind_them(
-    copied: RunConfig, base_folder: Path, reference_folder: Path, tmp_path: Path
+    copied: RunConfig, coded_base: Path, reference_folder: Path, tmp_path: Path
 ) -> None:
     linked = tmp_path / "linked"
     linked.mkdir()
-    for file in base_folder.iterdir():
+    for file in coded_base.iterdir():
         (linked / file.name).symlink_to(file)
     before = snapshot(copied.output, "examples", "reference", "scores")
     run_all(replace(copied, base=str(linked)))
