@@ -63,12 +63,16 @@ def exit_status(job: Callable[[], None]) -> int:
 
 
 def _keep_standard_error_apart() -> None:
-    """Let Python write to a copy of file descriptor 2, so that what native code writes there can go elsewhere."""
+    """Let Python write to a copy of file descriptor 2, so that what native code writes there can go elsewhere.
+
+    A job without standard output or error, as a daemon may be, writes to nowhere.
+    """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     ours = sys.stderr
     try:
         if ours.fileno() == 2:
             sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=ours.encoding, errors=ours.errors)
-    except (OSError, ValueError):  # there is none, or it is a notebook's
+    except (OSError, ValueError):  # it is a notebook's
         return
 
 
@@ -159,7 +163,10 @@ def load_yaml_strictly() -> None:
 
 
 def _load_yaml(text: str) -> Any:
-    _refuse_repeated_keys(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "", {})
+    try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "", {})
+    except RecursionError as error:
+        raise ConfigError("the YAML holds itself by an alias, or too many levels; write it out flat") from error
     return _PLAIN_YAML(text)
 
 
@@ -250,7 +257,7 @@ def refuse_without_effect(config: OutputConfig, given: Iterable[str]) -> None:
     """Refuse an option of the command line that changes nothing; of a file's fields the job tells."""
     unused = config.without_effect()
     for name in given:
-        if name in unused:
+        if name in unused and not name.startswith("estimate."):  # a run that follows a dry run may still have these
             raise ConfigError(f"--{name} has no effect: {unused[name]}; leave it out")
 
 

@@ -158,6 +158,7 @@ class Lease:
             elif not taken_over and not self._place.create(self._content()) and self._is_ours():
                 return  # this store does refuse to create a file twice
             self._take_back()
+            taken_over = False
 
     def _take_back(self) -> None:
         """Remove what was written too late, and leave who may have held the lease the time to write it again."""

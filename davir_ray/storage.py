@@ -281,12 +281,15 @@ def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes]
 
 
 def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, only the named columns of it. IntegrityError if what is read was damaged."""
-    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
-        table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
-        if columns is not None and set(table.column_names) != set(columns):
-            raise pa.ArrowInvalid(f"its columns are {table.column_names}")
-        return table
+    """Read one Parquet file, only the named columns of it. IntegrityError if it is missing, or what is read damaged."""
+    try:
+        with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+            if columns is not None and set(table.column_names) != set(columns):
+                raise pa.ArrowInvalid(f"its columns are {table.column_names}")
+            return table
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{place} is missing; restore it, or delete its stage's manifest to redo it") from error
 
 
 def parquet_rows(place: Location) -> int:

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from davir_ray.cli import dump, parse, run_job
+from davir_ray.cli import dump, exit_status, parse, run_job
 from davir_ray.config import FinetuneConfig, RankConfig, RunConfig, SelectConfig, Source
 from davir_ray.errors import ConfigError
 from davir_ray.inputs import check_inputs
@@ -81,7 +81,6 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "repeated key in a list": (["--select.mixture", "[{source: a, top_k: 1, top_k: 2}]"], "the key 'top_k' stands"),
     "no random order": (["--rank.seed", "3"], "--rank.seed has no effect: rank.order is davir"),
     "nothing trained": (["--reference", "r", "--finetune.epochs", "1"], "--finetune.epochs has no effect"),
-    "no dry run": (["--estimate.device_tflops", "1"], "--estimate.device_tflops has no effect"),
     "data without format": (["--data", "x"], "data is given without format"),
 }
 
@@ -356,3 +355,16 @@ def test_ctrl_c_is_one_line_and_no_success(capsys: pytest.CaptureFixture[str]) -
 
     assert run_job(job, RunConfig, "", []) == 130
     assert capsys.readouterr().err.endswith(": interrupted\n")
+
+
+def test_a_job_without_standard_output_and_error_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a daemon starts with both closed."""
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert exit_status(lambda: print("the result")) == 0  # noqa: T201
+
+
+def test_yaml_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("select: &a {mixture: [*a]}")
+    with pytest.raises(ConfigError, match="holds itself"):
+        parse(["--config", str(tmp_path / "run.yaml")])

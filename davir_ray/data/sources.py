@@ -32,7 +32,7 @@ from davir_ray.errors import DataError, StorageError
 from davir_ray.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.schema import RejectReason
 from davir_ray.storage import CYCLE, DANGLING, LFS_POINTER, LFS_POINTER_BYTES, Location, each, file_system
-from davir_ray.storage_errors import explain
+from davir_ray.storage_errors import CONTINUES, STORE_ERRORS, explain
 
 logger = logging.getLogger(__name__)
 
@@ -544,6 +544,8 @@ def _open(file: SourceFile, count: CountBytes = _ignore) -> io.BufferedReader:
         return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri, count), _BUFFER_BYTES)
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{file.uri} cannot be opened: {explain(error, file.uri)}") from error
+    except STORE_ERRORS as error:
+        raise StorageError(f"{file.uri}: {explain(error, file.uri)}. {CONTINUES}") from error
 
 
 def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]:

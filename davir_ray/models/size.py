@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 
 
@@ -58,5 +59,11 @@ def num_ids(checkpoint: Checkpoint) -> int:
     By the configuration: weights of another shape are refused when they are loaded.
     """
     model = checkpoint.skeleton()
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))
+    try:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError as error:
+        raise ModelError(f"{checkpoint.uri} does not tell its embeddings ({error}), which scoring needs") from error
+    rows = [int(end.weight.shape[0]) for end in ends if hasattr(end, "weight")]
+    if not rows:
+        raise ModelError(f"{checkpoint.uri} has neither an embedding nor a head with weights, so it cannot be scored")
+    return min(rows)

@@ -1,11 +1,11 @@
 """What the Ray cluster has, and what is asked of it."""
 
+import json
 import logging
 import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from ray.exceptions import AuthenticationError
 
 from davir_ray import errors
 from davir_ray.errors import ClusterError, ProgressError
-from davir_ray.stages.console import LOG_LEVEL, quiet_ray, quieten, shows_all
+from davir_ray.stages.console import LOG_LEVEL, LogStream, quiet_ray, quieten, shows_all
 from davir_ray.storage_errors import CONTINUES
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(LogStream()):
         _start()
         try:
             with quiet_ray():
@@ -137,8 +137,10 @@ def _connect(address: str) -> None:
         if found is not None:
             _check_answer(found)
         # Ray Train's cleaner would ask any cluster of its machine, and take the training for one that has ended.
-        helpers = {"env_vars": {"RAY_ADDRESS": found}} if found else None
-        ray.init(logging_level=logging.WARNING, runtime_env=helpers)
+        wanted = {"RAY_ADDRESS": found, LOG_LEVEL: "DEBUG" if shows_all() else None}
+        given = (json.loads(os.environ.get(SUBMITTED_JOB) or "{}").get("runtime_env") or {}).get("env_vars") or {}
+        variables = {name: value for name, value in wanted.items() if value and name not in given}
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables} if variables else None)
     except Exception as error:  # Ray raises plain ones, too
         told = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
@@ -243,7 +245,7 @@ def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
 
 def actor_cpus(num_cpus: float) -> float:
     """CPUs of an actor, as wanted; half of one where the cluster has but one, so that there is room beside it."""
-    return 0.5 if num_cpus == 1 and ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
+    return 0.5 if num_cpus == 1 and 1 <= ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
 
 
 def room_for(num_cpus: float, num_gpus: float) -> int:

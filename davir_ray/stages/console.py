@@ -5,6 +5,7 @@ error: some hundred lines in a run of a minute, which say nothing about it and b
 """
 
 import faulthandler
+import io
 import logging
 import os
 import sys
@@ -47,12 +48,27 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)  # what it says comes as an error, too
     ray.data.DataContext.get_current().enable_progress_bars = False  # a bar is of a stage, not of an operator
 
 
 def shows_all() -> bool:
     """Whether the user asked for everything (--debug)."""
     return log.isEnabledFor(logging.DEBUG)
+
+
+class LogStream(io.TextIOBase):
+    """Takes the place of standard output: each line that Ray or a library prints there is logged, and breaks no bar."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Log the lines that are complete."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in filter(str.strip, lines):
+            log.warning("%s", line)
+        return len(text)
 
 
 class WorkerLines:
@@ -87,7 +103,8 @@ class WorkerLines:
 def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """Levels and messages of a batch; a line that is neither marked as ours nor about nodes is for debugging."""
     if batch["pid"] == "autoscaler":
-        yield from ((logging.INFO, line) for line in filter_autoscaler_events(batch["lines"]))
+        for line in filter_autoscaler_events(batch["lines"]):
+            yield logging.WARNING if "Error:" in line or "Warning:" in line else logging.INFO, line
         return
     for line in batch["lines"]:
         name, bar, message = line.removeprefix(_MARK).partition("|")
@@ -101,6 +118,7 @@ def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
 def quiet_ray() -> Iterator[None]:
     """While the block runs, in a driver that is connected, show of Ray what concerns the run; with --debug all."""
     _log_through_the_job()
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     dispatcher = global_worker_stdstream_dispatcher
     dispatcher.remove_handler("ray_print_logs")
     dispatcher.add_handler("davir_ray", WorkerLines())
@@ -119,6 +137,19 @@ def _log_through_the_job() -> None:
         logger.propagate = True
 
 
+def _log_file() -> int | None:
+    """The descriptor of a file beside Ray's own logs; None where descriptor 2 must stay what it is."""
+    node = ray._private.worker._global_node
+    try:
+        if node is None or sys.stderr.fileno() == 2:
+            return None
+        place = os.path.join(node.get_logs_dir_path(), f"davir_ray-driver-{os.getpid()}.err")
+        return os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except (OSError, ValueError) as error:
+        log.debug("errors of native code stay on the terminal: %s", error)
+        return None
+
+
 @contextmanager
 def _native_errors_in_log_file() -> Iterator[None]:
     """Let file descriptor 2, which Python does not write to (see exit_status), be a file beside Ray's own logs.
@@ -126,14 +157,8 @@ def _native_errors_in_log_file() -> Iterator[None]:
     Nothing else keeps what Ray's C++ core logs for its developers off a driver's terminal (2.60). Where Python writes
     to that descriptor, as in a notebook, or the file cannot be made, all stays as it is.
     """
-    node = ray._private.worker._global_node
-    try:
-        if sys.stderr.fileno() == 2 or node is None:
-            raise OSError("nothing to keep apart")
-        name = f"davir_ray-driver-{os.getpid()}.err"
-        file = os.open(os.path.join(node.get_logs_dir_path(), name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    except (OSError, ValueError) as error:
-        log.debug("errors of native code stay on the terminal: %s", error)
+    file = _log_file()
+    if file is None:
         yield
         return
     before = os.dup(2)

@@ -57,11 +57,7 @@ def files_with_duplicates(run: Location, selected: Manifest) -> frozenset[str]:
 
 def read_duplicates(run: Location, name: str) -> npt.NDArray[np.int64]:
     """Ranks of duplicates in a file of ranked/ that has any."""
-    place = run / FOLDER / name
-    try:
-        return np.asarray(read_parquet(place)["rank"])
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{place} is missing; run jobs/rank.py again") from error
+    return np.asarray(read_parquet(run / FOLDER / name)["rank"])
 
 
 def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:

@@ -7,6 +7,7 @@ import posixpath
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,8 +192,11 @@ def _fit(training: Training, tally: Tally, name: str) -> dict[str, Any]:
         with own_errors(), own_interrupts():
             trainer.fit()
     except ray.train.ControllerError as error:  # which keeps Ray Train's list of checkpoints in the run
+        failure = error.controller_failure
+        if isinstance(failure, TimeoutError | ConnectionError):  # the cluster's; a store's are of classes of their own
+            raise
         with storage_errors(storage):
-            raise error.controller_failure from error
+            raise failure from error
     outcome = json.loads((training.run / "checkpoints" / _OUTCOME).read_bytes())
     if "error" in outcome:
         raise getattr(errors, outcome["error"])(outcome["message"])
@@ -265,7 +269,9 @@ def _train(training: Training, tally: Tally, is_first: bool) -> dict[str, Any]:
     model = _load(training)
     trainer = together(lambda: Trainer(model, objective, training.config))
     if checkpoint := ray.train.get_checkpoint():
-        with storage_errors(checkpoint.path), checkpoint.as_directory() as state:
+        with ExitStack() as opened:
+            with storage_errors(checkpoint.path):
+                state = opened.enter_context(checkpoint.as_directory())
             together(partial(_continue, trainer, Path(state), checkpoint.path))
     trainer.train(_Reporter(training, tally, trainer, is_first=is_first))
     files = _export(training, trainer, training.folder, is_first=is_first)  # for which nobody waits

@@ -1,5 +1,6 @@
 """Files → records: every row once, every bad row with its reason, whatever is in the files."""
 
+import errno
 import gzip
 import json
 import logging
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub import HfFileSystem
 from hypothesis import given, settings
@@ -782,3 +784,18 @@ def test_real_files_are_read_whole(name: str, num_rows: int, caplog: pytest.LogC
     assert len(expected) == num_rows
     assert fields(read_path(path)) == expected
     assert not caplog.text
+
+
+def test_storage_that_fails_when_a_file_is_opened_makes_no_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    (file,) = list_files(Source(name="s", path=str(path), format="alpaca"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(LocalFileSystem, "open", fail)
+    with pytest.raises(StorageError, match="Input/output error"):
+        list(read_records(Slice(file)))

@@ -147,7 +147,7 @@ def test_duplicates_that_are_lost_are_not_taken_for_none(make_scores: Any) -> No
     with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates where the selection counted \d+"):
         run.selection(None)
     selected.write(run.place)
-    with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing; run jobs/rank.py again"):
+    with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing"):
         run.selection(None)
 
 
