@@ -8,9 +8,10 @@ import faulthandler
 import io
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
@@ -137,36 +138,57 @@ def _log_through_the_job() -> None:
         logger.propagate = True
 
 
-def _log_file() -> int | None:
-    """The descriptor of a file beside Ray's own logs; None where descriptor 2 must stay what it is."""
-    node = ray._private.worker._global_node
-    try:
-        if node is None or sys.stderr.fileno() == 2:
-            return None
-        place = os.path.join(node.get_logs_dir_path(), f"davir_ray-driver-{os.getpid()}.err")
-        return os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    except (OSError, ValueError) as error:
-        log.debug("errors of native code stay on the terminal: %s", error)
-        return None
+_SIEVE = r"""
+import re, sys
+
+with open(sys.argv[1], "ab", buffering=0) as file:
+    for line in sys.stdin.buffer:
+        file.write(line)
+        if found := re.match(rb"\[[^]]* (?:C|E(?=.*GCS)) \d+ \d+\] [^:]*:\d+: *(.*)", line):
+            sys.stderr.buffer.write(b"Ray: " + found[1].strip() + b"\n")
+            sys.stderr.buffer.flush()
+"""
+"""A process of its own, for a driver that loses its cluster is ended by Ray's C++ core, after a line that says so."""
 
 
 @contextmanager
 def _native_errors_in_log_file() -> Iterator[None]:
-    """Let file descriptor 2, which Python does not write to (see exit_status), be a file beside Ray's own logs.
+    """Let what is written to file descriptor 2, which Python does not use (see exit_status), go to a file beside Ray's.
 
-    Nothing else keeps what Ray's C++ core logs for its developers off a driver's terminal (2.60). Where Python writes
-    to that descriptor, as in a notebook, or the file cannot be made, all stays as it is.
+    Nothing else keeps what Ray's C++ core logs for its developers off a driver's terminal (2.60); only what it says of
+    a lost cluster, and of its own end, is shown. Where Python writes to that descriptor, as in a notebook, or the file
+    cannot be made, all stays as it is.
     """
-    file = _log_file()
-    if file is None:
+    sieve = _start_sieve()
+    if sieve is None or sieve.stdin is None:
         yield
         return
     before = os.dup(2)
-    os.dup2(file, 2)
-    os.close(file)
+    os.dup2(sieve.stdin.fileno(), 2)
+    sieve.stdin.close()
     faulthandler.enable(file=sys.stderr, all_threads=False)  # a crash is shown
     try:
         yield
     finally:
         os.dup2(before, 2)
         os.close(before)
+        with suppress(subprocess.TimeoutExpired):  # it ends with the last process that writes to it
+            sieve.wait(1)
+
+
+def _start_sieve() -> "subprocess.Popen[bytes] | None":
+    """What reads in the place of descriptor 2; None where that must stay what it is."""
+    node = ray._private.worker._global_node
+    try:
+        if node is None or sys.stderr.fileno() == 2:
+            return None
+        place = os.path.join(node.get_logs_dir_path(), f"davir_ray-driver-{os.getpid()}.err")
+        with open(place, "ab"):
+            pass
+        return subprocess.Popen(
+            [sys.executable, "-S", "-c", _SIEVE, place],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=sys.stderr.fileno(), start_new_session=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        log.debug("errors of native code stay on the terminal: %s", error)
+        return None

@@ -41,7 +41,8 @@ def job() -> None:
         show_debug()
     with connected():
         addresses = set(ray.get([work.remote() for _ in range(4)]))
-        ctypes.CDLL(None).write(2, b"native noise\\n", 13)
+        for line in (b"native noise", b"[today E 1 1] a.cc:1: noise", b"[today C 1 1] a.cc:1: Check failed"):
+            ctypes.CDLL(None).write(2, line + b"\\n", len(line) + 1)
         print("a line on standard output")
         time.sleep(3)  # long enough for the lines to come while the driver works
     print("the result", *addresses)
@@ -64,7 +65,9 @@ def test_a_job_shows_its_result_and_what_its_workers_log(ray_address: str) -> No
     """Ray prints in a driver what any process prints, and its C++ core writes to standard error itself (2.60)."""
     result, lines = run_driver(ray_address)
     assert result == f"the result {ray_address}\n"
-    assert sorted(lines) == ["a line on standard output", "a worker's news", "a worker's warning"]
+    assert sorted(lines) == [
+        "Ray: Check failed", "a line on standard output", "a worker's news", "a worker's warning",
+    ]  # fmt: skip
 
 
 def test_debug_shows_what_any_process_prints(ray_address: str) -> None:
