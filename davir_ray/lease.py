@@ -194,9 +194,12 @@ class Lease:
                 if found is not None and found.token != self._holder.token:
                     self._lose(str(found))
                     return
+                seen = time.monotonic()
                 self._holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1})
                 self._place.write_bytes(self._content())
-                if _is_overdue(renewed):  # another may have taken the lease just before, which this write took back
+                # Who took the lease since it was seen to be ours sees this write within its time to settle, and leaves;
+                # after that time he may work already.
+                if _is_overdue(renewed) and time.monotonic() - seen > _SETTLE_S:
                     self._place.remove()
                     self._lose("a driver that may take it for dead: its heartbeat came too late")
                     return
