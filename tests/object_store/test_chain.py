@@ -112,7 +112,9 @@ def grep(secret: str, folders: list[Path]) -> list[str]:
 def test_a_store_that_only_throttles_ends_the_run_with_the_reason(
     moto_store: Store, rows: Path, base_folder: Path, reference_folder: Path, ray_address: str, tmp_path: Path
 ) -> None:
-    options = upload(moto_store, rows, base_folder) | {"reference": reference_folder}
+    options = upload(moto_store, rows, base_folder)
+    options = {name: value for name, value in options.items() if not name.startswith("finetune.")}
+    options |= {"reference": reference_folder}
     run = location(moto_store, options["output"])
     with FaultyProxy(moto_store.endpoint, share=0.0).serving() as proxy:
         environment = {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
