@@ -131,11 +131,19 @@ def quiet_ray() -> Iterator[None]:
 
 
 def _log_through_the_job() -> None:
-    """Let Ray's Python code log through the job's handler, which breaks no bar, and not through handlers of its own."""
+    """Let Ray's Python code log through the job's handlers, which break no bar, and not through handlers of its own."""
     for name in ("ray", "ray.data", "ray.train"):
         logger = logging.getLogger(name)
         logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, PlainRayHandler)]
         logger.propagate = True
+    if not shows_all():
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_is_not_raised_too)
+
+
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
+    """Whether only the log says so: what Ray Data logs as an error, with stack traces of its own, it raises, too."""
+    return not (record.name.startswith("ray.data") and record.levelno >= logging.ERROR)
 
 
 _SIEVE = r"""
