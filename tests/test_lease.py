@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Location:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hearts that beat fast, and may miss a few beats where the machine is busy."""
     monkeypatch.setattr(module, "BEAT_S", 0.1)
-    monkeypatch.setattr(module, "MISSED_BEATS", 10)
+    monkeypatch.setattr(module, "MISSED_BEATS", 30)
     monkeypatch.setattr(module, "_SETTLE_S", 0.3)
 
 
@@ -167,7 +167,7 @@ def test_of_many_that_take_over_a_dead_drivers_run_one_gets_it(run: Location) ->
         try:
             with Lease(run):
                 held.append(number)
-                time.sleep(1.5)
+                time.sleep(3)
         except OutputError:
             refused.append(number)
 
