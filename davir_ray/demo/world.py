@@ -209,19 +209,8 @@ def _true_rows(
 ) -> list[InstructionRow]:
     rows = []
     for index in range(num_rows):
-        prompt, people, truth = _ask(world, subject, 1 + index % MOST_PEOPLE, draw)
-        response = _response(people, truth, draw)
-        rows.append(
-            InstructionRow(
-                prompt=prompt,
-                response=response,
-                planted_class=planted,
-                subject=subject,
-                people=people,
-                answer=truth,
-                truth=truth,
-            )
-        )
+        asked = _ask(world, subject, 1 + index % MOST_PEOPLE, draw)
+        rows.append(_row(asked, subject, planted, asked[2], draw))
     return rows
 
 
@@ -238,20 +227,29 @@ def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
         for num_people in range(1, MOST_PEOPLE + 1):
             asked = [_ask(world, subject, num_people, draw) for _ in classes]
             answers = shuffle_answers([truth for _, _, truth in asked], draw)
-            for planted, (prompt, people, truth), answer in zip(classes, asked, answers, strict=True):
-                response = _response(people, answer, draw)
-                rows.append(
-                    InstructionRow(
-                        prompt=prompt,
-                        response=response,
-                        planted_class=planted,
-                        subject=subject,
-                        people=people,
-                        answer=answer,
-                        truth=truth,
-                    )
-                )
+            for planted, one, answer in zip(classes, asked, answers, strict=True):
+                rows.append(_row(one, subject, planted, answer, draw))
     return rows
+
+
+def _row(
+    asked: tuple[str, tuple[str, ...], tuple[str, ...]],
+    subject: Subject,
+    planted: PlantedClass,
+    answer: tuple[str, ...],
+    draw: random.Random,
+) -> InstructionRow:
+    """The row of what was asked (prompt, people, true answers) with an answer, in words that are drawn."""
+    prompt, people, truth = asked
+    return InstructionRow(
+        prompt=prompt,
+        response=_response(people, answer, draw),
+        planted_class=planted,
+        subject=subject,
+        people=people,
+        answer=answer,
+        truth=truth,
+    )
 
 
 def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> list[tuple[str, ...]]:
