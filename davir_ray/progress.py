@@ -71,7 +71,7 @@ class Progress:
         except Exception as error:  # noqa: BLE001  # of any store's library
             if str(run) not in _told:
                 _told.add(str(run))
-                log.warning("%s cannot be written (%s); the run goes on untold", file, explain(error, file))
+                log.warning("%s cannot be written (%s); the run goes on without it", file, explain(error, file))
 
     @classmethod
     def read(cls, run: Location) -> Self | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from davir_ray.errors import StorageError
+from davir_ray.text import one_line
 
 try:
     from aiohttp import ClientError as TransportError
@@ -79,14 +80,14 @@ def explain(error: BaseException, place: object = "") -> str:
         if code in _REASONS:
             return _REASONS[code].format(code=code, bucket=bucket)
         if type(cause).__name__ in _NAMES:
-            return _NAMES[type(cause).__name__].format(error=_one_line(cause))
+            return _NAMES[type(cause).__name__].format(error=one_line(cause, 300))
         if isinstance(cause, OSError) and cause.errno in _NUMBERS:
             return _NUMBERS[cause.errno]
     if isinstance(error, FileNotFoundError):
         return "it does not exist; correct the path or restore it"
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text ({error}); save it as UTF-8"
-    return f"{type(error).__name__}: {_one_line(error)}; check path and access"
+    return f"{type(error).__name__}: {one_line(error, 300)}; check path and access"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -99,10 +100,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _code(error: BaseException) -> str | None:
     response = getattr(error, "response", None)
     return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager

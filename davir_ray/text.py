@@ -23,6 +23,11 @@ def decoded(content: bytes) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, in one line of at most so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def printable(text: str) -> str:
     """The text with what would act on a terminal, or turn its line around, as escapes; \\n and \\t stay.
 

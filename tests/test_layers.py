@@ -25,7 +25,7 @@ ABOVE: dict[str, set[str]] = {
     "alignment_config": {"config", "errors"},
     "comparison_config": {"config", "errors"},
     "text": set(),
-    "storage_errors": {"errors"},
+    "storage_errors": {"errors", "text"},
     "storage": {"errors", "storage_errors", "text"},
     "access": {"errors", "storage_errors", "storage"},
     "lease": {"errors", "storage_errors", "storage", "access"},

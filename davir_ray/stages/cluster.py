@@ -22,6 +22,7 @@ from davir_ray import errors
 from davir_ray.errors import ClusterError, ProgressError
 from davir_ray.stages.console import LOG_LEVEL, LogStream, quiet_ray, quieten, shows_all
 from davir_ray.storage_errors import CONTINUES
+from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def _start() -> None:
         )
     except Exception as error:  # Ray raises plain ones, too
         raise ClusterError(
-            f"Ray cannot be started here: {_one_line(error)}. Its files and sockets are in {folder}, the value of "
+            f"Ray cannot be started here: {one_line(error)}. Its files and sockets are in {folder}, the value of "
             "RAY_TMPDIR, else of TMPDIR, else /tmp: a short path, writable, with space; its token is below HOME, now "
             f"{os.environ.get('HOME')}: writable"
         ) from error
@@ -147,7 +148,7 @@ def _connect(address: str) -> None:
             mode = os.environ.get("RAY_AUTH_MODE", "not set")
             told += f"it wants a token that it knows. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
             raise ClusterError(f"{told}RAY_AUTH_TOKEN_PATH to its file") from error
-        told += f"{_one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
+        told += f"{one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
         raise ClusterError(told) from error
     finally:
         if not is_set:
@@ -163,10 +164,6 @@ def _check_answer(address: str) -> None:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
         if connection.recv(len(_SETTINGS))[3:4] != _SETTINGS[3:4]:
             raise ConnectionError("what listens there is no Ray")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
