@@ -217,9 +217,8 @@ def _check_answers(heldout: Location, sources: list[str]) -> None:
 
 
 def _tell(output: Location, done: int, total: int) -> None:
-    (
-        output / "manifests" / f"{_STAGE}.json"
-    ).remove()  # the report is written again, also where nothing is to be trained
+    # The report is written again, also where nothing is to be trained.
+    (output / "manifests" / f"{_STAGE}.json").remove()
     Progress(_STAGE, unit="arms", done=done, total=total).write(output)
 
 
@@ -326,12 +325,12 @@ def _report(
             measures=measures,
         )
     )
-    told = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     files = [
         committed_parquet(output / LEFT_OUT)[0],
         write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE)),
         write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS)),
-        write_file(output / "comparison.json", told.encode()),
+        write_file(output / "comparison.json", facts_json.encode()),
         write_file(output / "comparison.html", render_comparison(facts).encode()),
     ]
     made_of = {str(trial.name): require(trial.place, STAGE).content for trial in trials}

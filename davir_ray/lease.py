@@ -197,8 +197,8 @@ class Lease:
                 seen = time.monotonic()
                 self._holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1})
                 self._place.write_bytes(self._content())
-                # Who took the lease since it was seen to be ours sees this write within its time to settle, and leaves;
-                # after that time he may work already.
+                # A driver that took the lease since it was seen to be ours sees this write before it has settled, and
+                # leaves; after that time it may work already.
                 if _is_overdue(renewed) and time.monotonic() - seen > _SETTLE_S:
                     self._place.remove()
                     self._lose("a driver that may take it for dead: its heartbeat came too late")

@@ -1,6 +1,6 @@
 """How far a run is: progress.json in its output, for whoever asks from any machine, and a line for who waits.
 
-The file only tells: where it cannot be written or read, that is said, and nothing ends.
+The file is for information: where it cannot be written or read, that is logged, and nothing ends.
 """
 
 import json
@@ -27,8 +27,8 @@ LEAST_CHANGES = 5
 
 State = Literal["running", "complete", "failed"]
 
-_told: set[str] = set()
-"""Runs whose progress.json could not be written: said once."""
+_not_writable: set[str] = set()
+"""Runs whose progress.json could not be written."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Progress:
     """UTC, by the driver's clock."""
 
     def write(self, run: Location) -> None:
-        """Replace progress.json. A store that refuses it is told of once; if it is away, the run's own writes fail."""
+        """Replace progress.json. Where it cannot be written, that is logged once for each run, and the run goes on."""
         now, file = datetime.now(UTC).isoformat(timespec="seconds"), run / PROGRESS_FILE
         try:
             file.write_text(json.dumps(asdict(replace(self, updated=now)), indent=1) + "\n")
         except Exception as error:  # noqa: BLE001  # of any store's library
-            if str(run) not in _told:
-                _told.add(str(run))
+            if str(run) not in _not_writable:
+                _not_writable.add(str(run))
                 log.warning("%s cannot be written (%s); the run goes on without it", file, explain(error, file))
 
     @classmethod

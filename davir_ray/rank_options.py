@@ -115,14 +115,13 @@ def parse_rank(argv: list[str], description: str = "") -> RankOptions:
         output_is_shared=given.get("output_is_shared", False),
         trust_remote_code=options.get("trust_remote_code", False),
         changes=changes,
-        stated={name: value for name, value in given.items() if name not in options and _is_stated(name)},
+        stated={
+            name: value
+            for name, value in given.items()
+            if name not in options and name.split(".")[0] not in ("output", "output_is_shared", "rank", "select")
+        },
         on_command_line=tuple(options),
     )
-
-
-def _is_stated(name: str) -> bool:
-    """Whether the run must say the same of a field."""
-    return name.split(".")[0] not in ("output", "output_is_shared", "rank", "select", "debug")
 
 
 def _refuse_others(words: list[str]) -> None:

@@ -62,6 +62,15 @@ def wait_until(happened: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
+def at_once(take: Callable[[int], None], count: int) -> None:
+    """Call it with each number, all at the same time, and return when all are done."""
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def leave(run: Location, **changes: object) -> Holder:
     """A lease of a driver on another machine."""
     holder = replace(Holder.of_this_process(), machine="elsewhere", host="node7", **changes)  # type: ignore[arg-type]
@@ -172,11 +181,7 @@ def test_of_many_that_take_over_a_dead_drivers_run_one_gets_it(run: Location, mo
         except OutputError:
             refused.append(number)
 
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(take, 6)
     assert len(held) == 1
     assert {*range(6)} - {*held} <= {*refused}, "who held it may lose it, on a busy machine"
 
@@ -291,11 +296,7 @@ def test_where_a_file_is_created_twice_one_of_many_that_begin_at_the_same_moment
         except OutputError:
             refused.append(number)
 
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(take, 5)
     assert (len(held), len(refused)) == (1, 4)
 
 

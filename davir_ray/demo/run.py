@@ -42,7 +42,7 @@ def run_demo(output: Path, seed: int = 0) -> str:
     if not base.is_dir():
         log.info("demo: pre-training a base model of 0.6M parameters on generated text")
         torch.set_num_threads(1)  # such small products gain nothing from more, and lose much on a busy machine
-        with _shown() as show:
+        with _pretraining_progress() as show:
             pretrain(base, pretraining_texts(seed), seed, show)
     config = demo_config(data, base, output / "run")
     with connected():  # one Ray for the run and for the report again, which then knows the truth
@@ -71,7 +71,7 @@ def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[StepReport], None]]:
+def _pretraining_progress() -> Iterator[Callable[[StepReport], None]]:
     """What the pre-training calls after each step: a bar on a terminal, else a line now and then."""
     stage, unit = "pre-training", "steps"
     bar = Bar(Progress(stage, unit=unit)) if sys.stderr.isatty() else None

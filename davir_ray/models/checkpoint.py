@@ -77,28 +77,30 @@ class Checkpoint:
         if "://" in uri:
             with translated(uri, ModelError):
                 files = store_files(Location.of(uri))
-            return cls._elsewhere(uri, None, trust_remote_code, files)
+            return cls._checked(uri, {file.name for file in files}, trust_remote_code, files=files)
         path = Path(uri).expanduser()
         name, _, revision = uri.partition("@")
         if os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             if path.is_symlink() and not path.exists():
                 raise ModelError(f"{path} is a link to {path.readlink()}, which is not there; correct path or link")
             folder = path.resolve()
-            names = _names_in(folder)
-            _check_names(str(folder), names)
-            found = cls(str(folder), None, trust_remote_code, _is_adapter(names))
-            found._check_files()
-            return found
+            return cls._checked(str(folder), _names_in(folder), trust_remote_code)
         if path.parent != Path() and path.parent.is_dir() and not (is_hub or revision):
             _look_up_first(path)
         commit = resolve(name, revision or None)
-        return cls._elsewhere(name, commit, trust_remote_code, repository_files(name, commit))
+        files = repository_files(name, commit)
+        return cls._checked(name, {file.name for file in files}, trust_remote_code, commit, files)
 
     @classmethod
-    def _elsewhere(
-        cls, uri: str, commit: str | None, trust_remote_code: bool, files: tuple[RemoteFile, ...]
+    def _checked(
+        cls,
+        uri: str,
+        names: set[str],
+        trust_remote_code: bool,
+        commit: str | None = None,
+        files: tuple[RemoteFile, ...] = (),
     ) -> "Checkpoint":
-        names = {file.name for file in files}
+        """The checkpoint of a place that holds files of these names. ModelError if one is missing or is no weights."""
         _check_names(uri, names)
         found = cls(uri, commit, trust_remote_code, _is_adapter(names), files)
         found._check_files()
@@ -123,23 +125,24 @@ class Checkpoint:
         return self._load(AutoConfig)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
+        """The tokenizer. ModelError if there is none, or it cannot be loaded."""
         names = {file.name for file in self.files} or _names_in(self._folder())
+        has_vocabulary = any(_is_vocabulary(name) for name in names)
+        absent = (
+            f"{self.uri} has no tokenizer (tokenizer.json, or the vocabulary that it is made from); copy the "
+            "tokenizer's files of the model that it was trained from into it"
+        )
         try:
-            tokenizer, problem = self._load(AutoTokenizer), None
+            tokenizer = self._load(AutoTokenizer)
         except ModelError as error:
-            tokenizer, problem = None, error
-        # Without its files transformers (5.23) fails, or makes up an empty vocabulary, in which text has no tokens.
+            if has_vocabulary:
+                raise
+            raise ModelError(absent) from error
+        # Without its files transformers (5.23) may make up an empty vocabulary, in which text has no tokens.
         # Tokenizers of bytes need none.
         needed = set(getattr(tokenizer, "vocab_files_names", {}).values())
-        is_made_up = (tokenizer is None or needed) and needed.isdisjoint(names)
-        if is_made_up and not any(_is_vocabulary(name) for name in names):
-            raise ModelError(
-                f"{self.uri} has no tokenizer (tokenizer.json, or the vocabulary that it is made from); copy the "
-                "tokenizer's files of the model that it was trained from into it"
-            ) from problem
-        if problem is not None:
-            raise problem
+        if needed and needed.isdisjoint(names) and not has_vocabulary:
+            raise ModelError(absent)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
         # Of a template's file transformers keeps the byte-order mark, and would begin every conversation with it.

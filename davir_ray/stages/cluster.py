@@ -53,8 +53,8 @@ def connected() -> Iterator[None]:
 
     The end of the block is the end of the workers' output, so that the reason of a failure is the last line. Left to
     Ray's own handler at exit, a job that is complete ends with status 1 where a node died on the way (2.60). Within the
-    block standard output goes to standard error: Ray prints there what workers, nodes and the autoscaler say, among
-    them warnings, and a job's standard output is its result alone.
+    block what is printed on standard output is logged: Ray prints warnings there, and a job's standard output is its
+    result alone.
     """
     quieten()
     if ray.is_initialized():
@@ -110,7 +110,7 @@ def _start() -> None:
 def _temporary_folder() -> str:
     """Where Ray started here keeps its files."""
     folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
-    with suppress(OSError):  # told where it is used
+    with suppress(OSError):  # the error comes where it is used
         os.makedirs(folder, exist_ok=True)
     return folder
 
@@ -143,13 +143,13 @@ def _connect(address: str) -> None:
         variables = {name: value for name, value in wanted.items() if value and name not in given}
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables} if variables else None)
     except Exception as error:  # Ray raises plain ones, too
-        told = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
+        message = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             mode = os.environ.get("RAY_AUTH_MODE", "not set")
-            told += f"it wants a token that it knows. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
-            raise ClusterError(f"{told}RAY_AUTH_TOKEN_PATH to its file") from error
-        told += f"{one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
-        raise ClusterError(told) from error
+            message += f"it wants a token that it knows. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
+            raise ClusterError(f"{message}RAY_AUTH_TOKEN_PATH to its file") from error
+        message += f"{one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
+        raise ClusterError(message) from error
     finally:
         if not is_set:
             del os.environ[_ATTEMPTS]

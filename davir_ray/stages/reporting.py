@@ -70,9 +70,9 @@ def write_report(
     run: Location, facts: dict[str, Any], page: str, made_of: Mapping[str, Manifest], started: float
 ) -> None:
     """Write the facts as JSON, the page, and their manifest; `started` is when time.monotonic() said so."""
-    told = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     clear(run, "report")
-    files = [write_file(run / "report.json", told.encode()), write_file(run / "report.html", page.encode())]
+    files = [write_file(run / "report.json", facts_json.encode()), write_file(run / "report.html", page.encode())]
     fingerprint = {stage: manifest.content for stage, manifest in made_of.items()}
     Manifest("report", fingerprint, {}, files, seconds=time.monotonic() - started).commit(run)
 

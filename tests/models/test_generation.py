@@ -114,6 +114,16 @@ def test_a_model_with_few_positions_gets_what_room_there_is(tmp_path: Path, toke
     assert [tuple(one) for one in found if one] == expected
 
 
+def assert_generates_as(model: torch.nn.Module, base: Path, adapter: Path, prompts: Sequence[np.ndarray]) -> None:
+    """The saved adapter writes what the model that it is in writes in a plain loop, and not what the base does."""
+    settings = GeneratorSettings(max_new_tokens=NEW, precision="float32")
+    generator = Generator(Checkpoint.find(str(adapter)), settings, Checkpoint.find(str(base)))
+    found = generator.generate(prompts, ids_of(prompts))
+    expected = [plain_loop_of(model.eval(), prompt, NEW, [1]) for prompt in prompts]
+    assert [tuple(one) for one in found if one] == expected
+    assert expected != [plain_loop(base, prompt, NEW, [1]) for prompt in prompts]
+
+
 def test_an_adapter_with_a_head_and_an_embedding_of_its_own_is_whole(base_folder: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
@@ -123,13 +133,7 @@ def test_an_adapter_with_a_head_and_an_embedding_of_its_own_is_whole(base_folder
             if "modules_to_save" in name:
                 weight.normal_(0, 0.5)
     model.save_pretrained(tmp_path)
-    settings = GeneratorSettings(max_new_tokens=NEW, precision="float32")
-    found = Generator(Checkpoint.find(str(tmp_path)), settings, Checkpoint.find(str(base_folder))).generate(
-        PROMPTS[:4], ids_of(PROMPTS[:4])
-    )
-    expected = [plain_loop_of(model.eval(), prompt, NEW, [1]) for prompt in PROMPTS[:4]]
-    assert [tuple(one) for one in found if one] == expected
-    assert expected != [plain_loop(base_folder, prompt, NEW, [1]) for prompt in PROMPTS[:4]]
+    assert_generates_as(model, base_folder, tmp_path, PROMPTS[:4])
 
 
 def test_an_adapter_is_switched_on(base_folder: Path, tmp_path: Path) -> None:
@@ -140,13 +144,7 @@ def test_an_adapter_is_switched_on(base_folder: Path, tmp_path: Path) -> None:
             if "lora_B" in name:
                 weight.normal_(0, 0.5)
     model.save_pretrained(tmp_path)
-    settings = GeneratorSettings(max_new_tokens=NEW, precision="float32")
-    found = Generator(Checkpoint.find(str(tmp_path)), settings, Checkpoint.find(str(base_folder))).generate(
-        PROMPTS, ids_of(PROMPTS)
-    )
-    expected = [plain_loop_of(model.eval(), prompt, NEW, [1]) for prompt in PROMPTS]
-    assert [tuple(one) for one in found if one] == expected
-    assert expected != [plain_loop(base_folder, prompt, NEW, [1]) for prompt in PROMPTS]
+    assert_generates_as(model, base_folder, tmp_path, PROMPTS)
 
 
 def table(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> pa.Table:
