@@ -2,21 +2,24 @@
 
 import logging
 
-from davir_ray.access import check_readable, probe_output, translated
-from davir_ray.config import FinetuneConfig, InputConfig, OutputConfig, ScoreConfig, check_chat_template
+from davir_ray.config.run import InputConfig, OutputConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.sources import check_chat_template
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.pool import plan_pool
+from davir_ray.engine.session import connected_to, place_of
 from davir_ray.errors import ConfigError, DataError, ModelError, UserError
-from davir_ray.estimate import estimate, told
-from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
-from davir_ray.output import connected_to, place_of
+from davir_ray.run.access import check_readable, probe_output, translated
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import check_claim
+from davir_ray.stages.dry_run import device_rate, preview
+from davir_ray.stages.estimate import estimate, told
+from davir_ray.stages.finetune import check_workers
 from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, are_pairs, prepare
-from davir_ray.stages.preview import device_rate, preview
-from davir_ray.stages.resume import check_claim
-from davir_ray.stages.streaming import plan_pool
-from davir_ray.stages.training import check_workers
-from davir_ray.storage import Location
 
 log = logging.getLogger(__name__)
 

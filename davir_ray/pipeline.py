@@ -3,26 +3,26 @@
 import logging
 from typing import Any
 
-from davir_ray.access import check_readable, probe_output
-from davir_ray.cli import dump
-from davir_ray.config import RunConfig
+from davir_ray.config.rank import RankOptions
+from davir_ray.config.run import RunConfig
+from davir_ray.config.yaml import dump
+from davir_ray.engine.session import connected_to, place_of, writing
 from davir_ray.errors import ConfigError, ModelError, OutputError
-from davir_ray.finished import remembered, scored_with
 from davir_ray.inputs import check_inputs, foretell, prepare_inputs
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.output import connected_to, place_of, writing
-from davir_ray.progress import Progress
-from davir_ray.rank_options import RankOptions
+from davir_ray.run.access import check_readable, probe_output
+from davir_ray.run.location import Location
+from davir_ray.run.progress import Progress
+from davir_ray.run.stages import remember, require
+from davir_ray.stages.finetune import finetune
+from davir_ray.stages.finished import remembered, scored_with
 from davir_ray.stages.pairing import check_reference
 from davir_ray.stages.prepare import Preparation, scoring_spec
-from davir_ray.stages.ranking import rank
-from davir_ray.stages.reporting import report
-from davir_ray.stages.resume import remember, require
-from davir_ray.stages.scoring import score
-from davir_ray.stages.selection import check_count, select
-from davir_ray.stages.training import finetune
-from davir_ray.stages.verification import Verification, verify
-from davir_ray.storage import Location
+from davir_ray.stages.rank import rank
+from davir_ray.stages.report import report
+from davir_ray.stages.score import score
+from davir_ray.stages.select.rule import check_count, select
+from davir_ray.stages.verify import Verification, verify
 
 log = logging.getLogger(__name__)
 

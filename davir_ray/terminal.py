@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from davir_ray.progress import Progress
+from davir_ray.run.progress import Progress
 from davir_ray.text import PrintableFormatter
 
 _BAR_COLUMNS = 16

@@ -8,14 +8,14 @@ The same command goes on where a stopped run left off.
 
 import sys
 
-from davir_ray.alignment_config import AlignRunConfig
 from davir_ray.cli import run_job
+from davir_ray.config.align import AlignRunConfig
 
 
 def main(config: AlignRunConfig) -> None:
     """Run the chain and say where the policy and the report lie; with --dry_run, only say what would be done."""
     # late: a mistake in the options is told before torch and Ray load
-    from davir_ray.alignment import dry_run, run_alignment
+    from davir_ray.align.job import dry_run, run_alignment
 
     if config.dry_run:
         print("\n".join(dry_run(config)))

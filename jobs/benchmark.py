@@ -18,7 +18,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from davir_ray.benchmarks import alignment, likelihood, ranking, scaling
-from davir_ray.cli import exit_status, load_yaml_strictly, refuse_repeated
+from davir_ray.cli import exit_status, refuse_repeated
+from davir_ray.config.yaml import load_yaml_strictly
 from davir_ray.errors import ConfigError
 
 BENCHMARKS: dict[str, tuple[type[Any], Callable[[Any], dict[str, Any]], str]] = {

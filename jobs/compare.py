@@ -9,12 +9,12 @@ The same command goes on where a stopped comparison left off, arm by arm.
 import sys
 
 from davir_ray.cli import run_job
-from davir_ray.comparison_config import CompareConfig
+from davir_ray.config.compare import CompareConfig
 
 
 def main(config: CompareConfig) -> None:
     """Run the comparison and say where the result lies."""
-    from davir_ray.comparison import compare  # late: a mistake in the options is told before torch and Ray load
+    from davir_ray.compare.job import compare  # late: a mistake in the options is told before torch and Ray load
 
     output = compare(config)
     print(f"table: {output / 'results.parquet'}\npage:  {output / 'comparison.html'}")

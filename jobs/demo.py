@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from davir_ray.cli import DEBUG_HELP, exit_status, refuse_repeated, show_debug
+from davir_ray.cli import exit_status, refuse_repeated, show_debug
+from davir_ray.config.yaml import DEBUG_HELP
 from davir_ray.demo.run import run_demo
 
 

@@ -10,7 +10,7 @@ rank, select) is not looked at here.
 import sys
 
 from davir_ray.cli import run_job
-from davir_ray.config import RunConfig
+from davir_ray.config.run import RunConfig
 
 
 def main(config: RunConfig) -> None:

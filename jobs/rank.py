@@ -10,8 +10,7 @@ select must be what the run says. Other options of jobs/score.py are refused.
 
 import sys
 
-from davir_ray.cli import exit_status
-from davir_ray.rank_options import parse_rank
+from davir_ray.cli import exit_status, parse_rank
 
 
 def main() -> None:

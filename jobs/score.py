@@ -9,7 +9,7 @@ The same command goes on where a stopped run left off.
 import sys
 
 from davir_ray.cli import run_job
-from davir_ray.config import RunConfig
+from davir_ray.config.run import RunConfig
 
 
 def main(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of lines.")
     options = parser.parse_args()
     refuse_repeated(sys.argv[1:])
-    from davir_ray.status import status  # late: --help need not wait for it
+    from davir_ray.run.status import status  # late: --help need not wait for it
 
     found = status(options.output)
     print(found.to_json() if options.json else "\n".join(found.lines()))

@@ -10,7 +10,8 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from davir_ray.cli import DEBUG_HELP, exit_status, refuse_repeated, show_debug
+from davir_ray.cli import exit_status, refuse_repeated, show_debug
+from davir_ray.config.yaml import DEBUG_HELP
 from davir_ray.errors import ConfigError
 
 

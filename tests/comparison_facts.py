@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from davir_ray.comparison_config import TrialName
+from davir_ray.config.compare import TrialName
 from davir_ray.report.comparison import LOSS, ComparisonInputs, Measured, TrialFacts
 
 ARMS = {"selection": 1.0, "random": 1.5, "lowest": 2.0}

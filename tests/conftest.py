@@ -22,7 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from davir_ray.models.hub import resolve
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+
+pytest_plugins = ["made_runs"]
 
 # Ray starts its workers at nice 15, where any other process of the machine starves them.
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 import davir_ray
-from davir_ray.storage import Location, read_parquet
+from davir_ray.run.location import Location, read_parquet
 
 PACKAGE = Path(davir_ray.__file__).parent.parent
 DATA_FOLDERS = ("examples", "rejects", "scores", "ranked", "selected")

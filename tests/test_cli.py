@@ -12,13 +12,17 @@ import yaml
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from davir_ray.cli import dump, exit_status, parse, run_job
-from davir_ray.config import FinetuneConfig, RankConfig, RunConfig, SelectConfig, Source
+from davir_ray.cli import exit_status, parse, run_job
+from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.sources import Source
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.config.yaml import dump
+from davir_ray.engine.connect import SUBMITTED_JOB
 from davir_ray.errors import ConfigError
 from davir_ray.inputs import check_inputs
 from davir_ray.pipeline import dry_run, finetune_only, run_all
-from davir_ray.stages.cluster import SUBMITTED_JOB
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
 
 Fails = Callable[..., str]
 
@@ -58,7 +62,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davir_ray.output.connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.engine.session.connected", lambda: pytest.fail("Ray was started"))
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from drivers import PACKAGE
 
-from davir_ray.alignment_config import AlignRunConfig
-from davir_ray.cli import parse_as
-from davir_ray.comparison_config import CompareConfig
-from davir_ray.config import OutputConfig, RunConfig
-from davir_ray.rank_options import parse_rank
+from davir_ray.cli import parse_as, parse_rank
+from davir_ray.config.align import AlignRunConfig
+from davir_ray.config.compare import CompareConfig
+from davir_ray.config.run import OutputConfig, RunConfig
 from davir_ray.schema import COLUMNS, RejectReason, Status
 
 DOCUMENTS = [PACKAGE / "README.md", PACKAGE / "CONTRIBUTING.md", *sorted(PACKAGE.glob("*/README.md"))]

@@ -9,12 +9,16 @@ import pandas as pd
 import pytest
 from drivers import content_of
 
-from davir_ray.config import PrepareConfig, RunConfig, ScoreConfig, SelectConfig, Source
-from davir_ray.data.examples import stable_id
-from davir_ray.manifest import Manifest
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.run import RunConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.selection import SelectConfig
+from davir_ray.config.sources import Source
+from davir_ray.data.reader import stable_id
 from davir_ray.pipeline import run_all
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 from davir_ray.schema import RejectReason, Status
-from davir_ray.storage import Location
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

@@ -6,8 +6,8 @@ import pytest
 from drivers import Driver
 from hub_server import HubServer
 
-from davir_ray.manifest import Manifest
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 
 NUM_ROWS = 24
 SETTINGS = {

@@ -15,7 +15,7 @@ from object_store.conftest import make_bucket
 from object_store.stores import Store, ceph, require_ceph
 from ray.cluster_utils import Cluster
 
-from davir_ray.storage import TEMPORARY, Location, Stored
+from davir_ray.run.location import TEMPORARY, Location, Stored
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Imports run one way: storage, schema, config, errors ← data, formulas ← models ← stages ← pipeline."""
+"""Imports run one way: errors, schema, text ← config ← run ← data, formulas ← models ← engine ← stages ← the rest."""
 
 import ast
 import subprocess
@@ -13,33 +13,22 @@ import davir_ray
 PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-RAY_ALLOWED = ("stages", "pipeline", "api", "benchmarks")
-GROUND = {
-    "errors", "schema", "config", "alignment_config", "comparison_config", "text", "storage_errors", "storage",
-    "access", "manifest", "progress", "lease",
-}  # fmt: skip
+RAY_ALLOWED = ("engine", "stages", "pipeline", "align", "compare", "api", "benchmarks", "demo")
+APPLICATIONS = {"align", "compare", "api"}
 ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
-    "config": {"errors"},
-    "alignment_config": {"config", "errors"},
-    "comparison_config": {"config", "errors"},
     "text": set(),
-    "storage_errors": {"errors", "text"},
-    "storage": {"errors", "storage_errors", "text"},
-    "access": {"errors", "storage_errors", "storage"},
-    "lease": {"errors", "storage_errors", "storage", "access"},
-    "manifest": {"errors", "storage"},
-    "progress": {"errors", "storage_errors", "storage"},
-    "terminal": {"progress", "text"},
-    "status": GROUND,
+    "config": {"errors", "text"},
+    "run": {"errors", "schema", "text", "config"},
+    "terminal": {"run", "text"},
+    "cli": {"errors", "text", "config", "run", "terminal"},
     "formulas": set(),
-    "data": GROUND,
-    "models": GROUND | {"data", "formulas"},
-    "report": GROUND | {"formulas", "data"},
-    "estimate": GROUND | {"models"},
-    "stages": GROUND | {"data", "formulas", "models", "report", "estimate", "terminal"},
-    "cli": {"config", "errors", "access", "terminal", "text"},
+    "data": {"errors", "schema", "config", "run"},
+    "models": {"errors", "schema", "text", "config", "run", "data", "formulas"},
+    "report": {"errors", "schema", "config", "run", "data", "formulas"},
+    "engine": {"errors", "schema", "text", "config", "run", "terminal"},
+    "stages": {"errors", "schema", "text", "config", "run", "data", "formulas", "models", "report", "engine"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 
@@ -68,9 +57,9 @@ def part(module: str) -> str:
 
 
 def test_the_walk_sees_the_package() -> None:
-    assert {"storage", "formulas.scores", "models.likelihood", "stages.streaming", "pipeline"} <= MODULES.keys()
-    assert imports_of("stages.streaming", "ray")
-    assert imports_of("models.likelihood", "torch")
+    assert {"run.location", "formulas.scores", "models.kernel.likelihood", "engine.pool", "pipeline"} <= MODULES.keys()
+    assert imports_of("engine.pool", "ray")
+    assert imports_of("models.kernel.likelihood", "torch")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -79,10 +68,16 @@ def test_ray_is_imported_in_the_stages_and_doors_only(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [name for name in MODULES if part(name) in {"data", "storage_errors", "storage", "report", "cli"}]
+    "module", [name for name in MODULES if part(name) in {"config", "run", "data", "report", "cli"}]
 )
 def test_rows_and_files_know_no_torch(module: str) -> None:
     assert not imports_of(module, "torch")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) not in APPLICATIONS | {"__init__"}])
+def test_nobody_imports_the_applications(module: str) -> None:
+    inner = {".".join(name.split(".")[1:2]) for name in imports(MODULES[module]) if name.startswith("davir_ray.")}
+    assert not inner & APPLICATIONS or part(module) == "benchmarks"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if part(name) in ABOVE])
@@ -126,7 +121,7 @@ class Block:
             raise ImportError("ray is blocked")
 
 sys.meta_path.insert(0, Block())
-import davir_ray.models.finetune, davir_ray.models.scorer, davir_ray.data.examples, davir_ray.formulas.ranking
+import davir_ray.models.training.loop, davir_ray.models.scorer, davir_ray.data.reader, davir_ray.formulas.order
 assert "ray" not in sys.modules
 """
 

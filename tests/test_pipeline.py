@@ -19,16 +19,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from davir_ray import schema
-from davir_ray.comparison import _preparation as prepare_heldout
-from davir_ray.comparison_config import CompareConfig
-from davir_ray.config import FinetuneConfig, PrepareConfig, RankConfig, RunConfig, ScoreConfig, SelectConfig, Source
+from davir_ray.cli import parse_rank
+from davir_ray.compare.job import _preparation as prepare_heldout
+from davir_ray.config.compare import CompareConfig
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.rank import RankOptions
+from davir_ray.config.run import RunConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.sources import Source
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
-from davir_ray.finished import remembered
-from davir_ray.manifest import Manifest, differences
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
-from davir_ray.rank_options import RankOptions, parse_rank
-from davir_ray.status import status
-from davir_ray.storage import Location, read_parquet, write_parquet
+from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.manifest import Manifest, differences
+from davir_ray.run.status import status
+from davir_ray.stages.finished import remembered
 
 LIMIT = 150
 MAX_TOKENS = 320
@@ -607,7 +613,7 @@ def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
 @pytest.fixture
 def untouched_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where Ray would be connected."""
-    monkeypatch.setattr("davir_ray.output.connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.engine.session.connected", lambda: pytest.fail("Ray was started"))
 
 
 def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, target: Path) -> Path:

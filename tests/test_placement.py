@@ -18,13 +18,13 @@ import ray
 from drivers import PACKAGE, Driver
 from ray.cluster_utils import Cluster
 
-from davir_ray.config import ScoreConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.engine.connect import NO_PROGRESS, actor_cpus, pool_size, room_for
+from davir_ray.engine.console import LOG_LEVEL
+from davir_ray.engine.pool import Pool, plan_pool
 from davir_ray.errors import ClusterError, ConfigError
-from davir_ray.manifest import Manifest
-from davir_ray.stages.cluster import NO_PROGRESS, actor_cpus, pool_size, room_for
-from davir_ray.stages.console import LOG_LEVEL
-from davir_ray.stages.streaming import Pool, plan_pool
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 
 NODES = [
     [{"CPU": 4.0}],
@@ -38,7 +38,7 @@ NODES = [
 
 API_ON_A_GPU = """
 import sys, davir_ray, ray
-from davir_ray.config import ScoreConfig
+from davir_ray.config.scoring import ScoreConfig
 rows = ray.data.from_items([{"prompt": "Count.", "response": "one two"}] * 8)
 scored = davir_ray.score(rows, base=sys.argv[1], reference=sys.argv[2], config=ScoreConfig(num_gpus=0.5))
 print(sum(row["status"] == "ok" for row in scored.take_all()))

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from drivers import Driver
 
-from davir_ray.manifest import Manifest
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from drivers import PACKAGE
 from object_store.conftest import make_bucket
 from object_store.stores import Store
 
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
 
 pytestmark = pytest.mark.slow
 

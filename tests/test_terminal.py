@@ -13,7 +13,7 @@ import pytest
 JOB = """
 import logging, sys
 from davir_ray.cli import exit_status
-from davir_ray.progress import Progress
+from davir_ray.run.progress import Progress
 from davir_ray.terminal import Bar
 
 def job() -> None:

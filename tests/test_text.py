@@ -15,17 +15,20 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 import davir_ray
-from davir_ray.cli import dump, exit_status
-from davir_ray.config import PrepareConfig, RunConfig, Source
-from davir_ray.data.render import ChatTemplate
+from davir_ray.cli import exit_status
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.run import RunConfig
+from davir_ray.config.sources import Source
+from davir_ray.config.yaml import dump
+from davir_ray.data.formats import ChatTemplate
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.finished import remembered
 from davir_ray.inputs import read_template
-from davir_ray.manifest import CONFIG_HEAD
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.run.location import Location, digest
+from davir_ray.run.manifest import CONFIG_HEAD
+from davir_ray.run.stages import check_claim, remember
+from davir_ray.stages.finished import remembered
 from davir_ray.stages.prepare import Preparation, scoring_spec
-from davir_ray.stages.resume import check_claim, remember
-from davir_ray.storage import Location, digest
 from davir_ray.text import decoded, printable
 
 PACKAGE = Path(davir_ray.__file__).parent.parent
@@ -125,7 +128,7 @@ SAVED = {
     "CRLF": lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
     "UTF-16": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
 }
-PARSE = "import sys; from davir_ray.cli import dump, parse; sys.stdout.write(ascii(dump(parse(sys.argv[1:]))))"
+PARSE = "import sys; from davir_ray.cli import parse; from davir_ray.config.yaml import dump; sys.stdout.write(ascii(dump(parse(sys.argv[1:]))))"
 
 
 @pytest.mark.parametrize("locale", ["C", "UTF-8"])

@@ -16,18 +16,19 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from davir_ray.alignment_config import AlignConfig
 from davir_ray.benchmarks.measure import describe_machine, with_peak
 from davir_ray.benchmarks.workload import load_model, plain_copy, trained_tokenizer
-from davir_ray.config import FinetuneConfig, Source
+from davir_ray.config.align import AlignConfig
+from davir_ray.config.sources import Source
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.data.files import Reject, list_files, plan_tasks
 from davir_ray.data.pairs import PairReader
-from davir_ray.data.sources import Reject, list_files, plan_tasks
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.models.checkpoint import local_device
-from davir_ray.models.finetune import Trainer
-from davir_ray.models.likelihood import Likelihood
-from davir_ray.models.preference import PairSet
+from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.training.loop import Trainer
+from davir_ray.models.training.pairs import PairSet
 from davir_ray.schema import PAIRS, Status
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from davir_ray.benchmarks import rivals
 from davir_ray.benchmarks.measure import describe_machine, useful_flops, with_peak
 from davir_ray.benchmarks.workload import Example, load_examples, load_model, plain_copy
-from davir_ray.config import Format, Precision
-from davir_ray.data.packing import pack
+from davir_ray.config.scoring import Precision
+from davir_ray.config.sources import Format
 from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import local_device, resolve_dtype
-from davir_ray.models.likelihood import TOKENS_PER_PACK, Likelihood, Pack
-from davir_ray.models.self_check import self_check
+from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.kernel.packing import pack
+from davir_ray.models.kernel.self_check import self_check
 from davir_ray.models.speed import gemm_flops
 
 log = logging.getLogger(__name__)

@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.workload import Example, as_shard
-from davir_ray.config import Precision, ScoreConfig
-from davir_ray.manifest import Manifest
+from davir_ray.config.scoring import Precision, ScoreConfig
+from davir_ray.engine.connect import connected
 from davir_ray.models.checkpoint import Checkpoint, quiet
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.stages.cluster import connected
-from davir_ray.stages.scoring import score
-from davir_ray.storage import Location, in_folder, write_parquet
+from davir_ray.run.location import Location, in_folder, write_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.stages.score import score
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.workload import Example
-from davir_ray.data.packing import scored_positions
+from davir_ray.models.kernel.packing import scored_positions
 
 BATCH = 8
 _IGNORED = -100

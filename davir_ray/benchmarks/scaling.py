@@ -18,18 +18,19 @@ import torch
 
 from davir_ray.benchmarks.pipeline import save_pair, write_shards
 from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
-from davir_ray.config import Format, Precision, ScoreConfig
+from davir_ray.config.scoring import Precision, ScoreConfig
+from davir_ray.config.sources import Format
+from davir_ray.engine.connect import connected, has_gpu
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.stages.cluster import connected, has_gpu
-from davir_ray.stages.scoring import score
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+from davir_ray.stages.score import score
 
 log = logging.getLogger(__name__)
 
 _COMMAND = """
 from davir_ray.cli import run_job
-from davir_ray.config import RunConfig
+from davir_ray.config.run import RunConfig
 from davir_ray.pipeline import run_all
 run_job(run_all, RunConfig, "")
 """

@@ -18,13 +18,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from davir_ray.config import Format, Source
-from davir_ray.data.examples import ExampleReader
-from davir_ray.data.sources import Reject, list_files, plan_tasks
+from davir_ray.config.sources import Format, Source
+from davir_ray.data.files import Reject, list_files, plan_tasks
+from davir_ray.data.reader import ExampleReader
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.schema import EXAMPLES
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from davir_ray.config import Source
-from davir_ray.data.examples import ExampleRow, Pair, as_reject, record_text, rendered_in_batches, row_of, stable_id
-from davir_ray.data.render import ChatTemplate, Message, Rendered, RowError, Segment, column, messages_of, render_turns
-from davir_ray.data.sources import Record, Reject, Slice, read_records
+from davir_ray.config.sources import Source
+from davir_ray.data.files import Record, Reject, Slice, read_records
+from davir_ray.data.formats import (
+    ChatTemplate,
+    Message,
+    Rendered,
+    RowError,
+    Segment,
+    column,
+    messages_of,
+    render_turns,
+)
+from davir_ray.data.reader import ExampleRow, Pair, as_reject, record_text, rendered_in_batches, row_of, stable_id
 from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.schema import RejectReason, Role
 

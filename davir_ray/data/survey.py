@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from davir_ray.data.sources import Slice, SourceFile, read_records
+from davir_ray.data.files import Slice, SourceFile, read_records
 from davir_ray.errors import IntegrityError
-from davir_ray.storage import Location, parquet_rows
+from davir_ray.run.location import Location, parquet_rows
 
 _FILES = 8
 """Looked into, evenly spaced over the sorted list."""

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from davir_ray.config import FinetuneConfig
-from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.finetune import StepReport, Trainer, save_reference
-from davir_ray.models.likelihood import Likelihood
-from davir_ray.models.training_set import TrainingSet
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.training.examples import TrainingSet
+from davir_ray.models.training.loop import StepReport, Trainer, save_reference
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 
-from davir_ray.config import PrepareConfig, RunConfig, SelectConfig
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import SelectConfig
 from davir_ray.demo.base import FINETUNING, pretrain
 from davir_ray.demo.truth import format_truth, length_correlations, shares_of_run
 from davir_ray.demo.world import TOP_FRACTION, instruction_rows, pretraining_texts, write_instructions
+from davir_ray.engine.connect import connected
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.finetune import StepReport
+from davir_ray.models.training.loop import StepReport
 from davir_ray.pipeline import run_all
-from davir_ray.progress import Progress
-from davir_ray.stages.cluster import connected
-from davir_ray.stages.reporting import report
+from davir_ray.run.progress import Progress
+from davir_ray.stages.report import report
 from davir_ray.terminal import Bar
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from davir_ray.config import FinetuneConfig
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, ModelError
-from davir_ray.formulas.ranking import seed_from
+from davir_ray.formulas.order import seed_from
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.access import translated
-from davir_ray.data.packing import Spans, scored_positions
 from davir_ray.errors import IntegrityError, OutputError
-from davir_ray.storage import Location, digest, read_parquet, write_parquet
+from davir_ray.models.kernel.packing import Spans, scored_positions
+from davir_ray.run.access import translated
+from davir_ray.run.location import Location, digest, read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from davir_ray.access import PATIENCE_S, in_time, translated
-from davir_ray.config import FinetuneConfig
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import (
     ADAPTER_CONFIG,
@@ -31,10 +30,11 @@ from davir_ray.models.adapter import (
     check_shapes,
     read_settings,
 )
-from davir_ray.models.attention import PACKED_ATTENTION
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
-from davir_ray.storage import LFS_POINTER, LFS_POINTER_BYTES, Location, digest, file_digest
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.run.access import PATIENCE_S, in_time, translated
+from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location, digest, file_digest
 from davir_ray.text import BYTE_ORDER_MARK
 
 SPEC_FILE = "scoring_spec.json"

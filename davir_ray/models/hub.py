@@ -31,7 +31,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from davir_ray.errors import DavirError, ModelError, StorageError
 from davir_ray.models.download import RemoteFile, bring, host
-from davir_ray.storage_errors import CONTINUES, explain
+from davir_ray.run.storage_errors import CONTINUES, explain
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from davir_ray.data.packing import pack
+from davir_ray.models.kernel.packing import pack
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from davir_ray.data.packing import Spans
 from davir_ray.models.checkpoint import Checkpoint, local_device
-from davir_ray.models.self_check import eager_nll
+from davir_ray.models.kernel.packing import Spans
+from davir_ray.models.kernel.self_check import eager_nll
 
 Examples = Sequence[tuple[npt.NDArray[np.int32], Spans]]
 Nlls = npt.NDArray[np.float64]

@@ -18,13 +18,13 @@ import transformers
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
-from davir_ray.formulas.ranking import seed_from
+from davir_ray.formulas.order import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype, uses_autocast
-from davir_ray.models.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.kernel.self_check import probe, self_check
 from davir_ray.models.memory import in_packs
-from davir_ray.models.self_check import probe, self_check
 from davir_ray.schema import SCORES, Status
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.comparison_config import DRAWN, TrialName
+from davir_ray.config.compare import DRAWN, TrialName
 from davir_ray.errors import DataError
-from davir_ray.formulas.comparison import Interval, Outcome, Panel, holm
+from davir_ray.formulas.statistics import Interval, Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.jsonable import flatten, json_ready
 from davir_ray.report.page import NOT_DEFINED, decimal, environment, number

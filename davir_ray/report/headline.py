@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from davir_ray.config import SELECT_RULES
+from davir_ray.config.selection import SELECT_RULES
 from davir_ray.report.inputs import ReportInputs, counts_of
 from davir_ray.schema import Status
 

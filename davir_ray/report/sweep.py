@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from davir_ray.formulas.comparison import over_seeds
-from davir_ray.manifest import differences
+from davir_ray.formulas.statistics import over_seeds
 from davir_ray.report.alignment import NAMES, PAPER
-from davir_ray.storage import digest
+from davir_ray.run.location import digest
+from davir_ray.run.manifest import differences
 
 _NOT_SETTINGS = ("frozen",)
 """Of a fingerprint: the frozen policy's losses, whose last bits may differ between machines."""

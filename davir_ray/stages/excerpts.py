@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from davir_ray.data.packing import scored_positions
+from davir_ray.engine.shards import Shards
+from davir_ray.engine.shuffle import collect
+from davir_ray.models.kernel.packing import scored_positions
+from davir_ray.run.location import FileEntry, Location, read_parquet
 from davir_ray.schema import EXAMPLES, RANKED
-from davir_ray.stages.exchange import collect
-from davir_ray.stages.shards import Shards
-from davir_ray.storage import FileEntry, Location, read_parquet
 
 _SHOWN = 20
 _SHOWN_WITH_TOKENS = 4

@@ -5,11 +5,11 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import Round, regroup
 from davir_ray.errors import IntegrityError
-from davir_ray.formulas.ranking import hash_parts
-from davir_ray.stages.exchange import Round, regroup
-from davir_ray.stages.shards import Shards, read_columns
-from davir_ray.storage import FileEntry, Location
+from davir_ray.formulas.order import hash_parts
+from davir_ray.run.location import FileEntry, Location
 
 _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""

@@ -2,12 +2,12 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from davir_ray.config import Source
-from davir_ray.data.render import ChatTemplate
+from davir_ray.config.sources import Source
+from davir_ray.data.formats import ChatTemplate
 from davir_ray.errors import ConfigError, ModelError
-from davir_ray.manifest import differences
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.models.size import num_ids
+from davir_ray.run.manifest import differences
 from davir_ray.stages.prepare import Preparation, scoring_spec
 
 

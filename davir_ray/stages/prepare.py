@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 
 import ray.data
 
-from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.examples import BYTES, COUNTED, NOT_FINITE, ExampleReader, ShardWriter, TaskReport
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.sources import Source
+from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
+from davir_ray.data.formats import ChatTemplate, rendering
 from davir_ray.data.pairs import PairReader
-from davir_ray.data.render import ChatTemplate, rendering
-from davir_ray.data.sources import Slice, SourceFile, list_files, plan_tasks
+from davir_ray.data.reader import BYTES, COUNTED, NOT_FINITE, ExampleReader, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
+from davir_ray.engine.connect import actor_cpus, own_errors, pool_size
+from davir_ray.engine.console import configure_worker_logging
+from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
-from davir_ray.progress import Progress
+from davir_ray.run.location import Location, content_digest, digest, each, file_digest
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.progress import Progress
+from davir_ray.run.stages import clear, completed, note_attempt, same_attempt
 from davir_ray.schema import EXAMPLES, PAIRS
-from davir_ray.stages.cluster import actor_cpus, own_errors, pool_size
-from davir_ray.stages.console import configure_worker_logging
-from davir_ray.stages.resume import clear, completed, note_attempt, same_attempt
-from davir_ray.stages.tally import Tally, Told, tallied
-from davir_ray.storage import Location, content_digest, digest, each, file_digest
 
 log = logging.getLogger(__name__)
 

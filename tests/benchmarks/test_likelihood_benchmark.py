@@ -16,8 +16,8 @@ from davir_ray.benchmarks.likelihood import LikelihoodBenchmark, run, score_pack
 from davir_ray.benchmarks.measure import useful_flops, with_peak
 from davir_ray.benchmarks.workload import Example, as_shard, load_examples, plain_copy
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.models.attention import PACKED_ATTENTION
-from davir_ray.models.likelihood import Likelihood
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.scorer import Scorer, ScorerSettings
 
 VOCABULARY = 300

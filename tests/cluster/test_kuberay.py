@@ -15,8 +15,8 @@ from ray._private import ray_constants
 from ray.scripts.scripts import start
 
 from davir_ray.cli import parse
-from davir_ray.stages.streaming import Pool, plan_pool
-from davir_ray.stages.training import check_workers
+from davir_ray.engine.pool import Pool, plan_pool
+from davir_ray.stages.finetune import check_workers
 
 KUBERAY = CLUSTER / "kuberay"
 METADATA = {

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from davir_ray.config import Source
-from davir_ray.data.examples import ExampleReader, ExampleRow
-from davir_ray.data.sources import Record, Reject, Slice, list_files
+from davir_ray.config.sources import Source
+from davir_ray.data.files import Record, Reject, Slice, list_files
+from davir_ray.data.reader import ExampleReader, ExampleRow
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import RejectReason
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from davir_ray.config import Source
-from davir_ray.data.examples import Pair, stable_id
+from davir_ray.config.sources import Source
+from davir_ray.data.files import Reject, Slice, list_files
+from davir_ray.data.formats import ChatTemplate, Rendered, RowError
 from davir_ray.data.pairs import PairReader, render_pair
-from davir_ray.data.render import ChatTemplate, Rendered, RowError
-from davir_ray.data.sources import Reject, Slice, list_files
+from davir_ray.data.reader import Pair, stable_id
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import PAIRS, RejectReason
 

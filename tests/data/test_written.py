@@ -10,11 +10,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from davir_ray.config import Source
-from davir_ray.data.sources import list_files
+from davir_ray.config.sources import Source
+from davir_ray.data.files import list_files
 from davir_ray.errors import DataError
-from davir_ray.manifest import CONFIG_HEAD
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import CONFIG_HEAD
 
 LINE = '{"instruction": "Name a colour.", "output": "Blue."}\n'
 OF_A_RUN = ["lease.json", "report.json", "manifests/prepare.json", "selected/part-0.parquet", "jsonl/part-0.jsonl"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from davir_ray.demo import base, truth, world
 from davir_ray.demo.world import InstructionRow
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
 
 SEEDS = (0, 1)
 

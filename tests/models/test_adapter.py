@@ -16,22 +16,23 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from davir_ray.config import FinetuneConfig, PrepareConfig
+from davir_ray.compare.generation import _check_model
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
-from davir_ray.manifest import Manifest
 from davir_ray.models import checkpoint, scorer
 from davir_ray.models.adapter import _ALSO_TAKEN, _TAKEN, adapter_switched_off, add_adapter
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.finetune import Trainer, save_reference
-from davir_ray.models.likelihood import Likelihood, active_head
+from davir_ray.models.kernel.likelihood import Likelihood, active_head
 from davir_ray.models.plain import PlainScorer
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.models.training_set import TrainingSet
+from davir_ray.models.training.examples import TrainingSet
+from davir_ray.models.training.loop import Trainer, save_reference
+from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
-from davir_ray.stages.generation import _check_model
 from davir_ray.stages.pairing import check_reference
 from davir_ray.stages.prepare import Preparation
-from davir_ray.stages.verification import _compare
+from davir_ray.stages.verify import _compare
 
 RECIPE = FinetuneConfig(
     epochs=2, batch_size=4, learning_rate=1e-2, lora_rank=4, precision="float32", gradient_checkpointing=False

@@ -20,14 +20,14 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from davir_ray.config import FinetuneConfig
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ModelError, StorageError
 from davir_ray.models import hub as hub_module
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
-from davir_ray.models.finetune import save_reference
-from davir_ray.models.likelihood import Likelihood
+from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.size import ModelSize
+from davir_ray.models.training.loop import save_reference
 
 CPU = torch.device("cpu")
 NEVER_READ = {
@@ -444,7 +444,7 @@ def test_a_mistyped_folder_is_told_as_one_and_soon(
     assert Checkpoint.find("org/tiny").is_hub_name  # the hub's, whatever else is in a folder of that name
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("davir_ray.access.PATIENCE_S", 0.5)
+        monkeypatch.setattr("davir_ray.run.access.PATIENCE_S", 0.5)
         with pytest.raises(ModelError, match=r"org/other is no folder .org has mine., .*no answer in"):
             Checkpoint.find("org/other")
 

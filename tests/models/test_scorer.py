@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.likelihood import NUMERICS_VERSION, Likelihood, Pack
+from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, Likelihood, Pack
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings, is_sampled
 from davir_ray.schema import EXAMPLES, SCORES
 

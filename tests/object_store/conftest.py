@@ -7,7 +7,7 @@ import pytest
 import s3fs
 from object_store.stores import Store, ceph, require_ceph
 
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
 
 
 @pytest.fixture(scope="session")

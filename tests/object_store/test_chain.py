@@ -13,8 +13,8 @@ from object_store.conftest import make_bucket
 from object_store.proxy import FaultyProxy
 from object_store.stores import Store
 
-from davir_ray.manifest import Manifest
-from davir_ray.storage import Location
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 

@@ -14,16 +14,16 @@ from object_store.conftest import make_bucket
 from object_store.proxy import FaultyProxy
 from object_store.stores import Store, make_user
 
-from davir_ray import lease as lease_module
-from davir_ray.access import check_readable, probe_output
 from davir_ray.cli import parse
-from davir_ray.config import Source
-from davir_ray.data.sources import Slice, list_files, read_records
+from davir_ray.config.sources import Source
+from davir_ray.data.files import Slice, list_files, read_records
 from davir_ray.errors import ConfigError, DataError, IntegrityError, ModelError, OutputError
-from davir_ray.lease import LEASE_FILE, Holder, Lease
-from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.storage import Location, file_digest, in_folder, read_parquet, remove_leftovers, write_parquet
+from davir_ray.run import lease as lease_module
+from davir_ray.run.access import check_readable, probe_output
+from davir_ray.run.lease import LEASE_FILE, Holder, Lease
+from davir_ray.run.location import Location, file_digest, in_folder, read_parquet, remove_leftovers, write_parquet
+from davir_ray.run.manifest import Manifest
 
 TABLE = pa.table({"a": list(range(1000)), "b": ["ü"] * 1000})
 

@@ -15,7 +15,10 @@ from devtools import Tab, browse
 from margin_facts import facts_of, margin_table
 from run_facts import evil_inputs, example, manifest, report_inputs
 
-from davir_ray.config import PrepareConfig, RunConfig, ScoreConfig, SelectConfig
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.run import RunConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.selection import SelectConfig
 from davir_ray.pipeline import run_all
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.report.alignment import render_alignment

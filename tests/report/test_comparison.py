@@ -11,7 +11,7 @@ from outline import Outline
 from run_facts import EVIL
 from scipy import stats
 
-from davir_ray.comparison_config import TrialName
+from davir_ray.config.compare import TrialName
 from davir_ray.errors import DataError
 from davir_ray.report.comparison import (
     FLEXIBLE,

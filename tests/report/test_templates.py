@@ -21,7 +21,7 @@ from outline import Outline
 from run_facts import example, manifest, report_inputs
 
 from davir_ray import schema
-from davir_ray.comparison_config import TrialName
+from davir_ray.config.compare import TrialName
 from davir_ray.report import ReportInputs, charts, render_page, summarise
 from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
 from davir_ray.report.comparison import (

@@ -6,11 +6,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from davir_ray.manifest import Manifest
+from davir_ray.run.location import FileEntry, Location, write_parquet
+from davir_ray.run.manifest import Manifest
 from davir_ray.schema import RANKED, REJECTS
 from davir_ray.stages.excerpts import _around
-from davir_ray.stages.reporting import _sampled_rejects
-from davir_ray.storage import FileEntry, Location, write_parquet
+from davir_ray.stages.report import _sampled_rejects
 
 NUM_ROWS, FILE_ROWS = 1000, 64
 

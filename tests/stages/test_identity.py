@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from davir_ray.errors import IntegrityError
-from davir_ray.manifest import Manifest
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 from davir_ray.stages import identity
 from davir_ray.stages.identity import check_ids
-from davir_ray.storage import Location
 
 MakeScores = Callable[..., Location]
 

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from davir_ray.config import PrepareConfig, Source
-from davir_ray.data.sources import Record
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.sources import Source
+from davir_ray.data.files import Record
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids

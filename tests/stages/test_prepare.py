@@ -13,16 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from davir_ray.config import Format, PrepareConfig, Source
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.sources import Format, Source
 from davir_ray.errors import DataError, ModelError, OutputError
-from davir_ray.manifest import Manifest
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.manifest import Manifest
 from davir_ray.schema import REJECTS, RejectReason
 from davir_ray.stages import prepare as module
-from davir_ray.stages.mixing import write_jsonl
+from davir_ray.stages.dry_run import preview
 from davir_ray.stages.prepare import TASKS, Preparation, prepare
-from davir_ray.stages.preview import preview
-from davir_ray.storage import Location, read_parquet, write_parquet
+from davir_ray.stages.select.mixture import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -1,0 +1,1 @@
+"""Direct preference optimisation, plain and normalised: an application of the stages."""

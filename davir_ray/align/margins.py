@@ -1,0 +1,112 @@
+"""margins: pairs + the losses of both policies → margins/, a row for each pair: log-probabilities, rewards, loss.
+
+Takes seconds, so it is redone freely; every figure of the report is a mean or a correlation over these rows.
+"""
+
+import time
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from davir_ray.config.align import AlignConfig
+from davir_ray.engine.shards import Shards
+from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
+from davir_ray.errors import IntegrityError
+from davir_ray.formulas.losses import PairLogprobs, pair_loss
+from davir_ray.models.training.pairs import is_held_out
+from davir_ray.run.location import Location, in_folder, read_parquet, write_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import clear, completed, require
+from davir_ray.schema import MARGINS, Role, Status
+
+_EXAMPLES = ["example_id", "pair_id", "prompt_hash", "role", "source", "num_response_tokens"]
+_SCORES = ["example_id", "base_nll", "reference_nll", "status"]
+_SUMMARY = pa.schema([*ENTRY, ("ok", pa.int64()), ("held_out", pa.int64())])
+
+
+def margins(run: Location, objective: AlignConfig) -> Manifest:
+    """The reward of each response and the margin of each pair, by the loss and beta of the training."""
+    started = time.monotonic()
+    aligned, scored = require(run, "align"), require(run, "score")
+    details = {name: aligned.details[name] for name in ("loss", "beta")}
+    fingerprint = {"scores": scored.content, "policy": aligned.content, **asdict(objective), **details}
+    if done := completed(run, "margins", fingerprint):
+        return done
+    clear(run, "margins")
+    shards = Shards(scored.files_in("scores"), partial(_read, run))
+    measure = partial(_measure, held_out=objective.heldout_fraction, **details)
+    found = collect(shards, partial(_write, run / "margins", measure), _SUMMARY).sort_by("name").to_pylist()
+    entries = entries_of(found)
+    counts = {
+        "pairs": sum(row["rows"] for row in found),
+        "measured": sum(row["ok"] for row in found),
+        "held_out": sum(row["held_out"] for row in found),
+    }
+    seconds = time.monotonic() - started
+    return Manifest("margins", fingerprint, counts, in_folder("margins", entries), details, seconds=seconds).commit(run)
+
+
+def _read(run: Location, name: str) -> pa.Table:
+    """Examples and their losses under both policies, in the same order, and the shard's name."""
+    examples, scores = read_parquet(run / "examples" / name, _EXAMPLES), read_parquet(run / "scores" / name, _SCORES)
+    if not examples["example_id"].equals(scores["example_id"]):
+        raise IntegrityError(f"examples/{name} and scores/{name} do not hold the same rows")
+    for column in _SCORES[1:]:
+        examples = examples.append_column(column, scores[column])
+    return examples.append_column("shard", pa.repeat(name, examples.num_rows))
+
+
+def _write(folder: Location, measure: partial[pa.Table], table: pa.Table) -> pa.Table:
+    """Write the pairs of a shard; returns its entry with what is counted."""
+    pairs = measure(table)
+    row = entry_row(write_parquet(folder / table["shard"][0].as_py(), pairs))
+    row = row.append_column("ok", pa.array([pairs["status"].to_pylist().count(Status.OK)], pa.int64()))
+    return row.append_column("held_out", pa.array([sum(pairs["held_out"].to_pylist())], pa.int64()))
+
+
+def _measure(table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.Table:
+    """MARGINS of the pairs whose two rows stand one after the other."""
+    chosen, rejected = table.take(np.arange(0, table.num_rows, 2)), table.take(np.arange(1, table.num_rows, 2))
+    roles = set(chosen["role"].to_pylist()), set(rejected["role"].to_pylist())
+    if roles != ({Role.CHOSEN}, {Role.REJECTED}) or not chosen["pair_id"].equals(rejected["pair_id"]):
+        raise IntegrityError(f"the rows of {table['shard'][0]} are not pairs of a chosen and a rejected response")
+    logprobs = PairLogprobs(
+        *(_logprobs(side, column) for column in ("reference_nll", "base_nll") for side in (chosen, rejected))
+    )
+    num_tokens = [np.array(side["num_response_tokens"]) for side in (chosen, rejected)]
+    found = pair_loss(loss, logprobs, torch.tensor(num_tokens[0]), torch.tensor(num_tokens[1]), beta)
+    status = [_worse(*both) for both in zip(chosen["status"].to_pylist(), rejected["status"].to_pylist(), strict=True)]
+    unknown = np.array([one != Status.OK for one in status])
+    values = {
+        "frozen_chosen": logprobs.frozen_chosen_N,
+        "frozen_rejected": logprobs.frozen_rejected_N,
+        "policy_chosen": logprobs.policy_chosen_N,
+        "policy_rejected": logprobs.policy_rejected_N,
+        "chosen_reward": found.chosen_reward_N,
+        "rejected_reward": found.rejected_reward_N,
+        "margin": found.chosen_reward_N - found.rejected_reward_N,
+        "loss": found.loss_N,
+    }
+    columns = {
+        "pair_id": chosen["pair_id"],
+        "source": chosen["source"],
+        "held_out": is_held_out(np.asarray(chosen["prompt_hash"]), held_out),
+        "num_chosen_tokens": num_tokens[0],
+        "num_rejected_tokens": num_tokens[1],
+        **{name: pa.array(value.numpy(), pa.float64(), mask=unknown) for name, value in values.items()},
+        "status": pa.array(status, pa.string()),
+    }
+    return pa.table(columns, schema=MARGINS)
+
+
+def _logprobs(table: pa.Table, column: str) -> torch.Tensor:
+    return torch.from_numpy(-np.array(table[column].to_numpy(zero_copy_only=False), dtype=np.float64))
+
+
+def _worse(chosen: str, rejected: str) -> str:
+    """The status of a pair: why it has no margin, or ok. A certain response (zero_base_nll) has a reward of 0."""
+    faults = [one for one in (chosen, rejected) if one not in (Status.OK, Status.ZERO_BASE_NLL)]
+    return faults[0] if faults else Status.OK

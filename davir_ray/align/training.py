@@ -1,0 +1,61 @@
+"""align: pairs + frozen log-probabilities → policy, by the loop, packs and kernel of the fine-tune."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from davir_ray.config.align import AlignConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.pool import num_gpus_of
+from davir_ray.errors import ConfigError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
+from davir_ray.run.location import Location, each, read_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import require
+from davir_ray.stages.finetune import Training, recipe_of, train, trains_on_gpus
+
+
+def align(
+    run: Location,
+    base: Checkpoint,
+    config: FinetuneConfig,
+    objective: AlignConfig,
+    spec: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Manifest:
+    """Train the base on every pair that is not held out; writes policy/, a Hugging Face folder or an adapter's."""
+    prepared, frozen = require(run, "prepare"), require(run, "freeze")
+    shards = [entry.name for entry in prepared.files_in("examples")]
+    read = partial(_read_pairs, run, shards, objective)
+    training = Training("align", run, base, config, read, spec, "policy", dropout=False)
+    fingerprint = {
+        "base": base.weights_digest(),
+        "examples": prepared.content,
+        "frozen": frozen.content,
+        "objective": asdict(objective),
+        **recipe_of(config),
+    }
+    return train(training, fingerprint, "pairs", rejects=prepared.counts["rejected"], overwrite=overwrite)
+
+
+def check_arithmetic(training: FinetuneConfig, scoring: ScoreConfig) -> None:
+    """ConfigError if the frozen losses would be computed in other arithmetic than the training's: the policy would not
+    begin where the frozen one is.
+    """
+    training_kind = "GPUs" if trains_on_gpus(training) else "CPUs"
+    scoring_kind = "GPUs" if num_gpus_of(scoring) > 0 else "CPUs"
+    if training.precision == "auto" and training_kind != scoring_kind:
+        raise ConfigError(
+            "finetune.precision is auto, which may be bfloat16 on one and float32 on the other: the policy is trained "
+            f"on {training_kind}, its frozen losses are computed on {scoring_kind}; give "
+            "--finetune.precision float32, or the same devices (--finetune.use_gpu, --score.num_gpus)"
+        )
+
+
+def _read_pairs(run: Location, shards: list[str], objective: AlignConfig) -> PairSet:
+    examples = each(lambda name: read_parquet(run / "examples" / name, PAIR_COLUMNS), shards)
+    frozen = each(lambda name: read_parquet(run / "frozen" / name, FROZEN_COLUMNS), shards)
+    return PairSet.of(zip(examples, frozen, strict=True), objective)

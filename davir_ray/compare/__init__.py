@@ -1,0 +1,1 @@
+"""Does the selection train a better model? An application of the stages."""

@@ -1,0 +1,307 @@
+"""Which rows of a finished run each arm of a comparison trains on, and a folder of them that a fine-tune reads.
+
+The driver holds ids, keys and lengths of about as many rows as are wanted, never a text: one scan finds a sample of the
+order's keys, a second one the rows above the key where enough of them are sure to be.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import ENTRY, collect, entries_of
+from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.formulas.length_matching import length_bins, matched_draw
+from davir_ray.formulas.order import drawn, seed_from
+from davir_ray.formulas.shares import proportional
+from davir_ray.run.location import Location, in_folder, read_parquet, total_rows, write_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import clear, completed, require
+from davir_ray.schema import EXAMPLES
+from davir_ray.stages.rank import key_columns, order_keys
+from davir_ray.stages.select.duplicates import files_with_duplicates
+from davir_ray.stages.select.rule import choose, read_ranked
+
+log = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int64]
+
+_SAMPLED_KEYS = 20_000
+"""Of all rows: enough that the key of a cut is known to within a hundredth of the rows."""
+
+_GREATEST_KEY = 2**64 - 1
+
+_MATCHING_POOL = 2
+_MATCHING_ROWS = 500
+"""Rows of a range of lengths that are looked at for each that is wanted, and on top: to change places among."""
+
+_ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
+_KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
+_FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
+_WRITTEN = pa.schema([*ENTRY, *((name, pa.int64()) for name in ("found", "tokens", "trainable"))])
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a comparison takes its rows from."""
+
+    place: Location
+    rank: RankConfig
+    select: SelectConfig
+
+    @property
+    def repeats(self) -> dict[str, int]:
+        """How often a row of each source stands in the mixture; empty where there is none."""
+        return {part.source: part.repeat for part in self.select.mixture}
+
+    @property
+    def taken_whole(self) -> set[str]:
+        """Sources of which the mixture takes every row."""
+        return {part.source for part in self.select.mixture if part.all}
+
+    def selection(self, size: int | None) -> pa.Table:
+        """Group, example_id and scored tokens of the rows that the run's rule takes at a size; None: at its own.
+
+        A group is what the arms take equally many rows of: a source of a mixture, else the whole. At another size the
+        filters and the balance stay, and a mixture's cut parts, like quotas, grow or shrink together. ConfigError if
+        there are not so many rows.
+        """
+        config = self.select if size is None else self._resized(size)
+        files = require(self.place, "rank").files_in("ranked")
+        duplicates = files_with_duplicates(self.place, require(self.place, "select"))
+        choice, _ = choose(self.place, self.rank, config, files, duplicates)
+        needed = [entry for entry in files if entry.name in choice.limits]
+        ranked = Shards(needed, partial(read_ranked, self.place / "ranked", self.rank))
+        return collect(ranked, partial(_selected_rows, choice=choice), _ROWS)
+
+    def _resized(self, size: int) -> SelectConfig:
+        """The rule for another number of rows."""
+        config = self.select
+        free: dict[str, Any] = {"top_fraction": None, "top_tokens": None, "min_score": None, "top_k": None}
+        if config.mixture:
+            taken = pc.value_counts(self.selection(None)["group"]).to_pylist()
+            rows = {row["values"]: row["counts"] for row in taken if row["values"] not in self.taken_whole}
+            if not rows:
+                raise ConfigError(f"sizes is [{size}, …], but the run's mixture takes every source whole; leave it out")
+            shares = _in_proportion(size, rows)
+            parts = [
+                part
+                if part.all
+                else dataclasses.replace(part, top_fraction=None, top_tokens=None, top_k=shares[part.source])
+                for part in config.mixture
+            ]
+            return dataclasses.replace(config, mixture=parts)
+        if config.quotas:
+            shares = {group: rows for group, rows in _in_proportion(size, config.quotas).items() if rows}
+            return dataclasses.replace(config, quotas=shares)
+        return dataclasses.replace(config, **free | {"top_k": size})
+
+    def size_of(self, selection: pa.Table) -> int:
+        """Rows of a selection as sizes count them: of a mixture without the sources that are taken whole."""
+        cut = [group for group in selection["group"].to_pylist() if group not in self.taken_whole]
+        return len(cut) or selection.num_rows
+
+    def rows_of(self, arm: str, selection: pa.Table, seed: int) -> Ints:
+        """Ids of the rows of an arm beside a selection: of each group as many."""
+        whole = pc.is_in(selection["group"], value_set=pa.array(sorted(self.taken_whole), pa.string()))
+        kept, cut = selection.filter(whole), selection.filter(pc.invert(whole))
+        if arm != "selection":
+            cut = self._matched(cut, seed) if arm == "random_matched" else self._best(cut, self._order(arm, seed))
+        ids = np.concatenate([np.asarray(table["example_id"]).astype(np.int64) for table in (kept, cut)])
+        if len(ids) != selection.num_rows or len(np.unique(ids)) != len(ids):
+            raise IntegrityError(f"the arm {arm} has {len(ids)} rows, the selection {selection.num_rows}")
+        return np.sort(ids)
+
+    def _order(self, arm: str, seed: int) -> RankConfig:
+        if arm == "random":
+            return RankConfig(order="random", seed=seed_from(arm, seed))
+        if arm == "rho":
+            return RankConfig(order="rho_sum")
+        return dataclasses.replace(self.rank, lowest=not self.rank.lowest, most=None)
+
+    def _best(self, cut: pa.Table, order: RankConfig) -> pa.Table:
+        """The first rows of the order: of each group as many as there are in `cut`."""
+        wanted = _counts(cut["group"].to_pylist())
+        found = self._first(order, wanted, None)
+        tables = []
+        for group, rows in wanted.items():
+            there = found.filter(pc.equal(found["group"], group)).slice(0, rows)
+            if there.num_rows < rows:
+                named = f" of {group}" if group else ""
+                raise ConfigError(f"{rows} rows{named} are selected, but only {there.num_rows} have {order.order}")
+            tables.append(there)
+        return pa.concat_tables([_FOUND.empty_table(), *tables])
+
+    def _matched(self, cut: pa.Table, seed: int) -> pa.Table:
+        """Drawn rows with the lengths of those in `cut`."""
+        edges = self.select.length_edges
+        tokens, groups = np.asarray(cut["tokens"]).astype(np.int64), cut["group"].to_pylist()
+        labels = _labelled(groups, tokens, edges)
+        pool = {label: _MATCHING_POOL * rows + _MATCHING_ROWS for label, rows in _counts(labels).items()}
+        order = RankConfig(order="random", seed=seed_from("random_matched", seed))
+        found = self._first(order, pool, edges)
+        of_group = np.array([label.rpartition("/")[0] for label in found["group"].to_pylist()], dtype=np.str_)
+        tables = [_FOUND.empty_table()]
+        for group in sorted(set(groups)):
+            there = found.filter(pa.array(of_group == group))
+            lengths = np.asarray(there["tokens"]).astype(np.int64)
+            wanted = tokens[np.array([name == group for name in groups])]
+            try:
+                rows = matched_draw(np.asarray(there["key"]), lengths, wanted, edges)
+            except ValueError as error:
+                raise ConfigError(f"the arm random_matched cannot be drawn: {error}") from error
+            tables.append(there.take(pa.array(rows)))
+        return pa.concat_tables(tables)
+
+    def _first(self, order: RankConfig, wanted: Mapping[str, int], edges: list[int] | None) -> pa.Table:
+        """At least the first so many rows of each group in an order, all of them where it has fewer, in the order.
+
+        With edges the groups are cut by ranges of length.
+        """
+        files = require(self.place, "score").files_in("scores")
+        columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
+        scores = Shards(files, partial(read_columns, self.place / "scores", columns))
+        grouping = _Grouping(order, bool(self.select.mixture), edges)
+        share = min(1.0, _SAMPLED_KEYS / total_rows(files))
+        sample = collect(scores, partial(_sampled_keys, grouping=grouping, share=share), _KEYS)
+        last = _cuts(sample, wanted, share)
+        found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
+        there = _counts(found["group"].to_pylist())
+        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _GREATEST_KEY}
+        if short:  # the sample was an unlucky one
+            last |= dict.fromkeys(short, _GREATEST_KEY)
+            found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
+        return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
+
+
+@dataclass(frozen=True)
+class _Grouping:
+    """The group of each row of scores, and its place in an order."""
+
+    order: RankConfig
+    by_source: bool
+    edges: list[int] | None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Group, key, example_id and tokens of the rows that have a place."""
+        rankable, keys, ids = order_keys(table, self.order)
+        table = table.filter(pa.array(rankable))
+        groups = table["source"].to_pylist() if self.by_source else [""] * table.num_rows
+        tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
+        if self.edges is not None:
+            groups = _labelled(groups, tokens, self.edges)
+        return pa.table([pa.array(groups, pa.string()), keys, ids, tokens], schema=_FOUND)
+
+
+def _labelled(groups: list[str], tokens: Ints, edges: list[int]) -> list[str]:
+    return [f"{group}/{number}" for group, number in zip(groups, length_bins(tokens, edges), strict=True)]
+
+
+def _counts(names: list[str]) -> dict[str, int]:
+    values, counts = np.unique(np.array(names, dtype=np.str_), return_counts=True)
+    return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
+    """Share out in proportion, beyond the pools if it must be."""
+    times = -(-total // sum(pools.values()))
+    return proportional(total, {name: pool * times for name, pool in pools.items()})
+
+
+def _selected_rows(table: pa.Table, choice: Any) -> pa.Table:
+    selected = choice.selected(table, table["name"][0].as_py())
+    rows = table.filter(pa.array(selected))
+    groups = rows["source"] if choice.config.mixture else pa.array([""] * rows.num_rows, pa.string())
+    return pa.table([groups, rows["example_id"], rows["num_response_tokens"]], names=_ROWS.names)
+
+
+def _sampled_keys(table: pa.Table, grouping: _Grouping, share: float) -> pa.Table:
+    found = grouping(table)
+    return found.filter(pa.array(drawn(np.asarray(found["example_id"]), share, "row sets"))).select(_KEYS.names)
+
+
+def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str, int]:
+    """A key for each group that enough of its rows lie at or before; the greatest where the sample is too small."""
+    groups, keys = np.array(sample["group"].to_pylist(), dtype=np.str_), np.asarray(sample["key"])
+    cuts = {}
+    for group, rows in wanted.items():
+        there, expected = np.sort(keys[groups == group]), rows * share
+        # Five standard deviations of the number of sampled rows among those that are wanted.
+        place = int(expected if share == 1 else expected + 5 * expected**0.5 + 25)
+        cuts[group] = int(there[place]) if place < len(there) else _GREATEST_KEY
+    return cuts
+
+
+def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -> pa.Table:
+    found = grouping(table)
+    groups, keys = found["group"].combine_chunks(), np.asarray(found["key"])
+    wanted = np.zeros(found.num_rows, dtype=bool)
+    for group, limit in last.items():
+        wanted |= np.asarray(pc.equal(groups, group)) & (keys <= np.uint64(limit))
+    return found.filter(pa.array(wanted))
+
+
+def write_set(place: Location, finished: FinishedRun, ids: Ints | None, *, overwrite: bool) -> Manifest:
+    """Write the examples with these ids, each as often as the mixture says, as a run that is prepared.
+
+    None: every example of the mixture's sources. `trainable` counts the rows in which something precedes what is
+    scored, as it must.
+    """
+    fingerprint = {
+        "scores": require(finished.place, "score").content,
+        "ids": "all" if ids is None else sha256(ids.tobytes()).hexdigest(),
+        "repeats": finished.repeats,
+    }
+    if done := completed(place, "prepare", fingerprint, overwrite=overwrite):
+        return done
+    clear(place, "prepare")
+    shards = Shards(
+        require(finished.place, "prepare").files_in("examples"),
+        partial(_write_part, finished.place / "examples", place / "examples", finished.repeats, ray.put(ids)),
+    )
+    written = collect(shards, _as_it_is, _WRITTEN).sort_by("name").to_pylist()
+    entries, num_found = entries_of(written), sum(row["found"] for row in written)
+    if ids is not None and num_found != len(ids):
+        raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
+    num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
+    counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
+    counts["trainable"] = sum(row["trainable"] for row in written)
+    return Manifest("prepare", fingerprint, counts, in_folder("examples", entries)).commit(place)
+
+
+def _write_part(source: Location, target: Location, repeats: dict[str, int], ids: Any, name: str) -> pa.Table:
+    """Write what a shard has of the chosen rows; returns the entry of the file, or nothing."""
+    chosen: Ints | None = ray.get(ids)
+    there = read_parquet(source / name, ["example_id", "source"])
+    if chosen is None:
+        wanted = np.asarray(pc.is_in(there["source"], value_set=pa.array(list(repeats), pa.string())))
+    else:
+        wanted = np.isin(np.asarray(there["example_id"]), chosen)
+    at = np.flatnonzero(wanted)
+    if not len(at):
+        return _WRITTEN.empty_table()
+    table = read_parquet(source / name).take(pa.array(at))
+    times = np.array([repeats.get(row, 1) for row in table["source"].to_pylist()], dtype=np.int64)
+    table = table.take(pa.array(np.repeat(np.arange(table.num_rows), times))).cast(EXAMPLES)
+    entry = dataclasses.asdict(write_parquet(target / name, table))
+    counted = {
+        "found": len(at),
+        "tokens": int(pc.sum(table["num_response_tokens"]).as_py()),
+        "trainable": int((np.asarray(pc.list_element(table["response_spans"], 0)) > 0).sum()),
+    }
+    return pa.Table.from_pylist([entry | counted], _WRITTEN)
+
+
+def _as_it_is(table: pa.Table) -> pa.Table:
+    return table

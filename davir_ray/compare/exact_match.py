@@ -1,0 +1,116 @@
+"""match: generations + examples → matches/: is the number that a text ends in the one that the response ends in?
+
+Takes seconds, and is redone when the reading of answers changes; the generations stay.
+"""
+
+import json
+import time
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from davir_ray.compare.answers import ANSWERS_VERSION, as_text, flexible_answer, strict_answer
+from davir_ray.compare.generation import generated_from
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
+from davir_ray.errors import IntegrityError
+from davir_ray.run.location import Location, in_folder, read_parquet, write_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import clear, completed, require
+from davir_ray.schema import MATCHES, Status
+
+_GOLD = ["example_id", "response", "record", "response_spans"]
+COUNTED = ("expected", "strict", "flexible")
+_ASKED = ["source", "response", "record", "response_spans"]
+_EXPECTED = pa.schema([("expected", pa.int64())])
+_SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for name in COUNTED)])
+
+
+def match(run: Location, *, examples_of: Location | None = None) -> Manifest:
+    """Compare the answers of generated texts with those of the responses, as numbers, in both readings.
+
+    `examples_of` is the run whose examples the texts continue (None: this one). `counts` holds the rows that have an
+    expected answer and those that match it, `details` the same by source.
+    """
+    started = time.monotonic()
+    source = examples_of or run
+    generated, _ = generated_from(run, source)
+    fingerprint = {"generations": generated.content, "version": ANSWERS_VERSION}
+    if done := completed(run, "match", fingerprint):
+        return done
+    clear(run, "match")
+    shards = Shards(generated.files_in("generations"), partial(_read, run, source))
+    found = collect(shards, partial(_write, run / "matches"), _SUMMARY).sort_by("name").to_pylist()
+    entries = entries_of(found)
+    by_source: dict[str, dict[str, int]] = {}
+    for row in found:
+        sums = by_source.setdefault(row["source"], dict.fromkeys(("examples", *COUNTED), 0))
+        for name in sums:
+            sums[name] += row["rows" if name == "examples" else name]
+    counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
+    files, seconds = in_folder("matches", entries), time.monotonic() - started
+    return Manifest("match", fingerprint, counts, files, {"by_source": by_source}, seconds=seconds).commit(run)
+
+
+def num_expected(run: Location, sources: list[str]) -> int:
+    """How many prepared examples, of these sources or of all if none is named, have an answer to compare with."""
+    shards = Shards(require(run, "prepare").files_in("examples"), partial(read_columns, run / "examples", _ASKED))
+    counted = collect(shards, partial(_count_expected, sources=sources), _EXPECTED)
+    return sum(counted["expected"].to_pylist())
+
+
+def _count_expected(table: pa.Table, sources: list[str]) -> pa.Table:
+    rows = [row for row in table.to_pylist() if not sources or row["source"] in sources]
+    return pa.table([[sum(_expected(row) is not None for row in rows)]], schema=_EXPECTED)
+
+
+def matched(generations: pa.Table, gold: pa.Table) -> pa.Table:
+    """MATCHES of generations and, in the same row order, the examples' response, record and response_spans."""
+    rows = zip(generations.to_pylist(), gold.to_pylist(), strict=True)
+    return pa.Table.from_pylist([_compare(generated, example) for generated, example in rows], MATCHES)
+
+
+def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    if generated["example_id"] != example["example_id"]:
+        raise IntegrityError(f"example {example['example_id']} stands where the text is of {generated['example_id']}")
+    expected = _expected(example)
+    row = {name: generated[name] for name in ("example_id", "source", "status")}
+    row["expected"] = None if expected is None else as_text(expected)
+    if generated["status"] != Status.OK:
+        return row
+    for name, read in (("strict", strict_answer), ("flexible", flexible_answer)):
+        answer = read(generated["output"])
+        row[f"{name}_answer"] = None if answer is None else as_text(answer)
+        row[name] = None if expected is None else answer == expected
+    return row
+
+
+def _expected(example: dict[str, Any]) -> Any:
+    """What the response marks as its answer, else the number in the record's column `answer`.
+
+    None of a conversation with several scored turns: the text continues it at the first, the answer is in the last.
+    """
+    if len(example["response_spans"]) > 2:
+        return None
+    if (marked := strict_answer(example["response"])) is not None or not example["record"]:
+        return marked
+    answer = json.loads(example["record"]).get("answer")
+    return None if answer is None else flexible_answer(str(answer))
+
+
+def _read(run: Location, source: Location, name: str) -> pa.Table:
+    table = matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD))
+    return table.append_column("shard", pa.repeat(name, table.num_rows))
+
+
+def _write(folder: Location, table: pa.Table) -> pa.Table:
+    """Write a shard's matches; returns its entry with what is counted."""
+    name = table["shard"][0].as_py()
+    entry = write_parquet(folder / name, table.select(MATCHES.names))
+    row = entry_row(entry).append_column("source", table["source"].slice(0, 1))
+    expected = table["expected"].is_valid()
+    sums = {"expected": expected} | {name: table[name].fill_null(False) for name in ("strict", "flexible")}
+    for column in COUNTED:
+        row = row.append_column(column, pa.array([sum(sums[column].to_pylist())], pa.int64()))
+    return row

@@ -1,0 +1,138 @@
+"""generate: examples + a model → generations/, one file for each shard, through a pool of Ray actors."""
+
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from davir_ray.config.run import GenerateConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.data.formats import ChatTemplate
+from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
+from davir_ray.engine.progress import Tally
+from davir_ray.errors import ConfigError, ModelError, OutputError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
+from davir_ray.run.location import FileEntry, Location, each, read_parquet, total_rows
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import completed, require
+from davir_ray.schema import GENERATIONS
+
+
+def generate(
+    run: Location,
+    model: Checkpoint,
+    config: GenerateConfig,
+    pool: ScoreConfig,
+    *,
+    examples_of: Location | None = None,
+    base: Checkpoint | None = None,
+    chat_template: str | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Continue the prompt of every example greedily; rows of generations/ stand in the order of examples/.
+
+    `examples_of` is the run that holds the examples (None: this one); `base` is the model that an adapter belongs to;
+    `chat_template` is the text of the one that the examples were rendered with, if not the tokenizer's.
+    ModelError if there is none for an adapter, ConfigError if no example is of the sources that are asked for.
+    """
+    started = time.monotonic()
+    source = examples_of or run
+    prepared = require(source, "prepare")
+    _check_model(model, base)
+    settings = GeneratorSettings(
+        max_new_tokens=config.max_new_tokens,
+        precision=pool.precision,
+        tokens_per_batch=config.tokens_per_batch,
+        num_threads=max(1, int(pool.num_cpus)),
+        turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
+    )
+    fingerprint = {
+        "model": model.weights_digest() | (_of_base(base) if model.is_adapter and base else {}),
+        "examples": prepared.content,
+        "sources": sorted(config.sources),
+        "settings": _what_matters(settings, pool),
+        "version": GENERATION_VERSION,
+    }
+    if done := completed(run, "generate", fingerprint, overwrite=overwrite):
+        return done
+    stream = Stream(
+        stage="generate",
+        run=run,
+        folder="generations",
+        schema=GENERATIONS,
+        fingerprint=fingerprint,
+        examples=source / "examples",
+        columns=INPUT_COLUMNS,
+    )
+    wanted = _of_sources(source, prepared.files_in("examples"), config.sources)
+    arguments = {"model": model, "settings": settings, "base": base}
+    filled = stream.fill(wanted, GenerateShard, arguments, pool, overwrite=overwrite, count_tokens=_num_new_tokens)
+    details = {"shards_done_by_this_driver": filled.num_new}
+    manifest = stream.manifest(filled, total_rows(wanted), "generated", details)
+    return replace(manifest, seconds=time.monotonic() - started).commit(run)
+
+
+def generated_from(run: Location, examples: Location) -> tuple[Manifest, Manifest]:
+    """Manifests of the texts of a run and of the examples they continue. OutputError if they do not go together."""
+    generated, prepared = require(run, "generate"), require(examples, "prepare")
+    if generated.fingerprint["examples"] != prepared.content:
+        raise OutputError(f"the texts of {run} were generated from other examples than those of {examples}")
+    return generated, prepared
+
+
+class GenerateShard(ShardWorker):
+    """Actor: a Generator for blocks that are whole shards."""
+
+    def __init__(self, tally: Tally, **generator: Any) -> None:
+        super().__init__("generate", tally, INPUT_COLUMNS, partial(Generator, **generator))
+
+
+def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:
+    """What can be known before any weights are loaded."""
+    if not model.is_adapter:
+        return
+    if base is None:
+        raise ModelError(f"{model.uri} is an adapter; give the base that it was trained on")
+    if base.is_adapter:
+        raise ModelError(f"{base.uri} is an adapter itself; give a base with weights of its own")
+    model.check_adapter(base)
+
+
+def _turn_end(checkpoint: Checkpoint, template: str | None) -> int | None:
+    """The token that the chat template ends a turn with: a model that was tuned on turns ends its text so."""
+    tokenizer = checkpoint.tokenizer()
+    if template is None and not tokenizer.chat_template:
+        return None
+    token = ChatTemplate.from_tokenizer(tokenizer, template).turn_end()
+    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
+
+
+def _of_base(base: Checkpoint) -> dict[str, str]:
+    return {f"base {name}": digest for name, digest in base.weights_digest().items()}
+
+
+def _what_matters(settings: GeneratorSettings, pool: ScoreConfig) -> dict[str, Any]:
+    """Settings that texts depend on: not the batch budget, which an out-of-memory halving may change on the way."""
+    kept = asdict(settings)
+    del kept["tokens_per_batch"]
+    return kept | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
+
+
+def _of_sources(run: Location, shards: list[FileEntry], sources: list[str]) -> list[FileEntry]:
+    """Shards of these sources (of all, if none is named); a shard is of one source, as a task of prepare is."""
+    if not sources:
+        return shards
+    names = each(lambda shard: read_parquet(run / "examples" / shard.name, ["source"])["source"][0].as_py(), shards)
+    if absent := sorted(set(sources) - set(names)):
+        raise ConfigError(
+            f"no example of {run} is of the source {absent[0]!r}; there are {', '.join(sorted(set(names)))}"
+        )
+    return [shard for shard, name in zip(shards, names, strict=True) if name in sources]
+
+
+def _num_new_tokens(table: pa.Table) -> int:
+    return int(pc.sum(table["num_new_tokens"]).as_py() or 0)

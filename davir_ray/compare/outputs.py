@@ -1,0 +1,105 @@
+"""outputs: answers to a list of instructions, in the file that AlpacaEval reads. No judge is called.
+
+    prepare_instructions ─► examples/ without responses ─generate─► generations/ ─write_outputs─► outputs.json
+
+outputs.json is a JSON array of {"dataset", "instruction", "output", "generator"}, one object for each instruction, in
+the order of the list, ready for `alpaca_eval --model_outputs outputs.json`. AlpacaEval 0.6 (README.md, main.py and
+annotators/pairwise_evaluator.py of github.com/tatsu-lab/alpaca_eval) needs `instruction` and `output`, names the model
+by `generator`, and pairs two models' outputs by `instruction` and `input`: so an input is passed on as it stands. Its
+own generation strips white space around an output, and so does this.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from davir_ray.compare.generation import generated_from
+from davir_ray.config.sources import Source
+from davir_ray.errors import DataError, IntegrityError
+from davir_ray.run.location import FileEntry, Location, each, read_parquet, write_file
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.stages import clear, completed
+from davir_ray.schema import Status
+from davir_ray.stages.prepare import Preparation, prepare
+
+OUTPUTS = "outputs.json"
+SOURCE = "instructions"
+"""Name of the source, and the `dataset` of an instruction that names none."""
+
+_READ_AT_A_TIME = 64
+
+
+def prepare_instructions(
+    run: Location,
+    path: str,
+    preparation: Preparation,
+    *,
+    chat: bool = False,
+    written: Sequence[Location] = (),
+    overwrite: bool = False,
+) -> Manifest:
+    """Make prompts of a list of {instruction, input?, dataset?} (JSON, JSON lines or Parquet; also without outputs).
+
+    The prompt is Stanford Alpaca's, or with `chat` a user's turn in the chat template. DataError if any instruction
+    cannot be one: AlpacaEval wants all of them.
+    """
+    source = Source(name=SOURCE, path=path, format="messages" if chat else "alpaca")
+    preparation = replace(preparation, prompts_only=True, keep_record=True)
+    return prepare(run, [source], preparation, max_bad_fraction=0, written=written, overwrite=overwrite)
+
+
+def write_outputs(run: Location, generator: str, *, examples_of: Location | None = None) -> Manifest:
+    """Write outputs.json of a run whose texts were generated; `generator` is the model's name on the leaderboard.
+
+    `examples_of` is the run of `prepare_instructions` (None: this one). DataError if an instruction has no text.
+    """
+    started = time.monotonic()
+    source = examples_of or run
+    generated, prepared = generated_from(run, source)
+    fingerprint = {"generations": generated.content, "generator": generator}
+    if done := completed(run, "outputs", fingerprint):
+        return done
+    _check_complete(generated)
+    clear(run, "outputs")
+    rows = [_output(row, generator) for row in _rows(run, source, generated.files_in("generations"))]
+    if len(rows) != prepared.counts["prepared"]:
+        raise IntegrityError(f"{prepared.counts['prepared']} instructions were prepared but {len(rows)} have an output")
+    content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
+    entry = write_file(run / OUTPUTS, content, len(rows))
+    seconds = time.monotonic() - started
+    return Manifest("outputs", fingerprint, {"outputs": len(rows)}, [entry], seconds=seconds).commit(run)
+
+
+def _check_complete(generated: Manifest) -> None:
+    counts = generated.counts
+    if counts["generated"] != counts["examples"]:
+        why = ", ".join(f"{status} {counts[status]}" for status in Status if status != Status.OK and status in counts)
+        raise DataError(
+            f"{counts['examples'] - counts['generated']} of {counts['examples']} instructions have no text ({why}); "
+            "generate on a larger device, or leave these instructions out of the list"
+        )
+
+
+def _rows(run: Location, source: Location, shards: list[FileEntry]) -> Iterator[dict[str, Any]]:
+    """Text and record of each instruction, in the order of the list: names of shards, and rows within, have it."""
+    for start in range(0, len(shards), _READ_AT_A_TIME):
+        names = [shard.name for shard in shards[start : start + _READ_AT_A_TIME]]
+        for rows in each(partial(_shard_rows, run, source), names):
+            yield from rows
+
+
+def _shard_rows(run: Location, source: Location, name: str) -> list[dict[str, Any]]:
+    texts = read_parquet(run / "generations" / name, ["example_id", "output"])
+    records = read_parquet(source / "examples" / name, ["example_id", "record"])
+    if not texts["example_id"].equals(records["example_id"]):
+        raise IntegrityError(f"{name} has other rows in generations/ than in examples/")
+    return list(texts.append_column("record", records["record"]).to_pylist())
+
+
+def _output(row: dict[str, Any], generator: str) -> dict[str, str]:
+    record = json.loads(row["record"])
+    kept = {name: record[name] for name in ("instruction", "input") if record.get(name) is not None}
+    return {"dataset": record.get("dataset") or SOURCE, **kept, "output": row["output"].strip(), "generator": generator}

@@ -1,0 +1,1 @@
+"""What a job is asked for: a section a file, typed, validated when it is made."""

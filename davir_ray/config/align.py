@@ -1,0 +1,62 @@
+"""The configuration of preference training: its objective, and what a job of it begins with."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from davir_ray.config.checks import check, check_no_secret
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.run import InputConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """The objective of preference training."""
+
+    loss: Literal["davir_dpo", "dpo", "ipo", "dpo_norm"] = "davir_dpo"
+    """DavIR-DPO: DPO with each reward divided by |log-probability| of its response under the frozen policy. dpo; ipo on
+    token means, as TRL has it; dpo_norm: DPO on token means."""
+    beta: float | None = None
+    """How strongly the policy is held to the frozen one. None: 0.1 for dpo and ipo, 5 for dpo_norm (Tulu 3's); for
+    davir_dpo 0.1 times the median |log-probability| of the responses trained on, in nats, where its gradient is as
+    large as DPO's at 0.1: the paper does not state its own."""
+    heldout_fraction: float = 0.0
+    """Share of the prompts, drawn by hash, whose pairs are not trained on; what was learnt is measured on it apart."""
+
+    def __post_init__(self) -> None:
+        check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
+        heldout = self.heldout_fraction
+        check(0 <= heldout < 1, "align.heldout_fraction", heldout, "from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignRunConfig(InputConfig):
+    """Train a policy on preference pairs by DavIR-DPO, or by the losses that it is compared with."""
+
+    prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(max_tokens=1024))
+    """From raw records to tokenised pairs."""
+    finetune: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(epochs=1, batch_size=64, learning_rate=5e-7, warmup_ratio=0.1)
+    )
+    """The training of the policy; a batch is of pairs. Defaults: a usual recipe for DPO; the paper does not state its
+    own."""
+    score: ScoreConfig = field(default_factory=lambda: ScoreConfig(precision="float32"))
+    """The losses of both policies. In float32: a policy that is trained at a small learning rate differs from its base
+    by less than bfloat16 tells apart."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """The objective."""
+    beside: list[str] = field(default_factory=list)
+    """Folders of finished runs of this job on the same pairs, by another loss, setting or seed: the report then has a
+    table of all, with means over the seeds of each setting."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for place in self.beside:
+            check_no_secret("beside", place)
+        for source in self.all_sources():
+            if source.format != "preference":
+                raise ConfigError(
+                    f"source {source.name!r} has the format {source.format}; pairs to align with have preference"
+                )

@@ -1,0 +1,165 @@
+"""The configuration of a comparison: what is trained, on how much, how often, and on what it is measured."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+from davir_ray.config.checks import check, check_no_secret, not_default
+from davir_ray.config.run import GenerateConfig, OutputConfig
+from davir_ray.config.sources import Format, Source
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import ConfigError
+
+ArmName = Literal["selection", "random", "random_matched", "lowest", "rho", "full"]
+Reading = Literal["epochs", "steps"]
+DRAWN: tuple[ArmName, ...] = ("random", "random_matched")
+"""Arms whose rows are other ones for each seed."""
+MeasureName = Literal["loss", "exact_match"]
+
+
+class TrialName(NamedTuple):
+    """One fine-tune of a comparison."""
+
+    arm: str
+    rows: int
+    """Of the selection that it stands beside; of the full set, its own."""
+    reading: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}-{self.rows}-{self.reading}-seed{self.seed}"
+
+
+_OWN_OF_RECIPE = ("seed", "max_steps", "export_epochs")
+"""Settings of a fine-tune that the comparison sets itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(OutputConfig):
+    """Fine-tune the base on a run's selection and on other sets of rows, and measure each on held-out data."""
+
+    run: str | None = None
+    """Folder of a finished run of jobs/score.py; nothing is written there."""
+    heldout: str | list[str] | None = None
+    """Data to measure on when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs
+    --heldout_format."""
+    heldout_format: Format | None = None
+    """Format of --heldout."""
+    heldout_sources: list[Source] = field(default_factory=list)
+    """Several named sources to measure on, instead of --heldout."""
+    heldout_limit: int | None = None
+    """Read at most this many records from each held-out source. None: all."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the run's base; what the run's own configuration says does not count."""
+    max_bad_fraction: float = 0.01
+    """Largest share of rejected held-out rows; above it the job stops with the reasons counted."""
+    arms: list[ArmName] = field(
+        default_factory=lambda: ["selection", "random", "random_matched", "lowest", "rho", "full"]
+    )
+    """What is trained on: the run's selection (its mixture, if there is one); as many rows drawn by hash; drawn rows
+    with the same histogram of response lengths and as many response tokens; the lowest ranked; the highest by rho_sum;
+    every prepared example. Rows are drawn and ranked among all that were scored: filters, balance and quotas are the
+    selection's own. In a mixture each but the last takes of a source as many rows as the mixture does; the last takes
+    all rows of its sources, as often as the mixture does."""
+    sizes: list[int] = field(default_factory=list)
+    """Sizes of the selection for the curve, in rows (of a mixture: rows of the sources that are not taken whole).
+    Empty: the run's own size."""
+    readings: list[Reading] = field(default_factory=lambda: ["epochs", "steps"])
+    """How long each arm is trained: for the recipe's number of epochs, or for as many optimiser steps as every prepared
+    example takes in that number of epochs."""
+    seeds: int = 3
+    """Models of each arm, on data orders, and where rows are drawn on draws, of their own."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Fields of finetune that differ from the run's own, such as {epochs: 1}."""
+    measures: list[MeasureName] = field(default_factory=lambda: ["loss"])
+    """What is measured: loss, nats per response token; exact_match, the share of generated answers that end in the
+    right number, of the held-out sources that generate.sources names."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How answers are generated for exact_match and for the instructions."""
+    instructions: str | None = None
+    """A list of instructions (JSON, JSON lines or Parquet with `instruction` and perhaps `input`) that each model
+    answers into a file for alpaca_eval. No judge is called. None: none."""
+    instructions_chat: bool | None = None
+    """Ask the instructions as a user's turn in the chat template, not in Stanford Alpaca's prompt. None: if all the
+    run's data are messages."""
+    arms_at_once: int | None = None
+    """Arms trained side by side, at most as many as the cluster has room for. None: so many."""
+    keep_models: bool = False
+    """Keep each arm's model in its folder, once it has been measured."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, uri in (("run", self.run), ("instructions", self.instructions)):
+            check_no_secret(name, uri)
+        for path in [self.heldout] if isinstance(self.heldout, str) else self.heldout or []:
+            check_no_secret("heldout", path)
+        self._check_heldout()
+        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        limits = {"heldout_limit": self.heldout_limit, "arms_at_once": self.arms_at_once, "seeds": self.seeds}
+        for name, value in limits.items():
+            check(value is None or value >= 1, name, value, "at least 1")
+        for rows in self.sizes:
+            check(rows >= 1, "a size", rows, "at least 1")
+        for name in ("arms", "readings", "measures"):
+            check(bool(getattr(self, name)), name, getattr(self, name), "at least one")
+        for name in ("arms", "readings", "measures", "sizes"):
+            values = getattr(self, name)
+            check(len(set(values)) == len(values), name, values, "without repetition")
+        self._check_recipe()
+
+    def _check_heldout(self) -> None:
+        if self.heldout is not None and self.heldout_sources:
+            raise ConfigError("both heldout and heldout_sources are given; give exactly one of the two")
+        if (self.heldout is None) != (self.heldout_format is None):
+            given, absent = ("heldout_format", "heldout") if self.heldout is None else ("heldout", "heldout_format")
+            raise ConfigError(f"{given} is given without {absent}; one source needs --heldout and --heldout_format")
+        names = [source.name for source in self.all_heldout()]
+        for source in self.all_heldout():
+            check(source.format != "preference", "format of a held-out source", source.format, "that of a response")
+            check(names.count(source.name) == 1, "held-out source name", source.name, "given once")
+        for name in self.generate.sources:
+            if names and name not in names:
+                raise ConfigError(f"generate.sources has {name!r}; the held-out sources are {', '.join(names)}")
+
+    def _check_recipe(self) -> None:
+        known = {field.name for field in fields(FinetuneConfig)}
+        for name in self.recipe:
+            if name not in known:
+                raise ConfigError(
+                    f"recipe has {name!r}, which is no field of finetune; see --finetune of jobs/score.py"
+                )
+            if name in _OWN_OF_RECIPE:
+                raise ConfigError(f"recipe has {name!r}, which the comparison sets itself; leave it out")
+        try:
+            FinetuneConfig(**self.recipe)
+        except TypeError as error:
+            raise ConfigError(f"recipe is {self.recipe!r}; its values must be as those of finetune") from error
+
+    def all_heldout(self) -> list[Source]:
+        """The held-out sources, with --heldout as one source named after its format."""
+        if self.heldout is None or self.heldout_format is None:
+            return self.heldout_sources
+        return [Source(name=self.heldout_format, path=self.heldout, format=self.heldout_format)]
+
+    def require(self) -> None:
+        """Raise ConfigError for the first of output, run and held-out data that is not given."""
+        self.require_output()
+        if not self.run:
+            raise ConfigError("no run is given; add --run DIR, the output of a finished jobs/score.py")
+        if not self.all_heldout():
+            raise ConfigError(
+                "there is nothing to measure on; add --heldout PATH --heldout_format FORMAT, or heldout_sources in the "
+                "configuration file"
+            )
+        for source in self.all_heldout():
+            source.check_columns()
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        unused = {}
+        if "exact_match" not in self.measures:
+            unused = dict.fromkeys(not_default("generate", self.generate), "measures has no exact_match")
+            if self.instructions is not None:
+                unused = {name: why for name, why in unused.items() if name == "generate.sources"}
+        if self.instructions is None and self.instructions_chat is not None:
+            unused["instructions_chat"] = "no instructions are given"
+        return unused

@@ -1,0 +1,236 @@
+"""The configuration of the main job: frozen, validated when it is made, every field with its unit and what None means.
+
+One YAML file and dotted options on the command line fill the same fields (see cli.py). A stage receives its own
+section, never the whole.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from davir_ray.config.checks import check, check_no_secret, not_default
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.selection import SELECT_RULES, RankConfig, SelectConfig
+from davir_ray.config.sources import Format, Source
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Greedy generation with a pool of actors, whose size and precision are those of scoring."""
+
+    max_new_tokens: int = 512
+    """Limit of a generated text in tokens; one that reaches it is not finished."""
+    tokens_per_batch: int | None = None
+    """Token budget of one batch, prompts and all new tokens; halved on its own when the device runs out of memory.
+    None: by device."""
+    sources: list[str] = field(default_factory=list)
+    """Generate for the examples of these sources only. Empty: all."""
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 1, "generate.max_new_tokens", self.max_new_tokens, "at least 1")
+        batch = self.tokens_per_batch
+        check(batch is None or batch >= 1, "generate.tokens_per_batch", batch, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """What --dry_run reckons with; a run does not depend on it."""
+
+    device_tflops: float | None = None
+    """TFLOP/s that one device sustains. None: a share of the peak of the cluster's GPUs, or of a measured CPU's."""
+    price_per_device_hour: float | None = None
+    """Price of a device for an hour, in your currency. None: no cost is told."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_tflops", "price_per_device_hour"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"estimate.{name}", value, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where a job writes."""
+
+    output: str | None = None
+    """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
+    output_is_shared: bool = False
+    """A local output lies on a file system that every node sees; needed where the cluster has several nodes."""
+    overwrite: bool = False
+    """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
+
+    def __post_init__(self) -> None:
+        check_no_secret("output", self.output)
+
+    def require_output(self) -> None:
+        """Raise ConfigError where no output is given."""
+        if not self.output:
+            raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(OutputConfig):
+    """What a job begins with: a base and the data for it."""
+
+    base: str | None = None
+    """The pre-trained causal language model: a folder or a hub name."""
+    data: str | list[str] | None = None
+    """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs --format."""
+    format: Format | None = None
+    """Format of --data."""
+    sources: list[Source] = field(default_factory=list)
+    """Several named sources, instead of --data."""
+    chat_template: str | None = None
+    """Jinja file with a chat template for messages. None: the base's own."""
+    keep_record: bool = True
+    """Keep the source row as JSON in examples and selected."""
+    max_bad_fraction: float = 0.01
+    """Largest share of rejected rows; above it the run stops with the reasons counted."""
+    limit: int | None = None
+    """Read at most this many records from each source, for a trial. None: all."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub checkpoint."""
+    prepare: PrepareConfig = PrepareConfig()
+    """From raw records to tokenised examples."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """The reference fine-tune."""
+    score: ScoreConfig = ScoreConfig()
+    """The scoring pool."""
+    dry_run: bool = False
+    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
+    estimate: EstimateConfig = EstimateConfig()
+    """What --dry_run reckons with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
+        check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.data is not None and self.sources:
+            raise ConfigError("both data and sources are given; give exactly one of the two")
+        if (self.data is None) != (self.format is None):
+            given, absent = ("format", "data") if self.data is None else ("data", "format")
+            raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
+        places = {"base": self.base, "chat_template": self.chat_template, "score.base_cache": self.score.base_cache}
+        for name, uri in places.items():
+            check_no_secret(name, uri)
+        for path in [self.data] if isinstance(self.data, str) else self.data or []:
+            check_no_secret("data", path)
+        names = [source.name for source in self.sources]
+        for name in names:
+            check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
+
+    def all_sources(self) -> list[Source]:
+        """The sources, with --data and --format as one source named after its format."""
+        if self.data is None or self.format is None:
+            return self.sources
+        return [Source(name=self.format, path=self.data, format=self.format)]
+
+    def require_input(self) -> None:
+        """Raise ConfigError for the first of output, base and data that is not given, or is for another format."""
+        self.require_output()
+        if not self.base:
+            raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
+        if not self.all_sources():
+            raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
+        for source in self.all_sources():
+            source.check_columns()
+        if self.finetune.lora_rank is None:
+            for name in not_default("finetune", self.finetune):
+                if name.startswith("finetune.lora_"):
+                    raise ConfigError(f"{name} is given, but finetune.lora_rank is not; give it, or leave {name} out")
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        unused = {}
+        if self.finetune.max_steps is not None and self.finetune.epochs != type(self)().finetune.epochs:
+            unused["finetune.epochs"] = "finetune.max_steps is given"
+        if not self.dry_run:
+            unused |= dict.fromkeys(not_default("estimate", self.estimate), "only --dry_run reckons with it")
+        return unused
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(InputConfig):
+    """Score instruction data by DavIR and select the best part of it."""
+
+    reference: str | None = None
+    """A fine-tune of the base to score against: a checkpoint, or a folder with a peft adapter. None: fine-tune one on
+    the whole set."""
+    keep_token_nll: Literal["sample", "all", "none"] = "sample"
+    """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
+    rank: RankConfig = RankConfig()
+    """The order of the ranking."""
+    select: SelectConfig = SelectConfig()
+    """Where the ranking is cut."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_secret("reference", self.reference)
+        for source in self.all_sources():
+            if source.format == "preference":
+                raise ConfigError(f"source {source.name!r} has the format preference; jobs/align.py trains on pairs")
+        if self.select.min_score is not None and self.rank.order == "random":
+            raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
+        self._check_most()
+        self._check_source_names()
+        if self.select.jsonl and not self.keep_record:
+            raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
+
+    def _check_source_names(self) -> None:
+        """A selection may name only sources that there are; known before hours are spent on a fine-tune."""
+        names = [source.name for source in self.all_sources()]
+        asked = [part.source for part in self.select.mixture]
+        asked += [parts["source"] for parts in map(self.select.parts_of, self.select.quotas) if "source" in parts]
+        for name in asked:
+            if names and name not in names:
+                raise ConfigError(f"select names the source {name!r}; the sources are {', '.join(names)}")
+
+    def _check_most(self) -> None:
+        """A ranking of the first ranks only cannot tell what lies beyond."""
+        select, most = self.select, self.rank.most
+        if most is None:
+            return
+        only_counts = (select.top_k is not None and not select.balance) or bool(select.quotas)
+        if select.rules and not only_counts:
+            raise ConfigError(
+                f"rank.most is {most}, but select.{select.rules[0]} may need every rank; leave rank.most out (null)"
+            )
+        if select.top_k is not None and select.top_k > most:
+            raise ConfigError(f"select.top_k is {select.top_k}, but rank.most keeps only {most} ranks; raise rank.most")
+
+    def require_select(self) -> None:
+        """Raise ConfigError where no selection rule is given, or one names a range of lengths that there is not."""
+        if not self.select.rules:
+            rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
+            raise ConfigError(
+                f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)"
+            )
+        ranges = self.select.length_ranges
+        for group in self.select.quotas:
+            parts = self.select.parts_of(group)
+            if "length" in parts and parts["length"] not in ranges:
+                raise ConfigError(
+                    f"select.quotas has {group!r}, whose range of lengths is {parts['length']!r}; the ranges are "
+                    f"{', '.join(ranges)} (select.length_edges)"
+                )
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing as the others stand, by dotted name: why."""
+        unused: dict[str, str] = {}
+        if self.reference is not None:
+            unused |= dict.fromkeys(
+                not_default("finetune", self.finetune), "a reference is given, so nothing is trained"
+            )
+        unused |= super().without_effect()
+        if self.rank.order != "random" and self.rank.seed:
+            unused["rank.seed"] = f"rank.order is {self.rank.order}, not random"
+        if not self.select.mixture and self.select.shuffle_seed:
+            unused["select.shuffle_seed"] = "there is no select.mixture"
+        if "length" not in self.select.balance and self.select.length_edges != SelectConfig().length_edges:
+            unused["select.length_edges"] = "select.balance has no length"
+        return unused

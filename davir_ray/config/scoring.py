@@ -1,0 +1,46 @@
+"""Settings of the scoring pool."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from davir_ray.config.checks import check
+from davir_ray.errors import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Scoring with a pool of actors, each holding base and reference."""
+
+    num_actors: int | None = None
+    """Actors in the pool. None: as many as the cluster holds, a CPU left for reading and writing."""
+    autoscale: list[int] | None = None
+    """[least, most] actors, instead of num_actors: the pool begins with as many as fit and grows as nodes join, which a
+    cluster's autoscaler is asked for. Where none has a GPU yet, give num_gpus. None: a pool of fixed size."""
+    num_cpus: float = 1.0
+    """CPUs of one actor; on a CPU, also its number of threads (at least 1), which is part of the numerics."""
+    num_gpus: float | None = None
+    """GPUs of one actor, fractions allowed. None: 1 if the cluster has any, else 0."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Losses are float32."""
+    tokens_per_pack: int | None = None
+    """Token budget of one forward pass; halved on its own when the device runs out of memory. None: by device."""
+    base_cache: str | None = None
+    """Folder (local or s3://…) of base losses that later runs share: a second reference on the same examples costs one
+    pass. None: no cache."""
+    no_progress_timeout_s: int = 1800
+    """Seconds without any finished task after which the run fails instead of hanging."""
+
+    def __post_init__(self) -> None:
+        check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
+        if self.autoscale is not None:
+            ascending = len(self.autoscale) == 2 and 1 <= self.autoscale[0] <= self.autoscale[1]
+            check(ascending, "score.autoscale", self.autoscale, "[least, most], two ascending numbers from 1")
+            if self.num_actors is not None:
+                raise ConfigError("both score.num_actors and score.autoscale are given; give one of the two")
+        check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
+        check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
+        packed = self.tokens_per_pack
+        check(packed is None or packed >= 1, "score.tokens_per_pack", packed, "at least 1")
+        check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")

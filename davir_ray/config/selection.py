@@ -1,0 +1,148 @@
+"""Settings of the ranking and of the selection."""
+
+import math
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import pairwise
+from typing import Literal
+
+from davir_ray.config.checks import check
+from davir_ray.errors import ConfigError
+
+Order = Literal["davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "length", "random"]
+SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score", "quotas", "mixture")
+PART_RULES = ("top_k", "top_fraction", "top_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """The order of the ranking; every baseline of the paper is one option away."""
+
+    order: Order = "davir"
+    """Column to rank by (length = num_response_tokens), or random."""
+    lowest: bool = False
+    """Rank the lowest value first."""
+    seed: int = 0
+    """Seed of the random order."""
+    most: int | None = None
+    """Write only the first N ranks, the rest of a large corpus is never moved. None: every rank."""
+
+    def __post_init__(self) -> None:
+        check(self.most is None or self.most >= 1, "rank.most", self.most, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source's part of a mixture: the best of it by exactly one rule, each row `repeat` times."""
+
+    source: str
+    """Name of the source."""
+    all: bool = False
+    """Every row that may be selected."""
+    top_k: int | None = None
+    """The source's first N rows by rank."""
+    top_fraction: float | None = None
+    """This share of the source's rows that may be selected, rounded as select.top_fraction is."""
+    top_tokens: int | None = None
+    """The source's longest prefix whose scored tokens fit."""
+    repeat: int = 1
+    """Times that each row stands in the mixture."""
+
+    def __post_init__(self) -> None:
+        where = f"select.mixture of {self.source!r}:"
+        rules = ["all"] * self.all + [name for name in PART_RULES if getattr(self, name) is not None]
+        check(len(rules) == 1, f"{where} the rules", rules, f"exactly one of all, {', '.join(PART_RULES)}")
+        _check_rules(f"{where} ", self)
+        check(self.repeat >= 1, f"{where} repeat", self.repeat, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Where the ranking is cut: exactly one of top_k, top_fraction, top_tokens, min_score, quotas, mixture.
+
+    Rows that a filter leaves out may not be selected, and count for no rule. Every count is in the manifest and the
+    report.
+    """
+
+    top_k: int | None = None
+    """The first N rows."""
+    top_fraction: float | None = None
+    """This share of the rows that may be selected: floor of the exact decimal times the rows, at least 1 (the paper:
+    0.06)."""
+    top_tokens: int | None = None
+    """The longest prefix whose scored tokens fit."""
+    min_score: float | None = None
+    """Every row whose ordering key is at least this (at most, with rank.lowest)."""
+    min_response_tokens: int | None = None
+    """Filter: scored tokens of a response, at least."""
+    max_response_tokens: int | None = None
+    """Filter: scored tokens of a response, at most."""
+    drop_duplicates: bool = False
+    """Filter: of rows with the same prompt and response only the highest-ranked may be selected."""
+    balance: list[Literal["source", "length"]] = field(default_factory=list)
+    """Give each source, each range of response lengths, or each pair of both the share of the selection that it has of
+    the rows that may be selected; the best of each group are taken."""
+    quotas: dict[str, int] = field(default_factory=dict)
+    """Instead of shares, rows for each group of balance, such as {alpaca: 3000}, {32-63: 500} or {alpaca/32-63: 500};
+    groups without a quota give none."""
+    length_edges: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    """Where ranges of response lengths begin, in scored tokens; the first begins at 0."""
+    mixture: list[Part] = field(default_factory=list)
+    """A training mixture of several sources: written to mixture/, repeated and shuffled, beside selected/."""
+    shuffle_seed: int = 0
+    """Seed of the mixture's order."""
+    jsonl: bool = False
+    """Also write the source records of what is selected (of the mixture, if there is one) as JSON lines to jsonl/."""
+
+    def __post_init__(self) -> None:
+        _check_rules("select.", self)
+        check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
+        if len(self.rules) > 1:
+            raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
+        least, most = self.min_response_tokens, self.max_response_tokens
+        check(least is None or most is None or least <= most, "select.min_response_tokens", least, f"at most {most}")
+        edges = self.length_edges
+        ascending = all(a < b for a, b in pairwise([0, *edges]))
+        check(bool(edges) and ascending, "select.length_edges", edges, "ascending numbers above 0")
+        check(len(set(self.balance)) == len(self.balance), "select.balance", self.balance, "without repetition")
+        if self.quotas and not self.balance:
+            raise ConfigError("select.quotas needs select.balance: [source], [length] or [source, length]")
+        if self.mixture and self.balance:
+            raise ConfigError("select.mixture has a rule for each source; leave select.balance out")
+        for group, rows in self.quotas.items():
+            check(isinstance(group, str), "a group of select.quotas", group, f"text: '{group}', in quotes")
+            check(rows >= 1, f"select.quotas of {group!r}", rows, "at least 1")
+        names = [part.source for part in self.mixture]
+        for name in names:
+            check(names.count(name) == 1, "source in select.mixture", name, "given once")
+
+    @property
+    def rules(self) -> list[str]:
+        """Names of the rules that are set."""
+        return [name for name in SELECT_RULES if getattr(self, name) not in (None, {}, [])]
+
+    @property
+    def length_ranges(self) -> list[str]:
+        """Names of the ranges of response lengths, in scored tokens, the shortest first."""
+        edges = self.length_edges
+        return [f"{a}-{b - 1}" for a, b in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}-"]
+
+    def parts_of(self, group: str) -> dict[str, str]:
+        """The source and the range of lengths that a group of balance is named after; a source's name may have a /."""
+        if len(self.balance) < 2:
+            return dict(zip(self.balance, [group], strict=False))
+        source_first = self.balance[0] == "source"
+        before, _, after = group.rpartition("/") if source_first else group.partition("/")
+        return dict(zip(self.balance, (before, after), strict=True))
+
+
+def count_from_fraction(fraction: float, num_rows: int) -> int:
+    """Rows that a fraction means: floor of the exact decimal times the rows, at least 1."""
+    return max(1, int(Decimal(str(fraction)) * num_rows))
+
+
+def _check_rules(where: str, config: Part | SelectConfig) -> None:
+    check(config.top_k is None or config.top_k >= 1, f"{where}top_k", config.top_k, "at least 1")
+    check(config.top_tokens is None or config.top_tokens >= 1, f"{where}top_tokens", config.top_tokens, "at least 1")
+    fraction = config.top_fraction
+    check(fraction is None or 0 < fraction <= 1, f"{where}top_fraction", fraction, "above 0 and at most 1")

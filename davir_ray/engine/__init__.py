@@ -1,0 +1,1 @@
+"""What is generic on Ray: connecting, shards through a pool of actors, rows that meet."""

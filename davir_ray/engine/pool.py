@@ -1,0 +1,276 @@
+"""Shards of examples through a pool of Ray actors, into a folder of files with the same names.
+
+The shard is the unit of work, commit and resume: a shard whose file is there is done. Scoring and generation are such
+streams.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.engine.connect import (
+    actor_cpus,
+    has_gpu,
+    own_errors,
+    pool_size,
+    room_for,
+    side_cpus,
+    whole_block_context,
+)
+from davir_ray.engine.console import configure_worker_logging
+from davir_ray.engine.progress import Sums, Tally, tallied
+from davir_ray.engine.shards import (
+    NAMED,
+    NUMERICS_KEY,
+    CommittedShard,
+    Shards,
+    ShardSink,
+    count_statuses,
+    num_tokens,
+    read_named,
+    sealed,
+)
+from davir_ray.errors import IntegrityError
+from davir_ray.run.location import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    Location,
+    committed_parquet,
+    each,
+    in_folder,
+    total_rows,
+)
+from davir_ray.run.manifest import Manifest, differences
+from davir_ray.run.progress import Progress
+from davir_ray.run.stages import clear, other_attempt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """What becomes of shards: a file of the same name in a folder of a run, with one row for each example."""
+
+    stage: str
+    run: Location
+    """The run that is written."""
+    folder: str
+    """Of the run: where the files go."""
+    schema: pa.Schema
+    """Of the files; one of the columns is `status`."""
+    fingerprint: dict[str, Any]
+    """What the content depends on; travels in every file's footer."""
+    examples: Location
+    """Folder of the shards that are read."""
+    columns: list[str]
+    """Of the shards, that the workers are given."""
+
+    def fill(
+        self,
+        shards: list[FileEntry],
+        worker: type,
+        arguments: dict[str, Any],
+        config: ScoreConfig,
+        *,
+        rejects: int = 0,
+        overwrite: bool = False,
+        count_tokens: Callable[[pa.Table], int] = num_tokens,
+    ) -> "Filled":
+        """Do every shard that no earlier attempt did; `arguments` are those of the worker's class."""
+        committed = self._committed(shards, overwrite=overwrite)
+        done = {shard.entry.name for shard in committed}
+        # Longest first, so that the pool does not end on one long shard.
+        pending = sorted((shard for shard in shards if shard.name not in done), key=lambda shard: -shard.bytes)
+        log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
+        with tallied(self.run, self._before(total_rows(shards), rejects, committed)) as tally:
+            new = self._send(pending, worker, arguments, config, tally, count_tokens) if pending else []
+            sums = tally.sums()
+        return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), sums)
+
+    def _committed(self, shards: list[FileEntry], *, overwrite: bool) -> list[CommittedShard]:
+        """Shards that earlier attempts with the same settings have done; a damaged one is done again.
+
+        OutputError names what differs if they were done with other settings, unless they may be overwritten.
+        """
+        folder = self.run / self.folder
+        rows = {shard.name: shard.rows for shard in shards}
+        found = each(lambda name: describe(folder / name, self.schema, rows.get(name)), folder.names(".parquet"))
+        there = [shard for shard in found if shard is not None]
+        now = json.loads(json.dumps(self.fingerprint))
+        changed = [line for shard in there for line in differences(shard.fingerprint, now)]
+        if not changed:
+            return [shard.committed for shard in there]
+        if overwrite:
+            clear(self.run, self.stage)
+            return []
+        raise other_attempt(self.run, self.stage, list(dict.fromkeys(changed)))
+
+    def _send(
+        self,
+        pending: list[FileEntry],
+        worker: type,
+        arguments: dict[str, Any],
+        config: ScoreConfig,
+        tally: Tally,
+        count_tokens: Callable[[pa.Table], int],
+    ) -> list[CommittedShard]:
+        """Read each shard, give it whole to an actor, write its file."""
+        num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
+        pool = plan_pool(config).at_most(len(pending))
+        log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
+        source = Shards(pending, partial(read_named, self.examples, self.columns))
+        sink = ShardSink(self.run / self.folder, self.schema, json.dumps(self.fingerprint), tally.tell, count_tokens)
+        context = whole_block_context(config.no_progress_timeout_s)
+        with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
+            (
+                ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(num_cpus) / 2})
+                # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
+                .map_batches_internal(
+                    worker,
+                    fn_constructor_kwargs=arguments | {"tally": tally},
+                    batch_size=None,
+                    batch_format="pyarrow",
+                    compute=ray.data.ActorPoolStrategy(
+                        min_size=pool.least, max_size=pool.most, initial_size=pool.at_start
+                    ),
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                )
+                .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(num_cpus)})
+            )
+        return sink.shards
+
+    def _before(self, num_rows: int, rejects: int, committed: list[CommittedShard]) -> Progress:
+        """Where the stage begins: with what an earlier attempt committed."""
+        rows = total_rows([shard.entry for shard in committed])
+        unscored = rows - sum(shard.statuses.get("ok", 0) for shard in committed)
+        return Progress(
+            self.stage, unit="rows", done=rows, total=num_rows, rows=rows, rejects=rejects, unscored=unscored
+        )  # fmt: skip
+
+    def manifest(self, filled: "Filled", num_rows: int, done: str, details: dict[str, Any]) -> Manifest:
+        """The books of the stage; `done` is what a row is called that went well. IntegrityError if rows were lost."""
+        statuses = Counter[str]()
+        for shard in filled.shards:
+            statuses.update(shard.statuses)
+        entries = [shard.entry for shard in filled.shards]
+        if total_rows(entries) != num_rows:
+            raise IntegrityError(
+                f"{num_rows} examples were prepared but {total_rows(entries)} rows of {self.folder} written"
+            )
+        numerics = sorted({shard.numerics for shard in filled.shards})
+        counts = {"examples": num_rows, done: statuses["ok"], **dict(sorted(statuses.items()))}
+        details = {"numerics": [json.loads(text) for text in numerics]} | details
+        if filled.sums is not None:
+            details |= {"throughput": filled.sums.throughput, "retries": filled.sums.retries}
+        return Manifest(self.stage, self.fingerprint, counts, in_folder(self.folder, entries), details)
+
+
+class Filled(NamedTuple):
+    """What a stage has, by the name of the shard."""
+
+    shards: list[CommittedShard]
+    num_new: int
+    """Shards done by this driver."""
+    sums: Sums | None
+
+
+class Described(NamedTuple):
+    """A committed shard, and the fingerprint it was made under."""
+
+    committed: CommittedShard
+    fingerprint: dict[str, Any]
+
+
+def describe(place: Location, schema: pa.Schema, num_rows: int | None) -> Described | None:
+    """What was committed there; None if it is damaged, or not the whole shard, and must be done again."""
+    try:
+        entry, table = committed_parquet(place)
+        metadata = table.schema.metadata or {}
+        fingerprint = json.loads(metadata[FINGERPRINT_KEY])
+        numerics = json.dumps(json.loads(metadata[NUMERICS_KEY]))
+        whole = table.schema.equals(schema) and num_rows in (None, table.num_rows) and sealed(metadata) == metadata
+    except (IntegrityError, KeyError, ValueError) as error:
+        log.warning("%s is damaged (%s) and is done again", place, " ".join(str(error).split()))
+        return None
+    if not whole:
+        log.warning("%s is damaged (%d rows) and is done again", place, table.num_rows)
+        return None
+    return Described(CommittedShard(entry, count_statuses(table), numerics), fingerprint)
+
+
+class Work(Protocol):
+    """What an actor holds: a model in one process, columns in, columns out."""
+
+    numerics: dict[str, Any]
+    """The arithmetic, as JSON-ready values."""
+
+    def __call__(self, examples: pa.Table) -> pa.Table:
+        """A row for each row, in the same order."""
+        ...
+
+
+class ShardWorker:
+    """Actor: works on blocks that are whole shards."""
+
+    def __init__(self, stage: str, tally: Tally, columns: list[str], make: Callable[[], Work]) -> None:
+        configure_worker_logging()
+        self._stage, self._tally, self._columns = stage, tally, columns
+        self._work = make()
+        self._numerics = json.dumps(self._work.numerics)
+        log.info("%s: an actor is ready on node %s", stage, ray.get_runtime_context().get_node_id()[:8])
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Columns of examples in, columns of the stage out, the shard's name beside both."""
+        started, shard = time.monotonic(), str(block["shard"][0])
+        self._tally.begin(shard)
+        done = self._work(block.select(self._columns))
+        log.debug("%s: %s, %d rows, %.1f s", self._stage, shard, block.num_rows, time.monotonic() - started)
+        for name in NAMED:
+            done = done.append_column(name, block[name])
+        return done.append_column("numerics", pa.repeat(self._numerics, done.num_rows))
+
+
+class Pool(NamedTuple):
+    """How many actors work."""
+
+    least: int
+    most: int
+    at_start: int
+
+    def at_most(self, num_shards: int) -> "Pool":
+        """No more of them than there are shards."""
+        return Pool(*(min(size, num_shards) for size in self))
+
+    def __str__(self) -> str:
+        return f"{self.at_start} actors" + (f" ({self.least} to {self.most})" if self.least < self.most else "")
+
+
+def plan_pool(config: ScoreConfig) -> Pool:
+    """The pool that the settings mean on this cluster; it begins at full size, loading models takes long.
+
+    ClusterError if it does not fit; a pool that grows may wait for nodes that are not there yet.
+    """
+    num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
+    if config.autoscale is None:
+        size = pool_size(config.num_actors, num_cpus, num_gpus)
+        return Pool(size, size, size)
+    least, most = config.autoscale
+    room = room_for(num_cpus, num_gpus)
+    at_start = min(most, room) if room > 0 else least  # where there is none yet, waiting actors bring the nodes
+    return Pool(min(least, at_start), most, at_start)
+
+
+def num_gpus_of(config: ScoreConfig) -> float:
+    """GPUs of one actor."""
+    return (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus

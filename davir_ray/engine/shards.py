@@ -1,0 +1,188 @@
+"""Shards as blocks: a Ray Data source in which one read task is one shard, and a sink in which one block is one file.
+
+What runs in reading and writing tasks lives here, apart from the models: a process that only moves columns need not
+import torch, which costs seconds.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import DataContext
+from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
+
+from davir_ray.engine.progress import Told
+from davir_ray.errors import IntegrityError
+from davir_ray.run.location import FINGERPRINT_KEY, FileEntry, Location, digest, read_parquet, write_parquet
+
+_READ_CPUS = 0.5
+"""Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
+
+_TASKS_PER_CPU = 4
+_TASK_BYTES = 32 * 2**20
+"""Of a task that reads several shards, on disk: a few times as much in memory."""
+
+NAMED = ["shard", "shard_rows"]
+"""Constant columns that tell the sink which shard a block is, and how many rows it must have."""
+
+
+NUMERICS_KEY = b"davir_numerics"
+"""In the footer of a file: the arithmetic that made it, as JSON."""
+
+
+_SEAL_KEY = b"davir_seal"
+
+
+class Shards(Datasource):  # type: ignore[misc]
+    """Named shards of a run; `read(name)` gives the table of one. One read task, and one block, is one shard."""
+
+    def __init__(self, shards: list[FileEntry], read: Callable[[str], pa.Table]) -> None:
+        super().__init__()
+        self._tasks = [[shard] for shard in shards]
+        self._read = read
+
+    def then(self, change: Callable[[pa.Table], pa.Table], num_cpus: float) -> "Shards":
+        """The shards with `change` done to the table of each as it is read, several to a task and block.
+
+        A task costs about as much as reading 2 MB, so there are no more of them than keep the cluster busy.
+        """
+        changed = Shards([], partial(_read_then, self._read, change))
+        shards = [shard for task in self._tasks for shard in task]
+        changed._tasks = _grouped(shards, max(1, int(len(shards) / (_TASKS_PER_CPU * num_cpus))))
+        return changed
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes on disk, as a lower bound."""
+        return sum(shard.bytes for task in self._tasks for shard in task)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """The tasks, whatever parallelism is asked for."""
+        return [
+            ReadTask(
+                partial(_read_all, self._read, [shard.name for shard in task]),
+                BlockMetadata(
+                    num_rows=sum(shard.rows for shard in task),
+                    size_bytes=sum(shard.bytes for shard in task),
+                    exec_stats=None,
+                ),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for task in self._tasks
+        ]
+
+    @property
+    def read_options(self) -> dict[str, float | int]:
+        """Keywords for ray.data.read_datasource."""
+        return {"num_cpus": _READ_CPUS, "override_num_blocks": len(self._tasks)}
+
+
+def _grouped(shards: list[FileEntry], most: int) -> list[list[FileEntry]]:
+    """Runs of neighbours, at most so many and so many bytes."""
+    groups: list[list[FileEntry]] = []
+    size = 0
+    for shard in shards:
+        if not groups or len(groups[-1]) == most or size + shard.bytes > _TASK_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += shard.bytes
+    return groups
+
+
+def _read_all(read: Callable[[str], pa.Table], names: list[str]) -> Iterable[pa.Table]:
+    return [pa.concat_tables([read(name) for name in names])]
+
+
+def _read_then(read: Callable[[str], pa.Table], change: Callable[[pa.Table], pa.Table], name: str) -> pa.Table:
+    return change(read(name))
+
+
+def read_columns(folder: Location, columns: list[str] | None, name: str) -> pa.Table:
+    """Columns of one shard; None: all."""
+    return read_parquet(folder / name, columns)
+
+
+def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
+    """The shard's columns, and the NAMED ones."""
+    table = read_columns(folder, columns, name)
+    for column, value in zip(NAMED, (name, table.num_rows), strict=True):
+        table = table.append_column(column, pa.repeat(value, table.num_rows))
+    return table
+
+
+@dataclass(frozen=True)
+class CommittedShard:
+    """What one write task committed."""
+
+    entry: FileEntry
+    statuses: dict[str, int]
+    numerics: str
+
+
+class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
+    """Writes each block, which must be a whole shard, into a folder under the shard's name."""
+
+    def __init__(
+        self,
+        folder: Location,
+        schema: pa.Schema,
+        fingerprint: str,
+        tell: Callable[[str, Told], None],
+        count_tokens: Callable[[pa.Table], int],
+    ) -> None:
+        self.shards: list[CommittedShard] = []
+        self._folder = folder
+        self._schema = schema
+        self._report = tell
+        self._count_tokens = count_tokens
+        self._fingerprint = fingerprint
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[CommittedShard]:
+        """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
+        return [self._write_shard(BlockAccessor.for_block(block).to_arrow()) for block in blocks]
+
+    def _write_shard(self, block: pa.Table) -> CommittedShard:
+        names, rows = set(block["shard"].to_pylist()), set(block["shard_rows"].to_pylist())
+        if len(names) != 1 or rows != {block.num_rows}:
+            raise IntegrityError(
+                f"a block of {block.num_rows} rows is not one whole shard ({sorted(names)}, {rows} rows)"
+            )
+        table = block.select(self._schema.names).cast(self._schema)
+        numerics = str(block["numerics"][0])
+        footer = sealed({FINGERPRINT_KEY: self._fingerprint.encode(), NUMERICS_KEY: numerics.encode()})
+        entry = write_parquet(self._folder / names.pop(), table, footer)
+        shard = CommittedShard(entry, count_statuses(table), numerics)
+        self._tell(shard, table)
+        return shard
+
+    def _tell(self, shard: CommittedShard, table: pa.Table) -> None:
+        rows = table.num_rows
+        unscored = rows - shard.statuses.get("ok", 0)
+        self._report(shard.entry.name, Told(rows, rows, self._count_tokens(table), unscored=unscored))
+
+    def on_write_complete(self, write_result: WriteResult[list[CommittedShard]]) -> None:
+        """Keep what the write tasks committed."""
+        self.shards = [shard for shards in write_result.write_returns for shard in shards]
+
+
+def sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """The entries of a footer, and a digest of them: page checksums leave the footer out."""
+    texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, NUMERICS_KEY)]
+    return {**footer, _SEAL_KEY: digest(texts).encode()}
+
+
+def num_tokens(table: pa.Table) -> int:
+    """Tokens of the rows of examples or scores, prompts included."""
+    return int(sum(pc.sum(table[name]).as_py() or 0 for name in ("num_prompt_tokens", "num_response_tokens")))
+
+
+def count_statuses(table: pa.Table) -> dict[str, int]:
+    """Rows by status."""
+    return dict(Counter(table["status"].to_pylist()))

@@ -1,0 +1,230 @@
+"""The likelihood kernel: packed examples → negative log-likelihood of every scored token.
+
+The one kernel of scoring, fine-tuning and held-out loss. The backbone runs over the pack without padding; the head runs
+only on the hidden rows that predict scored tokens, in chunks, so no [tokens, vocabulary] tensor ever exists, in the
+backward pass neither.
+
+Letters in tensor names: T tokens of the pack, R scored tokens of the pack, C rows of one chunk, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from davir_ray.errors import ModelError
+from davir_ray.formulas.losses import token_nll
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.packing import Spans, scored_positions
+
+NUMERICS_VERSION = 2
+"""Raised when a change here may change the bits of a score; part of the score stage's fingerprint."""
+
+_CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+"""Rows of the head at once."""
+
+_CACHED_LOGITS = 2**18
+"""Logits of a block whose softmax is taken at once on a CPU: 1 MiB in float32, which its own cache holds. Whole chunks
+go through memory four times, and freshly mapped memory at that: the head took 1.35 times as long."""
+
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
+"""Token budget of a pack unless the settings say otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Examples laid end to end, with the rows that predict their scored tokens."""
+
+    input_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    predictors_R: torch.Tensor
+    """Positions in the pack whose hidden state predicts a scored token."""
+    targets_R: torch.Tensor
+    """The scored tokens."""
+    edges_N1: torch.Tensor
+    """Where each of N sequences begins, and where the last ends; int32, as attention on a GPU wants them."""
+    sequence_lengths: tuple[int, ...]
+    num_scored: tuple[int, ...]
+    """Scored tokens of each example; they lie end to end in R."""
+
+    @classmethod
+    def of(cls, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Self:
+        """Lay out (input_ids, response_spans) of examples. No span may begin at token 0: nothing predicts it."""
+        predictors, targets, num_scored = [], [], []
+        start = 0
+        for input_ids, spans in examples:
+            scored = scored_positions(spans)
+            if len(scored) == 0 or scored[0] < 1 or scored[-1] >= len(input_ids):
+                raise ValueError(f"spans {list(spans)} do not fit {len(input_ids)} tokens, the first being unpredicted")
+            predictors.append(scored - 1 + start)
+            targets.append(input_ids[scored])
+            num_scored.append(len(scored))
+            start += len(input_ids)
+        lengths = tuple(len(input_ids) for input_ids, _ in examples)
+        return cls(
+            input_ids_T=torch.from_numpy(np.concatenate([ids for ids, _ in examples]).astype(np.int64)),
+            position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+            predictors_R=torch.from_numpy(np.concatenate(predictors)),
+            targets_R=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+            edges_N1=torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32),
+            sequence_lengths=lengths,
+            num_scored=tuple(num_scored),
+        )
+
+    def stretches(self, length: int) -> list[Self]:
+        """The pack cut wherever its sequences change between at most `length` tokens and more."""
+        is_long = np.array(self.sequence_lengths) > length
+        cuts = [0, *(np.flatnonzero(is_long[1:] != is_long[:-1]) + 1).tolist(), len(is_long)]
+        return [self._sequences(first, last) for first, last in pairwise(cuts)]
+
+    def _sequences(self, first: int, last: int) -> Self:
+        start, end = int(self.edges_N1[first]), int(self.edges_N1[last])
+        scored = slice(sum(self.num_scored[:first]), sum(self.num_scored[:last]))
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T[start:end],
+            position_ids_T=self.position_ids_T[start:end],
+            predictors_R=self.predictors_R[scored] - start,
+            targets_R=self.targets_R[scored],
+            edges_N1=self.edges_N1[first : last + 1] - start,
+            sequence_lengths=self.sequence_lengths[first:last],
+            num_scored=self.num_scored[first:last],
+        )
+
+    def to(self, device: torch.device) -> Self:
+        """The same pack there; to a GPU from pinned memory, without waiting for what the GPU is doing."""
+        if device.type == "cpu":
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        pinned = {name: value.pin_memory() if value.is_cpu else value for name, value in tensors.items()}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in pinned.items()}
+        return replace(self, **moved)
+
+
+class Likelihood(torch.nn.Module):
+    """Token likelihoods under one causal language model loaded with PACKED_ATTENTION."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = model.config._attn_implementation == PACKED_ATTENTION
+        """Cleared when the self-check finds that this architecture cannot be packed exactly."""
+        self._chunk_rows = _CHUNK_ROWS.get(model.device.type, 1024)
+        self._rope_types, self._rope_length = _rope_that_switches(model.config.get_text_config())
+
+    @property
+    def one_pass_length(self) -> int | None:
+        """Tokens of a sequence up to which a forward runs the backbone just once. None: any."""
+        return self._rope_length if self._rope_types else None
+
+    def forward(self, pack: Pack) -> torch.Tensor:
+        """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable.
+
+        ModelError for a sequence whose rotary frequencies would depend on what ran before it.
+        """
+        if self._rope_types and max(pack.sequence_lengths) > self._rope_length:
+            # transformers takes the frequencies of a whole call from its longest sequence.
+            if "dynamic" in self._rope_types:
+                raise ModelError(
+                    f"a sequence has {max(pack.sequence_lengths)} tokens, but dynamic rotary embedding is exact up to "
+                    f"{self._rope_length} only; lower prepare.max_tokens"
+                )
+            if len(stretches := pack.stretches(self._rope_length)) > 1:
+                return torch.cat([self._nll(stretch) for stretch in stretches])
+        return self._nll(pack)
+
+    def _nll(self, pack: Pack) -> torch.Tensor:
+        pack = pack.to(self.model.device)
+        hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_padded(pack)
+        chunks = zip(
+            torch.split(hidden_RH, self._chunk_rows), torch.split(pack.targets_R, self._chunk_rows), strict=True
+        )
+        if torch.is_grad_enabled():
+            # Logits of a chunk are recomputed in the backward pass instead of kept.
+            return torch.cat([checkpoint(self._head_nll, h, t, use_reentrant=False) for h, t in chunks])
+        return torch.cat([self._head_nll(hidden, targets) for hidden, targets in chunks])
+
+    def _hidden_packed(self, pack: Pack) -> torch.Tensor:
+        hidden_1TH = self.model.base_model(
+            input_ids=pack.input_ids_T[None],
+            position_ids=pack.position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+            sequence_lengths=pack.sequence_lengths,
+            sequence_edges=pack.edges_N1,
+        ).last_hidden_state
+        return torch.as_tensor(hidden_1TH[0, pack.predictors_R])
+
+    def _hidden_padded(self, pack: Pack) -> torch.Tensor:
+        """The backbone with its own attention over a padded batch; in a pack lengths are near each other.
+
+        Padding stands on the right, which no causal model can see.
+        """
+        rows = torch.split(pack.input_ids_T, list(pack.sequence_lengths))
+        mask_NL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        hidden_NLH = self.model.base_model(
+            input_ids=pad_sequence(list(rows), batch_first=True), attention_mask=mask_NL, use_cache=False
+        ).last_hidden_state
+        return torch.as_tensor(hidden_NLH[mask_NL.bool()][pack.predictors_R])
+
+    def _head_nll(self, hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        logits_CV = self._logits(hidden_CH)
+        num_rows = max(1, _CACHED_LOGITS // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
+        blocks = zip(torch.split(logits_CV, num_rows), torch.split(targets_C, num_rows), strict=True)
+        return torch.cat([token_nll(_adjust_logits(self.model.config, logits), targets) for logits, targets in blocks])
+
+    def _logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        head = active_head(self.model)
+        plain = type(head) is torch.nn.Linear and hidden_CH.dtype in (torch.bfloat16, torch.float16)
+        as_in_training = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_CH.device.type)
+        if not (plain and hidden_CH.is_cuda) or as_in_training:
+            return torch.as_tensor(head(hidden_CH))
+        # The product is summed in float32 anyway; the module would round it to half precision.
+        logits_CV = torch.mm(hidden_CH, head.weight.t(), out_dtype=torch.float32)
+        return logits_CV if head.bias is None else logits_CV + head.bias
+
+
+def active_head(model: PreTrainedModel) -> Any:
+    """The output head that is used: the base's own where an adapter is switched off, else what the adapter made of it.
+
+    Without the wrapping of modules_to_save, so that it is seen to be a plain linear layer.
+    """
+    head: Any = model.get_output_embeddings()
+    if getattr(head, "disable_adapters", False):
+        return getattr(head, "base_layer", getattr(head, "original_module", head))
+    trained = getattr(head, "modules_to_save", None)
+    return head if trained is None else trained[head.active_adapters[0]]
+
+
+def _rope_that_switches(config: Any) -> tuple[set[str], int]:
+    """Rotary embeddings whose frequencies change with the length of a call, and the length above which they do."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    switching = [each for each in by_layer if each.get("rope_type") in ("longrope", "dynamic")]
+    most = getattr(config, "max_position_embeddings", 0)
+    lengths = [
+        each.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or most
+        for each in switching
+    ]
+    return {each["rope_type"] for each in switching}, min(lengths, default=0)
+
+
+def _adjust_logits(config: object, logits: torch.Tensor) -> torch.Tensor:
+    """What some families do to the head's output: Cohere and Granite scale it, Gemma 2 caps it."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits

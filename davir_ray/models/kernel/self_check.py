@@ -1,0 +1,164 @@
+"""The check at start-up: may this model be packed, and does anything reproduce its own losses?
+
+Models are told apart by what they compute, never by a list of names.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from davir_ray.errors import ModelError
+from davir_ray.models.kernel.likelihood import Likelihood, Pack, active_head
+from davir_ray.models.kernel.packing import Spans, scored_positions
+
+log = logging.getLogger(__name__)
+
+_LONGEST_CHECK = 1100
+"""Tokens of the longest sequence of the check: eager attention takes memory with their square."""
+
+
+def self_check(likelihood: Likelihood) -> str:
+    """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before scoring.
+
+    Returns how the model will be run: 'packed', or 'padded' and by which attention, with a warning, where packing is
+    not exact (attention sinks, ALiBi, linear attention). ModelError where even that differs, because the head does
+    something unknown, or where the model is not causal.
+    """
+    model, family = likelihood.model, type(likelihood.model).__name__
+    examples = _check_examples(model)
+    expected = [eager_nll(model, ids, spans) for ids, spans in examples]
+    if not torch.cat(expected).isfinite().all():
+        raise ModelError(
+            f"{family} gives losses that are not finite; its weights may be damaged, or too large for {model.dtype}"
+        )
+    _check_causal(model, *examples[-1])
+    if likelihood.packed:
+        difference = _difference(likelihood, examples, expected)
+        if difference <= _tolerance(model.dtype):
+            return "packed"
+        log.warning(
+            "%s cannot be packed exactly (%s); it is run in padded batches, which is slower",
+            family, "its forward refuses it" if math.isinf(difference) else f"losses differ by {difference:.3g} nats",
+        )  # fmt: skip
+    likelihood.packed = False
+    for attention in ("sdpa", "eager"):
+        if attention == "sdpa" and not model._supports_sdpa:
+            continue
+        _use_attention(model, attention)
+        difference = _difference(likelihood, examples, expected)
+        if difference <= _tolerance(model.dtype):
+            return f"padded, {attention}"
+    raise ModelError(f"{family} cannot be scored exactly: its losses differ by {difference:.3g} nats from its own")
+
+
+def probe(likelihood: Likelihood) -> torch.Tensor:
+    """Losses of the check's sequences: equal bits before and after say that a model has stayed what it was."""
+    with torch.inference_mode():
+        return torch.as_tensor(likelihood(Pack.of(_check_examples(likelihood.model)))).cpu()
+
+
+def _check_examples(model: PreTrainedModel) -> list[tuple[npt.NDArray[np.int32], Spans]]:
+    """Short sequences; on a GPU also one of several blocks of flash attention, and one beyond the sliding window."""
+    config = model.config.get_text_config()
+    lengths = [3, 8, 8, 21]
+    window = getattr(config, "sliding_window", None) or 0
+    longest = min(_LONGEST_CHECK, int(getattr(config, "max_position_embeddings", None) or _LONGEST_CHECK))
+    if model.device.type == "cuda":
+        lengths += [length for length in (200, window + 9) if length <= longest]
+    elif window and window + 9 <= longest:
+        lengths.append(window + 9)
+    tokens = np.random.default_rng(0)
+    drawn = [tokens.integers(0, int(config.vocab_size), length, dtype=np.int32) for length in sorted(lengths)]
+    return [(input_ids, (1, len(input_ids))) for input_ids in drawn]
+
+
+def _difference(
+    likelihood: Likelihood, examples: list[tuple[npt.NDArray[np.int32], Spans]], expected: list[torch.Tensor]
+) -> float:
+    """In nats a token, the largest; infinite where the model refuses the call.
+
+    In half precision all but the largest tenth: a few tokens may be routed to other experts by a rounding.
+    """
+    with torch.inference_mode():
+        try:
+            nll_R = likelihood(Pack.of(examples)).cpu()
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{type(likelihood.model).__name__} leaves no room on this device for a pack: {error}"
+            ) from error
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            log.info("the packed forward was refused: %s", error)
+            return float("inf")
+    differences_R = (nll_R - torch.cat(expected)).abs().nan_to_num(float("inf"))
+    exact = likelihood.model.dtype in (torch.float32, torch.float64)
+    return float(differences_R.max() if exact else differences_R.quantile(0.9))
+
+
+def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
+    """Token losses by transformers' own whole forward with eager attention: shares nothing with the kernel."""
+    ids_1T = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
+    before = model.config._attn_implementation
+    _use_attention(model, "eager")
+    try:
+        with torch.inference_mode(), _logits_in_float32(model):
+            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run in {model.dtype}: {' '.join(str(error).split())}"
+        ) from error
+    finally:
+        _use_attention(model, before)
+    scored = torch.from_numpy(scored_positions(spans))
+    logprobs_RV = torch.log_softmax(logits_TV[scored - 1], dim=-1)
+    return -logprobs_RV.gather(1, ids_1T[0, scored][:, None]).squeeze(1).cpu()
+
+
+@contextmanager
+def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Let a head on a GPU sum in float32 as the kernel's does: logits above 64 are rounded by a quarter of a nat."""
+
+    def product(head: Any, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
+
+    head = active_head(model)
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if model.device.type != "cuda" or not half or type(head) is not torch.nn.Linear:
+        yield
+        return
+    hook = head.register_forward_hook(product)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch the attention of a model.
+
+    Families that do not use AttentionInterface ignore set_attn_implementation but take their mask by the name in the
+    configuration: left at PACKED_ATTENTION, Bloom and CodeGen would silently see the future.
+    """
+    model.set_attn_implementation(name)
+    model.config._attn_implementation = name
+
+
+def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> None:
+    """Raise ModelError if a token's loss depends on a later token, by the model's own forward."""
+    changed = input_ids.copy()
+    changed[-1] = (changed[-1] + 1) % int(model.config.get_text_config().vocab_size)
+    difference = (eager_nll(model, input_ids, spans)[:-1] - eager_nll(model, changed, spans)[:-1]).abs().max()
+    if not difference <= _tolerance(model.dtype):
+        raise ModelError(f"{type(model).__name__} is not a causal model: its losses depend on later tokens")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Nats a token. Exact families differ by at most 7e-5 in float32, unsuited ones by whole nats (33 were tried)."""
+    return 2e-3 if dtype in (torch.float32, torch.float64) else 0.3

@@ -1,0 +1,1 @@
+"""The training loop: batches of examples or pairs, one process or several."""

@@ -1,0 +1,278 @@
+"""The fine-tuning loop over packs: response tokens only, the same steps at any world size.
+
+The plan is a pure function of (seed, epoch) and the examples: which examples form each global batch, and how they pack.
+Each rank takes its share of a batch's packs. The loss is the sum of response NLLs over the global batch divided by its
+response tokens, so neither gradient accumulation nor uneven packs change it. A resume is a step number.
+"""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import TrainingError
+from davir_ray.formulas.order import seed_from
+from davir_ray.models.checkpoint import quiet, uses_autocast
+from davir_ray.models.hub import without_asking
+from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
+from davir_ray.models.kernel.packing import pack
+from davir_ray.models.training.examples import Objective
+from davir_ray.models.training.parallel import Position, Weights, spread_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One global batch: one optimiser step."""
+
+    step: int
+    """From 1."""
+    epoch: int
+    """From 1."""
+    rows: npt.NDArray[np.int64]
+    ends_epoch: bool
+
+
+def plan(num_examples: int, batch_size: int, epochs: int, seed: int, max_steps: int | None = None) -> Iterator[Batch]:
+    """Every global batch of the run, in order: each epoch a permutation drawn from (seed, epoch)."""
+    return islice(_batches(num_examples, batch_size, seed), num_steps(num_examples, batch_size, epochs, max_steps))
+
+
+def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Epoch after epoch without an end."""
+    step = 0
+    for epoch in count(1):
+        order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        for start in range(0, num_examples, batch_size):
+            step += 1
+            yield Batch(
+                step=step,
+                epoch=epoch,
+                rows=order[start : start + batch_size],
+                ends_epoch=start + batch_size >= num_examples,
+            )
+
+
+def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int | None = None) -> int:
+    """Optimiser steps of the run: `max_steps`, or so many epochs."""
+    return max_steps or epochs * math.ceil(num_examples / batch_size)
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Linear warm-up, then a cosine to 0: the share of the peak rate at a step counted from 1."""
+    warmup = math.ceil(warmup_ratio * total)
+    if step <= warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, total - warmup)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a step tells the outside; the same on every rank."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    ends_epoch: bool
+    loss: float
+    """Nats a response token, over the global batch, before the step."""
+    measures: dict[str, float]
+    """The loss, and what else the objective tells, over the global batch."""
+    grad_norm: float
+    """Before clipping."""
+    tokens_per_second: float
+    """Of this step, prompt tokens included, over all ranks."""
+    num_tokens: int
+    """The same tokens, counted."""
+
+
+class Trainer:
+    """The model, its optimiser and the position in the plan; one on every rank."""
+
+    def __init__(
+        self, module: Likelihood | DistributedDataParallel, objective: Objective, config: FinetuneConfig
+    ) -> None:
+        self._module = module
+        self._spread = spread_of(module)
+        self._spread.check_lengths(objective.longest)
+        self._objective = objective
+        self._config = config
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._device = self.likelihood.model.device
+        self._optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        self._budget = config.tokens_per_pack or TOKENS_PER_PACK[self._device.type]
+        self._step = 0
+        self._history: list[list[float]] = []
+        self._total = num_steps(len(objective), config.batch_size, config.epochs, config.max_steps)
+        self._autocast = uses_autocast(config.precision, self._device)
+        if config.gradient_checkpointing:
+            with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
+                warnings.simplefilter("ignore", FutureWarning)
+                self.likelihood.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The module without its data-parallel wrapping."""
+        return self._spread.likelihood
+
+    @property
+    def every_rank_saves(self) -> bool:
+        """Whether `save_state` is called on every rank, each for its part, and not on rank 0 alone."""
+        return self._spread.every_rank_saves
+
+    def train(self, report: Callable[[StepReport], None]) -> None:
+        """Run every step after the current position; `report` is called after each, on every rank."""
+        self._module.train()
+        config = self._config
+        for batch in plan(len(self._objective), config.batch_size, config.epochs, config.seed, config.max_steps):
+            if batch.step <= self._step:
+                continue
+            started = time.perf_counter()
+            measured, norm = self._train_batch(batch)
+            self._step = batch.step
+            self._history.append(measured)
+            num_tokens = int(self._objective.lengths[batch.rows].sum())
+            report(
+                StepReport(
+                    step=batch.step,
+                    total_steps=self._total,
+                    epoch=batch.epoch,
+                    ends_epoch=batch.ends_epoch,
+                    loss=measured[0],
+                    measures=dict(zip(self._objective.measures, measured, strict=True)),
+                    grad_norm=norm,
+                    tokens_per_second=num_tokens / (time.perf_counter() - started),
+                    num_tokens=num_tokens,
+                )
+            )
+
+    @property
+    def step(self) -> int:
+        """The last step that was taken, by this trainer or the one whose state it took over."""
+        return self._step
+
+    def summary(self, most_points: int) -> dict[str, Any]:
+        """Where the run stands: last step, its loss, and each measure's curve, of means over equal stretches of steps.
+
+        Each value is of a global batch before its step; the loss of a fine-tune is in nats a response token.
+        """
+        stretches = np.array_split(np.arange(len(self._history)), min(most_points, len(self._history)))
+        history = np.array(self._history)
+        curves = {
+            name: [[int(steps[-1]) + 1, float(history[steps, column].mean())] for steps in stretches]
+            for column, name in enumerate(self._objective.measures)
+        }
+        return {"step": self._step, "loss": self._history[-1][0], "by_step": curves}
+
+    def save_state(self, folder: Path) -> None:
+        """Write trained weights, optimiser and position, for `load_state`."""
+        self._spread.save(folder, self._optimizer, Position(self._step, self._history))
+
+    def load_state(self, folder: Path) -> None:
+        """Continue after the step that a saved state holds; on every rank. IntegrityError if it was damaged."""
+        position = self._spread.load(folder, self._optimizer)
+        self._step, self._history = position.step, position.history
+        log.info("continuing after step %d of %d", self._step, self._total)
+
+    def gathered_weights(self) -> Weights | None:
+        """Weights for `save_reference`; on every rank. None: the model's own."""
+        return self._spread.gathered()
+
+    def _train_batch(self, batch: Batch) -> tuple[list[float], float]:
+        """One optimiser step; returns the global batch's measures, the loss first, and the gradient's norm."""
+        config = self._config
+        torch.manual_seed(seed_from("dropout", config.seed, batch.step, self._rank))
+        measured = self.backward(batch.rows)
+        norm = self._spread.clip_gradients(config.max_grad_norm)
+        if not math.isfinite(measured[0]) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss is {measured[0]} and the gradient's norm {norm} at step {batch.step}; "
+                f"lower --finetune.learning_rate (now {config.learning_rate}) or look at the data of that step"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(batch.step, self._total, config.warmup_ratio)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return measured, norm
+
+    def backward(self, rows: npt.NDArray[np.int64]) -> list[float]:
+        """Accumulate the gradient of (summed loss / weight) over a global batch; returns its measures, the loss first.
+
+        Called on every rank.
+        """
+        objective = self._objective
+        weight = objective.weight(rows)
+        packs = pack(objective.lengths[rows], objective.ids[rows], self._budget)
+        totals_K = torch.zeros(len(objective.measures), dtype=torch.float64, device=self._device)
+        turns = math.ceil(len(packs) / self._world_size)
+        for turn in range(turns):
+            mine = turn * self._world_size + self._rank
+            # A rank without a pack in the last turn repeats the first with weight 0: all must join the exchange.
+            share = 1.0 if mine < len(packs) else 0.0
+            sums_K = share * self._pack_sums(rows[packs[mine if share else 0]], exchange=turn == turns - 1)
+            # Gradients are averaged over ranks; the sum over the global batch is wanted.
+            (sums_K[0] * (self._world_size / weight)).backward()  # type: ignore[no-untyped-call]
+            totals_K += sums_K.detach().double()
+        if self._world_size > 1:
+            dist.all_reduce(totals_K)
+        return [total / weight for total in totals_K.tolist()]
+
+    def _pack_sums(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
+        """The measures of one pack; gradients need be exchanged between ranks only in a batch's last turn."""
+        self._spread.exchange_gradients(exchange)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            nll_R: torch.Tensor = self._module(self._objective.pack(rows))
+        return self._objective.sums(nll_R, rows)
+
+
+def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
+    """Freeze a vision tower and its like: without a gradient of theirs, data-parallel training waits for ever."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    reached = {id(parameter) for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Of the model as it is; an adapter that is added later has its own.
+
+    Preference training compares the policy with a frozen one that has none, as TRL's does.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what attention is called with
+                setattr(module, name, 0.0)
+
+
+def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:
+    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer.
+
+    `weights` are those of a sharded model, gathered.
+    """
+    if weights is None and getattr(likelihood.model, "_hf_peft_config_loaded", False):
+        # Of a head or an embedding that the adapter is on, peft would save the base's own weights, too.
+        weights = {name: value for name, value in likelihood.model.state_dict().items() if ".base_layer." not in name}
+    with quiet(), without_asking():
+        likelihood.model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)

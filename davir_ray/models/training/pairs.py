@@ -1,0 +1,166 @@
+"""What preference training learns from: pairs with the frozen policy's log-probabilities, and the loss over them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from davir_ray.config.align import AlignConfig
+from davir_ray.errors import DataError, IntegrityError
+from davir_ray.formulas.losses import PairLogprobs, pair_loss
+from davir_ray.formulas.order import drawn
+from davir_ray.models.kernel.likelihood import Pack
+from davir_ray.models.training.examples import TRAINING_COLUMNS, TrainingSet
+from davir_ray.schema import Status
+
+PAIR_COLUMNS = [*TRAINING_COLUMNS, "pair_id", "prompt_hash", "num_response_tokens"]
+"""Columns of examples that preference training reads."""
+
+FROZEN_COLUMNS = ["example_id", "base_nll", "status"]
+"""Columns of frozen that preference training reads: the frozen policy is the base."""
+
+DAVIR_DPO_BETA = 0.1
+"""Of DPO, to which DavIR-DPO's is matched: its gradient is DPO's at beta / |log-probability| (arXiv 2310.13008)."""
+
+_DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "dpo_norm": 5.0}
+"""Rafailov et al. 2023 and TRL; TRL; Tulu 3 (arXiv 2411.15124)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """Pairs in memory; both responses of a pair are in one pack, and the loss is the mean over pairs.
+
+    The measures are, over a batch: the loss; the share of pairs whose chosen response has the higher reward; the mean
+    margin and rewards; the mean log-probability of either response under the policy, in nats, over its tokens.
+    """
+
+    examples: TrainingSet
+    """Two for each pair: the chosen one, then the rejected one."""
+    ids: npt.NDArray[np.int64]
+    frozen_logprobs: npt.NDArray[np.float64]
+    """Of each example, in nats."""
+    num_tokens: npt.NDArray[np.int64]
+    """Scored tokens of each example."""
+    loss: str
+    beta: float
+
+    measures: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "accuracy",
+        "margin",
+        "chosen_reward",
+        "rejected_reward",
+        "chosen_logprob",
+        "rejected_logprob",
+    )
+
+    @classmethod
+    def of(cls, shards: Iterable[tuple[pa.Table, pa.Table]], config: AlignConfig) -> Self:
+        """From tables with PAIR_COLUMNS and with FROZEN_COLUMNS, row for row.
+
+        Pairs that are held out, and those of which a response has no frozen log-probability, are left out. DataError
+        if none is left.
+        """
+        parts = [_usable(examples, frozen, config.heldout_fraction) for examples, frozen in shards]
+        table = pa.concat_tables(parts)
+        if not table.num_rows:
+            raise DataError("no pair can be trained on: none has frozen log-probabilities, or all are held out")
+        logprobs = -np.asarray(table["base_nll"])
+        return cls(
+            examples=TrainingSet.of([table.select(TRAINING_COLUMNS)]),
+            ids=np.asarray(table["pair_id"])[::2],
+            frozen_logprobs=logprobs,
+            num_tokens=np.asarray(table["num_response_tokens"]).astype(np.int64),
+            loss=config.loss,
+            beta=beta_of(config, logprobs),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each pair."""
+        return np.asarray(self.examples.lengths.reshape(-1, 2).sum(axis=1))
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a manifest tells of it."""
+        return {"loss": self.loss, "beta": self.beta}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.examples.longest
+
+    def weight(self, rows: npt.NDArray[np.int64]) -> int:
+        """Pairs: the loss is their mean."""
+        return len(rows)
+
+    def pack(self, rows: npt.NDArray[np.int64]) -> Pack:
+        """Both responses of each pair, sorted by length: attention takes equal lengths together."""
+        both = _both(rows)
+        return self.examples.pack(both[self._order(both)])
+
+    def sums(self, nll_R: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The measures summed over the pairs of a pack, [7], in float64."""
+        both = _both(rows)
+        order = self._order(both)
+        parts = torch.split(nll_R.double(), self.num_tokens[both[order]].tolist())
+        in_order = torch.from_numpy(np.argsort(order)).to(nll_R.device)
+        policy = -torch.stack([part.sum() for part in parts])[in_order]
+        frozen, num_tokens = (
+            torch.from_numpy(of[both]).to(nll_R.device) for of in (self.frozen_logprobs, self.num_tokens)
+        )
+        logprobs = PairLogprobs(policy[::2], policy[1::2], frozen[::2], frozen[1::2])
+        found = pair_loss(self.loss, logprobs, num_tokens[::2], num_tokens[1::2], self.beta)
+        margin_N = found.chosen_reward_N - found.rejected_reward_N
+        measured = (
+            found.loss_N,
+            (margin_N > 0).double(),
+            margin_N,
+            found.chosen_reward_N,
+            found.rejected_reward_N,
+            logprobs.policy_chosen_N,
+            logprobs.policy_rejected_N,
+        )
+        return torch.stack([values_N.sum() for values_N in measured])
+
+    def _order(self, both: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.argsort(self.examples.lengths[both], kind="stable")
+
+
+def _both(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The two examples of each pair."""
+    return np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
+
+
+def beta_of(config: AlignConfig, logprobs: npt.NDArray[np.float64]) -> float:
+    """The beta of the settings, or its default for these log-probabilities of the frozen policy, in nats."""
+    if config.beta is not None:
+        return config.beta
+    if config.loss == "davir_dpo":
+        return DAVIR_DPO_BETA * float(np.median(np.abs(logprobs)))
+    return _DEFAULT_BETA[config.loss]
+
+
+def is_held_out(prompt_hashes: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
+    """Which pairs are not trained on: by their prompts alone: a prompt's pairs together, the same in every run."""
+    return np.asarray(drawn(prompt_hashes, fraction, "held out"))
+
+
+def _usable(examples: pa.Table, frozen: pa.Table, heldout_fraction: float) -> pa.Table:
+    """The rows of pairs that are trained on, with their frozen NLL."""
+    if not examples["example_id"].equals(frozen["example_id"]):
+        raise IntegrityError("examples/ and frozen/ do not hold the same rows; freeze again with --overwrite")
+    known = np.asarray(pc.is_in(frozen["status"], value_set=pa.array([Status.OK, Status.ZERO_BASE_NLL])))
+    held_out = is_held_out(np.asarray(examples["prompt_hash"])[::2], heldout_fraction)
+    usable = known.reshape(-1, 2).all(axis=1) & ~held_out
+    table = examples.select(PAIR_COLUMNS).append_column("base_nll", frozen["base_nll"])
+    return table.filter(pa.array(np.repeat(usable, 2)))

@@ -1,0 +1,353 @@
+"""How a fine-tune's model lies on its ranks: replicated on each of them (ddp), or sharded over them (fsdp).
+
+Both take the same steps; the loop in finetune.py asks for the few things that differ. Sharded (FSDP2), a rank holds its
+rows of every weight, gradient and moment, and gathers the weights of one decoder layer at a time. Embedding, head and
+last norm are gathered together for the whole of a pass: the likelihood kernel uses the head in chunks, again in the
+backward pass, and head and embedding may be one weight.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from davir_ray.errors import ConfigError, DavirError, IntegrityError, ModelError
+from davir_ray.models.kernel.likelihood import Likelihood
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.pt"
+"""State of a replicated model."""
+
+SHARDS_FILE = "training_state.json"
+"""Position of a sharded model, with names and checksums of the files that hold its state, one from each rank."""
+
+_CHECKSUM_FILE = "training_state.sha256"
+
+Weights = dict[str, torch.Tensor]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    step: int
+    history: list[list[float]]
+    """What was measured at every step so far, the loss first."""
+
+
+class Replicated:
+    """A model that is whole on each rank; rank 0 saves its state."""
+
+    every_rank_saves = False
+
+    def __init__(self, module: Likelihood | DistributedDataParallel) -> None:
+        self._module = module
+        wrapped = module.module if isinstance(module, DistributedDataParallel) else module
+        if not isinstance(wrapped, Likelihood):
+            raise TypeError(f"a Trainer trains a Likelihood, not {type(wrapped).__name__}")
+        self.likelihood = wrapped
+
+    def check_lengths(self, longest: int) -> None:
+        """Nothing: each rank may run its layers as often as it likes."""
+
+    def exchange_gradients(self, now: bool) -> None:
+        """Whether the next backward pass averages gradients over ranks; they accumulate on each until one does."""
+        if isinstance(self._module, DistributedDataParallel):
+            self._module.require_backward_grad_sync = now
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Clip the gradient to a norm; returns the norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(self._module.parameters(), max_norm))
+
+    def gathered(self) -> Weights | None:
+        """Weights for an export. None: the model's own."""
+        return None
+
+    def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
+        """Write trained weights, optimiser and position."""
+        model = self.likelihood.model
+        state = {
+            "step": position.step,
+            "history": position.history,
+            "model": {name: value for name, value in model.state_dict().items() if name not in _frozen(model)},
+            "optimizer": optimizer.state_dict(),
+        }
+        torch.save(state, folder / STATE_FILE)
+        (folder / _CHECKSUM_FILE).write_text(_checksum(folder / STATE_FILE))
+
+    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
+        """Take over what was saved. IntegrityError if it was damaged, ConfigError if it is of the other strategy."""
+        _check_strategy(folder, SHARDS_FILE, "fsdp")
+        _check(folder, STATE_FILE, _written_checksum(folder))
+        model = self.likelihood.model
+        state = torch.load(folder / STATE_FILE, map_location=model.device, weights_only=True)
+        if set(state["model"]) != model.state_dict().keys() - _frozen(model):
+            raise ValueError(f"{folder} holds the state of another model")
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        return Position(int(state["step"]), list(state["history"]))
+
+
+class Sharded:
+    """A model that `sharded` has made; each method is called on every rank at the same time."""
+
+    every_rank_saves = True
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+
+    def check_lengths(self, longest: int) -> None:
+        """ConfigError if a pack may run the layers twice: each run gathers them, and the other ranks would not join."""
+        most = self.likelihood.one_pass_length
+        if most is not None and longest > most:
+            raise ConfigError(
+                f"finetune.strategy fsdp cannot train this model on a sequence of {longest} tokens: above {most} its "
+                f"rotary embedding changes; lower prepare.max_tokens to {most}, or give --finetune.strategy ddp"
+            )
+
+    def exchange_gradients(self, now: bool) -> None:
+        """Nothing: every backward pass sums over ranks. Kept back, gradients would be whole on each rank (4 bytes a
+        parameter), and a model that needs sharding has no room for them.
+        """
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Clip the gradient to a norm over all ranks; returns the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.likelihood.parameters(), max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def gathered(self) -> Weights:
+        """Weights for an export, on the CPU of rank 0 and nowhere else; a device holds one of them at a time.
+
+        Of an adapter's model the adapter alone. A weight that is tied is one tensor under both its names.
+        """
+        model = self.likelihood.model
+        is_first, only_trained = dist.get_rank() == 0, getattr(model, "_hf_peft_config_loaded", False)
+        seen: dict[int, torch.Tensor] = {}
+        found: Weights = {}
+        for name, value in model.state_dict(keep_vars=True).items():
+            if only_trained and not value.requires_grad:
+                continue
+            if id(value) not in seen:
+                whole = value.detach()
+                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+                seen[id(value)] = whole.cpu() if is_first else torch.empty(0)
+            found[name] = seen[id(value)]
+        return found if is_first else {}
+
+    def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
+        """Write this rank's rows of weights and moments, safetensors, to an empty folder of its own.
+
+        Rank 0 adds the position and all checksums. The files of all ranks, put into one folder, can be loaded.
+        """
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(_tensors(self.likelihood.model, optimizer)), storage_writer=writer)
+        own = {path.name: _checksum(path) for path in folder.iterdir()}
+        checksums = {name: sha for files in _from_all(own) for name, sha in files.items()}
+        if dist.get_rank() == 0:
+            index = {"step": position.step, "history": position.history, "files": checksums}
+            (folder / SHARDS_FILE).write_text(json.dumps(index))
+            (folder / _CHECKSUM_FILE).write_text(_checksum(folder / SHARDS_FILE))
+
+    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
+        """Take over what any number of ranks saved. IntegrityError if it was damaged, ConfigError if it is of the other
+        strategy; every rank raises it.
+        """
+        index = together(partial(_read_index, folder))
+        together(partial(_check_share, folder, index["files"]))
+        tensors = dict(_tensors(self.likelihood.model, optimizer))
+        reader = HuggingFaceStorageReader(str(folder))
+        if set(tensors) != reader.read_metadata().state_dict_metadata.keys():
+            raise ValueError(f"{folder} holds the state of another model")
+        load(tensors, storage_reader=reader)
+        return Position(int(index["step"]), list(index["history"]))
+
+
+def spread_of(module: Likelihood | DistributedDataParallel) -> Replicated | Sharded:
+    """How this module lies on the ranks."""
+    if isinstance(module, FSDPModule) and isinstance(module, Likelihood):
+        return Sharded(module)
+    return Replicated(module)
+
+
+def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:
+    """A model over all ranks: no device ever holds more than its part, embeddings and head, and two layers.
+
+    `make` runs on rank 0 alone and keeps to the CPU, whose memory must hold the model; an error of ours is raised on
+    every rank. ModelError where the model does not say which of its modules are layers.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    weights: Weights = {}
+    model, packed, buffers = _from_first(lambda: _hollowed(make(), weights))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Under autocast a gathered layer is in bfloat16, as autocast would have it; gradients are summed in float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if autocast else None,
+        reduce_dtype=torch.float32 if autocast else None,
+        cast_forward_inputs=False,
+    )
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    model.tie_weights()  # each name was given a tensor of its own
+    likelihood = Likelihood(model)
+    likelihood.packed = packed
+    fully_shard(likelihood, mesh=mesh, reshard_after_forward=False)
+    _fill(model, weights, buffers)
+    return likelihood.eval()
+
+
+def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules that transformers keeps on one device, outermost; none that holds an embedding or the head."""
+    names = set(model._no_split_modules or ())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if type(module).__name__ in names and not is_inside and shared.isdisjoint(map(id, module.parameters())):
+            found[name] = module
+    if not found:
+        raise ModelError(f"{type(model).__name__} does not name its layers; use --finetune.strategy ddp")
+    return list(found.values())
+
+
+def _hollowed(likelihood: Likelihood, weights: Weights) -> tuple[PreTrainedModel, bool, Weights]:
+    """Move a model's weights out into `weights`; returns the model without them, if it is packed, and its buffers."""
+    model = likelihood.model
+    if model.is_remote_code():  # the other ranks know no such class
+        raise ModelError(f"{type(model).__name__} comes with code of its own; use --finetune.strategy ddp")
+    weights.update({name: parameter.detach() for name, parameter in model.named_parameters()})
+    buffers = dict(model.named_buffers())
+    model.to("meta")
+    return model, likelihood.packed, buffers
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, weights: Weights, buffers: Weights) -> None:
+    """Give each rank its rows of rank 0's weights, one whole weight at a time."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise TypeError(f"{name} was not sharded")
+        device = parameter.to_local().device
+        if dist.get_rank() == 0:
+            whole = weights.pop(name).to(device).contiguous()
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        dist.broadcast(whole, 0)
+        rows = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(rows.to_local())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Trained weights and AdamW's state, by name; the state of one that has not stepped is made, all 0."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        yield f"model.{name}", parameter.detach()
+        if parameter not in optimizer.state:
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        for key, value in optimizer.state[parameter].items():
+            # A view: a file format of rows cannot give rows of a single number.
+            yield f"optimizer.{name}.{key}", value.view(1) if value.ndim == 0 else value
+
+
+def _from_first(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank; so is an error of ours."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except DavirError as error:
+            box[0] = error
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], DavirError):
+        raise box[0]
+    return box[0]
+
+
+def together(work: Callable[[], T]) -> T:
+    """The result of work that each rank does. An error of ours on one rank, such as its node's full disk, is raised on
+    all of them: the others would wait for it in vain.
+
+    Where the work waits for the other ranks itself, no rank may meet such an error before alone.
+    """
+    problem, done = None, None
+    try:
+        done = work()
+    except DavirError as error:
+        problem = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        problem = next((found for found in _from_all(problem) if found is not None), None)
+    if problem is not None:
+        raise problem
+    return cast(T, done)
+
+
+def _from_all(own: Any) -> list[Any]:
+    """What each rank has, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Position of a sharded model, and its files, once they are known to be as they were written."""
+    _check_strategy(folder, STATE_FILE, "ddp")
+    _check(folder, SHARDS_FILE, _written_checksum(folder))
+    return dict(json.loads((folder / SHARDS_FILE).read_bytes()))
+
+
+def _check_share(folder: Path, files: dict[str, str]) -> None:
+    """Check this rank's share of the files."""
+    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+        _check(folder, name, files[name])
+
+
+def _check(folder: Path, name: str, checksum: str) -> None:
+    if not (folder / name).is_file():
+        raise IntegrityError(f"{name} is missing")
+    if _checksum(folder / name) != checksum:
+        raise IntegrityError(f"{name} does not match its checksum")
+
+
+def _written_checksum(folder: Path) -> str:
+    try:
+        return (folder / _CHECKSUM_FILE).read_text(errors="replace")
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{_CHECKSUM_FILE} is missing") from error
+
+
+def _check_strategy(folder: Path, others: str, strategy: str) -> None:
+    if (folder / others).exists():
+        raise ConfigError(f"it was written with finetune.strategy {strategy}; give --finetune.strategy {strategy}")
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _frozen(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}

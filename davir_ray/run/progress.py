@@ -1,0 +1,183 @@
+"""How far a run is: progress.json in its output, for whoever asks from any machine, and a line for who waits.
+
+The file is for information: where it cannot be written or read, that is logged, and nothing ends.
+"""
+
+import json
+import logging
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from itertools import accumulate, takewhile
+from typing import Literal, NamedTuple, Self
+
+from davir_ray.errors import StorageError
+from davir_ray.run.location import Location
+from davir_ray.run.storage_errors import explain
+
+log = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+
+WINDOW_S = 60.0
+"""Rates are of the last minute: what a run did an hour ago says little about its end."""
+
+LEAST_CHANGES = 5
+"""Of what was done, that a rate is taken from: a shard may take longer than a minute."""
+
+State = Literal["running", "complete", "failed"]
+
+_not_writable: set[str] = set()
+"""Runs whose progress.json could not be written."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What progress.json says."""
+
+    stage: str
+    state: State = "running"
+    """Of the whole run: a stage that is complete makes way for the next."""
+    unit: str = ""
+    """What `done` and `total` count: bytes (prepare), steps (finetune), rows (score); empty for short stages."""
+    done: int = 0
+    total: int | None = None
+    """None: not known yet."""
+    rows: int = 0
+    """Of the sources, read so far (prepare); scored so far (score)."""
+    tokens: int = 0
+    """Through the model so far, by this driver."""
+    tokens_per_second: float | None = None
+    """Over the last minute; None before anything is done."""
+    seconds: float = 0.0
+    """Since this driver began the stage."""
+    seconds_left: float | None = None
+    """Of the stage, at the pace of the last minute."""
+    rejects: int = 0
+    """Rows of the input that are no examples."""
+    unscored: int = 0
+    """Examples without a score, whatever their status."""
+    retries: int = 0
+    """Shards, tasks or steps begun again after a worker was lost."""
+    error: str | None = None
+    updated: str = ""
+    """UTC, by the driver's clock."""
+
+    def write(self, run: Location) -> None:
+        """Replace progress.json. Where it cannot be written, that is logged once for each run, and the run goes on."""
+        now, file = datetime.now(UTC).isoformat(timespec="seconds"), run / PROGRESS_FILE
+        try:
+            file.write_text(json.dumps(asdict(replace(self, updated=now)), indent=1) + "\n")
+        except Exception as error:  # noqa: BLE001  # of any store's library
+            if str(run) not in _not_writable:
+                _not_writable.add(str(run))
+                log.warning("%s cannot be written (%s); the run goes on without it", file, explain(error, file))
+
+    @classmethod
+    def read(cls, run: Location) -> Self | None:
+        """What the last driver wrote; None where none did. What another version adds is left out."""
+        try:
+            values = json.loads((run / PROGRESS_FILE).read_bytes())
+            return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # or not ours
+            return None
+        except StorageError as error:
+            log.warning("%s cannot be read: %s", run / PROGRESS_FILE, explain(error, run))
+            return None
+
+    @classmethod
+    def end(cls, run: Location, state: State, error: str | None = None) -> None:
+        """Say in progress.json that the driver has ended, and how."""
+        last = cls.read(run) or cls("prepare")
+        replace(last, state=state, error=error, seconds_left=None).write(run)
+
+    def __str__(self) -> str:
+        parts = [self._told_done()] if self.unit else []
+        if self.unit == "bytes":
+            parts.append(f"{self.rows:,} rows")
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.seconds_left is not None:
+            parts.append(f"{duration(self.seconds_left)} left")
+        if not self.unit:
+            return self.stage
+        parts.append(f"{self.rejects:,} {'reject' if self.rejects == 1 else 'rejects'}")
+        if self.unscored:
+            parts.append(f"{self.unscored:,} without a score")
+        parts.append(f"{self.retries:,} {'retry' if self.retries == 1 else 'retries'}")
+        return f"{self.stage}: {', '.join(parts)}"
+
+    def brief(self, width: int) -> str:
+        """The same in at most `width` characters: what matters most comes first, and counts of nothing are left out."""
+        troubles = {"rejects": self.rejects, "without a score": self.unscored, "retries": self.retries}
+        parts = [self._told_done()] if self.unit else []
+        if self.seconds_left:
+            parts.append(f"{duration(self.seconds_left)} left")
+        parts += [f"{count:,} {name}" for name, count in troubles.items() if count]
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        fitting = takewhile(lambda line: len(line) <= width, accumulate(parts, "{}, {}".format))
+        return max(fitting, key=len, default="".join(parts[:1])[:width])
+
+    def _told_done(self) -> str:
+        if self.unit == "bytes":
+            return f"{self.done / 1e6:,.1f}{'' if self.total is None else f' of {self.total / 1e6:,.1f}'} MB"
+        if self.total is None:
+            return f"{self.done:,} {self.unit}"
+        return f"{self.done:,} of {self.total:,} {self.unit} ({self.done / max(1, self.total):.0%})"
+
+
+class _Reading(NamedTuple):
+    at: float
+    done: int
+    tokens: int
+
+
+class Pace:
+    """Rates from one finished piece of work to another: over the last minute, or more where pieces take longer."""
+
+    def __init__(self) -> None:
+        self._changes = deque[_Reading]()
+        self._now = 0.0
+
+    def add(self, at: float, done: int, tokens: int) -> None:
+        """Read at a moment, in seconds of a clock that never goes back."""
+        self._now = at
+        last = self._changes[-1] if self._changes else None
+        if last is not None and (done < last.done or tokens < last.tokens):  # a worker that was lost begins again
+            self._changes.clear()
+        if last is None or (done, tokens) != (last.done, last.tokens):
+            self._changes.append(_Reading(at, done, tokens))
+        if len(self._changes) == 3 and self._changes[0].done == 0:  # the way to the first piece is no work: models load
+            self._changes.popleft()
+        while len(self._changes) > LEAST_CHANGES and self._changes[1].at <= at - WINDOW_S:
+            self._changes.popleft()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None before anything is done."""
+        return self._per_second(self._changes[-1].tokens - self._changes[0].tokens) if self._changes else None
+
+    def seconds_left(self, num_left: int | None) -> float | None:
+        """Until so much more is done; None where nothing tells."""
+        if num_left is None or not self._changes:
+            return None
+        rate = self._per_second(self._changes[-1].done - self._changes[0].done)
+        return max(0, num_left) / rate if rate else None  # of Parquet some bytes are read twice
+
+    def _per_second(self, count: int) -> float | None:
+        first, last = self._changes[0], self._changes[-1]
+        if len(self._changes) < 2 or count <= 0:
+            return None
+        usual = (last.at - first.at) / (len(self._changes) - 1)
+        late = max(0.0, self._now - last.at - usual)  # the next piece is over its time
+        return count / (last.at - first.at + late)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to about two digits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

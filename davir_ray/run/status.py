@@ -1,0 +1,113 @@
+"""Where a run stands, read from its output alone: from any machine, without Ray and without a model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from davir_ray.errors import OutputError
+from davir_ray.run.access import check_readable, translated
+from davir_ray.run.lease import BEAT_S, LEASE_FILE, MISSED_BEATS, Holder
+from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
+from davir_ray.run.progress import Progress, duration
+from davir_ray.run.storage_errors import storage_errors
+
+STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report", "compare")
+"""In the order of a run, which has those that its job needs; a comparison has but its own."""
+
+_TOLD = {
+    "prepare": ("prepared", "rejected"),
+    "freeze": ("scored",),
+    "align": ("pairs", "steps"),
+    "finetune": ("steps",),
+    "score": ("scored",),
+    "margins": ("measured",),
+    "rank": ("ranked",),
+    "select": ("selected",),
+    "report": (),
+    "compare": ("arms",),
+}
+"""Counts of a stage's manifest that a person wants to see."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the output says of its run."""
+
+    run: str
+    state: str
+    """running, complete, failed, stopped (begun, and no driver is there) or silent (a driver that may be gone)."""
+    stages: Mapping[str, Mapping[str, Any]]
+    """Counts and seconds of each complete stage."""
+    progress: Progress | None
+    driver: str | None
+    """Who holds the run."""
+    silent_s: float | None
+    """Since the driver's last sign of life, by this machine's clock."""
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = [self.run]
+        for stage in STAGES:
+            if stage in self.stages:
+                counts = self.stages[stage]
+                told = ", ".join(f"{counts[name]:,} {name}" for name in _TOLD[stage] if name in counts)
+                lines.append(f"  {stage:<9} complete  {duration(counts['seconds']):>7}  {told}".rstrip())
+            elif self.progress is not None and self.progress.stage == stage and self.state != "complete":
+                lines.append(f"  {stage:<9} {self.state:<8}  {str(self.progress).partition(': ')[2]}".rstrip())
+        return [*lines, self._conclusion()]
+
+    def to_json(self) -> str:
+        """For a program."""
+        return json.dumps(asdict(self), indent=1)
+
+    def _conclusion(self) -> str:
+        if self.state == "failed" and self.progress is not None:
+            return f"failed: {self.progress.error}"
+        if self.state == "stopped":
+            return "stopped: no driver holds the run; the same command goes on where it stopped"
+        if self.state == "complete":
+            return "complete"
+        silent = "" if self.silent_s is None else f", last sign of life {duration(self.silent_s)} ago"
+        return f"running: {self.driver}{silent}{': it may be gone' if self.state == 'silent' else ''}"
+
+
+def status(output: str) -> Status:
+    """The status of a run. OutputError if there is none or it cannot be read."""
+    with translated(output, OutputError):
+        run = Location.of(output)
+    check_readable([(output, OutputError)])
+    manifests = {stage: found for stage in STAGES if (found := Manifest.read(run, stage))}
+    progress, holder = Progress.read(run), Holder.read(run / LEASE_FILE)
+    if not manifests and progress is None and holder is None:
+        raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")
+    stages = {stage: {**found.counts, "seconds": found.seconds} for stage, found in manifests.items()}
+    silent_s = None if holder is None else _seconds_since(run / LEASE_FILE)
+    return Status(
+        run=str(run),
+        state=_state(progress, holder, silent_s),
+        stages=stages,
+        progress=progress,
+        driver=None if holder is None else str(holder),
+        silent_s=silent_s,
+    )
+
+
+def _state(progress: Progress | None, holder: Holder | None, silent_s: float | None) -> str:
+    if holder is not None and not holder.is_dead():
+        return "silent" if silent_s is not None and silent_s > BEAT_S * MISSED_BEATS else "running"
+    if progress is not None and progress.state != "running":
+        return progress.state
+    return "stopped"
+
+
+def _seconds_since(file: Location) -> float | None:
+    """Since a file was written; None where its file system keeps no time."""
+    try:
+        with storage_errors(file, may_be_absent=True):
+            written: datetime = file.fs.modified(file.path)
+    except (NotImplementedError, FileNotFoundError):
+        return None
+    return max(0.0, (datetime.now(UTC) - written).total_seconds())

@@ -1,0 +1,1 @@
+"""select: which rows of ranked/ are taken, and what is written of them."""

@@ -1,0 +1,83 @@
+"""Exact duplicates in a ranking: of rows with the same prompt and response all but the highest-ranked."""
+
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import Round, entry_row, regroup
+from davir_ray.errors import IntegrityError
+from davir_ray.formulas.order import hash_parts
+from davir_ray.run.location import FileEntry, Location, read_parquet, write_parquet
+from davir_ray.run.manifest import Manifest
+
+FOLDER = "duplicates"
+"""Ranks that are duplicates of a higher one, a file for each file of ranked/ that has any. The manifest of the
+selection says which: one that is not there is lost, and does not mean that there are none."""
+
+_ROWS_PER_PART = 2_000_000
+"""Rows that one task compares; 32 MB."""
+
+_NONE = pa.table({"rank": pa.array([-1], pa.int64()), "file": pa.array([-1], pa.int64())})
+"""Stands for no duplicate: a round's answer must not be empty."""
+
+
+def find_duplicates(run: Location, files: list[FileEntry]) -> list[FileEntry]:
+    """Write the ranks of duplicates; returns the files. Rows are brought together by hash, then ranks by file."""
+    num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
+    first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
+    names = [entry.name for entry in files]
+    rows = regroup(
+        Shards(files, partial(read_columns, run / "ranked", ["content_hash", "rank"])),
+        partial(_assign_part, num_parts=num_parts),
+        Round("part", num_parts, partial(_later_copies, first_ranks=first_ranks)),
+        Round("file", len(files), partial(_write, folder=run / FOLDER, names=names)),
+    )
+    return sorted((FileEntry(**row) for row in rows if row["rows"]), key=lambda entry: entry.name)
+
+
+def files_with_duplicates(run: Location, selected: Manifest) -> frozenset[str]:
+    """Files of ranked/ that have duplicates, of a complete selection. IntegrityError if one is known to be lost.
+
+    Older manifests count the duplicates and do not name their files.
+    """
+    entries, counted = selected.files_in(FOLDER), selected.counts.get("duplicates", 0)
+    if entries or not counted:
+        return frozenset(entry.name for entry in entries)
+    names = (run / FOLDER).names()
+    found = sum(len(read_duplicates(run, name)) for name in names)
+    if found != counted:
+        raise IntegrityError(
+            f"{run / FOLDER} holds {found} duplicates where the selection counted {counted}; run jobs/rank.py again"
+        )
+    return frozenset(names)
+
+
+def read_duplicates(run: Location, name: str) -> npt.NDArray[np.int64]:
+    """Ranks of duplicates in a file of ranked/ that has any."""
+    return np.asarray(read_parquet(run / FOLDER / name)["rank"])
+
+
+def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
+    return table.append_column("part", pa.array(hash_parts(np.asarray(table["content_hash"]), num_parts)))
+
+
+def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Table:
+    """Ranks whose hash a smaller rank has too, and the file each is in."""
+    hashes, ranks = np.asarray(group["content_hash"]), np.asarray(group["rank"])
+    order = np.lexsort((ranks, hashes))
+    repeated = ranks[order][1:][hashes[order][1:] == hashes[order][:-1]]
+    if not len(repeated):
+        return _NONE
+    file = np.searchsorted(first_ranks, repeated, side="right") - 1
+    return pa.table({"rank": pa.array(repeated, pa.int64()), "file": pa.array(file, pa.int64())})
+
+
+def _write(group: pa.Table, folder: Location, names: list[str]) -> pa.Table:
+    number = int(group["file"][0].as_py())
+    if number < 0:
+        return entry_row(FileEntry("", 0, 0, ""))
+    ranks = pa.array(np.sort(np.asarray(group["rank"])), pa.int64())
+    return entry_row(write_parquet(folder / names[number], pa.table({"rank": ranks})))

@@ -1,0 +1,80 @@
+"""What becomes of selected/ for a trainer: a mixture, repeated and shuffled, and JSON lines."""
+
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from davir_ray.config.selection import SelectConfig
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row, exchange
+from davir_ray.formulas.order import random_keys, seed_from
+from davir_ray.run.location import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    Location,
+    read_parquet,
+    total_rows,
+    write_file,
+    write_parquet,
+)
+from davir_ray.schema import SELECTED
+
+BIN_ROWS = 50_000
+"""Rows with their text that one task shuffles and writes; about 100 MB."""
+
+
+def write_mixture(run: Location, files: list[FileEntry], config: SelectConfig, mark: str) -> list[FileEntry]:
+    """Write mixture/: each selected row as often as its source's part says, in an order drawn by the seed.
+
+    A copy's place depends on (seed, example_id, number of the copy) alone, so a repetition gives the same bytes.
+    """
+    repeats = {part.source: part.repeat for part in config.mixture}
+    num_bins = -(-total_rows(files) * max(repeats.values()) // BIN_ROWS)
+    return exchange(
+        Shards(files, partial(read_columns, run / "selected", None)),
+        partial(_repeat, repeats=repeats, seed=config.shuffle_seed, num_bins=num_bins),
+        num_bins,
+        partial(_write_bin, folder=run / "mixture", metadata={FINGERPRINT_KEY: mark.encode()}),
+    )
+
+
+def _repeat(table: pa.Table, repeats: dict[str, int], seed: int, num_bins: int) -> pa.Table:
+    """Every copy of every row, with its place in the shuffled order and the bin of that place."""
+    times = np.array([repeats[source] for source in table["source"].to_pylist()], dtype=np.int64)
+    rows = np.repeat(np.arange(table.num_rows), times)
+    copies = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
+    ids, places = np.asarray(table["example_id"])[rows], np.empty(len(rows), np.uint64)
+    for copy in np.unique(copies):
+        of_copy = copies == copy
+        places[of_copy] = random_keys(ids[of_copy], seed_from("mixture", seed, int(copy)))
+    numbers = np.minimum(places // np.uint64((2**64 - 1) // num_bins), np.uint64(num_bins - 1))
+    table = table.take(pa.array(rows)).append_column("place", pa.array(places, pa.uint64()))
+    return table.append_column("copy", pa.array(copies, pa.int64())).append_column("bin", pa.array(numbers, pa.int64()))
+
+
+def _write_bin(group: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> pa.Table:
+    number = int(group["bin"][0].as_py())
+    # Two places may be equal only by chance; the id and the copy then decide, as they do in every run.
+    by_place = np.lexsort(tuple(np.asarray(group[name]) for name in ("copy", "example_id", "place")))
+    table = group.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
+    entry = write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
+    return entry_row(entry)
+
+
+def write_jsonl(run: Location, folder: str, files: list[FileEntry]) -> list[FileEntry]:
+    """Write jsonl/: the source records of a folder's rows, a line each, file by file in the same order."""
+    shards = Shards(files, partial(_read_records, run / folder))
+    entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), ENTRY).sort_by("name").to_pylist()
+    return entries_of(entries)
+
+
+def _read_records(folder: Location, name: str) -> pa.Table:
+    table = read_parquet(folder / name, ["record"])
+    return table.append_column("name", pa.repeat(name, table.num_rows))
+
+
+def _write_lines(table: pa.Table, folder: Location) -> pa.Table:
+    name = table["name"][0].as_py().replace(".parquet", ".jsonl")
+    content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
+    return entry_row(write_file(folder / name, content, table.num_rows))

@@ -1,0 +1,188 @@
+"""verify: are the files of a run as they were written, and do its scores come out again by a plain loop?"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from scipy.stats import spearmanr
+
+from davir_ray.engine.connect import has_gpu, own_errors
+from davir_ray.engine.console import configure_worker_logging
+from davir_ray.engine.shards import Shards
+from davir_ray.engine.shuffle import collect
+from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.formulas.order import drawn, random_keys, seed_from
+from davir_ray.formulas.scores import Floats, davir
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.plain import PlainScorer
+from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.manifest import Manifest, differences
+from davir_ray.run.stages import FOLDERS, require
+from davir_ray.schema import EXAMPLES, SCORES, Status
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = {"float64": 2e-3, "float32": 2e-3, "bfloat16": 0.3}
+"""Nats a token that a stored loss may differ from the plain one, by the type that it was computed in: float32 families
+differ by at most 7e-5, one wrong token or mask by whole nats."""
+
+_SCORE_COLUMNS = ["example_id", "num_response_tokens", "base_nll", "reference_nll", "davir"]
+_TOKEN_COLUMNS = ["input_ids", "response_spans"]
+_DRAWN = pa.schema([("name", pa.string()), SCORES.field("example_id")])
+_SCORED = pa.schema([*map(SCORES.field, _SCORE_COLUMNS), *map(EXAMPLES.field, _TOKEN_COLUMNS)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What re-scoring some rows one at a time in float32 found."""
+
+    num_files: int
+    """Files that are as their manifests say."""
+    num_rows: int
+    precision: str
+    """In which the stored scores were computed."""
+    largest_davir_difference: float
+    largest_nll_difference: float
+    """Nats a token, over both models."""
+    rank_correlation: float
+    """Spearman's, of stored and plain scores."""
+    top_k: int
+    """The selected share of the rows, at least one."""
+    overlap: float
+    """Share of the top k that is the same by both."""
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        return [
+            f"files: {self.num_files} as they were written",
+            f"scores: {self.num_rows} rows, stored in {self.precision}, computed again one at a time in float32",
+            f"  largest difference: davir {self.largest_davir_difference:.3g}, "
+            f"loss {self.largest_nll_difference:.3g} nats a token",
+            f"  rank correlation (Spearman): {self.rank_correlation:.6f}",
+            f"  overlap of the top {self.top_k}: {self.overlap:.1%}",
+        ]
+
+
+def verify(run: Location, base: Checkpoint, reference: Checkpoint, num_rows: int, seed: int) -> Verification:
+    """Check every committed file, and score some rows again. IntegrityError names what does not agree."""
+    num_files = _check_files(run)
+    scored = require(run, "score")
+    _check_models(scored, base, reference)
+    rows = _draw(run, scored, num_rows, seed)
+    with own_errors():
+        losses = ray.get(ray.remote(num_gpus=float(has_gpu()))(_score_again).remote(base, reference, rows))
+    selected = Manifest.read(run, "select")
+    share = selected.counts["selected"] / scored.counts["scored"] if selected else 0.1
+    return _compare(rows, losses, scored, num_files, share)
+
+
+def _check_files(run: Location) -> int:
+    """Number of files of all complete stages. IntegrityError names the damaged ones.
+
+    Of local files the content is read: their time of change says nothing of a disk that fails. A store's etag is of the
+    content.
+    """
+    require(run, "prepare")  # a manifest that is gone would say nothing of its files
+    manifests = [manifest for stage in FOLDERS if (manifest := Manifest.read(run, stage))]
+    damaged = [line for manifest in manifests for line in manifest.damage(run, trust_marks=not run.is_local)]
+    if damaged:
+        raise IntegrityError(f"{len(damaged)} files of {run} are not as they were written: {'; '.join(damaged[:5])}")
+    return sum(len(manifest.files) for manifest in manifests)
+
+
+def _check_models(scored: Manifest, base: Checkpoint, reference: Checkpoint) -> None:
+    for name, checkpoint in (("base", base), ("reference", reference)):
+        if changed := differences(scored.fingerprint[name], checkpoint.weights_digest()):
+            raise OutputError(f"{checkpoint.uri} is not the {name} that the run was scored with ({changed[0]})")
+
+
+def _draw(run: Location, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
+    """Random rows that have a score, with their tokens, in a random order that depends on the seed only."""
+    files, purpose = scored.files_in("scores"), f"verify {seed}"
+    # Three times as many in expectation: a draw by hash may fall short of its mean.
+    share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
+    shards = Shards(files, partial(_read_drawn, run / "scores", share, purpose))
+    found = collect(shards, _unchanged, _DRAWN)
+    keys = random_keys(np.asarray(found["example_id"]), seed_from(purpose))
+    chosen = found.take(pa.array(np.argsort(keys)[:num_rows]))
+    if chosen.num_rows == 0:
+        raise ConfigError(f"no row of {run} has a score; there is nothing to verify")
+    wanted: dict[str, list[int]] = {}
+    for row in chosen.to_pylist():
+        wanted.setdefault(row["name"], []).append(row["example_id"])
+    needed = Shards([entry for entry in files if entry.name in wanted], partial(_read_rows, run, wanted))
+    return collect(needed, _unchanged, _SCORED).sort_by("example_id")
+
+
+def _unchanged(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.Table:
+    table = read_parquet(folder / name, ["example_id", "status"])
+    ids = np.asarray(table["example_id"])[np.asarray(table["status"]) == Status.OK]
+    ids = ids[drawn(ids, share, purpose)]
+    return pa.table({"name": [name] * len(ids), "example_id": ids}, schema=_DRAWN)
+
+
+def _read_rows(run: Location, wanted: dict[str, list[int]], name: str) -> pa.Table:
+    scores = read_parquet(run / "scores" / name, _SCORE_COLUMNS)
+    tokens = read_parquet(run / "examples" / name, _TOKEN_COLUMNS)
+    for column in _TOKEN_COLUMNS:
+        scores = scores.append_column(column, tokens[column])
+    mask = np.isin(np.asarray(scores["example_id"]), wanted[name])
+    return scores.filter(pa.array(mask)).select(_SCORED.names).cast(_SCORED)
+
+
+def _score_again(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tuple[Floats, Floats]:
+    configure_worker_logging()
+    examples = [
+        (np.array(row["input_ids"], np.int32), tuple(row["response_spans"]))
+        for row in rows.select(_TOKEN_COLUMNS).to_pylist()
+    ]
+    return PlainScorer(base, reference)(examples)
+
+
+def _compare(
+    rows: pa.Table, losses: tuple[Floats, Floats], scored: Manifest, num_files: int, share: float
+) -> Verification:
+    base_nll, reference_nll = losses
+    precision = _precision(scored)
+    num_tokens = np.asarray(rows["num_response_tokens"]).astype(np.float64)
+    differences_2N = np.abs(
+        np.stack([np.asarray(rows["base_nll"]) - base_nll, np.asarray(rows["reference_nll"]) - reference_nll])
+    )
+    worst = differences_2N.max(axis=0) / num_tokens
+    stored, plain = np.asarray(rows["davir"]), davir(base_nll, reference_nll)
+    top_k = max(1, round(share * len(stored)))
+    result = Verification(
+        num_files=num_files,
+        num_rows=len(stored),
+        precision=precision,
+        largest_davir_difference=float(np.abs(stored - plain).max()),
+        largest_nll_difference=float(worst.max()),
+        rank_correlation=float(spearmanr(stored, plain).statistic) if len(set(stored.tolist())) > 1 else 1.0,
+        top_k=top_k,
+        overlap=len(set(_top(stored, top_k)) & set(_top(plain, top_k))) / top_k,
+    )
+    if not worst.max() <= _TOLERANCE[precision]:
+        row = rows.slice(int(worst.argmax()), 1).to_pylist()[0]
+        raise IntegrityError(
+            f"the stored losses of example {row['example_id']} differ by {worst.max():.3g} nats a token from a plain "
+            f"loop in float32 (more than {_TOLERANCE[precision]} for {precision}); {'; '.join(result.lines()[2:])}"
+        )
+    return result
+
+
+def _precision(scored: Manifest) -> str:
+    """The coarsest type that any shard was computed in."""
+    numerics: list[dict[str, Any]] = scored.details["numerics"]
+    return max((str(one["weights"]) for one in numerics), key=lambda name: _TOLERANCE[name])
+
+
+def _top(values: Floats, k: int) -> list[int]:
+    return [int(at) for at in np.argsort(-values, kind="stable")[:k]]

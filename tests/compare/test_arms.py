@@ -1,0 +1,157 @@
+"""Which rows each arm gets: as many as the selection of each group, the right ones, the same whatever the shards."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from davir_ray.compare import arms as row_sets
+from davir_ray.compare.arms import FinishedRun, write_set
+from davir_ray.config.selection import Part, RankConfig, SelectConfig
+from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.formulas.length_matching import length_bins
+from davir_ray.run.location import FileEntry, Location, in_folder, read_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.stages.rank import rank
+from davir_ray.stages.select.rule import select
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+ROWS = 400
+DRAW = np.random.default_rng(0)
+DAVIR = DRAW.normal(0, 1, ROWS).round(2)
+RHO = DRAW.normal(0, 1, ROWS)
+TOKENS = DRAW.integers(1, 300, ROWS)
+SOURCES = np.where(np.arange(ROWS) % 4 == 0, "gsm8k", "alpaca")
+
+
+def finished(make_scores: Callable[..., Location], config: SelectConfig, **options: Any) -> FinishedRun:
+    """A constructed run, ranked and selected by the real stages."""
+    columns = {"source": SOURCES, "rho_sum": RHO, "num_response_tokens": TOKENS, "content_hash": range(ROWS)}
+    run = make_scores(DAVIR, **columns | options)
+    names = (run / "examples").names()
+    files = in_folder("examples", [entry_of(run / "examples" / name) for name in names])
+    Manifest("prepare", {}, {"read": ROWS, "prepared": ROWS, "rejected": 0}, files).write(run)
+    rank(run, RankConfig())
+    select(run, RankConfig(), config)
+    return FinishedRun(run, RankConfig(), config)
+
+
+def entry_of(place: Location) -> Any:
+    table = read_parquet(place)
+    return FileEntry(place.name, table.num_rows, len(place.read_bytes()), "")
+
+
+def ids_of(run: Location, folder: str) -> list[int]:
+    tables = [read_parquet(run / folder / name, ["example_id"]) for name in (run / folder).names()]
+    return pa.concat_tables(tables)["example_id"].to_pylist()
+
+
+def best(values: np.ndarray, count: int, rows: np.ndarray | None = None) -> set[int]:
+    """Rows of the highest values, ties by the lower id."""
+    rows = np.arange(ROWS) if rows is None else rows
+    return set(rows[np.lexsort((rows, -values[rows]))][:count].tolist())
+
+
+@pytest.mark.parametrize("sampled", [20_000, 40])
+def test_each_arm_gets_its_rows(make_scores: Any, sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_sets, "_SAMPLED_KEYS", sampled)
+    run = finished(make_scores, SelectConfig(top_k=60))
+    selection = run.selection(None)
+    chosen = {arm: run.rows_of(arm, selection, 0).tolist() for arm in ("selection", "lowest", "rho", "random")}
+    assert set(chosen["selection"]) == set(ids_of(run.place, "selected")) == best(DAVIR, 60)
+    assert set(chosen["lowest"]) == best(-DAVIR, 60)
+    assert set(chosen["rho"]) == best(RHO, 60)
+    assert len(set(chosen["random"])) == 60
+    again, other = (run.rows_of("random", selection, seed).tolist() for seed in (0, 1))
+    assert again == chosen["random"]
+    assert len(set(other) & set(again)) < 30
+    matched = run.rows_of("random_matched", selection, 0)
+    wanted, edges = TOKENS[chosen["selection"]], run.select.length_edges
+    assert sorted(length_bins(TOKENS[matched], edges)) == sorted(length_bins(wanted, edges))
+    assert TOKENS[matched].sum() == wanted.sum()
+    assert len(set(matched.tolist()) & set(chosen["selection"])) < 40
+
+
+def test_the_rows_do_not_depend_on_the_shards(make_scores: Any) -> None:
+    found = []
+    for shards in (1, 7):
+        run = finished(make_scores, SelectConfig(top_k=30), num_shards=shards, name=f"run{shards}")
+        selection = run.selection(None)
+        found.append([run.rows_of(arm, selection, 3).tolist() for arm in ("random", "random_matched", "lowest")])
+    assert found[0] == found[1]
+
+
+MIXTURE = [Part(source="alpaca", top_k=40), Part(source="gsm8k", all=True, repeat=2)]
+
+
+def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(mixture=MIXTURE))
+    selection = run.selection(None)
+    assert run.size_of(selection) == 40
+    alpaca, gsm8k = (np.flatnonzero(source == SOURCES) for source in ("alpaca", "gsm8k"))
+    for arm in ("selection", "random", "random_matched", "lowest"):
+        rows = set(run.rows_of(arm, selection, 0).tolist())
+        assert set(gsm8k.tolist()) <= rows
+        assert len(rows - set(gsm8k.tolist())) == 40
+    assert best(DAVIR, 40, alpaca) <= set(run.rows_of("selection", selection, 0).tolist())
+    larger = run.selection(70)
+    assert run.size_of(larger) == 70
+    assert best(DAVIR, 70, alpaca) <= set(run.rows_of("selection", larger, 0).tolist())
+
+    place = run.place / "set"
+    ids = run.rows_of("random", selection, 0)
+    manifest = write_set(place, run, ids, overwrite=False)
+    written = ids_of(place, "examples")
+    assert sorted(written) == sorted([*ids.tolist(), *gsm8k.tolist()])
+    assert manifest.counts["prepared"] == len(written) == 40 + 2 * len(gsm8k)
+    assert manifest.counts["num_response_tokens"] == TOKENS[written].sum()
+    before = (place / "examples").listed()
+    write_set(place, run, ids, overwrite=False)
+    assert (place / "examples").listed() == before
+
+
+def test_the_full_set_of_a_mixture_has_all_of_its_sources_as_often_as_it_takes_them(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(mixture=[Part(source="gsm8k", top_k=5, repeat=3)]))
+    manifest = write_set(run.place / "set", run, None, overwrite=False)
+    gsm8k = np.flatnonzero(SOURCES == "gsm8k").tolist()
+    assert sorted(ids_of(run.place / "set", "examples")) == sorted(gsm8k * 3)
+    assert manifest.counts["prepared"] == 3 * len(gsm8k)
+    assert manifest.counts["trainable"] == 0  # in these constructed examples nothing precedes what is scored
+
+
+def test_another_size_keeps_filters_and_balance(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(top_fraction=0.1, min_response_tokens=50, balance=["source"]))
+    for size in (20, 90):
+        rows = np.asarray(run.selection(size)["example_id"])
+        assert len(rows) == size
+        assert (TOKENS[rows] >= 50).all()
+        assert abs((SOURCES[rows] == "gsm8k").mean() - (SOURCES[TOKENS >= 50] == "gsm8k").mean()) < 0.05
+
+
+def test_duplicates_that_are_lost_are_not_taken_for_none(make_scores: Any) -> None:
+    """By a comparison with a run, whose manifest may be of a version that did not name their files."""
+    config = SelectConfig(top_k=50, drop_duplicates=True)
+    run = finished(make_scores, config, content_hash=np.arange(ROWS) % 300)
+    selected = Manifest.read(run.place, "select")
+    assert selected is not None
+    older = replace(selected, files=[entry for entry in selected.files if not entry.name.startswith("duplicates/")])
+    assert len(older.files) < len(selected.files)
+    for manifest in (selected, older):
+        manifest.write(run.place)
+        assert sorted(run.selection(None)["example_id"].to_pylist()) == sorted(ids_of(run.place, "selected"))
+    (run.place / "duplicates" / (run.place / "duplicates").names()[0]).remove()
+    with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates where the selection counted \d+"):
+        run.selection(None)
+    selected.write(run.place)
+    with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing"):
+        run.selection(None)
+
+
+def test_more_rows_than_there_are_is_told(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(top_k=10))
+    with pytest.raises(ConfigError, match="only 400 rows"):
+        run.selection(401)

@@ -1,0 +1,56 @@
+"""Constructed runs: scores and examples with chosen values, committed as the score stage would."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from davir_ray.run.location import Location, in_folder, write_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.schema import EXAMPLES, SCORES
+
+MakeScores = Callable[..., Location]
+
+
+def _column(values: Any, field: pa.Field) -> pa.Array:
+    return pa.array(list(values), field.type, from_pandas=False)
+
+
+def _table(rows: int, schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
+    filled = {field.name: columns.get(field.name, [None] * rows) for field in schema}
+    return pa.table({field.name: _column(filled[field.name], field) for field in schema}, schema=schema)
+
+
+@pytest.fixture
+def make_scores(tmp_path: Path) -> MakeScores:
+    """Write scores/ and examples/ with the given columns, cut into shards, and the score stage's manifest."""
+
+    def make(davir: Sequence[float | None], *, num_shards: int = 3, name: str = "run", **columns: Any) -> Location:
+        run = Location.of(tmp_path / name)
+        rows = len(davir)
+        status = ["ok" if value is not None else "zero_base_nll" for value in davir]
+        columns = {
+            "example_id": range(rows),
+            "num_response_tokens": [1] * rows,
+            "status": status,
+            **columns,
+            "davir": davir,
+        }
+        text = {"prompt": [f"prompt {i}" for i in columns["example_id"]], "response": ["r"] * rows}
+        scores = _table(rows, SCORES, columns)
+        examples = _table(rows, EXAMPLES, {**columns, **text, "source_file": ["f"] * rows, "source_row": range(rows)})
+        files = []
+        for number, part in enumerate(np.array_split(np.arange(rows), min(num_shards, rows))):
+            place, (start, count) = f"part-{number:05d}.parquet", (int(part[0]), len(part))
+            files.append(write_parquet(run / "scores" / place, scores.slice(start, count)))
+            write_parquet(run / "examples" / place, examples.slice(start, count))
+        ok = list(columns["status"]).count("ok")
+        Manifest("score", {"made": name}, {"examples": rows, "scored": ok, "ok": ok}, in_folder("scores", files)).write(
+            run
+        )
+        return run
+
+    return make

@@ -1,0 +1,435 @@
+"""The fine-tuning loop: its plan, its gradient, resuming, and two processes doing what one does."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import run_two_ranks
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    get_cosine_schedule_with_warmup,
+)
+
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import DataError, IntegrityError, TrainingError
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.kernel.packing import pack
+from davir_ray.models.training.examples import TrainingSet
+from davir_ray.models.training.loop import (
+    StepReport,
+    Trainer,
+    freeze_what_text_does_not_reach,
+    learning_rate_factor,
+    num_steps,
+    plan,
+    save_reference,
+    switch_off_dropout,
+)
+from davir_ray.models.training.parallel import STATE_FILE
+
+VOCABULARY = 60
+LLAMA = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.1,
+)
+GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+CONFIG = FinetuneConfig(
+    epochs=2,
+    batch_size=8,
+    learning_rate=3e-3,
+    tokens_per_pack=48,
+    gradient_checkpointing=False,
+    precision="float32",
+    weight_decay=0.01,
+)
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(config: PretrainedConfig = LLAMA) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)
+    return model
+
+
+def draw_table(count: int = 20) -> pa.Table:
+    """Sequences that count upwards in steps of 1 to 3: something that can be learnt."""
+    draw = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for row in range(count):
+        length = int(draw.integers(4, 20))
+        ids = (draw.integers(VOCABULARY) + np.arange(length) * (1 + row % 3)) % VOCABULARY
+        spans = [length // 2, length] if row % 4 else [1, 2, 3, length]
+        rows.append({"example_id": 1000 - row, "input_ids": ids.tolist(), "response_spans": spans})
+    kinds = {"example_id": pa.int64(), "input_ids": pa.list_(pa.int32()), "response_spans": pa.list_(pa.int32())}
+    return pa.Table.from_pylist(rows, pa.schema(kinds))
+
+
+def trainer_of(model: PreTrainedModel, config: FinetuneConfig = CONFIG, count: int = 20) -> Trainer:
+    return Trainer(Likelihood(model), TrainingSet.of([draw_table(count)]), config)
+
+
+def run(trainer: Trainer) -> list[StepReport]:
+    reports: list[StepReport] = []
+    trainer.train(reports.append)
+    return reports
+
+
+def weights(model: PreTrainedModel) -> Weights:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def first_gradient(model: PreTrainedModel, config: FinetuneConfig) -> Weights:
+    """The gradient of the first step, unclipped."""
+    found: Weights = {}
+
+    def keep(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if not found:
+            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        run(trainer_of(model, replace(config, epochs=1, max_grad_norm=1e9)))
+    finally:
+        handle.remove()
+    return found
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 4), st.integers(0, 2**32))
+def test_each_epoch_of_the_plan_is_a_permutation(num_examples: int, batch_size: int, epochs: int, seed: int) -> None:
+    batches = list(plan(num_examples, batch_size, epochs, seed))
+    assert [batch.step for batch in batches] == list(range(1, num_steps(num_examples, batch_size, epochs) + 1))
+    for epoch in range(1, epochs + 1):
+        own = [batch for batch in batches if batch.epoch == epoch]
+        assert sorted(np.concatenate([batch.rows for batch in own]).tolist()) == list(range(num_examples))
+        assert [batch.ends_epoch for batch in own] == [False] * (len(own) - 1) + [True]
+        assert all(len(batch.rows) == batch_size for batch in own[:-1])
+
+
+def test_the_plan_depends_on_seed_and_epoch_only() -> None:
+    def epoch_orders(epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+        batches = list(plan(30, batch_size, epochs, seed))
+        epoch_numbers = range(1, epochs + 1)
+        return [[int(r) for batch in batches if batch.epoch == epoch for r in batch.rows] for epoch in epoch_numbers]
+
+    first, second = epoch_orders(2, 8, seed=0)
+    assert first != second
+    assert epoch_orders(3, 5, seed=0)[:2] == [first, second]
+    assert first not in epoch_orders(2, 8, seed=1)
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.03), (10, 0.0), (100, 0.03), (100, 0.5), (7, 0.9)])
+def test_the_learning_rate_warms_up_linearly_then_follows_transformers_cosine(total: int, ratio: float) -> None:
+    warmup = math.ceil(ratio * total)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    for step in range(1, total + 1):
+        expected = step / warmup if step <= warmup else schedule.get_last_lr()[0]
+        assert learning_rate_factor(step, total, ratio) == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
+
+
+# --- the examples ----------------------------------------------------------------------------------------------------
+
+
+def test_a_training_set_holds_every_example_of_all_tables_that_can_be_predicted() -> None:
+    table = draw_table(6)
+    unpredicted = pa.Table.from_pylist(
+        [{"example_id": 1, "input_ids": [4, 5], "response_spans": spans} for spans in ([0, 2], [])], table.schema
+    )
+    examples = TrainingSet.of([table.slice(0, 2), unpredicted, table.slice(2)])
+    assert examples.ids.tolist() == table["example_id"].to_pylist()
+    assert examples.lengths.tolist() == [len(ids) for ids in table["input_ids"].to_pylist()]
+    rows = np.array([4, 0])
+    built = examples.pack(rows)
+    expected = [table["input_ids"][int(row)].as_py() for row in rows]
+    assert built.input_ids_T.tolist() == expected[0] + expected[1]
+    assert sum(built.num_scored) == examples.weight(rows) == len(built.targets_R)
+
+
+def test_a_set_of_which_nothing_can_be_predicted_is_refused() -> None:
+    row = {"example_id": 1, "input_ids": [4, 5], "response_spans": [0, 2]}
+    with pytest.raises(DataError, match="no example can be trained on"):
+        TrainingSet.of([pa.Table.from_pylist([row], draw_table(1).schema)])
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradient_of_many_packs_is_that_of_one_and_of_the_plain_loss(recompute: bool) -> None:
+    config = replace(CONFIG, gradient_checkpointing=recompute)
+    many = first_gradient(make(), replace(config, tokens_per_pack=1))
+    one = first_gradient(make(), replace(config, tokens_per_pack=10_000))
+    plain = plain_gradient()
+    assert many.keys() == one.keys() == plain.keys()
+    for name in one:
+        room = 1e-6 * float(one[name].abs().max())
+        torch.testing.assert_close(many[name], one[name], rtol=1e-6, atol=room)
+        torch.testing.assert_close(one[name].double(), plain[name], rtol=1e-5, atol=10 * room)
+
+
+def plain_gradient() -> Weights:
+    """Of the first batch's mean loss over response tokens, by all logits of a float64 model with eager attention."""
+    model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager")
+    model.load_state_dict(make().state_dict())
+    model.double()
+    nlls = []
+    table = draw_table().to_pylist()
+    for row in next(plan(20, CONFIG.batch_size, 1, CONFIG.seed)).rows:
+        ids_T, spans = torch.tensor(table[row]["input_ids"]), table[row]["response_spans"]
+        logprobs_TV = torch.log_softmax(model(input_ids=ids_T[None], use_cache=False).logits[0], dim=-1)
+        pairs = zip(spans[::2], spans[1::2], strict=True)
+        nlls += [-logprobs_TV[at - 1, ids_T[at]] for start, end in pairs for at in range(start, end)]
+    torch.stack(nlls).mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_the_reported_loss_is_the_mean_over_the_batchs_response_tokens() -> None:
+    model = make()
+    rows = next(plan(20, CONFIG.batch_size, 1, CONFIG.seed)).rows
+    with torch.inference_mode():
+        expected = Likelihood(model)(TrainingSet.of([draw_table()]).pack(rows)).mean()
+    assert run(trainer_of(model))[0].loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_gradients_norm_is_reported_and_clipped_after() -> None:
+    gradient = first_gradient(make(), CONFIG)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+    assert run(trainer_of(make()))[0].grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_loss_falls_on_a_tiny_set() -> None:
+    trainer = trainer_of(make(), replace(CONFIG, epochs=20))
+    reports = run(trainer)
+    assert reports[-1].loss < 0.5 * reports[0].loss
+    summary = trainer.summary(most_points=5)
+    assert summary["step"] == reports[-1].step == reports[-1].total_steps == 60
+    assert summary["loss"] == reports[-1].loss
+    assert [point[0] for point in summary["by_step"]["loss"]] == [12, 24, 36, 48, 60]
+    assert summary["by_step"]["loss"][0][1] == pytest.approx(np.mean([report.loss for report in reports[:12]]))
+
+
+def test_the_same_run_gives_the_same_bits() -> None:
+    first, second = make(), make()
+    assert [r.loss for r in run(trainer_of(first))] == [r.loss for r in run(trainer_of(second))]
+    assert_same_bits(weights(first), weights(second))
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_changes_no_weight() -> None:
+    model = make()
+
+    def poison(report: StepReport) -> None:
+        if report.step == 2:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = torch.nan
+
+    with pytest.raises(TrainingError, match=r"at step 3\b"):
+        trainer_of(model).train(poison)
+    assert torch.isfinite(model.base_model.embed_tokens.weight).all()
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    """Stands for a worker that dies."""
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2-with-dropout"])
+@pytest.mark.parametrize("last_step", [1, 3, 5])
+def test_a_run_continues_bit_for_bit_where_it_was_stopped(
+    config: PretrainedConfig, last_step: int, tmp_path: Path
+) -> None:
+    whole = make(config)
+    trainer = trainer_of(whole)
+    expected = run(trainer)
+    killed = trainer_of(make(config))
+
+    def save_and_die(report: StepReport) -> None:
+        if report.step == last_step:
+            killed.save_state(tmp_path)
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        killed.train(save_and_die)
+    torch.manual_seed(12345)
+    continued = make(config)
+    with torch.no_grad():
+        for parameter in continued.parameters():
+            parameter.zero_()
+    resumed = trainer_of(continued)
+    resumed.load_state(tmp_path)
+    reports = run(resumed)
+    assert [r.step for r in reports] == [r.step for r in expected[last_step:]]
+    assert [r.loss for r in reports] == [r.loss for r in expected[last_step:]]
+    assert_same_bits(weights(continued), weights(whole))
+    assert resumed.summary(100) == trainer.summary(100)
+
+
+@pytest.mark.parametrize("at", [0, 500, -1])
+def test_a_damaged_state_is_refused(tmp_path: Path, at: int) -> None:
+    trainer = trainer_of(make())
+    trainer.save_state(tmp_path)
+    content = bytearray((tmp_path / STATE_FILE).read_bytes())
+    content[at] ^= 1
+    (tmp_path / STATE_FILE).write_bytes(bytes(content))
+    with pytest.raises(IntegrityError, match="does not match its checksum"):
+        trainer.load_state(tmp_path)
+
+
+def test_every_step_draws_its_own_dropout() -> None:
+    config = replace(CONFIG, batch_size=20, tokens_per_pack=10_000, learning_rate=1e-20, epochs=3)
+    without = [report.loss for report in run(trainer_of(make(), config))]
+    assert without == pytest.approx([without[0]] * 3, rel=1e-6)
+    assert len({round(report.loss, 4) for report in run(trainer_of(make(GPT2), config))}) == 3
+
+
+def test_dropout_is_on_while_training() -> None:
+    losses = [run(trainer_of(make(GPT2), replace(CONFIG, seed=0, tokens_per_pack=b)))[0].loss for b in (1, 10_000)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [GPT2, LlamaConfig(**LLAMA.to_diff_dict() | {"attention_dropout": 0.5})])
+def test_a_model_whose_dropout_is_switched_off_has_none_in_training(config: PretrainedConfig) -> None:
+    as_it_is, switched_off = make(config).train(), make(config).train()
+    switch_off_dropout(switched_off)
+    rows = np.arange(8)
+    losses = [[trainer_of(model).backward(rows)[0] for _ in range(2)] for model in (as_it_is, switched_off)]
+    without = trainer_of(make(config).eval()).backward(rows)[0]
+    assert losses[0][0] != losses[0][1]
+    assert losses[1] == [without, without]
+
+
+def test_what_text_does_not_reach_is_frozen_and_nothing_else() -> None:
+    text = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    seeing = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text,
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        )
+    )
+    freeze_what_text_does_not_reach(seeing)
+    for name, parameter in seeing.named_parameters():
+        assert parameter.requires_grad == ("vision" not in name and "projector" not in name), name
+    for model in (make(), make(GPT2)):
+        freeze_what_text_does_not_reach(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_saved_reference_is_a_plain_checkpoint(tmp_path: Path, tokenizer: Any) -> None:
+    model = make()
+    run(trainer_of(model))
+    save_reference(Likelihood(model), tokenizer, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
+    assert_same_bits(weights(again), weights(model))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def assert_same_bits(first: Weights, second: Weights) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+DISTRIBUTED = [
+    CONFIG,
+    replace(CONFIG, tokens_per_pack=10_000),
+    replace(CONFIG, gradient_checkpointing=True),
+]
+"""Packs of a batch: some odd, some even; one, so that one of two processes has none; with recomputed activations."""
+
+
+def test_batches_of_odd_and_of_even_numbers_of_packs_are_tried() -> None:
+    examples = TrainingSet.of([draw_table()])
+    numbers = [
+        len(pack(examples.lengths[batch.rows], examples.ids[batch.rows], CONFIG.tokens_per_pack))
+        for batch in plan(len(examples), CONFIG.batch_size, CONFIG.epochs, CONFIG.seed)
+    ]
+    assert {number % 2 for number in numbers} == {0, 1}
+    assert max(numbers) > 2
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    run_two_ranks(__file__, tmp_path)
+    for number, config in enumerate(DISTRIBUTED):
+        alone = make()
+        expected = run(trainer_of(alone, config))
+        for rank in range(2):
+            losses = json.loads((tmp_path / f"losses-{number}-{rank}.json").read_text())
+            np.testing.assert_allclose(losses, [report.loss for report in expected], rtol=1e-5)
+            found = torch.load(tmp_path / f"weights-{number}-{rank}.pt", weights_only=True)
+            for name, value in weights(alone).items():
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def train_in_a_process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for number, config in enumerate(DISTRIBUTED):
+        losses, found = train_wrapped(config)
+        (folder / f"losses-{number}-{rank}.json").write_text(json.dumps(losses))
+        torch.save(found, folder / f"weights-{number}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_wrapped(config: FinetuneConfig) -> tuple[list[float], Weights]:
+    """Train in DistributedDataParallel, which must be freed before the process group is destroyed.
+
+    Else it owns the group's last reference, and its destructor waits with the interpreter lock held for a thread that
+    wants the lock: one run in eight hung on a busy machine (torch 2.13).
+    """
+    model = make()
+    module = DistributedDataParallel(Likelihood(model))
+    reports = run(Trainer(module, TrainingSet.of([draw_table()]), config))
+    return [report.loss for report in reports], weights(model)
+
+
+if __name__ == "__main__":
+    train_in_a_process(int(sys.argv[1]), Path(sys.argv[2]))

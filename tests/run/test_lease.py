@@ -1,0 +1,359 @@
+"""One driver a run: a second is refused, a dead one's place is taken, on this machine at once and elsewhere in time."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+import davir_ray
+from davir_ray.errors import OutputError
+from davir_ray.run import lease as module
+from davir_ray.run.lease import LEASE_FILE, Holder, Lease
+from davir_ray.run.location import Location
+
+HOLD = "import sys, time\nfrom davir_ray.run.lease import Lease\nfrom davir_ray.run.location import Location\n"
+HOLD += "with Lease(Location.of(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Location:
+    return Location.of(tmp_path / "run")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hearts that beat fast, and may miss a few beats where the machine is busy."""
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    monkeypatch.setattr(module, "MISSED_BEATS", 30)
+    monkeypatch.setattr(module, "_SETTLE_S", 0.3)
+
+
+def start_holder(run: Location) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(davir_ray.__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def doze(seconds: float) -> None:
+    """A sleep that an interrupt by another thread ends."""
+    wait_until(lambda: False, seconds)
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 30) -> None:
+    """Return when it has happened, or after so long."""
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def at_once(take: Callable[[int], None], count: int) -> None:
+    """Call it with each number, all at the same time, and return when all are done."""
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def leave(run: Location, **changes: object) -> Holder:
+    """A lease of a driver on another machine."""
+    holder = replace(Holder.of_this_process(), machine="elsewhere", host="node7", **changes)  # type: ignore[arg-type]
+    (run / LEASE_FILE).write_text(json.dumps(asdict(holder)))
+    return holder
+
+
+def test_a_lease_is_there_while_it_is_held_and_gone_after(run: Location) -> None:
+    for _ in range(2):
+        with Lease(run):
+            holder = Holder.read(run / LEASE_FILE)
+            assert holder is not None
+            assert holder.pid == os.getpid()
+            with pytest.raises(OutputError, match=f"being written by process {os.getpid()} on"), Lease(run):
+                pass
+        assert not (run / LEASE_FILE).exists()
+
+
+def test_a_lease_is_gone_after_an_error(run: Location) -> None:
+    with pytest.raises(ZeroDivisionError), Lease(run):
+        raise ZeroDivisionError
+    assert not (run / LEASE_FILE).exists()
+
+
+def test_a_live_process_is_refused_at_once_and_a_killed_one_replaced_at_once(run: Location) -> None:
+    process = start_holder(run)
+    started = time.monotonic()
+    with pytest.raises(OutputError, match=f"process {process.pid} on .*choose another --output"), Lease(run):
+        pass
+    process.kill()
+    process.wait()
+    with Lease(run):
+        pass
+    assert time.monotonic() - started < module.BEAT_S
+
+
+def test_a_process_id_that_was_used_again_is_another_process(run: Location) -> None:
+    holder = replace(Holder.of_this_process(), process_started=1.0)
+    assert holder.is_dead()
+    assert not Holder.of_this_process().is_dead()
+    assert not replace(holder, machine="elsewhere").is_dead()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_still_heart_elsewhere_is_waited_for(run: Location) -> None:
+    leave(run)
+    started = time.monotonic()
+    with Lease(run):
+        assert time.monotonic() - started >= 0.1 * module.MISSED_BEATS
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_beating_heart_elsewhere_is_refused(run: Location) -> None:
+    leave(run)
+    timer = threading.Timer(0.15, lambda: leave(run, beat=1))
+    timer.start()
+    with pytest.raises(OutputError, match=r"process \d+ on node7, since 20"), Lease(run):
+        pass
+    timer.join()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": "x", "more": 1}'])
+def test_a_lease_that_cannot_be_read_is_waited_out(run: Location, content: bytes) -> None:
+    (run / LEASE_FILE).write_bytes(content)
+    with Lease(run):
+        pass
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_heart_beats(run: Location) -> None:
+    with Lease(run):
+        seen = set()
+        deadline = time.monotonic() + 10
+        while len(seen) < 3 and time.monotonic() < deadline:
+            holder = Holder.read(run / LEASE_FILE)
+            assert holder is not None
+            seen.add(holder.beat)
+            time.sleep(0.02)
+    assert len(seen) == 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_loses_the_lease_stops_and_leaves_the_others(run: Location) -> None:
+    def lose() -> None:
+        with Lease(run):
+            leave(run)
+            doze(30)
+
+    with pytest.raises(OutputError, match=r"taken over by process \d+ on node7"):
+        lose()
+    holder = Holder.read(run / LEASE_FILE)
+    assert holder is not None
+    assert holder.host == "node7"
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_many_that_take_over_a_dead_drivers_run_one_gets_it(run: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._thread, "interrupt_main", lambda: None)  # the holders here are no main threads
+    leave(run)
+    held, refused = [], []
+
+    def take(number: int) -> None:
+        try:
+            with Lease(run):
+                held.append(number)
+                time.sleep(3)
+        except OutputError:
+            refused.append(number)
+
+    at_once(take, 6)
+    assert len(held) == 1
+    assert {*range(6)} - {*held} <= {*refused}, "who held it may lose it, on a busy machine"
+
+
+def test_a_lease_whose_answer_was_lost_is_ones_own(run: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store wrote it, the answer did not come, and the repeated request finds the file there."""
+    create = Location.create
+
+    def create_twice(place: Location, content: bytes) -> bool:
+        create(place, content)
+        return create(place, content)
+
+    monkeypatch.setattr(Location, "create", create_twice)
+    with Lease(run):
+        assert (run / LEASE_FILE).exists()
+    assert not (run / LEASE_FILE).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_cannot_renew_the_lease_stops_before_another_may_take_it(
+    run: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EBUSY, "SlowDown")
+
+    def hold() -> None:
+        with Lease(run):
+            monkeypatch.setattr(Location, "write_bytes", fail)
+            doze(30)
+
+    with pytest.raises(OutputError, match="taken over by a driver that may take it for dead"):
+        hold()
+
+
+def test_an_interrupt_ends_the_lease(run: Location) -> None:
+    process = start_holder(run)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert not (run / LEASE_FILE).exists()
+
+
+def test_an_end_before_the_loss_is_noticed_leaves_the_others_lease(run: Location) -> None:
+    with Lease(run):
+        other = leave(run)
+    assert Holder.read(run / LEASE_FILE) == other
+
+
+# --- stores that create a file twice ---------------------------------------------------------------------------------
+
+
+class Forgetful(MemoryFileSystem):  # type: ignore[misc]
+    """A store that ignores the condition of a write, as those do that do not know If-None-Match."""
+
+    protocol = "forgetful"
+    cachable = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.before_write: Callable[[], object] = lambda: None
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        self.before_write()
+        super().pipe_file(path, value, **options)
+
+
+@pytest.fixture
+def twice() -> Iterator[Callable[[], Location]]:
+    """A run in a store that creates a file twice; each call gives a client of its own."""
+    name = f"/{uuid.uuid4().hex}"
+    yield lambda: Location(Forgetful(), name)
+    Location(Forgetful(), name).remove()
+
+
+@pytest.mark.usefixtures("quick")
+def test_where_a_file_is_created_twice_the_first_driver_holds_and_the_second_is_refused(
+    twice: Callable[[], Location],
+) -> None:
+    place = twice() / "probe"
+    assert [place.create(b"one"), place.create(b"two")] == [True, True]
+    with Lease(twice()):
+        first = Holder.read(twice() / LEASE_FILE)
+        with pytest.raises(OutputError, match=f"being written by process {os.getpid()} on"), Lease(twice()):
+            pass
+        time.sleep(3 * module.BEAT_S)
+        now = Holder.read(twice() / LEASE_FILE)
+        assert first is not None
+        assert now is not None
+        assert now.token == first.token
+        assert now.beat > first.beat
+    assert not (twice() / LEASE_FILE).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_where_a_file_is_created_twice_one_of_many_that_begin_at_the_same_moment_goes_on(
+    twice: Callable[[], Location],
+) -> None:
+    """All of them have seen no lease when the first writes its own."""
+    all_have_read, begun, held, refused = threading.Barrier(5), set[int](), list[int](), list[int]()
+
+    def take(number: int) -> None:
+        def wait_once() -> None:
+            if number not in begun:
+                begun.add(number)
+                all_have_read.wait()
+
+        run = twice()
+        run.fs.before_write = wait_once
+        try:
+            with Lease(run):
+                held.append(number)
+                wait_until(lambda: len(refused) == 4)
+        except OutputError:
+            refused.append(number)
+
+    at_once(take, 5)
+    assert (len(held), len(refused)) == (1, 4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lease_that_is_written_too_late_to_count_is_taken_back(twice: Callable[[], Location]) -> None:
+    """The second driver has seen no lease, and writes its own when the first is long at work."""
+    second_reads, first_works, refused = threading.Event(), threading.Event(), []
+
+    def come_late() -> None:
+        run = twice()
+        run.fs.before_write = lambda: (second_reads.set(), first_works.wait())
+        try:
+            with Lease(run):
+                pass
+        except OutputError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=come_late)
+    thread.start()
+    second_reads.wait()
+    with Lease(twice()):
+        first = Holder.read(twice() / LEASE_FILE)
+        first_works.set()
+        thread.join()
+        now = Holder.read(twice() / LEASE_FILE)
+        assert first is not None
+        assert now is not None
+        assert now.token == first.token
+    assert len(refused) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_heartbeat_that_is_written_too_late_takes_nothing_from_who_took_over(twice: Callable[[], Location]) -> None:
+    """A write of the holder hangs in the store until another has found its heart still and has taken the run over."""
+    hangs, taken_over, held = threading.Event(), threading.Event(), []
+
+    def take_over() -> None:
+        hangs.wait()
+        run = twice()
+        (run / LEASE_FILE).write_bytes((run / LEASE_FILE).read_bytes().replace(b'"machine": "', b'"machine": "not '))
+        with Lease(run):
+            held.append(Holder.read(run / LEASE_FILE))
+            taken_over.set()
+            time.sleep(6 * module.BEAT_S)
+            held.append(Holder.read(run / LEASE_FILE))
+
+    def hold() -> None:
+        run = twice()
+        with Lease(run):
+            run.fs.before_write = lambda: (hangs.set(), taken_over.wait())
+            doze(30)
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    with pytest.raises(OutputError, match=r"taken over by .*its heartbeat came too late"):
+        hold()
+    thread.join()
+    tokens = [found.token for found in held if found is not None]
+    assert len(tokens) == 2
+    assert len(set(tokens)) == 1

@@ -1,0 +1,158 @@
+"""Each rule takes the prefix of the ranking that it means, and refuses what it cannot mean."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.schema import SELECTED
+from davir_ray.stages import rank as ranking
+from davir_ray.stages.rank import cut_into_bins, rank
+from davir_ray.stages.select import rule as selection
+from davir_ray.stages.select.rule import select
+
+pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
+
+MakeScores = Callable[..., Location]
+BY_DAVIR = RankConfig()
+
+
+@pytest.fixture
+def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many files of ranked/ and, cut elsewhere, of selected/."""
+    monkeypatch.setattr(ranking, "cut_into_bins", partial(cut_into_bins, bin_rows=15))
+    monkeypatch.setattr(selection, "BIN_ROWS", 11)
+
+
+def ranked_run(make_scores: MakeScores, rows: int = 100, config: RankConfig = BY_DAVIR, **columns: object) -> Location:
+    davir = np.random.default_rng(rows).permutation(rows) / rows
+    run = make_scores(davir, example_id=list(range(1000, 1000 + rows)), **columns)
+    assert len(rank(run, config).files) >= min(rows // 20, 3)
+    return run
+
+
+def table_of(run: Location, folder: str) -> pd.DataFrame:
+    places = [run / folder / name for name in (run / folder).names(".parquet")]
+    return pa.concat_tables([read_parquet(place) for place in places]).to_pandas()
+
+
+def check_prefix(run: Location, manifest: Manifest, expected: int) -> None:
+    ranked, selected = table_of(run, "ranked"), table_of(run, "selected")
+    assert manifest.counts["ranked"] == len(ranked)
+    assert manifest.counts["selected"] == expected
+    pd.testing.assert_frame_equal(selected[ranked.columns], ranked[:expected])
+    assert selected["prompt"].tolist() == [f"prompt {i}" for i in ranked["example_id"][:expected]]
+
+
+@pytest.mark.parametrize("top_k", [1, 11, 12, 50, 99, 100])
+def test_top_k_takes_the_first_ranks(make_scores: MakeScores, top_k: int) -> None:
+    run = ranked_run(make_scores)
+    check_prefix(run, select(run, BY_DAVIR, SelectConfig(top_k=top_k)), top_k)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "expected"), [(100, 0.29, 29), (100, 0.579, 57), (7, 0.1, 1), (9, 1.0, 9)]
+)
+def test_top_fraction_is_the_floor_of_the_exact_decimal(
+    make_scores: MakeScores, rows: int, fraction: float, expected: int
+) -> None:
+    run = ranked_run(make_scores, rows)
+    check_prefix(run, select(run, BY_DAVIR, SelectConfig(top_fraction=fraction)), expected)
+
+
+def test_top_fraction_counts_ranked_rows_only(make_scores: MakeScores) -> None:
+    run = make_scores([0.1, 0.2, None, None, 0.3, 0.4, None, None])
+    rank(run, BY_DAVIR)
+    check_prefix(run, select(run, BY_DAVIR, SelectConfig(top_fraction=0.5)), 2)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.5, 1.0])
+def test_top_tokens_is_the_longest_prefix_that_fits(make_scores: MakeScores, share: float) -> None:
+    tokens = np.random.default_rng(0).integers(1, 30, 100)
+    run = ranked_run(make_scores, num_response_tokens=tokens)
+    cumulative = table_of(run, "ranked")["num_response_tokens"].cumsum()
+    for most in (int(share * tokens.sum()), int(cumulative[20]), int(cumulative[20]) - 1):
+        manifest = select(run, BY_DAVIR, SelectConfig(top_tokens=most))
+        check_prefix(run, manifest, int((cumulative <= most).sum()))
+
+
+def test_more_tokens_than_there_are_takes_all(make_scores: MakeScores) -> None:
+    run = ranked_run(make_scores)
+    check_prefix(run, select(run, BY_DAVIR, SelectConfig(top_tokens=10**12)), 100)
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_min_score_is_inclusive(make_scores: MakeScores, lowest: bool) -> None:
+    config = RankConfig(lowest=lowest)
+    run = ranked_run(make_scores, config=config)
+    manifest = select(run, config, SelectConfig(min_score=0.4))
+    check_prefix(run, manifest, 41 if lowest else 60)
+    assert table_of(run, "selected")["davir"].iloc[-1] == 0.4
+    assert manifest.details["cut"] == 0.4
+
+
+def test_min_score_takes_all_ties(make_scores: MakeScores) -> None:
+    run = make_scores([0.5] * 40 + [0.1] * 40)
+    rank(run, BY_DAVIR)
+    check_prefix(run, select(run, BY_DAVIR, SelectConfig(min_score=0.5)), 40)
+
+
+def test_min_score_is_of_the_ordering_key(make_scores: MakeScores) -> None:
+    config = RankConfig(order="length")
+    run = ranked_run(make_scores, config=config, num_response_tokens=range(1, 101))
+    check_prefix(run, select(run, config, SelectConfig(min_score=91)), 10)
+
+
+def test_a_random_order_has_no_cut_value(make_scores: MakeScores) -> None:
+    config = RankConfig(order="random")
+    run = ranked_run(make_scores, config=config)
+    manifest = select(run, config, SelectConfig(top_k=20))
+    check_prefix(run, manifest, 20)
+    assert manifest.details["cut"] is None
+
+
+def test_more_than_all_is_refused_with_the_count(make_scores: MakeScores) -> None:
+    run = ranked_run(make_scores)
+    with pytest.raises(ConfigError, match=r"top_k is 101, but only 100"):
+        select(run, BY_DAVIR, SelectConfig(top_k=101))
+
+
+@pytest.mark.parametrize("rule", [SelectConfig(min_score=1.5), SelectConfig(top_tokens=4)])
+def test_a_rule_that_selects_nothing_is_refused(make_scores: MakeScores, rule: SelectConfig) -> None:
+    run = ranked_run(make_scores, num_response_tokens=[5] * 100)
+    with pytest.raises(ConfigError, match="no row"):
+        select(run, BY_DAVIR, rule)
+
+
+def test_selected_has_the_schema_of_the_contract(make_scores: MakeScores) -> None:
+    run = ranked_run(make_scores)
+    select(run, BY_DAVIR, SelectConfig(top_k=30))
+    for name in (run / "selected").names():
+        assert read_parquet(run / "selected" / name).schema.remove_metadata().equals(SELECTED)
+
+
+def test_a_smaller_selection_leaves_no_file_of_the_larger(make_scores: MakeScores) -> None:
+    run = ranked_run(make_scores)
+    select(run, BY_DAVIR, SelectConfig(top_k=90))
+    check_prefix(run, select(run, BY_DAVIR, SelectConfig(top_k=5)), 5)
+
+
+def test_scores_and_examples_that_do_not_match_are_found(make_scores: MakeScores) -> None:
+    run = ranked_run(make_scores)
+    place = run / "examples" / (run / "examples").names()[0]
+    table = read_parquet(place)
+    write_parquet(place, table.take(list(reversed(range(table.num_rows)))))
+    with pytest.raises(IntegrityError, match="do not hold the same rows"):
+        select(run, BY_DAVIR, SelectConfig(top_k=5))
+
+
+def test_selecting_before_ranking_says_what_to_run(make_scores: MakeScores) -> None:
+    with pytest.raises(OutputError, match="no complete rank stage"):
+        select(make_scores([0.5]), BY_DAVIR, SelectConfig(top_k=1))

@@ -1,0 +1,118 @@
+"""What one rank of a fine-tune meets ends all of them by name: two processes of one group, without Ray."""
+
+import gc
+import sys
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_two_ranks
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.progress import Told
+from davir_ray.errors import DavirError, IntegrityError, ModelError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.training.examples import Objective, TrainingSet
+from davir_ray.models.training.loop import Trainer
+from davir_ray.run.location import Location
+from davir_ray.stages import finetune as training
+from davir_ray.stages.finetune import Training
+
+CONFIG = FinetuneConfig(
+    epochs=2, batch_size=4, gradient_checkpointing=False, precision="float32", export_epochs=True,
+    checkpoint_every_steps=100,
+)  # fmt: skip
+MODEL = LlamaConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReadAlike:
+    """Reads the same examples on each rank, but for one, whose copy is damaged."""
+
+    damaged_on: int | None
+
+    def __call__(self) -> Objective:
+        if dist.get_rank() == self.damaged_on:
+            raise IntegrityError(f"the copy of rank {self.damaged_on} is damaged")
+        ids = np.arange(8 * 6).reshape(8, 6) % MODEL.vocab_size
+        kinds = {"example_id": pa.int64(), "input_ids": pa.list_(pa.int32()), "response_spans": pa.list_(pa.int32())}
+        rows = [{"example_id": row, "input_ids": ids[row].tolist(), "response_spans": [3, 6]} for row in range(8)]
+        return TrainingSet.of([pa.Table.from_pylist(rows, pa.schema(kinds))])
+
+
+class WithoutTokenizer(Checkpoint):
+    """A base whose tokenizer is gone when the model is written."""
+
+    def tokenizer(self) -> Any:
+        raise ModelError("the tokenizer of the base is gone")
+
+
+class NobodyListens:
+    """Stands for the tally, an actor of Ray."""
+
+    def begin(self, key: str) -> None:
+        """Nothing."""
+
+    def tell(self, key: str, told: Told, total: int | None = None) -> None:
+        """Nothing."""
+
+
+def training_of(folder: Path, damaged_on: int | None = None) -> Training:
+    base = WithoutTokenizer.__new__(WithoutTokenizer)
+    return Training("finetune", Location.of(folder), base, CONFIG, ReadAlike(damaged_on), {}, "reference")
+
+
+def read_damaged(folder: Path, rank: int) -> None:
+    """One rank cannot read what it is to train on."""
+    training._train(training_of(folder, damaged_on=1), NobodyListens(), rank == 0)  # type: ignore[arg-type]
+
+
+def export_nothing(folder: Path, rank: int) -> None:
+    """Rank 0 cannot write the model after the first epoch, and the others have a second before them."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(MODEL, attn_implementation=PACKED_ATTENTION)
+    of_rank = training_of(folder)
+    trainer = Trainer(DistributedDataParallel(Likelihood(model)), of_rank.objective(), replace(CONFIG, epochs=2))
+    trainer.train(training._Reporter(of_rank, NobodyListens(), trainer, is_first=rank == 0))  # type: ignore[arg-type]
+
+
+CASES = {
+    read_damaged: "IntegrityError: the copy of rank 1 is damaged",
+    export_nothing: "ModelError: the tokenizer of the base is gone",
+}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    for case in CASES:
+        with pytest.raises(DavirError) as raised:
+            case(folder, rank)
+        (folder / f"{case.__name__}-{rank}").write_text(f"{type(raised.value).__name__}: {raised.value}")
+        dist.barrier()
+    gc.collect()  # what holds the process group must be freed before it is destroyed
+    dist.destroy_process_group()
+
+
+def test_an_error_that_one_rank_meets_is_raised_on_all(tmp_path: Path) -> None:
+    run_two_ranks(__file__, tmp_path)
+    for case, told in CASES.items():
+        assert [(tmp_path / f"{case.__name__}-{rank}").read_text() for rank in range(2)] == [told, told]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

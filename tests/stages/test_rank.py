@@ -1,0 +1,290 @@
+"""The ranking in many bins is the order of one plain sort, whatever the values, ties and shards."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from davir_ray.config.selection import RankConfig
+from davir_ray.engine.shards import Shards
+from davir_ray.errors import DataError, IntegrityError
+from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.stages import rank as ranking
+from davir_ray.stages.rank import BinWriter, assign_bins, cut_into_bins, exchange, rank
+
+pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
+
+MakeScores = Callable[..., Location]
+Floats = npt.NDArray[np.float64]
+BIN_ROWS = 40
+ROWS = 300
+
+
+@pytest.fixture
+def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bins so small that a few hundred rows fall into many."""
+    monkeypatch.setattr(ranking, "cut_into_bins", partial(cut_into_bins, bin_rows=BIN_ROWS))
+    monkeypatch.setattr(ranking, "_SAMPLES_PER_BIN", 10)
+
+
+def ids_of(rows: int, seed: int = 0) -> list[int]:
+    """Distinct ids from the whole range of the column, in no order."""
+    drawn = np.random.default_rng(seed).integers(0, 2**63 - 1, rows, dtype=np.int64)
+    assert len(np.unique(drawn)) == rows
+    return [int(example_id) for example_id in drawn]
+
+
+def table_of(run: Location, folder: str = "ranked") -> pd.DataFrame:
+    places = [run / folder / name for name in (run / folder).names(".parquet")]
+    return pa.concat_tables([read_parquet(place) for place in places]).to_pandas()
+
+
+def expected_ids(values: Floats, ids: list[int], *, lowest: bool = False) -> list[int]:
+    """The order by one sort: value, then id; without a value there is no rank."""
+    known = ~np.isnan(values)
+    keys = values[known] if lowest else -values[known]
+    known_ids = np.array(ids)[known]
+    return [int(example_id) for example_id in known_ids[np.lexsort((known_ids, keys))]]
+
+
+def check(run: Location, manifest: Manifest, expected: list[int]) -> None:
+    table = table_of(run)
+    assert table["example_id"].tolist() == expected
+    assert table["rank"].tolist() == list(range(1, len(expected) + 1))
+    assert manifest.counts["ranked"] == len(expected)
+    assert manifest.counts["ranked"] + manifest.counts["unranked"] == manifest.counts["examples"]
+    assert [entry.rows for entry in manifest.files] == [
+        pq.read_metadata(f"{run}/{entry.name}").num_rows for entry in manifest.files
+    ]
+
+
+def _some_missing(rng: np.random.Generator) -> Floats:
+    values = rng.normal(size=ROWS)
+    values[rng.random(ROWS) < 0.3] = np.nan
+    return values
+
+
+VALUES: dict[str, Callable[[np.random.Generator], Floats]] = {
+    "distinct": lambda rng: rng.normal(size=ROWS),
+    "heavy ties": lambda rng: rng.integers(0, 3, ROWS).astype(float),
+    "all equal": lambda rng: np.full(ROWS, 0.25),
+    "infinities and signed zeros": lambda rng: rng.choice([np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0], ROWS),
+    "neighbouring doubles": lambda rng: 0.1 + rng.integers(0, 4, ROWS) * np.spacing(0.1),
+    "some without a value": _some_missing,
+    "a whole shard without a value": lambda rng: np.where(np.arange(ROWS) < ROWS // 2, np.nan, rng.normal(size=ROWS)),
+    "one row": lambda rng: rng.normal(size=1),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("lowest", [False, True])
+def test_ranks_equal_one_plain_sort(make_scores: MakeScores, kind: str, lowest: bool) -> None:
+    values = VALUES[kind](np.random.default_rng(1))
+    ids = ids_of(len(values))
+    run = make_scores([None if np.isnan(value) else value for value in values], example_id=ids)
+    manifest = rank(run, RankConfig(lowest=lowest))
+    check(run, manifest, expected_ids(values, ids, lowest=lowest))
+
+
+def test_many_rows_fall_into_many_bins(make_scores: MakeScores) -> None:
+    for name, davir in {"distinct": np.random.default_rng(0).normal(size=ROWS), "equal": np.zeros(ROWS)}.items():
+        run = make_scores(davir, example_id=ids_of(ROWS), name=name)
+        counts = rank(run, RankConfig()).details["rows_by_bin"]
+        assert len(counts) >= 6
+        assert sum(counts) == ROWS
+        assert max(counts) <= 4 * BIN_ROWS
+
+
+def test_nan_is_unranked_and_stays_in_scores(make_scores: MakeScores) -> None:
+    run = make_scores([0.5, float("nan"), None, 0.7])
+    manifest = rank(run, RankConfig())
+    check(run, manifest, [3, 0])
+    assert len(table_of(run, "scores")) == 4
+
+
+def test_nothing_to_rank_is_the_users_to_know(make_scores: MakeScores) -> None:
+    run = make_scores([None] * 5)
+    with pytest.raises(DataError, match="no example can be ranked by davir"):
+        rank(run, RankConfig())
+
+
+@pytest.mark.parametrize("order", ["rho_sum", "rho_mean", "base_nll", "reference_nll", "length"])
+def test_every_order_ranks_by_its_column(make_scores: MakeScores, order: str) -> None:
+    rng = np.random.default_rng(2)
+    column = "num_response_tokens" if order == "length" else order
+    values = rng.integers(1, 50, ROWS) if order == "length" else rng.normal(size=ROWS)
+    ids = ids_of(ROWS)
+    run = make_scores(rng.normal(size=ROWS), example_id=ids, **{column: values})
+    manifest = rank(run, RankConfig(order=order))  # type: ignore[arg-type]
+    check(run, manifest, expected_ids(values.astype(float), ids))
+
+
+def test_length_and_random_rank_scored_rows_only(make_scores: MakeScores) -> None:
+    run = make_scores([0.1, None, 0.3, None], num_response_tokens=[1, 9, 2, 8])
+    check(run, rank(run, RankConfig(order="length")), [2, 0])
+    rank(run, RankConfig(order="random"))
+    assert sorted(table_of(run)["example_id"]) == [0, 2]
+
+
+def test_a_random_order_depends_on_ids_and_seed_only(make_scores: MakeScores) -> None:
+    ids = ids_of(ROWS)
+    orders = []
+    for name, davir, seed in [
+        ("a", np.zeros(ROWS), 1),
+        ("b", np.arange(ROWS, dtype=float), 1),
+        ("c", np.zeros(ROWS), 2),
+    ]:
+        shuffled = ids if name != "b" else ids[::-1]
+        run = make_scores(davir, example_id=shuffled, num_shards=2 if name == "b" else 5, name=name)
+        rank(run, RankConfig(order="random", seed=seed))
+        orders.append(table_of(run)["example_id"].tolist())
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(ids)
+    assert abs(np.corrcoef(np.argsort(orders[0]), np.argsort(orders[2]))[0, 1]) < 0.2
+
+
+def test_the_order_of_rows_and_shards_does_not_matter(make_scores: MakeScores) -> None:
+    davir = np.random.default_rng(3).integers(0, 20, ROWS).astype(float)
+    ids = np.array(ids_of(ROWS))
+    shuffle = np.random.default_rng(4).permutation(ROWS)
+    one = make_scores(davir, example_id=ids.tolist(), num_shards=1, name="one")
+    other = make_scores(davir[shuffle], example_id=ids[shuffle].tolist(), num_shards=7, name="other")
+    for run in (one, other):
+        rank(run, RankConfig())
+    pd.testing.assert_frame_equal(table_of(one), table_of(other))
+
+
+def test_all_columns_of_a_row_stay_together(make_scores: MakeScores) -> None:
+    ids = ids_of(ROWS)
+    davir = np.random.default_rng(5).normal(size=ROWS)
+    run = make_scores(davir, example_id=ids, base_nll=davir * 2, num_response_tokens=range(ROWS))
+    rank(run, RankConfig())
+    table = table_of(run)
+    np.testing.assert_array_equal(table["base_nll"], table["davir"] * 2)
+    assert [ids[tokens] for tokens in table["num_response_tokens"]] == table["example_id"].tolist()
+
+
+def test_two_rows_with_the_same_id_and_value_are_found(make_scores: MakeScores) -> None:
+    run = make_scores([0.5, 0.1, 0.5, 0.2], example_id=[7, 8, 7, 9])
+    with pytest.raises(IntegrityError, match="the same example_id"):
+        rank(run, RankConfig())
+    assert Manifest.read(run, "rank") is None
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: int) -> None:
+    run = make_scores(np.arange(100, dtype=float))
+    scored = Manifest.read(run, "score")
+    assert scored is not None
+    cut = cut_into_bins(run, RankConfig(), scored.files_in("scores"), BIN_ROWS)
+    assert len(cut.counts) > 1
+    counts = cut.counts.copy()
+    counts[1] += wrong
+    cut = dataclasses.replace(cut, counts=counts)
+    with pytest.raises(IntegrityError, match="bin 1 was counted"):
+        exchange(
+            Shards(scored.files_in("scores"), partial(read_scores, run)),
+            partial(assign_bins, cut=cut, last_bin=len(counts) - 1),
+            len(counts),
+            BinWriter(run / "ranked", cut, 100, {}).write,
+        )
+
+
+def write_once_killed(group: pa.Table, write: Callable[[pa.Table], pa.Table], mark: Path) -> pa.Table:
+    """The first process that gets here says who it is and waits to be killed."""
+    if not mark.exists():
+        mark.write_text(str(os.getpid()))
+        time.sleep(60)
+    return write(group)
+
+
+def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores, tmp_path: Path) -> None:
+    values, ids = np.random.default_rng(6).integers(0, 9, ROWS).astype(float), ids_of(ROWS)
+    run = make_scores(values, example_id=ids)
+    mark, killed = tmp_path / "pid", []
+
+    def kill() -> None:
+        while not mark.exists() or not mark.read_text():
+            time.sleep(0.05)
+        killed.append(int(mark.read_text()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    exchange_as_it_is = ranking.exchange
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ranking,
+            "exchange",
+            lambda shards, assign, num_bins, write: exchange_as_it_is(
+                shards, assign, num_bins, partial(write_once_killed, write=write, mark=mark)
+            ),
+        )
+        manifest = rank(run, RankConfig())
+    killer.join()
+    assert len(killed) == 1
+    check(run, manifest, expected_ids(values, ids))
+
+
+RANK_ALONE = """
+import json
+import sys
+from functools import partial
+import ray
+from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.stages import ranking, selection
+from davir_ray.run.location import Location
+ray.init(logging_level="ERROR", **json.loads(sys.argv[2]))
+ranking.cut_into_bins = partial(ranking.cut_into_bins, bin_rows=40)
+selection.BIN_ROWS = 15
+run = Location.of(sys.argv[1])
+ranking.rank(run, RankConfig())
+selection.select(run, RankConfig(), SelectConfig(top_fraction=0.4, drop_duplicates=True, balance=["length"]))
+"""
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_rows_in_the_same_files(
+    make_scores: MakeScores, ray_address: str
+) -> None:
+    draw = np.random.default_rng(8)
+    values, tokens = draw.integers(0, 9, ROWS) / 9, draw.integers(1, 600, ROWS)
+    hashes = draw.integers(0, ROWS, ROWS)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    found = []
+    alone = {"address": "local", "include_dashboard": False}
+    clusters = {"one": {**alone, "num_cpus": 1}, "a few": {"address": ray_address}, "eight": {**alone, "num_cpus": 8}}
+    for workers, cluster in clusters.items():
+        run = make_scores(
+            values, example_id=ids_of(ROWS), num_shards=20, name=f"run-{workers}", num_response_tokens=tokens,
+            content_hash=hashes, source=["a"] * ROWS,
+        )  # fmt: skip
+        command = [sys.executable, "-c", RANK_ALONE, str(run), json.dumps(cluster)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        places = [run / folder / name for folder in ("ranked", "selected") for name in (run / folder).names()]
+        found.append({f"{place}".removeprefix(str(run)): read_parquet(place) for place in places})
+    assert len(found[0]) > 10
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, table in found[0].items():
+            assert table.equals(other[name]), name
+
+
+def read_scores(run: Location, name: str) -> pa.Table:
+    return read_parquet(run / "scores" / name)

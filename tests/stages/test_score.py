@@ -1,0 +1,208 @@
+"""Scores do not depend on the number of actors or the cut into shards, and a shard is one block or nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import ray.data
+from safetensors.torch import save_file
+
+from davir_ray.config.prepare import PrepareConfig
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.sources import Source
+from davir_ray.engine.connect import pool_size, whole_block_context
+from davir_ray.engine.pool import describe
+from davir_ray.engine.progress import Told
+from davir_ray.engine.shards import Shards, ShardSink, num_tokens
+from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
+from davir_ray.run.location import FINGERPRINT_KEY, FileEntry, Location, read_parquet
+from davir_ray.run.manifest import Manifest
+from davir_ray.schema import SCORES
+from davir_ray.stages.prepare import Preparation, prepare
+from davir_ray.stages.score import _settings, _what_matters, score
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+ROWS = 100
+COLUMNS = ["base_nll", "reference_nll", "davir", "rho_sum", "rho_mean"]
+Score = Callable[[str, int], Location]
+
+
+def prepared_run(folder: Path, data_folder: Path, base_folder: Path, shard_rows: int) -> Location:
+    source = Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
+    base = Checkpoint.find(str(base_folder))
+    settings = Preparation(base=base, config=PrepareConfig(max_tokens=256, shard_rows=shard_rows), limit=ROWS)
+    prepare(Location.of(folder), [source], settings, max_bad_fraction=1)
+    return Location.of(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(prepared_run(tmp_path_factory.mktemp("prepared") / "run", data_folder, base_folder, 15).path)
+
+
+def score_run(run: Location, base_folder: Path, reference_folder: Path, num_actors: int) -> Manifest:
+    base, reference = Checkpoint.find(str(base_folder)), Checkpoint.find(str(reference_folder))
+    return score(run, base, reference, ScoreConfig(num_actors=num_actors, precision="float32"))
+
+
+def table_of(run: Location) -> pd.DataFrame:
+    return pa.concat_tables([read_parquet(run / "scores" / name) for name in (run / "scores").names()]).to_pandas()
+
+
+def test_bits_are_equal_for_any_number_of_actors_and_close_for_any_shards(
+    prepared: Path, data_folder: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    runs = {}
+    for num_actors in (1, 3):
+        runs[num_actors] = Location.of(shutil.copytree(prepared, tmp_path / f"actors-{num_actors}"))
+        manifest = score_run(runs[num_actors], base_folder, reference_folder, num_actors)
+        assert manifest.counts["examples"] == ROWS
+    names = (runs[1] / "scores").names()
+    assert names == (runs[3] / "scores").names() == (runs[1] / "examples").names()
+    assert len(names) == 7
+    for name in names:
+        assert (runs[1] / "scores" / name).read_bytes() == (runs[3] / "scores" / name).read_bytes()
+        examples, scores = (read_parquet(runs[1] / folder / name) for folder in ("examples", "scores"))
+        for column in ("example_id", "content_hash", "source", "num_prompt_tokens", "num_response_tokens", "truncated"):
+            assert examples[column].equals(scores[column])
+    whole = prepared_run(tmp_path / "whole", data_folder, base_folder, 4096)
+    score_run(whole, base_folder, reference_folder, 1)
+    one, other = (table_of(run).sort_values("example_id").reset_index(drop=True) for run in (runs[1], whole))
+    assert len((whole / "scores").names()) == 1
+    assert one["example_id"].equals(other["example_id"])
+    for column in COLUMNS[:2]:
+        np.testing.assert_allclose(one[column], other[column], rtol=1e-6)
+    for column in COLUMNS[2:]:
+        np.testing.assert_allclose(one[column], other[column], rtol=1e-6, atol=1e-6 * one["base_nll"].max())
+
+
+def unheard(shard: str, told: Told) -> None:
+    """Nobody listens."""
+
+
+def block(rows: int, shard: str, shard_rows: int) -> pa.Table:
+    columns = {field.name: pa.nulls(rows, field.type) for field in SCORES}
+    columns |= {"num_prompt_tokens": pa.array([3] * rows, pa.int32())}
+    columns |= {"num_response_tokens": pa.array([4] * rows, pa.int32())}
+    columns |= {"status": pa.array(["zero_base_nll", *["ok"] * rows][:rows]), "shard": pa.array([shard] * rows)}
+    return pa.table(columns | {"shard_rows": pa.array([shard_rows] * rows), "numerics": pa.array(["{}"] * rows)})
+
+
+def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
+    run = Location.of(tmp_path)
+    told = dict[str, Told]()
+    shards = ShardSink(run / "scores", SCORES, "mark", told.__setitem__, num_tokens).write(
+        [block(3, "part-7.parquet", 3)], None
+    )
+    assert told == {"part-7.parquet": Told(3, rows=3, tokens=21, unscored=1)}
+    assert [(shard.entry.name, shard.entry.rows, shard.statuses) for shard in shards] == [
+        ("part-7.parquet", 3, {"ok": 2, "zero_base_nll": 1})
+    ]
+    written = read_parquet(run / "scores" / "part-7.parquet")
+    assert written.schema.metadata[FINGERPRINT_KEY] == b"mark"
+    assert written.schema.remove_metadata().equals(SCORES)
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        block(2, "a.parquet", 3),
+        block(4, "a.parquet", 3),
+        pa.concat_tables([block(1, "a.parquet", 2), block(1, "b.parquet", 2)]),
+        block(0, "a.parquet", 0),
+    ],
+    ids=["a part", "more", "two shards", "empty"],
+)
+def test_the_sink_refuses_a_block_that_is_not_one_whole_shard(tmp_path: Path, torn: pa.Table) -> None:
+    with pytest.raises(IntegrityError, match="not one whole shard"):
+        ShardSink(Location.of(tmp_path) / "scores", SCORES, "mark", unheard, num_tokens).write([torn], None)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
+    """A bit of the fingerprint's text would otherwise look like a shard of other settings."""
+    folder = Location.of(tmp_path) / "scores"
+    sink = ShardSink(folder, SCORES, json.dumps({"base": "abc"}), unheard, num_tokens)
+    sink.write([block(3, "part-0.parquet", 3)], None)
+    place = folder / "part-0.parquet"
+    found = describe(place, SCORES, 3)
+    assert found is not None
+    assert found.fingerprint == {"base": "abc"}
+    assert describe(place, SCORES, 4) is None
+    place.write_bytes(place.read_bytes().replace(b'"abc"', b'"abd"'))
+    assert describe(place, SCORES, 3) is None
+
+
+def test_every_shard_is_one_block_whatever_its_size() -> None:
+    sizes = {"a": 1, "b": 3, "c": 2000}
+
+    def read(name: str) -> pa.Table:
+        return pa.table({"name": [name] * sizes[name], "fill": ["x" * 2000] * sizes[name]})
+
+    def describe(table: pa.Table) -> pa.Table:
+        return pa.table({"name": [",".join(sorted(set(table["name"].to_pylist())))], "rows": [table.num_rows]})
+
+    shards = Shards([FileEntry(name, rows, 1, "") for name, rows in sizes.items()], read)
+    context = whole_block_context(60)
+    assert context.target_max_block_size is None
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(shards, **shards.read_options)
+        rows = dataset.map_batches(describe, batch_size=None, batch_format="pyarrow").take_all()
+    assert {row["name"]: row["rows"] for row in rows} == sizes
+
+
+def test_a_pool_leaves_a_cpu_for_reading_and_writing() -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    assert pool_size(None, 1, 0) == cpus - 1
+    assert pool_size(2, 0.5, 0) == 2
+    for wanted, num_cpus, num_gpus in [(cpus, 1, 0), (1, cpus, 0), (None, cpus, 0), (1, 1, 1)]:
+        with pytest.raises(ClusterError, match="do not fit"):
+            pool_size(wanted, num_cpus, num_gpus)
+
+
+@pytest.mark.parametrize("modules", [None, ["lm_head"]], ids=str)
+def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
+    base_folder: Path, tmp_path: Path, modules: list[str] | None
+) -> None:
+    """Its manifest says nothing of them; that of any other adapter need not."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": modules}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({}, adapter / "adapter_model.safetensors")
+    run, config = Location.of(tmp_path / "run"), ScoreConfig(precision="float32")
+    prepared = Manifest("prepare", {}, {"prepared": 1}, []).commit(run)
+    base, reference = Checkpoint.find(str(base_folder)), Checkpoint.find(str(adapter))
+    fingerprint = {
+        "base": base.weights_digest(),
+        "reference": reference.weights_digest(),
+        "examples": prepared.content,
+        "settings": _what_matters(config, _settings(config, "sample", 1)),
+        "numerics": NUMERICS_VERSION,
+    }
+    before = Manifest("score", fingerprint, {"scored": 1}, []).commit(run)
+    if modules is None:
+        assert score(run, base, reference, config) == before
+        return
+    with pytest.raises(OutputError, match="score differs in modules_to_save"):
+        score(run, base, reference, config)
+
+
+def test_an_actor_that_cannot_load_its_model_says_why(
+    prepared: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
+) -> None:
+    run = Location.of(shutil.copytree(prepared, tmp_path / "run"))
+    broken = shutil.copytree(reference_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        score_run(run, base_folder, broken, 1)
+    assert Manifest.read(run, "score") is None
+    assert not (run / "scores").exists()
