@@ -13,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 import davir_ray
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 
 PACKAGE = Path(davir_ray.__file__).parent.parent
 DATA_FOLDERS = ("examples", "rejects", "scores", "ranked", "selected")

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from davir_ray.run.location import Location, in_folder, write_parquet
+from davir_ray.run.files import in_folder, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES, SCORES
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Record, Reject
 from davir_ray.data.pairs import PairReader
+from davir_ray.data.records import Record, Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings

@@ -31,7 +31,8 @@ from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
-from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.status import status
 from davir_ray.stages.finished import remembered

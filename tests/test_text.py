@@ -20,11 +20,12 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import RunConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.yaml import dump
-from davir_ray.data.formats import ChatTemplate
+from davir_ray.data.chat import ChatTemplate
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.inputs import read_template
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.location import Location, digest
+from davir_ray.run.digests import digest
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import CONFIG_HEAD
 from davir_ray.run.stages import check_claim, remember
 from davir_ray.stages.finished import remembered
@@ -128,7 +129,12 @@ SAVED = {
     "CRLF": lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
     "UTF-16": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
 }
-PARSE = "import sys; from davir_ray.cli import parse; from davir_ray.config.yaml import dump; sys.stdout.write(ascii(dump(parse(sys.argv[1:]))))"
+PARSE = """
+import sys
+from davir_ray.cli import parse
+from davir_ray.config.yaml import dump
+sys.stdout.write(ascii(dump(parse(sys.argv[1:]))))
+"""
 
 
 @pytest.mark.parametrize("locale", ["C", "UTF-8"])

@@ -17,7 +17,8 @@ from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.models.training.pairs import is_held_out
-from davir_ray.run.location import Location, in_folder, read_parquet, write_parquet
+from davir_ray.run.files import in_folder, read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import MARGINS, Role, Status

@@ -11,7 +11,7 @@ import pyarrow as pa
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
-from davir_ray.formulas.order import drawn
+from davir_ray.formulas.hashing import drawn
 from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
 from davir_ray.report.sweep import Trained, sweep_table
 from davir_ray.run.location import Location

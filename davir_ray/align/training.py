@@ -11,7 +11,8 @@ from davir_ray.engine.pool import num_gpus_of
 from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
-from davir_ray.run.location import Location, each, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import require
 from davir_ray.stages.finetune import Training, recipe_of, train, trains_on_gpus

@@ -15,8 +15,8 @@ import ray.data
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Record, Reject, table_records
 from davir_ray.data.formats import columns
+from davir_ray.data.records import Record, Reject, table_records
 from davir_ray.engine.connect import actor_cpus
 from davir_ray.engine.pool import num_gpus_of, plan_pool
 from davir_ray.errors import ConfigError

@@ -21,8 +21,9 @@ from davir_ray.benchmarks.workload import load_model, plain_copy, trained_tokeni
 from davir_ray.config.align import AlignConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.data.files import Reject, list_files, plan_tasks
+from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.pairs import PairReader
+from davir_ray.data.records import Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.models.checkpoint import local_device

@@ -16,7 +16,8 @@ from davir_ray.config.scoring import Precision, ScoreConfig
 from davir_ray.engine.connect import connected
 from davir_ray.models.checkpoint import Checkpoint, quiet
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.run.location import Location, in_folder, write_parquet
+from davir_ray.run.files import in_folder, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages.score import score
 

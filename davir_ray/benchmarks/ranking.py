@@ -21,7 +21,13 @@ from davir_ray.benchmarks.measure import peak_since, start_peak
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.connect import connected
 from davir_ray.errors import ConfigError
-from davir_ray.run.location import FileEntry, Location, in_folder, read_parquet, write_parquet
+from davir_ray.run.files import (
+    FileEntry,
+    in_folder,
+    read_parquet,
+    write_parquet,
+)
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.rank import rank

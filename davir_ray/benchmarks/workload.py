@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Format, Source
-from davir_ray.data.files import Reject, list_files, plan_tasks
+from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.reader import ExampleReader
+from davir_ray.data.records import Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.models.checkpoint import Checkpoint

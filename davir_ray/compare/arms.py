@@ -22,10 +22,16 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import ENTRY, collect, entries_of
 from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.formulas.hashing import drawn, seed_from
 from davir_ray.formulas.length_matching import length_bins, matched_draw
-from davir_ray.formulas.order import drawn, seed_from
 from davir_ray.formulas.shares import proportional
-from davir_ray.run.location import Location, in_folder, read_parquet, total_rows, write_parquet
+from davir_ray.run.files import (
+    in_folder,
+    read_parquet,
+    total_rows,
+    write_parquet,
+)
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import EXAMPLES

@@ -15,7 +15,8 @@ from davir_ray.compare.generation import generated_from
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import Location, in_folder, read_parquet, write_parquet
+from davir_ray.run.files import in_folder, read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import MATCHES, Status

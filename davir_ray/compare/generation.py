@@ -10,13 +10,14 @@ import pyarrow.compute as pc
 
 from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.data.formats import ChatTemplate
+from davir_ray.data.chat import ChatTemplate
 from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
 from davir_ray.engine.progress import Tally
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
-from davir_ray.run.location import FileEntry, Location, each, read_parquet, total_rows
+from davir_ray.run.files import FileEntry, read_parquet, total_rows
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import completed, require
 from davir_ray.schema import GENERATIONS

@@ -10,7 +10,8 @@ import pyarrow as pa
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.run.location import Location, each, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location, each
 from davir_ray.run.stages import require
 
 _HASHES = pa.schema([("content_hash", pa.int64())])

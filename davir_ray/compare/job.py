@@ -53,7 +53,8 @@ from davir_ray.report.comparison import (
     summarise_comparison,
 )
 from davir_ray.run.access import check_readable, probe_output
-from davir_ray.run.location import Location, committed_parquet, write_file, write_parquet
+from davir_ray.run.files import committed_parquet, write_file, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import remember, require

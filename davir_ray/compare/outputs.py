@@ -19,7 +19,8 @@ from typing import Any
 from davir_ray.compare.generation import generated_from
 from davir_ray.config.sources import Source
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.run.location import FileEntry, Location, each, read_parquet, write_file
+from davir_ray.run.files import FileEntry, read_parquet, write_file
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, completed
 from davir_ray.schema import Status

@@ -29,7 +29,9 @@ from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
-from davir_ray.run.location import FileEntry, Location, digest, in_folder
+from davir_ray.run.digests import digest
+from davir_ray.run.files import FileEntry, in_folder
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.stages import require
 from davir_ray.stages.finetune import finetune, what_matters

@@ -10,7 +10,6 @@ a StorageError, so that a hiccup never looks like a short file.
 
 import codecs
 import io
-import itertools
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import posixpath
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -29,30 +28,32 @@ from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.config.sources import DEFAULT_SPLIT, Source
 from davir_ray.errors import DataError, StorageError
-from davir_ray.run.location import CYCLE, DANGLING, LFS_POINTER, LFS_POINTER_BYTES, Location, each, file_system
+from davir_ray.run.location import CYCLE, DANGLING, Location, each, file_system
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.run.storage_errors import CONTINUES, STORE_ERRORS, explain
-from davir_ray.schema import RejectReason
 
 logger = logging.getLogger(__name__)
 
 Layout = Literal["jsonl", "json", "parquet", "arrow"]
+
 _T = TypeVar("_T")
 
 _LAYOUTS: dict[str, Layout] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
 _ACCEPTED = ".parquet, .jsonl, .ndjson and .json, the last three also with .gz or .zst"
-_BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
-_BUFFER_BYTES = 1 << 18
-_BOM = b"\xef\xbb\xbf"
+
+CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
+BUFFER_BYTES = 1 << 18
+
 _MAGIC = re.compile(r"[*?\[]")
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
+
 _REVISION = re.compile(r"(?P<cache>.*/datasets--[^/]+)/snapshots/(?P<revision>[^/]+)/")
-_SPACE = re.compile(r"[ \t\r\n]*")
-_SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
-_JSON = str(pa.json_())
-_CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,38 +74,11 @@ class Slice(NamedTuple):
     row_groups: range | None = None
 
 
-class Record(NamedTuple):
-    """A row of the input as plain Python values. `source_file` is the file's relative path."""
-
-    source_file: str
-    source_row: int
-    fields: dict[str, Any]
-
-
-class Reject(NamedTuple):
-    """A row of the input that is not a record, or a whole file (`empty_file`), or where its reading stopped."""
-
-    source_file: str
-    source_row: int
-    reason: RejectReason
-    detail: str
-
-
-class _Bad(NamedTuple):
-    """A Reject that does not know its place yet."""
-
-    reason: RejectReason
-    detail: str
-
-
 CountBytes = Callable[[int], None]
 
 
-def _ignore(num_bytes: int) -> None:
+def count_nothing(num_bytes: int) -> None:
     """Nobody wants to know how far reading is."""
-
-
-_Row = dict[str, Any] | _Bad | None  # None: a blank line, counted in the row index only
 
 
 class _Stored(io.RawIOBase):
@@ -139,9 +113,6 @@ class _Stored(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-# --- which files -----------------------------------------------------------------------------------------------------
 
 
 class _Found(NamedTuple):
@@ -310,12 +281,12 @@ def _models_among(infos: dict[str, Any]) -> set[str]:
 def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
     """The folders of runs, by the configuration in each."""
     marks = [path for path, info in infos.items() if posixpath.basename(path) == CONFIG_FILE and info["type"] == "file"]
-    starts = each(lambda path: fs.cat_file(path, end=len(CONFIG_HEAD) + len(_BOM)), marks)
+    starts = each(lambda path: fs.cat_file(path, end=len(CONFIG_HEAD) + len(codecs.BOM_UTF8)), marks)
     head = CONFIG_HEAD.strip().encode()
     return [
         posixpath.dirname(path)
         for path, start in zip(marks, starts, strict=True)
-        if start.removeprefix(_BOM).startswith(head)
+        if start.removeprefix(codecs.BOM_UTF8).startswith(head)
     ]
 
 
@@ -400,7 +371,7 @@ def _hub_files(source: Source) -> list[SourceFile]:
         sizes = {uri: _uri_size(uri) for uri in uris.get(source.split, [])}
     except Exception as error:  # a missing library, no network, no such data set, a configuration to choose
         raise DataError(
-            f"{name} neither exists here nor loads from the hub ({_first_line(error)}); correct the path, or name the "
+            f"{name} neither exists here nor loads from the hub ({first_line(error)}); correct the path, or name the "
             f"files as hf://datasets/{name}/…"
         ) from error
     if not sizes:
@@ -435,7 +406,7 @@ def _relative(path: str, root: str) -> str:
 
 def _layout(path: str) -> Layout | None:
     stem, extension = posixpath.splitext(path.lower())
-    if extension not in _COMPRESSIONS:
+    if extension not in COMPRESSIONS:
         return _LAYOUTS.get(extension)
     layout = _LAYOUTS.get(posixpath.splitext(stem)[1])
     return None if layout == "parquet" else layout
@@ -448,13 +419,10 @@ def _check_name(file: SourceFile) -> None:
         raise DataError(f"the file name {file.uri!r} is not UTF-8 and cannot be recorded; rename the file") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Type and first line of an error, fit for one line of a message and for a UTF-8 column."""
     line = (str(error).strip().splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {line}".encode(errors="backslashreplace").decode()
-
-
-# --- which task reads what -------------------------------------------------------------------------------------------
 
 
 def plan_tasks(files: Iterable[SourceFile], target_bytes: int) -> list[list[Slice]]:
@@ -485,9 +453,9 @@ def _cut(file: SourceFile, target_bytes: int) -> list[tuple[Slice, int]]:
     if file.layout != "parquet" or file.num_bytes <= target_bytes:
         return whole
     try:
-        with _open(file) as stream:
+        with open_source(file) as stream:
             sizes = _row_group_bytes(pq.ParquetFile(stream).metadata)
-    except _CORRUPT:
+    except CORRUPT:
         return whole
     runs = _runs(enumerate(sizes), target_bytes)
     if len(runs) < 2:
@@ -500,200 +468,12 @@ def _row_group_bytes(footer: Any) -> list[int]:
     return [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_records(piece: Slice, count: CountBytes = _ignore) -> Iterator[Record | Reject]:
-    """The rows of a slice in order: each row that is not blank comes out once, as a Record or as a Reject.
-
-    `count` hears of bytes as they are read from storage, still compressed.
-    Streams, except that a JSON array is held as text while it is read. Where the content is damaged, the rows before
-    are kept and one `unreadable_file` tells where reading stopped. Raises DataError for a file that is gone or may not
-    be opened, StorageError where the storage fails.
-    """
-    file = piece.file
-    row = 0
-    try:
-        with _open(file, count) as stream:
-            row, values = _rows(stream, piece)
-            for value in values:
-                if isinstance(value, _Bad):
-                    yield Reject(file.relative_path, row, *value)
-                elif value is not None:
-                    yield Record(file.relative_path, row, value)
-                row += 1
-    except _CORRUPT as error:
-        detail = _first_line(error)
-        logger.warning("%s: reading stopped at row %d, the rest of the file is lost: %s", file.uri, row, detail)
-        yield Reject(file.relative_path, row, RejectReason.UNREADABLE_FILE, detail)
-
-
-def table_records(table: Any) -> Iterator[Record | Reject]:
-    """The rows of an Arrow table in order, each once; they are of no file, so `source_file` is empty."""
-    batches = itertools.chain.from_iterable(map(_plain_rows, table.to_batches(_BATCH_ROWS)))
-    for row, value in enumerate(batches):
-        if isinstance(value, _Bad):
-            yield Reject("", row, *value)
-        elif value is not None:
-            yield Record("", row, value)
-
-
-def _open(file: SourceFile, count: CountBytes = _ignore) -> io.BufferedReader:
+def open_source(file: SourceFile, count: CountBytes = count_nothing) -> io.BufferedReader:
+    """The file as it is stored, its bytes counted as they are read."""
     try:
         fs, path = file_system(file.uri)
-        return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri, count), _BUFFER_BYTES)
+        return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri, count), BUFFER_BYTES)
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{file.uri} cannot be opened: {explain(error, file.uri)}") from error
     except STORE_ERRORS as error:
         raise StorageError(f"{file.uri}: {explain(error, file.uri)}. {CONTINUES}") from error
-
-
-def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]:
-    """Index of the slice's first row in the file, and its rows."""
-    layout, uri = piece.file.layout, piece.file.uri
-    if not stream.peek(1):
-        return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes")])
-    if LFS_POINTER.match(stream.peek(LFS_POINTER_BYTES)):
-        raise DataError(f"{uri} is a Git LFS pointer, not data; run git lfs pull where it was cloned")
-    if layout == "parquet":
-        return _parquet_rows(stream, piece.row_groups)
-    if layout == "arrow":
-        return 0, itertools.chain.from_iterable(map(_plain_rows, _arrow_batches(stream)))
-    text = _decompressed(stream, uri)
-    if not text.peek(1):
-        return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes when decompressed")])
-    if text.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{uri} is UTF-16; save it as UTF-8")
-    if layout == "json" and text.peek(1).lstrip(_BOM + b" \t\r\n").startswith(b"["):
-        return 0, _array_rows(text)
-    return 0, _line_rows(text)
-
-
-def _decompressed(stream: io.BufferedReader, uri: str) -> io.BufferedReader:
-    compression = _COMPRESSIONS.get(posixpath.splitext(uri.lower())[1])
-    if compression is None:
-        return stream
-    # Arrow's decompressor and not zstandard's: that one takes a truncated file for a whole one.
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), compression), _BUFFER_BYTES)
-
-
-def _line_rows(lines: io.BufferedReader) -> Iterator[_Row]:
-    for index, line in enumerate(lines):
-        yield _parse_line(line.removeprefix(_BOM) if index == 0 else line)
-
-
-def _parse_line(line: bytes) -> _Row:
-    if not line.strip():
-        return None
-    try:
-        text = line.decode()
-        return _checked(json.loads(text), text)
-    except UnicodeDecodeError as error:
-        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python converts
-        return _Bad(RejectReason.BROKEN_JSON, str(error)[:300])
-
-
-def _array_rows(stream: io.BufferedReader) -> Iterator[_Row]:
-    """The elements of a JSON array. Nothing after a broken element can be trusted, so it is the last one told."""
-    # Bytes that are not UTF-8 become lone surrogates, so that they cost only the element they stand in.
-    text = stream.read().removeprefix(_BOM).decode(errors="surrogateescape")
-    decoder = json.JSONDecoder()
-    at = _skip_space(text, _skip_space(text, 0) + 1)
-    follower = ","
-    if text.startswith("]", at):
-        follower, at = "]", _skip_space(text, at + 1)
-    while follower == ",":
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            yield _Bad(RejectReason.BROKEN_JSON, f"{str(error)[:300]}; the rest of the array is lost")
-            return
-        yield _checked(value, text[at:end])
-        at = _skip_space(text, end)
-        follower, at = text[at : at + 1], _skip_space(text, at + 1)
-    if follower != "]" or at < len(text):
-        need = "nothing after" if follower == "]" else "',' or ']' before"
-        yield _Bad(RejectReason.BROKEN_JSON, f"expected {need} character {at}; the rest of the file is lost")
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    return match.end() if match else at
-
-
-def _check_text(value: Any, text: str) -> None:
-    """UnicodeEncodeError if a parsed value holds a lone surrogate; `text` is what it was parsed from."""
-    if _SURROGATE.search(text):
-        json.dumps(value, ensure_ascii=False).encode()
-
-
-def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
-    """The parsed value if it is an object of valid text."""
-    try:
-        _check_text(value, text)
-    except UnicodeEncodeError as error:
-        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    if not isinstance(value, dict):
-        return _Bad(RejectReason.NOT_AN_OBJECT, f"a {type(value).__name__}; expected an object with named fields")
-    return value
-
-
-def _parquet_rows(stream: io.BufferedReader, row_groups: range | None) -> tuple[int, Iterator[_Row]]:
-    parquet = pq.ParquetFile(stream)
-    footer = parquet.metadata
-    groups = range(footer.num_row_groups) if row_groups is None else row_groups
-    first = sum(footer.row_group(index).num_rows for index in range(groups.start))
-    # One row group after another: a batch over two of them would be lost whole if the second is damaged.
-    batches = (batch for index in groups for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[index]))
-    return first, itertools.chain.from_iterable(map(_plain_rows, batches))
-
-
-def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
-    for batch in pa.ipc.open_stream(stream):
-        yield from (batch.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS))
-
-
-def _plain_rows(batch: Any) -> list[_Row]:
-    """The rows of an Arrow batch as Python values; where a value has none, only its row is bad."""
-    json_fields = [field for field in batch.schema if _JSON in str(field.type)]
-    try:
-        rows: list[_Row] = batch.to_pylist()
-        return [_with_json(row, json_fields) for row in rows] if json_fields else rows
-    except (ValueError, OverflowError, RecursionError):
-        return [_plain_row(batch.slice(index, 1), json_fields) for index in range(batch.num_rows)]
-
-
-def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
-    try:
-        row: dict[str, Any] = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, OverflowError) as error:  # a date that Python does not know
-        return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])
-    try:
-        return _with_json(row, json_fields)
-    except UnicodeEncodeError as error:
-        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, RecursionError) as error:
-        return _Bad(RejectReason.BROKEN_JSON, str(error)[:300])
-
-
-def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:
-    """A row, or a struct in it, with the values of these fields decoded where Arrow calls their text JSON."""
-    return {**row, **{field.name: _decoded(row[field.name], field.type) for field in fields}}
-
-
-def _decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value of an Arrow type, decoded where it is JSON. `datasets` (5) stores so what has no one type."""
-    if value is not None and isinstance(kind, pa.JsonType):
-        found = json.loads(value)
-        _check_text(found, value)
-        return found
-    if value is None or isinstance(kind, pa.BaseExtensionType):
-        return value
-    if isinstance(kind, pa.StructType):
-        return _with_json(value, kind)
-    if isinstance(kind, pa.MapType):
-        return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
-    return [_decoded(item, kind.value_type) for item in value] if isinstance(value, list) else value

@@ -10,18 +10,12 @@
 A record that cannot be rendered raises RowError, which names one of the schema's reasons.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cached_property
-from typing import Any, NamedTuple
-
-from jinja2 import TemplateSyntaxError
-from transformers.utils import chat_template_utils
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from davir_ray.config.sources import Format, Source
-from davir_ray.errors import ModelError
+from davir_ray.data.chat import TODAY, ChatTemplate, messages_of, render_turns
+from davir_ray.data.rendered import Rendered, RowError, Segment, shorten
 from davir_ray.schema import RejectReason
 
 # Stanford Alpaca, train.py, PROMPT_DICT (github.com/tatsu-lab/stanford_alpaca). The response follows without a space.
@@ -30,57 +24,15 @@ ALPACA_PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+
 ALPACA_PROMPT_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+
 # Ours: neither GSM8K nor the DavIR paper states a prompt.
 GSM8K_PROMPT = "Question: {question}\nAnswer:\n"
-
-# What a chat template takes for today, so that the same data renders alike every day. It is the date that Llama 3's own
-# template falls back to.
-TODAY = datetime(2024, 7, 26)
-
-# The public render_jinja_template puts a string in the place of the function strftime_now (transformers 5.23), so with
-# it a template that asks the clock cannot be given a date. Its two private parts, used here, take the function.
-_JINJA: Any = chat_template_utils
-
-_GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-Message = dict[str, Any]
-Span = tuple[int, int]  # characters of a rendered conversation, end exclusive
-
-
-class Segment(NamedTuple):
-    """A stretch of the rendered text."""
-
-    text: str
-    scored: bool
-
-
-class Rendered(NamedTuple):
-    """The text of an example.
-
-    `segments` in order are what the model reads, up to the last scored character. For all formats but messages they are
-    the prompt (which may be empty) and the response. For messages no segment is empty, the text holds the template's
-    special tokens (also BOS and end markers, if the template writes them), `prompt` is what stands before the first
-    scored segment and `response` the assistant's contents joined by blank lines, without markers.
-    """
-
-    prompt: str
-    response: str
-    segments: tuple[Segment, ...]
-
-
-class RowError(Exception):
-    """A record that cannot become an example, with the reason and the particulars."""
-
-    def __init__(self, reason: RejectReason, detail: str) -> None:
-        """Keep both in `args`, which is what pickling keeps."""
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 def render(fields: Mapping[str, Any], source: Source, chat: "ChatTemplate | None") -> Rendered:
@@ -174,7 +126,7 @@ def column(fields: Mapping[str, Any], name: str) -> Any:
     if fields.get(name) is None:
         fault = "is null" if name in fields else "is absent"
         seen = ", ".join(sorted(fields)) or "none"
-        raise RowError(RejectReason.MISSING_COLUMN, f"column {name!r} {fault}; columns seen: {_shorten(seen, 200)}")
+        raise RowError(RejectReason.MISSING_COLUMN, f"column {name!r} {fault}; columns seen: {shorten(seen, 200)}")
     return fields[name]
 
 
@@ -184,256 +136,3 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
         detail = f"column {name!r} holds a value of type {type(value).__name__}; expected a string"
         raise RowError(RejectReason.WRONG_TYPE, detail)
     return value
-
-
-def _shorten(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-# --- messages --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A chat template and the special tokens it is written with; independent of the tokenizer's class, and picklable.
-
-    A template that does not compile raises ModelError when the object is made.
-    """
-
-    template: str
-    """Jinja text, as transformers understands it."""
-    named_tokens: Mapping[str, str] = field(default_factory=dict)
-    """Special tokens by the names that templates use (bos_token, eos_token, …)."""
-    special_tokens: tuple[str, ...] = ()
-    """All other strings that the tokenizer encodes as one special token."""
-
-    def __post_init__(self) -> None:
-        """Compile the template once, so that a broken one is found before any row."""
-        try:
-            self._compiled()
-        except TemplateSyntaxError as error:
-            raise ModelError(
-                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); correct it, or give "
-                "another with --chat_template"
-            ) from error
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any, override: str | None) -> "ChatTemplate":
-        """The template text `override`, or else the tokenizer's own; ModelError if there is neither."""
-        if override is None:
-            try:
-                override = tokenizer.get_chat_template()
-            except ValueError as error:
-                raise ModelError(
-                    f"the tokenizer {tokenizer.name_or_path!r} has no chat template to use for the format messages; "
-                    "give one with --chat_template FILE"
-                ) from error
-        named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        return cls(override, named, tuple(sorted({*tokenizer.all_special_tokens, *added})))
-
-    def find_special_token(self, text: str) -> str | None:
-        """The first special token that a text spells."""
-        match = self._special_token.search(text)
-        return match.group() if match else None
-
-    def segments(self, messages: Sequence[Message], given: int = 0) -> tuple[Segment, ...]:
-        """The rendered conversation up to its last scored character, every assistant turn after the first `given`
-        messages scored.
-
-        The scored spans are the template's generation marks; without marks, what an assistant turn adds to the
-        conversation before it, end marker included. Raises RowError bad_conversation.
-        """
-        text, spans = self._render(messages)
-        if not _GENERATION_MARK.search(self.template):
-            spans = list(self._turn_spans(messages, text))
-        if given:
-            start = self._end_of(messages[:given], text)
-            spans = [(max(start, first), end) for first, end in spans if end > start]
-        segments = tuple(_cut(text, spans))
-        _check_replies_are_scored(messages[given:], segments)
-        return segments
-
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """The rendered conversation up to where the assistant's next turn begins. Raises RowError bad_conversation."""
-        return self._render(messages, add_generation_prompt=True)[0]
-
-    def turn_end(self) -> str | None:
-        """The special token that ends an assistant's scored turn; None where the template has none."""
-        try:
-            text = self.segments([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1].text
-        except RowError:
-            return None
-        content_end, marker_end = self._turn_end(text, 0)
-        return text[content_end:marker_end] or None
-
-    def _end_of(self, messages: Sequence[Message], text: str) -> int:
-        """Where the first messages end in the text of the conversation that they begin."""
-        before = self.prompt(messages)
-        if not text.startswith(before):
-            raise _not_a_prefix(f"the first {len(messages)} messages", before, text)
-        return len(before)
-
-    @cached_property
-    def _special_token(self) -> re.Pattern[str]:
-        tokens = {token for token in (*self.named_tokens.values(), *self.special_tokens) if token}
-        longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """The span of each assistant turn, found by rendering the conversation up to it and with it."""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.prompt(messages[:index])
-            through, _ = self._render(messages[: index + 1])
-            if not through.startswith(before):
-                raise _not_a_prefix(f"message {index}", before, through)
-            content_end, marker_end = self._turn_end(through, len(before))
-            if text.startswith(through[:marker_end]):
-                yield len(before), marker_end
-            elif text.startswith(through[:content_end]):  # the template ends only the last turn
-                yield len(before), content_end
-            else:
-                raise _not_a_prefix(f"what follows message {index}", through[:content_end], text)
-
-    def _turn_end(self, text: str, start: int) -> tuple[int, int]:
-        """Where a turn's content ends, and where its end marker does.
-
-        The marker is the turn's last special token if only white space follows; so the line break that ChatML writes
-        after it is not scored. Without a marker both are the text's end.
-        """
-        markers = list(self._special_token.finditer(text, start))
-        if not markers or text[markers[-1].end() :].strip():
-            return len(text), len(text)
-        return markers[-1].start(), markers[-1].end()
-
-    def _compiled(self) -> Any:
-        return _JINJA._compile_jinja_template(self.template)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The rendered text and the spans inside generation marks."""
-        try:
-            text, spans = _JINJA._render_with_assistant_indices(
-                self._compiled(),
-                list(messages),
-                None,
-                None,
-                add_generation_prompt,
-                **self.named_tokens,
-                date_string=TODAY.strftime("%d %b %Y"),
-                strftime_now=TODAY.strftime,
-            )
-        except Exception as error:  # a template is a program from elsewhere: it may raise anything
-            detail = f"the chat template refuses the messages: {type(error).__name__}: {error}"
-            raise RowError(RejectReason.BAD_CONVERSATION, _shorten(detail, 300)) from error
-        return text, spans
-
-
-def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, given: int = 0) -> Rendered:
-    """A conversation by the chat template: the assistant's turns are scored but for those among the first `given`.
-
-    Raises RowError: special_token_in_text, bad_conversation, empty_response; `name` is the column that it tells of.
-    """
-    for index, message in enumerate(messages):
-        for text in _strings(message):
-            if token := chat.find_special_token(text):
-                raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {name!r} spells {token!r}")
-    replies = _replies(messages[given:])
-    if not replies:
-        roles = _shorten(", ".join(sorted({message["role"] for message in messages})) or "none")
-        raise RowError(RejectReason.BAD_CONVERSATION, f"no message has the role 'assistant'; roles seen: {roles}")
-    if not any(reply.strip() for reply in replies):
-        raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
-    segments = chat.segments(messages, given)
-    prompt = "" if segments[0].scored else segments[0].text
-    return Rendered(prompt, "\n\n".join(replies), segments)
-
-
-def messages_of(value: Any, column: str) -> list[Message]:
-    """The messages with their contents as strings. Other fields that are not null reach the template as they are."""
-    if not isinstance(value, list):
-        raise _wrong_message(f"column {column!r} holds a value of type {type(value).__name__}")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise _wrong_message(f"message {index} of {column!r} is of type {type(message).__name__}")
-        kept = {name: item for name, item in message.items() if item is not None}
-        if not isinstance(kept.get("role"), str) or "content" not in kept:
-            raise _wrong_message(f"message {index} of {column!r} has the fields {_shorten(', '.join(map(str, kept)))}")
-        messages.append({**kept, "content": _content(kept["content"], f"message {index} of {column!r}")})
-    return messages
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _wrong_message(f"the content of {where} is of type {type(content).__name__}")
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise _wrong_message(f"the content of {where} has a part of type {_shorten(str(kind))}")
-    return "".join(part["text"] for part in content)
-
-
-def _wrong_message(seen: str) -> RowError:
-    expected = "a list of messages with the fields role (a string) and content (a string or a list of text parts)"
-    return RowError(RejectReason.WRONG_TYPE, f"{seen}; expected {expected}")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a message, names of fields included: a template may write any of them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _strings(name)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _replies(messages: Sequence[Message]) -> list[str]:
-    return [message["content"] for message in messages if message["role"] == "assistant"]
-
-
-def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
-    """The text up to the last span's end, cut into what lies between the spans and within them."""
-    at = 0
-    for start, end in spans:
-        if start < at:
-            raise RowError(RejectReason.BAD_CONVERSATION, "the chat template's generation marks overlap")
-        if start > at:
-            yield Segment(text[at:start], False)
-        if end > start:
-            yield Segment(text[start:end], True)
-        at = end
-
-
-def _check_replies_are_scored(messages: Sequence[Message], segments: Sequence[Segment]) -> None:
-    """A template may drop or rewrite a turn, or mark only some: then `response` would not be what is scored."""
-    scored = "".join(segment.text for segment in segments if segment.scored)
-    at = 0
-    for number, reply in enumerate(_replies(messages), start=1):
-        found = scored.find(reply.strip(), at)
-        if found < 0:
-            detail = (
-                f"assistant turn {number} is not in the scored text as it stands: the chat template drops or rewrites "
-                "it, or marks only some turns"
-            )
-            raise RowError(RejectReason.BAD_CONVERSATION, detail)
-        at = found + len(reply.strip())
-
-
-def _not_a_prefix(where: str, start: str, whole: str) -> RowError:
-    """Shows the first difference."""
-    same = (one == other for one, other in zip(start, whole, strict=False))
-    at = next((index for index, equal in enumerate(same) if not equal), min(len(start), len(whole)))
-    detail = (
-        f"the chat template writes the conversation before {where} otherwise when it goes on "
-        f"({_shorten(start[at:], 30)!r} becomes {_shorten(whole[at:], 30)!r}), so the assistant's text cannot be told; "
-        "give a template with generation marks"
-    )
-    return RowError(RejectReason.BAD_CONVERSATION, detail)

@@ -20,18 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Record, Reject, Slice, read_records
-from davir_ray.data.formats import (
+from davir_ray.data.chat import (
     ChatTemplate,
     Message,
-    Rendered,
-    RowError,
-    Segment,
-    column,
     messages_of,
     render_turns,
 )
+from davir_ray.data.files import Slice
+from davir_ray.data.formats import column
 from davir_ray.data.reader import ExampleRow, Pair, as_reject, record_text, rendered_in_batches, row_of, stable_id
+from davir_ray.data.records import Record, Reject, read_records
+from davir_ray.data.rendered import Rendered, RowError, Segment
 from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.schema import RejectReason, Role
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from davir_ray.data.files import Slice, SourceFile, read_records
+from davir_ray.data.files import Slice, SourceFile
+from davir_ray.data.records import read_records
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import Location, parquet_rows
+from davir_ray.run.files import parquet_rows
+from davir_ray.run.location import Location
 
 _FILES = 8
 """Looked into, evenly spaced over the sorted list."""

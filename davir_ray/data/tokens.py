@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from davir_ray.data.formats import Rendered, RowError
+from davir_ray.data.rendered import Rendered, RowError
 from davir_ray.schema import RejectReason
 
 

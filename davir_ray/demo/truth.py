@@ -9,7 +9,8 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from davir_ray.demo.world import CLASSES, InstructionRow
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 
 MEASURES = ("rho_sum", "rho_mean", "davir")
 

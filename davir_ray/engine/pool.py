@@ -41,15 +41,14 @@ from davir_ray.engine.shards import (
     sealed,
 )
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import (
+from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
-    Location,
     committed_parquet,
-    each,
     in_folder,
     total_rows,
 )
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import clear, other_attempt

@@ -18,7 +18,14 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.engine.progress import Told
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import FINGERPRINT_KEY, FileEntry, Location, digest, read_parquet, write_parquet
+from davir_ray.run.digests import digest
+from davir_ray.run.files import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    read_parquet,
+    write_parquet,
+)
+from davir_ray.run.location import Location
 
 _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""

@@ -12,7 +12,7 @@ import ray.data
 
 from davir_ray.engine.connect import num_cpus, own_errors, whole_block_context
 from davir_ray.engine.shards import Shards
-from davir_ray.run.location import FileEntry
+from davir_ray.run.files import FileEntry
 
 _MOST_PARTITIONS = 200
 """Ray's default, which costs seconds where there are only a few groups."""

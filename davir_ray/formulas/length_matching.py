@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from davir_ray.formulas.order import Keys
+from davir_ray.formulas.hashing import Keys
 
 Ints = npt.NDArray[np.int64]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, ModelError
-from davir_ray.formulas.order import seed_from
+from davir_ray.formulas.hashing import seed_from
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,9 @@ import pyarrow as pa
 from davir_ray.errors import IntegrityError, OutputError
 from davir_ray.models.kernel.packing import Spans, scored_positions
 from davir_ray.run.access import translated
-from davir_ray.run.location import Location, digest, read_parquet, write_parquet
+from davir_ray.run.digests import digest
+from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.location import Location
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,8 @@ from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.run.access import PATIENCE_S, in_time, translated
-from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location, digest, file_digest
+from davir_ray.run.digests import digest, file_digest
+from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.text import BYTE_ORDER_MARK
 
 SPEC_FILE = "scoring_spec.json"

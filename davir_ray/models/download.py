@@ -19,7 +19,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from davir_ray.errors import ModelError
-from davir_ray.run.location import TEMPORARY, Location, content_digest, digest, each
+from davir_ray.run.digests import content_digest, digest
+from davir_ray.run.location import TEMPORARY, Location, each
 from davir_ray.run.storage_errors import explain, storage_errors
 
 log = logging.getLogger(__name__)

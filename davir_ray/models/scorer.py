@@ -18,7 +18,7 @@ import transformers
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
-from davir_ray.formulas.order import seed_from
+from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype, uses_autocast

@@ -1,47 +1,34 @@
-"""Files, local or in object storage: locations, atomic writes, Parquet with checksums.
+"""Places: a local path or an object-store URI through fsspec, links followed, files replaced atomically."""
 
-A reader never sees a torn file under its final name: locally a file is written beside its place and renamed, in object
-storage it is one PUT, or an upload in parts that appears when it is complete. What a file system raises becomes a
-StorageError here, at the call; a file that is not there is a FileNotFoundError to who reads it.
-"""
-
-import hashlib
-import json
 import logging
 import os
 import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from davir_ray.errors import IntegrityError
 from davir_ray.run.storage_errors import STORE_ERRORS, storage_errors
 from davir_ray.text import decoded
 
 log = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
+
 _Result = TypeVar("_Result")
 
 TEMPORARY = ".partial-"
 """Prefix of files still being written: readers skip it, and a restarted stage removes what a dead attempt left."""
 
-FINGERPRINT_KEY = b"davir_ray.fingerprint"
-"""Parquet metadata key of the fingerprint under which a file was written: how a resumed stage knows its own files."""
-
 _S3 = ("s3://", "s3a://")
+
 _S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 6}}}
 """Exponential backoff of up to 20 s where a store throttles. s3fs tries five times in addition, but knows a throttled
 HEAD, which has no body, by no name. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS come first where they are set."""
@@ -50,6 +37,7 @@ _THREADS = 32
 """Requests at a time where many files are looked at: they wait for the store, not for this process."""
 
 DANGLING = "dangling link"
+
 CYCLE = "link to a folder that it lies in"
 """Types of an entry of a local listing, beside fsspec's `file`, `directory` and `other`."""
 
@@ -165,7 +153,7 @@ class Location:
         except FileNotFoundError:
             return {}
         files = {name: info for name, info in infos.items() if info["type"] == "file"}
-        return {name: _stored(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
+        return {name: stored(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
 
     def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError if it is not there."""
@@ -223,133 +211,11 @@ class Location:
             if self.fs.lexists(self.path):
                 self.fs.rm(self.path, recursive=True)
 
-    def put_folder(self, local: Path, last: Collection[str] = ()) -> list["FileEntry"]:
-        """Replace this folder by the files of a local folder; returns what was written.
 
-        A local target is filled beside its place and renamed. In object storage the files named in `last` follow the
-        others, so that a reader who needs one of them never takes half a folder for a whole one.
-        """
-        files = sorted(path for path in local.rglob("*") if path.is_file())
-        entries = [_entry_of(file, file.relative_to(local).as_posix()) for file in files]
-        with storage_errors(self):
-            if self.is_local:
-                target = Path(self.path)
-                partial = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-                shutil.copytree(local, partial)
-                self.remove()
-                partial.replace(target)
-                return entries
-            self.remove()
-            for entry in sorted(entries, key=lambda entry: entry.name in last):
-                self.fs.put_file(str(local / entry.name), (self / entry.name).path)
-            return entries
-
-
-def _stored(info: Mapping[str, Any]) -> Stored:
+def stored(info: Mapping[str, Any]) -> Stored:
+    """Size and mark of a file, from what its file system says of it."""
     mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
     return Stored(int(info["size"]), None if mark is None else str(mark).strip('"'))
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One committed file of a stage. In a manifest its name begins with the stage's folder."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-    mark: str | None = field(default=None, compare=False)
-    """The file's mark (see Stored) when its stage was committed; says nothing of the content, and is not compared."""
-
-
-def _entry_of(file: Path, name: str) -> FileEntry:
-    return FileEntry(name, 0, file.stat().st_size, file_digest(Location.of(file)))
-
-
-def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:
-    """Write a whole file, atomically; returns its entry."""
-    place.write_bytes(content)
-    return FileEntry(place.name, rows, len(content), hashlib.sha256(content).hexdigest())
-
-
-def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes] | None = None) -> FileEntry:
-    """Write a table as one Parquet file, atomically, with `extra` added to its schema metadata."""
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(extra or {})})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return write_file(place, sink.getvalue().to_pybytes(), table.num_rows)
-
-
-def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, only the named columns of it. IntegrityError if it is missing, or what is read damaged."""
-    try:
-        with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
-            table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
-            if columns is not None and set(table.column_names) != set(columns):
-                raise pa.ArrowInvalid(f"its columns are {table.column_names}")
-            return table
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{place} is missing; restore it, or delete its stage's manifest to redo it") from error
-
-
-def parquet_rows(place: Location) -> int:
-    """Rows of a Parquet file, from its footer. IntegrityError if it was damaged."""
-    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
-        return int(pq.ParquetFile(file).metadata.num_rows)
-
-
-def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
-    """A file that an earlier attempt committed: its entry and all of it. IntegrityError if its data were damaged.
-
-    Page checksums leave out the footer's statistics and metadata: who keeps something there seals it.
-    """
-    content = place.read_bytes()
-    with _sound(place):
-        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
-    return FileEntry(place.name, table.num_rows, len(content), hashlib.sha256(content).hexdigest()), table
-
-
-@contextmanager
-def _sound(place: Location) -> Iterator[None]:
-    """Tell damaged content from storage that fails: Arrow's errors have no number, a file system's have one."""
-    try:
-        yield
-    except MemoryError:  # Arrow's is one of its own errors, too
-        raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise IntegrityError(f"{place} is damaged ({reason}); delete it and its stage's manifest to redo it") from error
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON-ready value, in hex: how fingerprints and lists of files are compared."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def file_digest(place: Location) -> str:
-    """What changes when a file's content does: SHA-256 of a local file, the store's etag of a remote one."""
-    if place.is_local:
-        with storage_errors(place, may_be_absent=True):
-            stat = Path(place.path).stat()
-            return _local_digest(place.path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    with storage_errors(place, may_be_absent=True):
-        num_bytes, mark = _stored(place.fs.info(place.path))
-    return content_digest(place) if mark is None else f"{num_bytes}-{mark}"
-
-
-@lru_cache(maxsize=4096)
-def _local_digest(path: str, *_: int) -> str:
-    """SHA-256 of a local file, computed again only where the file behind the path, its size or its times differ."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_digest(place: Location) -> str:
-    """SHA-256 of a file's content, read now."""
-    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
@@ -379,13 +245,3 @@ def remove_leftovers(folder: Location) -> None:
                 folder.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload_id)
         except STORE_ERRORS as error:  # a permission of its own, which no run needs
             log.warning("%s: parts of uploads that died, if there are any, stay: %s", folder, error)
-
-
-def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:
-    """Entries as a manifest lists them: named from the run's folder."""
-    return [replace(entry, name=f"{folder}/{entry.name}") for entry in entries]
-
-
-def total_rows(entries: Iterable[FileEntry]) -> int:
-    """Rows of all files."""
-    return sum(entry.rows for entry in entries)

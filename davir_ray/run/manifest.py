@@ -9,7 +9,9 @@ from importlib import metadata
 from typing import Any, Self
 
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import FileEntry, Location, Stored, content_digest, digest, each
+from davir_ray.run.digests import content_digest, digest
+from davir_ray.run.files import FileEntry
+from davir_ray.run.location import Location, Stored, each
 
 CONFIG_FILE = "config.yaml"
 CONFIG_HEAD = (

@@ -10,9 +10,10 @@ import torch
 
 from davir_ray.config.run import EstimateConfig
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Reject, list_files, plan_tasks
+from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.pairs import PairReader
 from davir_ray.data.reader import ExampleReader, ExampleRow, Pair, rows_of_item
+from davir_ray.data.records import Reject
 from davir_ray.data.survey import estimate_rows
 from davir_ray.engine.connect import accelerators, has_gpu
 from davir_ray.errors import ConfigError

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect
 from davir_ray.models.kernel.packing import scored_positions
-from davir_ray.run.location import FileEntry, Location, read_parquet
+from davir_ray.run.files import FileEntry, read_parquet
+from davir_ray.run.location import Location
 from davir_ray.schema import EXAMPLES, RANKED
 
 _SHOWN = 20

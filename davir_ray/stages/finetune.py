@@ -44,7 +44,9 @@ from davir_ray.models.training.loop import (
     switch_off_dropout,
 )
 from davir_ray.models.training.parallel import sharded, together
-from davir_ray.run.location import FileEntry, Location, digest, each, in_folder, read_parquet
+from davir_ray.run.digests import digest
+from davir_ray.run.files import FileEntry, in_folder, put_folder, read_parquet
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import completed, note_attempt, require, same_attempt
@@ -383,4 +385,4 @@ def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) 
         with storage_errors(folder):
             save_reference(trainer.likelihood, training.base.tokenizer(), Path(folder), weights)
             Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
-        return (training.run / name).put_folder(Path(folder), last=CONFIGS)
+        return put_folder(training.run / name, Path(folder), last=CONFIGS)

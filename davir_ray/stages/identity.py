@@ -8,8 +8,9 @@ import pyarrow as pa
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, regroup
 from davir_ray.errors import IntegrityError
-from davir_ray.formulas.order import hash_parts
-from davir_ray.run.location import FileEntry, Location
+from davir_ray.formulas.hashing import hash_parts
+from davir_ray.run.files import FileEntry
+from davir_ray.run.location import Location
 
 _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""

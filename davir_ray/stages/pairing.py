@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from davir_ray.config.sources import Source
-from davir_ray.data.formats import ChatTemplate
+from davir_ray.data.chat import ChatTemplate
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
 from davir_ray.models.size import num_ids

@@ -10,17 +10,20 @@ import ray.data
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
+from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
-from davir_ray.data.formats import ChatTemplate, rendering
+from davir_ray.data.formats import rendering
 from davir_ray.data.pairs import PairReader
-from davir_ray.data.reader import BYTES, COUNTED, NOT_FINITE, ExampleReader, ShardWriter, TaskReport
+from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
+from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
 from davir_ray.engine.connect import actor_cpus, own_errors, pool_size
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
-from davir_ray.run.location import Location, content_digest, digest, each, file_digest
+from davir_ray.run.digests import content_digest, digest, file_digest
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import clear, completed, note_attempt, same_attempt

@@ -22,8 +22,16 @@ from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect, entry_row, exchange
 from davir_ray.errors import DataError, IntegrityError
+from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.location import FINGERPRINT_KEY, FileEntry, Location, digest, in_folder, write_parquet
+from davir_ray.run.digests import digest
+from davir_ray.run.files import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    in_folder,
+    write_parquet,
+)
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import RANKED
@@ -48,8 +56,8 @@ class Cut:
     """Bins of the order: their boundaries and exact counts."""
 
     config: RankConfig
-    boundary_keys: ranking.Keys
-    boundary_ids: ranking.Ids
+    boundary_keys: hashing.Keys
+    boundary_ids: hashing.Ids
     counts: npt.NDArray[np.int64]
     id_column: str = "example_id"
     """Column that breaks ties."""
@@ -88,7 +96,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
 
 def order_keys(
     table: pa.Table, config: RankConfig, id_column: str = "example_id"
-) -> tuple[npt.NDArray[np.bool_], ranking.Keys, ranking.Ids]:
+) -> tuple[npt.NDArray[np.bool_], hashing.Keys, hashing.Ids]:
     """Which rows are rankable, and the composite keys of those: rows without a value, or with NaN, have no rank."""
     ids = np.asarray(pc.fill_null(table[id_column], 0))  # null where the row has no value either
     values = table[value_column(config)].to_numpy().astype(np.float64)
@@ -96,7 +104,7 @@ def order_keys(
     if config.order in ("random", "length"):
         rankable = np.asarray(pc.equal(table["status"], "ok").fill_null(False))
     if config.order == "random":
-        return rankable, ranking.random_keys(ids[rankable], config.seed, lowest=config.lowest), ids[rankable]
+        return rankable, hashing.random_keys(ids[rankable], config.seed, lowest=config.lowest), ids[rankable]
     return rankable, ranking.value_keys(values[rankable], lowest=config.lowest), ids[rankable]
 
 
@@ -159,7 +167,7 @@ class BinWriter:
 
 def ranked_bin(
     group: pa.Table, cut: Cut, number: int
-) -> tuple[npt.NDArray[np.intp], ranking.Ids, npt.NDArray[np.int64]]:
+) -> tuple[npt.NDArray[np.intp], hashing.Ids, npt.NDArray[np.int64]]:
     """Row indices of a bin from best to worst, the ids by row, and the ranks; IntegrityError if it is not whole."""
     if group.num_rows != cut.counts[number]:
         raise IntegrityError(f"bin {number} was counted at {cut.counts[number]} rows and came with {group.num_rows}")
@@ -181,7 +189,7 @@ def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, b
 def _sample(table: pa.Table, *, config: RankConfig, id_column: str, share: float) -> pa.Table:
     """Keys of a share of the rows, drawn by hash, so that every run draws the same."""
     _, keys, ids = order_keys(table, config, id_column)
-    drawn = ranking.drawn(ids, share, "boundaries")
+    drawn = hashing.drawn(ids, share, "boundaries")
     return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
 
 

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from davir_ray.config.run import RunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
-from davir_ray.formulas.order import drawn
+from davir_ray.formulas.hashing import drawn
 from davir_ray.report import ReportInputs, render_page, summarise
-from davir_ray.run.location import Location, read_parquet, write_file
+from davir_ray.run.files import read_parquet, write_file
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, leading_to, require
 from davir_ray.schema import REJECTS, SCORES, RejectReason

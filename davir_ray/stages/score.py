@@ -18,7 +18,8 @@ from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest, weights_pr
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.run.access import translated
-from davir_ray.run.location import Location, digest
+from davir_ray.run.digests import digest
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import completed, require
 from davir_ray.schema import SCORES

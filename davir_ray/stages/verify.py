@@ -15,11 +15,12 @@ from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
-from davir_ray.formulas.order import drawn, random_keys, seed_from
+from davir_ray.formulas.hashing import drawn, random_keys, seed_from
 from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.plain import PlainScorer
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.stages import FOLDERS, require
 from davir_ray.schema import EXAMPLES, SCORES, Status

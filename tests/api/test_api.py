@@ -30,7 +30,8 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.errors import ConfigError, DataError, ModelError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 from davir_ray.stages import prepare as prepare_stage
 from davir_ray.stages import score as scoring
 

@@ -11,7 +11,8 @@ import pytest
 from davir_ray.benchmarks import ranking
 from davir_ray.benchmarks.ranking import RankingBenchmark, run
 from davir_ray.errors import ConfigError
-from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -13,7 +13,8 @@ from davir_ray.compare.arms import FinishedRun, write_set
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.length_matching import length_bins
-from davir_ray.run.location import FileEntry, Location, in_folder, read_parquet
+from davir_ray.run.files import FileEntry, in_folder, read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages.rank import rank
 from davir_ray.stages.select.rule import select

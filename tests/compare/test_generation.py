@@ -18,7 +18,8 @@ from davir_ray.config.sources import Source
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import INPUT_COLUMNS, Generator, GeneratorSettings
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, from_stage
 from davir_ray.schema import GENERATIONS, MATCHES

@@ -16,7 +16,8 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.data.formats import ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHOUT_INPUT
 from davir_ray.errors import DataError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 from davir_ray.stages.prepare import Preparation
 
 pytestmark = pytest.mark.usefixtures("ray_session")

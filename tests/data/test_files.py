@@ -27,7 +27,13 @@ from hypothesis import strategies as st
 
 from davir_ray.config.sources import Source
 from davir_ray.data import files as sources
-from davir_ray.data.files import Record, Reject, Slice, SourceFile, list_files, plan_tasks, read_records
+from davir_ray.data.files import (
+    Slice,
+    SourceFile,
+    list_files,
+    plan_tasks,
+)
+from davir_ray.data.records import Record, Reject, read_records
 from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
 

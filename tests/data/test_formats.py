@@ -15,15 +15,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Source
-from davir_ray.data.formats import (
-    ALPACA_PROMPT_WITH_INPUT,
-    ALPACA_PROMPT_WITHOUT_INPUT,
-    ChatTemplate,
-    Rendered,
-    RowError,
-    Segment,
-    render,
-)
+from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.formats import ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHOUT_INPUT, render
+from davir_ray.data.rendered import Rendered, RowError, Segment
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Record, Reject, Slice, list_files
+from davir_ray.data.files import Slice, list_files
 from davir_ray.data.reader import ExampleReader, ExampleRow
+from davir_ray.data.records import Record, Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import RejectReason
 

@@ -10,10 +10,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Reject, Slice, list_files
-from davir_ray.data.formats import ChatTemplate, Rendered, RowError
+from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.files import Slice, list_files
 from davir_ray.data.pairs import PairReader, render_pair
 from davir_ray.data.reader import Pair, stable_id
+from davir_ray.data.records import Reject
+from davir_ray.data.rendered import Rendered, RowError
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import PAIRS, RejectReason
 

@@ -22,21 +22,21 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Source
-from davir_ray.data import reader as module
-from davir_ray.data.files import Record, Reject, Slice, list_files, read_records
+from davir_ray.data import shards as module
+from davir_ray.data.files import Slice, list_files
 from davir_ray.data.reader import (
     BYTES,
-    COUNTED,
     NOT_FINITE,
     ExampleReader,
     ExampleRow,
-    ShardWriter,
-    TaskReport,
     record_text,
     stable_id,
 )
+from davir_ray.data.records import Record, Reject, read_records
+from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
-from davir_ray.run.location import Location, committed_parquet, read_parquet
+from davir_ray.run.files import committed_parquet, read_parquet
+from davir_ray.run.location import Location
 from davir_ray.schema import EXAMPLES, REJECTS, RejectReason
 
 PARTS = st.lists(

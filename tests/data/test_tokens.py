@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from davir_ray.data.formats import Rendered, RowError, Segment
+from davir_ray.data.rendered import Rendered, RowError, Segment
 from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.schema import RejectReason
 

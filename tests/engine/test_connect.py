@@ -19,7 +19,8 @@ from davir_ray.engine import connect as cluster
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import Round, regroup
 from davir_ray.errors import ClusterError, IntegrityError, ProgressError, StorageError
-from davir_ray.run.location import FileEntry, Location, read_parquet
+from davir_ray.run.files import FileEntry, read_parquet
+from davir_ray.run.location import Location
 
 DRIVER = """
 import ctypes, logging, os, sys, time

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from davir_ray.formulas.hashing import random_keys
 from davir_ray.formulas.length_matching import length_bins, matched_draw
-from davir_ray.formulas.order import random_keys
 
 EDGES = [32, 64, 128, 256, 512]
 

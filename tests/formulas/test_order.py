@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from davir_ray.formulas.order import Ids, Keys, bins, boundaries, order, random_keys, value_keys
+from davir_ray.formulas.hashing import Ids, Keys, random_keys
+from davir_ray.formulas.order import bins, boundaries, order, value_keys
 
 DENORMAL = 5e-324
 SPECIAL = [np.inf, -np.inf, 0.0, -0.0, DENORMAL, -DENORMAL, 2.2250738585072014e-308, 1.7976931348623157e308, 1.0, -1.0]

@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from davir_ray.errors import ModelError, StorageError
-from davir_ray.formulas.order import seed_from
+from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint, check_same_encoding, resolve_dtype, tokenizer_digest
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
-from davir_ray.run.location import TEMPORARY, Location, file_digest
+from davir_ray.run.digests import file_digest
+from davir_ray.run.location import TEMPORARY, Location
 
 NAMES = ("base", "reference")
 

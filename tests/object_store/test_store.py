@@ -16,13 +16,16 @@ from object_store.stores import Store, make_user
 
 from davir_ray.cli import parse
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Slice, list_files, read_records
+from davir_ray.data.files import Slice, list_files
+from davir_ray.data.records import read_records
 from davir_ray.errors import ConfigError, DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run import lease as lease_module
 from davir_ray.run.access import check_readable, probe_output
+from davir_ray.run.digests import file_digest
+from davir_ray.run.files import in_folder, put_folder, read_parquet, write_parquet
 from davir_ray.run.lease import LEASE_FILE, Holder, Lease
-from davir_ray.run.location import Location, file_digest, in_folder, read_parquet, remove_leftovers, write_parquet
+from davir_ray.run.location import Location, remove_leftovers
 from davir_ray.run.manifest import Manifest
 
 TABLE = pa.table({"a": list(range(1000)), "b": ["ü"] * 1000})
@@ -61,7 +64,7 @@ def test_a_folder_of_files_of_any_size_arrives_whole(place: Location, tmp_path: 
     for name, content in contents.items():
         (source / name).write_bytes(content)
     (place / "reference" / "old").write_bytes(b"x")
-    (place / "reference").put_folder(source)
+    put_folder(place / "reference", source)
     assert objects(place / "reference") == sorted(contents)
     for name, content in contents.items():
         assert (place / "reference" / name).read_bytes() == content

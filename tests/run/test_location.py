@@ -18,20 +18,17 @@ from botocore.exceptions import BotoCoreError
 
 from davir_ray.errors import IntegrityError, OutputError, StorageError
 from davir_ray.run.access import translated
-from davir_ray.run.location import (
+from davir_ray.run.digests import content_digest, digest, file_digest
+from davir_ray.run.files import (
     FINGERPRINT_KEY,
-    TEMPORARY,
     FileEntry,
-    Location,
     committed_parquet,
-    content_digest,
-    digest,
-    file_digest,
     parquet_rows,
+    put_folder,
     read_parquet,
-    remove_leftovers,
     write_parquet,
 )
+from davir_ray.run.location import TEMPORARY, Location, remove_leftovers
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "ü", None]})
 
@@ -154,7 +151,7 @@ def test_removing_and_replacing_a_link_leaves_what_it_points_to(local: Location,
     folder = Path(local.path)
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path / target)
-    (local / "link").put_folder(tmp_path / "kept")
+    put_folder(local / "link", tmp_path / "kept")
     assert not (folder / "link").is_symlink()
     (local / "link").remove()
     (folder / "link").symlink_to(tmp_path / target)
@@ -212,7 +209,7 @@ def test_what_makes_a_folder_whole_is_put_last(tmp_path: Path, monkeypatch: pyte
     order = []
     put_file = place.fs.put_file
     monkeypatch.setattr(place.fs, "put_file", lambda a, b: order.append(a) or put_file(a, b), raising=False)
-    entries = place.put_folder(source, last=["config.json"])
+    entries = put_folder(place, source, last=["config.json"])
     assert [Path(path).name for path in order] == ["a", "z", "config.json"]
     digests = {entry.name: entry.sha256 for entry in entries}
     assert digests == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a", "config.json", "z")}
@@ -225,7 +222,7 @@ def test_putting_a_folder_replaces_the_one_that_was_there(place: Location, tmp_p
     (source / "sub").mkdir(parents=True)
     (source / "a").write_bytes(b"1")
     (source / "sub" / "b").write_bytes(b"2")
-    target.put_folder(source)
+    put_folder(target, source)
     assert target.names() == ["a"]
     assert (target / "sub" / "b").read_bytes() == b"2"
     assert not (target / "old").exists()
@@ -235,7 +232,7 @@ def test_putting_a_folder_where_no_folder_is_makes_it(place: Location, tmp_path:
     source = tmp_path / "source"
     source.mkdir()
     (source / "a").write_bytes(b"1")
-    (place / "deep" / "reference").put_folder(source)
+    put_folder(place / "deep" / "reference", source)
     assert (place / "deep" / "reference" / "a").read_bytes() == b"1"
 
 
@@ -328,7 +325,7 @@ CALLS: dict[str, Callable[[Location, Path], object]] = {
     "write_bytes": lambda place, _: place.write_bytes(b"x"),
     "create": lambda place, _: place.create(b"x"),
     "listed": lambda place, _: place.listed(),
-    "put_folder": lambda place, folder: place.put_folder(folder),
+    "put_folder": lambda place, folder: put_folder(place, folder),
     "read_parquet": lambda place, _: read_parquet(place),
     "committed_parquet": lambda place, _: committed_parquet(place),
     "parquet_rows": lambda place, _: parquet_rows(place),

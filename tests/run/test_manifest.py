@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import FileEntry, Location, in_folder, write_parquet
+from davir_ray.run.files import FileEntry, in_folder, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 
 

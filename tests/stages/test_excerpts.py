@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from davir_ray.run.location import FileEntry, Location, write_parquet
+from davir_ray.run.files import FileEntry, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import RANKED, REJECTS
 from davir_ray.stages.excerpts import _around

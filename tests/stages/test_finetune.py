@@ -34,7 +34,8 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.connect import own_interrupts
 from davir_ray.errors import ClusterError, ModelError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import finetune as training
 from davir_ray.stages.finetune import finetune

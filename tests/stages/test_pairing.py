@@ -22,7 +22,7 @@ from transformers import (
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Record
+from davir_ray.data.records import Record
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids

@@ -17,7 +17,8 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.errors import DataError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import REJECTS, RejectReason
 from davir_ray.stages import prepare as module

@@ -22,7 +22,8 @@ import pytest
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.run.location import Location, read_parquet
+from davir_ray.run.files import read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import BinWriter, assign_bins, cut_into_bins, exchange, rank

@@ -22,7 +22,8 @@ from davir_ray.engine.shards import Shards, ShardSink, num_tokens
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
-from davir_ray.run.location import FINGERPRINT_KEY, FileEntry, Location, read_parquet
+from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.prepare import Preparation, prepare

@@ -13,8 +13,8 @@ import torch
 
 from davir_ray.config.align import AlignConfig
 from davir_ray.errors import DataError, IntegrityError
+from davir_ray.formulas.hashing import drawn
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
-from davir_ray.formulas.order import drawn
 from davir_ray.models.kernel.likelihood import Pack
 from davir_ray.models.training.examples import TRAINING_COLUMNS, TrainingSet
 from davir_ray.schema import Status

@@ -9,8 +9,9 @@ import pyarrow as pa
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, entry_row, regroup
 from davir_ray.errors import IntegrityError
-from davir_ray.formulas.order import hash_parts
-from davir_ray.run.location import FileEntry, Location, read_parquet, write_parquet
+from davir_ray.formulas.hashing import hash_parts
+from davir_ray.run.files import FileEntry, read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
 FOLDER = "duplicates"

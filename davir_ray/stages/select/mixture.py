@@ -8,16 +8,16 @@ import pyarrow as pa
 from davir_ray.config.selection import SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row, exchange
-from davir_ray.formulas.order import random_keys, seed_from
-from davir_ray.run.location import (
+from davir_ray.formulas.hashing import random_keys, seed_from
+from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
-    Location,
     read_parquet,
     total_rows,
     write_file,
     write_parquet,
 )
+from davir_ray.run.location import Location
 from davir_ray.schema import SELECTED
 
 BIN_ROWS = 50_000

@@ -21,8 +21,17 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect, entry_row, exchange, table_of
 from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.location import FileEntry, Location, digest, in_folder, read_parquet, total_rows, write_parquet
+from davir_ray.run.digests import digest
+from davir_ray.run.files import (
+    FileEntry,
+    in_folder,
+    read_parquet,
+    total_rows,
+    write_parquet,
+)
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import SELECTED
@@ -82,8 +91,8 @@ class Plan:
     starts: list[int]
     """Where its rows begin among the selected rows of that file."""
     rows: list[int]
-    boundary_keys: ranking.Keys
-    boundary_ids: ranking.Ids
+    boundary_keys: hashing.Keys
+    boundary_ids: hashing.Ids
     last: dict[str, tuple[int, int]]
     """Composite key of the last selected row of each group."""
 

@@ -19,7 +19,8 @@ from davir_ray.config.run import RunConfig
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.errors import ConfigError
-from davir_ray.run.location import FileEntry, Location, read_parquet
+from davir_ray.run.files import FileEntry, read_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import cut_into_bins, rank

@@ -10,7 +10,8 @@ import pytest
 
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
-from davir_ray.run.location import Location, read_parquet, write_parquet
+from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SELECTED
 from davir_ray.stages import rank as ranking

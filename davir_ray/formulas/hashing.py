@@ -1,0 +1,40 @@
+"""Draws and parts by hash: the same for any order, number and size of the pieces that are hashed."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+Keys = npt.NDArray[np.uint64]
+Ids = npt.NDArray[np.int64]
+
+
+def random_keys(example_ids: Ids, seed: int, *, lowest: bool = False) -> Keys:
+    """Keys of a random order that depends on (seed, example_id) only: splitmix64 (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        z = example_ids.astype(np.uint64) + _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64))
+        keys = _mix(z)
+    return ~keys if lowest else keys
+
+
+def drawn(example_ids: Ids, share: float, purpose: str) -> npt.NDArray[np.bool_]:
+    """Which rows belong to a sample of this share: by id and purpose alone, so every run draws the same."""
+    limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
+    return np.asarray(random_keys(example_ids, seed_from(purpose)) <= limit)
+
+
+def hash_parts(hashes: Ids, num_parts: int) -> npt.NDArray[np.int64]:
+    """Part of each 63-bit hash when their range is cut into equal parts, which then hold about equally many."""
+    return np.asarray(np.minimum(hashes // ((2**63 - 1) // num_parts), num_parts - 1), dtype=np.int64)
+
+
+def seed_from(*parts: object) -> int:
+    """A seed below 2**63 from values whose text is stable."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _mix(z: Keys) -> Keys:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
