@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Source
-from davir_ray.data import shards as module
+from davir_ray.data import reader, shards
 from davir_ray.data.files import Slice, list_files
 from davir_ray.data.reader import (
     BYTES,
@@ -228,7 +228,7 @@ def test_rows_stay_in_step_over_many_batches(
 ) -> None:
     lines = [line_of(f"q{n}", f"a{n}") if n % 3 else "{" for n in range(40)]
     expected = read_all(tokenizer, tmp_path, lines)
-    monkeypatch.setattr(module, "BATCH_ROWS", 7)
+    monkeypatch.setattr(reader, "BATCH_ROWS", 7)
     found = read_all(tokenizer, tmp_path, lines)
     for number, (item, other) in enumerate(zip(found, expected, strict=True)):
         if number % 3:
@@ -335,7 +335,7 @@ def test_a_task_without_rows_writes_nothing(tmp_path: Path) -> None:
 def test_a_shard_of_long_rows_is_cut_before_its_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, rows: list[int]
 ) -> None:
-    monkeypatch.setattr(module, limit, most)
+    monkeypatch.setattr(shards, limit, most)
     report = write(Location.of(tmp_path), 9, shard_rows=1000)
     assert [entry.rows for entry in report.files] == rows
 
