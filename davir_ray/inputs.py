@@ -1,37 +1,39 @@
-"""The input of a job: settings, access, tokenizers and templates checked before anything takes time, then prepared."""
+"""What a job begins with: settings, places, tokenizers and templates, checked before anything takes time."""
 
 import logging
 
-from davir_ray.config.run import InputConfig, OutputConfig
+from transformers import PreTrainedTokenizerBase
+
+from davir_ray.config.run import InputConfig, OutputConfig, RunConfig
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.config.sources import check_chat_template
-from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.pool import plan_pool
-from davir_ray.engine.session import connected_to, place_of
-from davir_ray.errors import ConfigError, DataError, ModelError, UserError
-from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.size import ModelSize
+from davir_ray.config.sources import Source, check_chat_template
+from davir_ray.config.yaml import load
+from davir_ray.data.chat import ChatTemplate
+from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
+from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
+from davir_ray.models.size import num_ids
 from davir_ray.run.access import check_readable, probe_output, translated
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import check_claim
-from davir_ray.stages.dry_run import device_rate, preview
-from davir_ray.stages.estimate import estimate, told
-from davir_ray.stages.finetune import check_workers
-from davir_ray.stages.pairing import check_base
-from davir_ray.stages.prepare import Preparation, are_pairs, prepare
+from davir_ray.run.manifest import CONFIG_FILE, Manifest, differences
+from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 
 log = logging.getLogger(__name__)
 
 
-def check_inputs(config: InputConfig, *models: str | None) -> tuple[Location, Checkpoint, Preparation]:
-    """What can be wrong with the settings is found here, before Ray starts or a weight is loaded.
+def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Preparation]:
+    """Find what can be wrong with the settings, before Ray starts or a weight is loaded.
 
     `models` are others than the base that must be readable.
     """
     warn_without_effect(config)
-    run = place_of(config.output or "")
-    _check_access(run, config, models)
+    run = Run.at(config.output or "", overwrite=config.overwrite)
+    paths = [path for source in config.all_sources() for path in source.paths]
+    places: list[tuple[str, type[UserError]]] = [(path, DataError) for path in paths]
+    places += [(model, ModelError) for model in (config.base, *models) if model]
+    places += [(place, ConfigError) for place in (config.chat_template, config.score.base_cache) if place]
+    probe_output(run.folder)
+    check_readable(places)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
     template = read_template(config.chat_template)
     check_chat_template(template, [source.format for source in config.all_sources()])
@@ -39,7 +41,7 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Location, Ch
         base=base, config=config.prepare, chat_template=template, keep_record=config.keep_record, limit=config.limit
     )
     check_base(preparation, config.all_sources())
-    return run, base, preparation
+    return run, preparation
 
 
 def warn_without_effect(config: OutputConfig) -> None:
@@ -48,52 +50,93 @@ def warn_without_effect(config: OutputConfig) -> None:
         log.warning("without effect: %s", "; ".join(f"{name} ({why})" for name, why in unused.items()))
 
 
-def prepare_inputs(run: Location, config: InputConfig, preparation: Preparation) -> Manifest:
-    """Prepare the sources."""
-    return prepare(
-        run, config.all_sources(), preparation,
-        max_bad_fraction=config.max_bad_fraction, written=written_by(run, config.score), overwrite=config.overwrite,
-    )  # fmt: skip
-
-
-def written_by(run: Location, score: ScoreConfig) -> list[Location]:
-    """The places that a job writes: no data of its own, though they may lie in a data folder."""
-    return [run, *([Location.of(score.base_cache)] if score.base_cache else [])]
-
-
-def foretell(
-    run: Location, config: InputConfig, preparation: Preparation, finetune: FinetuneConfig | None
-) -> list[str]:
-    """What a job would do, for --dry_run: the first examples, what they will take, the pool. Nothing is written.
-
-    `finetune` is None where nothing is trained.
-    """
-    lines, data = preview(config.all_sources(), preparation, written=written_by(run, config.score))
-    with connected_to(run, is_shared=config.output_is_shared):
-        check_claim(run)
-        if finetune is not None:
-            check_workers(finetune)
-        pool = plan_pool(config.score)
-        rate = device_rate(config.estimate)
-    size, examples_per_unit = ModelSize.of(preparation.base), 2 if are_pairs(config.all_sources()) else 1
-    found = estimate(size, data, config.prepare.shard_rows, finetune, examples_per_unit)
-    lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
-    return [*lines, f"cluster: {pool} to score", f"output: {run}"]
-
-
-def _check_access(run: Location, config: InputConfig, models: tuple[str | None, ...]) -> None:
-    """Use the output and list the inputs, before anything that takes time."""
-    paths = [path for source in config.all_sources() for path in source.paths]
-    inputs: list[tuple[str, type[UserError]]] = [(path, DataError) for path in paths]
-    inputs += [(model, ModelError) for model in (config.base, *models) if model]
-    inputs += [(place, ConfigError) for place in (config.chat_template, config.score.base_cache) if place]
-    probe_output(run)
-    check_readable(inputs)
-
-
 def read_template(file: str | None) -> str | None:
     """The text of a chat template's file; ConfigError if it cannot be read."""
     if file is None:
         return None
     with translated(f"chat_template {file}", ConfigError):
         return Location.of(file).read_text()
+
+
+def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation) -> Manifest:
+    """Prepare the job's sources."""
+    return prepare(
+        run,
+        config.all_sources(),
+        preparation,
+        max_bad_fraction=config.max_bad_fraction,
+        written=written_by(run, config.score),
+    )
+
+
+def written_by(run: Run, score: ScoreConfig) -> list[Location]:
+    """The places that a job writes: no data of its own, though they may lie in a data folder."""
+    return [run.folder, *([Location.of(score.base_cache)] if score.base_cache else [])]
+
+
+def check_base(preparation: Preparation, sources: list[Source]) -> None:
+    """Check the base against the settings and the sources.
+
+    ModelError if it is an adapter, lacks the chat template it needs or has tokens without an embedding; ConfigError if
+    it has fewer positions than prepare.max_tokens.
+    """
+    base, max_tokens = preparation.base, preparation.config.max_tokens
+    if base.is_adapter:
+        raise ModelError(f"{base.uri} is an adapter; give the model it was trained on as the base")
+    longest = getattr(base.config().get_text_config(), "max_position_embeddings", None)
+    if longest and max_tokens > longest:
+        raise ConfigError(f"prepare.max_tokens is {max_tokens}, but {base.uri} has {longest} positions")
+    tokenizer = base.tokenizer()
+    _check_embedding_rows(base, {base.uri: tokenizer})
+    if any(source.format == "messages" for source in sources):
+        ChatTemplate.from_tokenizer(tokenizer, preparation.chat_template)
+
+
+def check_reference(reference: Checkpoint, preparation: Preparation, sources: list[Source]) -> None:
+    """ModelError unless the reference belongs to the base and was trained on text encoded alike."""
+    base = preparation.base
+    if reference.is_adapter:  # it reads with the base's embeddings
+        reference.check_adapter(base)
+    else:
+        ours, theirs = base.tokenizer(), reference.tokenizer()
+        check_same_encoding(ours, theirs, (base.uri, reference.uri))
+        _check_embedding_rows(reference, {base.uri: ours, reference.uri: theirs})
+    spec = reference.spec()
+    if spec is not None and (changed := differences(spec, scoring_spec(preparation, sources))):
+        raise ModelError(
+            f"{reference.uri} was fine-tuned on text encoded otherwise ({'; '.join(changed)}); use the same settings"
+        )
+
+
+def _check_embedding_rows(model: Checkpoint, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """ModelError unless the model has an embedding row for each token of these tokenizers, by checkpoint."""
+    limit = num_ids(model)
+    for uri, tokenizer in tokenizers.items():
+        roles = tokenizer.special_tokens_map
+        # A processor of images or sound writes these, no text does; gemma-3-1b has one and no row for it.
+        placeholders = {str(roles.get(f"{kind}_token")) for kind in ("image", "audio", "video")}
+        beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= limit and token not in placeholders}
+        if beyond:
+            first = min(beyond)
+            more = f" and {len(beyond) - 1} more beyond them" if len(beyond) > 1 else ""
+            raise ModelError(
+                f"the tokenizer of {uri} has the token {beyond[first]!r} with the id {first}{more}, but {model.uri} "
+                f"has {limit} embedding rows; resize it (model.resize_token_embeddings({max(beyond) + 1})) and save it "
+                "once it is trained with them, or remove these tokens from the tokenizer"
+            )
+
+
+def last_config(run: Run) -> RunConfig:
+    """The configuration of a finished run's last command."""
+    try:
+        return load(RunConfig, (run / CONFIG_FILE).read_text())
+    except FileNotFoundError as error:
+        raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
+    except ConfigError as error:
+        raise OutputError(f"{run} is not of jobs/score.py, or of another version of it: {error}") from error
+
+
+def scored_with(run: Run, role: str, uri: str, trust_remote_code: bool) -> Checkpoint:
+    """The base or reference that a finished run was scored with: from the hub, the same commit."""
+    commit = run.require("score").fingerprint[role].get("commit")
+    return Checkpoint.find(f"{uri.partition('@')[0]}@{commit}" if commit else uri, trust_remote_code)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 import davir_ray
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 
 PACKAGE = Path(davir_ray.__file__).parent.parent
 DATA_FOLDERS = ("examples", "rejects", "scores", "ranked", "selected")
@@ -92,7 +92,7 @@ def checkpoint_is_known(run: Path) -> Callable[[], bool]:
     return is_known
 
 
-def content_of(run: Location) -> dict[str, pd.DataFrame]:
+def content_of(run: Run) -> dict[str, pd.DataFrame]:
     """Every data folder of a run as a table, the rows in the order of its files."""
     tables = {}
     for folder in DATA_FOLDERS:
@@ -102,7 +102,7 @@ def content_of(run: Location) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def assert_same_content(run: Location, other: Location) -> None:
+def assert_same_content(run: Run, other: Run) -> None:
     """Every column of every data folder is equal, to the bit."""
     left, right = content_of(run), content_of(other)
     assert left.keys() == right.keys()

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from davir_ray.run.files import in_folder, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES, SCORES
 
-MakeScores = Callable[..., Location]
+MakeScores = Callable[..., Run]
 
 
 def _column(values: Any, field: pa.Field) -> pa.Array:
@@ -29,8 +29,8 @@ def _table(rows: int, schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
 def make_scores(tmp_path: Path) -> MakeScores:
     """Write scores/ and examples/ with the given columns, cut into shards, and the score stage's manifest."""
 
-    def make(davir: Sequence[float | None], *, num_shards: int = 3, name: str = "run", **columns: Any) -> Location:
-        run = Location.of(tmp_path / name)
+    def make(davir: Sequence[float | None], *, num_shards: int = 3, name: str = "run", **columns: Any) -> Run:
+        run = Run.at(tmp_path / name)
         rows = len(davir)
         status = ["ok" if value is not None else "zero_base_nll" for value in davir]
         columns = {
@@ -50,7 +50,7 @@ def make_scores(tmp_path: Path) -> MakeScores:
             write_parquet(run / "examples" / place, examples.slice(start, count))
         ok = list(columns["status"]).count("ok")
         Manifest("score", {"made": name}, {"examples": rows, "scored": ok, "ok": ok}, in_folder("scores", files)).write(
-            run
+            run.folder
         )
         return run
 

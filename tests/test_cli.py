@@ -18,10 +18,10 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump
-from davir_ray.engine.connect import SUBMITTED_JOB
 from davir_ray.errors import ConfigError
 from davir_ray.inputs import check_inputs
 from davir_ray.pipeline import dry_run, finetune_only, run_all
+from davir_ray.run.folder import SUBMITTED_JOB
 from davir_ray.run.location import Location
 
 Fails = Callable[..., str]
@@ -62,7 +62,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davir_ray.engine.session.connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.pipeline.connected_to", lambda: pytest.fail("Ray was started"))
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {

@@ -16,8 +16,7 @@ from davir_ray.config.selection import SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.reader import stable_id
 from davir_ray.pipeline import run_all
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.folder import Run
 from davir_ray.schema import RejectReason, Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -65,7 +64,7 @@ def check_scores(scores: pd.DataFrame) -> None:
     assert ok.sum() > NUM_LINES / 5
 
 
-def check_books(run: Location, num_scores: int, num_rejects: int) -> None:
-    prepared = Manifest.read(run, "prepare")
+def check_books(run: Run, num_scores: int, num_rejects: int) -> None:
+    prepared = run.manifest("prepare")
     assert prepared is not None
     assert (prepared.counts["read"], prepared.counts["rejected"]) == (num_scores + num_rejects, num_rejects)

@@ -6,8 +6,7 @@ import pytest
 from drivers import Driver
 from hub_server import HubServer
 
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.folder import Run
 
 NUM_ROWS = 24
 SETTINGS = {
@@ -45,7 +44,7 @@ def test_a_run_with_models_of_the_hub_downloads_each_file_once(
         assert {path: hub.requests["GET", path] for path in asked} == dict.fromkeys(asked, 1)
         assert len(asked) == 2  # each name, once
 
-    scored = Manifest.read(Location.of(tmp_path / "run"), "score")
+    scored = Run.at(tmp_path / "run").manifest("score")
     assert scored is not None
     assert scored.fingerprint["base"] == {"commit": commit}
 

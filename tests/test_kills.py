@@ -15,6 +15,7 @@ from object_store.conftest import make_bucket
 from object_store.stores import Store, ceph, require_ceph
 from ray.cluster_utils import Cluster
 
+from davir_ray.run.folder import Run
 from davir_ray.run.location import TEMPORARY, Location, Stored
 
 pytestmark = pytest.mark.slow
@@ -48,12 +49,12 @@ def options(data: Path, base_folder: Path, reference_folder: Path) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(options: dict[str, Any], ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Location:
+def undisturbed(options: dict[str, Any], ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run without a death."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     driver = Driver("score.py", {**options, "output": run}, run.parent / "log", address=ray_address)
     assert driver.finish() == 0, driver.output
-    return Location.of(run)
+    return Run.at(run)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def shards_of(output: str) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
-def moments(run: Location) -> list[tuple[str, Callable[[], bool]]]:
+def moments(run: Run) -> list[tuple[str, Callable[[], bool]]]:
     """When the driver is killed: in each stage, at its begin, in the middle or between stages."""
 
     def at_least(count: int, folder: str) -> Callable[[], bool]:
@@ -95,7 +96,7 @@ def moments(run: Location) -> list[tuple[str, Callable[[], bool]]]:
 
 def kill_at(
     chosen: list[tuple[str, Callable[[], bool]]],
-    run: Location,
+    run: Run,
     options: dict[str, Any],
     logs: Path,
     environment: dict[str, str] | None = None,
@@ -120,7 +121,7 @@ def kill_at(
         assert_left_as_it_was(run, committed)
 
 
-def assert_left_as_it_was(run: Location, committed: dict[str, Stored]) -> None:
+def assert_left_as_it_was(run: Run, committed: dict[str, Stored]) -> None:
     """What was committed before is there, and was not written again."""
     after = (run / "scores").listed()
     assert {name: after[name] for name in committed} == committed
@@ -129,12 +130,12 @@ def assert_left_as_it_was(run: Location, committed: dict[str, Stored]) -> None:
 def test_a_driver_that_dies_in_each_stage_and_scored_shards_that_are_not_scored_again(
     options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
 ) -> None:
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     kill_at(moments(run), run, {**options, "output": run}, tmp_path, address=ray_address)
     after_the_first_scores = (tmp_path / "4.log").read_text()
     assert 0 < shards_of(after_the_first_scores)[0] < NUM_SHARDS, "all was scored before the kill"
-    assert_same_content(run, undisturbed)
-    assert not list(Path(run.path).rglob(f"{TEMPORARY}*"))
+    assert_same_content(run, Run(undisturbed))
+    assert not list(Path(run.folder.path).rglob(f"{TEMPORARY}*"))
     assert not (run / "prepare_tasks").exists()
     assert not (run / "lease.json").exists()
 
@@ -142,7 +143,7 @@ def test_a_driver_that_dies_in_each_stage_and_scored_shards_that_are_not_scored_
 def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
 ) -> None:
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     shown = {**options, "output": run, "debug": "true"}
     first = Driver("score.py", shown, tmp_path / "first.log", address=ray_address)
     first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
@@ -154,11 +155,11 @@ def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     assert f"is being written by process {first.process.pid}" in second.output
     assert first.finish() == 0, first.output
     assert len(set(re.findall(r"ScoreShard\S+ pid=(\d+)", first.output))) == 2
-    assert_same_content(run, undisturbed)
+    assert_same_content(run, Run(undisturbed))
 
 
 def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         node = cluster.add_node(num_cpus=2)
@@ -170,7 +171,7 @@ def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_pa
         assert driver.finish() == 0, driver.output
     finally:
         cluster.shutdown()
-    assert_same_content(run, undisturbed)
+    assert_same_content(run, Run(undisturbed))
 
 
 def test_a_store_that_dies_while_shards_are_written(
@@ -191,8 +192,8 @@ def test_a_store_that_dies_while_shards_are_written(
         assert "The same command goes on where this run stopped" in first.output
         again = Driver("score.py", wanted, tmp_path / "again.log", ceph_store.environment, ray_address)
         assert again.finish() == 0, again.output
-    assert_left_as_it_was(run, committed)
-    assert_same_content(run, undisturbed)
+    assert_left_as_it_was(Run(run), committed)
+    assert_same_content(Run(run), Run(undisturbed))
 
 
 def test_a_driver_that_dies_in_each_stage_with_its_output_in_a_store(
@@ -200,7 +201,7 @@ def test_a_driver_that_dies_in_each_stage_with_its_output_in_a_store(
 ) -> None:
     uri = f"s3://{make_bucket(ceph_store)}/run"
     run = Location(ceph_store.client(), uri.removeprefix("s3://"))
-    chosen = [moments(run)[number] for number in (1, 3, 7, 9)]
-    kill_at(chosen, run, {**options, "output": uri}, tmp_path, ceph_store.environment, ray_address)
-    assert_same_content(run, undisturbed)
+    chosen = [moments(Run(run))[number] for number in (1, 3, 7, 9)]
+    kill_at(chosen, Run(run), {**options, "output": uri}, tmp_path, ceph_store.environment, ray_address)
+    assert_same_content(Run(run), Run(undisturbed))
     assert not (run / "lease.json").exists()

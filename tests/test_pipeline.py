@@ -30,12 +30,12 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError, OutputError
+from davir_ray.inputs import last_config
 from davir_ray.pipeline import dry_run, rank_only, run_all, verify_only
 from davir_ray.run.files import read_parquet, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.status import status
-from davir_ray.stages.finished import remembered
 
 LIMIT = 150
 MAX_TOKENS = 320
@@ -114,7 +114,7 @@ def read_folder(run: Path | str | None, folder: str) -> pd.DataFrame:
 
 
 def manifest(run: Path | str | None, stage: str) -> Manifest:
-    found = Manifest.read(Location.of(str(run)), stage)
+    found = Run.at(str(run)).manifest(stage)
     assert found is not None
     return found
 
@@ -300,10 +300,10 @@ def test_the_reference_says_how_its_text_was_encoded(finished: Path) -> None:
 
 def test_what_only_an_unfinished_stage_needs_is_cleared_away(copied: RunConfig) -> None:
     for name in ("prepare_tasks/0123/00000.json", "checkpoints/0123/checkpoint_1/training_state.pt"):
-        (Location.of(str(copied.output)) / name).write_text("left by a driver that died")
+        (Run.at(str(copied.output)) / name).write_text("left by a driver that died")
     run_all(copied)
-    assert not (Location.of(str(copied.output)) / "prepare_tasks").exists()
-    assert not (Location.of(str(copied.output)) / "checkpoints").exists()
+    assert not (Run.at(str(copied.output)) / "prepare_tasks").exists()
+    assert not (Run.at(str(copied.output)) / "checkpoints").exists()
 
 
 def test_a_second_run_skips_everything(copied: RunConfig) -> None:
@@ -480,14 +480,14 @@ def test_verify_scores_again_and_agrees(copied: RunConfig) -> None:
 def test_verify_finds_a_score_that_the_models_do_not_give(copied: RunConfig) -> None:
     """Of a row whose losses were written by a faulty kernel, checksums and all."""
     (name, *_) = [path.name for path in files_of(copied.output, "scores")]
-    place = Location.of(str(copied.output)) / "scores" / name
+    place = Run.at(str(copied.output)) / "scores" / name
     table = read_parquet(place)
     wrong = pa.array([value + 5 for value in table["base_nll"].to_pylist()])
     table = table.set_column(table.schema.get_field_index("base_nll"), "base_nll", wrong)
     entry = write_parquet(place, table)
     scored = manifest(copied.output, "score")
     files = [replace(entry, name=f"scores/{name}") if file.name.endswith(name) else file for file in scored.files]
-    replace(scored, files=files).commit(Location.of(str(copied.output)))
+    replace(scored, files=files).commit(Run.at(str(copied.output)).folder)
     with pytest.raises(IntegrityError, match=r"stored losses of example \d+ differ by [\d.]+ nats a token"):
         verify_only(str(copied.output), 300, 0)
 
@@ -503,9 +503,9 @@ def test_verify_refuses_another_base(copied: RunConfig, coded_base: Path, tmp_pa
 
 def test_only_their_own_flag_lets_other_jobs_run_the_code_of_a_runs_model(copied: RunConfig, ran: Path) -> None:
     """Whatever the run's configuration says, which somebody else may have written."""
-    run, file = Location.of(str(copied.output)), Path(str(copied.output), "config.yaml")
+    run, file = Run.at(str(copied.output)), Path(str(copied.output), "config.yaml")
     file.write_text(file.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    before = remembered(run)
+    before = last_config(run)
     assert before.trust_remote_code
     heldout = CompareConfig(heldout_sources=copied.sources)
 
@@ -597,7 +597,7 @@ def test_ranking_again_begins_with_the_runs_own_order_and_filters(copied: RunCon
     scores = scores.sort_values(["base_nll", "example_id"]).drop_duplicates("content_hash")
     scores = scores[scores["num_response_tokens"] >= 30]
     assert selected["example_id"].tolist() == scores["example_id"].tolist()[:9]
-    last = remembered(Location.of(str(copied.output)))
+    last = last_config(Run.at(str(copied.output)))
     assert (last.rank, last.select) == (
         RankConfig(order="base_nll", lowest=True), replace(filters, top_fraction=None, top_k=9),
     )  # fmt: skip
@@ -614,7 +614,7 @@ def test_rank_only_refuses_a_run_without_scores(tmp_path: Path) -> None:
 @pytest.fixture
 def untouched_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where Ray would be connected."""
-    monkeypatch.setattr("davir_ray.engine.session.connected", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("davir_ray.pipeline.connected_to", lambda: pytest.fail("Ray was started"))
 
 
 def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, target: Path) -> Path:

@@ -23,8 +23,7 @@ from davir_ray.engine.connect import NO_PROGRESS, actor_cpus, pool_size, room_fo
 from davir_ray.engine.console import LOG_LEVEL
 from davir_ray.engine.pool import Pool, plan_pool
 from davir_ray.errors import ClusterError, ConfigError
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.folder import Run
 
 NODES = [
     [{"CPU": 4.0}],
@@ -147,7 +146,7 @@ def test_one_cpu_runs_the_whole_chain_with_the_defaults(
         env=kept | {NO_PROGRESS: "120"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    manifest = Manifest.read(Location.of(tmp_path / "run"), "select")
+    manifest = Run.at(tmp_path / "run").manifest("select")
     assert manifest is not None
     assert manifest.counts["selected"] == 5
 
@@ -163,7 +162,7 @@ def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
         "output": tmp_path / "run", "output_is_shared": "true", "score.autoscale": "[1, 4]", "select.top_k": 5,
         "debug": "true",
     }  # fmt: skip
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         first = cluster.add_node(num_cpus=2, num_gpus=1)
@@ -182,6 +181,6 @@ def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
     nodes = dict(re.findall(r"pid=(\d+)\S* score: an actor is ready on node (\w+)", driver.output))
     scored_by = re.findall(r"pid=(\d+)\S* score: part-\S+ \d+ rows", driver.output)
     assert {nodes[pid] for pid in scored_by} == {first.node_id[:8], late.node_id[:8]}, "not the head, which has no GPU"
-    manifest = Manifest.read(run, "score")
+    manifest = run.manifest("score")
     assert manifest is not None
     assert manifest.counts["examples"] == sum(entry.rows for entry in manifest.files)

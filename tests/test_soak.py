@@ -15,8 +15,7 @@ import psutil
 import pytest
 from drivers import Driver
 
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.folder import Run
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,9 @@ def actors(driver: Driver) -> set[str]:
     return set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))
 
 
-def scored(run: Location, count: int) -> Callable[[], bool]:
+def scored(run: Run, count: int) -> Callable[[], bool]:
     """Whether so many shards are scored by now."""
-    return lambda: len(list(Path(run.path, "scores").glob("*.parquet"))) >= count
+    return lambda: len(list(Path(run.folder.path, "scores").glob("*.parquet"))) >= count
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def options(base_folder: Path, reference_folder: Path, tmp_path: Path) -> dict[s
 
 
 def test_two_thousand_shards_leave_no_trace_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
-    run = Location.of(options["output"])
+    run = Run.at(options["output"])
     options |= {"prepare.shard_rows": 1, "score.num_actors": 2, "keep_token_nll": "all"}
     with tempfile.TemporaryDirectory(prefix="r") as temporary:
         driver = Driver(
@@ -80,7 +79,7 @@ def test_two_thousand_shards_leave_no_trace_in_memory(options: dict[str, Any], t
         driver.wait_for(scored(run, NUM_SHARDS - 20), "the last files", 600)
         last["driver"], last_files = load(driver.process.pid), temporary_files(temporary)
         assert driver.finish() == 0, driver.output
-    manifest = Manifest.read(run, "score")
+    manifest = run.manifest("score")
     assert manifest is not None
     assert manifest.counts["scored"] == len(manifest.files) == NUM_SHARDS
     assert len(first) == 3
@@ -97,7 +96,7 @@ def temporary_files(folder: str) -> int:
 
 
 def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], ray_address: str, tmp_path: Path) -> None:
-    run = Location.of(options["output"])
+    run = Run.at(options["output"])
     options |= {"limit": 400, "prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
     driver = Driver("score.py", options, tmp_path / "log", address=ray_address)
     driver.wait_for(scored(run, 3), "the first shards")

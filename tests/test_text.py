@@ -22,13 +22,11 @@ from davir_ray.config.sources import Source
 from davir_ray.config.yaml import dump
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.inputs import read_template
+from davir_ray.inputs import last_config, read_template
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.digests import digest
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import CONFIG_HEAD
-from davir_ray.run.stages import check_claim, remember
-from davir_ray.stages.finished import remembered
 from davir_ray.stages.prepare import Preparation, scoring_spec
 from davir_ray.text import decoded, printable
 
@@ -198,9 +196,9 @@ def test_a_template_that_is_no_text_is_the_users_error(tmp_path: Path) -> None:
 
 
 def test_a_runs_own_configuration_may_be_saved_by_an_editor(tmp_path: Path) -> None:
-    run, config = Location.of(tmp_path), RunConfig(base="m/é", limit=3)
-    remember(run, dump(config))
+    run, config = Run.at(tmp_path), RunConfig(base="m/é", limit=3)
+    run.remember(dump(config))
     for save in SAVED.values():
         (tmp_path / "config.yaml").write_bytes(save(CONFIG_HEAD + dump(config)))
-        assert check_claim(run)
-        assert remembered(run) == config
+        assert run.check_claim()
+        assert last_config(run) == config

@@ -18,9 +18,9 @@ from davir_ray.errors import IntegrityError
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.models.training.pairs import is_held_out
 from davir_ray.run.files import in_folder, read_parquet, write_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import MARGINS, Role, Status
 
 _EXAMPLES = ["example_id", "pair_id", "prompt_hash", "role", "source", "num_response_tokens"]
@@ -28,15 +28,15 @@ _SCORES = ["example_id", "base_nll", "reference_nll", "status"]
 _SUMMARY = pa.schema([*ENTRY, ("ok", pa.int64()), ("held_out", pa.int64())])
 
 
-def margins(run: Location, objective: AlignConfig) -> Manifest:
+def margins(run: Run, objective: AlignConfig) -> Manifest:
     """The reward of each response and the margin of each pair, by the loss and beta of the training."""
     started = time.monotonic()
-    aligned, scored = require(run, "align"), require(run, "score")
+    aligned, scored = run.require("align"), run.require("score")
     details = {name: aligned.details[name] for name in ("loss", "beta")}
     fingerprint = {"scores": scored.content, "policy": aligned.content, **asdict(objective), **details}
-    if done := completed(run, "margins", fingerprint):
+    if done := run.completed("margins", fingerprint):
         return done
-    clear(run, "margins")
+    run.clear("margins")
     shards = Shards(scored.files_in("scores"), partial(_read, run))
     measure = partial(_measure, held_out=objective.heldout_fraction, **details)
     found = collect(shards, partial(_write, run / "margins", measure), _SUMMARY).sort_by("name").to_pylist()
@@ -47,10 +47,10 @@ def margins(run: Location, objective: AlignConfig) -> Manifest:
         "held_out": sum(row["held_out"] for row in found),
     }
     seconds = time.monotonic() - started
-    return Manifest("margins", fingerprint, counts, in_folder("margins", entries), details, seconds=seconds).commit(run)
+    return run.commit(Manifest("margins", fingerprint, counts, in_folder("margins", entries), details, seconds=seconds))
 
 
-def _read(run: Location, name: str) -> pa.Table:
+def _read(run: Run, name: str) -> pa.Table:
     """Examples and their losses under both policies, in the same order, and the shard's name."""
     examples, scores = read_parquet(run / "examples" / name, _EXAMPLES), read_parquet(run / "scores" / name, _SCORES)
     if not examples["example_id"].equals(scores["example_id"]):

@@ -12,23 +12,21 @@ from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location, each
+from davir_ray.run.folder import Run
+from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import require
 from davir_ray.stages.finetune import Training, recipe_of, train, trains_on_gpus
 
 
 def align(
-    run: Location,
+    run: Run,
     base: Checkpoint,
     config: FinetuneConfig,
     objective: AlignConfig,
     spec: dict[str, Any],
-    *,
-    overwrite: bool = False,
 ) -> Manifest:
     """Train the base on every pair that is not held out; writes policy/, a Hugging Face folder or an adapter's."""
-    prepared, frozen = require(run, "prepare"), require(run, "freeze")
+    prepared, frozen = run.require("prepare"), run.require("freeze")
     shards = [entry.name for entry in prepared.files_in("examples")]
     read = partial(_read_pairs, run, shards, objective)
     training = Training("align", run, base, config, read, spec, "policy", dropout=False)
@@ -39,7 +37,7 @@ def align(
         "objective": asdict(objective),
         **recipe_of(config),
     }
-    return train(training, fingerprint, "pairs", rejects=prepared.counts["rejected"], overwrite=overwrite)
+    return train(training, fingerprint, "pairs", rejects=prepared.counts["rejected"])
 
 
 def check_arithmetic(training: FinetuneConfig, scoring: ScoreConfig) -> None:
@@ -56,7 +54,7 @@ def check_arithmetic(training: FinetuneConfig, scoring: ScoreConfig) -> None:
         )
 
 
-def _read_pairs(run: Location, shards: list[str], objective: AlignConfig) -> PairSet:
+def _read_pairs(run: Run, shards: list[str], objective: AlignConfig) -> PairSet:
     examples = each(lambda name: read_parquet(run / "examples" / name, PAIR_COLUMNS), shards)
     frozen = each(lambda name: read_parquet(run / "frozen" / name, FROZEN_COLUMNS), shards)
     return PairSet.of(zip(examples, frozen, strict=True), objective)

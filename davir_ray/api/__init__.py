@@ -41,8 +41,8 @@ from davir_ray.engine.connect import ensure_started, own_errors
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas import order as ranking
 from davir_ray.formulas.shares import Limit
+from davir_ray.inputs import check_base, check_reference
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.stages.pairing import check_base, check_reference
 from davir_ray.stages.prepare import Preparation
 from davir_ray.stages.rank import key_columns, order_keys, value_column
 from davir_ray.stages.select.limits import limits_by_file

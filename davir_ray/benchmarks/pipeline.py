@@ -17,7 +17,7 @@ from davir_ray.engine.connect import connected
 from davir_ray.models.checkpoint import Checkpoint, quiet
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.run.files import in_folder, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages.score import score
 
@@ -34,7 +34,7 @@ def compare(
 ) -> dict[str, Any]:
     """Seconds a shard of the bare scorer and of the pipeline with one actor, once it is warm, and their ratio."""
     base, reference = save_pair(folder, model)
-    run = Location.of(folder / "run")
+    run = Run.at(folder / "run")
     write_shards(run, examples, num_shards)
     bare = _bare_seconds(base, reference, examples, precision, tokens_per_pack, turns=max(2, num_shards // 4))
     config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
@@ -53,14 +53,14 @@ def compare(
     }
 
 
-def write_shards(run: Location, examples: Sequence[Example], num_shards: int) -> None:
+def write_shards(run: Run, examples: Sequence[Example], num_shards: int) -> None:
     """A run that has been prepared: the same examples in every shard, under ids of their own."""
     files = [
         write_parquet(run / "examples" / f"{number:05d}.parquet", as_shard(examples, number * len(examples)))
         for number in range(num_shards)
     ]
     counts = {"prepared": num_shards * len(examples), "rejected": 0}
-    Manifest("prepare", {"benchmark": counts["prepared"]}, counts, in_folder("examples", files)).write(run)
+    Manifest("prepare", {"benchmark": counts["prepared"]}, counts, in_folder("examples", files)).write(run.folder)
 
 
 def save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:

@@ -27,6 +27,7 @@ from davir_ray.run.files import (
     read_parquet,
     write_parquet,
 )
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
@@ -82,7 +83,7 @@ def _run(settings: RankingBenchmark) -> dict[str, Any]:
         exact = True
         for name, config in {"top": RankConfig(most=num_kept), "full": RankConfig()}.items():
             with _watched() as peaks:
-                taken[name], manifest = _timed(partial(rank, run_folder, config))
+                taken[name], manifest = _timed(partial(rank, Run(run_folder), config))
             log.info("benchmark: %s ranking in %.1f s", name, taken[name])
             exact &= _is_exact(run_folder, manifest, expected)
             results[f"{name}_driver_peak_mib"] = peaks["driver"]
@@ -108,7 +109,7 @@ def _warm_up() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_folder = Location.of(folder)
         _generate(run_folder, RankingBenchmark(rows=4000, shard_rows=1000))
-        rank(run_folder, RankConfig())
+        rank(Run(run_folder), RankConfig())
         _sorts(run_folder, 100)
 
 

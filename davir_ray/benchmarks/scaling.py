@@ -23,7 +23,7 @@ from davir_ray.config.sources import Format
 from davir_ray.engine.connect import connected, has_gpu
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.stages.score import score
 
 log = logging.getLogger(__name__)
@@ -138,9 +138,9 @@ def _rate(
     settings: ScalingBenchmark,
 ) -> float:
     """Tokens a second of a warm pool: from the moment each actor has scored a shard to the last file."""
-    run_folder = Location.of(folder / f"run-{num_actors}")
+    run = Run.at(folder / f"run-{num_actors}")
     num_shards = settings.shards_per_actor * num_actors
-    write_shards(run_folder, examples, num_shards)
+    write_shards(run, examples, num_shards)
     # A pool that needs more CPUs than there are shares them.
     config = ScoreConfig(
         num_actors=num_actors,
@@ -148,8 +148,8 @@ def _rate(
         num_gpus=settings.num_gpus,
         precision=settings.precision,
     )
-    score(run_folder, *pair, config, keep_token_nll="none")
-    written = sorted(path.stat().st_mtime for path in Path(run_folder.path, "scores").glob("*.parquet"))
+    score(run, *pair, config, keep_token_nll="none")
+    written = sorted(path.stat().st_mtime for path in Path(run.folder.path, "scores").glob("*.parquet"))
     warm = written[num_actors - 1 :]
     rate = _num_tokens(examples) * (len(warm) - 1) / (warm[-1] - warm[0])
     log.info("benchmark: %d actors, %.0f tokens/s", num_actors, rate)

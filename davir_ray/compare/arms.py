@@ -31,9 +31,9 @@ from davir_ray.run.files import (
     total_rows,
     write_parquet,
 )
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import EXAMPLES
 from davir_ray.stages.rank import key_columns, order_keys
 from davir_ray.stages.select.duplicates import files_with_duplicates
@@ -62,7 +62,7 @@ _WRITTEN = pa.schema([*ENTRY, *((name, pa.int64()) for name in ("found", "tokens
 class FinishedRun:
     """What a comparison takes its rows from."""
 
-    place: Location
+    place: Run
     rank: RankConfig
     select: SelectConfig
 
@@ -84,8 +84,8 @@ class FinishedRun:
         there are not so many rows.
         """
         config = self.select if size is None else self._resized(size)
-        files = require(self.place, "rank").files_in("ranked")
-        duplicates = files_with_duplicates(self.place, require(self.place, "select"))
+        files = self.place.require("rank").files_in("ranked")
+        duplicates = files_with_duplicates(self.place, self.place.require("select"))
         choice, _ = choose(self.place, self.rank, config, files, duplicates)
         needed = [entry for entry in files if entry.name in choice.limits]
         ranked = Shards(needed, partial(read_ranked, self.place / "ranked", self.rank))
@@ -175,7 +175,7 @@ class FinishedRun:
 
         With edges the groups are cut by ranges of length.
         """
-        files = require(self.place, "score").files_in("scores")
+        files = self.place.require("score").files_in("scores")
         columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
         scores = Shards(files, partial(read_columns, self.place / "scores", columns))
         grouping = _Grouping(order, bool(self.select.mixture), edges)
@@ -258,22 +258,22 @@ def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -
     return found.filter(pa.array(wanted))
 
 
-def write_set(place: Location, finished: FinishedRun, ids: Ints | None, *, overwrite: bool) -> Manifest:
+def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     """Write the examples with these ids, each as often as the mixture says, as a run that is prepared.
 
     None: every example of the mixture's sources. `trainable` counts the rows in which something precedes what is
     scored, as it must.
     """
     fingerprint = {
-        "scores": require(finished.place, "score").content,
+        "scores": finished.place.require("score").content,
         "ids": "all" if ids is None else sha256(ids.tobytes()).hexdigest(),
         "repeats": finished.repeats,
     }
-    if done := completed(place, "prepare", fingerprint, overwrite=overwrite):
+    if done := place.completed("prepare", fingerprint):
         return done
-    clear(place, "prepare")
+    place.clear("prepare")
     shards = Shards(
-        require(finished.place, "prepare").files_in("examples"),
+        finished.place.require("prepare").files_in("examples"),
         partial(_write_part, finished.place / "examples", place / "examples", finished.repeats, ray.put(ids)),
     )
     written = collect(shards, _as_it_is, _WRITTEN).sort_by("name").to_pylist()
@@ -283,7 +283,7 @@ def write_set(place: Location, finished: FinishedRun, ids: Ints | None, *, overw
     num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
     counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
     counts["trainable"] = sum(row["trainable"] for row in written)
-    return Manifest("prepare", fingerprint, counts, in_folder("examples", entries)).commit(place)
+    return place.commit(Manifest("prepare", fingerprint, counts, in_folder("examples", entries)))
 
 
 def _write_part(source: Location, target: Location, repeats: dict[str, int], ids: Any, name: str) -> pa.Table:

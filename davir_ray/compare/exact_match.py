@@ -16,9 +16,9 @@ from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
 from davir_ray.errors import IntegrityError
 from davir_ray.run.files import in_folder, read_parquet, write_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import MATCHES, Status
 
 _GOLD = ["example_id", "response", "record", "response_spans"]
@@ -28,19 +28,19 @@ _EXPECTED = pa.schema([("expected", pa.int64())])
 _SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for name in COUNTED)])
 
 
-def match(run: Location, *, examples_of: Location | None = None) -> Manifest:
+def match(run: Run, *, examples: Run | None = None) -> Manifest:
     """Compare the answers of generated texts with those of the responses, as numbers, in both readings.
 
-    `examples_of` is the run whose examples the texts continue (None: this one). `counts` holds the rows that have an
+    `examples` is the run whose examples the texts continue (None: this one). `counts` holds the rows that have an
     expected answer and those that match it, `details` the same by source.
     """
     started = time.monotonic()
-    source = examples_of or run
+    source = examples or run
     generated, _ = generated_from(run, source)
     fingerprint = {"generations": generated.content, "version": ANSWERS_VERSION}
-    if done := completed(run, "match", fingerprint):
+    if done := run.completed("match", fingerprint):
         return done
-    clear(run, "match")
+    run.clear("match")
     shards = Shards(generated.files_in("generations"), partial(_read, run, source))
     found = collect(shards, partial(_write, run / "matches"), _SUMMARY).sort_by("name").to_pylist()
     entries = entries_of(found)
@@ -51,12 +51,12 @@ def match(run: Location, *, examples_of: Location | None = None) -> Manifest:
             sums[name] += row["rows" if name == "examples" else name]
     counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
     files, seconds = in_folder("matches", entries), time.monotonic() - started
-    return Manifest("match", fingerprint, counts, files, {"by_source": by_source}, seconds=seconds).commit(run)
+    return run.commit(Manifest("match", fingerprint, counts, files, {"by_source": by_source}, seconds=seconds))
 
 
-def num_expected(run: Location, sources: list[str]) -> int:
+def num_expected(run: Run, sources: list[str]) -> int:
     """How many prepared examples, of these sources or of all if none is named, have an answer to compare with."""
-    shards = Shards(require(run, "prepare").files_in("examples"), partial(read_columns, run / "examples", _ASKED))
+    shards = Shards(run.require("prepare").files_in("examples"), partial(read_columns, run / "examples", _ASKED))
     counted = collect(shards, partial(_count_expected, sources=sources), _EXPECTED)
     return sum(counted["expected"].to_pylist())
 
@@ -100,7 +100,7 @@ def _expected(example: dict[str, Any]) -> Any:
     return None if answer is None else flexible_answer(str(answer))
 
 
-def _read(run: Location, source: Location, name: str) -> pa.Table:
+def _read(run: Run, source: Run, name: str) -> pa.Table:
     table = matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD))
     return table.append_column("shard", pa.repeat(name, table.num_rows))
 

@@ -16,33 +16,32 @@ from davir_ray.engine.progress import Tally
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
-from davir_ray.run.files import FileEntry, read_parquet, total_rows
-from davir_ray.run.location import Location, each
+from davir_ray.run.files import FileEntry, read_parquet
+from davir_ray.run.folder import Run
+from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import completed, require
 from davir_ray.schema import GENERATIONS
 
 
 def generate(
-    run: Location,
+    run: Run,
     model: Checkpoint,
     config: GenerateConfig,
     pool: ScoreConfig,
     *,
-    examples_of: Location | None = None,
+    examples: Run | None = None,
     base: Checkpoint | None = None,
     chat_template: str | None = None,
-    overwrite: bool = False,
 ) -> Manifest:
     """Continue the prompt of every example greedily; rows of generations/ stand in the order of examples/.
 
-    `examples_of` is the run that holds the examples (None: this one); `base` is the model that an adapter belongs to;
+    `examples` is the run that holds the examples (None: this one); `base` is the model that an adapter belongs to;
     `chat_template` is the text of the one that the examples were rendered with, if not the tokenizer's.
     ModelError if there is none for an adapter, ConfigError if no example is of the sources that are asked for.
     """
     started = time.monotonic()
-    source = examples_of or run
-    prepared = require(source, "prepare")
+    holder = examples or run
+    prepared = holder.require("prepare")
     _check_model(model, base)
     settings = GeneratorSettings(
         max_new_tokens=config.max_new_tokens,
@@ -58,7 +57,7 @@ def generate(
         "settings": _what_matters(settings, pool),
         "version": GENERATION_VERSION,
     }
-    if done := completed(run, "generate", fingerprint, overwrite=overwrite):
+    if done := run.completed("generate", fingerprint):
         return done
     stream = Stream(
         stage="generate",
@@ -66,20 +65,19 @@ def generate(
         folder="generations",
         schema=GENERATIONS,
         fingerprint=fingerprint,
-        examples=source / "examples",
+        examples=holder,
+        shards=_of_sources(holder, prepared.files_in("examples"), config.sources),
         columns=INPUT_COLUMNS,
+        count_tokens=_num_new_tokens,
     )
-    wanted = _of_sources(source, prepared.files_in("examples"), config.sources)
-    arguments = {"model": model, "settings": settings, "base": base}
-    filled = stream.fill(wanted, GenerateShard, arguments, pool, overwrite=overwrite, count_tokens=_num_new_tokens)
-    details = {"shards_done_by_this_driver": filled.num_new}
-    manifest = stream.manifest(filled, total_rows(wanted), "generated", details)
-    return replace(manifest, seconds=time.monotonic() - started).commit(run)
+    filled = stream.fill(GenerateShard, {"model": model, "settings": settings, "base": base}, pool)
+    manifest = stream.manifest(filled, "generated", {"shards_done_by_this_driver": filled.num_new})
+    return run.commit(replace(manifest, seconds=time.monotonic() - started))
 
 
-def generated_from(run: Location, examples: Location) -> tuple[Manifest, Manifest]:
+def generated_from(run: Run, examples: Run) -> tuple[Manifest, Manifest]:
     """Manifests of the texts of a run and of the examples they continue. OutputError if they do not go together."""
-    generated, prepared = require(run, "generate"), require(examples, "prepare")
+    generated, prepared = run.require("generate"), examples.require("prepare")
     if generated.fingerprint["examples"] != prepared.content:
         raise OutputError(f"the texts of {run} were generated from other examples than those of {examples}")
     return generated, prepared
@@ -123,7 +121,7 @@ def _what_matters(settings: GeneratorSettings, pool: ScoreConfig) -> dict[str, A
     return kept | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
 
 
-def _of_sources(run: Location, shards: list[FileEntry], sources: list[str]) -> list[FileEntry]:
+def _of_sources(run: Run, shards: list[FileEntry], sources: list[str]) -> list[FileEntry]:
     """Shards of these sources (of all, if none is named); a shard is of one source, as a task of prepare is."""
     if not sources:
         return shards

@@ -11,8 +11,8 @@ from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location, each
-from davir_ray.run.stages import require
+from davir_ray.run.folder import Run
+from davir_ray.run.location import each
 
 _HASHES = pa.schema([("content_hash", pa.int64())])
 
@@ -38,15 +38,15 @@ class Losses(NamedTuple):
     """Of the fine-tuned model, likewise."""
 
 
-def in_training_pool(run: Location, heldout: Location) -> npt.NDArray[np.int64]:
+def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
     """Content hashes of held-out rows that are rows of the run, too: they have been trained on."""
     own = _hashes(heldout, None)
     return np.unique(_hashes(run, np.unique(own)))
 
 
-def check_left(heldout: Location, left_out: npt.NDArray[np.int64]) -> None:
+def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
     """DataError if of some held-out source nothing is left to measure on, before anything is trained."""
-    files = require(heldout, "prepare").files_in("examples")
+    files = heldout.require("prepare").files_in("examples")
     shards = Shards(files, partial(read_columns, heldout / "examples", _LEFT.names))
     rows = collect(shards, partial(_among, hashes=None), _LEFT)
     sources = np.asarray(rows["source"].to_pylist(), dtype=np.str_)
@@ -60,9 +60,9 @@ def check_left(heldout: Location, left_out: npt.NDArray[np.int64]) -> None:
             )
 
 
-def _hashes(run: Location, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+def _hashes(run: Run, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
     """Content hashes of a run's examples, or of those that are `among` some."""
-    files = require(run, "prepare").files_in("examples")
+    files = run.require("prepare").files_in("examples")
     shards = Shards(files, partial(read_columns, run / "examples", _HASHES.names))
     return np.asarray(collect(shards, partial(_among, hashes=among), _HASHES)["content_hash"]).astype(np.int64)
 
@@ -73,11 +73,11 @@ def _among(table: pa.Table, hashes: npt.NDArray[np.int64] | None) -> pa.Table:
     return table.filter(pa.array(np.isin(np.asarray(table["content_hash"]), hashes)))
 
 
-def read_losses(trial: Location, heldout: Location) -> Losses:
+def read_losses(trial: Run, heldout: Run) -> Losses:
     """What a trial's scores/ say of the held-out examples."""
-    names = [entry.name for entry in require(heldout, "prepare").files_in("examples")]
+    names = [entry.name for entry in heldout.require("prepare").files_in("examples")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "scores" / name, _COLUMNS), names))
-    if table.num_rows != require(heldout, "prepare").counts["prepared"]:
+    if table.num_rows != heldout.require("prepare").counts["prepared"]:
         raise IntegrityError(
             f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
         )
@@ -101,9 +101,9 @@ class Matches(NamedTuple):
     """The same of the last number."""
 
 
-def read_matches(trial: Location) -> Matches:
+def read_matches(trial: Run) -> Matches:
     """What a trial's matches/ say."""
-    names = [entry.name for entry in require(trial, "match").files_in("matches")]
+    names = [entry.name for entry in trial.require("match").files_in("matches")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "matches" / name, _MATCH_COLUMNS), names))
     table = table.filter(table["expected"].is_valid())
     right = [table[name].cast(pa.int8()).to_numpy().astype(np.float64) for name in ("strict", "flexible")]

@@ -35,9 +35,9 @@ from davir_ray.config.run import RunConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
-from davir_ray.engine.session import connected_to, place_of, writing
+from davir_ray.engine.connect import connected_to
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
-from davir_ray.inputs import read_template, warn_without_effect, written_by
+from davir_ray.inputs import check_base, last_config, read_template, scored_with, warn_without_effect, written_by
 from davir_ray.models.training.loop import num_steps
 from davir_ray.report.comparison import (
     FLEXIBLE,
@@ -54,14 +54,11 @@ from davir_ray.report.comparison import (
 )
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.files import committed_parquet, write_file, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
-from davir_ray.run.stages import remember, require
 from davir_ray.schema import Status
 from davir_ray.stages.finetune import what_matters
-from davir_ray.stages.finished import remembered, scored_with
-from davir_ray.stages.pairing import check_base
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 
 log = logging.getLogger(__name__)
@@ -77,36 +74,40 @@ _SHARD_ROWS = 128
 of rows that scoring takes at a time one actor would do all of a benchmark, and lose all of it when it dies."""
 
 
-def compare(config: CompareConfig) -> Location:
+def compare(config: CompareConfig) -> Run:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
     warn_without_effect(config)
-    run, output = place_of(config.run or ""), place_of(config.output or "")
+    run, output = Run.at(config.run or ""), Run.at(config.output or "", overwrite=config.overwrite)
     check_readable([(str(run), OutputError), *((path, DataError) for path in _inputs(config))])
-    probe_output(output)
-    before = remembered(run)
+    probe_output(output.folder)
+    before = last_config(run)
     finished = _finished(run, before)
     recipe = _recipe(before, config.recipe)
     preparation = _preparation(run, before, config)
     _check_output(run, output)
-    with connected_to(run, is_shared=config.output_is_shared), writing(output, config):
+    with (
+        connected_to(run, is_shared=config.output_is_shared),
+        connected_to(output, is_shared=config.output_is_shared),
+        output.writing(dump(config)),
+    ):
+        heldout = output.within(HELDOUT)
         prepare(
-            output / HELDOUT,
+            heldout,
             config.all_heldout(),
             preparation,
             max_bad_fraction=config.max_bad_fraction,
             written=written_by(output, before.score),
-            overwrite=config.overwrite,
         )
         if "exact_match" in config.measures:
-            _check_answers(output / HELDOUT, config.generate.sources)
+            _check_answers(heldout, config.generate.sources)
         left_out = _leave_out(run, output)
-        check_left(output / HELDOUT, left_out)
+        check_left(heldout, left_out)
         at_once, pool = plan_trials(recipe, before.score, config.arms_at_once)
         setting = _setting(config, before, run, output, preparation, pool)
         trials = _Plan(config=config, finished=finished, output=output, recipe=recipe, setting=setting).trials()
         run_trials(trials, at_once, lambda done: _tell(output, done, len(trials)))
-        remember(output, dump(config))
+        output.remember(dump(config))
         _report(config, before, recipe, output, trials, left_out)
     return output
 
@@ -116,20 +117,20 @@ def _inputs(config: CompareConfig) -> list[str]:
     return paths + ([config.instructions] if config.instructions else [])
 
 
-def _check_output(run: Location, output: Location) -> None:
+def _check_output(run: Run, output: Run) -> None:
     """A comparison's folder is its own: stages of a run would take its parts for theirs."""
     if str(output) == str(run) or set((output / "manifests").names()) - {f"{_STAGE}.json"}:
         raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
 
 
-def _finished(run: Location, before: RunConfig) -> FinishedRun:
+def _finished(run: Run, before: RunConfig) -> FinishedRun:
     """The run, once it is known that its configuration is that of its selection."""
     for stage, own in (("rank", before.rank), ("select", before.select)):
-        made_with = require(run, stage).fingerprint
+        made_with = run.require(stage).fingerprint
         now = json.loads(json.dumps(dataclasses.asdict(own)))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
             raise OutputError(f"{run} was not {stage}ed with what its config.yaml says; run jobs/rank.py with it again")
-    trained = None if before.reference else require(run, "finetune")
+    trained = None if before.reference else run.require("finetune")
     changed = differences(trained.fingerprint["recipe"], what_matters(before.finetune)) if trained else []
     if changed:
         raise OutputError(
@@ -155,16 +156,16 @@ def _recipe(before: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
     return load(RunConfig, json.dumps({"finetune": fields})).finetune
 
 
-def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Preparation:
+def _preparation(run: Run, before: RunConfig, config: CompareConfig) -> Preparation:
     """How the run's data became tokens, for the held-out data."""
     base = scored_with(run, "base", before.base or "", config.trust_remote_code)
-    if changed := differences(require(run, "score").fingerprint["base"], base.weights_digest()):
+    if changed := differences(run.require("score").fingerprint["base"], base.weights_digest()):
         raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(before.chat_template)
     small = dataclasses.replace(before.prepare, shard_rows=min(_SHARD_ROWS, before.prepare.shard_rows))
     preparation = Preparation(base=base, config=small, chat_template=template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
-    spec, own = require(run, "prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
+    spec, own = run.require("prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two has no messages
         own["chat_template"] = spec["chat_template"]
     if changed := differences(spec, own):
@@ -173,43 +174,42 @@ def _preparation(run: Location, before: RunConfig, config: CompareConfig) -> Pre
 
 
 def _setting(
-    config: CompareConfig, before: RunConfig, run: Location, output: Location, preparation: Preparation,
+    config: CompareConfig, before: RunConfig, run: Run, output: Run, preparation: Preparation,
     pool: ScoreConfig,
 ) -> Setting:  # fmt: skip
     """What all fine-tunes share; the instructions are prepared, if there are any."""
-    instructions = output / "instructions" if config.instructions else None
+    instructions = output.within("instructions") if config.instructions else None
     if instructions:
         chat = config.instructions_chat
         if chat is None:
             chat = all(source.format == "messages" for source in before.all_sources())
         prepare_instructions(
             instructions, config.instructions or "", dataclasses.replace(preparation, limit=None),
-            chat=chat, written=written_by(output, before.score), overwrite=config.overwrite,
+            chat=chat, written=written_by(output, before.score),
         )  # fmt: skip
     return Setting(
         base=preparation.base,
-        spec=require(run, "prepare").fingerprint["encoding"],
+        spec=run.require("prepare").fingerprint["encoding"],
         chat_template=preparation.chat_template,
-        heldout=output / HELDOUT,
+        heldout=output.within(HELDOUT),
         score=dataclasses.replace(pool, base_cache=pool.base_cache or str(output / "base_cache")),
         generate=config.generate,
         matches="exact_match" in config.measures,
         instructions=instructions,
         keep_models=config.keep_models,
-        overwrite=config.overwrite,
     )
 
 
-def _leave_out(run: Location, output: Location) -> npt.NDArray[np.int64]:
+def _leave_out(run: Run, output: Run) -> npt.NDArray[np.int64]:
     """Content hashes of held-out rows that the models may have been trained on, and a file of them."""
-    hashes = in_training_pool(run, output / HELDOUT)
+    hashes = in_training_pool(run, output.within(HELDOUT))
     if len(hashes):
         log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
     write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
     return hashes
 
 
-def _check_answers(heldout: Location, sources: list[str]) -> None:
+def _check_answers(heldout: Run, sources: list[str]) -> None:
     """ConfigError where there is nothing that a generated answer could be compared with."""
     if not num_expected(heldout, sources):
         raise ConfigError(
@@ -219,23 +219,23 @@ def _check_answers(heldout: Location, sources: list[str]) -> None:
         )
 
 
-def _tell(output: Location, done: int, total: int) -> None:
+def _tell(output: Run, done: int, total: int) -> None:
     # The report is written again, also where nothing is to be trained.
     (output / "manifests" / f"{_STAGE}.json").remove()
-    Progress(_STAGE, unit="arms", done=done, total=total).write(output)
+    output.write_progress(Progress(_STAGE, unit="arms", done=done, total=total))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Plan:
-    """Which fine-tunes make up the comparison, on which rows."""
+    """Which fine-tunes make up the comparison, on which rows; each set of rows is written once."""
 
     config: CompareConfig
     finished: FinishedRun
-    output: Location
+    output: Run
     recipe: FinetuneConfig
     setting: Setting
-    _written: list[Location] = dataclasses.field(default_factory=list)
-    """Sets of rows that are there: finding them takes scans of the run."""
+    _written: dict[str, Run] = dataclasses.field(default_factory=dict, init=False)
+    """Sets of rows by name: finding the rows of one takes scans of the run."""
 
     def trials(self) -> list[Trial]:
         """Every fine-tune, its rows written; all arms with their first seed come first."""
@@ -255,11 +255,11 @@ class _Plan:
     def _readings(self, arm: str, selection: pa.Table, size: int, seed: int) -> dict[str, Trial]:
         """The fine-tunes of one arm with one seed, by name; of the full set both readings are the same."""
         if arm == "full":
-            examples_of, readings = self._full_rows, ["epochs"]
-            rows = require(examples_of, "prepare").counts["prepared"]
+            examples, readings = self._full_rows, ["epochs"]
+            rows = examples.require("prepare").counts["prepared"]
         else:
             rows, readings = size, list(self.config.readings)
-            examples_of = self._rows(arm, selection, size, seed)
+            examples = self._rows(arm, selection, size, seed)
         trials = {}
         for reading in readings:
             name = TrialName(arm, rows, reading, seed)
@@ -267,49 +267,47 @@ class _Plan:
             recipe = dataclasses.replace(self.recipe, seed=seed, max_steps=steps)
             trials[str(name)] = Trial(
                 name=name,
-                place=self.output / "arms" / str(name),
-                examples_of=examples_of,
+                place=self.output.within(f"arms/{name}"),
+                examples=examples,
                 recipe=recipe,
                 setting=self.setting,
             )
         return trials
 
-    def _rows(self, arm: str, selection: pa.Table, size: int, seed: int) -> Location:
+    def _rows(self, arm: str, selection: pa.Table, size: int, seed: int) -> Run:
         """Write an arm's rows; drawn ones for each seed, others once."""
         name = f"{arm}-{size}" + (f"-seed{seed}" if arm in DRAWN else "")
-        if (place := self.output / "sets" / name) in self._written:
-            return place
-        ids = self.finished.rows_of(arm, selection, seed)
-        write_set(place, self.finished, ids, overwrite=self.config.overwrite)
-        self._written.append(place)
-        return place
+        if name not in self._written:
+            self._written[name] = self.output.within(f"sets/{name}")
+            write_set(self._written[name], self.finished, self.finished.rows_of(arm, selection, seed))
+        return self._written[name]
 
     @cached_property
-    def _full_rows(self) -> Location:
+    def _full_rows(self) -> Run:
         """Every prepared example; of a run with a mixture those of its sources, as often as it takes their rows."""
         if not self.finished.repeats:
             return self.finished.place
-        place = self.output / "sets" / "full"
-        write_set(place, self.finished, None, overwrite=self.config.overwrite)
+        place = self.output.within("sets/full")
+        write_set(place, self.finished, None)
         return place
 
     @cached_property
     def _full_steps(self) -> int:
         """Optimiser steps of a fine-tune on the full set, as many of its rows as can be trained on."""
-        counts = require(self._full_rows, "prepare").counts
+        counts = self._full_rows.require("prepare").counts
         trainable = counts.get("trainable")
         if trainable is None:  # the run's own examples
-            trainable = counts["prepared"] - require(self.finished.place, "score").counts.get(Status.NO_PREDICTOR, 0)
+            trainable = counts["prepared"] - self.finished.place.require("score").counts.get(Status.NO_PREDICTOR, 0)
         return num_steps(trainable, self.recipe.batch_size, self.recipe.epochs)
 
 
 def _report(
-    config: CompareConfig, before: RunConfig, recipe: FinetuneConfig, output: Location, trials: list[Trial],
+    config: CompareConfig, before: RunConfig, recipe: FinetuneConfig, output: Run, trials: list[Trial],
     left_out: npt.NDArray[np.int64],
 ) -> None:  # fmt: skip
     """Write the table, the facts and the page."""
-    started, heldout = time.monotonic(), require(output / HELDOUT, "prepare")
-    losses = {trial.name: read_losses(trial.place, output / HELDOUT) for trial in trials}
+    started, prepared = time.monotonic(), output.within(HELDOUT).require("prepare")
+    losses = {trial.name: read_losses(trial.place, output.within(HELDOUT)) for trial in trials}
     first = losses[trials[0].name]
     leaked = np.isin(first.hashes, left_out)
     valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
@@ -322,7 +320,7 @@ def _report(
             run=config.run or "",
             base=before.base or "",
             recipe=dataclasses.asdict(recipe),
-            heldout=heldout.counts,
+            heldout=prepared.counts,
             in_training_pool=int(leaked.sum()),
             trials={trial.name: _facts_of(trial) for trial in trials},
             measures=measures,
@@ -336,10 +334,10 @@ def _report(
         write_file(output / "comparison.json", facts_json.encode()),
         write_file(output / "comparison.html", render_comparison(facts).encode()),
     ]
-    made_of = {str(trial.name): require(trial.place, STAGE).content for trial in trials}
-    fingerprint = {"heldout": heldout.content, "arms": made_of}
+    made_of = {str(trial.name): trial.place.require(STAGE).content for trial in trials}
+    fingerprint = {"heldout": prepared.content, "arms": made_of}
     seconds = time.monotonic() - started
-    Manifest(_STAGE, fingerprint, {"arms": len(trials)}, files, seconds=seconds).commit(output)
+    output.commit(Manifest(_STAGE, fingerprint, {"arms": len(trials)}, files, seconds=seconds))
 
 
 def _loss_of(
@@ -378,7 +376,7 @@ def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_
 
 
 def _facts_of(trial: Trial) -> TrialFacts:
-    measured, rows = require(trial.place, STAGE), require(trial.examples_of, "prepare")
+    measured, rows = trial.place.require(STAGE), trial.examples.require("prepare")
     return TrialFacts(
         num_examples=measured.counts["examples"],
         num_response_tokens=rows.counts["num_response_tokens"],

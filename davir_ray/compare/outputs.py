@@ -20,9 +20,9 @@ from davir_ray.compare.generation import generated_from
 from davir_ray.config.sources import Source
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import FileEntry, read_parquet, write_file
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, completed
 from davir_ray.schema import Status
 from davir_ray.stages.prepare import Preparation, prepare
 
@@ -34,13 +34,12 @@ _READ_AT_A_TIME = 64
 
 
 def prepare_instructions(
-    run: Location,
+    run: Run,
     path: str,
     preparation: Preparation,
     *,
     chat: bool = False,
     written: Sequence[Location] = (),
-    overwrite: bool = False,
 ) -> Manifest:
     """Make prompts of a list of {instruction, input?, dataset?} (JSON, JSON lines or Parquet; also without outputs).
 
@@ -49,29 +48,29 @@ def prepare_instructions(
     """
     source = Source(name=SOURCE, path=path, format="messages" if chat else "alpaca")
     preparation = replace(preparation, prompts_only=True, keep_record=True)
-    return prepare(run, [source], preparation, max_bad_fraction=0, written=written, overwrite=overwrite)
+    return prepare(run, [source], preparation, max_bad_fraction=0, written=written)
 
 
-def write_outputs(run: Location, generator: str, *, examples_of: Location | None = None) -> Manifest:
+def write_outputs(run: Run, generator: str, *, examples: Run | None = None) -> Manifest:
     """Write outputs.json of a run whose texts were generated; `generator` is the model's name on the leaderboard.
 
-    `examples_of` is the run of `prepare_instructions` (None: this one). DataError if an instruction has no text.
+    `examples` is the run of `prepare_instructions` (None: this one). DataError if an instruction has no text.
     """
     started = time.monotonic()
-    source = examples_of or run
+    source = examples or run
     generated, prepared = generated_from(run, source)
     fingerprint = {"generations": generated.content, "generator": generator}
-    if done := completed(run, "outputs", fingerprint):
+    if done := run.completed("outputs", fingerprint):
         return done
     _check_complete(generated)
-    clear(run, "outputs")
+    run.clear("outputs")
     rows = [_output(row, generator) for row in _rows(run, source, generated.files_in("generations"))]
     if len(rows) != prepared.counts["prepared"]:
         raise IntegrityError(f"{prepared.counts['prepared']} instructions were prepared but {len(rows)} have an output")
     content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
     entry = write_file(run / OUTPUTS, content, len(rows))
     seconds = time.monotonic() - started
-    return Manifest("outputs", fingerprint, {"outputs": len(rows)}, [entry], seconds=seconds).commit(run)
+    return run.commit(Manifest("outputs", fingerprint, {"outputs": len(rows)}, [entry], seconds=seconds))
 
 
 def _check_complete(generated: Manifest) -> None:
@@ -84,7 +83,7 @@ def _check_complete(generated: Manifest) -> None:
         )
 
 
-def _rows(run: Location, source: Location, shards: list[FileEntry]) -> Iterator[dict[str, Any]]:
+def _rows(run: Run, source: Run, shards: list[FileEntry]) -> Iterator[dict[str, Any]]:
     """Text and record of each instruction, in the order of the list: names of shards, and rows within, have it."""
     for start in range(0, len(shards), _READ_AT_A_TIME):
         names = [shard.name for shard in shards[start : start + _READ_AT_A_TIME]]
@@ -92,7 +91,7 @@ def _rows(run: Location, source: Location, shards: list[FileEntry]) -> Iterator[
             yield from rows
 
 
-def _shard_rows(run: Location, source: Location, name: str) -> list[dict[str, Any]]:
+def _shard_rows(run: Run, source: Run, name: str) -> list[dict[str, Any]]:
     texts = read_parquet(run / "generations" / name, ["example_id", "output"])
     records = read_parquet(source / "examples" / name, ["example_id", "record"])
     if not texts["example_id"].equals(records["example_id"]):

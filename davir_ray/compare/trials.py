@@ -31,9 +31,8 @@ from davir_ray.models.generator import GENERATION_VERSION
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.run.digests import digest
 from davir_ray.run.files import FileEntry, in_folder
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
-from davir_ray.run.stages import require
 from davir_ray.stages.finetune import finetune, what_matters
 from davir_ray.stages.score import score
 
@@ -58,16 +57,15 @@ class Setting:
     """How text became tokens."""
     chat_template: str | None
     """Text of the one that the examples were rendered with, if not the tokenizer's."""
-    heldout: Location
+    heldout: Run
     """A run that is prepared."""
     score: ScoreConfig
     generate: GenerateConfig
     matches: bool
     """Generate held-out answers and compare them."""
-    instructions: Location | None
+    instructions: Run | None
     """A run of `prepare_instructions`, to be answered, too. None: there are none."""
     keep_models: bool
-    overwrite: bool
 
     @cached_property
     def base_digest(self) -> dict[str, str]:
@@ -80,9 +78,9 @@ class Trial:
     """One fine-tune and its measurement."""
 
     name: TrialName
-    place: Location
-    examples_of: Location
-    """A run that is prepared: what it trains on."""
+    place: Run
+    examples: Run
+    """A run that is prepared: what the trial trains on."""
     recipe: FinetuneConfig
     setting: Setting
 
@@ -90,7 +88,7 @@ class Trial:
         """What the model depends on."""
         return {
             "base": self.setting.base_digest,
-            "examples": require(self.examples_of, "prepare").content,
+            "examples": self.examples.require("prepare").content,
             "recipe": what_matters(self.recipe),
         }
 
@@ -98,10 +96,10 @@ class Trial:
         """What the measurement depends on."""
         setting, instructions = self.setting, self.setting.instructions
         return self.trained_with() | {
-            "heldout": require(setting.heldout, "prepare").content,
+            "heldout": setting.heldout.require("prepare").content,
             "precision": setting.score.precision,
             "matches": setting.matches,
-            "instructions": None if instructions is None else require(instructions, "prepare").content,
+            "instructions": None if instructions is None else instructions.require("prepare").content,
             "texts": _what_texts_depend_on(setting) if setting.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
             "device": "cuda" if num_gpus_of(setting.score) else "cpu",
@@ -112,15 +110,15 @@ class Trial:
 
         It is cleared here if it may be overwritten.
         """
-        manifest = Manifest.read(self.place, STAGE)
+        manifest = self.place.manifest(STAGE)
         if manifest is None:
             return None
-        changed = differences(manifest.fingerprint, self.fingerprint()) or manifest.damage(self.place)
+        changed = differences(manifest.fingerprint, self.fingerprint()) or manifest.damage(self.place.folder)
         if not changed:
             return manifest
         told, has_model = "; ".join(changed[:5]), self._has_model(manifest)
         redone = "measure" if has_model else "train"
-        if not self.setting.overwrite:
+        if not self.place.overwrite:
             raise OutputError(
                 f"{self.place} was made with something else ({told}). Add --overwrite to {redone} it again, or choose "
                 "another --output"
@@ -128,35 +126,28 @@ class Trial:
         log.info("%s differs (%s); to %s again", self.name, told, redone)
         (self.place / "manifests" / f"{STAGE}.json").remove()
         if not has_model:
-            self.place.remove()
+            self.place.folder.remove()
         return None
 
     def _has_model(self, measured: Manifest) -> bool:
         """Whether the model that was measured was kept, is whole, and is still the one that is wanted."""
-        trained = Manifest.read(self.place, "finetune")
+        trained = self.place.manifest("finetune")
         wanted = json.loads(json.dumps(self.trained_with()))
         same = {name: measured.fingerprint.get(name) for name in wanted} == wanted
-        return same and trained is not None and not trained.damage(self.place)
+        return same and trained is not None and not trained.damage(self.place.folder)
 
     def run(self) -> Manifest:
         """Fine-tune the base on the rows, measure the held-out examples, drop the model."""
         setting = self.setting
-        trained = finetune(
-            self.place, setting.base, self.recipe, setting.spec,
-            examples_of=self.examples_of, overwrite=setting.overwrite,
-        )  # fmt: skip
+        trained = finetune(self.place, setting.base, self.recipe, setting.spec, examples=self.examples)
         model = Checkpoint.find(str(self.place / "reference"), setting.base.trust_remote_code)
-        scored = score(
-            self.place, setting.base, model, setting.score, keep_token_nll="none",
-            examples_of=setting.heldout, overwrite=setting.overwrite,
-        )  # fmt: skip
+        scored = score(self.place, setting.base, model, setting.score, keep_token_nll="none", examples=setting.heldout)
         files = scored.files + self._matches(model) + self._answers(model)
         counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
         details = {name: trained.details[name] for name in ("final_loss", "loss_by_step")}
         details |= {"keep_model": setting.keep_models}
         seconds = trained.seconds + scored.seconds
-        manifest = Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds)
-        manifest = manifest.commit(self.place)
+        manifest = self.place.commit(Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds))
         self.drop_model(manifest)
         if model.files:
             _forget_everywhere(model)
@@ -168,22 +159,22 @@ class Trial:
         if not setting.matches:
             return []
         generated = self._generate(self.place, model, setting.generate, setting.heldout)
-        return generated.files + match(self.place, examples_of=setting.heldout).files
+        return generated.files + match(self.place, examples=setting.heldout).files
 
     def _answers(self, model: Checkpoint) -> list[FileEntry]:
         """Answer the instructions, if there are any; returns the files, in answers/."""
-        setting, place = self.setting, self.place / ANSWERS
+        setting, place = self.setting, self.place.within(ANSWERS)
         if setting.instructions is None:
             return []
         generated = self._generate(place, model, replace(setting.generate, sources=[]), setting.instructions)
-        outputs = write_outputs(place, str(self.name), examples_of=setting.instructions)
+        outputs = write_outputs(place, str(self.name), examples=setting.instructions)
         return in_folder(ANSWERS, [*generated.files, *outputs.files])
 
-    def _generate(self, place: Location, model: Checkpoint, config: GenerateConfig, holder: Location) -> Manifest:
+    def _generate(self, place: Run, model: Checkpoint, config: GenerateConfig, holder: Run) -> Manifest:
         setting = self.setting
         return generate(
-            place, model, config, setting.score, examples_of=holder, base=setting.base if model.is_adapter else None,
-            chat_template=setting.chat_template, overwrite=setting.overwrite,
+            place, model, config, setting.score, examples=holder, base=setting.base if model.is_adapter else None,
+            chat_template=setting.chat_template,
         )  # fmt: skip
 
     def drop_model(self, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from davir_ray.demo.world import CLASSES, InstructionRow
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 
 MEASURES = ("rho_sum", "rho_mean", "davir")
 
@@ -59,7 +59,7 @@ def class_shares(
 
 
 def format_truth(
-    shares: Sequence[ClassShare], correlations: Mapping[str, Mapping[str, float]], run: Location, seconds: float
+    shares: Sequence[ClassShare], correlations: Mapping[str, Mapping[str, float]], run: Run, seconds: float
 ) -> str:
     """The table for the terminal: shares by class, correlations with length, where the results lie."""
     lines = ["", f"{'class':<18}{'rows':>6}{'of all':>10}{'selected':>10}{'random':>10}{'mean davir':>12}"]
@@ -79,7 +79,7 @@ def _mean(scores: npt.NDArray[np.float64]) -> float | None:
     return float(scores.mean()) if scores.size else None
 
 
-def shares_of_run(run: Location, rows: Sequence[InstructionRow], seed: int) -> list[ClassShare]:
+def shares_of_run(run: Run, rows: Sequence[InstructionRow], seed: int) -> list[ClassShare]:
     """The shares of a finished run over these rows, which stand in the source file in this order."""
     davir: list[float | None] = [None] * len(rows)
     for row in _scored_rows(run):
@@ -88,7 +88,7 @@ def shares_of_run(run: Location, rows: Sequence[InstructionRow], seed: int) -> l
     return class_shares([row.planted_class for row in rows], davir, [i in selected for i in range(len(rows))], seed)
 
 
-def length_correlations(run: Location, rows: Sequence[InstructionRow]) -> dict[str, dict[str, float]]:
+def length_correlations(run: Run, rows: Sequence[InstructionRow]) -> dict[str, dict[str, float]]:
     """Spearman correlation of each measure with the response's tokens, over all rows and over the learnable ones.
 
     Over all rows, classes that lose from the fine-tune pull against the one that gains.
@@ -103,13 +103,13 @@ def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(spearmanr(lengths, [row[name] for row in rows]).statistic) for name in MEASURES}
 
 
-def _scored_rows(run: Location) -> list[dict[str, Any]]:
+def _scored_rows(run: Run) -> list[dict[str, Any]]:
     """Rows of scores/ that have a score, with the row of the source file; both folders keep the same order."""
     scores = _rows(run, "scores", ["num_response_tokens", *MEASURES])
     places = _rows(run, "examples", ["source_row"])
     return [score | place for score, place in zip(scores, places, strict=True) if score["davir"] is not None]
 
 
-def _rows(run: Location, folder: str, columns: list[str]) -> list[dict[str, Any]]:
+def _rows(run: Run, folder: str, columns: list[str]) -> list[dict[str, Any]]:
     place = run / folder
     return [row for name in place.names(".parquet") for row in read_parquet(place / name, columns).to_pylist()]

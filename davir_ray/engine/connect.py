@@ -20,7 +20,8 @@ from ray.exceptions import AuthenticationError
 
 from davir_ray import errors
 from davir_ray.engine.console import LOG_LEVEL, LogStream, quiet_ray, quieten, shows_all
-from davir_ray.errors import ClusterError, ProgressError
+from davir_ray.errors import ClusterError, ConfigError, ProgressError
+from davir_ray.run.folder import SUBMITTED_JOB, Run
 from davir_ray.run.storage_errors import CONTINUES
 from davir_ray.text import one_line
 
@@ -43,9 +44,6 @@ _ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
 _LEAST_BYTES = 2**20
 """Without which Ray does not start."""
 
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that Ray sets for the entry point of a submitted job."""
-
 
 @contextmanager
 def connected() -> Iterator[None]:
@@ -67,6 +65,18 @@ def connected() -> Iterator[None]:
                 yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def connected_to(run: Run, *, is_shared: bool) -> Iterator[None]:
+    """Connect to Ray for a block that writes a run; ConfigError if not every node sees its folder."""
+    with connected():
+        if run.folder.is_local and num_nodes() > 1 and not is_shared:
+            raise ConfigError(
+                f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared "
+                "if every node sees this path"
+            )
+        yield
 
 
 def ensure_started() -> None:

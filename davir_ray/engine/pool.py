@@ -48,10 +48,10 @@ from davir_ray.run.files import (
     in_folder,
     total_rows,
 )
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
-from davir_ray.run.stages import clear, other_attempt
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Stream:
     """What becomes of shards: a file of the same name in a folder of a run, with one row for each example."""
 
     stage: str
-    run: Location
+    run: Run
     """The run that is written."""
     folder: str
     """Of the run: where the files go."""
@@ -69,50 +69,44 @@ class Stream:
     """Of the files; one of the columns is `status`."""
     fingerprint: dict[str, Any]
     """What the content depends on; travels in every file's footer."""
-    examples: Location
-    """Folder of the shards that are read."""
+    examples: Run
+    """The run whose examples are read; it may be another one."""
+    shards: list[FileEntry]
+    """Shards of the examples that are to be worked on."""
     columns: list[str]
-    """Of the shards, that the workers are given."""
+    """Columns of the examples that the workers are given."""
+    count_tokens: Callable[[pa.Table], int] = num_tokens
+    """Tokens that the rows of a file stand for, for the rates of the progress."""
 
-    def fill(
-        self,
-        shards: list[FileEntry],
-        worker: type,
-        arguments: dict[str, Any],
-        config: ScoreConfig,
-        *,
-        rejects: int = 0,
-        overwrite: bool = False,
-        count_tokens: Callable[[pa.Table], int] = num_tokens,
-    ) -> "Filled":
+    def fill(self, worker: type, arguments: dict[str, Any], config: ScoreConfig) -> "Filled":
         """Do every shard that no earlier attempt did; `arguments` are those of the worker's class."""
-        committed = self._committed(shards, overwrite=overwrite)
+        committed = self._committed()
         done = {shard.entry.name for shard in committed}
         # Longest first, so that the pool does not end on one long shard.
-        pending = sorted((shard for shard in shards if shard.name not in done), key=lambda shard: -shard.bytes)
+        pending = sorted((shard for shard in self.shards if shard.name not in done), key=lambda shard: -shard.bytes)
         log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
-        with tallied(self.run, self._before(total_rows(shards), rejects, committed)) as tally:
-            new = self._send(pending, worker, arguments, config, tally, count_tokens) if pending else []
+        with tallied(self.run, self._before(committed)) as tally:
+            new = self._send(pending, worker, arguments, config, tally) if pending else []
             sums = tally.sums()
         return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), sums)
 
-    def _committed(self, shards: list[FileEntry], *, overwrite: bool) -> list[CommittedShard]:
+    def _committed(self) -> list[CommittedShard]:
         """Shards that earlier attempts with the same settings have done; a damaged one is done again.
 
         OutputError names what differs if they were done with other settings, unless they may be overwritten.
         """
         folder = self.run / self.folder
-        rows = {shard.name: shard.rows for shard in shards}
+        rows = {shard.name: shard.rows for shard in self.shards}
         found = each(lambda name: describe(folder / name, self.schema, rows.get(name)), folder.names(".parquet"))
         there = [shard for shard in found if shard is not None]
         now = json.loads(json.dumps(self.fingerprint))
         changed = [line for shard in there for line in differences(shard.fingerprint, now)]
         if not changed:
             return [shard.committed for shard in there]
-        if overwrite:
-            clear(self.run, self.stage)
+        if self.run.overwrite:
+            self.run.clear(self.stage)
             return []
-        raise other_attempt(self.run, self.stage, list(dict.fromkeys(changed)))
+        raise self.run.other_attempt(self.stage, list(dict.fromkeys(changed)))
 
     def _send(
         self,
@@ -121,14 +115,15 @@ class Stream:
         arguments: dict[str, Any],
         config: ScoreConfig,
         tally: Tally,
-        count_tokens: Callable[[pa.Table], int],
     ) -> list[CommittedShard]:
         """Read each shard, give it whole to an actor, write its file."""
         num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
         pool = plan_pool(config).at_most(len(pending))
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
-        source = Shards(pending, partial(read_named, self.examples, self.columns))
-        sink = ShardSink(self.run / self.folder, self.schema, json.dumps(self.fingerprint), tally.tell, count_tokens)
+        source = Shards(pending, partial(read_named, self.examples / "examples", self.columns))
+        sink = ShardSink(
+            self.run / self.folder, self.schema, json.dumps(self.fingerprint), tally.tell, self.count_tokens
+        )
         context = whole_block_context(config.no_progress_timeout_s)
         with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
             (
@@ -149,16 +144,23 @@ class Stream:
             )
         return sink.shards
 
-    def _before(self, num_rows: int, rejects: int, committed: list[CommittedShard]) -> Progress:
+    def _before(self, committed: list[CommittedShard]) -> Progress:
         """Where the stage begins: with what an earlier attempt committed."""
         rows = total_rows([shard.entry for shard in committed])
         unscored = rows - sum(shard.statuses.get("ok", 0) for shard in committed)
         return Progress(
-            self.stage, unit="rows", done=rows, total=num_rows, rows=rows, rejects=rejects, unscored=unscored
-        )  # fmt: skip
+            self.stage,
+            unit="rows",
+            done=rows,
+            total=total_rows(self.shards),
+            rows=rows,
+            rejects=self.examples.require("prepare").counts["rejected"],
+            unscored=unscored,
+        )
 
-    def manifest(self, filled: "Filled", num_rows: int, done: str, details: dict[str, Any]) -> Manifest:
-        """The books of the stage; `done` is what a row is called that went well. IntegrityError if rows were lost."""
+    def manifest(self, filled: "Filled", done: str, details: dict[str, Any]) -> Manifest:
+        """The manifest of the stage; `done` names the count of good rows. IntegrityError if rows were lost."""
+        num_rows = total_rows(self.shards)
         statuses = Counter[str]()
         for shard in filled.shards:
             statuses.update(shard.statuses)

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.metrics import Counter as Metric
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.progress import Pace, Progress
 from davir_ray.terminal import Bar
 
@@ -145,7 +145,7 @@ class Tally:
 
 
 @contextmanager
-def tallied(run: Location, start: Progress) -> Iterator[Tally]:
+def tallied(run: Run, start: Progress) -> Iterator[Tally]:
     """A tally for a stage; while the block runs its sums go to progress.json, and to a bar or lines for the user.
 
     `start` names the stage, its unit and total, and holds what was done before.
@@ -167,7 +167,7 @@ def tallied(run: Location, start: Progress) -> Iterator[Tally]:
 class _Teller:
     """Asks the tally every few seconds and tells the user."""
 
-    def __init__(self, run: Location, start: Progress, tally: Tally) -> None:
+    def __init__(self, run: Run, start: Progress, tally: Tally) -> None:
         self._run, self._first, self._tally = run, start, tally
         self._pace = Pace()
         self._started = time.monotonic()
@@ -227,7 +227,7 @@ class _Teller:
             self._log(progress)
         else:
             self._bar.show(progress)
-        progress.write(self._run)
+        self._run.write_progress(progress)
 
     def _log(self, progress: Progress) -> None:
         now = time.monotonic()

@@ -12,24 +12,8 @@ from davir_ray.run.lease import BEAT_S, LEASE_FILE, MISSED_BEATS, Holder
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress, duration
+from davir_ray.run.stages import STAGES
 from davir_ray.run.storage_errors import storage_errors
-
-STAGES = ("prepare", "freeze", "align", "finetune", "score", "margins", "rank", "select", "report", "compare")
-"""In the order of a run, which has those that its job needs; a comparison has but its own."""
-
-_TOLD = {
-    "prepare": ("prepared", "rejected"),
-    "freeze": ("scored",),
-    "align": ("pairs", "steps"),
-    "finetune": ("steps",),
-    "score": ("scored",),
-    "margins": ("measured",),
-    "rank": ("ranked",),
-    "select": ("selected",),
-    "report": (),
-    "compare": ("arms",),
-}
-"""Counts of a stage's manifest that a person wants to see."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +34,11 @@ class Status:
     def lines(self) -> list[str]:
         """For a person."""
         lines = [self.run]
-        for stage in STAGES:
+        for stage, row in STAGES.items():
             if stage in self.stages:
                 counts = self.stages[stage]
-                told = ", ".join(f"{counts[name]:,} {name}" for name in _TOLD[stage] if name in counts)
-                lines.append(f"  {stage:<9} complete  {duration(counts['seconds']):>7}  {told}".rstrip())
+                shown = ", ".join(f"{counts[name]:,} {name}" for name in row.shown_counts if name in counts)
+                lines.append(f"  {stage:<9} complete  {duration(counts['seconds']):>7}  {shown}".rstrip())
             elif self.progress is not None and self.progress.stage == stage and self.state != "complete":
                 lines.append(f"  {stage:<9} {self.state:<8}  {str(self.progress).partition(': ')[2]}".rstrip())
         return [*lines, self._conclusion()]

@@ -8,19 +8,47 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from davir_ray.config.run import EstimateConfig
+from davir_ray.config.run import EstimateConfig, InputConfig
 from davir_ray.config.sources import Source
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.pairs import PairReader
 from davir_ray.data.reader import ExampleReader, ExampleRow, Pair, rows_of_item
 from davir_ray.data.records import Reject
 from davir_ray.data.survey import estimate_rows
 from davir_ray.engine.connect import accelerators, has_gpu
+from davir_ray.engine.pool import plan_pool
 from davir_ray.errors import ConfigError
+from davir_ray.models.size import ModelSize
 from davir_ray.models.speed import gemm_flops
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.stages.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize
+from davir_ray.stages.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize, estimate, told
+from davir_ray.stages.finetune import check_workers
 from davir_ray.stages.prepare import NO_BOUND, Preparation, are_pairs
+
+
+def foresee(
+    run: Run,
+    config: InputConfig,
+    preparation: Preparation,
+    training: FinetuneConfig | None,
+    written: Sequence[Location],
+) -> list[str]:
+    """Lines that say what a job would do: the first examples, what they will take, the pool. Nothing is written.
+
+    `training` is None where nothing is trained; what lies where the job writes (`written`) is no data.
+    """
+    lines, data = preview(config.all_sources(), preparation, written=written)
+    run.check_claim()
+    if training is not None:
+        check_workers(training)
+    pool = plan_pool(config.score)
+    rate = device_rate(config.estimate)
+    examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
+    found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
+    lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
+    return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
 
 class Preview(NamedTuple):

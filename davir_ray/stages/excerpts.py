@@ -12,6 +12,7 @@ from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect
 from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.run.files import FileEntry, read_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.schema import EXAMPLES, RANKED
 
@@ -39,7 +40,7 @@ class Excerpts:
     """At each of these places the nearest rows whose token losses were kept, at most 4."""
 
 
-def excerpts(run: Location, tokenizer: Any, examples: list[FileEntry], ranked: list[FileEntry]) -> Excerpts:
+def excerpts(run: Run, tokenizer: Any, examples: list[FileEntry], ranked: list[FileEntry]) -> Excerpts:
     """Rows to show, with the text of each token where its losses were kept and the tokenizer is known."""
     last = sum(entry.rows for entry in ranked)
     num_with_tokens = _SHOWN_WITH_TOKENS if tokenizer is not None else 0
@@ -59,7 +60,7 @@ def excerpts(run: Location, tokenizer: Any, examples: list[FileEntry], ranked: l
     )
 
 
-def _around(run: Location, ranked: list[FileEntry], rank: int, num_with_tokens: int) -> tuple[Rows, Rows]:
+def _around(run: Run, ranked: list[FileEntry], rank: int, num_with_tokens: int) -> tuple[Rows, Rows]:
     """Rows around a rank, and the nearest with token losses; files are read from near to far until there are enough."""
     shown = kept = RANKED.empty_table()
     for entry in _by_distance(ranked, rank)[:_MOST_FILES]:
@@ -85,7 +86,7 @@ def _nearest(table: pa.Table, rank: int, most: int) -> pa.Table:
     return table.take(pa.array(np.argsort(distance, kind="stable")[:most])).sort_by("rank")
 
 
-def _texts(run: Location, examples: list[FileEntry], ids: list[int]) -> dict[int, dict[str, Any]]:
+def _texts(run: Run, examples: list[FileEntry], ids: list[int]) -> dict[int, dict[str, Any]]:
     """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
     shards = Shards(examples, partial(_read_texts, run / "examples", sorted(set(ids))))
     return {row.pop("example_id"): row for row in collect(shards, _unchanged, _TEXTS).to_pylist()}

@@ -46,10 +46,10 @@ from davir_ray.models.training.loop import (
 from davir_ray.models.training.parallel import sharded, together
 from davir_ray.run.digests import digest
 from davir_ray.run.files import FileEntry, in_folder, put_folder, read_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
-from davir_ray.run.stages import completed, note_attempt, require, same_attempt
 from davir_ray.run.storage_errors import storage_errors
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Training:
     """What a worker needs to know."""
 
     stage: str
-    run: Location
+    run: Run
     base: Checkpoint
     config: FinetuneConfig
     objective: Callable[[], Objective]
@@ -95,49 +95,46 @@ class Training:
 
 
 def finetune(
-    run: Location,
+    run: Run,
     base: Checkpoint,
     config: FinetuneConfig,
     spec: dict[str, Any],
     *,
-    examples_of: Location | None = None,
-    overwrite: bool = False,
+    examples: Run | None = None,
 ) -> Manifest:
     """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec.
 
-    `examples_of` is the run that holds the examples; None: this one.
+    `examples` is the run that holds the examples; None: this one.
     """
-    holder = examples_of or run
-    prepared = require(holder, "prepare")
+    holder = examples or run
+    prepared = holder.require("prepare")
     shards = [entry.name for entry in prepared.files_in("examples")]
     training = Training(
         "finetune", run, base, config, partial(_read_examples, holder / "examples", shards), spec, "reference"
     )
     fingerprint = {"base": base.weights_digest(), "examples": prepared.content, **recipe_of(config)}
-    return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"], overwrite=overwrite)
+    return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"])
 
 
 def _read_examples(folder: Location, shards: list[str]) -> TrainingSet:
     return TrainingSet.of(each(lambda name: read_parquet(folder / name, TRAINING_COLUMNS), shards))
 
 
-def train(
-    training: Training, fingerprint: dict[str, Any], unit: str, *, rejects: int, overwrite: bool = False
-) -> Manifest:
+def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects: int) -> Manifest:
     """Train on an objective, whose rows are called `unit`: to the end of what an earlier attempt began, or skipped."""
     started = time.monotonic()
     run, stage, checkpoints = training.run, training.stage, training.run / "checkpoints"
-    if done := completed(run, stage, fingerprint, overwrite=overwrite):
+    if done := run.completed(stage, fingerprint):
         checkpoints.remove()  # left where the driver died just after the manifest
         return done
-    if not same_attempt(run, stage, "checkpoints", fingerprint, overwrite=overwrite):
+    if not run.continues_attempt(stage, "checkpoints", fingerprint):
         checkpoints.remove()
-    note_attempt(run, "checkpoints", fingerprint)
+    run.note_attempt("checkpoints", fingerprint)
     try:
         with tallied(run, Progress(stage, unit="steps", rejects=rejects)) as tally:
             metrics = _fit(training, tally, name=digest(fingerprint)[:16])
     except UserError:
-        note_attempt(run, "checkpoints", fingerprint, binding=False)  # the user is told to change the settings
+        run.note_attempt("checkpoints", fingerprint, binding=False)  # the user is told to change the settings
         raise
     curves = metrics["by_step"]
     manifest = Manifest(
@@ -154,7 +151,7 @@ def train(
         },
         seconds=time.monotonic() - started,
     )
-    manifest = manifest.commit(run)
+    manifest = run.commit(manifest)
     # They are three times the model's size, and serve only a training that was not finished.
     checkpoints.remove()
     return manifest

@@ -23,10 +23,10 @@ from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
 from davir_ray.run.digests import content_digest, digest, file_digest
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
-from davir_ray.run.stages import clear, completed, note_attempt, same_attempt
 from davir_ray.schema import EXAMPLES, PAIRS
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class _Limits(NamedTuple):
 class Work:
     """What a worker needs to know."""
 
-    run: Location
+    run: Run
     reports: Location
     """Folder of the reports of finished tasks."""
     tasks: list[Task]
@@ -114,28 +114,27 @@ class Work:
 
 
 def prepare(
-    run: Location,
+    run: Run,
     sources: list[Source],
     preparation: Preparation,
     *,
     max_bad_fraction: float,
     written: Sequence[Location] = (),
-    overwrite: bool = False,
 ) -> Manifest:
     """Turn the sources into tokenised shards and named rejects.
 
     What lies in the run, or in the other places `written` by the job, is no data.
     """
     started = time.monotonic()
-    files = {source.name: list_files(source, [run, *written]) for source in sources}
+    files = {source.name: list_files(source, [run.folder, *written]) for source in sources}
     fingerprint = _fingerprint(sources, files, preparation)
-    if complete := completed(run, "prepare", fingerprint, overwrite=overwrite):
+    if complete := run.completed("prepare", fingerprint):
         (run / TASKS).remove()  # left where the driver died just after the manifest
         return complete
     reports = run / TASKS / digest(fingerprint)[:16]
-    if not same_attempt(run, "prepare", TASKS, fingerprint, overwrite=overwrite):
-        clear(run, "prepare")
-    note_attempt(run, TASKS, fingerprint)
+    if not run.continues_attempt("prepare", TASKS, fingerprint):
+        run.clear("prepare")
+    run.note_attempt(TASKS, fingerprint)
     done = _finished(run, reports)
     tasks, num_files = _plan(sources, files, preparation), sum(map(len, files.values()))
     log.info("prepare: tasks: %d, of them done before: %d, input files: %d", len(tasks), len(done), num_files)
@@ -148,9 +147,9 @@ def prepare(
             )
         _check_books(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
-        note_attempt(run, TASKS, fingerprint, binding=False)  # mended data are other data
+        run.note_attempt(TASKS, fingerprint, binding=False)  # mended data are other data
         raise
-    manifest = _manifest(report, fingerprint, time.monotonic() - started).commit(run)
+    manifest = run.commit(_manifest(report, fingerprint, time.monotonic() - started))
     (run / TASKS).remove()
     return manifest
 
@@ -167,7 +166,7 @@ def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
     )
 
 
-def _finished(run: Location, reports: Location) -> dict[int, TaskReport]:
+def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
     """Reports of tasks that an earlier attempt finished, of those whose files are as they were written, by number."""
     found = {}
     for name in reports.names(".json"):
@@ -311,7 +310,7 @@ class Preparer:
         reader.bytes_read = 0
         reader.replaced.clear()
         work.tally.begin(str(task.number))
-        writer = ShardWriter(work.run, task.number, task.source.name, self._shard_rows, self._schema)
+        writer = ShardWriter(work.run.folder, task.number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:

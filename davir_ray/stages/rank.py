@@ -31,9 +31,9 @@ from davir_ray.run.files import (
     in_folder,
     write_parquet,
 )
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import RANKED
 
 log = logging.getLogger(__name__)
@@ -67,12 +67,12 @@ class Cut:
         return 1 + int(self.counts[:number].sum())
 
 
-def rank(run: Location, config: RankConfig) -> Manifest:
+def rank(run: Run, config: RankConfig) -> Manifest:
     """Rank every row that has a value in the chosen order; the others stay in scores/ only."""
     started = time.monotonic()
-    scored = require(run, "score")
+    scored = run.require("score")
     fingerprint = {"scores": scored.content, **asdict(config)}
-    if done := completed(run, "rank", fingerprint):
+    if done := run.completed("rank", fingerprint):
         return done
     cut = cut_into_bins(run, config, scored.files_in("scores"))
     if not cut.counts.sum():
@@ -83,7 +83,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
         "rank: %d of %d rows by %s, in %d of %d bins",
         last_rank, scored.counts["examples"], config.order, last_bin + 1, len(cut.counts),
     )  # fmt: skip
-    clear(run, "rank")
+    run.clear("rank")
     files = exchange(
         Shards(scored.files_in("scores"), partial(read_columns, run / "scores", None)),
         partial(assign_bins, cut=cut, last_bin=last_bin),
@@ -91,7 +91,7 @@ def rank(run: Location, config: RankConfig) -> Manifest:
         BinWriter(run / "ranked", cut, last_rank, file_metadata(run, config, digest(fingerprint))).write,
     )
     manifest = _manifest(files, cut, last_rank, fingerprint, scored, time.monotonic() - started)
-    return manifest.commit(run)
+    return run.commit(manifest)
 
 
 def order_keys(
@@ -119,7 +119,7 @@ def value_column(config: RankConfig) -> str:
     return "num_response_tokens" if config.order in ("length", "random") else config.order
 
 
-def cut_into_bins(run: Location, config: RankConfig, shards: list[FileEntry], bin_rows: int = BIN_ROWS) -> Cut:
+def cut_into_bins(run: Run, config: RankConfig, shards: list[FileEntry], bin_rows: int = BIN_ROWS) -> Cut:
     """The bins of scores/."""
     keys = Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
     num_rows = sum(shard.rows for shard in shards)
@@ -176,7 +176,7 @@ def ranked_bin(
     return ranking.order(keys, ids), ids, np.arange(first, first + group.num_rows)
 
 
-def file_metadata(run: Location, config: RankConfig, mark: str) -> dict[bytes, bytes]:
+def file_metadata(run: Run, config: RankConfig, mark: str) -> dict[bytes, bytes]:
     """What each file of ranked/ and selected/ says of itself."""
     return {
         FINGERPRINT_KEY: mark.encode(),

@@ -18,9 +18,9 @@ from davir_ray.engine.shuffle import collect
 from davir_ray.formulas.hashing import drawn
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.run.files import read_parquet, write_file
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, leading_to, require
+from davir_ray.run.stages import leading_to
 from davir_ray.schema import REJECTS, SCORES, RejectReason
 from davir_ray.stages.excerpts import excerpts
 
@@ -36,9 +36,7 @@ _MOST_REJECT_FILES = 100
 _SCORE_COLUMNS = [name for name in SCORES.names if not name.endswith("_token_nll")]
 
 
-def report(
-    run: Location, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write the page and the same facts as JSON; returns the facts. Always redone: it takes seconds.
 
     With the base's tokenizer the page shows the tokens of shown examples whose token losses were kept; `planted` is the
@@ -46,8 +44,8 @@ def report(
     """
     started = time.monotonic()
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
-    manifests = {stage: manifest for stage in stages if (manifest := Manifest.read(run, stage))}
-    scored, ranked = require(run, "score"), require(run, "rank")
+    manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
+    scored, ranked = run.require("score"), run.require("rank")
     shown = excerpts(run, tokenizer, manifests["prepare"].files_in("examples"), ranked.files_in("ranked"))
     facts = summarise(
         ReportInputs(
@@ -67,18 +65,16 @@ def report(
     return facts
 
 
-def write_report(
-    run: Location, facts: dict[str, Any], page: str, made_of: Mapping[str, Manifest], started: float
-) -> None:
+def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[str, Manifest], started: float) -> None:
     """Write the facts as JSON, the page, and their manifest; `started` is when time.monotonic() said so."""
     facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
-    clear(run, "report")
+    run.clear("report")
     files = [write_file(run / "report.json", facts_json.encode()), write_file(run / "report.html", page.encode())]
     fingerprint = {stage: manifest.content for stage, manifest in made_of.items()}
-    Manifest("report", fingerprint, {}, files, seconds=time.monotonic() - started).commit(run)
+    run.commit(Manifest("report", fingerprint, {}, files, seconds=time.monotonic() - started))
 
 
-def _sampled_scores(run: Location, scored: Manifest, selected: Manifest) -> pa.Table:
+def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
     share = min(1.0, _MOST_ROWS / scored.counts["examples"])
     draw = partial(_draw, share=share)
@@ -95,7 +91,7 @@ def _draw(table: pa.Table, share: float) -> pa.Table:
     return table.filter(pa.array(drawn(np.asarray(table["example_id"]), share, "report")))
 
 
-def _sampled_rejects(run: Location, prepared: Manifest) -> pa.Table:
+def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:
     """The first rejects of each reason; files are read until all that the manifest counts are found."""
     wanted = {reason: min(_REJECTS_PER_REASON, prepared.counts.get(reason, 0)) for reason in RejectReason}
     found: dict[str, pa.Table] = {reason: REJECTS.empty_table() for reason in wanted}

@@ -1,150 +1,148 @@
 """score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors."""
 
-import logging
 import time
 import uuid
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
 from davir_ray.engine.progress import Tally
-from davir_ray.errors import ConfigError
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import Round, regroup
+from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.formulas.hashing import hash_parts
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest, weights_precision
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.run.access import translated
 from davir_ray.run.digests import digest
+from davir_ray.run.files import FileEntry
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import completed, require
 from davir_ray.schema import SCORES
-from davir_ray.stages.identity import check_ids
-
-log = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 200
+"""Rows whose token losses are kept with keep_token_nll sample, at least."""
+
+_IDS_PER_PART = 2_000_000
+"""Ids that one task compares; 16 MB."""
 
 
 def score(
-    run: Location,
+    run: Run,
     base: Checkpoint,
     reference: Checkpoint,
     config: ScoreConfig,
     *,
     keep_token_nll: str = "sample",
-    examples_of: Location | None = None,
-    overwrite: bool = False,
+    examples: Run | None = None,
 ) -> Manifest:
     """Score every example with both models; rows of scores/ stand in the order of examples/.
 
-    `examples_of` is the run that holds the examples; None: this one.
+    `examples` is the run that holds the examples; None: this one.
     """
-    stage = _Stage("score", "scores", run, examples_of or run)
-    return _score(stage, base, reference, config, keep_token_nll, overwrite=overwrite)
+    return _score(
+        run, base, reference, config,
+        stage="score", folder="scores", examples=examples or run, keep_token_nll=keep_token_nll,
+    )  # fmt: skip
 
 
-def freeze(
-    run: Location, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig, *, overwrite: bool = False
-) -> Manifest:
+def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:
     """The losses of every example under the base alone, the frozen policy: frozen/ has the columns of scores/.
 
-    In the arithmetic of the training, whatever that of the config, so that the policy begins where the frozen one is:
-    bfloat16 moves the log-probability of a response by tenths of a nat.
+    They are computed in the arithmetic of the training, so that the policy begins where the frozen one is: bfloat16
+    moves the log-probability of a response by tenths of a nat.
     """
-    stage, weights = _Stage("freeze", "frozen", run, run), replace(config, precision=weights_precision(training))
-    return _score(stage, base, None, weights, "none", autocast=training.precision, overwrite=overwrite)
-
-
-class _Stage(NamedTuple):
-    name: str
-    folder: str
-    run: Location
-    holder: Location
-    """The run that holds the examples."""
+    config = replace(config, precision=weights_precision(training))
+    return _score(
+        run, base, None, config,
+        stage="freeze", folder="frozen", examples=run, keep_token_nll="none", autocast=training.precision,
+    )  # fmt: skip
 
 
 def _score(
-    stage: _Stage,
+    run: Run,
     base: Checkpoint,
     reference: Checkpoint | None,
     config: ScoreConfig,
-    keep_token_nll: str,
     *,
+    stage: str,
+    folder: str,
+    examples: Run,
+    keep_token_nll: str,
     autocast: str = "float32",
-    overwrite: bool,
 ) -> Manifest:
     started = time.monotonic()
-    name, folder, run, holder = stage
-    prepared = require(holder, "prepare")
-    num_rows = prepared.counts["prepared"]
-    settings = replace(_settings(config, keep_token_nll, num_rows), autocast=autocast)
-    fingerprint = _fingerprint(base, reference, prepared, _what_matters(config, settings))
-    if done := completed(run, name, fingerprint, overwrite=overwrite):
+    prepared = examples.require("prepare")
+    # Twice the wanted rows in expectation: a draw by hash may fall short of its mean, and at least 200 are promised.
+    sample_share = min(1.0, 2 * _SAMPLED_ROWS / prepared.counts["prepared"])
+    settings = replace(scorer_settings(config, keep_token_nll, sample_share), autocast=autocast)
+    fingerprint = _fingerprint(base, reference, prepared, settings, on_gpus=bool(num_gpus_of(config)))
+    if done := run.completed(stage, fingerprint):
         return done
     stream = Stream(
-        stage=name,
+        stage=stage,
         run=run,
         folder=folder,
         schema=SCORES,
         fingerprint=fingerprint,
-        examples=holder / "examples",
+        examples=examples,
+        shards=prepared.files_in("examples"),
         columns=INPUT_COLUMNS,
     )
     scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
-    shards, rejects = prepared.files_in("examples"), prepared.counts["rejected"]
-    filled = stream.fill(shards, ScoreShard, scorer, config, rejects=rejects, overwrite=overwrite)
+    filled = stream.fill(ScoreShard, scorer, config)
     check_ids(run / folder, [shard.entry for shard in filled.shards])
-    details = {"shards_scored_by_this_driver": filled.num_new}
-    manifest = stream.manifest(filled, num_rows, "scored", details)
-    return replace(manifest, seconds=time.monotonic() - started).commit(run)
+    manifest = stream.manifest(filled, "scored", {"shards_scored_by_this_driver": filled.num_new})
+    return run.commit(replace(manifest, seconds=time.monotonic() - started))
 
 
-def _settings(config: ScoreConfig, keep_token_nll: str, num_rows: int) -> ScorerSettings:
-    # Twice the wanted rows in expectation: a draw by hash may fall short of its mean, and at least 200 are promised.
-    return scorer_settings(config, keep_token_nll, min(1.0, 2 * _SAMPLED_ROWS / num_rows))
+class ScoreShard(ShardWorker):
+    """Actor: a Scorer for blocks that are whole shards."""
+
+    def __init__(self, tally: Tally, **scorer: Any) -> None:
+        super().__init__("score", tally, INPUT_COLUMNS, partial(Scorer, **scorer))
 
 
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:
-    """What one actor needs of the settings."""
-    num_threads = max(1, int(config.num_cpus))
+    """The settings of one actor's Scorer."""
     return ScorerSettings(
         precision=config.precision,
         tokens_per_pack=config.tokens_per_pack,
-        num_threads=num_threads,
+        num_threads=max(1, int(config.num_cpus)),
         keep_token_nll=keep_token_nll,
         sample_share=sample_share,
     )
 
 
 def _fingerprint(
-    base: Checkpoint, reference: Checkpoint | None, prepared: Manifest, settings: dict[str, Any]
+    base: Checkpoint, reference: Checkpoint | None, prepared: Manifest, settings: ScorerSettings, *, on_gpus: bool
 ) -> dict[str, Any]:
+    """What the scores depend on."""
+    kept = asdict(settings) | {"device": "cuda" if on_gpus else "cpu"}
+    del kept["tokens_per_pack"]  # an out-of-memory error may halve it on the way
+    if on_gpus:
+        del kept["num_threads"]
     fingerprint: dict[str, Any] = {
         "base": base.weights_digest(),
         "reference": None if reference is None else reference.weights_digest(),
         "examples": prepared.content,
-        "settings": settings,
+        "settings": kept,
         "numerics": NUMERICS_VERSION,
     }
     # Scores without this entry were computed without these modules, and must not pass for complete.
     if reference is not None and (modules := reference.modules_to_save()):
         fingerprint["modules_to_save"] = modules
     return fingerprint
-
-
-def _what_matters(config: ScoreConfig, settings: ScorerSettings) -> dict[str, Any]:
-    """Settings that scores depend on: not the pack budget, which an out-of-memory halving may change on the way."""
-    kept = asdict(settings)
-    del kept["tokens_per_pack"]
-    on_gpus = bool(num_gpus_of(config))
-    if on_gpus:
-        del kept["num_threads"]
-    return kept | {"device": "cuda" if on_gpus else "cpu"}
 
 
 def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
@@ -155,15 +153,32 @@ def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
     identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
     with translated(config.base_cache, ConfigError):
         cache = BaseCache(Location.of(folder), identity)
-        # Told now rather than by a warning for each shard.
+        # An error now rather than a warning for each shard.
         probe = cache.folder / f"probe-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.remove()
         return cache
 
 
-class ScoreShard(ShardWorker):
-    """Actor: a Scorer for blocks that are whole shards."""
+def check_ids(folder: Location, shards: list[FileEntry]) -> None:
+    """IntegrityError if two rows have the same example_id: no order by score and id is total then, no join exact."""
+    num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
+    found = regroup(
+        Shards(shards, partial(read_columns, folder, ["example_id"])),
+        partial(_assign_part, num_parts=num_parts),
+        Round("part", num_parts, _repeated_id),
+    )
+    repeated = [row["example_id"] for row in found if row["example_id"] >= 0]
+    if repeated:
+        raise IntegrityError(f"two rows have the same example_id {repeated[0]}; rename a source to draw new ids")
 
-    def __init__(self, tally: Tally, **scorer: Any) -> None:
-        super().__init__("score", tally, INPUT_COLUMNS, partial(Scorer, **scorer))
+
+def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
+    return table.append_column("part", pa.array(hash_parts(np.asarray(table["example_id"]), num_parts)))
+
+
+def _repeated_id(group: pa.Table) -> pa.Table:
+    """One id that occurs twice, or -1."""
+    ids = np.sort(np.asarray(group["example_id"]))
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    return pa.table({"example_id": pa.array(repeated[:1] if len(repeated) else [-1], pa.int64())})

@@ -20,9 +20,10 @@ from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.plain import PlainScorer
 from davir_ray.run.files import read_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
-from davir_ray.run.stages import FOLDERS, require
+from davir_ray.run.stages import STAGES
 from davir_ray.schema import EXAMPLES, SCORES, Status
 
 log = logging.getLogger(__name__)
@@ -68,28 +69,30 @@ class Verification:
         ]
 
 
-def verify(run: Location, base: Checkpoint, reference: Checkpoint, num_rows: int, seed: int) -> Verification:
+def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, seed: int) -> Verification:
     """Check every committed file, and score some rows again. IntegrityError names what does not agree."""
     num_files = _check_files(run)
-    scored = require(run, "score")
+    scored = run.require("score")
     _check_models(scored, base, reference)
     rows = _draw(run, scored, num_rows, seed)
     with own_errors():
         losses = ray.get(ray.remote(num_gpus=float(has_gpu()))(_score_again).remote(base, reference, rows))
-    selected = Manifest.read(run, "select")
+    selected = run.manifest("select")
     share = selected.counts["selected"] / scored.counts["scored"] if selected else 0.1
     return _compare(rows, losses, scored, num_files, share)
 
 
-def _check_files(run: Location) -> int:
+def _check_files(run: Run) -> int:
     """Number of files of all complete stages. IntegrityError names the damaged ones.
 
     Of local files the content is read: their time of change says nothing of a disk that fails. A store's etag is of the
     content.
     """
-    require(run, "prepare")  # a manifest that is gone would say nothing of its files
-    manifests = [manifest for stage in FOLDERS if (manifest := Manifest.read(run, stage))]
-    damaged = [line for manifest in manifests for line in manifest.damage(run, trust_marks=not run.is_local)]
+    run.require("prepare")  # a manifest that is gone would say nothing of its files
+    manifests = [manifest for stage in STAGES if (manifest := run.manifest(stage))]
+    damaged = [
+        line for manifest in manifests for line in manifest.damage(run.folder, trust_marks=not run.folder.is_local)
+    ]
     if damaged:
         raise IntegrityError(f"{len(damaged)} files of {run} are not as they were written: {'; '.join(damaged[:5])}")
     return sum(len(manifest.files) for manifest in manifests)
@@ -101,7 +104,7 @@ def _check_models(scored: Manifest, base: Checkpoint, reference: Checkpoint) -> 
             raise OutputError(f"{checkpoint.uri} is not the {name} that the run was scored with ({changed[0]})")
 
 
-def _draw(run: Location, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
+def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     """Random rows that have a score, with their tokens, in a random order that depends on the seed only."""
     files, purpose = scored.files_in("scores"), f"verify {seed}"
     # Three times as many in expectation: a draw by hash may fall short of its mean.
@@ -130,7 +133,7 @@ def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.T
     return pa.table({"name": [name] * len(ids), "example_id": ids}, schema=_DRAWN)
 
 
-def _read_rows(run: Location, wanted: dict[str, list[int]], name: str) -> pa.Table:
+def _read_rows(run: Run, wanted: dict[str, list[int]], name: str) -> pa.Table:
     scores = read_parquet(run / "scores" / name, _SCORE_COLUMNS)
     tokens = read_parquet(run / "examples" / name, _TOKEN_COLUMNS)
     for column in _TOKEN_COLUMNS:

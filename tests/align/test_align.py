@@ -30,7 +30,7 @@ from davir_ray.config.yaml import dump
 from davir_ray.errors import ClusterError, ConfigError, DataError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import is_held_out
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 
 RECORDS = 60
@@ -76,7 +76,7 @@ def read(run: Path, folder: str) -> pd.DataFrame:
 
 
 def manifest(run: Path | str | None, stage: str) -> Manifest:
-    found = Manifest.read(Location.of(str(run)), stage)
+    found = Run.at(str(run)).manifest(stage)
     assert found is not None
     return found
 

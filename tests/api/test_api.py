@@ -31,7 +31,7 @@ from davir_ray.config.sources import Source
 from davir_ray.errors import ConfigError, DataError, ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.stages import prepare as prepare_stage
 from davir_ray.stages import score as scoring
 
@@ -111,7 +111,7 @@ def test_scores_have_the_bits_of_the_job(
     scored: ray.data.Dataset, rows: list[dict[str, Any]], models: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    run, base = Location.of(tmp_path / "run"), Checkpoint.find(models["base"])
+    run, base = Run.at(tmp_path / "run"), Checkpoint.find(models["base"])
     preparation = prepare_stage.Preparation(base=base, config=PrepareConfig(max_tokens=256))
     source = Source(name="mine", path=str(tmp_path / "rows.jsonl"), format="prompt_response")
     prepare_stage.prepare(run, [source], preparation, max_bad_fraction=1)

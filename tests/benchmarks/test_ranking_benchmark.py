@@ -12,8 +12,7 @@ from davir_ray.benchmarks import ranking
 from davir_ray.benchmarks.ranking import RankingBenchmark, run
 from davir_ray.errors import ConfigError
 from davir_ray.run.files import read_parquet, write_parquet
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.folder import Run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -34,8 +33,8 @@ def test_the_result_holds_what_it_promises(values: Any) -> None:
 
 
 def test_ids_are_distinct_and_values_as_asked(tmp_path: Path) -> None:
-    run_folder = Location.of(tmp_path)
-    files = ranking._generate(run_folder, RankingBenchmark(rows=3000, shard_rows=500, values="tied"))
+    run_folder = Run.at(tmp_path)
+    files = ranking._generate(run_folder.folder, RankingBenchmark(rows=3000, shard_rows=500, values="tied"))
     table = pa.concat_tables([read_parquet(run_folder / "scores" / entry.name) for entry in files])
     assert len(np.unique(table["example_id"])) == 3000
     assert 50 < len(np.unique(table["davir"])) <= 100
@@ -45,18 +44,18 @@ def test_ids_are_distinct_and_values_as_asked(tmp_path: Path) -> None:
 
 
 def test_a_wrong_order_is_not_exact(tmp_path: Path) -> None:
-    run_folder = Location.of(tmp_path)
-    files = ranking._generate(run_folder, RankingBenchmark(rows=100, shard_rows=50))
-    expected = ranking._oracle(run_folder, files)
+    run_folder = Run.at(tmp_path)
+    files = ranking._generate(run_folder.folder, RankingBenchmark(rows=100, shard_rows=50))
+    expected = ranking._oracle(run_folder.folder, files)
     manifest = ranking.rank(run_folder, ranking.RankConfig())
-    assert ranking._is_exact(run_folder, manifest, expected)
+    assert ranking._is_exact(run_folder.folder, manifest, expected)
     place = run_folder / manifest.files[0].name
     table = read_parquet(place)
     write_parquet(place, table.take(list(reversed(range(table.num_rows)))))
-    assert not ranking._is_exact(run_folder, manifest, expected)
+    assert not ranking._is_exact(run_folder.folder, manifest, expected)
     write_parquet(place, table.slice(1))
-    assert not ranking._is_exact(run_folder, manifest, expected)
-    assert Manifest.read(run_folder, "rank") == manifest
+    assert not ranking._is_exact(run_folder.folder, manifest, expected)
+    assert run_folder.manifest("rank") == manifest
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"shard_rows": 0}, {"fraction": 0.0}, {"fraction": 1.5}])

@@ -14,7 +14,7 @@ from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.length_matching import length_bins
 from davir_ray.run.files import FileEntry, in_folder, read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages.rank import rank
 from davir_ray.stages.select.rule import select
@@ -29,24 +29,24 @@ TOKENS = DRAW.integers(1, 300, ROWS)
 SOURCES = np.where(np.arange(ROWS) % 4 == 0, "gsm8k", "alpaca")
 
 
-def finished(make_scores: Callable[..., Location], config: SelectConfig, **options: Any) -> FinishedRun:
+def finished(make_scores: Callable[..., Run], config: SelectConfig, **options: Any) -> FinishedRun:
     """A constructed run, ranked and selected by the real stages."""
     columns = {"source": SOURCES, "rho_sum": RHO, "num_response_tokens": TOKENS, "content_hash": range(ROWS)}
     run = make_scores(DAVIR, **columns | options)
     names = (run / "examples").names()
-    files = in_folder("examples", [entry_of(run / "examples" / name) for name in names])
-    Manifest("prepare", {}, {"read": ROWS, "prepared": ROWS, "rejected": 0}, files).write(run)
+    files = in_folder("examples", [entry_of(Run(run / "examples" / name)) for name in names])
+    Manifest("prepare", {}, {"read": ROWS, "prepared": ROWS, "rejected": 0}, files).write(run.folder)
     rank(run, RankConfig())
     select(run, RankConfig(), config)
     return FinishedRun(run, RankConfig(), config)
 
 
-def entry_of(place: Location) -> Any:
-    table = read_parquet(place)
-    return FileEntry(place.name, table.num_rows, len(place.read_bytes()), "")
+def entry_of(place: Run) -> Any:
+    table = read_parquet(place.folder)
+    return FileEntry(place.folder.name, table.num_rows, len(place.folder.read_bytes()), "")
 
 
-def ids_of(run: Location, folder: str) -> list[int]:
+def ids_of(run: Run, folder: str) -> list[int]:
     tables = [read_parquet(run / folder / name, ["example_id"]) for name in (run / folder).names()]
     return pa.concat_tables(tables)["example_id"].to_pylist()
 
@@ -103,23 +103,23 @@ def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any
     assert run.size_of(larger) == 70
     assert best(DAVIR, 70, alpaca) <= set(run.rows_of("selection", larger, 0).tolist())
 
-    place = run.place / "set"
+    place = run.place.within("set")
     ids = run.rows_of("random", selection, 0)
-    manifest = write_set(place, run, ids, overwrite=False)
+    manifest = write_set(place, run, ids)
     written = ids_of(place, "examples")
     assert sorted(written) == sorted([*ids.tolist(), *gsm8k.tolist()])
     assert manifest.counts["prepared"] == len(written) == 40 + 2 * len(gsm8k)
     assert manifest.counts["num_response_tokens"] == TOKENS[written].sum()
     before = (place / "examples").listed()
-    write_set(place, run, ids, overwrite=False)
+    write_set(place, run, ids)
     assert (place / "examples").listed() == before
 
 
 def test_the_full_set_of_a_mixture_has_all_of_its_sources_as_often_as_it_takes_them(make_scores: Any) -> None:
     run = finished(make_scores, SelectConfig(mixture=[Part(source="gsm8k", top_k=5, repeat=3)]))
-    manifest = write_set(run.place / "set", run, None, overwrite=False)
+    manifest = write_set(run.place.within("set"), run, None)
     gsm8k = np.flatnonzero(SOURCES == "gsm8k").tolist()
-    assert sorted(ids_of(run.place / "set", "examples")) == sorted(gsm8k * 3)
+    assert sorted(ids_of(run.place.within("set"), "examples")) == sorted(gsm8k * 3)
     assert manifest.counts["prepared"] == 3 * len(gsm8k)
     assert manifest.counts["trainable"] == 0  # in these constructed examples nothing precedes what is scored
 
@@ -137,17 +137,17 @@ def test_duplicates_that_are_lost_are_not_taken_for_none(make_scores: Any) -> No
     """By a comparison with a run, whose manifest may be of a version that did not name their files."""
     config = SelectConfig(top_k=50, drop_duplicates=True)
     run = finished(make_scores, config, content_hash=np.arange(ROWS) % 300)
-    selected = Manifest.read(run.place, "select")
+    selected = run.place.manifest("select")
     assert selected is not None
     older = replace(selected, files=[entry for entry in selected.files if not entry.name.startswith("duplicates/")])
     assert len(older.files) < len(selected.files)
     for manifest in (selected, older):
-        manifest.write(run.place)
+        manifest.write(run.place.folder)
         assert sorted(run.selection(None)["example_id"].to_pylist()) == sorted(ids_of(run.place, "selected"))
     (run.place / "duplicates" / (run.place / "duplicates").names()[0]).remove()
     with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates where the selection counted \d+"):
         run.selection(None)
-    selected.write(run.place)
+    selected.write(run.place.folder)
     with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing"):
         run.selection(None)
 

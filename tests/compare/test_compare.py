@@ -26,8 +26,8 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.demo.world import PEOPLE, PLACES
 from davir_ray.errors import ConfigError, DataError, OutputError, TrainingError
 from davir_ray.pipeline import rank_only, run_all
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 
@@ -288,4 +288,4 @@ def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:
     told = rf"1 of 1 fine-tunes failed.*random-{SELECTED}-steps-seed0: the loss is.*out of --arms"
     with pytest.raises(TrainingError, match=told):
         compare(config)
-    assert Manifest.read(Location.of(tmp_path / "out" / "arms" / f"random-{SELECTED}-steps-seed0"), "trial") is None
+    assert Run.at(tmp_path / "out" / "arms" / f"random-{SELECTED}-steps-seed0").manifest("trial") is None

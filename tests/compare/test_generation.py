@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import INPUT_COLUMNS, Generator, GeneratorSettings
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, from_stage
+from davir_ray.run.folder import Run
+from davir_ray.run.stages import from_stage
 from davir_ray.schema import GENERATIONS, MATCHES
 from davir_ray.stages.prepare import Preparation, prepare
 
@@ -45,7 +45,7 @@ def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_f
     settings = Preparation(
         base=Checkpoint.find(str(base_folder)), config=PrepareConfig(max_tokens=512, shard_rows=8), limit=ROWS
     )
-    prepare(Location.of(run), sources, settings, max_bad_fraction=1)
+    prepare(Run.at(run), sources, settings, max_bad_fraction=1)
     return run
 
 
@@ -53,18 +53,18 @@ def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_f
 def generated(prepared: Path, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("generated") / "run"
     model = Checkpoint.find(str(base_folder))
-    generate(Location.of(run), model, CONFIG, pool(2), examples_of=Location.of(prepared))
+    generate(Run.at(run), model, CONFIG, pool(2), examples=Run.at(prepared))
     return run
 
 
-def table_of(run: Location, folder: str) -> pa.Table:
+def table_of(run: Run, folder: str) -> pa.Table:
     return pa.concat_tables([read_parquet(run / folder / name) for name in (run / folder).names()])
 
 
 def test_the_texts_are_those_of_one_process_in_a_run_of_their_own(
     prepared: Path, generated: Path, base_folder: Path
 ) -> None:
-    run, source = Location.of(generated), Location.of(prepared)
+    run, source = Run.at(generated), Run.at(prepared)
     names = (run / "generations").names()
     assert names == (source / "examples").names()
     assert len(names) >= 6
@@ -74,16 +74,16 @@ def test_the_texts_are_those_of_one_process_in_a_run_of_their_own(
         found = read_parquet(run / "generations" / name)
         assert found.schema.remove_metadata().equals(GENERATIONS)
         assert found.equals(alone(read_parquet(source / "examples" / name, INPUT_COLUMNS)))
-    manifest = Manifest.read(run, "generate")
-    prepared_before = Manifest.read(source, "prepare")
+    manifest = run.manifest("generate")
+    prepared_before = source.manifest("prepare")
     assert manifest is not None
     assert prepared_before is not None
     assert manifest.counts == dict.fromkeys(("examples", "generated", "ok"), prepared_before.counts["prepared"])
-    assert manifest.damage(run) == []
+    assert manifest.damage(run.folder) == []
 
 
 def test_a_run_goes_on_shard_by_shard(prepared: Path, generated: Path, base_folder: Path, tmp_path: Path) -> None:
-    run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
+    run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
     model = Checkpoint.find(str(base_folder))
     before = {name: (run / "generations" / name).read_bytes() for name in (run / "generations").names()}
     lost, damaged, *_ = before
@@ -92,23 +92,23 @@ def test_a_run_goes_on_shard_by_shard(prepared: Path, generated: Path, base_fold
     (run / "generations" / damaged).write_bytes(before[damaged][:-30])
     other = GenerateConfig(max_new_tokens=5)
     with pytest.raises(OutputError, match=r"unfinished generate.*max_new_tokens: 6 → 5"):
-        generate(run, model, other, pool(), examples_of=source)
-    manifest = generate(run, model, CONFIG, pool(), examples_of=source)
+        generate(run, model, other, pool(), examples=source)
+    manifest = generate(run, model, CONFIG, pool(), examples=source)
     assert manifest.details["shards_done_by_this_driver"] == 2
     assert {name: (run / "generations" / name).read_bytes() for name in before} == before
-    assert generate(run, model, CONFIG, pool(), examples_of=source).seconds == manifest.seconds
+    assert generate(run, model, CONFIG, pool(), examples=source).seconds == manifest.seconds
     with pytest.raises(OutputError, match="max_new_tokens: 6 → 5"):
-        generate(run, model, other, pool(), examples_of=source)
-    redone = generate(run, model, other, pool(), examples_of=source, overwrite=True)
+        generate(run, model, other, pool(), examples=source)
+    redone = generate(replace(run, overwrite=True), model, other, pool(), examples=source)
     assert redone.details["shards_done_by_this_driver"] == len(before)
 
 
 def test_only_the_sources_that_are_asked_for(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
-    source, model = Location.of(prepared), Checkpoint.find(str(base_folder))
-    run = Location.of(tmp_path / "run")
+    source, model = Run.at(prepared), Checkpoint.find(str(base_folder))
+    run = Run.at(tmp_path / "run")
     with pytest.raises(ConfigError, match="'mbpp'; there are alpaca, gsm8k"):
-        generate(run, model, GenerateConfig(sources=["mbpp"]), pool(), examples_of=source)
-    manifest = generate(run, model, GenerateConfig(max_new_tokens=1, sources=["gsm8k"]), pool(), examples_of=source)
+        generate(run, model, GenerateConfig(sources=["mbpp"]), pool(), examples=source)
+    manifest = generate(run, model, GenerateConfig(max_new_tokens=1, sources=["gsm8k"]), pool(), examples=source)
     rows = table_of(run, "generations").to_pylist()
     assert {row["source"] for row in rows} == {"gsm8k"}
     assert len(rows) == manifest.counts["examples"] == ROWS
@@ -119,17 +119,17 @@ def test_mistakes_are_told_before_anything_is_loaded(prepared: Path, base_folder
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    run, found = Location.of(tmp_path / "run"), Checkpoint.find(str(adapter))
+    run, found = Run.at(tmp_path / "run"), Checkpoint.find(str(adapter))
     with pytest.raises(ModelError, match="is an adapter; give the base"):
-        generate(run, found, CONFIG, pool(), examples_of=Location.of(prepared))
+        generate(run, found, CONFIG, pool(), examples=Run.at(prepared))
     with pytest.raises(OutputError, match="no complete prepare stage"):
         generate(run, Checkpoint.find(str(base_folder)), CONFIG, pool())
 
 
 def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: Path, tmp_path: Path) -> None:
     """Texts are replaced by ones with known answers; the stage's files and counts follow."""
-    run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
-    assert match(run, examples_of=source).counts == {"examples": 2 * ROWS, "expected": ROWS, "strict": 0, "flexible": 0}
+    run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
+    assert match(run, examples=source).counts == {"examples": 2 * ROWS, "expected": ROWS, "strict": 0, "flexible": 0}
     answers = {row["example_id"]: row["response"] for row in table_of(source, "examples").to_pylist()}
     generations = table_of(run, "generations").to_pylist()
     generations = [row for row in generations if row["source"] == "gsm8k"]
@@ -157,23 +157,23 @@ def test_of_several_turns_no_answer_is_expected() -> None:
 
 
 def test_matches_are_counted_by_source_and_redone_freely(prepared: Path, generated: Path, tmp_path: Path) -> None:
-    run, source = Location.of(shutil.copytree(generated, tmp_path / "run")), Location.of(prepared)
-    manifest = match(run, examples_of=source)
+    run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
+    manifest = match(run, examples=source)
     rows = table_of(run, "matches").to_pylist()
     assert manifest.counts["flexible"] == sum(bool(row["flexible"]) for row in rows)
     assert manifest.details["by_source"]["alpaca"]["examples"] == ROWS
     assert manifest.details["by_source"]["gsm8k"]["expected"] == ROWS
-    assert match(run, examples_of=source).seconds == manifest.seconds
+    assert match(run, examples=source).seconds == manifest.seconds
     body = json.loads((run / "manifests" / "match.json").read_bytes())
     assert {entry["name"] for entry in body["files"]} == {f"matches/{name}" for name in (run / "matches").names()}
 
 
-def test_measures_follow_prepare_and_nothing_else(local: Location) -> None:
+def test_measures_follow_prepare_and_nothing_else(local: Run) -> None:
     assert from_stage("generate") == ["generate", "match", "outputs"]
     assert from_stage("rank") == ["rank", "select", "report"]
     assert from_stage("prepare")[-3:] == ["generate", "match", "outputs"]
     (local / "generations" / "a.parquet").write_bytes(b"a")
-    clear(local, "finetune")
+    local.clear("finetune")
     assert (local / "generations").exists()
-    clear(local, "prepare")
+    local.clear("prepare")
     assert not (local / "generations").exists()

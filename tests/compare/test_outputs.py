@@ -17,7 +17,7 @@ from davir_ray.data.formats import ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHO
 from davir_ray.errors import DataError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.stages.prepare import Preparation
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -44,8 +44,8 @@ INSTRUCTIONS: list[dict[str, Any]] = [
 ]
 
 
-def prepared(folder: Path, base: Path, rows: list[dict[str, Any]], **options: Any) -> Location:
-    run, file = Location.of(folder / "list"), folder / "instructions.json"
+def prepared(folder: Path, base: Path, rows: list[dict[str, Any]], **options: Any) -> Run:
+    run, file = Run.at(folder / "list"), folder / "instructions.json"
     file.write_text(json.dumps(rows))
     settings = Preparation(
         base=Checkpoint.find(str(base)),
@@ -56,17 +56,17 @@ def prepared(folder: Path, base: Path, rows: list[dict[str, Any]], **options: An
     return run
 
 
-def examples_of(run: Location) -> list[dict[str, Any]]:
+def examples_of(run: Run) -> list[dict[str, Any]]:
     return [row for name in (run / "examples").names() for row in read_parquet(run / "examples" / name).to_pylist()]
 
 
 def test_every_instruction_once_in_order_as_alpaca_eval_reads_it(base_folder: Path, tmp_path: Path) -> None:
     source = prepared(tmp_path, base_folder, INSTRUCTIONS)
-    model, run = Checkpoint.find(str(base_folder)), Location.of(tmp_path / "run")
+    model, run = Checkpoint.find(str(base_folder)), Run.at(tmp_path / "run")
     generate(
-        run, model, GenerateConfig(max_new_tokens=5), ScoreConfig(num_actors=2, precision="float32"), examples_of=source
+        run, model, GenerateConfig(max_new_tokens=5), ScoreConfig(num_actors=2, precision="float32"), examples=source
     )
-    assert write_outputs(run, "tiny llama", examples_of=source).counts == {"outputs": len(INSTRUCTIONS)}
+    assert write_outputs(run, "tiny llama", examples=source).counts == {"outputs": len(INSTRUCTIONS)}
     text = (run / "outputs.json").read_bytes().decode()
     outputs = json.loads(text)
     jsonschema.validate(outputs, SCHEMA)
@@ -78,7 +78,7 @@ def test_every_instruction_once_in_order_as_alpaca_eval_reads_it(base_folder: Pa
     assert all(row["output"] == row["output"].strip() for row in outputs)
     assert "Ærø" in text
     assert len(pd.read_json(tmp_path / "run" / "outputs.json")) == len(INSTRUCTIONS)
-    other = write_outputs(run, "another name", examples_of=source)
+    other = write_outputs(run, "another name", examples=source)
     assert other.fingerprint["generator"] == "another name"
     assert json.loads((run / "outputs.json").read_bytes())[0]["generator"] == "another name"
 
@@ -123,13 +123,13 @@ def test_the_texts_must_be_of_this_list(base_folder: Path, tmp_path: Path) -> No
     (tmp_path / "other").mkdir()
     one = prepared(tmp_path / "one", base_folder, INSTRUCTIONS[:2])
     other = prepared(tmp_path / "other", base_folder, INSTRUCTIONS[:3])
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     generate(
         run,
         Checkpoint.find(str(base_folder)),
         GenerateConfig(max_new_tokens=1),
         ScoreConfig(num_actors=1),
-        examples_of=one,
+        examples=one,
     )
     with pytest.raises(OutputError, match="from other examples"):
-        write_outputs(run, "m", examples_of=other)
+        write_outputs(run, "m", examples=other)

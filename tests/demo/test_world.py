@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from davir_ray.demo import base, truth, world
 from davir_ray.demo.world import InstructionRow
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 
 SEEDS = (0, 1)
 
@@ -249,7 +249,7 @@ def test_class_shares_refuses_an_empty_selection() -> None:
 def test_the_table_shows_every_class_and_correlation() -> None:
     shares = truth.class_shares(["known", "noise", "learnable"], [0.1, None, 0.5], [False, False, True], seed=0)
     correlations = {"all rows": {"rho_sum": 0.5, "rho_mean": 0.0, "davir": -0.25}}
-    table = truth.format_truth(shares, correlations, Location.of("/somewhere"), 12.3)
+    table = truth.format_truth(shares, correlations, Run.at("/somewhere"), 12.3)
     lines = [line.split() for line in table.splitlines() if line.strip()]
     assert [words[0] for words in lines[1:4]] == ["known", "learnable", "noise"]
     assert "100.0%" in table

@@ -10,7 +10,7 @@ import pytest
 
 from davir_ray.engine import progress as module
 from davir_ray.engine.progress import Sums, Tally, Told, tallied
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.progress import PROGRESS_FILE, Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -62,9 +62,9 @@ def test_the_throughput_of_a_long_stage_stays_short() -> None:
 
 def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY_S", 0.1)
-    run = Location.of(tmp_path)
+    run = Run.at(tmp_path)
     with tallied(run, Progress("score", unit="rows", done=40, total=100, rejects=3)) as tally:
-        first = Progress.read(run)
+        first = Progress.read(run.folder)
         assert first is not None
         assert (first.done, first.tokens_per_second) == (40, None)
         tally.tell("a", Told(10, rows=10, tokens=500))
@@ -72,7 +72,7 @@ def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         time.sleep(0.5)
         tally.tell("b", Told(20, rows=20, tokens=1000, unscored=1, before=2))
         sums_of(tally, lambda sums: sums.told.done == 30)
-    last = Progress.read(run)
+    last = Progress.read(run.folder)
     assert last is not None
     assert (last.done, last.total, last.tokens, last.rejects, last.unscored) == (72, 100, 1500, 3, 1)
     assert last.tokens_per_second is not None
@@ -88,7 +88,7 @@ def test_a_terminal_shows_a_bar(
     monkeypatch.setattr(module, "EVERY_S", 0.1)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with tallied(Location.of(tmp_path), Progress("score", unit="rows", done=40, total=100, rejects=3)) as tally:
+    with tallied(Run.at(tmp_path), Progress("score", unit="rows", done=40, total=100, rejects=3)) as tally:
         tally.tell("a", Told(60, rows=60, tokens=500))
         sums_of(tally, lambda sums: sums.told.done == 60)
         time.sleep(0.5)
@@ -100,13 +100,13 @@ def test_a_terminal_shows_a_bar(
 def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run may be another driver's by then."""
     monkeypatch.setattr(module, "EVERY_S", 0.05)
-    run = Location.of(tmp_path)
+    run = Run.at(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         interrupted(run)
-    assert Progress.read(run) == Progress("of another driver")
+    assert Progress.read(run.folder) == Progress("of another driver")
 
 
-def interrupted(run: Location) -> None:
+def interrupted(run: Run) -> None:
     with tallied(run, Progress("score", unit="rows", total=100)) as tally:
         tally.tell("a", Told(10))
         module.EVERY_S = 3600.0

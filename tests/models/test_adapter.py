@@ -20,6 +20,7 @@ from davir_ray.compare.generation import _check_model
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
+from davir_ray.inputs import check_reference
 from davir_ray.models import checkpoint, scorer
 from davir_ray.models.adapter import _ALSO_TAKEN, _TAKEN, adapter_switched_off, add_adapter
 from davir_ray.models.checkpoint import Checkpoint
@@ -30,7 +31,6 @@ from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import Trainer, save_reference
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
-from davir_ray.stages.pairing import check_reference
 from davir_ray.stages.prepare import Preparation
 from davir_ray.stages.verify import _compare
 

@@ -13,8 +13,8 @@ from object_store.conftest import make_bucket
 from object_store.proxy import FaultyProxy
 from object_store.stores import Store
 
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +57,8 @@ def upload(store: Store, rows: Path, base_folder: Path) -> dict[str, Any]:
     return {**places, "score.base_cache": f"{bucket}/cache", **SETTINGS}
 
 
-def location(store: Store, uri: str) -> Location:
-    return Location(store.client(), uri.removeprefix("s3://"))
+def location(store: Store, uri: str) -> Run:
+    return Run(Location(store.client(), uri.removeprefix("s3://")))
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_every_path_in_a_store_throttled_or_not(
         assert grep(store.secret, left) == []
         assert grep(store.key, left) == []
     run = location(store, options["output"])
-    assert_same_content(run, Location.of(on_disk))
-    for path in run.fs.find(run.path):
-        content = run.fs.cat_file(path)
+    assert_same_content(run, Run.at(on_disk))
+    for path in run.folder.fs.find(run.folder.path):
+        content = run.folder.fs.cat_file(path)
         assert store.secret.encode() not in content, path
         assert store.key.encode() not in content, path
     again = Driver("score.py", options, tmp_path / "again.log", secret, ray_address)
@@ -126,6 +126,6 @@ def test_a_store_that_only_throttles_ends_the_run_with_the_reason(
         proxy.share = 0.0
         again = Driver("score.py", options, tmp_path / "again.log", environment, ray_address)
         assert again.finish() == 0, again.output
-    manifest = Manifest.read(run, "score")
+    manifest = run.manifest("score")
     assert manifest is not None
     assert manifest.counts["examples"] == manifest.counts["scored"]

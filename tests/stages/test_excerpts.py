@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from davir_ray.run.files import FileEntry, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import RANKED, REJECTS
 from davir_ray.stages.excerpts import _around
@@ -22,7 +22,7 @@ def ranked_row(rank: int, kept: bool) -> dict[str, Any]:
     return {**empty, "rank": rank, "example_id": rank, **losses}
 
 
-def write_ranked(run: Location, kept: set[int]) -> list[FileEntry]:
+def write_ranked(run: Run, kept: set[int]) -> list[FileEntry]:
     files = []
     for start in range(1, NUM_ROWS + 1, FILE_ROWS):
         ranks = range(start, min(start + FILE_ROWS, NUM_ROWS + 1))
@@ -47,7 +47,7 @@ def ranks_of(rows: list[dict[str, Any]]) -> list[int]:
 def test_the_nearest_rows_are_found_across_files(
     tmp_path: Path, rank: int, shown: range, with_tokens: list[int]
 ) -> None:
-    run = Location.of(tmp_path)
+    run = Run.at(tmp_path)
     files = write_ranked(run, kept={5, 70, 131, 300, 489, 520, 700, 999})
     plain, kept = _around(run, files, rank, 4)
     assert ranks_of(plain) == list(shown)
@@ -55,13 +55,13 @@ def test_the_nearest_rows_are_found_across_files(
 
 
 def test_no_row_is_sought_for_its_tokens_where_none_can_be_spelt(tmp_path: Path) -> None:
-    run = Location.of(tmp_path)
+    run = Run.at(tmp_path)
     plain, kept = _around(run, write_ranked(run, kept={1, 2}), 1, 0)
     assert (len(plain), kept) == (20, [])
 
 
 def test_every_reason_has_its_rows_though_one_fills_the_first_files(tmp_path: Path) -> None:
-    run = Location.of(tmp_path)
+    run = Run.at(tmp_path)
     reasons = [["broken_json"] * 200, ["broken_json"] * 200, ["broken_json", "wrong_type", "wrong_type"]]
     files = []
     for number, names in enumerate(reasons):

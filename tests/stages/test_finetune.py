@@ -35,7 +35,7 @@ from davir_ray.engine.connect import own_interrupts
 from davir_ray.errors import ClusterError, ModelError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import finetune as training
 from davir_ray.stages.finetune import finetune
@@ -71,20 +71,20 @@ def settings(base_folder: Path) -> Preparation:
 @pytest.fixture(scope="module")
 def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "run"
-    prepare(Location.of(folder), [real_source(data_folder)], settings(base_folder), max_bad_fraction=1)
+    prepare(Run.at(folder), [real_source(data_folder)], settings(base_folder), max_bad_fraction=1)
     return folder
 
 
 def finetune_copy(prepared: Path, base_folder: Path, target: Path, **options: Any) -> Manifest:
     shutil.copytree(prepared, target)
     spec = scoring_spec(settings(base_folder), [Source(name="alpaca", path="any", format="alpaca")])
-    return finetune(Location.of(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
+    return finetune(Run.at(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
 
 
 def test_an_adapter_is_trained_scored_with_and_is_no_whole_model(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     manifest = finetune_copy(
         prepared, base_folder, tmp_path / "run", **RECIPE | {"learning_rate": 1e-2}, lora_rank=16, num_workers=2
     )
@@ -168,7 +168,7 @@ def test_divergence_names_the_step_and_the_value(prepared: Path, base_folder: Pa
     with pytest.raises(TrainingError, match=r"(nan|inf).* at step [2-6]; .*learning_rate \(now 1e\+30\)"):
         finetune_copy(prepared, base_folder, tmp_path / "run", **recipe)
     assert not (tmp_path / "run" / "reference").exists()
-    assert Manifest.read(Location.of(tmp_path / "run"), "finetune") is None
+    assert Run.at(tmp_path / "run").manifest("finetune") is None
 
 
 @pytest.mark.slow
@@ -231,8 +231,8 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
     recipe = RECIPE | SHARDED | {"num_cpus": 2}
     with pytest.raises(ClusterError, match="3 training workers of 1 GPU do not fit a cluster of 2"):
-        finetune(Location.of(folder / "run"), base, FinetuneConfig(**recipe | {"num_workers": 3}), spec)
-    finetune(Location.of(folder / "run"), base, FinetuneConfig(**recipe), spec)
+        finetune(Run.at(folder / "run"), base, FinetuneConfig(**recipe | {"num_workers": 3}), spec)
+    finetune(Run.at(folder / "run"), base, FinetuneConfig(**recipe), spec)
 
 
 # --- deaths ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.examples import Objective, TrainingSet
 from davir_ray.models.training.loop import Trainer
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.stages import finetune as training
 from davir_ray.stages.finetune import Training
 
@@ -72,7 +72,7 @@ class NobodyListens:
 
 def training_of(folder: Path, damaged_on: int | None = None) -> Training:
     base = WithoutTokenizer.__new__(WithoutTokenizer)
-    return Training("finetune", Location.of(folder), base, CONFIG, ReadAlike(damaged_on), {}, "reference")
+    return Training("finetune", Run.at(folder), base, CONFIG, ReadAlike(damaged_on), {}, "reference")
 
 
 def read_damaged(folder: Path, rank: int) -> None:

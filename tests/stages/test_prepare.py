@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from davir_ray.config.sources import Format, Source
 from davir_ray.errors import DataError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import REJECTS, RejectReason
 from davir_ray.stages import prepare as module
@@ -58,8 +59,8 @@ def source(path: Path, form: Format = "alpaca", name: str = "s") -> Source:
 
 
 def table_of(run: Path, folder: str) -> pd.DataFrame:
-    place = Location.of(run / folder)
-    return pa.concat_tables([read_parquet(place / name) for name in place.names(".parquet")]).to_pandas()
+    place = Run.at(run / folder)
+    return pa.concat_tables([read_parquet(place / name) for name in place.folder.names(".parquet")]).to_pandas()
 
 
 def check_books(run: Path, manifest: Manifest, num_read: int) -> None:
@@ -84,7 +85,7 @@ def test_every_bad_row_is_rejected_with_file_row_and_reason(base_folder: Path, t
     chat.write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"messages": talk[:1]}) + "\n")
     sources = [source(data), source(chat, "messages", "chat")]
     manifest = prepare(
-        Location.of(run), sources, settings(base_folder, chat_template=CHAT, max_tokens=110), max_bad_fraction=1
+        Run.at(run), sources, settings(base_folder, chat_template=CHAT, max_tokens=110), max_bad_fraction=1
     )
     expected = {("s", "a.jsonl", row): reason for row, (_, reason) in enumerate(LINES) if reason}
     expected |= {
@@ -113,13 +114,13 @@ def test_every_bad_row_is_rejected_with_file_row_and_reason(base_folder: Path, t
 
 def test_too_many_bad_rows_stop_the_run_with_reasons_counted(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes((LINES[0][0] + b"\n") * 8 + b"{broken\n" + LINES[1][0])
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     with pytest.raises(
         DataError, match=r"2 of 10 rows are bad \(.*broken_json 1.*empty_response 1|empty_response 1.*broken_json 1"
     ) as told:
         prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200), max_bad_fraction=0.19)
     assert "a.jsonl row 8" in str(told.value)
-    assert Manifest.read(run, "prepare") is None
+    assert run.manifest("prepare") is None
     assert len(table_of(tmp_path / "run", "rejects")) == 2
     manifest = prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200), max_bad_fraction=0.2)
     check_books(tmp_path / "run", manifest, 10)
@@ -128,9 +129,7 @@ def test_too_many_bad_rows_stop_the_run_with_reasons_counted(base_folder: Path, 
 def test_nothing_prepared_is_the_users_to_know(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     with pytest.raises(DataError, match=r"no example could be prepared .*empty_file 1"):
-        prepare(
-            Location.of(tmp_path / "run"), [source(tmp_path / "a.jsonl")], settings(base_folder), max_bad_fraction=1
-        )
+        prepare(Run.at(tmp_path / "run"), [source(tmp_path / "a.jsonl")], settings(base_folder), max_bad_fraction=1)
 
 
 def test_ids_survive_another_cut_and_other_company(base_folder: Path, tmp_path: Path) -> None:
@@ -140,9 +139,7 @@ def test_ids_survive_another_cut_and_other_company(base_folder: Path, tmp_path: 
     for number, (shard_rows, names) in enumerate([(4096, "a"), (7, "ab")]):
         run = tmp_path / f"run{number}"
         sources = [source(tmp_path / f"{name}.jsonl", name=name) for name in names]
-        prepare(
-            Location.of(run), sources, settings(base_folder, max_tokens=200, shard_rows=shard_rows), max_bad_fraction=0
-        )
+        prepare(Run.at(run), sources, settings(base_folder, max_tokens=200, shard_rows=shard_rows), max_bad_fraction=0)
         table = table_of(run, "examples")
         found.append(table[table["source"] == "a"].sort_values("source_row"))
     for column in ("example_id", "content_hash", "prompt", "response"):
@@ -156,7 +153,7 @@ def test_a_limit_reads_the_first_records_of_each_source(base_folder: Path, tmp_p
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(GOOD) + "\n") * 9)
     sources = [source(tmp_path / f"{name}.jsonl", name=name) for name in "ab"]
     run = tmp_path / "run"
-    manifest = prepare(Location.of(run), sources, settings(base_folder, max_tokens=200, limit=5), max_bad_fraction=0)
+    manifest = prepare(Run.at(run), sources, settings(base_folder, max_tokens=200, limit=5), max_bad_fraction=0)
     check_books(run, manifest, 10)
     assert Counter(zip(table_of(run, "examples")["source"], table_of(run, "examples")["source_row"], strict=True)) == {
         (name, row): 1 for name in "ab" for row in range(5)
@@ -164,14 +161,14 @@ def test_a_limit_reads_the_first_records_of_each_source(base_folder: Path, tmp_p
 
 
 def test_a_changed_file_is_another_run(base_folder: Path, tmp_path: Path) -> None:
-    file, run = tmp_path / "a.jsonl", Location.of(tmp_path / "run")
+    file, run = tmp_path / "a.jsonl", Run.at(tmp_path / "run")
     file.write_text(json.dumps(GOOD) + "\n")
     options = settings(base_folder, max_tokens=200)
     prepare(run, [source(file)], options, max_bad_fraction=0)
     file.write_text(json.dumps(GOOD | {"output": "y"}) + "\n")
     with pytest.raises(OutputError, match=r"sources\.s\.files\.a\.jsonl"):
         prepare(run, [source(file)], options, max_bad_fraction=0)
-    prepare(run, [source(file)], options, max_bad_fraction=0, overwrite=True)
+    prepare(replace(run, overwrite=True), [source(file)], options, max_bad_fraction=0)
     assert table_of(tmp_path / "run", "examples")["response"].tolist() == ["y"]
 
 
@@ -181,15 +178,15 @@ def test_an_output_among_the_data_is_no_data_and_a_second_start_finds_nothing_ne
     """Nor is the cache of the base's losses; what JSON lacks is replaced in the records, counted and told once."""
     caplog.set_level(logging.INFO)
     run, cache, options = (
-        Location.of(tmp_path / "run"),
-        Location.of(tmp_path / "cache"),
+        Run.at(tmp_path / "run"),
+        Run.at(tmp_path / "cache"),
         settings(base_folder, max_tokens=200),
     )
     rows = [GOOD | {"weight": float("nan"), "blob": b"\xff", "why": [float("inf"), 1.0]}, GOOD | {"weight": 1.0}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text(json.dumps(GOOD | {"weight": float("nan")}))
     (run / "lease.json").write_text("{}")
-    manifest = prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache])
+    manifest = prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache.folder])
     check_books(tmp_path / "run", manifest, 3)
     assert (manifest.counts["not_finite_to_null"], manifest.counts["bytes_to_base64"]) == (3, 1)
     assert "3 numbers became null and 1 values of bytes became base64 text" in caplog.text
@@ -202,9 +199,11 @@ def test_an_output_among_the_data_is_no_data_and_a_second_start_finds_nothing_ne
 
     write_parquet(cache / "digest" / "shard.parquet", pa.table({"token_nll": [[1.0]]}))
     caplog.clear()
-    prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache])
+    prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache.folder])
     assert "prepare: complete, skipped" in caplog.text and "left out" not in caplog.text
-    assert "3 of the first 3 records" in preview([source(tmp_path)], options, written=[run, cache]).lines[0]
+    assert (
+        "3 of the first 3 records" in preview([source(tmp_path)], options, written=[run.folder, cache.folder]).lines[0]
+    )
     with pytest.raises(DataError, match=r"examples lies in .*run, which this job writes"):
         prepare(run, [source(tmp_path / "run" / "examples")], options, max_bad_fraction=0)
 
@@ -221,7 +220,7 @@ def test_messages_without_a_chat_template_are_refused_as_a_model_error(base_fold
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(ModelError, match="no chat template"):
         prepare(
-            Location.of(tmp_path / "run"),
+            Run.at(tmp_path / "run"),
             [source(tmp_path / "a.jsonl", "messages")],
             settings(base_folder),
             max_bad_fraction=1,
@@ -231,7 +230,7 @@ def test_messages_without_a_chat_template_are_refused_as_a_model_error(base_fold
 def test_another_template_is_refused_by_name(base_folder: Path, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     chat = source(tmp_path / "a.jsonl", "messages")
     prepare(run, [chat], settings(base_folder, chat_template=CHAT), max_bad_fraction=0)
     with pytest.raises(OutputError, match=r"encoding\.chat_template.*--overwrite.*another --output"):
@@ -253,7 +252,7 @@ def test_what_an_attempt_has_prepared_is_not_read_again(
         (folder / f"{number}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n{")
 
     def run_prepare(name: str) -> Manifest:
-        run = Location.of(tmp_path / name)
+        run = Run.at(tmp_path / name)
         return prepare(run, [source(folder)], settings(base_folder, max_tokens=200), max_bad_fraction=1)
 
     undisturbed = run_prepare("undisturbed")
@@ -286,7 +285,7 @@ def test_an_unfinished_prepare_of_other_settings_is_refused(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(GOOD | {"input": str(row)}) for row in range(9)))
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
 
     def crash(*_: object) -> None:
         raise CrashError
@@ -298,13 +297,14 @@ def test_an_unfinished_prepare_of_other_settings_is_refused(
     other = settings(base_folder, max_tokens=190)
     with pytest.raises(OutputError, match=r"unfinished prepare .*encoding.max_tokens: 200 → 190.*--overwrite"):
         prepare(run, [source(tmp_path / "a.jsonl")], other, max_bad_fraction=0)
-    manifest = prepare(run, [source(tmp_path / "a.jsonl")], other, max_bad_fraction=0, overwrite=True)
+    overwriting = replace(run, overwrite=True)
+    manifest = prepare(overwriting, [source(tmp_path / "a.jsonl")], other, max_bad_fraction=0)
     check_books(tmp_path / "run", manifest, 9)
 
 
 def test_other_settings_start_anew(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(GOOD | {"input": str(row)}) for row in range(9)))
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     with pytest.raises(DataError):
         prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=2), max_bad_fraction=0)
     manifest = prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200), max_bad_fraction=0)
@@ -322,7 +322,7 @@ def test_a_hopeless_corpus_stops_before_its_end(
     lines = [json.dumps({"question": "q" * 1000, "answer": "no such column"})] * (40_000 // num_files)
     for number in range(num_files):
         (folder / f"{number:02d}.jsonl").write_text("\n".join(lines))
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     with pytest.raises(
         DataError, match=r"the first \d+% of the data, missing_column \d+\), more than .*rejects/"
     ) as told:
@@ -335,7 +335,7 @@ def test_a_hopeless_corpus_stops_before_its_end(
 def test_a_bad_beginning_does_not_stop_a_good_corpus(base_folder: Path, tmp_path: Path) -> None:
     bad, good = json.dumps({"answer": "x" * 1000}), json.dumps(GOOD | {"input": "y" * 900})
     (tmp_path / "a.jsonl").write_text("\n".join([bad] * 1200 + [good] * 20_000))
-    run = Location.of(tmp_path / "run")
+    run = Run.at(tmp_path / "run")
     preparation = settings(base_folder, max_tokens=1024, shard_rows=4096)
     manifest = prepare(run, [source(tmp_path / "a.jsonl")], preparation, max_bad_fraction=0.06)
     assert manifest.counts["rejected"] == 1200

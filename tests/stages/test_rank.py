@@ -23,14 +23,14 @@ from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import BinWriter, assign_bins, cut_into_bins, exchange, rank
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
-MakeScores = Callable[..., Location]
+MakeScores = Callable[..., Run]
 Floats = npt.NDArray[np.float64]
 BIN_ROWS = 40
 ROWS = 300
@@ -50,7 +50,7 @@ def ids_of(rows: int, seed: int = 0) -> list[int]:
     return [int(example_id) for example_id in drawn]
 
 
-def table_of(run: Location, folder: str = "ranked") -> pd.DataFrame:
+def table_of(run: Run, folder: str = "ranked") -> pd.DataFrame:
     places = [run / folder / name for name in (run / folder).names(".parquet")]
     return pa.concat_tables([read_parquet(place) for place in places]).to_pandas()
 
@@ -63,7 +63,7 @@ def expected_ids(values: Floats, ids: list[int], *, lowest: bool = False) -> lis
     return [int(example_id) for example_id in known_ids[np.lexsort((known_ids, keys))]]
 
 
-def check(run: Location, manifest: Manifest, expected: list[int]) -> None:
+def check(run: Run, manifest: Manifest, expected: list[int]) -> None:
     table = table_of(run)
     assert table["example_id"].tolist() == expected
     assert table["rank"].tolist() == list(range(1, len(expected) + 1))
@@ -184,13 +184,13 @@ def test_two_rows_with_the_same_id_and_value_are_found(make_scores: MakeScores) 
     run = make_scores([0.5, 0.1, 0.5, 0.2], example_id=[7, 8, 7, 9])
     with pytest.raises(IntegrityError, match="the same example_id"):
         rank(run, RankConfig())
-    assert Manifest.read(run, "rank") is None
+    assert run.manifest("rank") is None
 
 
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: int) -> None:
     run = make_scores(np.arange(100, dtype=float))
-    scored = Manifest.read(run, "score")
+    scored = run.manifest("score")
     assert scored is not None
     cut = cut_into_bins(run, RankConfig(), scored.files_in("scores"), BIN_ROWS)
     assert len(cut.counts) > 1
@@ -253,7 +253,7 @@ from davir_ray.run.location import Location
 ray.init(logging_level="ERROR", **json.loads(sys.argv[2]))
 ranking.cut_into_bins = partial(ranking.cut_into_bins, bin_rows=40)
 selection.BIN_ROWS = 15
-run = Location.of(sys.argv[1])
+run = Run.at(sys.argv[1])
 ranking.rank(run, RankConfig())
 selection.select(run, RankConfig(), SelectConfig(top_fraction=0.4, drop_duplicates=True, balance=["length"]))
 """
@@ -287,5 +287,5 @@ def test_any_number_of_workers_writes_the_same_rows_in_the_same_files(
             assert table.equals(other[name]), name
 
 
-def read_scores(run: Location, name: str) -> pa.Table:
+def read_scores(run: Run, name: str) -> pa.Table:
     return read_parquet(run / "scores" / name)

@@ -23,11 +23,12 @@ from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputErr
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, read_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.score import _settings, _what_matters, score
+from davir_ray.stages.score import score
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -36,25 +37,25 @@ COLUMNS = ["base_nll", "reference_nll", "davir", "rho_sum", "rho_mean"]
 Score = Callable[[str, int], Location]
 
 
-def prepared_run(folder: Path, data_folder: Path, base_folder: Path, shard_rows: int) -> Location:
+def prepared_run(folder: Path, data_folder: Path, base_folder: Path, shard_rows: int) -> Run:
     source = Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
     base = Checkpoint.find(str(base_folder))
     settings = Preparation(base=base, config=PrepareConfig(max_tokens=256, shard_rows=shard_rows), limit=ROWS)
-    prepare(Location.of(folder), [source], settings, max_bad_fraction=1)
-    return Location.of(folder)
+    prepare(Run.at(folder), [source], settings, max_bad_fraction=1)
+    return Run.at(folder)
 
 
 @pytest.fixture(scope="module")
 def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(prepared_run(tmp_path_factory.mktemp("prepared") / "run", data_folder, base_folder, 15).path)
+    return Path(prepared_run(tmp_path_factory.mktemp("prepared") / "run", data_folder, base_folder, 15).folder.path)
 
 
-def score_run(run: Location, base_folder: Path, reference_folder: Path, num_actors: int) -> Manifest:
+def score_run(run: Run, base_folder: Path, reference_folder: Path, num_actors: int) -> Manifest:
     base, reference = Checkpoint.find(str(base_folder)), Checkpoint.find(str(reference_folder))
     return score(run, base, reference, ScoreConfig(num_actors=num_actors, precision="float32"))
 
 
-def table_of(run: Location) -> pd.DataFrame:
+def table_of(run: Run) -> pd.DataFrame:
     return pa.concat_tables([read_parquet(run / "scores" / name) for name in (run / "scores").names()]).to_pandas()
 
 
@@ -63,7 +64,7 @@ def test_bits_are_equal_for_any_number_of_actors_and_close_for_any_shards(
 ) -> None:
     runs = {}
     for num_actors in (1, 3):
-        runs[num_actors] = Location.of(shutil.copytree(prepared, tmp_path / f"actors-{num_actors}"))
+        runs[num_actors] = Run.at(shutil.copytree(prepared, tmp_path / f"actors-{num_actors}"))
         manifest = score_run(runs[num_actors], base_folder, reference_folder, num_actors)
         assert manifest.counts["examples"] == ROWS
     names = (runs[1] / "scores").names()
@@ -98,7 +99,7 @@ def block(rows: int, shard: str, shard_rows: int) -> pa.Table:
 
 
 def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
-    run = Location.of(tmp_path)
+    run = Run.at(tmp_path)
     told = dict[str, Told]()
     shards = ShardSink(run / "scores", SCORES, "mark", told.__setitem__, num_tokens).write(
         [block(3, "part-7.parquet", 3)], None
@@ -124,13 +125,13 @@ def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
 )
 def test_the_sink_refuses_a_block_that_is_not_one_whole_shard(tmp_path: Path, torn: pa.Table) -> None:
     with pytest.raises(IntegrityError, match="not one whole shard"):
-        ShardSink(Location.of(tmp_path) / "scores", SCORES, "mark", unheard, num_tokens).write([torn], None)
+        ShardSink(Run.at(tmp_path) / "scores", SCORES, "mark", unheard, num_tokens).write([torn], None)
     assert not (tmp_path / "scores").exists()
 
 
 def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
     """A bit of the fingerprint's text would otherwise look like a shard of other settings."""
-    folder = Location.of(tmp_path) / "scores"
+    folder = Run.at(tmp_path) / "scores"
     sink = ShardSink(folder, SCORES, json.dumps({"base": "abc"}), unheard, num_tokens)
     sink.write([block(3, "part-0.parquet", 3)], None)
     place = folder / "part-0.parquet"
@@ -179,17 +180,24 @@ def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     save_file({}, adapter / "adapter_model.safetensors")
-    run, config = Location.of(tmp_path / "run"), ScoreConfig(precision="float32")
-    prepared = Manifest("prepare", {}, {"prepared": 1}, []).commit(run)
+    run, config = Run.at(tmp_path / "run"), ScoreConfig(precision="float32")
+    prepared = Manifest("prepare", {}, {"prepared": 1}, []).commit(run.folder)
     base, reference = Checkpoint.find(str(base_folder)), Checkpoint.find(str(adapter))
     fingerprint = {
         "base": base.weights_digest(),
         "reference": reference.weights_digest(),
         "examples": prepared.content,
-        "settings": _what_matters(config, _settings(config, "sample", 1)),
+        "settings": {
+            "precision": "float32",
+            "num_threads": 1,
+            "keep_token_nll": "sample",
+            "sample_share": 1.0,
+            "autocast": "float32",
+            "device": "cpu",
+        },
         "numerics": NUMERICS_VERSION,
     }
-    before = Manifest("score", fingerprint, {"scored": 1}, []).commit(run)
+    before = Manifest("score", fingerprint, {"scored": 1}, []).commit(run.folder)
     if modules is None:
         assert score(run, base, reference, config) == before
         return
@@ -200,10 +208,10 @@ def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
 def test_an_actor_that_cannot_load_its_model_says_why(
     prepared: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
 ) -> None:
-    run = Location.of(shutil.copytree(prepared, tmp_path / "run"))
+    run = Run.at(shutil.copytree(prepared, tmp_path / "run"))
     broken = shutil.copytree(reference_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ModelError, match="cannot be loaded"):
         score_run(run, base_folder, broken, 1)
-    assert Manifest.read(run, "score") is None
+    assert run.manifest("score") is None
     assert not (run / "scores").exists()

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.formulas.shares import Limit, prefix_rows
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.stages.rank import value_column
 from davir_ray.stages.select.duplicates import read_duplicates
 
@@ -20,7 +20,7 @@ Limits = dict[str, Limit]
 class Choice:
     """What decides whether a row of a file of ranked/ is selected; the same wherever it is asked."""
 
-    run: Location
+    run: Run
     rank_config: RankConfig
     config: SelectConfig
     duplicates: frozenset[str]

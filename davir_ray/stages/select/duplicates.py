@@ -11,6 +11,7 @@ from davir_ray.engine.shuffle import Round, entry_row, regroup
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
@@ -25,7 +26,7 @@ _NONE = pa.table({"rank": pa.array([-1], pa.int64()), "file": pa.array([-1], pa.
 """Stands for no duplicate: a round's answer must not be empty."""
 
 
-def find_duplicates(run: Location, files: list[FileEntry]) -> list[FileEntry]:
+def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
     """Write the ranks of duplicates; returns the files. Rows are brought together by hash, then ranks by file."""
     num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
     first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
@@ -39,7 +40,7 @@ def find_duplicates(run: Location, files: list[FileEntry]) -> list[FileEntry]:
     return sorted((FileEntry(**row) for row in rows if row["rows"]), key=lambda entry: entry.name)
 
 
-def files_with_duplicates(run: Location, selected: Manifest) -> frozenset[str]:
+def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
     """Files of ranked/ that have duplicates, of a complete selection. IntegrityError if one is known to be lost.
 
     Older manifests count the duplicates and do not name their files.
@@ -56,7 +57,7 @@ def files_with_duplicates(run: Location, selected: Manifest) -> frozenset[str]:
     return frozenset(names)
 
 
-def read_duplicates(run: Location, name: str) -> npt.NDArray[np.int64]:
+def read_duplicates(run: Run, name: str) -> npt.NDArray[np.int64]:
     """Ranks of duplicates in a file of ranked/ that has any."""
     return np.asarray(read_parquet(run / FOLDER / name)["rank"])
 

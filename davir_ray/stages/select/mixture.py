@@ -17,6 +17,7 @@ from davir_ray.run.files import (
     write_file,
     write_parquet,
 )
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.schema import SELECTED
 
@@ -24,7 +25,7 @@ BIN_ROWS = 50_000
 """Rows with their text that one task shuffles and writes; about 100 MB."""
 
 
-def write_mixture(run: Location, files: list[FileEntry], config: SelectConfig, mark: str) -> list[FileEntry]:
+def write_mixture(run: Run, files: list[FileEntry], config: SelectConfig, mark: str) -> list[FileEntry]:
     """Write mixture/: each selected row as often as its source's part says, in an order drawn by the seed.
 
     A copy's place depends on (seed, example_id, number of the copy) alone, so a repetition gives the same bytes.
@@ -62,7 +63,7 @@ def _write_bin(group: pa.Table, folder: Location, metadata: dict[bytes, bytes]) 
     return entry_row(entry)
 
 
-def write_jsonl(run: Location, folder: str, files: list[FileEntry]) -> list[FileEntry]:
+def write_jsonl(run: Run, folder: str, files: list[FileEntry]) -> list[FileEntry]:
     """Write jsonl/: the source records of a folder's rows, a line each, file by file in the same order."""
     shards = Shards(files, partial(_read_records, run / folder))
     entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), ENTRY).sort_by("name").to_pylist()

@@ -31,9 +31,9 @@ from davir_ray.run.files import (
     total_rows,
     write_parquet,
 )
+from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.stages import clear, completed, require
 from davir_ray.schema import SELECTED
 from davir_ray.stages.rank import file_metadata, key_columns, order_keys, value_column
 from davir_ray.stages.select.choice import Choice
@@ -97,15 +97,15 @@ class Plan:
     """Composite key of the last selected row of each group."""
 
 
-def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Manifest:
+def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
     """Take what the rule means of the rows that may be selected, text included, in rank order."""
     started = time.monotonic()
-    ranked, scored = require(run, "rank"), require(run, "score")
+    ranked, scored = run.require("rank"), run.require("score")
     fingerprint = {"ranked": ranked.content, "rule": asdict(config)}
-    if done := completed(run, "select", fingerprint):
+    if done := run.completed("select", fingerprint):
         return done
     check_count(config, ranked.counts["rankable"], "ranked")
-    clear(run, "select")
+    run.clear("select")
     mark = digest(fingerprint)
     duplicates = find_duplicates(run, ranked.files_in("ranked")) if config.drop_duplicates else []
     with_duplicates = frozenset(entry.name for entry in duplicates)
@@ -124,13 +124,13 @@ def select(run: Location, rank_config: RankConfig, config: SelectConfig) -> Mani
         source = "mixture" if config.mixture else "selected"
         written["jsonl"] = write_jsonl(run, source, written[source])
     manifest = _manifest(plan, written, counted, fingerprint, ranked, time.monotonic() - started)
-    manifest = manifest.commit(run)
+    manifest = run.commit(manifest)
     log.info("select: %d of %d ranked rows", manifest.counts["selected"], ranked.counts["ranked"])
     return manifest
 
 
 def choose(
-    run: Location, rank_config: RankConfig, config: SelectConfig, files: list[FileEntry], duplicates: frozenset[str]
+    run: Run, rank_config: RankConfig, config: SelectConfig, files: list[FileEntry], duplicates: frozenset[str]
 ) -> tuple[Choice, list[dict[str, Any]]]:
     """What the rule takes of each file of ranked/, and the rows that were counted to know it.
 

@@ -20,7 +20,7 @@ from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.errors import ConfigError
 from davir_ray.run.files import FileEntry, read_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import cut_into_bins, rank
@@ -30,7 +30,7 @@ from davir_ray.stages.select.rule import select
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
-MakeScores = Callable[..., Location]
+MakeScores = Callable[..., Run]
 ROWS = 240
 SOURCES = ("org/alpaca", "gsm8k", "third")
 
@@ -45,7 +45,7 @@ def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(make_scores: MakeScores) -> Location:
+def run(make_scores: MakeScores) -> Run:
     """Three sources of different sizes and lengths, many ties, and duplicates within and across sources."""
     draw = np.random.default_rng(7)
     davir = draw.integers(0, 25, ROWS) / 25
@@ -61,12 +61,12 @@ def run(make_scores: MakeScores) -> Location:
     return run
 
 
-def table_of(run: Location, folder: str) -> pd.DataFrame:
+def table_of(run: Run, folder: str) -> pd.DataFrame:
     places = [run / folder / name for name in (run / folder).names(".parquet")]
     return pa.concat_tables([read_parquet(place) for place in places]).to_pandas()
 
 
-def check(run: Location, manifest: Manifest, expected: pd.DataFrame) -> None:
+def check(run: Run, manifest: Manifest, expected: pd.DataFrame) -> None:
     selected = table_of(run, "selected")
     assert selected["rank"].tolist() == expected["rank"].tolist()
     assert selected["example_id"].tolist() == expected["example_id"].tolist()
@@ -86,7 +86,7 @@ def length_group(tokens: int) -> str:
     return "512-"
 
 
-def test_filters_leave_rows_out_before_the_rule_counts(run: Location) -> None:
+def test_filters_leave_rows_out_before_the_rule_counts(run: Run) -> None:
     ranked = table_of(run, "ranked")
     kept = ranked[ranked["num_response_tokens"].between(50, 400)]
     manifest = select(
@@ -98,26 +98,28 @@ def test_filters_leave_rows_out_before_the_rule_counts(run: Location) -> None:
     assert manifest.counts["eligible"] == len(kept)
 
 
-def test_of_duplicates_the_highest_ranked_stays(run: Location) -> None:
+def test_of_duplicates_the_highest_ranked_stays(run: Run) -> None:
     ranked = table_of(run, "ranked")
     kept = ranked.drop_duplicates("content_hash", keep="first")
     assert 0 < len(kept) < ROWS - 20
     manifest = select(run, RankConfig(), SelectConfig(top_fraction=1.0, drop_duplicates=True))
     check(run, manifest, kept)
     assert manifest.counts["duplicates"] == ROWS - len(kept)
-    written = pd.concat([pq.read_table(run.path + f"/{entry.name}").to_pandas() for entry in duplicates_of(manifest)])
+    written = pd.concat(
+        [pq.read_table(run.folder.path + f"/{entry.name}").to_pandas() for entry in duplicates_of(manifest)]
+    )
     assert sorted(written["rank"]) == ranked["rank"][ranked.duplicated("content_hash")].tolist()
 
 
-def test_a_duplicates_file_that_is_lost_or_damaged_is_noticed(run: Location) -> None:
+def test_a_duplicates_file_that_is_lost_or_damaged_is_noticed(run: Run) -> None:
     rule = SelectConfig(top_fraction=1.0, drop_duplicates=True)
     before = select(run, RankConfig(), rule)
     (first, *_) = duplicates_of(before)
     for spoil in (Path.unlink, flip):
-        spoil(Path(run.path, first.name))
-        assert [line.partition(":")[0] for line in before.damage(run)] == [first.name]
+        spoil(Path(run.folder.path, first.name))
+        assert [line.partition(":")[0] for line in before.damage(run.folder)] == [first.name]
         assert select(run, RankConfig(), rule).content == before.content
-        assert select(run, RankConfig(), rule).damage(run) == []
+        assert select(run, RankConfig(), rule).damage(run.folder) == []
 
 
 def flip(file: Path) -> None:
@@ -140,7 +142,7 @@ def test_no_duplicates_is_no_special_case(make_scores: MakeScores) -> None:
 
 
 @pytest.mark.parametrize("balance", [["source"], ["length"], ["source", "length"]])
-def test_a_balanced_selection_has_the_groups_of_the_pool(run: Location, balance: list[Any]) -> None:
+def test_a_balanced_selection_has_the_groups_of_the_pool(run: Run, balance: list[Any]) -> None:
     ranked = table_of(run, "ranked")
     labels = {"source": ranked["source"], "length": ranked["num_response_tokens"].map(length_group)}
     group = labels[balance[0]] if len(balance) == 1 else labels["source"] + "/" + labels["length"]
@@ -153,7 +155,7 @@ def test_a_balanced_selection_has_the_groups_of_the_pool(run: Location, balance:
     check(run, manifest, best)
 
 
-def test_quotas_are_rows_of_each_group(run: Location) -> None:
+def test_quotas_are_rows_of_each_group(run: Run) -> None:
     ranked = table_of(run, "ranked")
     manifest = select(run, RankConfig(), SelectConfig(balance=["source"], quotas={"third": 7, "org/alpaca": 31}))
     expected = pd.concat(
@@ -163,7 +165,7 @@ def test_quotas_are_rows_of_each_group(run: Location) -> None:
 
 
 @pytest.mark.parametrize("balance", [["source", "length"], ["length", "source"]])
-def test_quotas_of_a_source_whose_name_has_a_slash(run: Location, balance: list[Any]) -> None:
+def test_quotas_of_a_source_whose_name_has_a_slash(run: Run, balance: list[Any]) -> None:
     wanted = {"org/alpaca": 9, "gsm8k": 4}
     quotas = {"/".join({"source": name, "length": "128-255"}[by] for by in balance): n for name, n in wanted.items()}
     config = SelectConfig(balance=balance, quotas=quotas)
@@ -174,7 +176,7 @@ def test_quotas_of_a_source_whose_name_has_a_slash(run: Location, balance: list[
     check(run, select(run, RankConfig(), config), expected)
 
 
-def test_tokens_are_shared_out_among_groups(run: Location) -> None:
+def test_tokens_are_shared_out_among_groups(run: Run) -> None:
     ranked = table_of(run, "ranked")
     manifest = select(run, RankConfig(), SelectConfig(top_tokens=20_000, balance=["source"]))
     parts = []
@@ -185,13 +187,13 @@ def test_tokens_are_shared_out_among_groups(run: Location) -> None:
     check(run, manifest, pd.concat(parts).sort_values("rank"))
 
 
-def test_a_floor_on_the_score_and_a_filter_go_together(run: Location) -> None:
+def test_a_floor_on_the_score_and_a_filter_go_together(run: Run) -> None:
     ranked = table_of(run, "ranked")
     manifest = select(run, RankConfig(), SelectConfig(min_score=0.6, max_response_tokens=300))
     check(run, manifest, ranked[(ranked["davir"] >= 0.6) & (ranked["num_response_tokens"] <= 300)])
 
 
-def test_lowest_and_random_orders_are_grouped_too(run: Location) -> None:
+def test_lowest_and_random_orders_are_grouped_too(run: Run) -> None:
     for config in (RankConfig(lowest=True), RankConfig(order="random", seed=3), RankConfig(order="length")):
         rank(run, config)
         ranked = table_of(run, "ranked")
@@ -209,7 +211,7 @@ MIXTURE = SelectConfig(
 )
 
 
-def test_a_mixture_takes_repeats_and_shuffles(run: Location) -> None:
+def test_a_mixture_takes_repeats_and_shuffles(run: Run) -> None:
     ranked = table_of(run, "ranked")
     alpaca, gsm8k, third = (ranked[ranked["source"] == name] for name in SOURCES)
     third = third[third["num_response_tokens"].cumsum() <= 2000]
@@ -268,13 +270,13 @@ def test_a_mixture_again_is_the_same_bytes_and_another_seed_another_order(make_s
         (SelectConfig(top_k=1, min_response_tokens=10**6), "leaves no row"),
     ],
 )
-def test_more_than_there_is_is_refused(run: Location, config: SelectConfig, told: str) -> None:
+def test_more_than_there_is_is_refused(run: Run, config: SelectConfig, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         select(run, RankConfig(), config)
-    assert Manifest.read(run, "select") is None
+    assert run.manifest("select") is None
 
 
-def test_a_ranking_of_the_first_ranks_selects_what_the_whole_one_does(run: Location) -> None:
+def test_a_ranking_of_the_first_ranks_selects_what_the_whole_one_does(run: Run) -> None:
     ranked = table_of(run, "ranked")
     manifest = rank(run, RankConfig(most=50))
     assert (manifest.counts["ranked"], manifest.counts["rankable"]) == (50, ROWS)
@@ -282,7 +284,7 @@ def test_a_ranking_of_the_first_ranks_selects_what_the_whole_one_does(run: Locat
     check(run, select(run, RankConfig(most=50), SelectConfig(top_k=33)), ranked[:33])
 
 
-def test_selected_and_ranked_load_with_other_tools(run: Location) -> None:
+def test_selected_and_ranked_load_with_other_tools(run: Run) -> None:
     manifest = select(run, RankConfig(), SelectConfig(top_k=100))
     for folder, rows in {"selected": 100, "ranked": ROWS}.items():
         path = f"{run}/{folder}"

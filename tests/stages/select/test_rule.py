@@ -11,7 +11,7 @@ import pytest
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
 from davir_ray.run.files import read_parquet, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SELECTED
 from davir_ray.stages import rank as ranking
@@ -21,7 +21,7 @@ from davir_ray.stages.select.rule import select
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
-MakeScores = Callable[..., Location]
+MakeScores = Callable[..., Run]
 BY_DAVIR = RankConfig()
 
 
@@ -32,19 +32,19 @@ def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "BIN_ROWS", 11)
 
 
-def ranked_run(make_scores: MakeScores, rows: int = 100, config: RankConfig = BY_DAVIR, **columns: object) -> Location:
+def ranked_run(make_scores: MakeScores, rows: int = 100, config: RankConfig = BY_DAVIR, **columns: object) -> Run:
     davir = np.random.default_rng(rows).permutation(rows) / rows
     run = make_scores(davir, example_id=list(range(1000, 1000 + rows)), **columns)
     assert len(rank(run, config).files) >= min(rows // 20, 3)
     return run
 
 
-def table_of(run: Location, folder: str) -> pd.DataFrame:
+def table_of(run: Run, folder: str) -> pd.DataFrame:
     places = [run / folder / name for name in (run / folder).names(".parquet")]
     return pa.concat_tables([read_parquet(place) for place in places]).to_pandas()
 
 
-def check_prefix(run: Location, manifest: Manifest, expected: int) -> None:
+def check_prefix(run: Run, manifest: Manifest, expected: int) -> None:
     ranked, selected = table_of(run, "ranked"), table_of(run, "selected")
     assert manifest.counts["ranked"] == len(ranked)
     assert manifest.counts["selected"] == expected

@@ -8,13 +8,12 @@ import pytest
 from drivers import PACKAGE
 
 from davir_ray.config.run import RunConfig
-from davir_ray.engine.session import writing
+from davir_ray.config.yaml import dump
 from davir_ray.errors import DataError, StorageError
+from davir_ray.run.folder import Run
 from davir_ray.run.lease import LEASE_FILE
 from davir_ray.run.location import Location
 from davir_ray.run.progress import Progress
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def find_no_template() -> None:
@@ -47,7 +46,7 @@ def find_bad_data() -> None:
 def test_an_error_stays_itself_and_is_told(
     work: Callable[[], None], kind: type[Exception], told: str, local: Location
 ) -> None:
-    with pytest.raises(kind), writing(local, RunConfig()):
+    with pytest.raises(kind), Run(local).writing(dump(RunConfig())):
         work()
     progress = Progress.read(local)
     assert progress is not None
@@ -58,7 +57,7 @@ def test_an_error_stays_itself_and_is_told(
 
 
 def test_a_disk_that_fails_is_a_storage_error(local: Location) -> None:
-    with pytest.raises(StorageError, match="The same command goes on"), writing(local, RunConfig()):
+    with pytest.raises(StorageError, match="The same command goes on"), Run(local).writing(dump(RunConfig())):
         (local / "config.yaml" / "below").write_bytes(b"x")
     progress = Progress.read(local)
     assert progress is not None

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 
 from davir_ray.errors import IntegrityError
-from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
-from davir_ray.stages import identity
-from davir_ray.stages.identity import check_ids
+from davir_ray.run.folder import Run
+from davir_ray.stages import score
+from davir_ray.stages.score import check_ids
 
-MakeScores = Callable[..., Location]
+MakeScores = Callable[..., Run]
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def check(run: Location) -> None:
-    scored = Manifest.read(run, "score")
+def check(run: Run) -> None:
+    scored = run.manifest("score")
     assert scored is not None
     check_ids(run / "scores", scored.files_in("scores"))
 
@@ -27,7 +26,7 @@ def check(run: Location) -> None:
 def test_two_rows_with_the_same_id_are_found_whatever_their_values(
     make_scores: MakeScores, monkeypatch: pytest.MonkeyPatch, rows: int, ids_per_part: int
 ) -> None:
-    monkeypatch.setattr(identity, "_IDS_PER_PART", ids_per_part)
+    monkeypatch.setattr(score, "_IDS_PER_PART", ids_per_part)
     ids = np.random.default_rng(0).integers(0, 2**63 - 1, rows).tolist()
     check(make_scores(np.linspace(1, 0, rows), example_id=ids, name="distinct"))
     ids[-1] = ids[0]

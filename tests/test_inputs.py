@@ -24,9 +24,9 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.records import Record
 from davir_ray.errors import ModelError
+from davir_ray.inputs import check_base, check_reference
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
-from davir_ray.stages.pairing import check_base, check_reference
 from davir_ray.stages.prepare import Preparation
 
 SOURCES = [Source(name="s", path="s.jsonl", format="prompt_response")]
