@@ -81,9 +81,9 @@ def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int |
     planned = plan_pool(config)
     least = 1 if config.num_actors is None and config.autoscale is None else planned.least
     if num_blocks is None:
-        pool = ray.data.ActorPoolStrategy(min_size=least, max_size=planned.most)
+        pool = ray.data.ActorPoolStrategy(min_size=least, max_size=planned.max_size)
     else:
-        pool = ray.data.ActorPoolStrategy(size=max(1, min(planned.at_start, num_blocks)))
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(planned.initial_size, num_blocks)))
     # Also keeps Ray from fusing what comes before into the actors, where it would not overlap with scoring (2.60).
     # map_batches refuses whole blocks on GPUs (2.60); otherwise it is the same as map_batches_internal.
     return dataset.repartition(target_num_rows_per_block=BLOCK_ROWS).map_batches_internal(

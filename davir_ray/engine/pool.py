@@ -41,42 +41,36 @@ from davir_ray.engine.shards import (
     sealed,
 )
 from davir_ray.errors import IntegrityError
-from davir_ray.run.files import (
-    FINGERPRINT_KEY,
-    FileEntry,
-    committed_parquet,
-    in_folder,
-    total_rows,
-)
+from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, committed_parquet, in_folder, total_rows
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
+from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """What becomes of shards: a file of the same name in a folder of a run, with one row for each example."""
+    """A stage that makes a file of each shard: of the same name, in a folder of the run, a row for each example."""
 
     stage: str
     run: Run
-    """The run that is written."""
     folder: str
-    """Of the run: where the files go."""
+    """Folder of the run that the files go to."""
     schema: pa.Schema
-    """Of the files; one of the columns is `status`."""
+    """Schema of the files; one of the columns is `status`."""
     fingerprint: dict[str, Any]
-    """What the content depends on; travels in every file's footer."""
+    """What the content depends on; it stands in the footer of every file."""
     examples: Run
     """The run whose examples are read; it may be another one."""
     shards: list[FileEntry]
-    """Shards of the examples that are to be worked on."""
+    """The shards of the examples that are to be worked on."""
     columns: list[str]
     """Columns of the examples that the workers are given."""
     count_tokens: Callable[[pa.Table], int] = num_tokens
-    """Tokens that the rows of a file stand for, for the rates of the progress."""
+    """Counts the tokens behind the rows of a file, for the rates of the progress."""
 
     def fill(self, worker: type, arguments: dict[str, Any], config: ScoreConfig) -> "Filled":
         """Do every shard that no earlier attempt did; `arguments` are those of the worker's class."""
@@ -85,7 +79,7 @@ class Stream:
         # Longest first, so that the pool does not end on one long shard.
         pending = sorted((shard for shard in self.shards if shard.name not in done), key=lambda shard: -shard.bytes)
         log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
-        with tallied(self.run, self._before(committed)) as tally:
+        with tallied(self.run, self._progress(committed)) as tally:
             new = self._send(pending, worker, arguments, config, tally) if pending else []
             sums = tally.sums()
         return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), sums)
@@ -108,6 +102,19 @@ class Stream:
             return []
         raise self.run.other_attempt(self.stage, list(dict.fromkeys(changed)))
 
+    def _progress(self, committed: list[CommittedShard]) -> Progress:
+        """Where the stage begins: with what an earlier attempt committed."""
+        rows = total_rows([shard.entry for shard in committed])
+        return Progress(
+            self.stage,
+            unit="rows",
+            done=rows,
+            total=total_rows(self.shards),
+            rows=rows,
+            rejects=self.examples.require("prepare").counts["rejected"],
+            unscored=rows - sum(shard.statuses.get("ok", 0) for shard in committed),
+        )
+
     def _send(
         self,
         pending: list[FileEntry],
@@ -121,9 +128,8 @@ class Stream:
         pool = plan_pool(config).at_most(len(pending))
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
         source = Shards(pending, partial(read_named, self.examples / "examples", self.columns))
-        sink = ShardSink(
-            self.run / self.folder, self.schema, json.dumps(self.fingerprint), tally.tell, self.count_tokens
-        )
+        fingerprint = json.dumps(self.fingerprint)
+        sink = ShardSink(self.run / self.folder, self.schema, fingerprint, tally.tell, self.count_tokens)
         context = whole_block_context(config.no_progress_timeout_s)
         with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
             (
@@ -135,7 +141,7 @@ class Stream:
                     batch_size=None,
                     batch_format="pyarrow",
                     compute=ray.data.ActorPoolStrategy(
-                        min_size=pool.least, max_size=pool.most, initial_size=pool.at_start
+                        min_size=pool.min_size, max_size=pool.max_size, initial_size=pool.initial_size
                     ),
                     num_cpus=num_cpus,
                     num_gpus=num_gpus,
@@ -143,20 +149,6 @@ class Stream:
                 .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(num_cpus)})
             )
         return sink.shards
-
-    def _before(self, committed: list[CommittedShard]) -> Progress:
-        """Where the stage begins: with what an earlier attempt committed."""
-        rows = total_rows([shard.entry for shard in committed])
-        unscored = rows - sum(shard.statuses.get("ok", 0) for shard in committed)
-        return Progress(
-            self.stage,
-            unit="rows",
-            done=rows,
-            total=total_rows(self.shards),
-            rows=rows,
-            rejects=self.examples.require("prepare").counts["rejected"],
-            unscored=unscored,
-        )
 
     def manifest(self, filled: "Filled", done: str, details: dict[str, Any]) -> Manifest:
         """The manifest of the stage; `done` names the count of good rows. IntegrityError if rows were lost."""
@@ -178,7 +170,7 @@ class Stream:
 
 
 class Filled(NamedTuple):
-    """What a stage has, by the name of the shard."""
+    """The committed shards of a stage, by name."""
 
     shards: list[CommittedShard]
     num_new: int
@@ -202,7 +194,7 @@ def describe(place: Location, schema: pa.Schema, num_rows: int | None) -> Descri
         numerics = json.dumps(json.loads(metadata[NUMERICS_KEY]))
         whole = table.schema.equals(schema) and num_rows in (None, table.num_rows) and sealed(metadata) == metadata
     except (IntegrityError, KeyError, ValueError) as error:
-        log.warning("%s is damaged (%s) and is done again", place, " ".join(str(error).split()))
+        log.warning("%s is damaged (%s) and is done again", place, one_line(error))
         return None
     if not whole:
         log.warning("%s is damaged (%d rows) and is done again", place, table.num_rows)
@@ -210,7 +202,7 @@ def describe(place: Location, schema: pa.Schema, num_rows: int | None) -> Descri
     return Described(CommittedShard(entry, count_statuses(table), numerics), fingerprint)
 
 
-class Work(Protocol):
+class Model(Protocol):
     """What an actor holds: a model in one process, columns in, columns out."""
 
     numerics: dict[str, Any]
@@ -224,18 +216,18 @@ class Work(Protocol):
 class ShardWorker:
     """Actor: works on blocks that are whole shards."""
 
-    def __init__(self, stage: str, tally: Tally, columns: list[str], make: Callable[[], Work]) -> None:
+    def __init__(self, stage: str, tally: Tally, columns: list[str], load: Callable[[], Model]) -> None:
         configure_worker_logging()
         self._stage, self._tally, self._columns = stage, tally, columns
-        self._work = make()
-        self._numerics = json.dumps(self._work.numerics)
+        self._model = load()
+        self._numerics = json.dumps(self._model.numerics)
         log.info("%s: an actor is ready on node %s", stage, ray.get_runtime_context().get_node_id()[:8])
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Columns of examples in, columns of the stage out, the shard's name beside both."""
+        """Columns of examples in; columns of the stage out, with the shard's name and the numerics."""
         started, shard = time.monotonic(), str(block["shard"][0])
         self._tally.begin(shard)
-        done = self._work(block.select(self._columns))
+        done = self._model(block.select(self._columns))
         log.debug("%s: %s, %d rows, %.1f s", self._stage, shard, block.num_rows, time.monotonic() - started)
         for name in NAMED:
             done = done.append_column(name, block[name])
@@ -243,22 +235,23 @@ class ShardWorker:
 
 
 class Pool(NamedTuple):
-    """How many actors work."""
+    """The number of actors that work."""
 
-    least: int
-    most: int
-    at_start: int
+    min_size: int
+    max_size: int
+    initial_size: int
 
     def at_most(self, num_shards: int) -> "Pool":
         """No more of them than there are shards."""
         return Pool(*(min(size, num_shards) for size in self))
 
     def __str__(self) -> str:
-        return f"{self.at_start} actors" + (f" ({self.least} to {self.most})" if self.least < self.most else "")
+        growth = f" ({self.min_size} to {self.max_size})" if self.min_size < self.max_size else ""
+        return f"{self.initial_size} actors{growth}"
 
 
 def plan_pool(config: ScoreConfig) -> Pool:
-    """The pool that the settings mean on this cluster; it begins at full size, loading models takes long.
+    """The pool that the settings mean on this cluster; it begins at full size, because loading models takes long.
 
     ClusterError if it does not fit; a pool that grows may wait for nodes that are not there yet.
     """
@@ -266,10 +259,11 @@ def plan_pool(config: ScoreConfig) -> Pool:
     if config.autoscale is None:
         size = pool_size(config.num_actors, num_cpus, num_gpus)
         return Pool(size, size, size)
-    least, most = config.autoscale
+    min_size, max_size = config.autoscale
     room = room_for(num_cpus, num_gpus)
-    at_start = min(most, room) if room > 0 else least  # where there is none yet, waiting actors bring the nodes
-    return Pool(min(least, at_start), most, at_start)
+    # Where there is no room yet, waiting actors bring the nodes.
+    initial_size = min(max_size, room) if room > 0 else min_size
+    return Pool(min(min_size, initial_size), max_size, initial_size)
 
 
 def num_gpus_of(config: ScoreConfig) -> float:

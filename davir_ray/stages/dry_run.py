@@ -47,7 +47,7 @@ def foresee(
     rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
     found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
-    lines += told(found, *rate, pool.at_start, config.estimate.price_per_device_hour)
+    lines += told(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
     return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
 
