@@ -79,7 +79,7 @@ def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int |
     """
     config = scoring.config
     planned = plan_pool(config)
-    least = 1 if config.num_actors is None and config.autoscale is None else planned.least
+    least = 1 if config.num_actors is None and config.autoscale is None else planned.min_size
     if num_blocks is None:
         pool = ray.data.ActorPoolStrategy(min_size=least, max_size=planned.max_size)
     else:
