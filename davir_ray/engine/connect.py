@@ -1,4 +1,4 @@
-"""What the Ray cluster has, and what is asked of it."""
+"""The Ray cluster: connecting to it, the resources it has, and errors that come back from its workers."""
 
 import json
 import logging
@@ -30,29 +30,29 @@ log = logging.getLogger(__name__)
 _OWN_ERROR = re.compile(r"davir_ray\.errors\.(\w+): (.+)")
 
 NO_PROGRESS = "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"
-"""Ray Data's environment variable of the driver: seconds in which something must finish; 1800 if it is not set."""
+"""Environment variable of the driver: seconds in which Ray Data must finish a task; 1800 if it is not set."""
 
 _ANSWER_S = 5.0
-"""Seconds that a cluster gets to answer at all."""
+"""Seconds that a cluster has to answer a first connection."""
 
 _SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 """An empty frame of HTTP/2 settings."""
 
-_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
-"""Environment variable: attempts of a connection to the cluster, a second apart where it refuses (2.60)."""
+_CONNECT_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
+"""Environment variable: how often Ray tries to connect to a cluster, a second apart where it refuses (2.60)."""
 
-_LEAST_BYTES = 2**20
-"""Without which Ray does not start."""
+_MIN_FREE_BYTES = 2**20
+"""Free disk space without which Ray does not start."""
 
 
 @contextmanager
 def connected() -> Iterator[None]:
     """Connect to Ray for a block; a connection that is there already is used, and stays.
 
-    The end of the block is the end of the workers' output, so that the reason of a failure is the last line. Left to
-    Ray's own handler at exit, a job that is complete ends with status 1 where a node died on the way (2.60). Within the
-    block what is printed on standard output is logged: Ray prints warnings there, and a job's standard output is its
-    result alone.
+    Ray is shut down with the block, so that the workers' output ends there and the reason of a failure is the last
+    line; Ray's own handler at exit would end a complete job with status 1 where a node died on the way (2.60). Within
+    the block, what is printed on standard output is logged: Ray prints warnings there, and a job's standard output is
+    its result alone.
     """
     quieten()
     if ray.is_initialized():
@@ -88,8 +88,8 @@ def ensure_started() -> None:
 def _start() -> None:
     """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here; ClusterError if that fails.
 
-    A local start is never another cluster that happens to run on this machine. It counts one CPU more than the machine
-    has: reading and writing wait for storage most of their time, and leave the real ones to the actors.
+    A local start never joins another cluster that happens to run on this machine. It counts one CPU more than the
+    machine has: tasks that read and write wait for storage most of the time, and should not take a CPU from the actors.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address != "local" and (address or os.environ.get(SUBMITTED_JOB)):
@@ -101,7 +101,7 @@ def _start() -> None:
     folder = _temporary_folder()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_LEAST_BYTES))  # on a full disk Ray would wait for itself for a minute
+            file.write(bytes(_MIN_FREE_BYTES))  # on a full disk Ray would wait for itself for a minute
         ray.init(
             "local",
             num_cpus=(os.cpu_count() or 1) + 1,
@@ -118,31 +118,31 @@ def _start() -> None:
 
 
 def _temporary_folder() -> str:
-    """Where Ray started here keeps its files."""
+    """The folder where a Ray that is started here keeps its files."""
     folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
-    with suppress(OSError):  # the error comes where it is used
+    with suppress(OSError):  # the error is raised where the folder is used
         os.makedirs(folder, exist_ok=True)
     return folder
 
 
 def _prepare_helpers() -> None:
-    """Let Ray Train's cleaner ask this Ray, whichever others run on the machine.
+    """Point Ray Train's cleaner to this Ray, whichever others run on the machine, and silence its warning.
 
-    It warns every second that it cannot ask the dashboard, which a local start does without.
+    It warns every second that it cannot reach the dashboard, which a local start does without.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def _connect(address: str) -> None:
-    """Connect to a cluster that answers; Ray itself goes on asking for ten minutes."""
+    """Connect to a cluster that answers; Ray itself would keep trying for ten minutes."""
     if address.startswith("ray://"):
         raise ClusterError(
-            f"RAY_ADDRESS is {address}, of Ray Client, which training and Ray Data do not work through; give host:port "
-            "on a node of the cluster, or use ray job submit"
+            f"RAY_ADDRESS is {address}, of a Ray Client server, which Ray Train and Ray Data do not support; give "
+            "host:port on a node of the cluster, or use ray job submit"
         )
-    is_set = _ATTEMPTS in os.environ
-    os.environ.setdefault(_ATTEMPTS, "3")
+    is_set = _CONNECT_ATTEMPTS in os.environ
+    os.environ.setdefault(_CONNECT_ATTEMPTS, "3")
     try:
         found = services.canonicalize_bootstrap_address(address or None)
         if found is not None:
@@ -156,55 +156,56 @@ def _connect(address: str) -> None:
         message = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             mode = os.environ.get("RAY_AUTH_MODE", "not set")
-            message += f"it wants a token that it knows. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
+            message += f"it wants a valid token. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
             raise ClusterError(f"{message}RAY_AUTH_TOKEN_PATH to its file") from error
         message += f"{one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
         raise ClusterError(message) from error
     finally:
         if not is_set:
-            del os.environ[_ATTEMPTS]
+            del os.environ[_CONNECT_ATTEMPTS]
 
 
 def _check_answer(address: str) -> None:
-    """OSError if no server of Ray's kind listens there: one answers whatever it is sent with its HTTP/2 settings."""
+    """OSError if no gRPC server, as Ray's is, listens there: one answers anything with its HTTP/2 settings."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0") != "0":
             return
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
         if connection.recv(len(_SETTINGS))[3:4] != _SETTINGS[3:4]:
-            raise ConnectionError("what listens there is no Ray")
+            raise ConnectionError("the server there is not Ray")
 
 
 @contextmanager
 def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
-    """Raise an error of ours that a worker raised as itself, out of Ray's wrappings.
+    """Raise an error of ours that a worker raised as itself, without Ray's wrappers around it.
 
-    `limit` names what says how long nothing may finish.
+    A run that makes no progress ends with ProgressError; `limit` names the setting that says after how long.
     """
     try:
         yield
     except ExecutionTimeoutError as error:
-        reason = " ".join(str(error).partition("If this is expected")[0].split())  # then it names settings of Ray Data
+        # The rest of its text names settings of Ray Data.
+        reason = " ".join(str(error).partition("If this is expected")[0].split())
         raise ProgressError(
             f"the run is stuck ({limit}): {reason} Look for a worker or node that hangs, or raise the limit if one "
             f"shard or task takes longer. {CONTINUES}"
         ) from error
     except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
-        # Of an error in a user function or an actor's constructor Ray keeps only the traceback's text (2.60).
+        # Ray keeps only the text of the traceback where a user function or an actor's constructor fails (2.60).
         text = str(error)
-        if told := [found for found in _OWN_ERROR.findall(text) if hasattr(errors, found[0])]:
-            name, message = told[-1]
+        if ours := [found for found in _OWN_ERROR.findall(text) if hasattr(errors, found[0])]:
+            name, message = ours[-1]
             raise getattr(errors, name)(message) from error
         raise
 
 
 @contextmanager
 def own_interrupts() -> Iterator[None]:
-    """Ctrl-C in a training is one as at any other time, and so it is after it.
+    """Raise KeyboardInterrupt for a Ctrl-C in a training, and restore the signal's handler after it.
 
-    Ray Train makes it an exit with status 0, and leaves its handler behind (2.60), which goes on taking Ctrl-C for a
-    wish to end the training, and keeps its controller alive: 0.7 GB with its helpers, as long as the driver lives.
+    Ray Train turns Ctrl-C into an exit with status 0, and leaves its handler behind (2.60), which goes on taking Ctrl-C
+    for a wish to end the training and keeps its controller alive: 0.7 GB with its helpers as long as the driver lives.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -217,12 +218,12 @@ def own_interrupts() -> Iterator[None]:
 
 
 def num_nodes() -> int:
-    """Nodes that are alive."""
+    """The number of nodes that are alive."""
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def num_cpus() -> float:
-    """CPUs of the cluster."""
+    """The CPUs of the cluster."""
     return float(ray.cluster_resources().get("CPU", 1))
 
 
@@ -238,51 +239,48 @@ def accelerators() -> list[str]:
 
 
 def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
-    """Actors for a pool: as wanted, else as many as the cluster holds. ClusterError if they do not fit."""
-    most = room_for(num_cpus, num_gpus)
-    if most < max(1, wanted or 1):
+    """The size of a pool: as wanted, else as many actors as fit the cluster. ClusterError if they do not fit."""
+    room = room_for(num_cpus, num_gpus)
+    if room < max(1, wanted or 1):
         resources = ray.cluster_resources()
         raise ClusterError(
             f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of "
             f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs with one CPU left for reading and "
             "writing; lower score.num_actors, score.num_cpus or score.num_gpus, or take a larger cluster"
         )
-    return wanted or most
+    return wanted or room
 
 
 def actor_cpus(num_cpus: float) -> float:
-    """CPUs of an actor, as wanted; half of one where the cluster has but one, so that there is room beside it."""
+    """CPUs of an actor, as wanted; half a CPU where the cluster has only one, so that reading and writing fit, too."""
     return 0.5 if num_cpus == 1 and 1 <= ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
 
 
 def room_for(num_cpus: float, num_gpus: float) -> int:
-    """Actors of this size that the nodes there are now can hold, each on one node.
+    """How many actors of this size fit the present nodes, with room for a task of `side_cpus` left on one of them.
 
-    On one node there is room left for a task of `side_cpus`: an actor pool that takes all starves reads and writes, and
-    the run hangs without an error (tried on 2.60).
+    An actor pool that takes all CPUs starves reads and writes, and the run hangs without an error (tried on 2.60).
     """
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    rooms = [_room_on(node, num_cpus, num_gpus) for node in nodes]
+    wanted = {name: size for name, size in (("CPU", num_cpus), ("GPU", num_gpus)) if size}
+    rooms = [min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items()) for node in nodes]
     left = [node.get("CPU", 0.0) - num_cpus * room for node, room in zip(nodes, rooms, strict=True)]
-    return sum(rooms) - (max(left, default=0.0) < side_cpus(num_cpus))  # the place of one actor is enough
+    is_full = max(left, default=0.0) < side_cpus(num_cpus)
+    return sum(rooms) - is_full  # the place of one actor is enough
 
 
 def side_cpus(num_cpus: float) -> float:
-    """CPUs of a task that writes beside actors of this size: it fits where one of them would. One that reads has half,
-    since with equal ones Ray fuses reading into the actor, and nothing overlaps.
+    """CPUs of a task that writes while actors of this size work: it fits where one of them would.
+
+    A task that reads takes half of them: with equal CPUs Ray fuses reading into the actor, and nothing overlaps.
     """
     return min(1.0, num_cpus)
 
 
-def _room_on(node: dict[str, float], num_cpus: float, num_gpus: float) -> int:
-    wanted = {"CPU": num_cpus, "GPU": num_gpus}
-    return min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items() if size)
-
-
 def whole_block_context(no_progress_timeout_s: int | None = None) -> DataContext:
-    """A context in which a block is never split and a stuck run ends; None: after Ray Data's own limit.
+    """A context in which a block is never split, and a run without progress ends; None: after Ray Data's own limit.
 
-    Blocks above 1.5 x target_max_block_size would be split, and a shard must stay one block.
+    Ray splits blocks above 1.5 x target_max_block_size, and a shard must stay one block.
     """
     context = DataContext.get_current().copy()
     context.target_max_block_size = None

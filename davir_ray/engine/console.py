@@ -1,7 +1,7 @@
-"""What a driver shows of Ray: its workers' log lines and the news of nodes. The rest stays in Ray's log files.
+"""What a driver shows of Ray's output: its workers' log lines and news of nodes. The rest stays in Ray's log files.
 
 Left alone, Ray (2.60) prints every line of every worker with the process in front, and its C++ core writes to standard
-error: some hundred lines in a run of a minute, which say nothing about it and break the bars.
+error: a hundred lines or so in a run of a minute, which say nothing about it and break the progress bars.
 """
 
 import faulthandler
@@ -27,13 +27,13 @@ LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
 """Environment variable of the workers: DEBUG makes them log every shard."""
 
 _MARK = "davir_ray|"
-"""Stands, with the level, before each log line of a worker, so that the driver tells it from all that is printed."""
+"""Begins each log line of a worker, before its level: the driver tells it by this from whatever else is printed."""
 
-_MOST_REMEMBERED = 1000
+_MAX_REMEMBERED = 1000
 
 
 def configure_worker_logging() -> None:
-    """Mark a worker's log lines for the driver, and let those at INFO through; Ray's workers drop them by default."""
+    """Mark a worker's log lines for the driver, and log from INFO on; Ray's workers drop INFO by default."""
     ours = logging.getLogger("davir_ray")
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter(f"{_MARK}%(levelname)s|%(message)s"))
@@ -44,13 +44,13 @@ def configure_worker_logging() -> None:
 
 
 def quieten() -> None:
-    """Leave out what says nothing about the run: plans of datasets, placement of workers, the cluster's token."""
+    """Silence loggers that say nothing about the run: plans of datasets, placement of workers, the cluster's token."""
     for name in ("aiobotocore", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)  # what it says comes as an error, too
-    ray.data.DataContext.get_current().enable_progress_bars = False  # a bar is of a stage, not of an operator
+    logging.getLogger("ray._private.services").setLevel(logging.CRITICAL)  # what it logs is raised as an error, too
+    ray.data.DataContext.get_current().enable_progress_bars = False  # our bars show stages, not operators
 
 
 def shows_all() -> bool:
@@ -59,7 +59,7 @@ def shows_all() -> bool:
 
 
 class LogStream(io.TextIOBase):
-    """Takes the place of standard output: each line that Ray or a library prints there is logged, and breaks no bar."""
+    """Replaces standard output: each line that Ray or a library prints there is logged, which leaves the bars whole."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -73,36 +73,36 @@ class LogStream(io.TextIOBase):
 
 
 class WorkerLines:
-    """Logs the news of nodes and what our workers log, each once, however many workers say the same.
+    """Logs news of nodes and our workers' log lines, each once, however many workers log the same.
 
-    On a terminal a bar takes the place of lines at INFO. With --debug every line that any process prints is logged,
-    with the process in front.
+    On a terminal a bar replaces lines at INFO. With --debug every line that any process prints is logged, after the
+    name of the process.
     """
 
     def __init__(self) -> None:
-        self._least = logging.WARNING if sys.stderr.isatty() else logging.INFO
+        self._min_level = logging.WARNING if sys.stderr.isatty() else logging.INFO
         self._seen: dict[str, None] = {}
 
     def __call__(self, batch: dict[str, Any]) -> None:
-        """Handle a batch of lines of one process, as Ray hands it to whoever listens."""
+        """Handle a batch of lines of one process, as Ray hands it to its listeners."""
         node = "" if batch["ip"] == batch["localhost"] else f", node {batch['ip']}"
         process = f"{batch.get('actor_name') or batch.get('task_name') or ''} pid={batch['pid']}{node}".strip()
         for level, message in _lines_of(batch):
             if shows_all():
                 log.log(level, "(%s) %s", process, message)
-            elif level >= self._least and self._is_new(message):
+            elif level >= self._min_level and self._is_new(message):
                 log.log(level, "%s%s", message, f" ({node[2:]})" if node and level >= logging.WARNING else "")
 
     def _is_new(self, message: str) -> bool:
         is_new = message not in self._seen
         self._seen[message] = None
-        if len(self._seen) > _MOST_REMEMBERED:
+        if len(self._seen) > _MAX_REMEMBERED:
             self._seen.pop(next(iter(self._seen)))
         return is_new
 
 
 def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Levels and messages of a batch; a line that is neither marked as ours nor about nodes is for debugging."""
+    """Levels and messages of a batch; a line that is neither ours nor about nodes is at DEBUG."""
     if batch["pid"] == "autoscaler":
         for line in filter_autoscaler_events(batch["lines"]):
             yield logging.WARNING if "Error:" in line or "Warning:" in line else logging.INFO, line
@@ -117,7 +117,7 @@ def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def quiet_ray() -> Iterator[None]:
-    """While the block runs, in a driver that is connected, show of Ray what concerns the run; with --debug all."""
+    """In a connected driver, show only those of Ray's messages that concern the run for a block; with --debug all."""
     _log_through_the_job()
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     dispatcher = global_worker_stdstream_dispatcher
@@ -131,18 +131,18 @@ def quiet_ray() -> Iterator[None]:
 
 
 def _log_through_the_job() -> None:
-    """Let Ray's Python code log through the job's handlers, which break no bar, and not through handlers of its own."""
+    """Let Ray's Python code log through the job's handlers, which leave the bars whole, instead of its own."""
     for name in ("ray", "ray.data", "ray.train"):
         logger = logging.getLogger(name)
         logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, PlainRayHandler)]
         logger.propagate = True
     if not shows_all():
         for handler in logging.getLogger().handlers:
-            handler.addFilter(_is_not_raised_too)
+            handler.addFilter(_is_not_raised)
 
 
-def _is_not_raised_too(record: logging.LogRecord) -> bool:
-    """Whether only the log says so: what Ray Data logs as an error, with stack traces of its own, it raises, too."""
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """False for errors that Ray Data logs, with its stack traces, and also raises."""
     return not (record.name.startswith("ray.data") and record.levelno >= logging.ERROR)
 
 
@@ -156,16 +156,16 @@ with open(sys.argv[1], "ab", buffering=0) as file:
             sys.stderr.buffer.write(b"Ray: " + found[1].strip() + b"\n")
             sys.stderr.buffer.flush()
 """
-"""A process of its own, for a driver that loses its cluster is ended by Ray's C++ core, after a line that says so."""
+"""Runs as its own process: Ray's C++ core ends a driver that loses its cluster, right after a line that says so."""
 
 
 @contextmanager
 def _native_errors_in_log_file() -> Iterator[None]:
-    """Let what is written to file descriptor 2, which Python does not use (see exit_status), go to a file beside Ray's.
+    """Send what is written to file descriptor 2, which Python does not use (see exit_status), to a file in Ray's logs.
 
-    Nothing else keeps what Ray's C++ core logs for its developers off a driver's terminal (2.60); only what it says of
-    a lost cluster, and of its own end, is shown. Where Python writes to that descriptor, as in a notebook, or the file
-    cannot be made, all stays as it is.
+    Nothing else keeps the messages that Ray's C++ core logs for its developers off a driver's terminal (2.60); only
+    those about a lost cluster, and about its own end, are shown. Where Python writes to that descriptor, as in a
+    notebook, or the file cannot be made, nothing changes.
     """
     sieve = _start_sieve()
     if sieve is None or sieve.stdin is None:
@@ -185,7 +185,7 @@ def _native_errors_in_log_file() -> Iterator[None]:
 
 
 def _start_sieve() -> "subprocess.Popen[bytes] | None":
-    """What reads in the place of descriptor 2; None where that must stay what it is."""
+    """The process that reads what is written to descriptor 2; None where that must stay what it is."""
     node = ray._private.worker._global_node
     try:
         if node is None or sys.stderr.fileno() == 2:

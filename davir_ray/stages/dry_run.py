@@ -25,7 +25,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.stages.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize, estimate, told
 from davir_ray.stages.finetune import check_workers
-from davir_ray.stages.prepare import NO_BOUND, Preparation, are_pairs
+from davir_ray.stages.prepare import UNLIMITED, Preparation, are_pairs
 
 
 def foresee(
@@ -74,14 +74,14 @@ def preview(
     lines, sizes = [], []
     for source in sources:
         files = list_files(source, written)
-        slices = [part for task in plan_tasks(files, NO_BOUND) for part in task]
+        slices = [part for task in plan_tasks(files, UNLIMITED) for part in task]
         items: list[ExampleRow | Pair | Reject] = list(reader.read(source, slices, num_records))
         rejects = [item for item in items if isinstance(item, Reject)]
         examples = [row for item in items if not isinstance(item, Reject) for row in rows_of_item(item)]
         lines.append(f"{source.name}: {len(items) - len(rejects)} of the first {len(items)} records can be prepared")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
         lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
-        num_rows = min(estimate_rows(files), preparation.limit or NO_BOUND)
+        num_rows = min(estimate_rows(files), preparation.limit or UNLIMITED)
         sizes.append((num_rows, num_rows / max(1, len(items)), examples))
     return Preview(lines, _data_size(sizes))
 

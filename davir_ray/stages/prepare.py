@@ -1,4 +1,4 @@
-"""prepare: sources → examples/ and rejects/. All formats, all bad input and all tokenisation meet this one door."""
+"""prepare: sources → examples/ and rejects/. Every format, every bad record and all tokenisation pass through here."""
 
 import logging
 import time
@@ -33,28 +33,30 @@ log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
 PREPARE_VERSION = 2
-"""Raised when a change may make other examples of the same records; part of the stage's fingerprint."""
+"""Increased by a change that may make other examples of the same records; part of the stage's fingerprint."""
 
 TASKS = "prepare_tasks"
-"""Reports of finished tasks, while the stage is not complete: what a restarted driver need not read again."""
+"""Folder of the reports of finished tasks while the stage runs; a restarted driver does not repeat these tasks."""
 
-NO_BOUND = 2**62
-"""More rows or bytes than there are."""
+UNLIMITED = 2**62
+"""More rows or bytes than any source has."""
 
-_MOST_SHARDS = 20_000
+_MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
+"""Rows between two checks of max_bad_fraction."""
+
 _BYTES_PER_ROW = 256
-"""A low guess at a source row's bytes on disk, to keep a large corpus below _MOST_SHARDS."""
+"""A low guess at the bytes of a source row on disk, to keep a large corpus below _MAX_SHARDS."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Everything that the content of examples/ depends on, beside the sources."""
+    """Everything that the content of examples/ depends on besides the sources."""
 
     base: Checkpoint
     config: PrepareConfig
     chat_template: str | None = None
-    """Text of a chat template that replaces the tokenizer's."""
+    """A chat template, as text, that replaces the tokenizer's."""
     keep_record: bool = True
     limit: int | None = None
     prompts_only: bool = False
@@ -85,7 +87,7 @@ def are_pairs(sources: list[Source]) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """What one call of a worker prepares: some slices of one source, into shards named by the task."""
+    """One call of a worker: slices of one source are prepared into shards named by the task's number."""
 
     number: int
     source: Source
@@ -93,20 +95,20 @@ class Task:
 
 
 class _Limits(NamedTuple):
-    """When prepare gives up."""
+    """The limits beyond which prepare ends with an error."""
 
     max_bad_fraction: float
     total_bytes: int
-    """Of all sources, as they are stored."""
+    """Bytes of all sources as they are stored, compressed or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a worker needs to know."""
+    """What a worker is given."""
 
     run: Run
     reports: Location
-    """Folder of the reports of finished tasks."""
+    """Folder that a task writes its report to when it has finished."""
     tasks: list[Task]
     preparation: Preparation
     limits: _Limits
@@ -123,13 +125,13 @@ def prepare(
 ) -> Manifest:
     """Turn the sources into tokenised shards and named rejects.
 
-    What lies in the run, or in the other places `written` by the job, is no data.
+    Files in the run, or in other places `written` by the job, are not read as data.
     """
     started = time.monotonic()
     files = {source.name: list_files(source, [run.folder, *written]) for source in sources}
     fingerprint = _fingerprint(sources, files, preparation)
     if complete := run.completed("prepare", fingerprint):
-        (run / TASKS).remove()  # left where the driver died just after the manifest
+        (run / TASKS).remove()  # a driver may have died between the manifest and this
         return complete
     reports = run / TASKS / digest(fingerprint)[:16]
     if not run.continues_attempt("prepare", TASKS, fingerprint):
@@ -140,14 +142,14 @@ def prepare(
     log.info("prepare: tasks: %d, of them done before: %d, input files: %d", len(tasks), len(done), num_files)
     limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
     try:
-        total = limits.total_bytes if preparation.limit is None else None  # how far a limit reaches, nobody knows
+        total = limits.total_bytes if preparation.limit is None else None  # with a limit the end is not known
         with tallied(run, _before(done, total)) as tally:
             report = _run(
                 Work(run=run, reports=reports, tasks=tasks, preparation=preparation, limits=limits, tally=tally), done
             )
-        _check_books(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
+        _check_counts(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
-        run.note_attempt(TASKS, fingerprint, binding=False)  # mended data are other data
+        run.note_attempt(TASKS, fingerprint, binding=False)  # the user is about to correct the data
         raise
     manifest = run.commit(_manifest(report, fingerprint, time.monotonic() - started))
     (run / TASKS).remove()
@@ -155,7 +157,7 @@ def prepare(
 
 
 def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
-    """Where the stage begins: with what an earlier attempt finished."""
+    """Progress at the start: what an earlier attempt finished."""
     return Progress(
         "prepare",
         unit="bytes",
@@ -167,7 +169,7 @@ def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
 
 
 def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
-    """Reports of tasks that an earlier attempt finished, of those whose files are as they were written, by number."""
+    """By number, the reports of tasks that an earlier attempt finished and whose files are as they were written."""
     found = {}
     for name in reports.names(".json"):
         try:
@@ -179,12 +181,12 @@ def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
         if whole:
             found[int(name.removesuffix(".json"))] = report
         else:
-            log.warning("what %s tells of is lost or damaged; its task is done again", reports / name)
+            log.warning("the files that %s lists are lost or damaged; its task is done again", reports / name)
     return found
 
 
 def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, Any]:
-    """How text becomes scored tokens: travels with a reference and is compared before it is used."""
+    """How text becomes scored tokens: saved with a reference, and compared before the reference is used."""
     uses_chat = any(source.format in ("messages", "preference") for source in sources)
     tokenizer = preparation.base.tokenizer()
     return {
@@ -218,21 +220,21 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
 
 
 def _plan(sources: list[Source], files: dict[str, list[SourceFile]], preparation: Preparation) -> list[Task]:
-    """Tasks in source order; with a limit, one for each source, which stops after that many records."""
+    """The tasks, in source order; with a limit each source is one task, which stops after that many records."""
     tasks: list[Task] = []
     for source in sources:
-        target = _TASK_BYTES if preparation.limit is None else NO_BOUND
+        target = _TASK_BYTES if preparation.limit is None else UNLIMITED
         planned = plan_tasks(files[source.name], target)
         tasks += [Task(len(tasks) + i, source, slices) for i, slices in enumerate(planned)]
     return tasks
 
 
 def _shard_rows(config: PrepareConfig, total_bytes: int) -> int:
-    return max(config.shard_rows, total_bytes // _BYTES_PER_ROW // _MOST_SHARDS)
+    return max(config.shard_rows, total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
 
 
 def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
-    """Prepare the tasks that are not done; returns the sum of all reports, in the order of the tasks."""
+    """Prepare the tasks that are not done; returns the sum of all reports in task order."""
     reports = dict(done)
     pending = [task.number for task in work.tasks if task.number not in done]
     so_far = TaskReport()
@@ -267,7 +269,7 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
 
 
-def _check_books(report: TaskReport, limits: _Limits, rows_per_record: int) -> None:
+def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> None:
     prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
     if (report.num_read - report.reasons.total()) * rows_per_record != prepared:
         raise IntegrityError(
@@ -292,7 +294,7 @@ def _check_books(report: TaskReport, limits: _Limits, rows_per_record: int) -> N
 
 
 class Preparer:
-    """Worker: reads one task at a time, writes its shards and, last, its report."""
+    """Worker: prepares one task at a time; writes its shards and, last, its report."""
 
     def __init__(self, work: Work) -> None:
         configure_worker_logging()
@@ -304,7 +306,7 @@ class Preparer:
         self._shard_rows = _shard_rows(work.preparation.config, work.limits.total_bytes)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Prepare the task numbered row['item']; returns one row, its report as JSON."""
+        """Prepare the task with the number row['item']; returns one row with its report as JSON."""
         work = self._work
         task, reader = work.tasks[row["item"]], self._reader
         reader.bytes_read = 0
@@ -329,7 +331,7 @@ class Preparer:
         self._work.tally.tell(str(number), Told(report.num_bytes, rows=report.num_read, rejects=report.reasons.total()))
 
     def _stop_early(self, writer: ShardWriter) -> None:
-        """Before a corpus in one large file is read to its end for nothing."""
+        """DataError as soon as too many rows are bad, before a large file is read to its end for nothing."""
         limits = self._work.limits
         try:
             writer.report.check_rejects(limits.max_bad_fraction, limits.total_bytes)

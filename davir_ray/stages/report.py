@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,31 +17,45 @@ from davir_ray.config.run import RunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
 from davir_ray.formulas.hashing import drawn
+from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.report import ReportInputs, render_page, summarise
-from davir_ray.run.files import read_parquet, write_file
+from davir_ray.run.files import FileEntry, read_parquet, write_file
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.stages import leading_to
-from davir_ray.schema import REJECTS, SCORES, RejectReason
-from davir_ray.stages.excerpts import excerpts
+from davir_ray.schema import EXAMPLES, RANKED, REJECTS, SCORES, RejectReason
 
 log = logging.getLogger(__name__)
 
-_MOST_ROWS = 200_000
+_MAX_ROWS = 200_000
 """Rows that the figures are computed from; a larger run is sampled by hash, and the page says so."""
 
 _REJECTS_PER_REASON = 50
-_MOST_REJECT_FILES = 100
-"""Read in search of every reason; a reason found in later files only is shown without its rows."""
+_MAX_REJECT_FILES = 100
+"""Files of rejects/ that are read to show every reason; one that is in later files only is shown without rows."""
 
 _SCORE_COLUMNS = [name for name in SCORES.names if not name.endswith("_token_nll")]
 
+_SHOWN = 20
+"""Examples shown at each place of the ranking: the best, the middle, the worst."""
+
+_SHOWN_WITH_TOKENS = 4
+_MAX_RANKED_FILES = 8
+"""Files of ranked/ read around each place for examples with token losses: enough for a sample of 1 row in 400,000."""
+
+_TOKEN_LOSSES = ("base_token_nll", "reference_token_nll")
+_TEXT_COLUMNS = ["example_id", "prompt", "response", "input_ids", "response_spans"]
+_TEXTS = pa.schema([EXAMPLES.field(name) for name in _TEXT_COLUMNS])
+
+Rows = list[dict[str, Any]]
+
 
 def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write the page and the same facts as JSON; returns the facts. Always redone: it takes seconds.
+    """Write the page and the same facts as JSON; returns the facts. It takes seconds and is always redone.
 
-    With the base's tokenizer the page shows the tokens of shown examples whose token losses were kept; `planted` is the
-    demo's truth.
+    With the base's tokenizer the page shows the tokens of those examples whose token losses were kept. `planted` is what
+    the demo knows of its own data.
     """
     started = time.monotonic()
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
@@ -66,7 +81,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
 
 
 def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[str, Manifest], started: float) -> None:
-    """Write the facts as JSON, the page, and their manifest; `started` is when time.monotonic() said so."""
+    """Write the facts as JSON, the page, and their manifest; `started` is time.monotonic() at the stage's start."""
     facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     run.clear("report")
     files = [write_file(run / "report.json", facts_json.encode()), write_file(run / "report.html", page.encode())]
@@ -76,7 +91,7 @@ def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[st
 
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
-    share = min(1.0, _MOST_ROWS / scored.counts["examples"])
+    share = min(1.0, _MAX_ROWS / scored.counts["examples"])
     draw = partial(_draw, share=share)
     scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS))
     table = collect(scores, draw, _columns(SCORES, _SCORE_COLUMNS)).sort_by("example_id")
@@ -95,8 +110,8 @@ def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:
     """The first rejects of each reason; files are read until all that the manifest counts are found."""
     wanted = {reason: min(_REJECTS_PER_REASON, prepared.counts.get(reason, 0)) for reason in RejectReason}
     found: dict[str, pa.Table] = {reason: REJECTS.empty_table() for reason in wanted}
-    for entry in prepared.files_in("rejects")[:_MOST_REJECT_FILES]:
-        missing = [reason for reason, most in wanted.items() if found[reason].num_rows < most]
+    for entry in prepared.files_in("rejects")[:_MAX_REJECT_FILES]:
+        missing = [reason for reason, num_rows in wanted.items() if found[reason].num_rows < num_rows]
         if not missing:
             break
         rejects = read_parquet(run / "rejects" / entry.name).cast(REJECTS)
@@ -108,3 +123,89 @@ def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:
 
 def _columns(schema: pa.Schema, names: list[str]) -> pa.Schema:
     return pa.schema([schema.field(name) for name in names])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excerpts:
+    """Examples to show, in rank order: at most 20 at each place."""
+
+    best: Rows
+    middle: Rows
+    """Rows around the middle rank, without those that are among the best or the worst."""
+    worst: Rows
+    with_tokens: dict[str, Rows]
+    """By place, the nearest rows whose token losses were kept, at most 4."""
+
+
+def excerpts(run: Run, tokenizer: Any, examples: list[FileEntry], ranked: list[FileEntry]) -> Excerpts:
+    """Rows to show, with the text of each token where its losses were kept and the tokenizer is known."""
+    last = sum(entry.rows for entry in ranked)
+    num_with_tokens = _SHOWN_WITH_TOKENS if tokenizer is not None else 0
+    places = {"best": 1, "middle": (last + 1) // 2, "worst": last}
+    found = {place: _around(run, ranked, rank, num_with_tokens) for place, rank in places.items()}
+    texts = _texts(run, examples, [row["example_id"] for rows in found.values() for row in (*rows[0], *rows[1])])
+    rows_at = {
+        place: [[_with_tokens(row | texts[row["example_id"]], tokenizer) for row in rows] for rows in pair]
+        for place, pair in found.items()
+    }
+    at_the_ends = {row["rank"] for place in ("best", "worst") for row in rows_at[place][0]}
+    return Excerpts(
+        best=rows_at["best"][0],
+        middle=[row for row in rows_at["middle"][0] if row["rank"] not in at_the_ends],
+        worst=rows_at["worst"][0],
+        with_tokens={place: kept for place, (_, kept) in rows_at.items()},
+    )
+
+
+def _around(run: Run, ranked: list[FileEntry], rank: int, num_with_tokens: int) -> tuple[Rows, Rows]:
+    """Rows around a rank, and the nearest ones with token losses; files are read outwards until both suffice."""
+    shown = kept = RANKED.empty_table()
+    for entry in _by_distance(ranked, rank)[:_MAX_RANKED_FILES]:
+        table = read_parquet(run / "ranked" / entry.name)
+        has_losses = pc.and_(*(pc.is_valid(table[name]) for name in _TOKEN_LOSSES))
+        shown = _nearest(pa.concat_tables([shown, table]), rank, _SHOWN)
+        kept = _nearest(pa.concat_tables([kept, table.filter(has_losses)]), rank, num_with_tokens)
+        if (shown.num_rows, kept.num_rows) == (_SHOWN, num_with_tokens):
+            break
+    return shown.to_pylist(), kept.to_pylist()
+
+
+def _by_distance(ranked: list[FileEntry], rank: int) -> list[FileEntry]:
+    """The files of ranked/, which are in rank order, from the one that holds this rank outwards."""
+    ends = np.cumsum([entry.rows for entry in ranked])
+    starts = ends - [entry.rows for entry in ranked] + 1
+    distance = np.maximum(0, np.maximum(starts - rank, rank - ends))
+    return [ranked[place] for place in np.argsort(distance, kind="stable")]
+
+
+def _nearest(table: pa.Table, rank: int, num_rows: int) -> pa.Table:
+    distance = np.abs(np.asarray(table["rank"]) - rank)
+    return table.take(pa.array(np.argsort(distance, kind="stable")[:num_rows])).sort_by("rank")
+
+
+def _texts(run: Run, examples: list[FileEntry], ids: list[int]) -> dict[int, dict[str, Any]]:
+    """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
+    shards = Shards(examples, partial(_read_texts, run / "examples", sorted(set(ids))))
+    return {row.pop("example_id"): row for row in collect(shards, _unchanged, _TEXTS).to_pylist()}
+
+
+def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
+    """The wanted rows of a shard; its text is read only if it holds one of them."""
+    wanted = pc.is_in(read_parquet(folder / name, ["example_id"])["example_id"], value_set=pa.array(ids, pa.int64()))
+    if not pc.any(wanted).as_py():
+        return _TEXTS.empty_table()
+    return read_parquet(folder / name, _TEXT_COLUMNS).filter(wanted)
+
+
+def _unchanged(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _with_tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Replace ids and spans by the text of each scored token, where token losses were kept."""
+    input_ids, spans = row.pop("input_ids"), row.pop("response_spans")
+    losses = {name: row.pop(name) for name in _TOKEN_LOSSES}
+    if tokenizer is None or losses["base_token_nll"] is None or losses["reference_token_nll"] is None:
+        return row
+    tokens = [tokenizer.decode([input_ids[position]]) for position in scored_positions(spans)]
+    return row | losses | {"tokens": tokens}

@@ -1,4 +1,4 @@
-"""verify: are the files of a run as they were written, and do its scores come out again by a plain loop?"""
+"""verify: are the files of a run as they were written, and does a plain loop compute the same scores?"""
 
 import logging
 from dataclasses import dataclass
@@ -29,8 +29,9 @@ from davir_ray.schema import EXAMPLES, SCORES, Status
 log = logging.getLogger(__name__)
 
 _TOLERANCE = {"float64": 2e-3, "float32": 2e-3, "bfloat16": 0.3}
-"""Nats a token that a stored loss may differ from the plain one, by the type that it was computed in: float32 families
-differ by at most 7e-5, one wrong token or mask by whole nats."""
+"""Nats a token by which a stored loss may differ from the plain one, by the dtype of the stored one.
+
+Correct float32 losses were seen to differ by at most 7e-5; one wrong token or mask makes whole nats."""
 
 _SCORE_COLUMNS = ["example_id", "num_response_tokens", "base_nll", "reference_nll", "davir"]
 _TOKEN_COLUMNS = ["input_ids", "response_spans"]
@@ -40,22 +41,22 @@ _SCORED = pa.schema([*map(SCORES.field, _SCORE_COLUMNS), *map(EXAMPLES.field, _T
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What re-scoring some rows one at a time in float32 found."""
+    """The result of scoring some rows again, one at a time in float32."""
 
     num_files: int
-    """Files that are as their manifests say."""
+    """Files that are as their manifests describe them."""
     num_rows: int
     precision: str
-    """In which the stored scores were computed."""
+    """Dtype in which the stored scores were computed."""
     largest_davir_difference: float
     largest_nll_difference: float
-    """Nats a token, over both models."""
+    """Nats a token, the larger of both models."""
     rank_correlation: float
-    """Spearman's, of stored and plain scores."""
+    """Spearman's correlation of stored and plain scores."""
     top_k: int
-    """The selected share of the rows, at least one."""
+    """How many of these rows the run's selected share means, at least one."""
     overlap: float
-    """Share of the top k that is the same by both."""
+    """Share of the top k rows by stored scores that are also in the top k by plain ones."""
 
     def lines(self) -> list[str]:
         """For the user."""
@@ -83,12 +84,12 @@ def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, see
 
 
 def _check_files(run: Run) -> int:
-    """Number of files of all complete stages. IntegrityError names the damaged ones.
+    """The number of files of all complete stages; IntegrityError names the damaged ones.
 
-    Of local files the content is read: their time of change says nothing of a disk that fails. A store's etag is of the
-    content.
+    Local files are read, because their modification time says nothing about a failing disk. In a store the etag is
+    enough, which depends on the content.
     """
-    run.require("prepare")  # a manifest that is gone would say nothing of its files
+    run.require("prepare")  # without its manifest its files would go unchecked
     manifests = [manifest for stage in STAGES if (manifest := run.manifest(stage))]
     damaged = [
         line for manifest in manifests for line in manifest.damage(run.folder, trust_marks=not run.folder.is_local)
@@ -105,7 +106,7 @@ def _check_models(scored: Manifest, base: Checkpoint, reference: Checkpoint) -> 
 
 
 def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
-    """Random rows that have a score, with their tokens, in a random order that depends on the seed only."""
+    """Random rows that have a score, with their tokens; the choice depends on the seed only."""
     files, purpose = scored.files_in("scores"), f"verify {seed}"
     # Three times as many in expectation: a draw by hash may fall short of its mean.
     share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
@@ -183,7 +184,7 @@ def _compare(
 
 
 def _precision(scored: Manifest) -> str:
-    """The coarsest type that any shard was computed in."""
+    """The coarsest dtype that any shard was computed in."""
     numerics: list[dict[str, Any]] = scored.details["numerics"]
     return max((str(one["weights"]) for one in numerics), key=lambda name: _TOLERANCE[name])
 

@@ -134,7 +134,7 @@ def test_an_address_where_no_ray_is_is_told_at_once(monkeypatch: pytest.MonkeyPa
 def test_what_is_no_ray_is_told_in_time(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
     monkeypatch.setattr(cluster, "_ANSWER_S", 1.0)
     told = refusal(monkeypatch, f"127.0.0.1:{listener}")
-    assert "timed out" in told or "is no Ray" in told
+    assert "timed out" in told or "is not Ray" in told
 
 
 CONNECT = """

@@ -10,8 +10,7 @@ from davir_ray.run.files import FileEntry, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import RANKED, REJECTS
-from davir_ray.stages.excerpts import _around
-from davir_ray.stages.report import _sampled_rejects
+from davir_ray.stages.report import _around, _sampled_rejects
 
 NUM_ROWS, FILE_ROWS = 1000, 64
 
