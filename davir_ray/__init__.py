@@ -6,13 +6,14 @@
                                    │
                                  scores ─rank─► ranked ─select─► selected ─► report
 
-    pairs ─prepare─► examples ─freeze─► frozen ─align─► policy ─score─► scores ─► margins ─► report      (alignment.py)
+    pairs ─prepare─► examples ─freeze─► frozen ─align─► policy ─score─► scores ─► margins ─► report      (align/)
 
-Every arrow is a stage (davir_ray/stages): it reads files with a schema, writes files with a schema into its own folder
-of the run, and writes its manifest last. davir_ray/pipeline.py reads the chain aloud, davir_ray/formulas is the paper.
+Every arrow is a stage (stages/): it reads files with a schema, writes files with a schema into its own folders of the
+run, and writes its manifest last. pipeline.py reads the chain aloud; formulas/ is the paper; run/ is the folder of a
+run; engine/ is what is generic on Ray; models/ is one process with torch.
 
-In a pipeline of Ray Data or `datasets`: `davir_ray.score`, `davir_ray.rank`, `davir_ray.select` (davir_ray/api.py).
-They are imported when they are asked for, so that what needs no Ray does not import it.
+In a pipeline of Ray Data or `datasets`: `davir_ray.score`, `davir_ray.rank`, `davir_ray.select` (api/).
+They are imported on first use, so that code that needs no Ray does not import it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -52,10 +52,10 @@ Rows = list[dict[str, Any]]
 
 
 def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write the page and the same facts as JSON; returns the facts. It takes seconds and is always redone.
+    """Write the page and the same facts as JSON; returns the facts. Always redone, as it takes seconds.
 
-    With the base's tokenizer the page shows the tokens of those examples whose token losses were kept. `planted` is what
-    the demo knows of its own data.
+    With the base's tokenizer the page shows the tokens of examples whose token losses were kept. `planted` is what the
+    demo knows of its own data.
     """
     started = time.monotonic()
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
