@@ -6,6 +6,7 @@ An ordinary class: the same object serves a unit test, a notebook and a Ray acto
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
-from davir_ray.models.memory import in_packs
+from davir_ray.models.memory import TokenBudget
 from davir_ray.schema import GENERATIONS, Status
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Generator:
             eos_token_id=self.stops_at or None,
             pad_token_id=pad_token(self._tokenizer, self.stops_at),
         )
-        self._budget = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        self._budget = TokenBudget(settings.tokens_per_batch or TOKENS_PER_BATCH[device.type])
         self.numerics = {
             "version": GENERATION_VERSION,
             "device": device.type,
@@ -123,12 +124,13 @@ class Generator:
         found: list[Generated | None] = [None] * len(prompts)
         for row in np.flatnonzero((room == 0) & (lengths > 0)):
             found[row] = Generated([], False)
-        # One pass, but where a prompt leaves less of the model's positions than the limit.
+        # One turn, unless a prompt leaves less of the model's positions than the limit.
         for limit in np.unique(room[(lengths > 0) & (room > 0)]):
             rows = np.flatnonzero((lengths > 0) & (room == limit))
-            batch = _Batch(self._model, prompts, int(limit), self.stops_at, found)
-            smallest = in_packs(batch, rows, lengths + limit, ids, self._budget)
-            self._budget = min(self._budget, smallest or self._budget)
+            batches = self._budget.run(partial(self._continue, prompts, int(limit)), rows, lengths + limit, ids)
+            for batch, new_BN in batches:
+                for row, new in zip(batch, new_BN.tolist(), strict=True):
+                    found[row] = _until_end(new, self.stops_at)
         return found
 
     def _room(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -137,47 +139,19 @@ class Generator:
         most = np.full(len(lengths), self._settings.max_new_tokens, dtype=np.int64)
         return most if positions is None else np.clip(positions - lengths, 0, most)
 
-
-class _Batch:
-    """Batches of prompts through one model; what comes out goes into `found`."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[Prompt],
-        limit: int,
-        stops_at: list[int],
-        found: list[Generated | None],
-    ) -> None:
-        self._model, self._prompts, self._limit = model, prompts, limit
-        self._stops_at, self._found = stops_at, found
-
-    def __call__(self, rows: npt.NDArray[np.int64]) -> bool:
-        """Continue some prompts; false if the device has no room for them."""
-        try:
-            new_BN = self._continue([self._prompts[row] for row in rows])
-        except torch.OutOfMemoryError:
-            pass
-        else:
-            for row, new in zip(rows, new_BN.tolist(), strict=True):
-                self._found[row] = _until_end(new, self._stops_at)
-            return True
-        # Outside the handler: the error holds the failed forward's tensors.
-        torch.cuda.empty_cache()
-        return False
-
     @torch.inference_mode()
-    def _continue(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """New tokens, padded on the right; the prompts are padded on the left, so that all end at the same place."""
-        width = max(len(prompt) for prompt in prompts)
-        ids_BT = torch.full((len(prompts), width), int(self._model.generation_config.pad_token_id))
-        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
+    def _continue(self, prompts: Sequence[Prompt], limit: int, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """New tokens of some prompts, padded on the right; the prompts are padded on the left, so all end together."""
+        batch = [prompts[row] for row in rows]
+        width = max(len(prompt) for prompt in batch)
+        ids_BT = torch.full((len(batch), width), int(self._model.generation_config.pad_token_id))
+        mask_BT = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, prompt in enumerate(batch):
             ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask_BT[row, width - len(prompt) :] = 1
         device = self._model.device
         full_BT: Any = self._model.generate(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), max_new_tokens=self._limit
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), max_new_tokens=limit
         )
         return torch.as_tensor(full_BT[:, width:]).cpu()
 

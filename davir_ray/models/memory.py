@@ -1,10 +1,12 @@
-"""Work in packs by a token budget, which is halved where the device runs out of memory."""
+"""Packs that fit the device: a token budget that is halved where memory runs out."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from davir_ray.models.kernel.packing import pack
 
@@ -12,22 +14,39 @@ log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 
+T = TypeVar("T")
 
-def in_packs(fits: Callable[[Rows], bool], rows: Rows, lengths: Rows, ids: Rows, budget: int) -> int | None:
-    """Give all rows to `fits`, pack after pack; a pack of several that does not fit is cut again with half the budget.
 
-    `lengths` (tokens) and `ids` are those of every row, by row. Returns the smallest budget that was come to, None if
-    there was room for every pack. A row that does not fit even alone is passed over: `fits` has been told of it.
-    """
-    smallest = None
-    while len(rows):
-        packs = pack(lengths[rows], ids[rows], budget)
-        for number, part in enumerate(packs):
-            if not fits(rows[part]) and len(part) > 1:
-                budget = smallest = max(1, min(budget, int(lengths[rows[part]].sum())) // 2)
-                log.warning("out of memory with %d examples in a pack; going on with %d tokens", len(part), budget)
-                rows = rows[np.concatenate(packs[number:])]
-                break
-        else:
-            break
-    return smallest
+class TokenBudget:
+    """Most tokens of a pack. A pack that was too large once is not tried again as long as the worker lives."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def run(self, forward: Callable[[Rows], T], rows: Rows, lengths: Rows, ids: Rows) -> Iterator[tuple[Rows, T]]:
+        """Yield (rows of a pack, what `forward` makes of them) until every row has had its turn.
+
+        `lengths` (tokens) and `ids` hold one number for every row. Where a pack of several rows runs out of memory, the
+        budget is halved and the rows that are left are packed again; a row that does not fit even alone is left out.
+        """
+        while len(rows):
+            packs = pack(lengths[rows], ids[rows], self.num_tokens)
+            for number, part in enumerate(packs):
+                try:
+                    result = forward(rows[part])
+                except torch.OutOfMemoryError:
+                    pass
+                else:
+                    yield rows[part], result
+                    continue
+                torch.cuda.empty_cache()  # outside the handler, whose error holds the tensors of the failed pass
+                if len(part) > 1:
+                    self.num_tokens = max(1, int(lengths[rows[part]].sum()) // 2)
+                    log.warning(
+                        "out of memory with %d examples in a pack; continuing with packs of %d tokens",
+                        len(part), self.num_tokens,
+                    )  # fmt: skip
+                    rows = rows[np.concatenate(packs[number:])]
+                    break
+            else:
+                return

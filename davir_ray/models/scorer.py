@@ -24,7 +24,7 @@ from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype, uses_autocast
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.self_check import probe, self_check
-from davir_ray.models.memory import in_packs
+from davir_ray.models.memory import TokenBudget
 from davir_ray.schema import SCORES, Status
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Scorer:
         device = local_device()
         dtype = resolve_dtype(settings.precision, device)
         self._autocast = uses_autocast(settings.autocast, device)
-        self._budget = settings.tokens_per_pack or TOKENS_PER_PACK[device.type]
+        self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
         self._reference = self._load_reference(reference, dtype, device)
@@ -155,12 +155,22 @@ class Scorer:
         switched_off: bool = False,
     ) -> TokenNlls:
         """Token losses of every sequence, by the base where the adapter is switched off."""
-        run = _PackRun(likelihood, sequences, ids)
-        arithmetic = torch.autocast(likelihood.model.device.type, torch.bfloat16, enabled=self._autocast)
+        device = likelihood.model.device
+
+        def forward(rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, tuple[int, ...]]:
+            packed = Pack.of([sequences[row] for row in rows]).to(device)
+            return likelihood(packed), packed.num_scored
+
+        lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
+        arithmetic = torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
         with arithmetic, adapter_switched_off(likelihood.model) if switched_off else nullcontext():
-            run(np.arange(len(sequences)), self._budget)
-        self._budget = min(self._budget, run.smallest_budget or self._budget)
-        return run.nlls
+            # Losses stay on the device until every pass has begun: while a GPU computes one, the next is laid out.
+            passes = list(self._budget.run(forward, np.arange(len(sequences)), lengths, ids))
+        nlls: TokenNlls = [None] * len(sequences)
+        for rows, (nll_R, num_scored) in passes:
+            for row, nll in zip(rows, np.split(nll_R.cpu().numpy(), np.cumsum(num_scored)[:-1]), strict=True):
+                nlls[row] = nll
+        return nlls
 
     def _score_table(
         self, examples: pa.Table, place: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls | None
@@ -225,68 +235,6 @@ def _distinct(sequences: list[Tokenised]) -> tuple[list[int], npt.NDArray[np.int
             rows.append(row)
         place[row] = seen[key]
     return rows, place
-
-
-class _PackRun:
-    """The packs of one table through one model. While a GPU works on a pack, the next is laid out and sent to it."""
-
-    def __init__(self, likelihood: Likelihood, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> None:
-        self._likelihood = likelihood
-        self._sequences = sequences
-        self._ids = ids
-        self._lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
-        self._last: tuple[npt.NDArray[np.int64], Pack, _HostCopy] | None = None
-        self.nlls: TokenNlls = [None] * len(sequences)
-        self.smallest_budget: int | None = None
-        """To which the budget was halved; None if there was room for every pack."""
-
-    def __call__(self, rows: npt.NDArray[np.int64], budget: int) -> None:
-        """Compute the losses of some rows."""
-        self.smallest_budget = in_packs(self._fits, rows, self._lengths, self._ids, budget)
-        self._collect()
-
-    def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
-        """Start a pack; false if the device has no room for it."""
-        try:
-            built = Pack.of([self._sequences[row] for row in rows]).to(self._likelihood.model.device)
-            nll_R = self._likelihood(built)
-        except torch.OutOfMemoryError:
-            pass
-        else:
-            self._collect()
-            self._last = (rows, built, _HostCopy(nll_R))
-            return True
-        # Outside the handler: the error holds the failed forward's tensors.
-        self._collect()
-        torch.cuda.empty_cache()
-        return False
-
-    def _collect(self) -> None:
-        """Take the losses of the pack before; waits until the device has them."""
-        if self._last is None:
-            return
-        rows, built, copy = self._last
-        self._last = None
-        for row, nll in zip(rows, np.split(copy.wait(), np.cumsum(built.num_scored)[:-1]), strict=True):
-            self.nlls[row] = nll
-
-
-class _HostCopy:
-    """A tensor on its way from the device, in one copy that does not wait for what is started after it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._host = tensor
-        self._done: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
-
-    def wait(self) -> npt.NDArray[np.float32]:
-        """The values, once they have arrived."""
-        if self._done is not None:
-            self._done.synchronize()
-        return np.asarray(self._host)
 
 
 def _sums(nlls: TokenNlls, place: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:

@@ -193,4 +193,4 @@ def test_a_batch_that_does_not_fit_is_halved(base_folder: Path, monkeypatch: pyt
     assert [one for place, one in enumerate(found) if place != longest] == [
         one for place, one in enumerate(expected) if place != longest
     ]
-    assert small._budget < 1000
+    assert small._budget.num_tokens < 1000
