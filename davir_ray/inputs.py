@@ -10,8 +10,9 @@ from davir_ray.config.sources import Source, check_chat_template
 from davir_ray.config.yaml import load
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
-from davir_ray.models.checkpoint import Checkpoint, check_same_encoding
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
+from davir_ray.models.tokenizer import check_same_encoding
 from davir_ray.run.access import check_readable, probe_output, translated
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location

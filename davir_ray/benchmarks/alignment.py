@@ -26,7 +26,7 @@ from davir_ray.data.pairs import PairReader
 from davir_ray.data.records import Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.models.checkpoint import local_device
+from davir_ray.models.device import local_device
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.loop import Trainer
 from davir_ray.models.training.pairs import PairSet

@@ -20,11 +20,10 @@ from davir_ray.benchmarks.workload import Example, load_examples, load_model, pl
 from davir_ray.config.scoring import Precision
 from davir_ray.config.sources import Format
 from davir_ray.errors import ConfigError
-from davir_ray.models.checkpoint import local_device, resolve_dtype
+from davir_ray.models.device import gemm_flops, local_device, resolve_dtype
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.kernel.self_check import self_check
-from davir_ray.models.speed import gemm_flops
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.workload import Example
-from davir_ray.models.checkpoint import device_name
-from davir_ray.models.speed import seconds
+from davir_ray.models.device import device_name, seconds
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")

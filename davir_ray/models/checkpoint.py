@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import (
     ADAPTER_CONFIG,
@@ -34,7 +33,7 @@ from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.run.access import PATIENCE_S, in_time, translated
-from davir_ray.run.digests import digest, file_digest
+from davir_ray.run.digests import file_digest
 from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.text import BYTE_ORDER_MARK
 
@@ -378,66 +377,3 @@ def _is_description(name: str, trust_remote_code: bool) -> bool:
         return trust_remote_code
     beside = "/" not in name or name.startswith("additional_chat_templates/")
     return beside and name.endswith(_DESCRIPTIONS)
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What changes when text would be encoded differently: vocabulary, merges, normalisation, special tokens."""
-    added = sorted((i, str(token), token.special) for i, token in tokenizer.added_tokens_decoder.items())
-    return digest([_encoding(tokenizer), added, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
-
-
-def check_same_encoding(
-    base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]
-) -> None:
-    """Raise ModelError unless both encode text alike; added special tokens and chat templates may differ."""
-    if _encoding(base) != _encoding(reference) or _added_words(base) != _added_words(reference):
-        raise ModelError(
-            f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their "
-            "losses are not of the same tokens; give a reference that was fine-tuned from this base"
-        )
-    for token in ("bos_token", "eos_token"):
-        ours, theirs = getattr(base, token), getattr(reference, token)
-        if ours != theirs:
-            raise ModelError(f"{names[0]} has {token} {ours!r} and {names[1]} has {theirs!r}; they must be the same")
-
-
-def _added_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
-    """Added tokens that plain text can spell; special ones it cannot."""
-    return sorted((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items() if not token.special)
-
-
-def _encoding(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of how text becomes ids, without added tokens and chat templates."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return digest(sorted(tokenizer.get_vocab().items()))
-    parts = json.loads(backend.to_str())
-    return digest([parts.get(name) for name in ("model", "normalizer", "pre_tokenizer")])
-
-
-def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that a precision setting means on this device; auto: bfloat16 on a GPU that has it, else float32."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def uses_autocast(precision: str, device: torch.device) -> bool:
-    """Whether a fine-tune's precision setting means bfloat16 arithmetic, whatever the weights' type, on this device."""
-    return resolve_dtype(precision, device) is torch.bfloat16
-
-
-def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
-    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter as precision says."""
-    return "float32" if config.lora_rank is None else config.precision
-
-
-def local_device() -> torch.device:
-    """The GPU that this process was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU, or the vector instructions that torch uses on the CPU: another may round differently."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.backends.cpu.get_cpu_capability())

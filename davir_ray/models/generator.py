@@ -16,7 +16,8 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.device import device_name, local_device, resolve_dtype
 from davir_ray.models.memory import TokenBudget
 from davir_ray.schema import GENERATIONS, Status
 

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from davir_ray.models.checkpoint import Checkpoint, local_device
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.device import local_device
 from davir_ray.models.kernel.packing import Spans
 from davir_ray.models.kernel.self_check import eager_nll
 

@@ -21,7 +21,8 @@ from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
-from davir_ray.models.checkpoint import Checkpoint, device_name, local_device, resolve_dtype, uses_autocast
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.device import device_name, local_device, resolve_dtype, uses_autocast
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.self_check import probe, self_check
 from davir_ray.models.memory import TokenBudget

@@ -25,14 +25,8 @@ from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import ClusterError, ConfigError, DavirError, IntegrityError, StorageError, UserError
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import (
-    CONFIGS,
-    SPEC_FILE,
-    Checkpoint,
-    resolve_dtype,
-    uses_autocast,
-    weights_precision,
-)
+from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint
+from davir_ray.models.device import resolve_dtype, uses_autocast, weights_precision
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, Likelihood
 from davir_ray.models.kernel.self_check import self_check
 from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, TrainingSet

@@ -21,7 +21,8 @@ from davir_ray.engine.connect import actor_cpus, own_errors, pool_size
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.tokenizer import tokenizer_digest
 from davir_ray.run.digests import content_digest, digest, file_digest
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each

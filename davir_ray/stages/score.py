@@ -19,9 +19,11 @@ from davir_ray.engine.shuffle import Round, regroup
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.hashing import hash_parts
 from davir_ray.models.base_cache import BaseCache
-from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest, weights_precision
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.device import weights_precision
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.models.tokenizer import tokenizer_digest
 from davir_ray.run.access import translated
 from davir_ray.run.digests import digest
 from davir_ray.run.files import FileEntry

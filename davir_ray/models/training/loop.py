@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import TrainingError
 from davir_ray.formulas.hashing import seed_from
-from davir_ray.models.checkpoint import quiet, uses_autocast
+from davir_ray.models.checkpoint import quiet
+from davir_ray.models.device import uses_autocast
 from davir_ray.models.hub import without_asking
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
 from davir_ray.models.kernel.packing import pack

@@ -19,7 +19,8 @@ from davir_ray.config.align import AlignConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, DataError, IntegrityError
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import Checkpoint, resolve_dtype, weights_precision
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.device import resolve_dtype, weights_precision
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.models.training.loop import StepReport, Trainer

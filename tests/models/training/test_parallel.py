@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
 from davir_ray.models.adapter import add_adapter
-from davir_ray.models.checkpoint import uses_autocast
+from davir_ray.models.device import uses_autocast
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.packing import pack

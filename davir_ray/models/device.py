@@ -1,0 +1,62 @@
+"""The device of this process: which it is, in which types it computes, and how fast it multiplies."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Literal
+
+import torch
+
+from davir_ray.config.training import FinetuneConfig
+
+_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that a precision setting means on this device; auto: bfloat16 on a GPU that has it, else float32."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def uses_autocast(precision: str, device: torch.device) -> bool:
+    """Whether a fine-tune's precision setting means bfloat16 arithmetic, whatever the weights' type, on this device."""
+    return resolve_dtype(precision, device) is torch.bfloat16
+
+
+def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
+    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter as precision says."""
+    return "float32" if config.lora_rank is None else config.precision
+
+
+def local_device() -> torch.device:
+    """The GPU that this process was given, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or the vector instructions that torch uses on the CPU: another may round differently."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.backends.cpu.get_cpu_capability())
+
+
+def seconds(job: Callable[[], object], device: torch.device) -> float:
+    """CPU seconds of this process, or seconds of the GPU between two events."""
+    if device.type == "cpu":
+        started = time.process_time()
+        job()
+        return time.process_time() - started
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    job()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) / 1000
+
+
+def gemm_flops(dtype: torch.dtype, device: torch.device, repeats: int = 9) -> float:
+    """FLOP/s of a large matrix product in this process, the median of some."""
+    size = _GEMM_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left @ right
+    return 2 * size**3 / median(seconds(lambda: left @ right, device) for _ in range(repeats))

@@ -1,0 +1,43 @@
+"""Tokenizers: what identifies one, and whether two of them encode text alike."""
+
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+from davir_ray.errors import ModelError
+from davir_ray.run.digests import digest
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What changes when text would be encoded differently: vocabulary, merges, normalisation, special tokens."""
+    added = sorted((i, str(token), token.special) for i, token in tokenizer.added_tokens_decoder.items())
+    return digest([_encoding(tokenizer), added, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
+
+
+def check_same_encoding(
+    base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
+    """Raise ModelError unless both encode text alike; added special tokens and chat templates may differ."""
+    if _encoding(base) != _encoding(reference) or _added_words(base) != _added_words(reference):
+        raise ModelError(
+            f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their "
+            "losses are not of the same tokens; give a reference that was fine-tuned from this base"
+        )
+    for token in ("bos_token", "eos_token"):
+        ours, theirs = getattr(base, token), getattr(reference, token)
+        if ours != theirs:
+            raise ModelError(f"{names[0]} has {token} {ours!r} and {names[1]} has {theirs!r}; they must be the same")
+
+
+def _added_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
+    """Added tokens that plain text can spell; special ones it cannot."""
+    return sorted((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items() if not token.special)
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of how text becomes ids, without added tokens and chat templates."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest(sorted(tokenizer.get_vocab().items()))
+    parts = json.loads(backend.to_str())
+    return digest([parts.get(name) for name in ("model", "normalizer", "pre_tokenizer")])
