@@ -1,5 +1,6 @@
 """verify: are the files of a run as they were written, and does a plain loop compute the same scores?"""
 
+import gc
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from scipy.stats import spearmanr
+from transformers import PreTrainedModel
 
 from davir_ray.engine.connect import has_gpu, own_errors
 from davir_ray.engine.console import configure_worker_logging
@@ -18,7 +21,8 @@ from davir_ray.errors import ConfigError, IntegrityError, OutputError
 from davir_ray.formulas.hashing import drawn, random_keys, seed_from
 from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.plain import PlainScorer
+from davir_ray.models.device import local_device
+from davir_ray.models.kernel.self_check import eager_nll
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -145,11 +149,29 @@ def _read_rows(run: Run, wanted: dict[str, list[int]], name: str) -> pa.Table:
 
 def _score_again(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tuple[Floats, Floats]:
     configure_worker_logging()
+    return plain_losses(base, reference, rows)
+
+
+def plain_losses(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tuple[Floats, Floats]:
+    """Summed nats of each row's response under both models: float32, one at a time, transformers' own forward.
+
+    The models are loaded one after the other, as both may not fit. An adapter is loaded by peft and never switched off:
+    how scoring loads and switches it is what is checked.
+    """
     examples = [
         (np.array(row["input_ids"], np.int32), tuple(row["response_spans"]))
         for row in rows.select(_TOKEN_COLUMNS).to_pylist()
     ]
-    return PlainScorer(base, reference)(examples)
+
+    def losses(model: PreTrainedModel) -> Floats:
+        return np.array([float(eager_nll(model, ids, spans).double().sum()) for ids, spans in examples])
+
+    device = local_device()
+    base_nll = losses(base.model(torch.float32, device))
+    gc.collect()
+    if reference.is_adapter:
+        return base_nll, losses(reference.as_peft(base.model(torch.float32, device)))
+    return base_nll, losses(reference.model(torch.float32, device))
 
 
 def _compare(

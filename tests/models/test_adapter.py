@@ -25,14 +25,13 @@ from davir_ray.models import checkpoint, scorer
 from davir_ray.models.adapter import _ALSO_TAKEN, _TAKEN, adapter_switched_off, add_adapter
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import Likelihood, active_head
-from davir_ray.models.plain import PlainScorer
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import Trainer, save_reference
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
 from davir_ray.stages.prepare import Preparation
-from davir_ray.stages.verify import _compare
+from davir_ray.stages.verify import _compare, plain_losses
 
 RECIPE = FinetuneConfig(
     epochs=2, batch_size=4, learning_rate=1e-2, lora_rank=4, precision="float32", gradient_checkpointing=False
@@ -442,8 +441,7 @@ def test_verify_finds_scores_of_a_switch_that_leaves_something_off(
 ) -> None:
     folder, table = peft_adapter(base_folder, tmp_path / "adapter", modules_to_save=["lm_head"]), draw_table(4)
     scoring = scorer_of(base_folder, folder)
-    examples = [(np.array(row["input_ids"], np.int32), tuple(row["response_spans"])) for row in table.to_pylist()]
-    losses = PlainScorer(Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder)))(examples)
+    losses = plain_losses(Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder)), table)
     scored = Manifest("score", {}, {"scored": 4}, [], {"numerics": [scoring.numerics]})
     assert _compare(scoring(table), losses, scored, 0, 0.5).largest_nll_difference < 1e-4
     monkeypatch.setattr(scorer, "adapter_switched_off", leaves_the_trained_head_off)
