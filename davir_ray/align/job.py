@@ -9,12 +9,12 @@ from davir_ray.align.training import align, check_arithmetic
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
+from davir_ray.engine.ray_train import check_workers
 from davir_ray.inputs import check_inputs, prepare_inputs, written_by
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
 from davir_ray.stages.dry_run import foresee
-from davir_ray.stages.finetune import check_workers
 from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.score import freeze, score
 

@@ -8,6 +8,7 @@ from davir_ray.config.align import AlignConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import num_gpus_of
+from davir_ray.engine.ray_train import trains_on_gpus
 from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
@@ -15,7 +16,7 @@ from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest
-from davir_ray.stages.finetune import Training, recipe_of, train, trains_on_gpus
+from davir_ray.stages.finetune import Training, recipe_of, train
 
 
 def align(
@@ -28,8 +29,16 @@ def align(
     """Train the base on every pair that is not held out; writes policy/, a Hugging Face folder or an adapter's."""
     prepared, frozen = run.require("prepare"), run.require("freeze")
     shards = [entry.name for entry in prepared.files_in("examples")]
-    read = partial(_read_pairs, run, shards, objective)
-    training = Training("align", run, base, config, read, spec, "policy", dropout=False)
+    training = Training(
+        stage="align",
+        run=run,
+        base=base,
+        config=config,
+        objective=partial(_read_pairs, run, shards, objective),
+        spec=spec,
+        folder="policy",
+        dropout=False,
+    )
     fingerprint = {
         "base": base.weights_digest(),
         "examples": prepared.content,

@@ -12,7 +12,8 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.examples import TrainingSet
-from davir_ray.models.training.loop import StepReport, Trainer, save_reference
+from davir_ray.models.training.loop import StepReport, Trainer
+from davir_ray.models.training.model import save_reference
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024
@@ -76,7 +77,8 @@ def pretrain(folder: Path, texts: Sequence[str], seed: int, report: Callable[[St
     model = new_model(tokenizer, seed)
     model.set_attn_implementation(PACKED_ATTENTION)
     trainer = Trainer(Likelihood(model), TrainingSet.of([_encode(tokenizer, texts)]), PRETRAINING)
-    trainer.train(report)
+    for step in trainer.steps():
+        report(step)
     save_reference(trainer.likelihood, tokenizer, partial)
     partial.replace(folder)
 

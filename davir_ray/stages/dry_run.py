@@ -18,13 +18,13 @@ from davir_ray.data.records import Reject
 from davir_ray.data.survey import estimate_rows
 from davir_ray.engine.connect import accelerators, has_gpu
 from davir_ray.engine.pool import plan_pool
+from davir_ray.engine.ray_train import check_workers
 from davir_ray.errors import ConfigError
 from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.stages.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize, estimate, told
-from davir_ray.stages.finetune import check_workers
 from davir_ray.stages.prepare import UNLIMITED, Preparation, are_pairs
 
 

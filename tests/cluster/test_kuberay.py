@@ -16,7 +16,7 @@ from ray.scripts.scripts import start
 
 from davir_ray.cli import parse
 from davir_ray.engine.pool import Pool, plan_pool
-from davir_ray.stages.finetune import check_workers
+from davir_ray.engine.ray_train import check_workers
 
 KUBERAY = CLUSTER / "kuberay"
 METADATA = {

@@ -27,7 +27,7 @@ from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.size import ModelSize
-from davir_ray.models.training.loop import save_reference
+from davir_ray.models.training.model import save_reference
 
 CPU = torch.device("cpu")
 NEVER_READ = {

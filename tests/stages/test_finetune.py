@@ -31,14 +31,16 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine import ray_train
 from davir_ray.engine.connect import own_interrupts
+from davir_ray.engine.progress import Tally
 from davir_ray.errors import ClusterError, ModelError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import finetune as training
-from davir_ray.stages.finetune import finetune
+from davir_ray.stages.finetune import Training, finetune
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.score import score
 
@@ -214,7 +216,7 @@ def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_fold
 def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
 
-    def train_worker(options: dict[str, Any]) -> None:
+    def train_worker(of_run: Training, tally: Tally) -> dict[str, Any]:
         import ray.train
 
         from davir_ray.stages import finetune as training
@@ -224,10 +226,10 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
         found["device"] = str(training.get_device())
         (folder / f"placed-{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(found))
         training.get_device = lambda: torch.device("cpu")
-        training._train_worker(options)
+        return training._train(of_run, tally)
 
-    training._train_worker = train_worker
-    training.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
+    training._train = train_worker
+    ray_train.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
     base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
     recipe = RECIPE | SHARDED | {"num_cpus": 2}
     with pytest.raises(ClusterError, match="3 training workers of 1 GPU do not fit a cluster of 2"):
@@ -265,20 +267,20 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
 ) -> None:
     run, pids = tmp_path / "run", tmp_path / "pids"
 
-    def train_worker(options: dict[str, Any]) -> None:
+    def train_worker(of_run: Training, tally: Tally) -> dict[str, Any]:
         import ray.train
 
-        from davir_ray.stages.finetune import _train_worker  # in the worker nothing is patched
+        from davir_ray.stages.finetune import _train  # in the worker nothing is patched
 
         with open(pids, "a") as file:
             file.write(f"{os.getpid()} {ray.train.get_checkpoint() is not None}\n")
-        _train_worker(options)
+        return _train(of_run, tally)
 
     def kill() -> None:
         wait_for_checkpoint(run)
         os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
 
-    monkeypatch.setattr(training, "_train_worker", train_worker)
+    monkeypatch.setattr(training, "_train", train_worker)
     killer = threading.Thread(target=kill)
     killer.start()
     manifest = finetune_copy(prepared, base_folder, run, **LONG)

@@ -72,12 +72,20 @@ class NobodyListens:
 
 def training_of(folder: Path, damaged_on: int | None = None) -> Training:
     base = WithoutTokenizer.__new__(WithoutTokenizer)
-    return Training("finetune", Run.at(folder), base, CONFIG, ReadAlike(damaged_on), {}, "reference")
+    return Training(
+        stage="finetune",
+        run=Run.at(folder),
+        base=base,
+        config=CONFIG,
+        objective=ReadAlike(damaged_on),
+        spec={},
+        folder="reference",
+    )
 
 
 def read_damaged(folder: Path, rank: int) -> None:
     """One rank cannot read what it is to train on."""
-    training._train(training_of(folder, damaged_on=1), NobodyListens(), rank == 0)  # type: ignore[arg-type]
+    training._train(training_of(folder, damaged_on=1), NobodyListens())  # type: ignore[arg-type]
 
 
 def export_nothing(folder: Path, rank: int) -> None:
@@ -86,7 +94,7 @@ def export_nothing(folder: Path, rank: int) -> None:
     model = LlamaForCausalLM._from_config(MODEL, attn_implementation=PACKED_ATTENTION)
     of_rank = training_of(folder)
     trainer = Trainer(DistributedDataParallel(Likelihood(model)), of_rank.objective(), replace(CONFIG, epochs=2))
-    trainer.train(training._Reporter(of_rank, NobodyListens(), trainer, is_first=rank == 0))  # type: ignore[arg-type]
+    training._take_steps(of_rank, trainer, NobodyListens(), is_first=rank == 0)  # type: ignore[arg-type]
 
 
 CASES = {

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -20,14 +20,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import TrainingError
 from davir_ray.formulas.hashing import seed_from
-from davir_ray.models.checkpoint import quiet
 from davir_ray.models.device import uses_autocast
-from davir_ray.models.hub import without_asking
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.training.examples import Objective
@@ -139,8 +136,11 @@ class Trainer:
         """Whether `save_state` is called on every rank, each for its part, and not on rank 0 alone."""
         return self._spread.every_rank_saves
 
-    def train(self, report: Callable[[StepReport], None]) -> None:
-        """Run every step after the current position; `report` is called after each, on every rank."""
+    def steps(self) -> Iterator[StepReport]:
+        """Take every step after the current position, one each time that the caller asks for the next report.
+
+        Iterate on every rank, to the end.
+        """
         self._module.train()
         config = self._config
         for batch in plan(len(self._objective), config.batch_size, config.epochs, config.seed, config.max_steps):
@@ -151,18 +151,16 @@ class Trainer:
             self._step = batch.step
             self._history.append(measured)
             num_tokens = int(self._objective.lengths[batch.rows].sum())
-            report(
-                StepReport(
-                    step=batch.step,
-                    total_steps=self._total,
-                    epoch=batch.epoch,
-                    ends_epoch=batch.ends_epoch,
-                    loss=measured[0],
-                    measures=dict(zip(self._objective.measures, measured, strict=True)),
-                    grad_norm=norm,
-                    tokens_per_second=num_tokens / (time.perf_counter() - started),
-                    num_tokens=num_tokens,
-                )
+            yield StepReport(
+                step=batch.step,
+                total_steps=self._total,
+                epoch=batch.epoch,
+                ends_epoch=batch.ends_epoch,
+                loss=measured[0],
+                measures=dict(zip(self._objective.measures, measured, strict=True)),
+                grad_norm=norm,
+                tokens_per_second=num_tokens / (time.perf_counter() - started),
+                num_tokens=num_tokens,
             )
 
     @property
@@ -242,38 +240,3 @@ class Trainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             nll_R: torch.Tensor = self._module(self._objective.pack(rows))
         return self._objective.sums(nll_R, rows)
-
-
-def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
-    """Freeze a vision tower and its like: without a gradient of theirs, data-parallel training waits for ever."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    reached = {id(parameter) for part in parts for parameter in part.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in reached:
-            parameter.requires_grad_(False)
-
-
-def switch_off_dropout(model: PreTrainedModel) -> None:
-    """Of the model as it is; an adapter that is added later has its own.
-
-    Preference training compares the policy with a frozen one that has none, as TRL's does.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):  # what attention is called with
-                setattr(module, name, 0.0)
-
-
-def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:
-    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer.
-
-    `weights` are those of a sharded model, gathered.
-    """
-    if weights is None and getattr(likelihood.model, "_hf_peft_config_loaded", False):
-        # Of a head or an embedding that the adapter is on, peft would save the base's own weights, too.
-        weights = {name: value for name, value in likelihood.model.state_dict().items() if ".base_layer." not in name}
-    with quiet(), without_asking():
-        likelihood.model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)

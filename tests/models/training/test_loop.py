@@ -38,13 +38,11 @@ from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import (
     StepReport,
     Trainer,
-    freeze_what_text_does_not_reach,
     learning_rate_factor,
     num_steps,
     plan,
-    save_reference,
-    switch_off_dropout,
 )
+from davir_ray.models.training.model import freeze_what_text_does_not_reach, save_reference, switch_off_dropout
 from davir_ray.models.training.parallel import STATE_FILE
 
 VOCABULARY = 60
@@ -102,9 +100,7 @@ def trainer_of(model: PreTrainedModel, config: FinetuneConfig = CONFIG, count: i
 
 
 def run(trainer: Trainer) -> list[StepReport]:
-    reports: list[StepReport] = []
-    trainer.train(reports.append)
-    return reports
+    return list(trainer.steps())
 
 
 def weights(model: PreTrainedModel) -> Weights:
@@ -256,21 +252,16 @@ def test_the_same_run_gives_the_same_bits() -> None:
 def test_a_loss_that_is_not_finite_names_its_step_and_changes_no_weight() -> None:
     model = make()
 
-    def poison(report: StepReport) -> None:
-        if report.step == 2:
-            with torch.no_grad():
-                model.lm_head.weight[0, 0] = torch.nan
-
+    steps = trainer_of(model).steps()
+    assert [next(steps).step, next(steps).step] == [1, 2]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"at step 3\b"):
-        trainer_of(model).train(poison)
+        next(steps)
     assert torch.isfinite(model.base_model.embed_tokens.weight).all()
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-
-
-class KilledError(Exception):
-    """Stands for a worker that dies."""
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2-with-dropout"])
@@ -282,14 +273,8 @@ def test_a_run_continues_bit_for_bit_where_it_was_stopped(
     trainer = trainer_of(whole)
     expected = run(trainer)
     killed = trainer_of(make(config))
-
-    def save_and_die(report: StepReport) -> None:
-        if report.step == last_step:
-            killed.save_state(tmp_path)
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        killed.train(save_and_die)
+    next(report for report in killed.steps() if report.step == last_step)
+    killed.save_state(tmp_path)
     torch.manual_seed(12345)
     continued = make(config)
     with torch.no_grad():

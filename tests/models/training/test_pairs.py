@@ -23,7 +23,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import resolve_dtype, weights_precision
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.models.training.loop import StepReport, Trainer
+from davir_ray.models.training.loop import Trainer
 from davir_ray.models.training.pairs import PairSet, is_held_out
 from davir_ray.schema import Status
 
@@ -103,8 +103,7 @@ def test_measures_are_means_over_the_pairs_of_a_batch(
 ) -> None:
     objective = pair_set(examples, frozen, loss="dpo", beta=0.3)
     trainer = Trainer(packed(reference_folder), objective, replace(RECIPE, batch_size=100, epochs=1))
-    reports: list[StepReport] = []
-    trainer.train(reports.append)
+    reports = list(trainer.steps())
     model = AutoModelForCausalLM.from_pretrained(reference_folder, dtype=torch.float64)
     with torch.no_grad():
         policy = plain_logprobs(model, examples).numpy()
@@ -126,8 +125,7 @@ def test_measures_are_means_over_the_pairs_of_a_batch(
 
 @pytest.mark.parametrize("loss", ["davir_dpo", "dpo", "ipo", "dpo_norm"])
 def test_training_moves_the_margin(base_folder: Path, examples: pa.Table, frozen: pa.Table, loss: str) -> None:
-    reports: list[StepReport] = []
-    Trainer(packed(base_folder), pair_set(examples, frozen, loss=loss), RECIPE).train(reports.append)
+    reports = list(Trainer(packed(base_folder), pair_set(examples, frozen, loss=loss), RECIPE).steps())
     first, last = reports[0].measures, reports[-1].measures
     assert abs(first["margin"]) < 1e-4
     if loss != "ipo":
@@ -162,10 +160,8 @@ def test_the_same_pairs_in_other_packs_train_the_same_policy(
 ) -> None:
     losses = []
     for budget in (1, 10_000):
-        reports: list[StepReport] = []
-        objective = pair_set(examples, frozen)
-        Trainer(packed(base_folder), objective, replace(RECIPE, tokens_per_pack=budget)).train(reports.append)
-        losses.append([report.loss for report in reports])
+        trainer = Trainer(packed(base_folder), pair_set(examples, frozen), replace(RECIPE, tokens_per_pack=budget))
+        losses.append([report.loss for report in trainer.steps()])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 

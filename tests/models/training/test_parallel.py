@@ -30,7 +30,8 @@ from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.training.examples import TrainingSet
-from davir_ray.models.training.loop import StepReport, Trainer, plan, save_reference
+from davir_ray.models.training.loop import Trainer, plan
+from davir_ray.models.training.model import save_reference
 from davir_ray.models.training.parallel import SHARDS_FILE, layers_of, sharded, together
 
 VOCABULARY = 61
@@ -109,13 +110,10 @@ def trainer_of(name: str, seed: int = 0) -> Trainer:
 
 def train(trainer: Trainer, save_to: Path | None = None, at: int = 0) -> list[float]:
     losses: list[float] = []
-
-    def report(report: StepReport) -> None:
+    for report in trainer.steps():
         losses.append(report.loss)
         if save_to is not None and report.step == at:
             trainer.save_state(save_to)
-
-    trainer.train(report)
     return losses
 
 

@@ -58,7 +58,7 @@ def ours(
     likelihood = Likelihood(Checkpoint.find(str(base)).model(torch.float32, torch.device("cpu")))
     losses: list[float] = []
     trainer = Trainer(likelihood, objective, config)
-    found = gradients_of(lambda: trainer.train(lambda report: losses.append(report.loss)), likelihood.model)
+    found = gradients_of(lambda: losses.extend(report.loss for report in trainer.steps()), likelihood.model)
     return losses, found
 
 

@@ -1,0 +1,125 @@
+"""Ray Train: one function on a group of training workers, restarted after a lost worker or a dead driver."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from davir_ray import errors
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.connect import has_gpu, own_errors, own_interrupts
+from davir_ray.engine.console import configure_worker_logging
+from davir_ray.errors import ClusterError, DavirError, StorageError
+from davir_ray.run.location import Location
+from davir_ray.run.storage_errors import storage_errors
+
+log = logging.getLogger(__name__)
+
+_OUTCOME = "outcome.json"
+"""What rank 0 returned, or the error that ended training. An error of ours is not raised in a worker: Ray Train would
+take it for a lost worker and train again."""
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of checkpoints."""
+
+
+def trains_on_gpus(config: FinetuneConfig) -> bool:
+    """Whether each worker has a GPU."""
+    return has_gpu() if config.use_gpu is None else config.use_gpu
+
+
+def check_workers(config: FinetuneConfig) -> None:
+    """Raise ClusterError if the cluster cannot hold the workers."""
+    use_gpu = trains_on_gpus(config)
+    resources = ray.cluster_resources()
+    for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
+        if wanted * config.num_workers > resources.get(name, 0):
+            smaller = "--finetune.num_cpus" if name == "CPU" else "give --finetune.use_gpu false"
+            raise ClusterError(
+                f"{config.num_workers} training workers of {wanted} {name} do not fit a cluster of "
+                f"{resources.get(name, 0):g}; lower --finetune.num_workers or {smaller}"
+            )
+
+
+def run_on_workers(
+    work: Callable[[], dict[str, Any]], config: FinetuneConfig, storage: Location, name: str
+) -> dict[str, Any]:
+    """Call `work` on every worker; returns what it returned on rank 0. An error of ours that it raises is raised here.
+
+    Its checkpoints are kept in `storage`, in a folder of this name: work of the same name continues from the last one.
+    """
+    check_workers(config)
+    use_gpu = trains_on_gpus(config)
+    if storage.is_local:
+        with storage_errors(storage):
+            Path(storage.path).mkdir(parents=True, exist_ok=True)
+    _remove_torn_state(storage / name)
+    filesystem = None if storage.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
+    trainer = TorchTrainer(
+        _run,
+        train_loop_config={"work": work, "outcome": storage / _OUTCOME},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.num_cpus} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=filesystem,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    try:
+        with own_errors(), own_interrupts():
+            trainer.fit()
+    except ray.train.ControllerError as error:  # the controller writes Ray Train's list of checkpoints to the storage
+        failure = error.controller_failure
+        if isinstance(failure, TimeoutError | ConnectionError):  # of the cluster; a store's have classes of their own
+            raise
+        with storage_errors(storage):
+            raise failure from error
+    outcome: dict[str, Any] = json.loads((storage / _OUTCOME).read_bytes())
+    if "error" in outcome:
+        raise getattr(errors, outcome["error"])(outcome["message"])
+    return outcome
+
+
+def _run(settings: dict[str, Any]) -> None:
+    """Runs on every worker; rank 0 leaves the outcome where the driver finds it."""
+    configure_worker_logging()
+    try:
+        outcome = settings["work"]()
+    except StorageError:  # perhaps on one rank only: Ray Train ends the others, and restarts them all up to its limit
+        raise
+    except (
+        DavirError
+    ) as error:  # of the model, a checkpoint or the loss: raised on every rank, and all of them end here
+        outcome = {"error": type(error).__name__, "message": str(error)}
+    if ray.train.get_context().get_world_rank() == 0:
+        settings["outcome"].write_text(json.dumps(outcome))
+
+
+def _remove_torn_state(folder: Location) -> None:
+    """Remove a folder that Ray Train cannot continue from.
+
+    It overwrites its list of checkpoints in place (2.60): a driver that dies while writing leaves half of it, and every
+    later start would fail.
+    """
+    try:
+        listed = json.loads((folder / _SNAPSHOT).read_bytes())
+        whole = all((folder / result["checkpoint_dir_name"]).exists() for result in listed["checkpoint_results"])
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        log.warning("%s was left half-written by a driver that died; training starts anew", folder)
+        folder.remove()

@@ -1,0 +1,64 @@
+"""The model of a fine-tune: a checkpoint made ready to be trained, and written as a checkpoint again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.models.adapter import add_adapter
+from davir_ray.models.checkpoint import Checkpoint, quiet
+from davir_ray.models.hub import without_asking
+from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.kernel.self_check import self_check
+from davir_ray.models.training.parallel import Weights
+
+
+def trainable(
+    base: Checkpoint, config: FinetuneConfig, dtype: torch.dtype, device: torch.device, *, dropout: bool
+) -> Likelihood:
+    """The base, checked, with a new adapter if the settings ask for one, and frozen where text does not reach."""
+    likelihood = Likelihood(base.model(dtype, device))
+    self_check(likelihood)
+    if not dropout:
+        switch_off_dropout(likelihood.model)
+    if config.lora_rank is not None:
+        add_adapter(likelihood.model, config, config.lora_rank)
+    freeze_what_text_does_not_reach(likelihood.model)
+    return likelihood
+
+
+def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
+    """Freeze a vision tower and its like: without a gradient of theirs, data-parallel training waits for ever."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    reached = {id(parameter) for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Of the model as it is; an adapter that is added later has its own.
+
+    Preference training compares the policy with a frozen one that has none, as TRL's does.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what attention is called with
+                setattr(module, name, 0.0)
+
+
+def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:
+    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer.
+
+    `weights` are those of a sharded model, gathered.
+    """
+    if weights is None and getattr(likelihood.model, "_hf_peft_config_loaded", False):
+        # Of a head or an embedding that the adapter is on, peft would save the base's own weights, too.
+        weights = {name: value for name, value in likelihood.model.state_dict().items() if ".base_layer." not in name}
+    with quiet(), without_asking():
+        likelihood.model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
