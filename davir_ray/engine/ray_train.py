@@ -97,11 +97,9 @@ def _run(settings: dict[str, Any]) -> None:
     configure_worker_logging()
     try:
         outcome = settings["work"]()
-    except StorageError:  # perhaps on one rank only: Ray Train ends the others, and restarts them all up to its limit
+    except StorageError:  # perhaps of one rank only: Ray Train ends the others, and restarts them all up to its limit
         raise
-    except (
-        DavirError
-    ) as error:  # of the model, a checkpoint or the loss: raised on every rank, and all of them end here
+    except DavirError as error:  # of the model, a checkpoint or the loss, the same on every rank: all of them end here
         outcome = {"error": type(error).__name__, "message": str(error)}
     if ray.train.get_context().get_world_rank() == 0:
         settings["outcome"].write_text(json.dumps(outcome))

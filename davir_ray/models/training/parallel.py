@@ -18,11 +18,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -195,8 +196,8 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    weights: Weights = {}
-    model, packed, buffers = _from_first(lambda: _hollowed(make(), weights))
+    weights: dict[str, Any] = {}  # of rank 0 only
+    model, packed, buffers = _from_first(lambda: _emptied(make(), weights))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Under autocast a gathered layer is in bfloat16, as autocast would have it; gradients are summed in float32.
     policy = MixedPrecisionPolicy(
@@ -211,7 +212,10 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
     likelihood = Likelihood(model)
     likelihood.packed = packed
     fully_shard(likelihood, mesh=mesh, reshard_after_forward=False)
-    _fill(model, weights, buffers)
+    # Each rank is given its rows of rank 0's weights, one whole weight at a time.
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, buffer in model.named_buffers():  # those that are not saved, too
+        buffer.copy_(buffers[name])
     return likelihood.eval()
 
 
@@ -230,33 +234,15 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(found.values())
 
 
-def _hollowed(likelihood: Likelihood, weights: Weights) -> tuple[PreTrainedModel, bool, Weights]:
-    """Move a model's weights out into `weights`; returns the model without them, if it is packed, and its buffers."""
+def _emptied(likelihood: Likelihood, weights: dict[str, Any]) -> tuple[PreTrainedModel, bool, Weights]:
+    """Move a model's weights to `weights`; returns the model without them, whether it is packed, and its buffers."""
     model = likelihood.model
     if model.is_remote_code():  # the other ranks know no such class
         raise ModelError(f"{type(model).__name__} comes with code of its own; use --finetune.strategy ddp")
-    weights.update({name: parameter.detach() for name, parameter in model.named_parameters()})
+    weights.update({name: value.contiguous() for name, value in model.state_dict().items()})
     buffers = dict(model.named_buffers())
     model.to("meta")
     return model, likelihood.packed, buffers
-
-
-@torch.no_grad()
-def _fill(model: PreTrainedModel, weights: Weights, buffers: Weights) -> None:
-    """Give each rank its rows of rank 0's weights, one whole weight at a time."""
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            raise TypeError(f"{name} was not sharded")
-        device = parameter.to_local().device
-        if dist.get_rank() == 0:
-            whole = weights.pop(name).to(device).contiguous()
-        else:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        dist.broadcast(whole, 0)
-        rows = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(rows.to_local())
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
 
 
 def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
