@@ -1,6 +1,6 @@
-"""Adapters (peft): a reference that is the base's own weights and a small difference, switched off and on.
+"""Adapters (peft): a reference that consists of the base's own weights and a small difference, switched on and off.
 
-Never merged: in bfloat16 a merge rounds the base's weights, and the base could not be had back bit for bit.
+An adapter is never merged: in bfloat16 a merge rounds the base's weights, which could not be restored exactly.
 """
 
 import json
@@ -37,20 +37,20 @@ _TAKEN = {
     },
     "IA3": _DESCRIBES | {"feedforward_modules", "init_ia3_weights"},
 }  # fmt: skip
-"""Kinds of adapters whose losses are known to be peft's, and which leave the base as it is when they are switched off;
-with the settings that may have any value. Any other must have peft's default."""
+"""Kinds of adapters that are known to give peft's losses and to leave the base unchanged when they are switched off, with
+the settings that may have any value. Any other setting must have peft's default."""
 
 _ALSO_TAKEN = {"task_type": (None, "CAUSAL_LM"), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
-"""Values of other settings; what initialises the adapter in another way rewrites the base's weights."""
+"""Further values that settings may have. Other initialisations of an adapter rewrite the base's weights."""
 
 
 def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> None:
     """Put a new adapter of this rank into a model and freeze everything else.
 
-    ConfigError where no module matches the targets. The new weights are float32 whatever the base's type, for the
-    optimiser's small steps.
+    ConfigError if no module matches the targets. The new weights are float32 whatever the base's type, because the
+    optimiser's steps are small.
     """
-    from peft import LoraConfig  # late: scoring full references does without peft
+    from peft import LoraConfig  # imported late: scoring full references does not need peft
 
     torch.manual_seed(seed_from("lora", config.seed))
     lora = LoraConfig(
@@ -78,16 +78,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_bytes())
     except ValueError as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} is no JSON: {error}") from error
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is not valid JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise ModelError(f"{folder / ADAPTER_CONFIG} holds no settings of an adapter")
+        raise ModelError(f"{folder / ADAPTER_CONFIG} holds no adapter settings")
     return settings
 
 
 def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     """Load an adapter into the model it was trained on, switched on.
 
-    ModelError if it does not fit, is of a kind that is not taken, or brings weights that would replace the base's.
+    ModelError if it does not fit, is of an unsupported kind, or contains weights that would replace the base's.
     """
     settings = read_settings(Path(folder))
     check_kind(settings, folder)
@@ -111,7 +111,7 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
 
 @contextmanager
 def adapter_switched_off(model: PreTrainedModel) -> Iterator[None]:
-    """The base as if no adapter had ever been attached, bit for bit; nothing to do where none was."""
+    """Switch the adapter off for the block, bitwise back to the base. A model without an adapter stays as it is."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         yield
         return
@@ -129,31 +129,31 @@ def adapter_switched_off(model: PreTrainedModel) -> Iterator[None]:
             part.enable_adapters(True)
 
 
-def check_kind(settings: dict[str, Any], told_as: str) -> None:
-    """ModelError unless an adapter with these settings can be scored as peft would and be switched off."""
+def check_kind(settings: dict[str, Any], uri: str) -> None:
+    """Raise ModelError unless an adapter with these settings gives the losses of peft and can be switched off."""
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = str(settings.get("peft_type", "unknown"))
     if kind not in _TAKEN:
         raise ModelError(
-            f"the adapter {told_as} is of the kind {kind}, and only {', '.join(_TAKEN)} are taken; {_MERGE}"
+            f"the adapter {uri} is of the kind {kind}, and only {', '.join(_TAKEN)} are supported; {_MERGE}"
         )
     defaults = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().to_dict()
     for name, value in settings.items():
         switched_off = (defaults[name],) if name in defaults else (None, False)
         if name in _TAKEN[kind] or value in _ALSO_TAKEN.get(name, switched_off):
             continue
-        raise ModelError(f"the adapter {told_as} has {name}: {json.dumps(value)}, which is not supported; {_MERGE}")
+        raise ModelError(f"the adapter {uri} has {name}: {json.dumps(value)}, which is not supported; {_MERGE}")
 
 
 def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None:
-    """ModelError where an adapter brings a weight of another shape than the base's, as after a resize of embeddings."""
+    """Raise ModelError if a weight of an adapter does not fit the base's shape, as after a resize of the embeddings."""
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged or no file of safetensors: {error}") from error
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged or not a safetensors file: {error}") from error
     for key, shape in found.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         module, _, part = name.partition(".lora_")
@@ -172,10 +172,10 @@ def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None
 
 
 class _Weight(NamedTuple):
-    """A weight of the base, and what tells whether it has been written to."""
+    """A weight of the base, with what shows whether it was written to."""
 
     parameter: torch.nn.Parameter
-    place: int
+    address: int
     version: int
 
     @classmethod
@@ -183,13 +183,13 @@ class _Weight(NamedTuple):
         return cls(parameter, parameter.data_ptr(), parameter._version)
 
     def differs(self, now: torch.nn.Parameter) -> bool:
-        """Whether another value stands there now; one that was loaded over it may be a copy."""
+        """Whether the weight has another value now; a parameter that replaced it may be a copy of it."""
         if now is self.parameter:
-            return (now.data_ptr(), now._version) != (self.place, self.version)
+            return (now.data_ptr(), now._version) != (self.address, self.version)
         return now.dtype != self.parameter.dtype or not torch.equal(now, self.parameter)
 
 
 def _compare_names(model: PreTrainedModel, named: str | None, folder: str) -> None:
-    """Warn where the adapter names another base: of the same shape it would load, and score nonsense."""
+    """Warn if the adapter names another base: one of the same shape would load, and give meaningless scores."""
     if named and Path(named).name != Path(model.name_or_path).name:
         log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)

@@ -1,4 +1,4 @@
-"""Base losses kept between runs: a second reference on the same examples costs one pass, not two."""
+"""A cache of base losses between runs: scoring a second reference on the same examples takes one pass, not two."""
 
 import hashlib
 import logging
@@ -29,8 +29,8 @@ Nlls = list[npt.NDArray[np.floating[Any]]]
 class BaseCache:
     """A folder of token losses: <model and numerics>/<content of the shard>.parquet, one row an example.
 
-    A hit has the bits that would be computed: the first part names everything but the examples that the losses depend
-    on, the second their ids, tokens and spans in order.
+    A hit is bitwise identical to what would be computed: the first part of the name is a digest of everything but the
+    examples that the losses depend on, the second a digest of the examples' ids, tokens and spans in order.
     """
 
     folder: Location
@@ -38,12 +38,12 @@ class BaseCache:
     """Digest of the base's weights and tokenizer."""
 
     def place(self, numerics: dict[str, Any], ids: npt.NDArray[np.int64], examples: Sequence[Any]) -> Location:
-        """Where the losses of these examples are kept."""
+        """The file for the losses of these examples."""
         return self.folder / digest([self.base, numerics])[:32] / f"{_content_digest(ids, examples)}.parquet"
 
     @staticmethod
     def read(place: Location, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Nlls | None:
-        """The losses kept there; None if there are none, or if they are damaged."""
+        """The losses in this file; None if it does not exist or is damaged."""
         try:
             with translated(place, OutputError):
                 if not place.exists():
@@ -63,7 +63,7 @@ class BaseCache:
 
     @staticmethod
     def write(place: Location, nlls: Nlls) -> None:
-        """Keep losses, whole or not at all; two workers at the same shard write the same. A failure is a warning."""
+        """Write losses atomically; two workers with the same shard write the same. A failure is only a warning."""
         values = np.concatenate(nlls)
         kind = pa.list_(pa.from_numpy_dtype(values.dtype))
         try:

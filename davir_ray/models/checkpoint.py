@@ -1,8 +1,8 @@
-"""Checkpoints: find, load, save and identify a causal language model and its tokenizer.
+"""Checkpoints: find, load and identify a causal language model and its tokenizer.
 
 Only safetensors are loaded: a pickled checkpoint can run code. A path is a local folder, a folder in object storage
-(s3://…) or a hub name (org/model, or org/model@ a branch, tag or commit). What lies elsewhere is pinned where it is
-found, in the driver, and comes to each node once; then it is loaded from the node's disk, and nobody is asked.
+(s3://…) or a hub name (org/model, or org/model@ a branch, tag or commit). A remote checkpoint is pinned when the driver
+finds it, and copied to each node once; from then on it is loaded from the node's disk without a request.
 """
 
 import json
@@ -42,20 +42,20 @@ SPEC_FILE = "scoring_spec.json"
 
 _WEIGHTS = ".safetensors"
 CONFIGS = ("config.json", ADAPTER_CONFIG)
-"""A folder without one of these is no checkpoint."""
+"""A folder without either of these is no checkpoint."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DESCRIPTIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-"""Endings of what is small: configuration, tokenizer, index of the weights. Pickles, GGUF, ONNX and the formats of
+"""Endings of the small files: configuration, tokenizer, index of the weights. Pickles, GGUF, ONNX and the formats of
 other libraries (consolidated.*) are never downloaded."""
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint by name; each process that loads it finds the files for itself, so it can travel between nodes."""
+    """A checkpoint by name. Each process that loads it finds the files for itself, so it can be sent to other nodes."""
 
     uri: str
     """A local folder as an absolute path, a folder in object storage, or a hub name without its revision."""
@@ -82,14 +82,16 @@ class Checkpoint:
         name, _, revision = uri.partition("@")
         if os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             if path.is_symlink() and not path.exists():
-                raise ModelError(f"{path} is a link to {path.readlink()}, which is not there; correct path or link")
+                raise ModelError(
+                    f"{path} is a link to {path.readlink()}, which is not there; correct the path or the link"
+                )
             folder = path.resolve()
             return cls._checked(str(folder), _names_in(folder), trust_remote_code)
         if path.parent != Path() and path.parent.is_dir() and not (is_hub or revision):
             _look_up_first(path)
         commit = resolve(name, revision or None)
         files = repository_files(name, commit)
-        return cls._checked(name, {file.name for file in files}, trust_remote_code, commit, files)
+        return cls._checked(name, {file.name for file in files}, trust_remote_code, revision=commit, files=files)
 
     @classmethod
     def _checked(
@@ -97,19 +99,26 @@ class Checkpoint:
         uri: str,
         names: set[str],
         trust_remote_code: bool,
-        commit: str | None = None,
+        *,
+        revision: str | None = None,
         files: tuple[RemoteFile, ...] = (),
     ) -> "Checkpoint":
-        """The checkpoint of a place that holds files of these names. ModelError if one is missing or is no weights."""
+        """The checkpoint at a location that holds files of these names. ModelError if it cannot be loaded from them."""
         _check_names(uri, names)
-        found = cls(uri, commit, trust_remote_code, _is_adapter(names), files)
+        found = cls(
+            uri=uri,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            is_adapter=_is_adapter(names),
+            files=files,
+        )
         found._check_files()
         return found
 
     def _check_files(self) -> None:
-        """ModelError now rather than in every worker where weights are missing, or Git LFS left pointers to files."""
+        """Raise ModelError, now rather than in every worker, if weights are missing or a file is a Git LFS pointer."""
         folder = self._folder()
-        if not self.is_hub_name:  # the hub tells the sizes of the files themselves
+        if not self.is_hub_name:  # the hub has no pointers: it lists the files themselves
             sizes = {file.name: file.bytes for file in self.files if _is_read(file.name)}
             sizes = sizes or {name: (folder / name).stat().st_size for name in _names_in(folder) if _is_read(name)}
             for name in (name for name, num_bytes in sizes.items() if num_bytes < LFS_POINTER_BYTES):
@@ -138,14 +147,14 @@ class Checkpoint:
             if has_vocabulary:
                 raise
             raise ModelError(absent) from error
-        # Without its files transformers (5.23) may make up an empty vocabulary, in which text has no tokens.
-        # Tokenizers of bytes need none.
+        # Without its files transformers (5.23) may make up an empty vocabulary, which encodes text as no tokens.
+        # Byte-level tokenizers such as ByT5's need no files.
         needed = set(getattr(tokenizer, "vocab_files_names", {}).values())
         if needed and needed.isdisjoint(names) and not has_vocabulary:
             raise ModelError(absent)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
-        # Of a template's file transformers keeps the byte-order mark, and would begin every conversation with it.
+        # transformers keeps the byte-order mark of a template's file, and would begin every conversation with it.
         templates = tokenizer.chat_template
         if isinstance(templates, str):
             tokenizer.chat_template = templates.removeprefix(BYTE_ORDER_MARK)
@@ -156,7 +165,7 @@ class Checkpoint:
     def model(
         self, dtype: torch.dtype, device: torch.device, attention: str | None = PACKED_ATTENTION
     ) -> PreTrainedModel:
-        """The causal language model in evaluation mode, for packs unless another attention is named (None: its own).
+        """The causal language model in evaluation mode, with packed attention unless another is named (None: its own).
 
         ModelError if the files lack any of its weights.
         """
@@ -166,14 +175,14 @@ class Checkpoint:
         except ModelError as error:
             if not (isinstance(error.__cause__, KeyError) and PACKED_ATTENTION in str(error.__cause__)):
                 raise
-            # Families with a table of attentions of their own (Falcon, GPT-J) look the name up when they are built.
+            # Families with their own table of attentions (Falcon, GPT-J) look the name up when they are built.
             model, info = self._load(AutoModelForCausalLM, attn_implementation="eager", **options)
         if absent := sorted(info["missing_keys"]):
-            # transformers would fill them with random numbers, others in every process.
+            # transformers would fill them with random numbers, different ones in every process.
             raise ModelError(
                 f"{self.uri} lacks {len(absent)} weights of the model, such as {absent[0]}; it cannot be used"
             )
-        # Not the folder that this node keeps it in: adapters name their base by it.
+        # Adapters name their base by this, so it must not be the folder of this node's cache.
         model.name_or_path = self.uri
         return model.to(device).eval()
 
@@ -189,14 +198,14 @@ class Checkpoint:
         return model
 
     def check_adapter(self, base: "Checkpoint") -> None:
-        """ModelError unless this adapter can be scored on that base, as far as can be known without its download."""
+        """Raise ModelError unless this adapter can be scored on that base, as far as is known before its download."""
         check_kind(read_settings(self._folder()), self.uri)
         if not self.files:
             shapes = {name: value.shape for name, value in base.skeleton().state_dict().items()}
             check_shapes(Path(self.uri), shapes, base.uri)
 
     def modules_to_save(self) -> list[str]:
-        """What this adapter replaces as a whole, such as a trained head; nothing if it is no adapter."""
+        """Modules that this adapter replaces as a whole, such as a trained head; empty for a full model."""
         return sorted(read_settings(self._folder()).get("modules_to_save") or []) if self.is_adapter else []
 
     def attach_to(self, base: PreTrainedModel) -> None:
@@ -213,9 +222,9 @@ class Checkpoint:
             return PeftModel.from_pretrained(base, self._folder(weights=True)).eval().get_base_model()
 
     def weights_digest(self) -> dict[str, str]:
-        """What changes when the model does: configuration, weights and code of a folder, the commit of a hub name.
+        """What identifies the model: the commit of a hub name, else digests of configuration, weights and code.
 
-        ModelError where a file of the weights is missing: the digest would be that of other models, too.
+        ModelError if a file of the weights is missing: other models would have the same digests.
         """
         if self.is_hub_name:
             return {"commit": str(self.revision)}
@@ -231,13 +240,13 @@ class Checkpoint:
         return json.loads(file.read_bytes()) if file.exists() else None
 
     def forget(self) -> None:
-        """Delete this node's copy of a checkpoint in object storage; of any other nothing."""
+        """Delete this node's copy of a checkpoint in object storage; does nothing for any other checkpoint."""
         if "://" in self.uri:
             forget_from_store(self.files)
 
     @property
     def is_hub_name(self) -> bool:
-        """Whether the hub has it, rather than a folder."""
+        """Whether it is on the hub, rather than in a folder."""
         return "://" not in self.uri and not Path(self.uri).is_absolute()
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
@@ -255,12 +264,12 @@ class Checkpoint:
             raise ModelError(f"{self.uri} cannot be loaded as a causal language model: {reason[:400]}") from error
 
     def _folder(self, *, weights: bool = False) -> Path:
-        """Where this node has it on disk; what it still lacks comes first: the weights only where they are wanted."""
+        """The folder on this node's disk. Missing files are downloaded first, the weights only if they are wanted."""
         if not self.files:
             folder = Path(self.uri)
             if not folder.is_dir():
                 raise ModelError(
-                    f"{folder} is no folder on {host()}; put it there on every node, or give s3://… or a hub name"
+                    f"{folder} is no folder on {host()}; copy it there on every node, or give s3://… or a hub name"
                 )
             return folder
         folder = self._fetch([file for file in self.files if _is_description(file.name, self.trust_remote_code)])
@@ -276,7 +285,7 @@ class Checkpoint:
             return fetch_from_store(Location.of(self.uri), self.files, wanted)
 
     def _weight_names(self, folder: Path) -> list[str]:
-        """The files that transformers would read the weights from: of several formats in a repository, one.
+        """The files that transformers would read the weights from; a repository may hold them in other formats, too.
 
         ModelError if one of them is missing.
         """
@@ -300,7 +309,7 @@ class Checkpoint:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without a progress bar for each load or save: many actors would write many."""
+    """Switch off the progress bars of loads and saves: each of many actors would draw its own."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -326,8 +335,9 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _look_up_first(path: Path) -> None:
-    """Ask the hub, a few seconds at most, for a name in a folder that is here; ModelError that tells of both if it
-    does not have it.
+    """Ask the hub, for a few seconds at most, for a name that may be a mistyped folder.
+
+    ModelError, which names both possibilities, if the hub does not have it.
     """
     name = path.as_posix()
     try:
@@ -346,7 +356,7 @@ def _check_names(uri: str, names: set[str]) -> None:
         if ADAPTER_WEIGHTS not in names:
             raise ModelError(f"{uri} has no {ADAPTER_WEIGHTS}; pickled weights are refused, save it with safetensors")
         return
-    if ADAPTER_CONFIG in names:  # transformers would load the adapter, on the model that it names, and not the weights
+    if ADAPTER_CONFIG in names:  # transformers would load the adapter on the base that it names, and ignore the weights
         raise ModelError(f"{uri} has both the weights of a model and {ADAPTER_CONFIG}; keep one of them in a folder")
     if "config.json" not in names:
         inside = " (in the hub's cache: snapshots/REVISION)" if "snapshots" in names else ""
@@ -372,7 +382,7 @@ def _is_vocabulary(name: str) -> bool:
 
 
 def _is_description(name: str, trust_remote_code: bool) -> bool:
-    """Whether a file says what the model is: small, and beside its weights (templates and code have folders)."""
+    """Whether a file is one of the small ones that describe a model; chat templates and code may be in subfolders."""
     if name.endswith(".py"):
         return trust_remote_code
     beside = "/" not in name or name.startswith("additional_chat_templates/")

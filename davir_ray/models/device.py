@@ -13,7 +13,7 @@ _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that a precision setting means on this device; auto: bfloat16 on a GPU that has it, else float32."""
+    """The type that a precision setting means on this device. auto: bfloat16 on a GPU that has it, else float32."""
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -21,27 +21,27 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def uses_autocast(precision: str, device: torch.device) -> bool:
-    """Whether a fine-tune's precision setting means bfloat16 arithmetic, whatever the weights' type, on this device."""
+    """Whether a fine-tune with this precision computes in bfloat16 on this device, whatever the type of its weights."""
     return resolve_dtype(precision, device) is torch.bfloat16
 
 
 def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfloat16"]:
-    """Type of the base's weights in a fine-tune: float32 where they are trained; under an adapter as precision says."""
+    """The type of the base's weights in a fine-tune: float32 if they are trained, the precision under an adapter."""
     return "float32" if config.lora_rank is None else config.precision
 
 
 def local_device() -> torch.device:
-    """The GPU that this process was given, else the CPU."""
+    """The GPU that this process was assigned, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU, or the vector instructions that torch uses on the CPU: another may round differently."""
+    """The model of the GPU, or the vector instructions that torch uses on the CPU; another may round differently."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.backends.cpu.get_cpu_capability())
 
 
 def seconds(job: Callable[[], object], device: torch.device) -> float:
-    """CPU seconds of this process, or seconds of the GPU between two events."""
+    """Seconds that a job takes: CPU time of this process, or time between two events on the GPU."""
     if device.type == "cpu":
         started = time.process_time()
         job()
@@ -55,7 +55,7 @@ def seconds(job: Callable[[], object], device: torch.device) -> float:
 
 
 def gemm_flops(dtype: torch.dtype, device: torch.device, repeats: int = 9) -> float:
-    """FLOP/s of a large matrix product in this process, the median of some."""
+    """FLOP/s of a large matrix product in this process, the median of several repeats."""
     size = _GEMM_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     left @ right

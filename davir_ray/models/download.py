@@ -1,7 +1,7 @@
-"""Files of a checkpoint that lies elsewhere: which of them are read, and one copy of each on a node, under a lock.
+"""Files of a remote checkpoint: one copy of each on a node, made under a lock.
 
-A file is under its final name whole or not at all, so a copy that was cut off goes on where it stopped, and a worker
-that finds every file with its size asks nobody.
+A file appears under its final name only when it is complete. So an interrupted copy continues with the files that are
+missing, and a worker that finds every file in its full size makes no request.
 """
 
 import errno
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a checkpoint as it was listed, once, where the checkpoint was found."""
+    """A file of a checkpoint, as listed when the checkpoint was found."""
 
     name: str
     bytes: int
     digest: str = ""
-    """What changes when the file does; empty where a commit pins all of them."""
+    """Identifies the content; empty if a commit pins all files."""
 
 
 def store_files(place: Location) -> tuple[RemoteFile, ...]:
@@ -45,9 +45,9 @@ def store_files(place: Location) -> tuple[RemoteFile, ...]:
 
 
 def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: list[RemoteFile]) -> Path:
-    """Copy the wanted ones of a folder's files to this node's cache, and return the folder there.
+    """Copy the wanted files of a folder to this node's cache, and return the folder there.
 
-    ModelError if the cache cannot hold them or they are not those that were listed; StorageError if the store fails.
+    ModelError if the cache cannot hold them or they changed since they were listed; StorageError if the store fails.
     """
     folder = _copy_of(files)
 
@@ -64,7 +64,7 @@ def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: lis
 
 
 def forget_from_store(files: tuple[RemoteFile, ...]) -> None:
-    """Delete this node's copy of a folder's files, if it has one; a process that has loaded it keeps what it loaded."""
+    """Delete this node's copy of a folder's files, if it has one. Models that were loaded from it are not affected."""
     folder = _copy_of(files)
     with suppress(FileNotFoundError):
         shutil.rmtree(folder)
@@ -79,9 +79,9 @@ def _copy_of(files: tuple[RemoteFile, ...]) -> Path:
 def bring(
     uri: str, folder: Path, wanted: list[RemoteFile], lock: Path, download: Callable[[list[RemoteFile]], None]
 ) -> None:
-    """Have `download` bring what this folder lacks, in one process of the node at a time; nothing if it lacks nothing.
+    """Call `download` for the files that this folder lacks, if any, in one process of the node at a time.
 
-    ModelError if the folder's disk has no room, or does not let this user write.
+    ModelError if the disk has no room, or this user may not write to it.
     """
     if not lacking(folder, wanted):
         return
@@ -94,7 +94,7 @@ def bring(
         log.info("%s: downloading %d files, %.3g MB, to %s", uri, len(missing), num_bytes / 1e6, host())
         download(missing)
         if still := lacking(folder, wanted):
-            raise ModelError(f"{uri}: {still[0].name} did not arrive whole in {folder} on {host()}; try again")
+            raise ModelError(f"{uri}: {still[0].name} did not arrive complete in {folder} on {host()}; try again")
 
 
 def lacking(folder: Path, files: Iterable[RemoteFile]) -> list[RemoteFile]:
@@ -103,7 +103,7 @@ def lacking(folder: Path, files: Iterable[RemoteFile]) -> list[RemoteFile]:
 
 
 def host() -> str:
-    """Name of this node, for messages: what is wrong on one may be right on the others."""
+    """Name of this node, for messages: an error may concern one node only."""
     return socket.gethostname()
 
 
@@ -116,7 +116,7 @@ def _is_whole(path: Path, num_bytes: int) -> bool:
 
 @contextmanager
 def _alone(uri: str, lock: Path) -> Iterator[None]:
-    """Hold a lock of this node; that of a process that died is free. ModelError if it cannot be made."""
+    """Hold a lock of this node for the block; a process that dies releases its own. ModelError if there is none."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock, mode=0o664)  # a cache that several users share
@@ -155,7 +155,7 @@ def _copy(place: Location, folder: Path, file: RemoteFile) -> None:
 
 
 def _check_unchanged(place: Location, folder: Path, copied: list[RemoteFile]) -> None:
-    """What was copied must be what was listed: another node may have copied it earlier."""
+    """Raise ModelError unless what was copied is what was listed; other nodes may have copied it earlier."""
     now = {name: f"{found.bytes}-{found.mark}" for name, found in place.listed().items() if found.mark}
     for file in copied:
         if now.get(file.name, file.digest) != file.digest or not _is_whole(folder / file.name, file.bytes):

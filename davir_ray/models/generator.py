@@ -27,26 +27,26 @@ INPUT_COLUMNS = ["example_id", "source", "input_ids", "response_spans"]
 """Columns of examples that generation reads."""
 
 GENERATION_VERSION = 1
-"""Raised when a change here may change a text; part of the stage's fingerprint."""
+"""Increased when a change here may change a text; part of the stage's fingerprint."""
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 131072}
-"""Token budget of a batch unless the settings say otherwise: prompts and all new tokens, which the cache of keys and
-values grows to (16 GiB for 131072 tokens of an 8B Llama in bfloat16)."""
+"""Default token budget of a batch, prompts and new tokens together: the size that the key-value cache grows to (16 GiB
+for 131072 tokens of an 8B Llama in bfloat16)."""
 
 Prompt = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSettings:
-    """What the texts depend on beside the model."""
+    """Settings that the texts depend on, besides the model."""
 
     max_new_tokens: int
     precision: str = "auto"
     tokens_per_batch: int | None = None
     num_threads: int = 1
-    """Threads of the process on a CPU: another number may change the last bits."""
+    """Threads that the process computes with on a CPU; another number may change the last bits."""
     turn_end: int | None = None
-    """A token that ends a text beside those of the checkpoint: what the chat template puts behind a turn."""
+    """A token that ends a text in addition to the checkpoint's: the one that the chat template writes after a turn."""
 
 
 class Generated(NamedTuple):
@@ -55,19 +55,19 @@ class Generated(NamedTuple):
     tokens: list[int]
     """New tokens, without the one that ended it."""
     finished: bool
-    """Ended by an end-of-sequence token, not by the limit."""
+    """Whether an end-of-sequence token ended it, rather than the limit."""
 
 
 class Generator:
     """Holds a model, or a base with an adapter on it, and continues the prompts of tables of examples.
 
-    Greedy: at each step the token with the largest logit, whatever the checkpoint's generation settings say of
-    sampling, penalties or lengths. Of two logits that differ by a rounding either may win: batches are a function of
-    the table and the settings alone, so the same table gives the same texts.
+    Decoding is greedy: each step takes the token with the largest logit, whatever the checkpoint's generation settings
+    say about sampling, penalties or lengths. Of two logits that differ by a rounding error either may win; batches
+    depend on the table and the settings alone, so the same table gives the same texts.
     """
 
     def __init__(self, model: Checkpoint, settings: GeneratorSettings, base: Checkpoint | None = None) -> None:
-        """`base` is wanted where the model is an adapter."""
+        """`base` is needed if the model is an adapter."""
         torch.set_num_threads(settings.num_threads)
         device = local_device()
         dtype = resolve_dtype(settings.precision, device)
@@ -75,7 +75,7 @@ class Generator:
         self._tokenizer = (base if model.is_adapter and base is not None else model).tokenizer()
         self._model = load(model, base, dtype, device)
         self.stops_at = end_tokens(self._model, self._tokenizer, settings.turn_end)
-        # A configuration of our own: `generate` would take what this one leaves open from the checkpoint's.
+        # Replaced, since `generate` takes from the checkpoint's configuration what it is not told.
         self._model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -101,7 +101,7 @@ class Generator:
         """Continue every prompt of a table with INPUT_COLUMNS; returns GENERATIONS, in the same row order."""
         prompts = prompts_of(examples)
         found = self.generate(prompts, np.asarray(examples["example_id"]))
-        # Cleaning up, which some tokenizers do unless told, would write "3.5" for "3 .5".
+        # Clean-up, which some tokenizers do by default, would write "3.5" for "3 .5".
         texts = self._tokenizer.batch_decode(
             [one.tokens if one else [] for one in found], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -111,38 +111,39 @@ class Generator:
             "output": [text if one else None for one, text in zip(found, texts, strict=True)],
             "num_new_tokens": [len(one.tokens) + one.finished if one else None for one in found],
             "finished": [one.finished if one else None for one in found],
-            "status": [_status(prompt, one) for prompt, one in zip(prompts, found, strict=True)],
+            "status": [
+                Status.OK if one else Status.OUT_OF_MEMORY if len(prompt) else Status.NO_PREDICTOR
+                for prompt, one in zip(prompts, found, strict=True)
+            ],
         }
         return pa.table(columns, schema=GENERATIONS)
 
     def generate(self, prompts: Sequence[Prompt], ids: npt.NDArray[np.int64]) -> list[Generated | None]:
-        """The continuation of each prompt; None where it is empty, or does not fit the device even alone.
+        """The continuation of each prompt; None if the prompt is empty or does not fit the device even alone.
 
-        `ids` break ties in the order of batches.
+        Batches are sorted by length; `ids` break ties.
         """
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        room = self._room(lengths)
+        room = np.full(len(prompts), self._settings.max_new_tokens, dtype=np.int64)  # new tokens for each prompt
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None:
+            room = np.clip(positions - lengths, 0, room)
         found: list[Generated | None] = [None] * len(prompts)
         for row in np.flatnonzero((room == 0) & (lengths > 0)):
             found[row] = Generated([], False)
-        # One turn, unless a prompt leaves less of the model's positions than the limit.
+        # All prompts have the same limit, except those that leave fewer of the model's positions.
         for limit in np.unique(room[(lengths > 0) & (room > 0)]):
             rows = np.flatnonzero((lengths > 0) & (room == limit))
             batches = self._budget.run(partial(self._continue, prompts, int(limit)), rows, lengths + limit, ids)
             for batch, new_BN in batches:
                 for row, new in zip(batch, new_BN.tolist(), strict=True):
-                    found[row] = _until_end(new, self.stops_at)
+                    end = next((at for at, token in enumerate(new) if token in self.stops_at), None)
+                    found[row] = Generated(new[:end], end is not None)
         return found
-
-    def _room(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """New tokens that each prompt may get."""
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        most = np.full(len(lengths), self._settings.max_new_tokens, dtype=np.int64)
-        return most if positions is None else np.clip(positions - lengths, 0, most)
 
     @torch.inference_mode()
     def _continue(self, prompts: Sequence[Prompt], limit: int, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """New tokens of some prompts, padded on the right; the prompts are padded on the left, so all end together."""
+        """New tokens of some prompts, padded on the right. Prompts are padded on the left, so that all end together."""
         batch = [prompts[row] for row in rows]
         width = max(len(prompt) for prompt in batch)
         ids_BT = torch.full((len(batch), width), int(self._model.generation_config.pad_token_id))
@@ -158,7 +159,7 @@ class Generator:
 
 
 def load(model: Checkpoint, base: Checkpoint | None, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with its family's usual attention; an adapter on its base, switched on."""
+    """The model with its family's own attention; for an adapter, its base with the adapter switched on."""
     if not model.is_adapter:
         return model.model(dtype, device, attention=None)
     assert base is not None, "an adapter needs its base"
@@ -168,32 +169,20 @@ def load(model: Checkpoint, base: Checkpoint | None, dtype: torch.dtype, device:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn_end: int | None = None) -> list[int]:
-    """Tokens that end a text: those of the checkpoint's generation_config or config, the tokenizer's, a turn's."""
+    """Tokens that end a text: those of the checkpoint's configurations, of its tokenizer, and the end of a turn."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = [named] if isinstance(named, int) else list(named or [])
     return sorted({int(token) for token in [*ends, tokenizer.eos_token_id, turn_end] if token is not None})
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, stops_at: list[int]) -> int:
-    """A token to fill batches with: masked before a prompt, and never looked at behind an end."""
+    """A token to pad batches with: masked before a prompt and ignored after an end."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else [*stops_at, 0][0])
 
 
 def prompts_of(examples: pa.Table) -> list[Prompt]:
-    """The tokens of each example up to what is scored first; all of them where nothing is."""
+    """The tokens of each example before its first scored token; all of them if none is scored."""
     ids, spans = (examples[name].combine_chunks() for name in ("input_ids", "response_spans"))
     values, edges = np.asarray(ids.values), np.asarray(ids.offsets)
     ends = [span[0] if span else None for span in spans.to_pylist()]
     return [values[edges[row] : edges[row + 1]][:end] for row, end in enumerate(ends)]
-
-
-def _until_end(new: list[int], stops_at: list[int]) -> Generated:
-    """New tokens up to the first that ends the text."""
-    end = next((place for place, token in enumerate(new) if token in stops_at), None)
-    return Generated(new[:end], end is not None)
-
-
-def _status(prompt: Prompt, generated: Generated | None) -> Status:
-    if generated is not None:
-        return Status.OK
-    return Status.OUT_OF_MEMORY if len(prompt) else Status.NO_PREDICTOR

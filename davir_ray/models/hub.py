@@ -1,7 +1,7 @@
-"""The Hugging Face hub: a name becomes one commit, in the driver; that commit's files come to each node once.
+"""The Hugging Face hub: the driver resolves a name to one commit, whose files are downloaded once to each node.
 
-They lie in the cache that all Hugging Face libraries share (HF_HOME). HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
-huggingface_hub's own.
+They are stored in the cache that all Hugging Face libraries share (HF_HOME). HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+work as in huggingface_hub.
 """
 
 import glob
@@ -35,35 +35,35 @@ from davir_ray.run.storage_errors import CONTINUES, explain
 
 log = logging.getLogger(__name__)
 
-# RuntimeError is hf_xet's.
+# RuntimeError is raised by hf_xet.
 _UNREACHABLE = (TransportError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled, RuntimeError)
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @cache
 def resolve(name: str, revision: str | None) -> str:
-    """The commit of a branch, a tag, or (None) the default branch; asked once a process, so that it cannot move.
+    """The commit of a branch, a tag, or (None) the default branch; a process asks once, so that it stays the same.
 
-    A full commit hash is taken as it is. Where the hub cannot be reached it is the commit that this node saw last.
+    A full commit hash stands for itself. If the hub cannot be reached it is the last commit that this node knows.
     ModelError if there is none.
     """
     if not _NAME.fullmatch(name):
         raise ModelError(f"{name!r} is neither a folder here nor a hub name such as org/model or org/model@revision")
-    with _told(name, revision, ModelError):
+    with _hub_errors(name, revision, ModelError):
         offline = constants.HF_HUB_OFFLINE
         return str(HfApi().resolve_revision(name, revision=revision, local_files_only=offline).resolved)
 
 
 def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
-    """All files of a commit, from the hub or from the cache's copy of its list. ModelError if neither can be had.
+    """All files of a commit, by the hub or by the list in the cache. ModelError if neither is available.
 
-    Where a cache was filled without a list, by an older huggingface_hub, what it holds, if the hub cannot be reached.
+    An older huggingface_hub left no list in the cache: if the hub cannot be reached, it is the files in the cache.
     """
     try:
         return _cached_list(name, commit)
     except CachedRepoTreeNotFoundError:
-        with _told(name, commit, ModelError):
-            # Brings the list into the cache, and of the files what is needed in any case.
+        with _hub_errors(name, commit, ModelError):
+            # Writes the list to the cache, and the files that are needed in any case.
             folder = snapshot_download(name, revision=commit, allow_patterns=["config.json", "adapter_config.json"])
     try:
         return _cached_list(name, commit)
@@ -79,16 +79,16 @@ def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
 def fetch_from_hub(name: str, commit: str, wanted: list[RemoteFile]) -> Path:
     """Download the wanted files of a commit unless this node has them, and return their folder.
 
-    ModelError if the hub refuses or the cache cannot hold them; StorageError if hub or network fail.
+    ModelError if the hub refuses access or the cache cannot hold them; StorageError if the hub or the network fails.
     """
     repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=name, repo_type="model")
     folder = repository / "snapshots" / commit
     lock = repository.parent / ".locks" / repository.name / f"davir_ray-{commit}.lock"
 
     def download(missing: list[RemoteFile]) -> None:
-        with _told(name, commit, StorageError):
+        with _hub_errors(name, commit, StorageError):
             for file in missing:
-                if (folder / file.name).exists():  # in another length: damaged
+                if (folder / file.name).exists():  # with another length: damaged
                     hf_hub_download(name, file.name, revision=commit, force_download=True)
             snapshot_download(name, revision=commit, allow_patterns=[glob.escape(file.name) for file in missing])
 
@@ -98,9 +98,10 @@ def fetch_from_hub(name: str, commit: str, wanted: list[RemoteFile]) -> Path:
 
 @contextmanager
 def without_asking() -> Iterator[None]:
-    """For saving an adapter: peft (0.21) would ask the hub whether the base has another vocabulary, which it never has.
+    """Set HF_HUB_OFFLINE for the block, in which an adapter is saved.
 
-    peft reads the variable each time, unlike huggingface_hub.
+    peft (0.21) would ask the hub whether the base has another vocabulary, which it never has. Unlike huggingface_hub it
+    reads the variable each time.
     """
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -119,8 +120,8 @@ def _cached_list(name: str, commit: str) -> tuple[RemoteFile, ...]:
 
 
 @contextmanager
-def _told(name: str, revision: str | None, failed: type[DavirError]) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line; `failed` is the class where the hub gives no answer."""
+def _hub_errors(name: str, revision: str | None, failed: type[DavirError]) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a one-line error, of the class `failed` if the hub gives no answer."""
     try:
         yield
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -138,7 +139,7 @@ def _told(name: str, revision: str | None, failed: type[DavirError]) -> Iterator
         place = f"is no folder on {host()}, and" if failed is ModelError else f"on {host()}:"
         raise failed(f"{name} {place} {_absence(revision, error)}{_after(failed)}") from error
     except OSError as error:
-        if error.errno is None:  # huggingface_hub's own, of a file that did not come as it was announced
+        if error.errno is None:  # of huggingface_hub itself: a file did not arrive as announced
             raise failed(f"{name} on {host()}: {' '.join(str(error).split())[:300]}{_after(failed)}") from error
         raise ModelError(f"{name} cannot be kept in {constants.HF_HUB_CACHE} on {host()}: {explain(error)}") from error
 
@@ -161,7 +162,7 @@ def _refusal(name: str, revision: str | None, error: Exception) -> str:
 
 
 def _absence(revision: str | None, error: Exception) -> str:
-    """No answer of the hub, and no copy in the cache."""
+    """The reason where the hub gives no answer and the cache has no copy."""
     wanted = f"revision {revision}" if revision else "the default branch"
     lacks = f"the cache {constants.HF_HUB_CACHE} has no complete copy of {wanted}"
     if constants.HF_HUB_OFFLINE:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class TokenBudget:
-    """Most tokens of a pack. A pack that was too large once is not tried again as long as the worker lives."""
+    """The maximum number of tokens of a pack, lowered for good when a pack does not fit the device."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens

@@ -42,28 +42,28 @@ Tokenised = tuple[npt.NDArray[np.int32], tuple[int, ...]]
 """(input_ids, response_spans) of one example."""
 
 TokenNlls = list[npt.NDArray[np.float32] | None]
-"""Nats of each scored token, for each example; None where it does not fit the device even alone."""
+"""For each example the NLL in nats of its scored tokens; None if the example does not fit the device even alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSettings:
-    """What the numbers depend on beside the models."""
+    """Settings that the scores depend on, besides the models."""
 
     precision: str = "auto"
     tokens_per_pack: int | None = None
     num_threads: int = 1
-    """Threads of the process on a CPU: another number may change the last bits."""
+    """Threads that the process computes with on a CPU; another number may change the last bits."""
     keep_token_nll: str = "none"
-    """'all', 'none', or 'sample': rows whose hash falls below sample_share."""
+    """Rows whose token losses are kept: 'all', 'none', or a 'sample' of the share sample_share."""
     sample_share: float = 0.0
     autocast: str = "float32"
-    """Precision setting of a fine-tune whose arithmetic over these weights is wanted; float32: that of the weights."""
+    """The precision of the fine-tune whose arithmetic scoring repeats; float32: arithmetic in the weights' type."""
 
 
 class Scorer:
-    """Holds base and reference, and scores tables of examples. An adapter shares the base's one copy of the weights.
+    """Holds base and reference, and scores tables of examples. An adapter and its base share one copy of the weights.
 
-    Without a reference only the base's losses are computed: those of a frozen policy.
+    Without a reference only the base's losses are computed, for the frozen policy of preference training.
     """
 
     def __init__(
@@ -82,9 +82,12 @@ class Scorer:
         self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
-        self._reference = self._load_reference(reference, dtype, device)
+        self._reference: Likelihood | None = None
+        if reference is not None:
+            attach = reference.is_adapter
+            self._reference = self._attach(reference) if attach else Likelihood(reference.model(dtype, device))
         reference_attention = base_attention if self._reference is None else self_check(self._reference)
-        if self._reference is self._base:  # what the check found for one holds for both
+        if self._reference is self._base:  # one model with an adapter: its last check holds for both
             base_attention = reference_attention
         self._base_numerics = {
             "version": NUMERICS_VERSION,
@@ -106,34 +109,31 @@ class Scorer:
     def __call__(self, examples: pa.Table) -> pa.Table:
         """Score a table with INPUT_COLUMNS; returns the columns of SCORES, in the same row order."""
         sequences = list(_sequences(examples))
-        rows, place = _distinct(sequences)
+        rows, index = _distinct(sequences)
         ids = np.asarray(examples["example_id"])[rows]
         distinct = [sequences[row] for row in rows]
         base = self._base_token_nlls(distinct, ids)
         reference = None if self._reference is None else self._token_nlls(self._reference, distinct, ids)
-        return self._score_table(examples, place, base, reference)
-
-    def _load_reference(
-        self, reference: Checkpoint | None, dtype: torch.dtype, device: torch.device
-    ) -> Likelihood | None:
-        if reference is None:
-            return None
-        return self._attach(reference) if reference.is_adapter else Likelihood(reference.model(dtype, device))
+        return self._score_table(examples, index, base, reference)
 
     def _attach(self, adapter: Checkpoint) -> Likelihood:
-        """The base with the adapter on it. ModelError unless switching it leaves both as they were, bit for bit."""
+        """Attach an adapter to the base. ModelError unless switching it changes no bit of either model's losses."""
         before = probe(self._base)
         adapter.attach_to(self._base.model)
         switched_on = probe(self._base)
         with adapter_switched_off(self._base.model):
             if not torch.equal(probe(self._base), before):
-                raise ModelError(f"{adapter.uri} changes the base itself, also switched off; merge it into a model")
+                raise ModelError(
+                    f"{adapter.uri} changes the losses of the base even when it is switched off; merge it into a model"
+                )
         if not torch.equal(probe(self._base), switched_on):
-            raise ModelError(f"{adapter.uri} is another once it was switched off and on; merge it into a model")
+            raise ModelError(
+                f"{adapter.uri} gives other losses after it was switched off and on; merge it into a model"
+            )
         return self._base
 
     def _base_token_nlls(self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:
-        """The base's losses, from the cache if it has them."""
+        """The base's token losses, from the cache if it has them."""
         if self._cache is None:
             return self._token_nlls(self._base, sequences, ids, switched_off=True)
         place = self._cache.place(self._base_numerics, ids, sequences)
@@ -142,7 +142,7 @@ class Scorer:
             return list(kept)
         nlls = self._token_nlls(self._base, sequences, ids, switched_off=True)
         complete = [nll for nll in nlls if nll is not None]
-        if complete and len(complete) == len(nlls):  # what did not fit this device may fit another
+        if complete and len(complete) == len(nlls):  # what does not fit this device may fit another
             self._cache.write(place, complete)
         return nlls
 
@@ -155,7 +155,7 @@ class Scorer:
         *,
         switched_off: bool = False,
     ) -> TokenNlls:
-        """Token losses of every sequence, by the base where the adapter is switched off."""
+        """Token losses of every sequence; with the adapter switched off, those of the base."""
         device = likelihood.model.device
 
         def forward(rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -174,13 +174,13 @@ class Scorer:
         return nlls
 
     def _score_table(
-        self, examples: pa.Table, place: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls | None
+        self, examples: pa.Table, index: npt.NDArray[np.int64], base: TokenNlls, reference: TokenNlls | None
     ) -> pa.Table:
-        base_nll, base_status = _sums(base, place)
+        base_nll, base_status = _sums(base, index)
         if reference is None:
             reference_nll, reference_status = np.full_like(base_nll, np.nan), base_status
         else:
-            reference_nll, reference_status = _sums(reference, place)
+            reference_nll, reference_status = _sums(reference, index)
         davir = formulas.davir(base_nll, reference_nll)
         status = np.where(base_status == Status.OK, reference_status, base_status)
         status[(status == Status.OK) & (base_nll == 0)] = Status.ZERO_BASE_NLL
@@ -193,29 +193,29 @@ class Scorer:
             "rho_sum": _nullable(formulas.rho_sum(base_nll, reference_nll), known),
             "rho_mean": _nullable(formulas.rho_mean(base_nll, reference_nll, num_tokens), known),
             "status": pa.array(status.tolist(), pa.string()),
-            "base_token_nll": self._kept(examples, base, place),
-            "reference_token_nll": self._kept(examples, reference or [None] * len(base), place),
+            "base_token_nll": self._kept(examples, base, index),
+            "reference_token_nll": self._kept(examples, reference or [None] * len(base), index),
         }
         return pa.table(columns, schema=SCORES)
 
-    def _kept(self, examples: pa.Table, nlls: TokenNlls, place: npt.NDArray[np.int64]) -> pa.Array:
-        """Token losses of the rows whose are kept, null elsewhere."""
+    def _kept(self, examples: pa.Table, nlls: TokenNlls, index: npt.NDArray[np.int64]) -> pa.Array:
+        """The token losses of the rows that keep them, null elsewhere."""
         keep = self._settings.keep_token_nll
         share = {"all": 1.0, "none": 0.0, "sample": self._settings.sample_share}[keep]
         values = [
             nlls[at] if at >= 0 and is_sampled(int(example_id), share) else None
-            for example_id, at in zip(examples["example_id"].to_pylist(), place, strict=True)
+            for example_id, at in zip(examples["example_id"].to_pylist(), index, strict=True)
         ]
         return pa.array(values, pa.list_(pa.float32()))
 
 
 def is_sampled(example_id: int, share: float) -> bool:
-    """Whether a row belongs to a sample of this share: by its id alone, so the same rows in every run."""
+    """Whether a row belongs to a sample of this share. It depends on the id alone, so every run draws the same rows."""
     return seed_from("token_nll", example_id) < share * 2**63
 
 
 def _sequences(examples: pa.Table) -> Iterator[Tokenised]:
-    """(input_ids, spans) of each row, the ids as views."""
+    """(input_ids, response_spans) of each row; the ids are views."""
     ids, spans = (examples[name].combine_chunks() for name in ("input_ids", "response_spans"))
     values, edges = np.asarray(ids.values), np.asarray(ids.offsets)
     for row, span in enumerate(spans.to_pylist()):
@@ -223,10 +223,13 @@ def _sequences(examples: pa.Table) -> Iterator[Tokenised]:
 
 
 def _distinct(sequences: list[Tokenised]) -> tuple[list[int], npt.NDArray[np.int64]]:
-    """Rows of distinct scorable sequences, and for each row its place among them; -1 where nothing predicts a token."""
+    """One row for each distinct sequence, and for every row the index of its sequence; -1 if it cannot be scored.
+
+    A sequence cannot be scored if nothing predicts its first scored token.
+    """
     seen: dict[tuple[bytes, tuple[int, ...]], int] = {}
     rows: list[int] = []
-    place = np.full(len(sequences), -1, dtype=np.int64)
+    index = np.full(len(sequences), -1, dtype=np.int64)
     for row, (input_ids, spans) in enumerate(sequences):
         if not spans or spans[0] == 0:
             continue
@@ -234,23 +237,22 @@ def _distinct(sequences: list[Tokenised]) -> tuple[list[int], npt.NDArray[np.int
         if key not in seen:
             seen[key] = len(rows)
             rows.append(row)
-        place[row] = seen[key]
-    return rows, place
+        index[row] = seen[key]
+    return rows, index
 
 
-def _sums(nlls: TokenNlls, place: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
+def _sums(nlls: TokenNlls, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
     """Summed nats of each example, in float64 and token order, and its status; NaN where there is none."""
-    sums = [np.nan if nll is None else float(nll.sum(dtype=np.float64)) for nll in nlls]
-    statuses = [_status(nll, total) for nll, total in zip(nlls, sums, strict=True)]
-    total = np.array([sums[at] if at >= 0 else np.nan for at in place], dtype=np.float64)
-    status = np.array([statuses[at] if at >= 0 else Status.NO_PREDICTOR for at in place], dtype=object)
-    return total, status
-
-
-def _status(nll: npt.NDArray[np.float32] | None, total: float) -> Status:
-    if nll is None:
-        return Status.OUT_OF_MEMORY
-    return Status.OK if np.isfinite(total) else Status.NON_FINITE_NLL
+    totals, statuses = [], []
+    for nll in nlls:
+        total = np.nan if nll is None else float(nll.sum(dtype=np.float64))
+        found = Status.OK if np.isfinite(total) else Status.NON_FINITE_NLL
+        totals.append(total)
+        statuses.append(Status.OUT_OF_MEMORY if nll is None else found)
+    # The last is what the index -1 points to.
+    totals.append(np.nan)
+    statuses.append(Status.NO_PREDICTOR)
+    return np.array(totals)[index], np.array(statuses, dtype=object)[index]
 
 
 def _nullable(values: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_]) -> pa.Array:

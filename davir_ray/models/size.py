@@ -14,17 +14,17 @@ class ModelSize:
 
     num_parameters: int
     num_embedding: int
-    """Input embeddings: looked up, not multiplied with."""
+    """Parameters of the input embedding: looked up, not multiplied with."""
     num_head: int
-    """Of the output head: multiplied with at scored tokens only."""
+    """Parameters of the output head: multiplied with at scored tokens only."""
     num_layers: int
     hidden: int
     linear_edges: int
-    """Inputs and outputs of all linear layers but the head, added up: a LoRA adapter's parameters, for each rank."""
+    """Sum of inputs and outputs over all linear layers but the head: the parameters of a LoRA adapter of rank 1."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelSize":
-        """The size of a checkpoint's model; no weight is read. ModelError if it cannot be built."""
+        """The size of a checkpoint's model, without reading its weights. ModelError if it cannot be built."""
         model = checkpoint.skeleton()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         text = model.config.get_text_config()
@@ -48,21 +48,23 @@ class ModelSize:
         return self.num_parameters - self.num_embedding - (0 if tied else self.num_head)
 
     def forward_flops(self, num_tokens: float, num_scored: float, mean_length: float) -> float:
-        """Of one forward pass over packed examples: matrix products and causal attention, the head at scored tokens."""
+        """FLOPs of one forward pass over packed examples: linear layers, causal attention, head of scored tokens."""
         attention = 2 * self.num_layers * self.hidden * mean_length
         return num_tokens * (2 * self.num_body + attention) + num_scored * 2 * self.num_head
 
 
 def num_ids(checkpoint: Checkpoint) -> int:
-    """Token ids that the model has rows for, in its embedding and in its head; it may have more than its tokenizer.
+    """Number of token ids that both the embedding and the head have a row for; it may exceed the tokenizer's.
 
-    By the configuration: weights of another shape are refused when they are loaded.
+    It is that of the configuration: weights of another shape are refused when they are loaded.
     """
     model = checkpoint.skeleton()
     try:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
     except NotImplementedError as error:
-        raise ModelError(f"{checkpoint.uri} does not tell its embeddings ({error}), which scoring needs") from error
+        raise ModelError(
+            f"{checkpoint.uri} does not say which modules are its embeddings ({error}), which scoring needs"
+        ) from error
     rows = [int(end.weight.shape[0]) for end in ends if hasattr(end, "weight")]
     if not rows:
         raise ModelError(f"{checkpoint.uri} has neither an embedding nor a head with weights, so it cannot be scored")

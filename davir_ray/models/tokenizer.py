@@ -9,7 +9,7 @@ from davir_ray.run.digests import digest
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What changes when text would be encoded differently: vocabulary, merges, normalisation, special tokens."""
+    """A digest of all that decides how text is encoded: vocabulary, merges, normalisation, special tokens."""
     added = sorted((i, str(token), token.special) for i, token in tokenizer.added_tokens_decoder.items())
     return digest([_encoding(tokenizer), added, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
 
@@ -17,7 +17,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_same_encoding(
     base: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase, names: tuple[str, str]
 ) -> None:
-    """Raise ModelError unless both encode text alike; added special tokens and chat templates may differ."""
+    """Raise ModelError unless both encode text in the same way; added special tokens and chat templates may differ."""
     if _encoding(base) != _encoding(reference) or _added_words(base) != _added_words(reference):
         raise ModelError(
             f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their "
@@ -35,7 +35,7 @@ def _added_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
 
 
 def _encoding(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of how text becomes ids, without added tokens and chat templates."""
+    """A digest of how text becomes ids, without added tokens and chat templates."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return digest(sorted(tokenizer.get_vocab().items()))

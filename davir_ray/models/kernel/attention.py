@@ -1,10 +1,10 @@
 """Causal attention within each sequence of a pack, for any transformers model that uses AttentionInterface.
 
-Sequences lie end to end in one row of tokens and do not see each other; nothing is padded. So packed scores equal those
-of a batch of one: bit for bit on a CPU at one thread, but for sequences of a few tokens, where the matrix library takes
-other paths for a few rows and the last bits differ. The lengths travel as the keyword `sequence_lengths` through the
-backbone's forward, and their edges as `sequence_edges`. Packing by position_ids alone silently mixes examples in
-transformers 5.23 when use_cache is left on or a mask is passed; this does not rely on it.
+Sequences are concatenated in one row of tokens and cannot attend to each other; nothing is padded. So packed scores
+equal those of a batch of one: bitwise on a CPU with one thread, except that for sequences of a few tokens the matrix
+library uses other kernels and the last bits differ. The lengths are passed through the backbone's forward as the
+keyword `sequence_lengths`, their edges as `sequence_edges`. Packing by position_ids alone silently mixes examples in
+transformers 5.23 if use_cache is left on or a mask is passed; this does not rely on it.
 """
 
 import inspect
@@ -40,9 +40,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend causally within each sequence; query [1, heads, T, D], result [1, T, heads, D].
 
-    `sequence_edges` are the lengths' cumulative sums from 0, int32, where a GPU has them at hand. Without
-    `sequence_lengths` each row of the batch is one sequence. What a model asks for through other keywords (attention
-    sinks, ALiBi) is not honoured here: self_check.py finds such models.
+    `sequence_edges` are the cumulative sums of the lengths from 0, int32, on a GPU. Without `sequence_lengths` each row
+    of the batch is one sequence. What a model asks for by other keywords (attention sinks, ALiBi) is ignored here:
+    self_check.py finds such models.
     """
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embedding leaves queries and keys in float32 where values are in the autocast type.
@@ -64,7 +64,7 @@ def packed_attention(
 
 
 def equal_runs(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Neighbouring sequences of equal length as (first token, number of sequences, length)."""
+    """Adjacent sequences of equal length as (first token, number of sequences, length)."""
     runs: list[tuple[int, int, int]] = []
     position = 0
     for length in lengths:
@@ -116,7 +116,7 @@ def _attend(
 
 
 def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """[L, L], true where a query may see a key: itself and what lies before it, within the window."""
+    """[L, L], true where a query may attend to a key: to itself and to what precedes it within the window."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < (sliding_window or length))
@@ -145,7 +145,7 @@ def _attend_cuda(
 
 @cache
 def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What this torch on this GPU takes: 2.11 groups heads unasked, and one split is refused by some kernels."""
+    """Options that this torch supports on this GPU: 2.11 groups heads without being told, some kernels refuse one split."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -157,14 +157,14 @@ def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     try:
         varlen_attn(heads, heads, heads, edges, edges, 2, 2, window_size=(-1, 0), num_splits=1)
     except RuntimeError as error:
-        log.info("flash attention may split keys, so neighbours in a pack may change the last bits: %s", error)
+        log.info("flash attention may split keys, so the other sequences of a pack may change the last bits: %s", error)
         return options
-    # With more splits the longest sequence of a pack decides in what order those beside it are summed.
+    # With more splits the longest sequence of a pack decides in which order the others are summed.
     return options | {"num_splits": 1}
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The packed function masks by lengths; a mask of [T, T] for a whole pack would never be used."""
+    """Return no mask: the packed function masks by lengths, and would never use one of [T, T] for a whole pack."""
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

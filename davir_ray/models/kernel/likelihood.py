@@ -1,8 +1,8 @@
 """The likelihood kernel: packed examples → negative log-likelihood of every scored token.
 
-The one kernel of scoring, fine-tuning and held-out loss. The backbone runs over the pack without padding; the head runs
-only on the hidden rows that predict scored tokens, in chunks, so no [tokens, vocabulary] tensor ever exists, in the
-backward pass neither.
+The one kernel of scoring, fine-tuning and held-out loss. The backbone runs over the pack without padding. The head runs
+in chunks, only on the hidden states that predict scored tokens, so that no [tokens, vocabulary] tensor ever exists, not
+even in the backward pass.
 
 Letters in tensor names: T tokens of the pack, R scored tokens of the pack, C rows of one chunk, H hidden, V vocabulary.
 """
@@ -25,22 +25,22 @@ from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.packing import Spans, scored_positions
 
 NUMERICS_VERSION = 2
-"""Raised when a change here may change the bits of a score; part of the score stage's fingerprint."""
+"""Increased when a change here may change the bits of a score; part of the score stage's fingerprint."""
 
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
-"""Rows of the head at once."""
+"""Hidden states that the head is applied to at once."""
 
 _CACHED_LOGITS = 2**18
-"""Logits of a block whose softmax is taken at once on a CPU: 1 MiB in float32, which its own cache holds. Whole chunks
-go through memory four times, and freshly mapped memory at that: the head took 1.35 times as long."""
+"""Logits whose softmax is computed at once on a CPU: 1 MiB in float32, which fits a core's cache. With whole chunks, which
+pass through newly mapped memory four times, the head took 1.35 times as long."""
 
 TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
-"""Token budget of a pack unless the settings say otherwise."""
+"""Default token budget of a pack."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Examples laid end to end, with the rows that predict their scored tokens."""
+    """Concatenated examples, with the positions that predict their scored tokens."""
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -49,14 +49,14 @@ class Pack:
     targets_R: torch.Tensor
     """The scored tokens."""
     edges_N1: torch.Tensor
-    """Where each of N sequences begins, and where the last ends; int32, as attention on a GPU wants them."""
+    """Where each of N sequences begins, and where the last ends; int32, as attention on a GPU requires."""
     sequence_lengths: tuple[int, ...]
     num_scored: tuple[int, ...]
-    """Scored tokens of each example; they lie end to end in R."""
+    """Number of scored tokens of each example, in the order of R."""
 
     @classmethod
     def of(cls, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Self:
-        """Lay out (input_ids, response_spans) of examples. No span may begin at token 0: nothing predicts it."""
+        """Concatenate (input_ids, response_spans) of examples. No span may begin at token 0, which nothing predicts."""
         predictors, targets, num_scored = [], [], []
         start = 0
         for input_ids, spans in examples:
@@ -79,7 +79,7 @@ class Pack:
         )
 
     def stretches(self, length: int) -> list[Self]:
-        """The pack cut wherever its sequences change between at most `length` tokens and more."""
+        """Split the pack wherever its sequences change between at most `length` tokens and more."""
         is_long = np.array(self.sequence_lengths) > length
         cuts = [0, *(np.flatnonzero(is_long[1:] != is_long[:-1]) + 1).tolist(), len(is_long)]
         return [self._sequences(first, last) for first, last in pairwise(cuts)]
@@ -99,7 +99,7 @@ class Pack:
         )
 
     def to(self, device: torch.device) -> Self:
-        """The same pack there; to a GPU from pinned memory, without waiting for what the GPU is doing."""
+        """The same pack on a device; copied to a GPU from pinned memory, without waiting for the GPU's current work."""
         if device.type == "cpu":
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
