@@ -37,8 +37,8 @@ _TAKEN = {
     },
     "IA3": _DESCRIBES | {"feedforward_modules", "init_ia3_weights"},
 }  # fmt: skip
-"""Kinds of adapters that are known to give peft's losses and to leave the base unchanged when they are switched off, with
-the settings that may have any value. Any other setting must have peft's default."""
+"""Kinds of adapters that are known to give peft's losses and to leave the base unchanged when switched off, with the
+settings that may have any value. Any other setting must have peft's default."""
 
 _ALSO_TAKEN = {"task_type": (None, "CAUSAL_LM"), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 """Further values that settings may have. Other initialisations of an adapter rewrite the base's weights."""

@@ -269,7 +269,7 @@ class Checkpoint:
             folder = Path(self.uri)
             if not folder.is_dir():
                 raise ModelError(
-                    f"{folder} is no folder on {host()}; copy it there on every node, or give s3://… or a hub name"
+                    f"{folder} is no folder on {host()}; put it there on every node, or give s3://… or a hub name"
                 )
             return folder
         folder = self._fetch([file for file in self.files if _is_description(file.name, self.trust_remote_code)])

@@ -145,7 +145,7 @@ def _attend_cuda(
 
 @cache
 def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Options that this torch supports on this GPU: 2.11 groups heads without being told, some kernels refuse one split."""
+    """Options that this torch supports on this GPU: 2.11 always groups heads, and some kernels refuse one split."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters

@@ -31,8 +31,8 @@ _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 """Hidden states that the head is applied to at once."""
 
 _CACHED_LOGITS = 2**18
-"""Logits whose softmax is computed at once on a CPU: 1 MiB in float32, which fits a core's cache. With whole chunks, which
-pass through newly mapped memory four times, the head took 1.35 times as long."""
+"""Logits whose softmax is computed at once on a CPU: 1 MiB in float32, which fits a core's cache. With whole chunks the
+head took 1.35 times as long: they pass through newly mapped memory four times."""
 
 TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
 """Default token budget of a pack."""
@@ -115,22 +115,22 @@ class Likelihood(torch.nn.Module):
         super().__init__()
         self.model = model
         self.packed = model.config._attn_implementation == PACKED_ATTENTION
-        """Cleared when the self-check finds that this architecture cannot be packed exactly."""
+        """Whether packs are run without padding; the self-check clears it for models that cannot be packed exactly."""
         self._chunk_rows = _CHUNK_ROWS.get(model.device.type, 1024)
-        self._rope_types, self._rope_length = _rope_that_switches(model.config.get_text_config())
+        self._rope_types, self._rope_length = _length_dependent_rope(model.config.get_text_config())
 
     @property
     def one_pass_length(self) -> int | None:
-        """Tokens of a sequence up to which a forward runs the backbone just once. None: any."""
+        """Maximum length of sequences for which a forward runs the backbone only once. None: no limit."""
         return self._rope_length if self._rope_types else None
 
     def forward(self, pack: Pack) -> torch.Tensor:
-        """NLL in nats of every scored token of the pack, float32 at least, [R]; differentiable.
+        """NLL in nats of every scored token of the pack, in float32 or better, [R]; differentiable.
 
-        ModelError for a sequence whose rotary frequencies would depend on what ran before it.
+        ModelError for a sequence whose rotary frequencies would depend on the sequences that ran before it.
         """
         if self._rope_types and max(pack.sequence_lengths) > self._rope_length:
-            # transformers takes the frequencies of a whole call from its longest sequence.
+            # transformers takes the frequencies of a whole call from the longest sequence.
             if "dynamic" in self._rope_types:
                 raise ModelError(
                     f"a sequence has {max(pack.sequence_lengths)} tokens, but dynamic rotary embedding is exact up to "
@@ -147,7 +147,7 @@ class Likelihood(torch.nn.Module):
             torch.split(hidden_RH, self._chunk_rows), torch.split(pack.targets_R, self._chunk_rows), strict=True
         )
         if torch.is_grad_enabled():
-            # Logits of a chunk are recomputed in the backward pass instead of kept.
+            # The logits of a chunk are recomputed in the backward pass instead of kept.
             return torch.cat([checkpoint(self._head_nll, h, t, use_reentrant=False) for h, t in chunks])
         return torch.cat([self._head_nll(hidden, targets) for hidden, targets in chunks])
 
@@ -163,9 +163,9 @@ class Likelihood(torch.nn.Module):
         return torch.as_tensor(hidden_1TH[0, pack.predictors_R])
 
     def _hidden_padded(self, pack: Pack) -> torch.Tensor:
-        """The backbone with its own attention over a padded batch; in a pack lengths are near each other.
+        """The backbone with its own attention over a padded batch; the lengths within a pack are similar.
 
-        Padding stands on the right, which no causal model can see.
+        Padding is on the right, where no causal model attends to it.
         """
         rows = torch.split(pack.input_ids_T, list(pack.sequence_lengths))
         mask_NL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -186,15 +186,15 @@ class Likelihood(torch.nn.Module):
         as_in_training = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_CH.device.type)
         if not (plain and hidden_CH.is_cuda) or as_in_training:
             return torch.as_tensor(head(hidden_CH))
-        # The product is summed in float32 anyway; the module would round it to half precision.
+        # The product is accumulated in float32 anyway; the module would round it to half precision.
         logits_CV = torch.mm(hidden_CH, head.weight.t(), out_dtype=torch.float32)
         return logits_CV if head.bias is None else logits_CV + head.bias
 
 
 def active_head(model: PreTrainedModel) -> Any:
-    """The output head that is used: the base's own where an adapter is switched off, else what the adapter made of it.
+    """The output head in use: the base's own if an adapter is switched off, else the adapter's.
 
-    Without the wrapping of modules_to_save, so that it is seen to be a plain linear layer.
+    Without the wrapper of modules_to_save, so that a plain linear layer is recognised as one.
     """
     head: Any = model.get_output_embeddings()
     if getattr(head, "disable_adapters", False):
@@ -203,23 +203,23 @@ def active_head(model: PreTrainedModel) -> Any:
     return head if trained is None else trained[head.active_adapters[0]]
 
 
-def _rope_that_switches(config: Any) -> tuple[set[str], int]:
-    """Rotary embeddings whose frequencies change with the length of a call, and the length above which they do."""
+def _length_dependent_rope(config: Any) -> tuple[set[str], int]:
+    """Rotary embeddings whose frequencies depend on the length of a call, and the length above which they change."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    switching = [each for each in by_layer if each.get("rope_type") in ("longrope", "dynamic")]
-    most = getattr(config, "max_position_embeddings", 0)
+    dependent = [each for each in by_layer if each.get("rope_type") in ("longrope", "dynamic")]
+    positions = getattr(config, "max_position_embeddings", 0)
     lengths = [
         each.get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)
-        or most
-        for each in switching
+        or positions
+        for each in dependent
     ]
-    return {each["rope_type"] for each in switching}, min(lengths, default=0)
+    return {each["rope_type"] for each in dependent}, min(lengths, default=0)
 
 
 def _adjust_logits(config: object, logits: torch.Tensor) -> torch.Tensor:
-    """What some families do to the head's output: Cohere and Granite scale it, Gemma 2 caps it."""
+    """Scale or cap the head's output as the family does: Cohere and Granite scale it, Gemma 2 caps it."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale

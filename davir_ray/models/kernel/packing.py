@@ -1,6 +1,6 @@
 """Packs: groups of examples that share one forward pass without padding.
 
-Packing is a pure function of a shard's content, so a repeated shard gives the same bits whatever the worker count.
+Packing is a pure function of a shard's content, so scoring it again gives the same bits with any number of workers.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 Spans = Sequence[int] | npt.NDArray[np.int32]
-"""(start, end) pairs into an example's tokens, end exclusive: what is scored."""
+"""The scored tokens of an example as (start, end) pairs, flattened, end exclusive."""
 
 
 def pack(lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], budget: int) -> list[npt.NDArray[np.int64]]:
     """Cut examples, sorted by (length, id), into packs of at most `budget` tokens.
 
-    Returns row indices for each pack; an example longer than the budget gets a pack of its own. Sorting brings equal
-    lengths together, which attention then computes as one batch.
+    Returns the row indices of each pack; an example longer than the budget gets a pack of its own. Sorting brings
+    together equal lengths, which attention computes as one batch.
     """
     order = np.lexsort((ids, lengths))
     packs: list[npt.NDArray[np.int64]] = []
@@ -32,6 +32,6 @@ def pack(lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], budget: int
 
 
 def scored_positions(spans: Spans) -> npt.NDArray[np.int64]:
-    """Positions that (start, end) pairs cover, in order."""
+    """The positions that (start, end) pairs cover, in order."""
     pairs = zip(spans[::2], spans[1::2], strict=True)
     return np.concatenate([np.arange(start, end) for start, end in pairs] or [np.empty(0, np.int64)])

@@ -1,6 +1,6 @@
-"""The check at start-up: may this model be packed, and does anything reproduce its own losses?
+"""The check at start-up: can this model be packed, and if not, is there another way to reproduce its own losses?
 
-Models are told apart by what they compute, never by a list of names.
+Models are distinguished by what they compute, never by a list of names.
 """
 
 import logging
@@ -27,9 +27,9 @@ _LONGEST_CHECK = 1100
 def self_check(likelihood: Likelihood) -> str:
     """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before scoring.
 
-    Returns how the model will be run: 'packed', or 'padded' and by which attention, with a warning, where packing is
-    not exact (attention sinks, ALiBi, linear attention). ModelError where even that differs, because the head does
-    something unknown, or where the model is not causal.
+    Returns how the model will be run: 'packed', or 'padded' with the name of its attention, and a warning, if packing
+    is not exact (attention sinks, ALiBi, linear attention). ModelError if padded losses differ, too, because the head
+    does something unknown, or if the model is not causal.
     """
     model, family = likelihood.model, type(likelihood.model).__name__
     examples = _check_examples(model)
@@ -59,13 +59,13 @@ def self_check(likelihood: Likelihood) -> str:
 
 
 def probe(likelihood: Likelihood) -> torch.Tensor:
-    """Losses of the check's sequences: equal bits before and after say that a model has stayed what it was."""
+    """Losses of the check's sequences: if they are bitwise equal before and after, the model has not changed."""
     with torch.inference_mode():
         return torch.as_tensor(likelihood(Pack.of(_check_examples(likelihood.model)))).cpu()
 
 
 def _check_examples(model: PreTrainedModel) -> list[tuple[npt.NDArray[np.int32], Spans]]:
-    """Short sequences; on a GPU also one of several blocks of flash attention, and one beyond the sliding window."""
+    """Short sequences, one longer than the sliding window, and on a GPU one of several blocks of flash attention."""
     config = model.config.get_text_config()
     lengths = [3, 8, 8, 21]
     window = getattr(config, "sliding_window", None) or 0
@@ -82,9 +82,9 @@ def _check_examples(model: PreTrainedModel) -> list[tuple[npt.NDArray[np.int32],
 def _difference(
     likelihood: Likelihood, examples: list[tuple[npt.NDArray[np.int32], Spans]], expected: list[torch.Tensor]
 ) -> float:
-    """In nats a token, the largest; infinite where the model refuses the call.
+    """The largest difference in nats per token; infinite if the model refuses the call.
 
-    In half precision all but the largest tenth: a few tokens may be routed to other experts by a rounding.
+    In half precision the 0.9 quantile: rounding may route a few tokens to other experts.
     """
     with torch.inference_mode():
         try:
@@ -102,7 +102,7 @@ def _difference(
 
 
 def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
-    """Token losses by transformers' own whole forward with eager attention: shares nothing with the kernel."""
+    """Token losses by transformers' own full forward with eager attention, which shares no code with the kernel."""
     ids_1T = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
     before = model.config._attn_implementation
     _use_attention(model, "eager")
@@ -122,7 +122,7 @@ def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: S
 
 @contextmanager
 def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let a head on a GPU sum in float32 as the kernel's does: logits above 64 are rounded by a quarter of a nat."""
+    """Let a head on a GPU return float32, as the kernel's does: bfloat16 rounds logits above 64 by up to 0.25 nats."""
 
     def product(head: Any, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
@@ -143,15 +143,15 @@ def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
 def _use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch the attention of a model.
 
-    Families that do not use AttentionInterface ignore set_attn_implementation but take their mask by the name in the
-    configuration: left at PACKED_ATTENTION, Bloom and CodeGen would silently see the future.
+    Families that do not use AttentionInterface ignore set_attn_implementation but choose their mask by the name in the
+    configuration: with PACKED_ATTENTION there, Bloom and CodeGen would silently attend to later tokens.
     """
     model.set_attn_implementation(name)
     model.config._attn_implementation = name
 
 
 def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> None:
-    """Raise ModelError if a token's loss depends on a later token, by the model's own forward."""
+    """Raise ModelError if, in the model's own forward, a token's loss depends on a later token."""
     changed = input_ids.copy()
     changed[-1] = (changed[-1] + 1) % int(model.config.get_text_config().vocab_size)
     difference = (eager_nll(model, input_ids, spans)[:-1] - eager_nll(model, changed, spans)[:-1]).abs().max()
@@ -160,5 +160,8 @@ def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], span
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Nats a token. Exact families differ by at most 7e-5 in float32, unsuited ones by whole nats (33 were tried)."""
+    """The allowed difference in nats per token.
+
+    Of 33 families tried in float32, those that can be packed differ by at most 7e-5 and the others by whole nats.
+    """
     return 2e-3 if dtype in (torch.float32, torch.float64) else 0.3

@@ -1,4 +1,4 @@
-"""What a fine-tune learns from: all examples of a run in the memory of each worker, and what is minimised over them."""
+"""The training data of a fine-tune, in the memory of each worker, and the objective that is minimised over it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,37 +16,37 @@ from davir_ray.models.kernel.likelihood import Pack
 
 
 class Objective(Protocol):
-    """What is trained on, row by row, and what is minimised: a sum over the rows of a batch, divided by its weight."""
+    """Rows to train on, and the loss: a sum over the rows of a batch, divided by the weight of the batch."""
 
     measures: ClassVar[tuple[str, ...]]
-    """Names of what is summed over a batch; the first is the loss."""
+    """Names of the quantities that are summed over a batch; the first is the loss."""
 
     def __len__(self) -> int: ...
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
-        """A number for each row, by which rows of the same length are put in order."""
+        """One number for each row, which orders rows of the same length."""
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a manifest tells of it."""
+        """Details of the objective for the manifest."""
 
     def weight(self, rows: npt.NDArray[np.int64]) -> int:
-        """What the sums over some rows are divided by."""
+        """The number that sums over these rows are divided by."""
 
     def pack(self, rows: npt.NDArray[np.int64]) -> Pack:
-        """Some rows as one pack."""
+        """These rows as one pack."""
 
     def sums(self, nll_R: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The measures, [K], of the rows whose pack has these NLLs; differentiable in the first."""
+        """The measures, [K], summed over these rows, whose pack has these NLLs; the first is differentiable."""
 
 
 TRAINING_COLUMNS = ["example_id", "input_ids", "response_spans"]
@@ -64,7 +64,7 @@ _TRAINING_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """All examples of a run in memory, as flat arrays: 4 bytes a token. The loss is of the response tokens."""
+    """All examples of a run in memory, as flat arrays: 4 bytes per token. The loss is that of the response tokens."""
 
     measures: ClassVar[tuple[str, ...]] = ("loss",)
 
@@ -76,7 +76,7 @@ class TrainingSet:
 
     @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> Self:
-        """From tables with TRAINING_COLUMNS; examples whose first scored token nothing predicts are left out."""
+        """Read tables with TRAINING_COLUMNS; examples whose first scored token nothing predicts are left out."""
         table = pa.concat_tables([table.select(TRAINING_COLUMNS) for table in tables]).cast(_TRAINING_SCHEMA)
         table = table.filter(pc.greater(pc.list_value_length(table["response_spans"]), 0))
         table = table.filter(pc.greater(pc.list_element(table["response_spans"], 0), 0))
@@ -96,21 +96,21 @@ class TrainingSet:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return np.diff(self.token_edges)
 
     @property
     def details(self) -> dict[str, Any]:
-        """Nothing: the settings say it all."""
+        """Empty: the settings describe this objective completely."""
         return {}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Number of tokens of the longest example."""
         return int(self.lengths.max())
 
     def pack(self, rows: npt.NDArray[np.int64]) -> Pack:
-        """Some examples as one pack."""
+        """These examples as one pack."""
         return Pack.of([(self._tokens(row), self._spans(row)) for row in rows])
 
     def sums(self, nll_R: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -118,7 +118,7 @@ class TrainingSet:
         return nll_R.sum()[None]
 
     def weight(self, rows: npt.NDArray[np.int64]) -> int:
-        """Scored tokens of some examples."""
+        """Number of scored tokens of these examples."""
         return sum(int(np.diff(self._spans(row).reshape(-1, 2)).sum()) for row in rows)
 
     def _tokens(self, row: int) -> npt.NDArray[np.int32]:

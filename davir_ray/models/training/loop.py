@@ -1,8 +1,9 @@
 """The fine-tuning loop over packs: response tokens only, the same steps at any world size.
 
-The plan is a pure function of (seed, epoch) and the examples: which examples form each global batch, and how they pack.
-Each rank takes its share of a batch's packs. The loss is the sum of response NLLs over the global batch divided by its
-response tokens, so neither gradient accumulation nor uneven packs change it. A resume is a step number.
+The plan is a pure function of (seed, epoch) and the examples: which examples form each global batch, and how they are
+packed. Each rank takes its share of a batch's packs. The loss is the sum of response NLLs over the global batch divided
+by the number of its response tokens, so neither gradient accumulation nor uneven packs change it. To resume, a step
+number is enough.
 """
 
 import logging
@@ -38,20 +39,20 @@ class Batch:
     """One global batch: one optimiser step."""
 
     step: int
-    """From 1."""
+    """Counted from 1."""
     epoch: int
-    """From 1."""
+    """Counted from 1."""
     rows: npt.NDArray[np.int64]
     ends_epoch: bool
 
 
 def plan(num_examples: int, batch_size: int, epochs: int, seed: int, max_steps: int | None = None) -> Iterator[Batch]:
-    """Every global batch of the run, in order: each epoch a permutation drawn from (seed, epoch)."""
+    """Every global batch of the training in order; each epoch is a permutation drawn from (seed, epoch)."""
     return islice(_batches(num_examples, batch_size, seed), num_steps(num_examples, batch_size, epochs, max_steps))
 
 
 def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Epoch after epoch without an end."""
+    """Global batches without end, epoch after epoch."""
     step = 0
     for epoch in count(1):
         order = np.random.default_rng([seed, epoch]).permutation(num_examples)
@@ -66,12 +67,12 @@ def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int | None = None) -> int:
-    """Optimiser steps of the run: `max_steps`, or so many epochs."""
+    """Number of optimiser steps: `max_steps` if given, else those of `epochs`."""
     return max_steps or epochs * math.ceil(num_examples / batch_size)
 
 
 def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
-    """Linear warm-up, then a cosine to 0: the share of the peak rate at a step counted from 1."""
+    """Share of the peak learning rate at a step, counted from 1: linear warm-up, then a cosine to 0."""
     warmup = math.ceil(warmup_ratio * total)
     if step <= warmup:
         return step / warmup
@@ -80,26 +81,26 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What a step tells the outside; the same on every rank."""
+    """The result of a step; the same on every rank."""
 
     step: int
     total_steps: int
     epoch: int
     ends_epoch: bool
     loss: float
-    """Nats a response token, over the global batch, before the step."""
+    """Nats per response token over the global batch, before the step."""
     measures: dict[str, float]
-    """The loss, and what else the objective tells, over the global batch."""
+    """The objective's measures over the global batch, the loss among them."""
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     tokens_per_second: float
-    """Of this step, prompt tokens included, over all ranks."""
+    """Rate of this step over all ranks, prompt tokens included."""
     num_tokens: int
-    """The same tokens, counted."""
+    """Number of tokens of this step, prompt tokens included."""
 
 
 class Trainer:
-    """The model, its optimiser and the position in the plan; one on every rank."""
+    """The model, its optimiser and the position in the plan; every rank has one."""
 
     def __init__(
         self, module: Likelihood | DistributedDataParallel, objective: Objective, config: FinetuneConfig
@@ -137,9 +138,9 @@ class Trainer:
         return self._spread.every_rank_saves
 
     def steps(self) -> Iterator[StepReport]:
-        """Take every step after the current position, one each time that the caller asks for the next report.
+        """Take the steps after the current position; a step is taken when the caller asks for its report.
 
-        Iterate on every rank, to the end.
+        Every rank must iterate to the end.
         """
         self._module.train()
         config = self._config
@@ -165,18 +166,19 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """The last step that was taken, by this trainer or the one whose state it took over."""
+        """The last step that was taken, by this trainer or by the one whose state it loaded."""
         return self._step
 
-    def summary(self, most_points: int) -> dict[str, Any]:
-        """Where the run stands: last step, its loss, and each measure's curve, of means over equal stretches of steps.
+    def summary(self, max_points: int) -> dict[str, Any]:
+        """The last step, its loss, and a curve for each measure: points of (last step, mean) of equal ranges of steps.
 
-        Each value is of a global batch before its step; the loss of a fine-tune is in nats a response token.
+        Each value was measured over a global batch before its step. The loss of a fine-tune is in nats per response
+        token.
         """
-        stretches = np.array_split(np.arange(len(self._history)), min(most_points, len(self._history)))
+        ranges = np.array_split(np.arange(len(self._history)), min(max_points, len(self._history)))
         history = np.array(self._history)
         curves = {
-            name: [[int(steps[-1]) + 1, float(history[steps, column].mean())] for steps in stretches]
+            name: [[int(steps[-1]) + 1, float(history[steps, column].mean())] for steps in ranges]
             for column, name in enumerate(self._objective.measures)
         }
         return {"step": self._step, "loss": self._history[-1][0], "by_step": curves}
@@ -186,17 +188,17 @@ class Trainer:
         self._spread.save(folder, self._optimizer, Position(self._step, self._history))
 
     def load_state(self, folder: Path) -> None:
-        """Continue after the step that a saved state holds; on every rank. IntegrityError if it was damaged."""
+        """Continue after the step of a saved state; called on every rank. IntegrityError if the state is damaged."""
         position = self._spread.load(folder, self._optimizer)
         self._step, self._history = position.step, position.history
         log.info("continuing after step %d of %d", self._step, self._total)
 
     def gathered_weights(self) -> Weights | None:
-        """Weights for `save_reference`; on every rank. None: the model's own."""
+        """The weights for `save_reference`; called on every rank. None: the model's own."""
         return self._spread.gathered()
 
     def _train_batch(self, batch: Batch) -> tuple[list[float], float]:
-        """One optimiser step; returns the global batch's measures, the loss first, and the gradient's norm."""
+        """Take one optimiser step; returns the global batch's measures, the loss first, and the gradient's norm."""
         config = self._config
         torch.manual_seed(seed_from("dropout", config.seed, batch.step, self._rank))
         measured = self.backward(batch.rows)
@@ -224,10 +226,10 @@ class Trainer:
         turns = math.ceil(len(packs) / self._world_size)
         for turn in range(turns):
             mine = turn * self._world_size + self._rank
-            # A rank without a pack in the last turn repeats the first with weight 0: all must join the exchange.
+            # A rank without a pack in the last turn repeats the first with weight 0: all must join the all-reduce.
             share = 1.0 if mine < len(packs) else 0.0
             sums_K = share * self._pack_sums(rows[packs[mine if share else 0]], exchange=turn == turns - 1)
-            # Gradients are averaged over ranks; the sum over the global batch is wanted.
+            # Gradients are averaged over ranks, but their sum over the global batch is needed.
             (sums_K[0] * (self._world_size / weight)).backward()  # type: ignore[no-untyped-call]
             totals_K += sums_K.detach().double()
         if self._world_size > 1:
@@ -235,7 +237,7 @@ class Trainer:
         return [total / weight for total in totals_K.tolist()]
 
     def _pack_sums(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
-        """The measures of one pack; gradients need be exchanged between ranks only in a batch's last turn."""
+        """The measures of one pack; ranks need to exchange gradients only in the last turn of a batch."""
         self._spread.exchange_gradients(exchange)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             nll_R: torch.Tensor = self._module(self._objective.pack(rows))

@@ -30,7 +30,7 @@ def trainable(
 
 
 def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
-    """Freeze a vision tower and its like: without a gradient of theirs, data-parallel training waits for ever."""
+    """Freeze a vision tower and the like: data-parallel training would wait forever for their gradients."""
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     reached = {id(parameter) for part in parts for parameter in part.parameters()}
     for parameter in model.parameters():
@@ -39,25 +39,25 @@ def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
-    """Of the model as it is; an adapter that is added later has its own.
+    """Set all dropout of the model to 0; an adapter that is added later has its own.
 
-    Preference training compares the policy with a frozen one that has none, as TRL's does.
+    As in TRL, preference training compares the policy with a frozen policy that has no dropout.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):  # what attention is called with
+            if "dropout" in name and isinstance(value, float):  # passed to attention in each call
                 setattr(module, name, 0.0)
 
 
 def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights: Weights | None = None) -> None:
-    """Write the model as a plain Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer.
+    """Write the model as a Hugging Face folder, or its adapter as a peft folder: safetensors and tokenizer.
 
-    `weights` are those of a sharded model, gathered.
+    `weights` are the gathered weights of a sharded model.
     """
     if weights is None and getattr(likelihood.model, "_hf_peft_config_loaded", False):
-        # Of a head or an embedding that the adapter is on, peft would save the base's own weights, too.
+        # If the adapter is on the head or an embedding, peft would also save the base's own weights of it.
         weights = {name: value for name, value in likelihood.model.state_dict().items() if ".base_layer." not in name}
     with quiet(), without_asking():
         likelihood.model.save_pretrained(folder, state_dict=weights)

@@ -1,4 +1,4 @@
-"""What preference training learns from: pairs with the frozen policy's log-probabilities, and the loss over them."""
+"""The data of preference training: pairs with the frozen policy's log-probabilities, and the loss over them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,30 +23,30 @@ PAIR_COLUMNS = [*TRAINING_COLUMNS, "pair_id", "prompt_hash", "num_response_token
 """Columns of examples that preference training reads."""
 
 FROZEN_COLUMNS = ["example_id", "base_nll", "status"]
-"""Columns of frozen that preference training reads: the frozen policy is the base."""
+"""Columns of frozen/ that preference training reads; the frozen policy is the base."""
 
 DAVIR_DPO_BETA = 0.1
-"""Of DPO, to which DavIR-DPO's is matched: its gradient is DPO's at beta / |log-probability| (arXiv 2310.13008)."""
+"""The beta of DPO that DavIR-DPO matches: its gradient is DPO's at beta / |log-probability| (arXiv 2310.13008)."""
 
 _DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "dpo_norm": 5.0}
-"""Rafailov et al. 2023 and TRL; TRL; Tulu 3 (arXiv 2411.15124)."""
+"""Defaults of Rafailov et al. 2023 and TRL, of TRL, and of Tulu 3 (arXiv 2411.15124)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
     """Pairs in memory; both responses of a pair are in one pack, and the loss is the mean over pairs.
 
-    The measures are, over a batch: the loss; the share of pairs whose chosen response has the higher reward; the mean
-    margin and rewards; the mean log-probability of either response under the policy, in nats, over its tokens.
+    The measures are means over a batch: the loss; the share of pairs whose chosen response has the higher reward; the
+    margin and both rewards; the log-probability of both responses under the policy, in nats, summed over tokens.
     """
 
     examples: TrainingSet
-    """Two for each pair: the chosen one, then the rejected one."""
+    """Two for each pair: the chosen response, then the rejected one."""
     ids: npt.NDArray[np.int64]
     frozen_logprobs: npt.NDArray[np.float64]
-    """Of each example, in nats."""
+    """Log-probability of each example under the frozen policy, in nats."""
     num_tokens: npt.NDArray[np.int64]
-    """Scored tokens of each example."""
+    """Number of scored tokens of each example."""
     loss: str
     beta: float
 
@@ -62,10 +62,10 @@ class PairSet:
 
     @classmethod
     def of(cls, shards: Iterable[tuple[pa.Table, pa.Table]], config: AlignConfig) -> Self:
-        """From tables with PAIR_COLUMNS and with FROZEN_COLUMNS, row for row.
+        """Read tables with PAIR_COLUMNS, each with a table of FROZEN_COLUMNS of the same rows.
 
-        Pairs that are held out, and those of which a response has no frozen log-probability, are left out. DataError
-        if none is left.
+        Held-out pairs, and pairs of which a response has no frozen log-probability, are left out. DataError if none is
+        left.
         """
         parts = [_usable(examples, frozen, config.heldout_fraction) for examples, frozen in shards]
         table = pa.concat_tables(parts)
@@ -86,25 +86,25 @@ class PairSet:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each pair."""
+        """Number of tokens of each pair."""
         return np.asarray(self.examples.lengths.reshape(-1, 2).sum(axis=1))
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a manifest tells of it."""
+        """Details of the objective for the manifest."""
         return {"loss": self.loss, "beta": self.beta}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return self.examples.longest
 
     def weight(self, rows: npt.NDArray[np.int64]) -> int:
-        """Pairs: the loss is their mean."""
+        """The number of pairs: the loss is their mean."""
         return len(rows)
 
     def pack(self, rows: npt.NDArray[np.int64]) -> Pack:
-        """Both responses of each pair, sorted by length: attention takes equal lengths together."""
+        """Both responses of each pair, sorted by length: attention computes equal lengths together."""
         both = _both(rows)
         return self.examples.pack(both[self._order(both)])
 
@@ -137,7 +137,7 @@ class PairSet:
 
 
 def _both(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The two examples of each pair."""
+    """Rows of the two examples of each pair."""
     return np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
 
 
@@ -151,12 +151,12 @@ def beta_of(config: AlignConfig, logprobs: npt.NDArray[np.float64]) -> float:
 
 
 def is_held_out(prompt_hashes: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Which pairs are not trained on: by their prompts alone: a prompt's pairs together, the same in every run."""
+    """Which pairs are held out: a function of the prompt alone, so that pairs of a prompt are not separated."""
     return np.asarray(drawn(prompt_hashes, fraction, "held out"))
 
 
 def _usable(examples: pa.Table, frozen: pa.Table, heldout_fraction: float) -> pa.Table:
-    """The rows of pairs that are trained on, with their frozen NLL."""
+    """The rows of the pairs to train on, with their frozen NLL."""
     if not examples["example_id"].equals(frozen["example_id"]):
         raise IntegrityError("examples/ and frozen/ do not hold the same rows; freeze again with --overwrite")
     known = np.asarray(pc.is_in(frozen["status"], value_set=pa.array([Status.OK, Status.ZERO_BASE_NLL])))

@@ -1,14 +1,13 @@
-"""How a fine-tune's model lies on its ranks: replicated on each of them (ddp), or sharded over them (fsdp).
+"""How a fine-tune's model is spread over its ranks: replicated on each of them (ddp), or sharded over them (fsdp).
 
-Both take the same steps; the loop in finetune.py asks for the few things that differ. Sharded (FSDP2), a rank holds its
-rows of every weight, gradient and moment, and gathers the weights of one decoder layer at a time. Embedding, head and
-last norm are gathered together for the whole of a pass: the likelihood kernel uses the head in chunks, again in the
-backward pass, and head and embedding may be one weight.
+Both take the same steps; the loop in loop.py calls methods for the few things that differ. With sharding (FSDP2), a
+rank holds its rows of every weight, gradient and moment, and gathers the weights of one decoder layer at a time.
+Embedding, head and last norm stay gathered during a whole pass: the likelihood kernel uses the head in chunks, also in
+the backward pass, and head and embedding may be one weight.
 """
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +29,11 @@ from transformers import PreTrainedModel
 from davir_ray.errors import ConfigError, DavirError, IntegrityError, ModelError
 from davir_ray.models.kernel.likelihood import Likelihood
 
-log = logging.getLogger(__name__)
-
 STATE_FILE = "training_state.pt"
-"""State of a replicated model."""
+"""The state of a replicated model."""
 
 SHARDS_FILE = "training_state.json"
-"""Position of a sharded model, with names and checksums of the files that hold its state, one from each rank."""
+"""Position of a sharded model, with the names and checksums of the files that hold its state, one from each rank."""
 
 _CHECKSUM_FILE = "training_state.sha256"
 
@@ -47,11 +44,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come."""
+    """How far a training has come."""
 
     step: int
     history: list[list[float]]
-    """What was measured at every step so far, the loss first."""
+    """The measures of every step so far, the loss first."""
 
 
 class Replicated:
@@ -67,10 +64,10 @@ class Replicated:
         self.likelihood = wrapped
 
     def check_lengths(self, longest: int) -> None:
-        """Nothing: each rank may run its layers as often as it likes."""
+        """Accept any length: ranks need not run their layers equally often."""
 
     def exchange_gradients(self, now: bool) -> None:
-        """Whether the next backward pass averages gradients over ranks; they accumulate on each until one does."""
+        """Set whether the next backward pass averages gradients over ranks; else they accumulate on each rank."""
         if isinstance(self._module, DistributedDataParallel):
             self._module.require_backward_grad_sync = now
 
@@ -79,7 +76,7 @@ class Replicated:
         return float(torch.nn.utils.clip_grad_norm_(self._module.parameters(), max_norm))
 
     def gathered(self) -> Weights | None:
-        """Weights for an export. None: the model's own."""
+        """The weights for an export. None: the model's own."""
         return None
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
@@ -95,7 +92,7 @@ class Replicated:
         (folder / _CHECKSUM_FILE).write_text(_checksum(folder / STATE_FILE))
 
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
-        """Take over what was saved. IntegrityError if it was damaged, ConfigError if it is of the other strategy."""
+        """Load a saved state. IntegrityError if it is damaged, ConfigError if it is of the other strategy."""
         _check_strategy(folder, SHARDS_FILE, "fsdp")
         _check(folder, STATE_FILE, _written_checksum(folder))
         model = self.likelihood.model
@@ -108,7 +105,7 @@ class Replicated:
 
 
 class Sharded:
-    """A model that `sharded` has made; each method is called on every rank at the same time."""
+    """A model made by `sharded`; each method is called on every rank at the same time."""
 
     every_rank_saves = True
 
@@ -116,17 +113,19 @@ class Sharded:
         self.likelihood = likelihood
 
     def check_lengths(self, longest: int) -> None:
-        """ConfigError if a pack may run the layers twice: each run gathers them, and the other ranks would not join."""
-        most = self.likelihood.one_pass_length
-        if most is not None and longest > most:
+        """Raise ConfigError if a pack may run the layers twice: each run gathers them, which all ranks must join."""
+        limit = self.likelihood.one_pass_length
+        if limit is not None and longest > limit:
             raise ConfigError(
-                f"finetune.strategy fsdp cannot train this model on a sequence of {longest} tokens: above {most} its "
-                f"rotary embedding changes; lower prepare.max_tokens to {most}, or give --finetune.strategy ddp"
+                f"finetune.strategy fsdp cannot train this model on a sequence of {longest} tokens: above {limit} its "
+                f"rotary embedding changes; lower prepare.max_tokens to {limit}, or give --finetune.strategy ddp"
             )
 
     def exchange_gradients(self, now: bool) -> None:
-        """Nothing: every backward pass sums over ranks. Kept back, gradients would be whole on each rank (4 bytes a
-        parameter), and a model that needs sharding has no room for them.
+        """Do nothing: every backward pass sums over ranks.
+
+        Without the exchange each rank would hold whole gradients (4 bytes per parameter), and for a model that needs
+        sharding there is no room for them.
         """
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -135,9 +134,10 @@ class Sharded:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def gathered(self) -> Weights:
-        """Weights for an export, on the CPU of rank 0 and nowhere else; a device holds one of them at a time.
+        """The weights for an export, in the CPU memory of rank 0 only; a device holds one whole weight at a time.
 
-        Of an adapter's model the adapter alone. A weight that is tied is one tensor under both its names.
+        For a model with an adapter only the adapter's. A tied weight is one tensor under both names, which
+        get_model_state_dict would gather as two.
         """
         model = self.likelihood.model
         is_first, only_trained = dist.get_rank() == 0, getattr(model, "_hf_peft_config_loaded", False)
@@ -154,9 +154,9 @@ class Sharded:
         return found if is_first else {}
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Write this rank's rows of weights and moments, safetensors, to an empty folder of its own.
+        """Write this rank's rows of weights and moments as safetensors to an empty folder of its own.
 
-        Rank 0 adds the position and all checksums. The files of all ranks, put into one folder, can be loaded.
+        Rank 0 adds the position and all checksums. To be loaded, the files of all ranks must be in one folder.
         """
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(dict(_tensors(self.likelihood.model, optimizer)), storage_writer=writer)
@@ -168,8 +168,9 @@ class Sharded:
             (folder / _CHECKSUM_FILE).write_text(_checksum(folder / SHARDS_FILE))
 
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
-        """Take over what any number of ranks saved. IntegrityError if it was damaged, ConfigError if it is of the other
-        strategy; every rank raises it.
+        """Load a state that any number of ranks saved.
+
+        IntegrityError if it is damaged, ConfigError if it is of the other strategy; every rank raises it.
         """
         index = together(partial(_read_index, folder))
         together(partial(_check_share, folder, index["files"]))
@@ -182,24 +183,24 @@ class Sharded:
 
 
 def spread_of(module: Likelihood | DistributedDataParallel) -> Replicated | Sharded:
-    """How this module lies on the ranks."""
+    """How this module is spread over the ranks."""
     if isinstance(module, FSDPModule) and isinstance(module, Likelihood):
         return Sharded(module)
     return Replicated(module)
 
 
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:
-    """A model over all ranks: no device ever holds more than its part, embeddings and head, and two layers.
+    """A model sharded over all ranks: no device ever holds more than its part, embeddings and head, and two layers.
 
-    `make` runs on rank 0 alone and keeps to the CPU, whose memory must hold the model; an error of ours is raised on
-    every rank. ModelError where the model does not say which of its modules are layers.
+    `make` runs on rank 0 only and builds the model on the CPU, whose memory must hold it; an error of ours is raised on
+    every rank. ModelError if the model does not name the modules that are its layers.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     weights: dict[str, Any] = {}  # of rank 0 only
     model, packed, buffers = _from_first(lambda: _emptied(make(), weights))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # Under autocast a gathered layer is in bfloat16, as autocast would have it; gradients are summed in float32.
+    # Under autocast a layer is gathered in bfloat16, in which autocast computes; gradients are summed in float32.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if autocast else None,
         reduce_dtype=torch.float32 if autocast else None,
@@ -220,7 +221,7 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
 
 
 def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The modules that transformers keeps on one device, outermost; none that holds an embedding or the head."""
+    """The outermost modules that transformers keeps on one device, except any that holds an embedding or the head."""
     names = set(model._no_split_modules or ())
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     shared = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
@@ -237,8 +238,8 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 def _emptied(likelihood: Likelihood, weights: dict[str, Any]) -> tuple[PreTrainedModel, bool, Weights]:
     """Move a model's weights to `weights`; returns the model without them, whether it is packed, and its buffers."""
     model = likelihood.model
-    if model.is_remote_code():  # the other ranks know no such class
-        raise ModelError(f"{type(model).__name__} comes with code of its own; use --finetune.strategy ddp")
+    if model.is_remote_code():  # the other ranks cannot import its class
+        raise ModelError(f"{type(model).__name__} comes with its own code; use --finetune.strategy ddp")
     weights.update({name: value.contiguous() for name, value in model.state_dict().items()})
     buffers = dict(model.named_buffers())
     model.to("meta")
@@ -246,7 +247,7 @@ def _emptied(likelihood: Likelihood, weights: dict[str, Any]) -> tuple[PreTraine
 
 
 def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Trained weights and AdamW's state, by name; the state of one that has not stepped is made, all 0."""
+    """Trained weights and AdamW's state, by name; before the first step the state is created as zeros."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -255,12 +256,12 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterat
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
         for key, value in optimizer.state[parameter].items():
-            # A view: a file format of rows cannot give rows of a single number.
+            # A view with one row: the file format stores rows.
             yield f"optimizer.{name}.{key}", value.view(1) if value.ndim == 0 else value
 
 
 def _from_first(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, on every rank; so is an error of ours."""
+    """What `make` returns on rank 0, on every rank; an error of ours is raised on all of them, too."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -274,10 +275,10 @@ def _from_first(make: Callable[[], Any]) -> Any:
 
 
 def together(work: Callable[[], T]) -> T:
-    """The result of work that each rank does. An error of ours on one rank, such as its node's full disk, is raised on
-    all of them: the others would wait for it in vain.
+    """Do work on each rank and return its result. An error of ours on one rank is raised on all.
 
-    Where the work waits for the other ranks itself, no rank may meet such an error before alone.
+    A rank whose disk is full, say, would leave the others waiting for it forever. If the work itself waits for other
+    ranks, one rank alone must not raise such an error before that.
     """
     problem, done = None, None
     try:
@@ -292,21 +293,21 @@ def together(work: Callable[[], T]) -> T:
 
 
 def _from_all(own: Any) -> list[Any]:
-    """What each rank has, on every rank."""
+    """The objects of all ranks, on every rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """Position of a sharded model, and its files, once they are known to be as they were written."""
+    """The position and the list of files of a sharded model, after its checksum was verified."""
     _check_strategy(folder, STATE_FILE, "ddp")
     _check(folder, SHARDS_FILE, _written_checksum(folder))
     return dict(json.loads((folder / SHARDS_FILE).read_bytes()))
 
 
 def _check_share(folder: Path, files: dict[str, str]) -> None:
-    """Check this rank's share of the files."""
+    """Verify this rank's share of the files."""
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         _check(folder, name, files[name])
 

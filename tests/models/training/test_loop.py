@@ -236,7 +236,7 @@ def test_the_loss_falls_on_a_tiny_set() -> None:
     trainer = trainer_of(make(), replace(CONFIG, epochs=20))
     reports = run(trainer)
     assert reports[-1].loss < 0.5 * reports[0].loss
-    summary = trainer.summary(most_points=5)
+    summary = trainer.summary(max_points=5)
     assert summary["step"] == reports[-1].step == reports[-1].total_steps == 60
     assert summary["loss"] == reports[-1].loss
     assert [point[0] for point in summary["by_step"]["loss"]] == [12, 24, 36, 48, 60]
