@@ -1,12 +1,11 @@
-"""Checkpoints: what is refused, what is identified, which tokenizers belong together."""
+"""Checkpoints: which are refused, and what identifies one."""
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,53 +16,19 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from davir_ray.errors import ModelError, StorageError
-from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
-from davir_ray.models.device import resolve_dtype
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
-from davir_ray.models.tokenizer import check_same_encoding, tokenizer_digest
 from davir_ray.run.digests import file_digest
 from davir_ray.run.location import TEMPORARY, Location
-
-NAMES = ("base", "reference")
 
 
 @pytest.fixture
 def folder(base_folder: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
-
-
-def remake(tokenizer: PreTrainedTokenizerFast, change: Callable[[dict[str, Any]], None], **tokens: str) -> Any:
-    """The same tokenizer after a change to its JSON."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    change(parts)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | tokens
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), **special)
-
-
-def unchanged(_: dict[str, Any]) -> None:
-    pass
-
-
-def swap_merges(parts: dict[str, Any]) -> None:
-    merges = parts["model"]["merges"]
-    merges[0], merges[1] = merges[1], merges[0]
-
-
-def add_lowercasing(parts: dict[str, Any]) -> None:
-    parts["normalizer"] = {"type": "Lowercase"}
-
-
-def split_digits(parts: dict[str, Any]) -> None:
-    parts["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, parts["pre_tokenizer"]],
-    }
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -449,67 +414,3 @@ def test_the_scoring_spec_travels_with_a_reference(folder: Path) -> None:
     assert checkpoint.spec() is None
     (folder / SPEC_FILE).write_text('{"max_tokens": 512}')
     assert checkpoint.spec() == {"max_tokens": 512}
-
-
-# --- tokenizers ------------------------------------------------------------------------------------------------------
-
-
-def test_an_added_padding_token_and_a_chat_template_are_accepted(tokenizer: PreTrainedTokenizerFast) -> None:
-    other = remake(tokenizer, unchanged)
-    other.add_special_tokens({"pad_token": "[PAD]"})
-    other.chat_template = "{{ messages }}"
-    check_same_encoding(tokenizer, other, NAMES)
-
-
-@pytest.mark.parametrize("change", [swap_merges, add_lowercasing, split_digits])
-def test_another_encoding_is_refused(
-    tokenizer: PreTrainedTokenizerFast, change: Callable[[dict[str, Any]], None]
-) -> None:
-    other = remake(tokenizer, change)
-    with pytest.raises(ModelError, match="base and reference do not encode alike"):
-        check_same_encoding(tokenizer, other, NAMES)
-    assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
-
-
-@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
-def test_another_begin_or_end_token_is_refused(tokenizer: PreTrainedTokenizerFast, role: str) -> None:
-    other = remake(tokenizer, unchanged, **{role: "<pad>"})
-    with pytest.raises(ModelError, match=role):
-        check_same_encoding(tokenizer, other, NAMES)
-    assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
-
-
-def test_the_tokenizer_digest_is_that_of_the_same_tokenizer_loaded_again(
-    tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
-    assert tokenizer_digest(Checkpoint.find(str(folder)).tokenizer()) == tokenizer_digest(tokenizer)
-
-
-@pytest.mark.parametrize("special", [False, True])
-def test_an_added_token_that_changes_how_text_is_encoded_changes_the_digest(
-    tokenizer: PreTrainedTokenizerFast, special: bool
-) -> None:
-    other = remake(tokenizer, unchanged)
-    other.add_tokens(["return"], special_tokens=special)
-    assert other("return x")["input_ids"] != tokenizer("return x")["input_ids"]
-    assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
-
-
-# --- seeds and types -------------------------------------------------------------------------------------------------
-
-
-def test_seeds_are_stable_distinct_and_below_two_to_the_63() -> None:
-    assert seed_from("dropout", 0, 1, 0) == seed_from("dropout", 0, 1, 0)
-    seeds = {seed_from("dropout", seed, step, rank) for seed in range(5) for step in range(20) for rank in range(3)}
-    assert len(seeds) == 300
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_auto_is_float32_on_a_cpu() -> None:
-    cpu = torch.device("cpu")
-    assert resolve_dtype("auto", cpu) == torch.float32
-    assert [resolve_dtype(name, cpu) for name in ("float32", "bfloat16", "float64")] == [
-        torch.float32,
-        torch.bfloat16,
-        torch.float64,
-    ]
