@@ -91,7 +91,9 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     """
     settings = read_settings(Path(folder))
     check_kind(settings, folder)
-    _compare_names(model, settings.get("base_model_name_or_path"), folder)
+    named = settings.get("base_model_name_or_path")
+    if named and Path(named).name != Path(model.name_or_path).name:  # one of the same shape would give nonsense
+        log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)
     before = {name: _Weight.of(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         info = model.load_adapter(folder, adapter_name=_NAME)
@@ -187,9 +189,3 @@ class _Weight(NamedTuple):
         if now is self.parameter:
             return (now.data_ptr(), now._version) != (self.address, self.version)
         return now.dtype != self.parameter.dtype or not torch.equal(now, self.parameter)
-
-
-def _compare_names(model: PreTrainedModel, named: str | None, folder: str) -> None:
-    """Warn if the adapter names another base: one of the same shape would load, and give meaningless scores."""
-    if named and Path(named).name != Path(model.name_or_path).name:
-        log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)

@@ -37,9 +37,18 @@ class BaseCache:
     base: str
     """Digest of the base's weights and tokenizer."""
 
-    def place(self, numerics: dict[str, Any], ids: npt.NDArray[np.int64], examples: Sequence[Any]) -> Location:
+    def place(
+        self,
+        numerics: dict[str, Any],
+        ids: npt.NDArray[np.int64],
+        examples: Sequence[tuple[npt.NDArray[np.int32], tuple[int, ...]]],
+    ) -> Location:
         """The file for the losses of these examples."""
-        return self.folder / digest([self.base, numerics])[:32] / f"{_content_digest(ids, examples)}.parquet"
+        content = hashlib.sha256(np.ascontiguousarray(ids).tobytes())
+        for input_ids, spans in examples:
+            content.update(f"{len(input_ids)} {spans}".encode())
+            content.update(input_ids.tobytes())
+        return self.folder / digest([self.base, numerics])[:32] / f"{content.hexdigest()[:32]}.parquet"
 
     @staticmethod
     def read(place: Location, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Nlls | None:
@@ -75,13 +84,3 @@ class BaseCache:
 
 def _checksum(values: npt.NDArray[np.floating[Any]]) -> bytes:
     return hashlib.sha256(values.tobytes()).hexdigest().encode()
-
-
-def _content_digest(
-    ids: npt.NDArray[np.int64], examples: Sequence[tuple[npt.NDArray[np.int32], tuple[int, ...]]]
-) -> str:
-    content = hashlib.sha256(np.ascontiguousarray(ids).tobytes())
-    for input_ids, spans in examples:
-        content.update(f"{len(input_ids)} {spans}".encode())
-        content.update(input_ids.tobytes())
-    return content.hexdigest()[:32]

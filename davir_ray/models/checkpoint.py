@@ -136,7 +136,10 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. ModelError if there is none, or it cannot be loaded."""
         names = {file.name for file in self.files} or _names_in(self._folder())
-        has_vocabulary = any(_is_vocabulary(name) for name in names)
+        has_vocabulary = any(
+            name.startswith(("tokenizer.", "vocab", "tekken.")) or name.endswith((".model", ".tiktoken"))
+            for name in names
+        )
         absent = (
             f"{self.uri} has no tokenizer (tokenizer.json, or the vocabulary that it is made from); copy the "
             "tokenizer's files of the model that it was trained from into it"
@@ -375,10 +378,6 @@ def _is_content(name: str) -> bool:
 
 def _is_read(name: str) -> bool:
     return _is_content(name) or _is_description(name, trust_remote_code=True)
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name.startswith(("tokenizer.", "vocab", "tekken.")) or name.endswith((".model", ".tiktoken"))
 
 
 def _is_description(name: str, trust_remote_code: bool) -> bool:

@@ -1,6 +1,7 @@
 """Packs that fit the device: a token budget that is halved where memory runs out."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -24,29 +25,27 @@ class TokenBudget:
         self.num_tokens = num_tokens
 
     def run(self, forward: Callable[[Rows], T], rows: Rows, lengths: Rows, ids: Rows) -> Iterator[tuple[Rows, T]]:
-        """Yield (rows of a pack, what `forward` makes of them) until every row has had its turn.
+        """Pack these rows and yield each pack (its rows) with the result of its forward pass.
 
-        `lengths` (tokens) and `ids` hold one number for every row. Where a pack of several rows runs out of memory, the
-        budget is halved and the rows that are left are packed again; a row that does not fit even alone is left out.
+        `lengths` (tokens) and `ids` are those of all rows. If a pack runs out of memory, the budget is halved and the
+        remaining rows are packed again; a row that does not fit even alone is left out.
         """
-        while len(rows):
-            packs = pack(lengths[rows], ids[rows], self.num_tokens)
-            for number, part in enumerate(packs):
-                try:
-                    result = forward(rows[part])
-                except torch.OutOfMemoryError:
-                    pass
-                else:
-                    yield rows[part], result
-                    continue
-                torch.cuda.empty_cache()  # outside the handler, whose error holds the tensors of the failed pass
-                if len(part) > 1:
-                    self.num_tokens = max(1, int(lengths[rows[part]].sum()) // 2)
-                    log.warning(
-                        "out of memory with %d examples in a pack; continuing with packs of %d tokens",
-                        len(part), self.num_tokens,
-                    )  # fmt: skip
-                    rows = rows[np.concatenate(packs[number:])]
-                    break
+        packs = deque(rows[part] for part in pack(lengths[rows], ids[rows], self.num_tokens))
+        while packs:
+            packed = packs.popleft()
+            try:
+                result = forward(packed)
+            except torch.OutOfMemoryError:
+                pass
             else:
-                return
+                yield packed, result
+                continue
+            torch.cuda.empty_cache()  # not in the handler: the error holds the tensors of the failed pass
+            if len(packed) > 1:
+                self.num_tokens = max(1, int(lengths[packed].sum()) // 2)
+                log.warning(
+                    "out of memory with %d examples in a pack; continuing with packs of %d tokens",
+                    len(packed), self.num_tokens,
+                )  # fmt: skip
+                rest = np.concatenate([packed, *packs])
+                packs = deque(rest[part] for part in pack(lengths[rest], ids[rest], self.num_tokens))

@@ -83,9 +83,10 @@ class Scorer:
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
         self._reference: Likelihood | None = None
-        if reference is not None:
-            attach = reference.is_adapter
-            self._reference = self._attach(reference) if attach else Likelihood(reference.model(dtype, device))
+        if reference is not None and reference.is_adapter:
+            self._reference = self._attach(reference)
+        elif reference is not None:
+            self._reference = Likelihood(reference.model(dtype, device))
         reference_attention = base_attention if self._reference is None else self_check(self._reference)
         if self._reference is self._base:  # one model with an adapter: its last check holds for both
             base_attention = reference_attention

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,7 @@ class Batch:
 
 def plan(num_examples: int, batch_size: int, epochs: int, seed: int, max_steps: int | None = None) -> Iterator[Batch]:
     """Every global batch of the training in order; each epoch is a permutation drawn from (seed, epoch)."""
-    return islice(_batches(num_examples, batch_size, seed), num_steps(num_examples, batch_size, epochs, max_steps))
-
-
-def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Global batches without end, epoch after epoch."""
-    step = 0
+    step, last = 0, num_steps(num_examples, batch_size, epochs, max_steps)
     for epoch in count(1):
         order = np.random.default_rng([seed, epoch]).permutation(num_examples)
         for start in range(0, num_examples, batch_size):
@@ -64,6 +59,8 @@ def _batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Batch]:
                 rows=order[start : start + batch_size],
                 ends_epoch=start + batch_size >= num_examples,
             )
+            if step == last:
+                return
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int | None = None) -> int:
@@ -170,7 +167,7 @@ class Trainer:
         return self._step
 
     def summary(self, max_points: int) -> dict[str, Any]:
-        """The last step, its loss, and a curve for each measure: points of (last step, mean) of equal ranges of steps.
+        """The last step, its loss, and each measure's curve: (last step, mean) of each of several equal ranges of steps.
 
         Each value was measured over a global batch before its step. The loss of a fine-tune is in nats per response
         token.
@@ -226,19 +223,16 @@ class Trainer:
         turns = math.ceil(len(packs) / self._world_size)
         for turn in range(turns):
             mine = turn * self._world_size + self._rank
-            # A rank without a pack in the last turn repeats the first with weight 0: all must join the all-reduce.
+            # A rank without a pack in the last turn repeats the first with weight 0: all must run as many passes.
             share = 1.0 if mine < len(packs) else 0.0
-            sums_K = share * self._pack_sums(rows[packs[mine if share else 0]], exchange=turn == turns - 1)
+            packed = rows[packs[mine if share else 0]]
+            self._spread.exchange_gradients(turn == turns - 1)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                nll_R: torch.Tensor = self._module(objective.pack(packed))
+            sums_K = share * objective.sums(nll_R, packed)
             # Gradients are averaged over ranks, but their sum over the global batch is needed.
             (sums_K[0] * (self._world_size / weight)).backward()  # type: ignore[no-untyped-call]
             totals_K += sums_K.detach().double()
         if self._world_size > 1:
             dist.all_reduce(totals_K)
         return [total / weight for total in totals_K.tolist()]
-
-    def _pack_sums(self, rows: npt.NDArray[np.int64], *, exchange: bool) -> torch.Tensor:
-        """The measures of one pack; ranks need to exchange gradients only in the last turn of a batch."""
-        self._spread.exchange_gradients(exchange)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            nll_R: torch.Tensor = self._module(self._objective.pack(rows))
-        return self._objective.sums(nll_R, rows)

@@ -147,9 +147,8 @@ class Sharded:
             if only_trained and not value.requires_grad:
                 continue
             if id(value) not in seen:
-                whole = value.detach()
-                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-                seen[id(value)] = whole.cpu() if is_first else torch.empty(0)
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                seen[id(value)] = whole.detach().cpu() if is_first else torch.empty(0)
             found[name] = seen[id(value)]
         return found if is_first else {}
 
@@ -172,8 +171,7 @@ class Sharded:
 
         IntegrityError if it is damaged, ConfigError if it is of the other strategy; every rank raises it.
         """
-        index = together(partial(_read_index, folder))
-        together(partial(_check_share, folder, index["files"]))
+        index = together(partial(_verified_index, folder))
         tensors = dict(_tensors(self.likelihood.model, optimizer))
         reader = HuggingFaceStorageReader(str(folder))
         if set(tensors) != reader.read_metadata().state_dict_metadata.keys():
@@ -299,17 +297,14 @@ def _from_all(own: Any) -> list[Any]:
     return found
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """The position and the list of files of a sharded model, after its checksum was verified."""
+def _verified_index(folder: Path) -> dict[str, Any]:
+    """The index of a sharded state, after it and this rank's share of the files were verified."""
     _check_strategy(folder, STATE_FILE, "ddp")
     _check(folder, SHARDS_FILE, _written_checksum(folder))
-    return dict(json.loads((folder / SHARDS_FILE).read_bytes()))
-
-
-def _check_share(folder: Path, files: dict[str, str]) -> None:
-    """Verify this rank's share of the files."""
-    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
-        _check(folder, name, files[name])
+    index: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_bytes())
+    for name in sorted(index["files"])[dist.get_rank() :: dist.get_world_size()]:
+        _check(folder, name, index["files"][name])
+    return index
 
 
 def _check(folder: Path, name: str, checksum: str) -> None:
