@@ -167,7 +167,7 @@ class Trainer:
         return self._step
 
     def summary(self, max_points: int) -> dict[str, Any]:
-        """The last step, its loss, and each measure's curve: (last step, mean) of each of several equal ranges of steps.
+        """The last step, its loss, and the curve of each measure: (last step, mean) of several equal ranges of steps.
 
         Each value was measured over a global batch before its step. The loss of a fine-tune is in nats per response
         token.
