@@ -1,4 +1,4 @@
-"""Ray Train: one function on a group of training workers, restarted after a lost worker or a dead driver."""
+"""Ray Train: a function on a group of training workers, continued from a checkpoint after a worker or driver died."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ from davir_ray.run.storage_errors import storage_errors
 log = logging.getLogger(__name__)
 
 _OUTCOME = "outcome.json"
-"""What rank 0 returned, or the error that ended training. An error of ours is not raised in a worker: Ray Train would
-take it for a lost worker and train again."""
+"""What rank 0 returned, or the DavirError that ended training. If a worker raised it, Ray Train would take the worker for
+lost and start training again."""
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of checkpoints."""
@@ -49,9 +49,9 @@ def check_workers(config: FinetuneConfig) -> None:
 def run_on_workers(
     work: Callable[[], dict[str, Any]], config: FinetuneConfig, storage: Location, name: str
 ) -> dict[str, Any]:
-    """Call `work` on every worker; returns what it returned on rank 0. An error of ours that it raises is raised here.
+    """Call `work` on every worker; returns what rank 0 returned, or raises the DavirError that it raised.
 
-    Its checkpoints are kept in `storage`, in a folder of this name: work of the same name continues from the last one.
+    Checkpoints are kept in `storage` in a folder of this name: work of the same name continues from the last one.
     """
     check_workers(config)
     use_gpu = trains_on_gpus(config)
@@ -93,7 +93,7 @@ def run_on_workers(
 
 
 def _run(settings: dict[str, Any]) -> None:
-    """Runs on every worker; rank 0 leaves the outcome where the driver finds it."""
+    """Run on every worker; rank 0 writes the outcome for the driver."""
     configure_worker_logging()
     try:
         outcome = settings["work"]()

@@ -218,7 +218,7 @@ class Checkpoint:
 
     def as_peft(self, base: PreTrainedModel) -> PreTrainedModel:
         """The base with this adapter on it, by peft's own loading, to check `attach_to` against: they share no code."""
-        from peft import PeftModel  # late: scoring full references does without peft
+        from peft import PeftModel  # imported late: scoring full references does not need peft
 
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by an old name
@@ -384,5 +384,5 @@ def _is_description(name: str, trust_remote_code: bool) -> bool:
     """Whether a file is one of the small ones that describe a model; chat templates and code may be in subfolders."""
     if name.endswith(".py"):
         return trust_remote_code
-    beside = "/" not in name or name.startswith("additional_chat_templates/")
-    return beside and name.endswith(_DESCRIPTIONS)
+    in_place = "/" not in name or name.startswith("additional_chat_templates/")
+    return in_place and name.endswith(_DESCRIPTIONS)

@@ -75,7 +75,7 @@ class Generator:
         self._tokenizer = (base if model.is_adapter and base is not None else model).tokenizer()
         self._model = load(model, base, dtype, device)
         self.stops_at = end_tokens(self._model, self._tokenizer, settings.turn_end)
-        # Replaced, since `generate` takes from the checkpoint's configuration what it is not told.
+        # Replaces the checkpoint's own configuration, from which `generate` would take further settings.
         self._model.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,

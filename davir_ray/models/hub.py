@@ -154,9 +154,9 @@ def _refusal(name: str, revision: str | None, error: Exception) -> str:
         return f"it has no revision {revision!r}; give a branch, a tag or a full commit hash after the @"
     if isinstance(error, HFValidationError):
         return f"it is no hub name ({' '.join(str(error).split())[:200]}); give a folder or org/model"
-    told = "with the token of HF_TOKEN" if os.environ.get("HF_TOKEN") else "without a token"
+    access = "with the token of HF_TOKEN" if os.environ.get("HF_TOKEN") else "without a token"
     return (
-        f"it is no folder here, and the hub shows no such model {told}; correct the name or, if it is private, set "
+        f"it is no folder here, and the hub shows no such model {access}; correct the name or, if it is private, set "
         "HF_TOKEN to a token that may read it"
     )
 

@@ -1,7 +1,8 @@
-"""finetune: examples → reference. The same stage trains any objective: `train`, which preference training uses, too.
+"""finetune: examples → reference. `train` trains on any objective; preference training uses it, too.
 
-Top to bottom: the driver decides whether there is anything to do, starts the workers and commits; each worker loads the
-model, continues from a checkpoint if there is one, takes the steps of models/training/loop.py and exports the model.
+From top to bottom: the driver decides whether there is anything to do, starts the workers and commits the model. Each
+worker loads the base, continues from a checkpoint if there is one, takes the steps of models/training/loop.py and
+exports the model.
 """
 
 import dataclasses
@@ -43,8 +44,10 @@ from davir_ray.run.storage_errors import storage_errors
 log = logging.getLogger(__name__)
 
 _NUM_LOGGED = 50
-"""Steps that are logged, about, of all steps of a training."""
-_MOST_CURVE_POINTS = 500
+"""About how many steps of a training are logged."""
+
+_MAX_CURVE_POINTS = 500
+"""Maximum number of points of a loss curve in the manifest."""
 
 _NOT_CONTENT = (
     "tokens_per_pack",
@@ -61,7 +64,7 @@ _NOT_CONTENT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a worker needs to know."""
+    """What is trained, on what, and where the model is written; every worker gets one."""
 
     stage: str
     run: Run
@@ -113,7 +116,7 @@ def _read_examples(folder: Location, shards: list[str]) -> TrainingSet:
 
 
 def recipe_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What a trained model depends on beside the base and the data, for a fingerprint."""
+    """What a trained model depends on besides the base and the data, for a fingerprint."""
     return {"recipe": what_matters(config), "numerics": NUMERICS_VERSION}
 
 
@@ -123,7 +126,7 @@ def what_matters(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects: int) -> Manifest:
-    """Train on an objective, whose rows are called `unit`, and commit the model; skipped where that is done.
+    """Train on an objective, whose rows are called `unit`, and commit the model, unless that is already done.
 
     A training that an earlier attempt began is continued.
     """
@@ -170,9 +173,8 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 def _train(training: Training, tally: Tally) -> dict[str, Any]:
     """Train to the end; rank 0 writes the model.
 
-    An error of ours must be every rank's, as long as there are steps to come: a rank that ends with an error that it
-    met alone leaves the others waiting. So what may fail on one of them, such as reading and writing, is done
-    `together`.
+    As long as steps follow, a DavirError must be raised on every rank: a rank that stops alone leaves the others
+    waiting. So whatever may fail on a single rank, such as reading and writing, is done `together`.
     """
     config = training.config
     if not torch.cuda.is_available():
@@ -187,9 +189,9 @@ def _train(training: Training, tally: Tally) -> dict[str, Any]:
             together(partial(_continue, trainer, Path(state), checkpoint.path))
     is_first = ray.train.get_context().get_world_rank() == 0
     _take_steps(training, trainer, tally, is_first=is_first)
-    files = _export(training, trainer, training.folder, is_first=is_first)  # not together: no step follows
+    files = _export(training, trainer, training.folder, is_first=is_first)  # not `together`: no step follows
     return {
-        **trainer.summary(_MOST_CURVE_POINTS),
+        **trainer.summary(_MAX_CURVE_POINTS),
         "num_rows": len(objective),
         "details": objective.details,
         "files": [dataclasses.asdict(entry) for entry in files],
@@ -218,7 +220,7 @@ def _continue(trainer: Trainer, state: Path, uri: str) -> None:
 
 
 def _take_steps(training: Training, trainer: Trainer, tally: Tally, *, is_first: bool) -> None:
-    """Take the steps that are left; between them export epochs, save checkpoints and log, as the settings ask."""
+    """Take the remaining steps; after each, export the epoch, save a checkpoint and log if it is time to."""
     config, before, num_tokens = training.config, trainer.step, 0
     if is_first:
         tally.begin("steps")
@@ -243,7 +245,7 @@ def _take_steps(training: Training, trainer: Trainer, tally: Tally, *, is_first:
 
 
 def _save_checkpoint(training: Training, trainer: Trainer, report: StepReport, *, is_first: bool) -> None:
-    """Give Ray Train a checkpoint; called on every rank at the same step, for it waits for all of them."""
+    """Report a checkpoint to Ray Train, which waits for all ranks: they must call this at the same steps."""
     metrics = dataclasses.asdict(report)
     if not (is_first or trainer.every_rank_saves):
         ray.train.report(metrics)
@@ -258,7 +260,7 @@ def _save_checkpoint(training: Training, trainer: Trainer, report: StepReport, *
 def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:
     """Write the model as a Hugging Face folder of the run, whole or not at all; returns its files.
 
-    Called on every rank, for sharded weights must be gathered; rank 0 writes.
+    Called on every rank, because sharded weights must be gathered; rank 0 writes.
     """
     weights = trainer.gathered_weights()
     if not is_first:

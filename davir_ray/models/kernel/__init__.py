@@ -1,1 +1,1 @@
-"""The one kernel of likelihoods: packing, attention, the losses of a forward pass, and its check."""
+"""The likelihood kernel: packing, attention, the losses of a forward pass, and its check at start-up."""

@@ -21,7 +21,7 @@ from davir_ray.models.kernel.packing import Spans, scored_positions
 log = logging.getLogger(__name__)
 
 _LONGEST_CHECK = 1100
-"""Tokens of the longest sequence of the check: eager attention takes memory with their square."""
+"""Maximum length of the check's sequences: the memory of eager attention grows with its square."""
 
 
 def self_check(likelihood: Likelihood) -> str:

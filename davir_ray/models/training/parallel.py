@@ -190,7 +190,7 @@ def spread_of(module: Likelihood | DistributedDataParallel) -> Replicated | Shar
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:
     """A model sharded over all ranks: no device ever holds more than its part, embeddings and head, and two layers.
 
-    `make` runs on rank 0 only and builds the model on the CPU, whose memory must hold it; an error of ours is raised on
+    `make` runs on rank 0 only and builds the model on the CPU, whose memory must hold it; a DavirError is raised on
     every rank. ModelError if the model does not name the modules that are its layers.
     """
     if device.type == "cuda":
@@ -259,7 +259,7 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterat
 
 
 def _from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, on every rank; an error of ours is raised on all of them, too."""
+    """What `make` returns on rank 0, on every rank; a DavirError is raised on all of them, too."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -273,7 +273,7 @@ def _from_first(make: Callable[[], Any]) -> Any:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do work on each rank and return its result. An error of ours on one rank is raised on all.
+    """Do work on each rank and return its result. A DavirError on one rank is raised on all.
 
     A rank whose disk is full, say, would leave the others waiting for it forever. If the work itself waits for other
     ranks, one rank alone must not raise such an error before that.
