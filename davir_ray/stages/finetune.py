@@ -144,7 +144,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
             name = digest(fingerprint)[:16]
             result = run_on_workers(partial(_train, training, tally), training.config, checkpoints, name)
     except UserError:
-        run.note_attempt("checkpoints", fingerprint, binding=False)  # the user is told to change the settings
+        run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
         raise
     curves = result["by_step"]
     manifest = Manifest(
