@@ -21,8 +21,8 @@ from davir_ray.run.storage_errors import storage_errors
 log = logging.getLogger(__name__)
 
 _OUTCOME = "outcome.json"
-"""What rank 0 returned, or the DavirError that ended training. If a worker raised it, Ray Train would assume a lost worker
-and start training again."""
+"""What rank 0 returned, or the DavirError that ended training. A worker does not raise it: Ray Train would believe that
+the worker was lost, and start training again."""
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of checkpoints."""

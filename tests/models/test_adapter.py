@@ -1,4 +1,4 @@
-"""LoRA adapters: one copy of the base, which stays what it was bit for bit, and a reference that is what peft says."""
+"""LoRA adapters: one copy of the base, which stays bitwise the same, and the losses that peft computes."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_the_base_scores_the_same_bits_with_and_without_the_adapter(
 ) -> None:
     settings = ScorerSettings(precision=precision, keep_token_nll="all")
     with_adapter, without = (scorer_of(base_folder, other, settings) for other in (adapter_folder, base_folder))
-    for _ in range(2):  # switching off and on leaves nothing behind
+    for _ in range(2):  # switching off and on has no lasting effect
         scores = with_adapter(draw_table())
         assert scores["base_token_nll"].equals(without(draw_table())["base_token_nll"])
         assert min(scores["davir"].to_pylist()) != 0
@@ -388,10 +388,10 @@ def test_an_adapter_of_resized_embeddings_is_refused_before_anything_is_loaded(
     larger.save_pretrained(tmp_path / "larger")
     folder = peft_adapter(tmp_path / "larger", tmp_path / "adapter", **settings)
     base, adapter = Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder))
-    told = r"has (lm_head|model.embed_tokens).weight of shape \[1032, 64\], but .* of \[1024, 64\]"
-    with pytest.raises(ModelError, match=told):
+    message = r"has (lm_head|model.embed_tokens).weight of shape \[1032, 64\], but .* of \[1024, 64\]"
+    with pytest.raises(ModelError, match=message):
         check_reference(adapter, Preparation(base=base, config=PrepareConfig()), [])
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         _check_model(adapter, base)
     with pytest.raises(ModelError, match="adapter"):
         adapter.attach_to(load(base_folder))

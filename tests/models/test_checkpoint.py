@@ -104,7 +104,7 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
         Checkpoint.find(str(folder)).model(torch.float32, torch.device("cpu"))
 
 
-def test_a_local_folder_that_this_node_lacks_is_told(folder: Path) -> None:
+def test_a_local_folder_that_this_node_lacks_is_named(folder: Path) -> None:
     checkpoint = Checkpoint.find(str(folder))
     shutil.rmtree(folder)
     with pytest.raises(ModelError, match="put it there on every node"):
@@ -153,7 +153,7 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
 
 @pytest.fixture
 def store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A store with the checkpoint, and what a trainer leaves beside it, in counted://models/tiny."""
+    """A store with the checkpoint, and the other files that a trainer leaves with it, in counted://models/tiny."""
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("counted", Store, clobber=True)
     store = Store()
@@ -223,7 +223,7 @@ def test_a_file_that_changes_between_driver_and_worker_is_refused(store: Store, 
     other.model(torch.float32, torch.device("cpu"))
 
 
-def test_a_full_disk_is_told_by_the_name_of_the_cache(
+def test_a_full_disk_is_reported_with_the_name_of_the_cache(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.find(URI)
@@ -251,7 +251,7 @@ def test_a_store_that_fails_in_a_worker_is_no_mistake_of_the_users(
         checkpoint.model(torch.float32, torch.device("cpu"))
 
 
-def test_a_store_without_etags_is_told_apart_by_content(
+def test_without_etags_files_of_a_store_are_distinguished_by_content(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))

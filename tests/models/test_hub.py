@@ -49,7 +49,7 @@ NEVER_READ = {
     "onnx/config.json": b"{}",
     "checkpoint-500/model.safetensors": b"",
 }
-"""What the repositories of Llama, Mistral, Gemma and Qwen hold beside what transformers reads."""
+"""Files in the repositories of Llama, Mistral, Gemma and Qwen that transformers does not read."""
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -153,7 +153,7 @@ def test_an_adapter_of_the_hub_is_attached_to_a_base_of_the_hub(
     with hub_module.without_asking():
         adapted.save_pretrained(tmp_path / "adapter")
     hub.publish("org/tiny", base_folder)
-    # Some trainers leave the base's configuration beside the adapter.
+    # Some trainers leave the base's configuration with the adapter.
     hub.publish(
         "org/lora", files_of(tmp_path / "adapter") | {"config.json": (base_folder / "config.json").read_bytes()}
     )
@@ -333,7 +333,7 @@ def nothing(_: HubServer, __: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "change", "told"),
+    ("uri", "change", "message"),
     [
         ("org/tiny", gate, "gated; ask for access at http://127.0.0.1.*/org/tiny and set HF_TOKEN"),
         ("org/tiny", hide, "shows no such model without a token; .*if it is private, set HF_TOKEN"),
@@ -353,11 +353,11 @@ def test_what_the_hub_refuses_is_told_in_one_line(
     base_folder: Path,
     uri: str,
     change: Callable[[HubServer, pytest.MonkeyPatch], None],
-    told: str,
+    message: str,
 ) -> None:
     hub.publish("org/tiny", base_folder)
     change(hub, monkeypatch)
-    with pytest.raises(ModelError, match=told) as error:
+    with pytest.raises(ModelError, match=message) as error:
         Checkpoint.find(uri)
     assert "\n" not in str(error.value)
     assert "hf_wrong" not in str(error.value)
@@ -433,7 +433,7 @@ def test_a_snapshot_of_the_cache_is_a_folder_of_links(hub: HubServer, base_folde
     assert_same(weights_of(Checkpoint.find("org/tiny")), weights_of(base_folder))  # downloaded again
 
 
-def test_a_mistyped_folder_is_told_as_one_and_soon(
+def test_a_mistyped_folder_is_named_as_one_and_soon(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, base_folder: Path, tmp_path: Path
 ) -> None:
     hub.publish("org/tiny", base_folder)
@@ -464,9 +464,9 @@ def test_a_full_disk_is_told_before_the_download(
     assert hub.fetched()["org/tiny/model.safetensors"] == 0
 
 
-@pytest.mark.parametrize(("status", "told"), [(503, "gives no answer|the hub fails"), (429, "throttled")])
-def test_a_hub_that_fails_is_told(hub: HubServer, base_folder: Path, status: int, told: str) -> None:
+@pytest.mark.parametrize(("status", "message"), [(503, "gives no answer|the hub fails"), (429, "throttled")])
+def test_a_hub_that_fails_is_named(hub: HubServer, base_folder: Path, status: int, message: str) -> None:
     hub.publish("org/tiny", base_folder)
     hub.failing = status
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         Checkpoint.find("org/tiny")

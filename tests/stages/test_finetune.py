@@ -198,7 +198,7 @@ def test_workers_that_do_not_fit_are_refused_before_training(prepared: Path, bas
 def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
     """Of two logical GPUs, which Ray counts and nobody has: placement is tested here, and nothing that runs on CUDA.
 
-    The workers are told to train on the CPU, and over gloo, where they would take their GPUs, and nccl.
+    The workers train on the CPU over gloo, where they would choose their GPUs and nccl.
     """
     shutil.copytree(prepared, tmp_path / "run")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -341,9 +341,9 @@ def test_a_damaged_checkpoint_is_named(killed: dict[str, Any], ray_address: str,
         state.write_bytes(bytes(content))
     again = Driver("finetune.py", killed, tmp_path / "again.log", address=ray_address)
     assert again.finish() == 1, again.output
-    told = [line for line in again.output.splitlines() if line.startswith("finetune.py: ")]
-    assert len(told) == 1
-    assert any(f"the checkpoint {state.parent} is damaged ({state.name} does not" in told[0] for state in states)
+    lines = [line for line in again.output.splitlines() if line.startswith("finetune.py: ")]
+    assert len(lines) == 1
+    assert any(f"the checkpoint {state.parent} is damaged ({state.name} does not" in lines[0] for state in states)
 
 
 @pytest.mark.slow

@@ -118,8 +118,8 @@ def main(rank: int, folder: Path) -> None:
 
 def test_an_error_that_one_rank_meets_is_raised_on_all(tmp_path: Path) -> None:
     run_two_ranks(__file__, tmp_path)
-    for case, told in CASES.items():
-        assert [(tmp_path / f"{case.__name__}-{rank}").read_text() for rank in range(2)] == [told, told]
+    for case, message in CASES.items():
+        assert [(tmp_path / f"{case.__name__}-{rank}").read_text() for rank in range(2)] == [message, message]
 
 
 if __name__ == "__main__":

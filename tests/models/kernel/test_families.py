@@ -158,7 +158,7 @@ def test_neighbours_in_a_pack_change_no_bit_of_an_example(family: str) -> None:
 
 @pytest.mark.parametrize("family", PACKABLE)
 def test_an_example_in_a_pack_scores_as_it_does_alone(family: str) -> None:
-    """Bit for bit, but for the few tokens where a matrix product takes another kernel than for many."""
+    """Bitwise equal, except for few tokens, for which a matrix product uses another kernel than for many."""
     likelihood = Likelihood(make(config_of(family)))
     examples = draw_examples()
     for example, nll_R in zip(examples, by_example(likelihood, examples), strict=True):

@@ -83,7 +83,7 @@ def make(config: PretrainedConfig = LLAMA) -> PreTrainedModel:
 
 
 def draw_table(count: int = 20) -> pa.Table:
-    """Sequences that count upwards in steps of 1 to 3: something that can be learnt."""
+    """Sequences that count upwards in steps of 1 to 3: something that can be learned."""
     draw = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for row in range(count):

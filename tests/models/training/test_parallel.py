@@ -88,7 +88,7 @@ def make(config: PretrainedConfig, finetune: FinetuneConfig, seed: int = 0) -> L
 
 
 def draw_examples(count: int = 20) -> TrainingSet:
-    """Sequences that count upwards in steps of 1 to 3: something that can be learnt."""
+    """Sequences that count upwards in steps of 1 to 3: something that can be learned."""
     draw = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for row in range(count):
@@ -287,8 +287,8 @@ def test_a_sharded_run_continues_bit_for_bit_where_it_was_saved(trained: Path, n
 @pytest.mark.parametrize("name", CONTINUED)
 def test_a_damaged_part_is_named_on_every_rank(trained: Path, name: str) -> None:
     for rank in range(2):
-        told = str(json.loads((trained / f"{name}-error-{rank}.json").read_text()))
-        assert re.fullmatch(r"shard-00002-\S+ does not match its checksum", told)
+        message = str(json.loads((trained / f"{name}-error-{rank}.json").read_text()))
+        assert re.fullmatch(r"shard-00002-\S+ does not match its checksum", message)
 
 
 @pytest.mark.usefixtures("_alone")
