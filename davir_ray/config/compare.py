@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from davir_ray.config.checks import check, check_no_secret, not_default
+from davir_ray.config.checks import check, check_no_secret
 from davir_ray.config.run import GenerateConfig, OutputConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.config.training import FinetuneConfig
@@ -153,13 +153,11 @@ class CompareConfig(OutputConfig):
         for source in self.all_heldout():
             source.check_columns()
 
-    def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing as the others stand, by dotted name: why."""
-        unused = {}
-        if "exact_match" not in self.measures:
-            unused = dict.fromkeys(not_default("generate", self.generate), "measures has no exact_match")
-            if self.instructions is not None:
-                unused = {name: why for name, why in unused.items() if name == "generate.sources"}
-        if self.instructions is None and self.instructions_chat is not None:
-            unused["instructions_chat"] = "no instructions are given"
-        return unused
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """See OutputConfig."""
+        no_match = None if "exact_match" in self.measures else "measures has no exact_match"
+        return {
+            "generate": no_match if self.instructions is None else None,
+            "generate.sources": no_match,
+            "instructions_chat": "no instructions are given" if self.instructions is None else None,
+        }
