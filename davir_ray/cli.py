@@ -158,8 +158,13 @@ def _parse_words(parser: ArgumentParser, argv: Sequence[str], *, defaults: bool 
     try:
         with _readable_config(_split_config(argv)[1]):
             values = parser.parse_args(list(argv), defaults=defaults)
-    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+    except argparse.ArgumentError as error:
         raise ConfigError(one_line(error)) from error
+    except UnicodeDecodeError as error:  # a section's file, as in --finetune FILE; it may also be named in --config
+        files = [path for path in (word.rpartition("=")[2] for word in argv) if os.path.isfile(path)]
+        raise ConfigError(
+            f"{' or '.join(files)}, or a file named there, is not UTF-8 text ({error}); save it as UTF-8"
+        ) from error
     if values.get("debug"):
         show_debug()
     return values

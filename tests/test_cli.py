@@ -377,6 +377,19 @@ def test_a_job_without_standard_output_and_error_runs(monkeypatch: pytest.Monkey
     assert exit_status(lambda: print("the result")) == 0  # noqa: T201
 
 
+def test_the_file_of_a_section_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    section, file = tmp_path / "finetune.yaml", tmp_path / "run.yaml"
+    section.write_bytes("epochs: 2".encode("utf-16"))
+    file.write_text(f"finetune: {section}")
+    for argv in (["--finetune", str(section)], [f"--finetune={section}"]):
+        with pytest.raises(ConfigError, match=r"finetune\.yaml, .* is not UTF-8 text .*; save it as UTF-8"):
+            parse_as(RunConfig, argv)
+    with pytest.raises(ConfigError, match=r"run\.yaml, or a file named there, is not UTF-8 text"):
+        parse_as(RunConfig, ["--config", str(file)])
+    section.write_text("epochs: 2")
+    assert parse_as(RunConfig, ["--config", str(file)]).finetune.epochs == 2
+
+
 def test_yaml_that_holds_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("select: &a {mixture: [*a]}")
     with pytest.raises(ConfigError, match="contains itself"):
