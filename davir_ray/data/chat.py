@@ -183,7 +183,7 @@ def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, giv
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
     segments = chat.segments(messages, given)
     prompt = "" if segments[0].scored else segments[0].text
-    return Rendered(prompt, "\n\n".join(replies), segments)
+    return Rendered(prompt=prompt, response="\n\n".join(replies), segments=segments, templated=True)
 
 
 def messages_of(value: Any, column: str) -> list[Message]:

@@ -11,27 +11,13 @@ responses neither follow nor repeat, have no common prompt.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice, takewhile
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 from davir_ray.config.sources import Source
-from davir_ray.data.chat import (
-    ChatTemplate,
-    Message,
-    messages_of,
-    render_turns,
-)
-from davir_ray.data.files import Slice
-from davir_ray.data.formats import column
-from davir_ray.data.reader import ExampleRow, Pair, as_reject, record_text, rendered_in_batches, row_of, stable_id
-from davir_ray.data.records import Record, Reject, read_records
-from davir_ray.data.rendered import Rendered, RowError, Segment
-from davir_ray.data.tokens import Encoded, Encoder
+from davir_ray.data.chat import ChatTemplate, Message, messages_of, render_turns
+from davir_ray.data.rendered import Rendered, RowError, Segment, column, shorten
 from davir_ray.schema import RejectReason, Role
 
 ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
@@ -43,92 +29,8 @@ _LEAST_REPEATED = 8
 one ("The", "I am") without repeating it."""
 
 
-class RenderedPair(NamedTuple):
-    """Both responses with their one prompt."""
-
-    chosen: Rendered
-    rejected: Rendered
-    templated: bool
-    """By a chat template, whose special tokens the text spells."""
-
-
-class PairReader:
-    """Turns preference records into pairs of rows of examples/, or rejects that say why not."""
-
-    def __init__(self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool) -> None:
-        self._encoder = encoder
-        self._chat = chat
-        self._keep_record = keep_record
-        self.bytes_read = 0
-        """Of the sources, as they are stored."""
-        self.replaced: Counter[str] = Counter()
-        """Values of the records that were replaced in their JSON (see record_text)."""
-
-    def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[Pair | Reject]:
-        """Every row of the slices, at most `limit`, exactly once: a pair or a reject."""
-        yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
-
-    def convert(
-        self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
-    ) -> Iterator[Pair | Reject]:
-        """Every record, at most `limit`, exactly once and in order: a pair or a reject."""
-        for batch in rendered_in_batches(islice(items, limit), partial(self._render, source=source)):
-            yield from self._encode(source, batch)
-
-    def _count(self, num_bytes: int) -> None:
-        self.bytes_read += num_bytes
-
-    def _render(self, record: Record, source: Source) -> RenderedPair:
-        return render_pair(record.fields, source, self._chat)
-
-    def _encode(
-        self, source: Source, batch: list[tuple[Record | Reject, RenderedPair | Reject]]
-    ) -> Iterator[Pair | Reject]:
-        pairs = [pair for _, pair in batch if isinstance(pair, RenderedPair)]
-        encoded = {
-            templated: iter(
-                self._encoder.encode(
-                    [text for pair in pairs if pair.templated == templated for text in pair[:2]], templated=templated
-                )
-            )
-            for templated in (False, True)
-        }
-        for record, pair in batch:
-            if isinstance(record, Reject):
-                yield record
-            elif isinstance(pair, Reject):
-                yield pair
-            else:
-                both = encoded[pair.templated]
-                yield self._pair(source, record, pair, (next(both), next(both)))
-
-    def _pair(
-        self, source: Source, record: Record, pair: RenderedPair, encoded: Sequence[Encoded | RowError]
-    ) -> Pair | Reject:
-        found = [one for one in encoded if isinstance(one, Encoded)]
-        for one in encoded:
-            if isinstance(one, RowError):
-                return as_reject(record, one)
-        chosen, rejected = found
-        if np.array_equal(chosen.input_ids, rejected.input_ids):
-            detail = f"both responses are the same within the limit of {len(chosen.input_ids)} tokens"
-            return Reject(record.source_file, record.source_row, RejectReason.EQUAL_RESPONSES, detail)
-        return (
-            self._row(source, record, pair.chosen, chosen, Role.CHOSEN),
-            self._row(source, record, pair.rejected, rejected, Role.REJECTED),
-        )
-
-    def _row(self, source: Source, record: Record, rendered: Rendered, encoded: Encoded, role: Role) -> ExampleRow:
-        place = (source.name, record.source_file, record.source_row)
-        kept = self._keep_record and role is Role.CHOSEN  # one copy is enough for both rows
-        text = record_text(record, self.replaced) if kept else None
-        return {
-            **row_of(source, record, rendered, encoded, text),
-            "example_id": stable_id(*place, role.value),
-            "pair_id": stable_id(*place),
-            "prompt_hash": stable_id(rendered.prompt),
-            "role": role.value,
-        }
+RenderedPair = tuple[Rendered, Rendered]
+"""The chosen response and the rejected one, each after the same prompt."""
 
 
 def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | None) -> RenderedPair:
@@ -147,17 +49,17 @@ def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | 
         seen = f"{type(chosen).__name__} and {type(rejected).__name__}"
         detail = f"{source.chosen_column!r} and {source.rejected_column!r} hold {seen}; expected two strings, or lists"
         raise RowError(RejectReason.WRONG_TYPE, detail)
-    _check_pair(pair)
+    _check_pair(*pair)
     return pair
 
 
-def _check_pair(pair: RenderedPair) -> None:
-    for role, rendered in zip(Role, pair[:2], strict=True):
+def _check_pair(chosen: Rendered, rejected: Rendered) -> None:
+    for role, rendered in zip(Role, (chosen, rejected), strict=True):
         if not rendered.response.strip():
             raise RowError(RejectReason.EMPTY_RESPONSE, f"the {role} response is empty or white space only")
-    if pair.chosen.response.strip() == pair.rejected.response.strip():
+    if chosen.response.strip() == rejected.response.strip():
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected response are the same")
-    if pair.chosen.prompt != pair.rejected.prompt:
+    if chosen.prompt != rejected.prompt:
         raise _no_common_prompt("the chat template renders their common messages differently")
 
 
@@ -170,9 +72,9 @@ def _of_strings(prompt: Any, chosen: str, rejected: str, source: Source) -> Rend
         raise RowError(RejectReason.WRONG_TYPE, f"the prompt is of type {type(prompt).__name__}; expected a string")
     if not prompt or not prompt.strip() or _are_dialogues_of(prompt, chosen, rejected):
         end = _end_of_prompt(chosen, rejected)
-        return RenderedPair(_dialogue(chosen, end), _dialogue(rejected, end), False)
+        return _dialogue(chosen, end), _dialogue(rejected, end)
     prompt, chosen, rejected = _repeated_once(prompt, chosen, rejected, source)
-    return RenderedPair(_plain(prompt, [Segment(chosen, True)]), _plain(prompt, [Segment(rejected, True)]), False)
+    return _joined(prompt, [Segment(chosen, True)]), _joined(prompt, [Segment(rejected, True)])
 
 
 def _are_dialogues_of(prompt: str, *responses: str) -> bool:
@@ -220,10 +122,11 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected dialogue are the same")
     if one[:shared][-1:] != [ASSISTANT_MARK] or _part_in_space([one, other], shared):
         same = _num_equal(chosen, rejected)
+        then = [shorten(text[same:], 30) for text in (chosen, rejected)]
         raise _no_common_prompt(
             f"there is no prompt apart from the responses, and of two dialogues the first {same} characters are the "
-            f"same, then come {_shown(chosen[same:])} and {_shown(rejected[same:])}; the first turn that differs must "
-            f"be an {ASSISTANT_MARK!r} turn of both, by more than white space"
+            f"same, then come {then[0]!r} and {then[1]!r}; the first turn that differs must be an {ASSISTANT_MARK!r} "
+            "turn in both, and differ by more than white space"
         )
     return len("".join(one[:shared]))
 
@@ -233,18 +136,14 @@ def _part_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
     return len({text[at].strip() for text in texts}) == 1 and any(len(text) > at + 1 for text in texts)
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 30 else f"{text[:29]}…")
-
-
 def _dialogue(text: str, start: int) -> Rendered:
     """A dialogue whose prompt ends at a character."""
-    return _plain(text[:start], list(_turns(text[start:])))
+    return _joined(text[:start], list(_turns(text[start:])))
 
 
-def _plain(prompt: str, rest: list[Segment]) -> Rendered:
+def _joined(prompt: str, rest: list[Segment]) -> Rendered:
     response = "\n\n".join(segment.text for segment in rest if segment.scored)
-    return Rendered(prompt, response, (Segment(prompt, False), *rest))
+    return Rendered(prompt=prompt, response=response, segments=(Segment(prompt, False), *rest))
 
 
 def _turns(text: str) -> Iterator[Segment]:
@@ -272,7 +171,7 @@ def _of_messages(
     given = _given(prompt, one[: _num_equal(one, other)], source.prompt_column)
     one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
     shared = _num_shared(one, other)
-    return RenderedPair(render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared), True)
+    return render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared)
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
@@ -296,9 +195,10 @@ def _whole(given: list[Message], messages: list[Message], name: str) -> list[Mes
         if is_told and messages[: len(end)] == end:
             return [*given[:start], *messages]
     if given and messages and messages[0]["role"] != "assistant":
+        first, last = (shorten(message["content"], 30) for message in (messages[0], given[-1]))
         raise _no_common_prompt(
-            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {_shown(messages[0]['content'])}, "
-            f"that does not repeat the prompt, whose last message is {_shown(given[-1]['content'])}"
+            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {first!r}, that does not repeat the "
+            f"prompt, whose last message is {last!r}"
         )
     return [*given, *messages]
 

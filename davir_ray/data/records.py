@@ -6,7 +6,8 @@ import itertools
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,14 +19,21 @@ from davir_ray.data.files import (
     CORRUPT,
     CountBytes,
     Slice,
+    SourceFile,
     count_nothing,
     first_line,
     logger,
     open_source,
 )
-from davir_ray.errors import DataError
-from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES
+from davir_ray.errors import DataError, IntegrityError
+from davir_ray.run.files import parquet_rows
+from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.schema import RejectReason
+
+_SAMPLED_FILES = 8
+"""Number of files that are sampled for an estimate, evenly spaced over the sorted list."""
+_SAMPLED_BYTES = 4 * 2**20
+"""Bytes of a text file that are read for an estimate, as it is stored."""
 
 _BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
 
@@ -45,7 +53,8 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-class Reject(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Reject:
     """A row of the input that is not a record, or a whole file (`empty_file`), or where its reading stopped."""
 
     source_file: str
@@ -55,10 +64,14 @@ class Reject(NamedTuple):
 
 
 class _Bad(NamedTuple):
-    """A Reject that does not know its place yet."""
+    """A Reject whose place is not known yet."""
 
     reason: RejectReason
     detail: str
+
+    def at(self, file: str, row: int) -> Reject:
+        """The reject of a row of a file."""
+        return Reject(source_file=file, source_row=row, reason=self.reason, detail=self.detail)
 
 
 _Row = dict[str, Any] | _Bad | None  # None: a blank line, counted in the row index only
@@ -79,14 +92,14 @@ def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Re
             row, values = _rows(stream, piece)
             for value in values:
                 if isinstance(value, _Bad):
-                    yield Reject(file.relative_path, row, *value)
+                    yield value.at(file.relative_path, row)
                 elif value is not None:
                     yield Record(file.relative_path, row, value)
                 row += 1
     except CORRUPT as error:
         detail = first_line(error)
         logger.warning("%s: reading stopped at row %d, the rest of the file is lost: %s", file.uri, row, detail)
-        yield Reject(file.relative_path, row, RejectReason.UNREADABLE_FILE, detail)
+        yield _Bad(RejectReason.UNREADABLE_FILE, detail).at(file.relative_path, row)
 
 
 def table_records(table: Any) -> Iterator[Record | Reject]:
@@ -94,7 +107,7 @@ def table_records(table: Any) -> Iterator[Record | Reject]:
     batches = itertools.chain.from_iterable(map(_plain_rows, table.to_batches(_BATCH_ROWS)))
     for row, value in enumerate(batches):
         if isinstance(value, _Bad):
-            yield Reject("", row, *value)
+            yield value.at("", row)
         elif value is not None:
             yield Record("", row, value)
 
@@ -248,3 +261,31 @@ def _decoded(value: Any, kind: pa.DataType) -> Any:
     if isinstance(kind, pa.MapType):
         return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
     return [_decoded(item, kind.value_type) for item in value] if isinstance(value, list) else value
+
+
+def estimate_rows(files: Sequence[SourceFile]) -> int:
+    """About how many rows the files hold: exact for a few that are small or Parquet, else in proportion to bytes."""
+    count = min(_SAMPLED_FILES, len(files))
+    sample = [_rows_and_bytes(files[number * len(files) // count]) for number in range(count)]
+    rows, num_bytes = sum(rows for rows, _ in sample), sum(read for _, read in sample)
+    return round(rows * sum(file.num_bytes for file in files) / num_bytes) if num_bytes else 0
+
+
+def _rows_and_bytes(file: SourceFile) -> tuple[int, int]:
+    """Rows in the first part of a file, and the bytes of that part; of a Parquet file the whole, by its footer."""
+    if file.layout == "parquet":
+        try:
+            return parquet_rows(Location.of(file.uri)), file.num_bytes
+        except IntegrityError:  # a run rejects it as one row
+            return 1, file.num_bytes
+    rows, read = 0, 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal read
+        read += num_bytes
+
+    for _ in read_records(Slice(file), count):
+        rows += 1
+        if read >= _SAMPLED_BYTES and file.layout != "json":  # a JSON array is read whole before its first element
+            break
+    return rows, min(read, file.num_bytes)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from davir_ray.data.reader import ExampleRow, Pair, rows_of_item
+from davir_ray.data.reader import ExampleRow, ExampleRows
 from davir_ray.data.records import Reject
 from davir_ray.errors import DataError
 from davir_ray.run.files import FileEntry, write_parquet
@@ -106,16 +106,19 @@ class ShardWriter:
         self._rejects: list[dict[str, Any]] = []
         self._num_shards = self._num_reject_files = self._tokens = self._characters = 0
 
-    def write(self, item: ExampleRow | Pair | Reject) -> None:
+    def write(self, item: ExampleRows | Reject) -> None:
         """Add what one row of the input has become; writes a shard when it is full."""
         self.report.num_read += 1
         if isinstance(item, Reject):
             self._reject(item)
             return
-        rows = rows_of_item(item)
-        for row in rows:
-            self._add(row)
-        self._write_full_shard()
+        for row in item:
+            self._rows.append(row)
+            self._tokens += len(row["input_ids"])
+            self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
+        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
+        if full or self._characters >= _SHARD_CHARACTERS:
+            self._write_shard()
 
     def finish(self) -> TaskReport:
         """Write what is left."""
@@ -125,18 +128,8 @@ class ShardWriter:
             self._write_rejects()
         return self.report
 
-    def _add(self, row: ExampleRow) -> None:
-        self._rows.append(row)
-        self._tokens += len(row["input_ids"])
-        self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
-
-    def _write_full_shard(self) -> None:
-        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
-        if full or self._characters >= _SHARD_CHARACTERS:
-            self._write_shard()
-
     def _reject(self, reject: Reject) -> None:
-        row = {"source": self._source, **reject._asdict(), "reason": str(reject.reason)}
+        row = {"source": self._source, **vars(reject), "reason": str(reject.reason)}
         self._rejects.append(row)
         if len(self._rejects) >= _REJECT_ROWS:
             self._write_rejects()

@@ -46,17 +46,25 @@ class Encoder:
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self._special_ids = np.array(sorted(set(tokenizer.all_special_ids) - unknown), dtype=np.int32)
 
-    def encode(self, examples: Sequence[Rendered], *, templated: bool) -> list[Encoded | RowError]:
-        """Encode examples; a RowError stands for one that must be rejected.
+    def encode(self, examples: Sequence[Rendered]) -> list[Encoded | RowError]:
+        """Encode examples; a RowError takes the place of one that must be rejected.
 
-        `templated`: the segments come from a chat template and spell its special tokens; otherwise text that spells a
-        special token is encoded as plain text, and rejected where the tokenizer cannot. What has no scored segment is
-        a prompt: it is never cut, and nothing is put behind it.
+        In text of a chat template, special tokens are encoded as such. In other text, what looks like a special token
+        is encoded as plain text, and rejected where the tokenizer cannot do that. An example without a scored segment
+        is a prompt: it is never truncated, and nothing follows it.
         """
-        texts = [segment.text for example in examples for segment in example.segments]
-        ids = iter(self._ids(texts, split_special_tokens=not templated))
+        ids = {
+            templated: iter(
+                self._ids(
+                    [part.text for one in examples if one.templated is templated for part in one.segments],
+                    split_special_tokens=not templated,
+                )
+            )
+            for templated in (False, True)
+        }
         return [
-            self._join([(next(ids), segment.scored) for segment in example.segments], templated) for example in examples
+            self._join([(next(ids[one.templated]), part.scored) for part in one.segments], one.templated)
+            for one in examples
         ]
 
     def _ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
