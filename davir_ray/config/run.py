@@ -1,7 +1,7 @@
 """The configuration of the main job: frozen, validated when it is made, every field with its unit and what None means.
 
-One YAML file and dotted options on the command line fill the same fields (see cli.py). A stage receives its own
-section, never the whole.
+A YAML file and dotted options on the command line set the same fields (see cli.py). A stage receives its own section,
+never the whole.
 """
 
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ from davir_ray.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Greedy generation with a pool of actors, whose size and precision are those of scoring."""
+    """Greedy generation by a pool of actors; its size and precision are those of score."""
 
     max_new_tokens: int = 512
-    """Limit of a generated text in tokens; one that reaches it is not finished."""
+    """Limit of tokens of a generated text; a text that reaches it counts as unfinished."""
     tokens_per_batch: int | None = None
-    """Token budget of one batch, prompts and all new tokens; halved on its own when the device runs out of memory.
-    None: by device."""
+    """Token budget of one batch, prompts and new tokens together; halved automatically when the device runs out of
+    memory. None: by device."""
     sources: list[str] = field(default_factory=list)
     """Generate for the examples of these sources only. Empty: all."""
 
@@ -36,12 +36,13 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
-    """What --dry_run reckons with; a run does not depend on it."""
+    """Assumptions of --dry_run; a run does not depend on them."""
 
     device_tflops: float | None = None
-    """TFLOP/s that one device sustains. None: a share of the peak of the cluster's GPUs, or of a measured CPU's."""
+    """TFLOP/s that one device sustains. None: a share of the peak of the cluster's GPUs, or of the measured speed of a
+    CPU."""
     price_per_device_hour: float | None = None
-    """Price of a device for an hour, in your currency. None: no cost is told."""
+    """Price of a device for an hour, in your currency. None: no cost is given."""
 
     def __post_init__(self) -> None:
         for name in ("device_tflops", "price_per_device_hour"):
@@ -56,9 +57,9 @@ class OutputConfig:
     output: str | None = None
     """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
     output_is_shared: bool = False
-    """A local output lies on a file system that every node sees; needed where the cluster has several nodes."""
+    """The local output is on a file system that every node sees; needed where the cluster has several nodes."""
     overwrite: bool = False
-    """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
+    """Redo the stages in the output whose settings or inputs differ, and all stages after them."""
 
     def __post_init__(self) -> None:
         check_no_secret("output", self.output)
@@ -84,7 +85,7 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig(OutputConfig):
-    """What a job begins with: a base and the data for it."""
+    """The inputs of a job: a base and data for it."""
 
     base: str | None = None
     """The pre-trained causal language model: a folder or a hub name."""
@@ -105,15 +106,15 @@ class InputConfig(OutputConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with a hub checkpoint."""
     prepare: PrepareConfig = PrepareConfig()
-    """From raw records to tokenised examples."""
+    """How raw records become tokenised examples."""
     finetune: FinetuneConfig = FinetuneConfig()
     """The reference fine-tune."""
     score: ScoreConfig = ScoreConfig()
     """The scoring pool."""
     dry_run: bool = False
-    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
+    """Check everything that needs no model weights, show three rendered examples, and stop."""
     estimate: EstimateConfig = EstimateConfig()
-    """What --dry_run reckons with."""
+    """Assumptions of --dry_run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +141,7 @@ class InputConfig(OutputConfig):
         return [Source(name=self.format, path=self.data, format=self.format)]
 
     def require_input(self) -> None:
-        """Raise ConfigError for the first of output, base and data that is not given, or is for another format."""
+        """Raise ConfigError where output, base or data is missing, or an option does not fit the others."""
         self.require_output()
         if not self.base:
             raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
@@ -166,10 +167,10 @@ class RunConfig(InputConfig):
     """Score instruction data by DavIR and select the best part of it."""
 
     reference: str | None = None
-    """A fine-tune of the base to score against: a checkpoint, or a folder with a peft adapter. None: fine-tune one on
-    the whole set."""
+    """A fine-tune of the base to score with: a checkpoint, or a folder with a peft adapter. None: fine-tune one on the
+    whole set."""
     keep_token_nll: Literal["sample", "all", "none"] = "sample"
-    """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
+    """Rows whose token losses are kept in scores: sample (about 200 rows or more, chosen by hash), all or none."""
     rank: RankConfig = RankConfig()
     """The order of the ranking."""
     select: SelectConfig = SelectConfig()

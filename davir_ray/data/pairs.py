@@ -1,13 +1,13 @@
 """One preference record → two examples that share a prompt: the chosen response and the rejected one.
 
-    prompt, chosen, rejected     strings, as they stand; a prompt that both responses repeat is kept once
+    prompt, chosen, rejected     strings, unchanged; a prompt that both responses repeat is kept once
     chosen, rejected             strings: whole dialogues of Human and Assistant turns that share a prefix (HH's form)
     chosen, rejected             lists of messages, with the prompt's turns in both, in a column `prompt` (a string, or
                                  messages), or in both places; rendered by the chat template
 
-What the two have in common is the prompt and is not scored; of what follows, every assistant turn is. Two conversations
-must part in an assistant's turn: where a user's differs, they answer different questions. These, and a prompt that the
-responses neither follow nor repeat, have no common prompt.
+The common beginning of the two is the prompt and is not scored; of what follows, every assistant turn is. Two
+conversations must first differ in an assistant's turn: where a user's turn differs, they answer different questions
+and have no common prompt. Nor do responses of which only one repeats the prompt.
 """
 
 import re
@@ -25,8 +25,8 @@ ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
 _MARKS = re.compile(f"({HUMAN_MARK}|{ASSISTANT_MARK})")
 
 _LEAST_REPEATED = 8
-"""Characters, without white space, of a prompt that is looked for in the responses: an answer may begin with a shorter
-one ("The", "I am") without repeating it."""
+"""A shorter prompt, in characters without white space, counts as not repeated: an answer may begin with the same words
+("The", "I am")."""
 
 
 RenderedPair = tuple[Rendered, Rendered]
@@ -78,13 +78,13 @@ def _of_strings(prompt: Any, chosen: str, rejected: str, source: Source) -> Rend
 
 
 def _are_dialogues_of(prompt: str, *responses: str) -> bool:
-    """Whether the two are whole dialogues that begin with the prompt, which stands in a column of its own, too."""
+    """Whether the two are whole dialogues that begin with the prompt, although it also has a column of its own."""
     end = len(prompt.strip()) + len(ASSISTANT_MARK)
     return all(_repeats(text, prompt) and ASSISTANT_MARK in text.lstrip()[:end] for text in responses)
 
 
 def _repeats(response: str, prompt: str) -> bool:
-    """Whether a response begins with the prompt, white space around it aside."""
+    """Whether a response begins with the prompt, apart from white space around it."""
     return response.lstrip().startswith(prompt.strip())
 
 
@@ -106,13 +106,13 @@ def _repeated_once(prompt: str, chosen: str, rejected: str, source: Source) -> t
 
 def _repeated_by_one(one: str, other: str, source: Source) -> RowError:
     return _no_common_prompt(
-        f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in both, "
+        f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in both "
         "or in neither"
     )
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:
-    """Characters that two dialogues have in common up to the assistant's turn in which they part.
+    """Number of characters before the assistant's turn in which two dialogues first differ.
 
     Raises RowError: equal_responses, no_common_prompt.
     """
@@ -120,7 +120,7 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     shared = _num_equal(one, other)
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected dialogue are the same")
-    if one[:shared][-1:] != [ASSISTANT_MARK] or _part_in_space([one, other], shared):
+    if one[:shared][-1:] != [ASSISTANT_MARK] or _differ_in_space([one, other], shared):
         same = _num_equal(chosen, rejected)
         then = [shorten(text[same:], 30) for text in (chosen, rejected)]
         raise _no_common_prompt(
@@ -131,13 +131,13 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     return len("".join(one[:shared]))
 
 
-def _part_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
-    """Whether one thing is said in both, but for white space, and something else follows: that would make the pair."""
+def _differ_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
+    """Whether the texts are equal there but for white space, and more follows, which would then be all that differs."""
     return len({text[at].strip() for text in texts}) == 1 and any(len(text) > at + 1 for text in texts)
 
 
 def _dialogue(text: str, start: int) -> Rendered:
-    """A dialogue whose prompt ends at a character."""
+    """A dialogue whose prompt is the text before `start`."""
     return _joined(text[:start], list(_turns(text[start:])))
 
 
@@ -147,7 +147,7 @@ def _joined(prompt: str, rest: list[Segment]) -> Rendered:
 
 
 def _turns(text: str) -> Iterator[Segment]:
-    """What follows a dialogue's prompt, up to its last assistant turn: these turns, and what stands between them."""
+    """The segments after a dialogue's prompt, up to its last assistant turn: the assistant's, and the text between."""
     first, *rest = _MARKS.split(text)
     yield Segment(first, True)
     between = ""
@@ -164,7 +164,7 @@ def _of_messages(
     prompt: Any, chosen: list[Any], rejected: list[Any], source: Source, chat: ChatTemplate | None
 ) -> RenderedPair:
     if chat is None:
-        detail = "the responses are messages, and the base has no chat template; give one with --chat_template FILE"
+        detail = "the responses are messages, but the base has no chat template; give one with --chat_template FILE"
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
     names = (source.chosen_column, source.rejected_column)
     one, other = messages_of(chosen, names[0]), messages_of(rejected, names[1])
@@ -175,11 +175,11 @@ def _of_messages(
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
-    """The messages of the prompt's column; none where it is blank, or the text of a user's among the shared ones."""
+    """The messages of the prompt's column; none where it is blank, or repeats a shared message of the user."""
     if isinstance(prompt, list):
         return messages_of(prompt, name)
     if not isinstance(prompt, str | None):
-        detail = f"column {name!r} holds a value of type {type(prompt).__name__}; expected a string or messages"
+        detail = f"column {name!r} has a value of type {type(prompt).__name__}; expected a string or messages"
         raise RowError(RejectReason.WRONG_TYPE, detail)
     text = (prompt or "").strip()
     is_repeated = any(message["role"] == "user" and message["content"].strip() == text for message in shared)
@@ -187,12 +187,12 @@ def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
 
 
 def _whole(given: list[Message], messages: list[Message], name: str) -> list[Message]:
-    """A conversation that begins with the given messages; the column `name` may repeat them all, or the last ones."""
+    """The conversation from the given messages on; the column `name` may repeat all of them, or the last ones."""
     for start in range(len(given)):
         end = given[start:]
-        # An assistant's message alone may be said twice.
-        is_told = not start or any(message["role"] != "assistant" for message in end)
-        if is_told and messages[: len(end)] == end:
+        # A lone assistant's message may be there twice without being a repetition.
+        is_repetition = not start or any(message["role"] != "assistant" for message in end)
+        if is_repetition and messages[: len(end)] == end:
             return [*given[:start], *messages]
     if given and messages and messages[0]["role"] != "assistant":
         first, last = (shorten(message["content"], 30) for message in (messages[0], given[-1]))
@@ -204,7 +204,7 @@ def _whole(given: list[Message], messages: list[Message], name: str) -> list[Mes
 
 
 def _num_shared(one: list[Message], other: list[Message]) -> int:
-    """Messages at the beginning that are the prompt: the same in both, up to the assistant's in which they part.
+    """Number of messages that are the prompt: equal in both, up to the assistant's message in which they first differ.
 
     Raises RowError: equal_responses, no_common_prompt.
     """
@@ -213,19 +213,19 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected conversation are the same")
     seen = [messages[shared]["role"] if len(messages) > shared else "the end" for messages in (one, other)]
     contents = [[message["content"] for message in messages] for messages in (one, other)]
-    if seen != ["assistant", "assistant"] or _part_in_space(contents, shared):
+    if seen != ["assistant", "assistant"] or _differ_in_space(contents, shared):
         raise _no_common_prompt(
             f"of two conversations the first {shared} messages are the same, then come {seen[0]} and {seen[1]}; the "
-            "first message that differs must be the assistant's in both, by more than white space"
+            "first message that differs must be the assistant's in both, and differ by more than white space"
         )
     if all(message["role"] == "assistant" for message in one[:shared]):
         raise _no_common_prompt(
-            f"there is no prompt: both conversations begin with {shared} messages, none but the assistant's, and then "
-            "with an assistant's that differs"
+            f"there is no prompt: both conversations begin with {shared} messages, all of them the assistant's, and "
+            "then differ in an assistant's message"
         )
     return shared
 
 
 def _num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items at the beginning are the same."""
+    """Number of items at the beginning that are equal."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,4 +1,4 @@
-"""Records of a file: JSON lines, JSON arrays, Parquet and Arrow, each record a dictionary or a named reject."""
+"""Files → records: JSON lines, JSON arrays, Parquet and Arrow; each row a dictionary, or a reject with its reason."""
 
 import codecs
 import io
@@ -35,7 +35,8 @@ _SAMPLED_FILES = 8
 _SAMPLED_BYTES = 4 * 2**20
 """Bytes of a text file that are read for an estimate, as it is stored."""
 
-_BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
+_BATCH_ROWS = 256
+"""Rows of a columnar file that are Python objects at one time; a row may have megabytes."""
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -46,16 +47,17 @@ _JSON = str(pa.json_())
 
 
 class Record(NamedTuple):
-    """A row of the input as plain Python values. `source_file` is the file's relative path."""
+    """A row of the input as plain Python values."""
 
     source_file: str
+    """Relative path of the file."""
     source_row: int
     fields: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """A row of the input that is not a record, or a whole file (`empty_file`), or where its reading stopped."""
+    """A row of the input that is no record, or a whole file (empty_file), or the place where its reading stopped."""
 
     source_file: str
     source_row: int
@@ -74,15 +76,16 @@ class _Bad(NamedTuple):
         return Reject(source_file=file, source_row=row, reason=self.reason, detail=self.detail)
 
 
-_Row = dict[str, Any] | _Bad | None  # None: a blank line, counted in the row index only
+_Row = dict[str, Any] | _Bad | None
+"""None: a blank line, which counts in the row index only."""
 
 
 def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Record | Reject]:
-    """The rows of a slice in order: each row that is not blank comes out once, as a Record or as a Reject.
+    """The rows of a slice in order: each row that is not blank is given once, as a Record or as a Reject.
 
-    `count` hears of bytes as they are read from storage, still compressed.
-    Streams, except that a JSON array is held as text while it is read. Where the content is damaged, the rows before
-    are kept and one `unreadable_file` tells where reading stopped. Raises DataError for a file that is gone or may not
+    The file is streamed, except that a JSON array is kept in memory as text. `count` receives the number of bytes of
+    each read from storage, still compressed. Where the content is damaged, the rows before are kept and one
+    unreadable_file has the row at which reading stopped. Raises DataError for a file that no longer exists or cannot
     be opened, StorageError where the storage fails.
     """
     file = piece.file
@@ -103,7 +106,7 @@ def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Re
 
 
 def table_records(table: Any) -> Iterator[Record | Reject]:
-    """The rows of an Arrow table in order, each once; they are of no file, so `source_file` is empty."""
+    """The rows of an Arrow table in order, each once; `source_file` is empty."""
     batches = itertools.chain.from_iterable(map(_plain_rows, table.to_batches(_BATCH_ROWS)))
     for row, value in enumerate(batches):
         if isinstance(value, _Bad):
@@ -137,7 +140,7 @@ def _decompressed(stream: io.BufferedReader, uri: str) -> io.BufferedReader:
     compression = COMPRESSIONS.get(posixpath.splitext(uri.lower())[1])
     if compression is None:
         return stream
-    # Arrow's decompressor and not zstandard's: that one takes a truncated file for a whole one.
+    # Arrow's decompressor, because zstandard's accepts a truncated file as complete.
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), compression), BUFFER_BYTES)
 
 
@@ -159,8 +162,8 @@ def _parse_line(line: bytes) -> _Row:
 
 
 def _array_rows(stream: io.BufferedReader) -> Iterator[_Row]:
-    """The elements of a JSON array. Nothing after a broken element can be trusted, so it is the last one told."""
-    # Bytes that are not UTF-8 become lone surrogates, so that they cost only the element they stand in.
+    """The elements of a JSON array, up to the first broken one: nothing after it can be trusted."""
+    # Bytes that are not UTF-8 become lone surrogates, so that only their element is rejected.
     text = stream.read().removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
     decoder = json.JSONDecoder()
     at = _skip_space(text, _skip_space(text, 0) + 1)
@@ -187,13 +190,13 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _check_text(value: Any, text: str) -> None:
-    """UnicodeEncodeError if a parsed value holds a lone surrogate; `text` is what it was parsed from."""
+    """Raise UnicodeEncodeError if a value has a lone surrogate; `text` is the JSON that it was parsed from."""
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode()
 
 
 def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
-    """The parsed value if it is an object of valid text."""
+    """The parsed value, if it is an object and its text is valid."""
     try:
         _check_text(value, text)
     except UnicodeEncodeError as error:
@@ -208,7 +211,7 @@ def _parquet_rows(stream: io.BufferedReader, row_groups: range | None) -> tuple[
     footer = parquet.metadata
     groups = range(footer.num_row_groups) if row_groups is None else row_groups
     first = sum(footer.row_group(index).num_rows for index in range(groups.start))
-    # One row group after another: a batch over two of them would be lost whole if the second is damaged.
+    # One row group at a time: a batch over two of them would be lost whole if the second is damaged.
     batches = (batch for index in groups for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[index]))
     return first, itertools.chain.from_iterable(map(_plain_rows, batches))
 
@@ -219,7 +222,7 @@ def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
 
 
 def _plain_rows(batch: Any) -> list[_Row]:
-    """The rows of an Arrow batch as Python values; where a value has none, only its row is bad."""
+    """The rows of an Arrow batch as Python values; a value that Python cannot express spoils only its row."""
     json_fields = [field for field in batch.schema if _JSON in str(field.type)]
     try:
         rows: list[_Row] = batch.to_pylist()
@@ -233,7 +236,7 @@ def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
         row: dict[str, Any] = batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, OverflowError) as error:  # a date that Python does not know
+    except (ValueError, OverflowError) as error:  # a date that Python cannot express
         return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])
     try:
         return _with_json(row, json_fields)
@@ -244,12 +247,12 @@ def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
 
 
 def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:
-    """A row, or a struct in it, with the values of these fields decoded where Arrow calls their text JSON."""
+    """A row, or a struct in it, with the values of these fields decoded where their Arrow type is JSON."""
     return {**row, **{field.name: _decoded(row[field.name], field.type) for field in fields}}
 
 
 def _decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value of an Arrow type, decoded where it is JSON. `datasets` (5) stores so what has no one type."""
+    """A value of an Arrow type, decoded where it is JSON, as which `datasets` (5) stores values of mixed types."""
     if value is not None and isinstance(kind, pa.JsonType):
         found = json.loads(value)
         _check_text(found, value)

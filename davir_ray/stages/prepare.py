@@ -270,13 +270,13 @@ def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> 
         )
     if prepared == 0:
         raise DataError(
-            f"no example could be prepared from {report.num_read} records ({report.told_reasons or 'no records'}); "
+            f"no example could be prepared from {report.num_read} records ({report.reason_counts or 'no records'}); "
             f"the first: {report.first_reject}"
         )
     report.check_rejects(limits.max_bad_fraction)
     log.info(
         "prepare: %d read, %d prepared, %d rejected %s",
-        report.num_read, prepared, report.reasons.total(), report.told_reasons,
+        report.num_read, prepared, report.reasons.total(), report.reason_counts,
     )  # fmt: skip
     if report.replaced:
         log.warning(

@@ -308,7 +308,7 @@ def test_what_the_template_raises_is_told() -> None:
     strict = ChatTemplate("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first!') }}{% endif %}")
     assert refused({"messages": TALK}, MESSAGES, strict) == (
         RejectReason.BAD_CONVERSATION,
-        "the chat template refuses the messages: TemplateError: user first!",
+        "the chat template rejects the messages: TemplateError: user first!",
     )
     crooked = ChatTemplate("{{ messages[0]['content'] / 0 }}")
     assert "TypeError" in refused({"messages": TALK}, MESSAGES, crooked)[1]

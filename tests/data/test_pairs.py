@@ -315,7 +315,7 @@ def test_conversations_without_a_common_prompt_say_what_they_have(
 def test_a_prompt_beside_messages_is_text_or_messages() -> None:
     reason, detail = refused({"prompt": 3, "chosen": [user("a"), *X], "rejected": [user("a"), *Y]}, CHATML)
     assert reason is RejectReason.WRONG_TYPE
-    assert "'prompt' holds a value of type int" in detail
+    assert "'prompt' has a value of type int" in detail
 
 
 def read(tokenizer: PreTrainedTokenizerFast, file: Path, max_tokens: int = 400) -> list[ExampleRows | Reject]:
