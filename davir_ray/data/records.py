@@ -57,7 +57,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """A row of the input that is no record, or a whole file (empty_file), or the place where its reading stopped."""
+    """A row of the input that is not a record, or a whole file (empty_file), or the place where its reading stopped."""
 
     source_file: str
     source_row: int
