@@ -350,7 +350,11 @@ def test_a_ten_megabyte_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
 def test_a_file_without_bytes_is_one_reject(tmp_path: Path, name: str) -> None:
     (row,) = read_path(write(tmp_path / name, b""))
-    assert isinstance(row, Reject) and row[:3] == (name, 0, RejectReason.EMPTY_FILE)
+    assert isinstance(row, Reject) and (row.source_file, row.source_row, row.reason) == (
+        name,
+        0,
+        RejectReason.EMPTY_FILE,
+    )
 
 
 def test_an_archive_of_nothing_is_an_empty_file(tmp_path: Path) -> None:
@@ -381,7 +385,11 @@ def test_damaged_archives_keep_the_rows_before(
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz"])
 def test_what_is_not_the_format_at_all_is_one_reject(tmp_path: Path, name: str) -> None:
     (row,) = read_path(write(tmp_path / name, b"this is no such file " * 100))
-    assert isinstance(row, Reject) and row[:3] == (name, 0, RejectReason.UNREADABLE_FILE)
+    assert isinstance(row, Reject) and (row.source_file, row.source_row, row.reason) == (
+        name,
+        0,
+        RejectReason.UNREADABLE_FILE,
+    )
 
 
 def test_a_damaged_parquet_page_keeps_the_row_groups_before(tmp_path: Path) -> None:
@@ -392,7 +400,7 @@ def test_a_damaged_parquet_page_keeps_the_row_groups_before(tmp_path: Path) -> N
     content[start : start + 3000] = b"\xff" * 3000
     *kept, stop = read_path(write(tmp_path / "a.parquet", bytes(content)))
     assert fields(kept) == table.slice(0, 2000).to_pylist()
-    assert isinstance(stop, Reject) and stop[1:3] == (2000, RejectReason.UNREADABLE_FILE)
+    assert isinstance(stop, Reject) and (stop.source_row, stop.reason) == (2000, RejectReason.UNREADABLE_FILE)
 
 
 def test_a_parquet_value_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> None:
@@ -401,14 +409,14 @@ def test_a_parquet_value_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> 
     pq.write_table(table, tmp_path / "a.parquet")
     first, bad, last = read_path(tmp_path)
     assert fields([first, last]) == [{"text": "ok"}, {"text": "fine"}]
-    assert isinstance(bad, Reject) and bad[1:3] == (1, RejectReason.INVALID_TEXT)
+    assert isinstance(bad, Reject) and (bad.source_row, bad.reason) == (1, RejectReason.INVALID_TEXT)
 
 
 def test_a_date_that_python_does_not_know_costs_its_row_only(tmp_path: Path) -> None:
     pq.write_table(pa.table({"when": pa.array([0, 2**62], pa.timestamp("ms"))}), tmp_path / "a.parquet")
     good, bad = read_path(tmp_path)
     assert isinstance(good, Record)
-    assert isinstance(bad, Reject) and bad[1:3] == (1, RejectReason.WRONG_TYPE)
+    assert isinstance(bad, Reject) and (bad.source_row, bad.reason) == (1, RejectReason.WRONG_TYPE)
 
 
 # --- which files -----------------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_a_template_that_is_not_stable_is_refused_with_the_difference_shown() ->
 def test_a_template_that_drops_earlier_text_is_refused() -> None:
     forgetful = CHATML.template.replace("m['content']", "(m['content'] if loop.index > messages | length - 2 else '…')")
     reason, detail = refused({"messages": TALK}, MESSAGES, ChatTemplate(forgetful, CHATML.named_tokens))
-    assert reason is RejectReason.BAD_CONVERSATION and "goes on" in detail
+    assert reason is RejectReason.BAD_CONVERSATION and "when it continues" in detail
 
 
 @pytest.mark.parametrize(
