@@ -57,9 +57,10 @@ class CompareConfig(OutputConfig):
     )
     """The sets of rows to train on. selection: the run's selection (its mixture, if there is one). random: as many
     rows, drawn by hash. random_matched: drawn rows with the same histogram of response lengths and as many response
-    tokens. lowest: the lowest ranked. rho: the highest by rho_sum. full: every prepared example. All but the selection
-    take from all scored rows, without its filters, balance and quotas. With a mixture, each arm takes as many rows of
-    each source as the mixture; full takes all rows of these sources and repeats them as the mixture does."""
+    tokens. lowest: the lowest ranked. rho: the highest by rho_sum. full: every prepared example. Rows are drawn and
+    ranked among all scored rows, without the filters, balance and quotas of the selection. With a mixture, each arm
+    takes as many rows of each source as the mixture; full takes all rows of these sources and repeats them as the
+    mixture does."""
     sizes: list[int] = field(default_factory=list)
     """Sizes of the selection for the learning curve, in rows (with a mixture: rows of the sources that are not taken
     whole). Empty: the run's own size."""

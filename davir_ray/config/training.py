@@ -59,16 +59,13 @@ class FinetuneConfig:
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_pack", "max_steps"):
+        for name in ("tokens_per_pack", "max_steps", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
         for name in ("epochs", "batch_size", "num_workers", "num_cpus", "checkpoint_every_steps"):
             check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
-        for name in ("lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
         check(0 <= self.lora_dropout < 1, "finetune.lora_dropout", self.lora_dropout, "from 0 to below 1")
         check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
         check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
