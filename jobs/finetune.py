@@ -17,7 +17,8 @@ def main(config: RunConfig) -> None:
     """Prepare, fine-tune, and print where the reference is."""
     from davir_ray.pipeline import finetune_only  # late: a mistake in the options is reported before torch and Ray load
 
-    print(f"reference: {finetune_only(config)}")
+    run = finetune_only(config)
+    print(f"reference: {run / 'reference'}")
 
 
 if __name__ == "__main__":

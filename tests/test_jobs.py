@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import davir_ray
+from davir_ray.run.folder import Run
 
 ROOT = Path(davir_ray.__file__).parent.parent
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -113,6 +114,17 @@ def test_the_help_of_every_job_says_what_it_does_and_has_debug(
     assert out.startswith(f"usage: {name} [-h]")
     assert f"python jobs/{file}" in out or command
     assert "--debug" in out or name == "benchmark.py"
+
+
+def test_the_fine_tune_prints_where_the_reference_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("davir_ray.pipeline.finetune_only", lambda config: Run.at(config.output))
+    script = str(ROOT / "jobs" / "finetune.py")
+    monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"reference: {tmp_path}/reference\n")
 
 
 @pytest.mark.slow
