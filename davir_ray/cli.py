@@ -1,60 +1,66 @@
-"""The command line: one YAML file and dotted options → a configuration; errors → one line and an exit status.
+"""The command line: one YAML file and dotted options → a job's settings; errors → one line and an exit status.
 
 Exit status: 0 complete; 2 the user's mistake, in one line; 130 Ctrl-C; 1 anything else.
 """
 
 import argparse
 import dataclasses
+import inspect
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
 from davir_ray.config.rank import RankOptions
-from davir_ray.config.run import RunConfig
-from davir_ray.config.yaml import (
-    NO_RULE,
-    T,
-    configuration,
-    flat,
-    new_parser,
-    refuse_without_effect,
-    rules_in,
-)
+from davir_ray.config.run import OutputConfig, RunConfig
+from davir_ray.config.selection import keep_rules, rules_in
+from davir_ray.config.yaml import flat, instantiate, new_parser, refuse_without_effect
 from davir_ray.errors import ConfigError, DavirError, UserError
 from davir_ray.terminal import LogHandler
-from davir_ray.text import PrintableStream, printable
+from davir_ray.text import PrintableStream, one_line, printable
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+"""The settings of a job: a frozen dataclass, validated when it is made."""
 
-def run_job(job: Callable[[T], None], settings: type[T], description: str, argv: list[str] | None = None) -> int:
-    """Parse the command line, run the job, and turn errors into an exit status with a line on standard error."""
-    return exit_status(lambda: job(parse_as(settings, sys.argv[1:] if argv is None else argv, description)))
+
+def run_job(
+    job: Callable[[T], None],
+    settings: type[T] | Mapping[str, type[T]],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, run the job with its settings, and return the exit status; see exit_status.
+
+    A job with several commands gives the settings of each by name; the first word of the command line chooses.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: job(parse_as(settings, words, description or "")))
 
 
 def exit_status(job: Callable[[], None]) -> int:
-    """Run a job that has its settings already: 0, or 2 after one line that tells the user's mistake.
+    """Run a job and return 0; where it fails, print one line on standard error and return another status.
 
-    1 after one line where storage failed or a file is damaged, 130 after Ctrl-C, as shells have it; any other error is
-    a defect, and shows its traceback. What is printed is shown, whatever the encoding of the terminal, and does nothing
-    else there, whatever the data hold.
+    2 is for the user's mistake, 1 for storage that failed and for a damaged file, 130 for Ctrl-C, as in shells. Any
+    other error is a defect and shows its traceback. What the job prints reaches a terminal of any encoding, and
+    control characters in the data never act on it.
     """
     _keep_standard_error_apart()
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("davir_ray").setLevel(logging.INFO)
     name = os.path.basename(sys.argv[0])
-    shown: Any = PrintableStream(sys.stdout)
+    printed: Any = PrintableStream(sys.stdout)
     try:
-        with redirect_stdout(shown):
+        with redirect_stdout(printed):
             job()
     except DavirError as error:
-        sys.stderr.write(f"{name}: {printable(' '.join(str(error).split()))}\n")
+        sys.stderr.write(f"{name}: {printable(one_line(error))}\n")
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted\n")
@@ -63,61 +69,109 @@ def exit_status(job: Callable[[], None]) -> int:
 
 
 def _keep_standard_error_apart() -> None:
-    """Let Python write to a copy of file descriptor 2, so that what native code writes there can go elsewhere.
+    """Let Python write to a copy of file descriptor 2, so that what native code writes there can be sent elsewhere.
 
-    A job without standard output or error, as a daemon may be, writes to nowhere.
+    A job without standard output or error, such as a daemon's, writes to the null device.
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     ours = sys.stderr
     try:
         if ours.fileno() == 2:
             sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=ours.encoding, errors=ours.errors)
-    except (OSError, ValueError):  # it is a notebook's
+    except (OSError, ValueError):  # a notebook's stream has no file descriptor
         return
 
 
-def parse(argv: list[str], description: str = "") -> RunConfig:
-    """The configuration of the main job's command line; see parse_as."""
-    return parse_as(RunConfig, argv, description)
-
-
-def parse_as(settings: type[T], argv: list[str], description: str = "") -> T:
-    """The validated configuration of a command line; ConfigError for anything misspelt, out of range or repeated.
-
-    A selection rule on the command line replaces the file's, so that --select.top_k works beside a file with another
-    rule. --help and --print_config print and exit with status 0.
-    """
-    parser = new_parser(settings, description)
-    refuse_repeated(argv)
-    values = parse_words(parser, argv)
-    given = flat(parse_words(parser, split_config(argv)[0], defaults=False))
-    if brought := rules_in(given):
-        for rule in NO_RULE.keys() - brought:
-            values[f"select.{rule}"] = NO_RULE[rule]
-    config = configuration(settings, parser, values)
-    refuse_without_effect(config, given)
-    return config
-
-
 def show_debug() -> None:
-    """Show, from here on, what Ray and the workers print, too: the option --debug."""
+    """Log debug messages and what Ray and the workers print, from here on: the option --debug."""
     logging.getLogger("davir_ray").setLevel(logging.DEBUG)
 
 
-def parse_words(parser: ArgumentParser, argv: list[str], *, defaults: bool = True) -> Namespace:
-    """The values of a command line; without defaults only what it and its --config give. ConfigError in one line."""
+def parse_as(settings: type[T] | Mapping[str, type[T]], argv: Sequence[str], description: str = "") -> T:
+    """The validated settings of a command line; ConfigError for anything misspelt, out of range or repeated.
+
+    A selection rule on the command line replaces the rule of the file. --help and --print_config print and exit with
+    status 0.
+    """
+    program = os.path.basename(sys.argv[0])
+    if isinstance(settings, Mapping):
+        name = _command(settings, argv[:1], description)
+        program, settings, argv = f"{program} {name}", settings[name], argv[1:]
+        description = inspect.getdoc(settings) or ""
+    if settings is RankOptions:
+        return cast(T, parse_rank(argv, description))
+    parser = new_parser(settings, description)
+    parser.prog = program
+    values = _parse_words(parser, argv)
+    given = flat(_parse_words(parser, _split_config(argv)[0], defaults=False))
+    if rules := rules_in(given, "select."):
+        keep_rules(values["select"], rules)
+    config = instantiate(settings, parser, values)
+    if isinstance(config, OutputConfig):
+        refuse_without_effect(config, given)
+    return config
+
+
+def _command(names: Mapping[str, Any], first: Sequence[str], description: str) -> str:
+    """The command that the first word of a command line names."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
+    )
+    parser.add_argument("command", choices=names, help="What to run; its own options follow, --help lists them.")
+    if not first:
+        raise ConfigError(f"no command is given; give one of {', '.join(names)}")
     try:
-        with _readable_config(split_config(argv)[1]):
-            values = parser.parse_args(argv, defaults=defaults)
-    except (argparse.ArgumentError, UnicodeDecodeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        return str(parser.parse_args(first).command)
+    except argparse.ArgumentError as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def parse_rank(argv: Sequence[str], description: str = "") -> RankOptions:
+    """The options of jobs/rank.py: changes of a finished run's rank and select settings.
+
+    ConfigError for anything misspelt, repeated, or of another job. --config may be the file of the run.
+    """
+    words, _ = _split_config(argv)
+    _refuse_other_options(words)
+    parser = new_parser(RunConfig, description, shown=RankOptions.OPTIONS)
+    given = flat(_parse_words(parser, argv, defaults=False))
+    on_command_line = flat(_parse_words(parser, words, defaults=False))
+    return RankOptions.of(given, on_command_line)
+
+
+def _refuse_other_options(words: Sequence[str]) -> None:
+    """Refuse options of jobs/score.py only, and those that append to a list: the rest of the list is in the run."""
+    others = {field.name for field in dataclasses.fields(RunConfig)} - {*RankOptions.OPTIONS}
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option.removeprefix("--").split(".")[0].rstrip("+") in others:
+            raise ConfigError(
+                f"jobs/rank.py does not take {option}; it ranks and selects again from the scores of a finished run, "
+                "and takes --output, --output_is_shared, --trust_remote_code, --rank.* and --select.*"
+            )
+        if option.endswith("+"):
+            raise ConfigError(f"jobs/rank.py does not take {option}; give the whole list: {option[:-1]} '[a, b]'")
+
+
+def _parse_words(parser: ArgumentParser, argv: Sequence[str], *, defaults: bool = True) -> Namespace:
+    """The values of a command line; without defaults only those that it and its --config give."""
+    _refuse_repeated(argv)
+    try:
+        with _readable_config(_split_config(argv)[1]):
+            values = parser.parse_args(list(argv), defaults=defaults)
+    except argparse.ArgumentError as error:
+        raise ConfigError(one_line(error)) from error
+    except UnicodeDecodeError as error:  # a section's file, as in --finetune FILE; it may also be named in --config
+        files = [path for path in (word.rpartition("=")[2] for word in argv) if os.path.isfile(path)]
+        raise ConfigError(
+            f"{' or '.join(files)}, or a file named there, is not UTF-8 text ({error}); save it as UTF-8"
+        ) from error
     if values.get("debug"):
         show_debug()
     return values
 
 
-def split_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """The command line without its --config, and the file that is named there."""
+def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The command line without its --config, and the file named there."""
     rest, file = [], None
     words = iter(argv)
     for word in words:
@@ -132,7 +186,7 @@ def split_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 @contextmanager
 def _readable_config(file: str | None) -> Iterator[None]:
-    """Tell in one line why a configuration file in a store cannot be read."""
+    """Turn the errors of a store that holds the configuration file into a ConfigError."""
     if file is None or "://" not in file:
         yield
         return
@@ -143,68 +197,9 @@ def _readable_config(file: str | None) -> Iterator[None]:
         yield
 
 
-def refuse_repeated(argv: list[str]) -> None:
-    """Of a repeated option only the last would count, silently."""
+def _refuse_repeated(argv: Sequence[str]) -> None:
+    """Refuse a repeated option, of which argparse would silently keep the last."""
     options = (word.split("=")[0] for word in argv if word.startswith("--"))
     for name, count in Counter(name for name in options if not name.endswith("+")).items():
         if count > 1:
             raise ConfigError(f"{name} is given {count} times; give it once (a list: {name} '[a, b]')")
-
-
-_TAKEN = ("output", "output_is_shared", "trust_remote_code", "rank", "select")
-
-
-def parse_rank(argv: list[str], description: str = "") -> RankOptions:
-    """The options of jobs/rank.py; ConfigError for anything misspelt, repeated, or of another job.
-
-    --config may be the file that the run was scored with.
-    """
-    refuse_repeated(argv)
-    words, _ = split_config(argv)
-    _refuse_others(words)
-    parser = _parser(description)
-    given = flat(parse_words(parser, argv, defaults=False))
-    options = flat(parse_words(parser, words, defaults=False))
-    if given.get("debug"):
-        show_debug()
-    if not given.get("output"):
-        raise ConfigError("no output is given; add --output DIR, the folder of a finished run of jobs/score.py")
-    changes = {name: value for name, value in given.items() if name.split(".")[0] in ("rank", "select")}
-    if brought := rules_in(options):  # a rule on the command line replaces the file's
-        changes = {name: value for name, value in changes.items() if not rules_in({name: value}) - brought}
-    for section in changes.keys() & {"rank", "select"}:
-        raise ConfigError(f"{section} is empty; give it fields, or leave it out")
-    return RankOptions(
-        output=given["output"],
-        output_is_shared=given.get("output_is_shared", False),
-        trust_remote_code=options.get("trust_remote_code", False),
-        changes=changes,
-        stated={
-            name: value
-            for name, value in given.items()
-            if name not in options and name.split(".")[0] not in ("output", "output_is_shared", "rank", "select")
-        },
-        on_command_line=tuple(options),
-    )
-
-
-def _refuse_others(words: list[str]) -> None:
-    """Refuse options of jobs/score.py that are not taken, and those that add to a list: the run has the rest of it."""
-    known = {field.name for field in dataclasses.fields(RunConfig)} - {*_TAKEN}
-    for option in (word.split("=")[0] for word in words if word.startswith("--")):
-        if option.removeprefix("--").split(".")[0].rstrip("+") in known:
-            raise ConfigError(
-                f"jobs/rank.py does not take {option}; it ranks and selects again from the scores of a finished run, "
-                "and takes --output, --output_is_shared, --trust_remote_code, --rank.* and --select.*"
-            )
-        if option.endswith("+"):
-            raise ConfigError(f"jobs/rank.py does not take {option}; give the whole list: {option[:-1]} '[a, b]'")
-
-
-def _parser(description: str) -> ArgumentParser:
-    """The parser of jobs/score.py, so that --config may be its file; --help and --print_config show what is taken."""
-    parser = new_parser(RunConfig, description)
-    for action in parser._actions:
-        if action.dest.split(".")[0] not in (*_TAKEN, "help", "config", "print_config", "debug"):
-            action.help = argparse.SUPPRESS
-    return parser

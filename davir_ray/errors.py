@@ -10,7 +10,7 @@
     │   └── TrainingError    the fine-tune diverged
     ├── ProgressError        nothing has finished for so long that the run counts as stuck: exit status 1
     ├── StorageError         disk or network failed during a run, which the same command continues: exit status 1
-    └── IntegrityError       our books do not balance, or a committed file is damaged: exit status 1
+    └── IntegrityError       row counts do not reconcile, or a committed file is damaged: exit status 1
 
 Each message says what is wrong, the value seen and what to change. The classes take one string, so that they survive
 pickling between Ray workers and the driver.
@@ -22,7 +22,7 @@ class DavirError(Exception):
 
 
 class UserError(DavirError):
-    """The user can mend this; the command line shows it as one line and exits with status 2."""
+    """The user can correct this; the command line prints it as one line and exits with status 2."""
 
 
 class ConfigError(UserError):
@@ -54,8 +54,8 @@ class ProgressError(DavirError):
 
 
 class StorageError(DavirError):
-    """Disk or network failed during a run; the same command goes on where it stopped."""
+    """Disk or network failed during a run; the same command continues it."""
 
 
 class IntegrityError(DavirError):
-    """A row was lost or doubled, or a committed file no longer matches its checksum."""
+    """Row counts do not reconcile, or a committed file no longer matches its checksum."""

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def run_all(config: RunConfig) -> Run:
     """From raw data to a ranked, selected set and its report; stages that are complete are skipped."""
     config.require_input()
-    config.require_select()
+    config.select.require_rule()
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
@@ -64,7 +64,7 @@ def rank_only(options: RankOptions) -> Run:
     probe_output(run.folder)
     scored = run.require("score").counts["scored"]
     config = options.applied_to(last_config(run))
-    config.require_select()
+    config.select.require_rule()
     check_count(config.select, scored, "scored")
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
         _rank_and_report(run, config, options.trust_remote_code)
@@ -74,7 +74,7 @@ def rank_only(options: RankOptions) -> Run:
 def dry_run(config: RunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns lines for the user."""
     config.require_input()
-    config.require_select()
+    config.select.require_rule()
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     with connected_to(run, is_shared=config.output_is_shared):

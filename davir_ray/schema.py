@@ -1,7 +1,7 @@
-"""Every column that a stage writes, once: name, Arrow type, unit and meaning; reasons and statuses as closed lists.
+"""Every column that a stage writes: name, Arrow type, unit and meaning; and every reason of a reject and every status.
 
-The stages hand each other Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
-`GENERATIONS`, `MATCHES`), so this file is the contract between them and with whoever reads the output.
+The stages exchange Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
+`GENERATIONS`, `MATCHES`), so this file is the contract between them, and with readers of the output.
 """
 
 from dataclasses import dataclass
@@ -11,38 +11,38 @@ import pyarrow as pa
 
 
 class RejectReason(StrEnum):
-    """Why a row of the input is not an example. `detail` in rejects/ holds the particulars."""
+    """Why a row of the input is not an example. `detail` in rejects/ has the particulars."""
 
     BROKEN_JSON = "broken_json"  # the line or array element is not JSON
-    INVALID_TEXT = "invalid_text"  # not UTF-8, or holds a lone surrogate
+    INVALID_TEXT = "invalid_text"  # not UTF-8, or with a lone surrogate
     NOT_AN_OBJECT = "not_an_object"  # JSON, but not an object with named fields
     MISSING_COLUMN = "missing_column"  # a column of the format is absent or null
-    WRONG_TYPE = "wrong_type"  # a column holds something else than the format's type
+    WRONG_TYPE = "wrong_type"  # a column has another type than the format's
     EMPTY_RESPONSE = "empty_response"  # nothing to score: empty or white space only
     PROMPT_TOO_LONG = "prompt_too_long"  # the prompt alone fills the token limit
-    SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text spells a special token that cannot be encoded as text
+    SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text contains a special token that cannot be encoded as text
     NO_COMMON_PROMPT = "no_common_prompt"  # a pair whose responses do not follow the same prompt
-    EQUAL_RESPONSES = "equal_responses"  # a pair whose chosen response is the rejected one: nothing is preferred
-    BAD_CONVERSATION = "bad_conversation"  # the chat template refuses the messages, or no assistant turn is found
+    EQUAL_RESPONSES = "equal_responses"  # a pair whose two responses are the same: none is preferred
+    BAD_CONVERSATION = "bad_conversation"  # the chat template rejects the messages, or no assistant turn is found
     EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
     UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost
 
 
 class Role(StrEnum):
-    """Which response of a pair an example holds."""
+    """Which response of a pair an example has."""
 
     CHOSEN = "chosen"
     REJECTED = "rejected"
 
 
 class Status(StrEnum):
-    """Whether an example has a score, or a generated text; anything but OK means that `davir`, or `output`, is null."""
+    """Whether an example has a score or a generated text; where it is not OK, `davir` or `output` is null."""
 
     OK = "ok"
     NO_PREDICTOR = "no_predictor"  # the first token has nothing before it (empty prompt, model without BOS)
     ZERO_BASE_NLL = "zero_base_nll"  # base_nll is 0: the ratio is not defined
     NON_FINITE_NLL = "non_finite_nll"  # a model returned NaN or infinity
-    OUT_OF_MEMORY = "out_of_memory"  # did not fit the device even alone in its pack
+    OUT_OF_MEMORY = "out_of_memory"  # the example alone did not fit the device
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,12 @@ _TOKENS = [
 ]
 PAIR_COLUMNS = [
     Column("pair_id", pa.int64(), "first 63 bits of SHA-256 of (source name, relative path, record index)"),
-    Column("prompt_hash", pa.int64(), "first 63 bits of SHA-256 of the prompt; its pairs are held out together"),
-    Column("role", pa.string(), "chosen or rejected; the two rows of a pair stand one after the other, in this order"),
+    Column(
+        "prompt_hash",
+        pa.int64(),
+        "first 63 bits of SHA-256 of the prompt; pairs with the same prompt are held out together",
+    ),
+    Column("role", pa.string(), "chosen or rejected; the two rows of a pair are adjacent, in this order"),
 ]
 _MARGINS = [
     PAIR_COLUMNS[0],
@@ -105,15 +109,15 @@ _MARGINS = [
     Column("frozen_rejected", pa.float64(), "log-probability of the rejected response under the frozen policy, nats"),
     Column("policy_chosen", pa.float64(), "log-probability of the chosen response under the trained policy, nats"),
     Column("policy_rejected", pa.float64(), "log-probability of the rejected response under the trained policy, nats"),
-    Column("chosen_reward", pa.float64(), "implicit reward of the chosen response by the loss of the run"),
-    Column("rejected_reward", pa.float64(), "implicit reward of the rejected response by the loss of the run"),
+    Column("chosen_reward", pa.float64(), "implicit reward of the chosen response by the loss function of the run"),
+    Column("rejected_reward", pa.float64(), "implicit reward of the rejected response by the loss function of the run"),
     Column("margin", pa.float64(), "chosen_reward - rejected_reward; null unless status is ok"),
-    Column("loss", pa.float64(), "of the pair, by the loss of the run"),
+    Column("loss", pa.float64(), "loss of the pair, by the loss function of the run"),
 ]
 _RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
 _REJECT = [
     Column("reason", pa.string(), "why the row was rejected (see RejectReason)"),
-    Column("detail", pa.string(), "the particulars, for the person who mends the data"),
+    Column("detail", pa.string(), "the particulars, for correcting the data"),
 ]
 
 _GENERATED = [
@@ -125,14 +129,18 @@ _MATCHED = [
     Column(
         "expected",
         pa.string(),
-        "the number that the response gives as its answer; null where it gives none or has several turns",
+        "the number that the response gives as its answer; null if none, or with several turns",
     ),
     Column(
         "strict_answer", pa.string(), "the number that the output marks as its answer (#### or boxed); null if none"
     ),
-    Column("flexible_answer", pa.string(), "the marked number, else the one stated, else the last one; null if none"),
-    Column("strict", pa.bool_(), "strict_answer equals expected; null where none is expected or no text is"),
-    Column("flexible", pa.bool_(), "flexible_answer equals expected; null where none is expected or no text is"),
+    Column(
+        "flexible_answer",
+        pa.string(),
+        "the marked number, else the number that is stated, else the last one; null if none",
+    ),
+    Column("strict", pa.bool_(), "strict_answer equals expected; null without expected or output"),
+    Column("flexible", pa.bool_(), "flexible_answer equals expected; null without expected or output"),
 ]
 
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
@@ -154,7 +162,7 @@ def _schema(folder: str) -> pa.Schema:
 
 EXAMPLES = _schema("examples")
 PAIRS = pa.schema([*EXAMPLES, *(pa.field(column.name, column.type) for column in PAIR_COLUMNS)])
-"""examples/ of preference data; example_id is made of the role, too."""
+"""The schema of examples/ for preference data; example_id also depends on the role."""
 MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")

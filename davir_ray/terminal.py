@@ -1,4 +1,4 @@
-"""What a job shows while it runs: log lines and, on a terminal, a bar for each stage, neither breaking the other."""
+"""What a job shows while it runs: log lines and, on a terminal, a progress bar for each stage below them."""
 
 import logging
 import sys
@@ -13,14 +13,14 @@ _BAR_COLUMNS = 16
 
 
 class LogHandler(logging.Handler):
-    """Writes each log record as a line on standard error, above the bars that are there."""
+    """Writes each log record as a line on standard error, above the progress bars."""
 
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(PrintableFormatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; an error in doing so is told the way that logging tells it, and ends nothing."""
+        """Write one record; an error in doing so is reported as logging does, and does not end the job."""
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except Exception:  # noqa: BLE001  # as every handler of the standard library
@@ -31,14 +31,14 @@ class Bar:
     """A stage's line on a terminal: how far it is, when it will be done, what went wrong, how fast it is."""
 
     def __init__(self, start: Progress) -> None:
-        # The text behind the bar is ours: a rate of tqdm's own would count what an earlier attempt did.
+        # The text after the bar is our own: tqdm's rate would include the work of an earlier attempt.
         self._bar: tqdm[Any] = tqdm(
             total=start.total, initial=start.done, bar_format="{desc}", file=sys.stderr, dynamic_ncols=True
         )
         self.show(start)
 
     def show(self, progress: Progress) -> None:
-        """Draw the stage as it is now, in one line however narrow the terminal is."""
+        """Draw the stage's current progress in one line, however narrow the terminal is."""
         name = f"{progress.stage:<8} "
         drawn = f"|{{bar:{_BAR_COLUMNS}}}| " if progress.total else ""
         width = (self._bar.format_dict["ncols"] or 80) - len(name) - (len("|| ") + _BAR_COLUMNS if drawn else 0)
@@ -47,5 +47,5 @@ class Bar:
         self._bar.set_description_str(progress.brief(width))
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Stop drawing; the line stays."""
         self._bar.close()

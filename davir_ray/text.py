@@ -1,4 +1,4 @@
-"""Text that comes from people's files, and text that goes to their terminals."""
+"""Text from users' files, and text for their terminals."""
 
 import codecs
 import io
@@ -7,31 +7,31 @@ import unicodedata
 from typing import Any
 
 BYTE_ORDER_MARK = "\ufeff"
-"""What some editors put before a text."""
+"""The character that some editors put at the beginning of a file."""
 
 _JOINERS = "\u200c\u200d"
-"""Of the characters without a shape, those that scripts and emoji need; they move and hide nothing."""
+"""Invisible characters that scripts and emoji need; they cannot hide or reorder text."""
 
 
 def decoded(content: bytes) -> str:
-    """The text of a file that a person wrote, its lines ended by \\n.
+    """The text of a file from a text editor, with \\n as its line end.
 
-    It is UTF-8, or UTF-16 where it begins with a byte-order mark, as some editors write; the mark is no part of the
-    text. Raises UnicodeDecodeError for anything else.
+    The file is UTF-8, or UTF-16 with a byte-order mark; the mark is not part of the text. Raises UnicodeDecodeError for
+    anything else.
     """
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:
-    """What an error says, in one line of at most so many characters; its type where it says nothing."""
+    """The message of an error in one line, cut to `most` characters; the error's type where the message is empty."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """The text with what would act on a terminal, or turn its line around, as escapes; \\n and \\t stay.
+    """The text with escapes for characters that would control a terminal or reverse a line; \\n and \\t stay.
 
-    Data may hold escape sequences, and a terminal obeys them.
+    Data may contain escape sequences, which a terminal would execute.
     """
     return text if text.isprintable() else "".join(map(_shown, text))
 
@@ -43,21 +43,21 @@ def _shown(character: str) -> str:
 
 
 _ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Categories: controls, formats (directions of writing), lone surrogates, separators of lines and paragraphs."""
+"""Unicode categories: controls, formats (such as writing direction), lone surrogates, line and paragraph separators."""
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats log lines such that a terminal can show them."""
+    """Formats log lines that are safe on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, as `printable` has it."""
+        """The line, passed through `printable`."""
         return printable(super().format(record))
 
 
 class PrintableStream:
-    """A stream of text for a terminal: what its encoding lacks is written as escapes, and so is what `printable` says.
+    """A text stream for a terminal: characters that its encoding lacks become escapes, and all text is `printable`.
 
-    Without it a letter that the encoding lacks would end the job in a UnicodeEncodeError.
+    Without it, a character that the encoding lacks would end the job with a UnicodeEncodeError.
     """
 
     def __init__(self, stream: Any) -> None:

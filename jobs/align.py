@@ -1,9 +1,9 @@
-"""Train a policy on preference pairs by DavIR-DPO, DPO, IPO or length-normalised DPO, and measure what it learnt.
+"""Train a policy on preference pairs by DavIR-DPO, DPO, IPO or length-normalised DPO, and measure what it learned.
 
     ray job submit --working-dir . -- python jobs/align.py --data s3://bucket/pairs/ --format preference \\
         --base org/model --output s3://bucket/aligned --align.loss davir_dpo --align.heldout_fraction 0.1
 
-The same command goes on where a stopped run left off.
+The same command continues a stopped run.
 """
 
 import sys
@@ -13,8 +13,8 @@ from davir_ray.config.align import AlignRunConfig
 
 
 def main(config: AlignRunConfig) -> None:
-    """Run the chain and say where the policy and the report lie; with --dry_run, only say what would be done."""
-    # late: a mistake in the options is told before torch and Ray load
+    """Run the chain and print where the policy and the report are; with --dry_run, only print what would be done."""
+    # late: a mistake in the options is reported before torch and Ray load
     from davir_ray.align.job import dry_run, run_alignment
 
     if config.dry_run:

@@ -1,10 +1,10 @@
-"""Fine-tune the base on the whole set and stop when the reference is there.
+"""Fine-tune the base on the whole set and stop when the reference is complete.
 
     ray job submit --working-dir . -- python jobs/finetune.py --data s3://bucket/alpaca/ --format alpaca \\
         --base meta-llama/Llama-3.2-1B --output s3://bucket/run1
 
-jobs/score.py with the same options goes on from there: so all of its options are taken, and what it does later (score,
-rank, select) is not looked at here.
+jobs/score.py with the same options continues from there. Therefore all of its options are accepted here; those of the
+later stages (score, rank, select) have no effect.
 """
 
 import sys
@@ -14,10 +14,11 @@ from davir_ray.config.run import RunConfig
 
 
 def main(config: RunConfig) -> None:
-    """Prepare, fine-tune, and say where the reference lies."""
-    from davir_ray.pipeline import finetune_only  # late: a mistake in the options is told before torch and Ray load
+    """Prepare, fine-tune, and print where the reference is."""
+    from davir_ray.pipeline import finetune_only  # late: a mistake in the options is reported before torch and Ray load
 
-    print(f"reference: {finetune_only(config)}")
+    run = finetune_only(config)
+    print(f"reference: {run / 'reference'}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Score instruction data by DavIR and select the best part of it: the whole chain, skipping what is complete.
+"""Score instruction data by DavIR and select the best part of it: the whole chain, skipping complete stages.
 
     ray job submit --working-dir . -- python jobs/score.py --data s3://bucket/alpaca/ --format alpaca \\
         --base meta-llama/Llama-3.2-1B --output s3://bucket/run1 --select.top_fraction 0.06
 
-The same command goes on where a stopped run left off.
+The same command continues a stopped run.
 """
 
 import sys
@@ -13,8 +13,11 @@ from davir_ray.config.run import RunConfig
 
 
 def main(config: RunConfig) -> None:
-    """Run the chain and say where the result lies; with --dry_run, only say what would be done."""
-    from davir_ray.pipeline import dry_run, run_all  # late: a mistake in the options is told before torch and Ray load
+    """Run the chain and print where the result is; with --dry_run, only print what would be done."""
+    from davir_ray.pipeline import (  # late: a mistake in the options is reported before torch and Ray load
+        dry_run,
+        run_all,
+    )
 
     if config.dry_run:
         print("\n".join(dry_run(config)))

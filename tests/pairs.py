@@ -7,7 +7,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from davir_ray.config.sources import Source
-from davir_ray.data.pairs import PairReader
+from davir_ray.data.reader import ExampleReader
 from davir_ray.data.records import Record, Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.models.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ RECORDS = [
 
 def pair_table(tokenizer: PreTrainedTokenizerBase, records: list[dict[str, Any]] = RECORDS) -> pa.Table:
     """The records as prepare makes examples of them."""
-    reader = PairReader(Encoder(tokenizer, 256), None, keep_record=False)
+    reader = ExampleReader(Encoder(tokenizer, 256), None, keep_record=False)
     found = [Record("f", number, fields) for number, fields in enumerate(records)]
     items = reader.convert(SOURCE, found)
     rows = [row for pair in items if not isinstance(pair, Reject) for row in pair]

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from davir_ray.cli import exit_status, parse, run_job
+from davir_ray.cli import exit_status, parse_as, run_job
 from davir_ray.config.run import RunConfig
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.sources import Source
@@ -81,8 +81,11 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "repeated with equals sign": (["--limit=3", "--limit=4"], "--limit is given 2 times"),
     "repeated flag": (["--overwrite", "--overwrite"], "--overwrite is given 2 times"),
     "no such file": (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
-    "repeated key": (["--select.quotas", "{a: 1, a: 2}", "--select.balance", "[source]"], "the key 'a' stands twice"),
-    "repeated key in a list": (["--select.mixture", "[{source: a, top_k: 1, top_k: 2}]"], "the key 'top_k' stands"),
+    "repeated key": (["--select.quotas", "{a: 1, a: 2}", "--select.balance", "[source]"], "the key 'a' is given twice"),
+    "repeated key in a list": (
+        ["--select.mixture", "[{source: a, top_k: 1, top_k: 2}]"],
+        "the key 'top_k' is given twice",
+    ),
     "no random order": (["--rank.seed", "3"], "--rank.seed has no effect: rank.order is davir"),
     "nothing trained": (["--reference", "r", "--finetune.epochs", "1"], "--finetune.epochs has no effect"),
     "data without format": (["--data", "x"], "data is given without format"),
@@ -119,15 +122,15 @@ BAD_FILES = {
     "two rules": ("select: {top_k: 1, top_fraction: 0.5}", "give exactly one rule"),
     "a section twice": (
         "finetune: {epochs: 1}\nselect: {top_k: 3}\nfinetune: {batch_size: 16}",
-        "the key 'finetune' stands twice in the YAML (lines 1 and 3)",
+        "the key 'finetune' is given twice in the YAML (lines 1 and 3)",
     ),
-    "a key twice, once in quotes": ("finetune:\n  epochs: 1\n  'epochs': 2", "'finetune.epochs' stands twice"),
-    "a key twice, once with dots": ("finetune: {epochs: 1}\nfinetune.epochs: 2", "'finetune.epochs' stands twice"),
+    "a key twice, once in quotes": ("finetune:\n  epochs: 1\n  'epochs': 2", "'finetune.epochs' is given twice"),
+    "a key twice, once with dots": ("finetune: {epochs: 1}\nfinetune.epochs: 2", "'finetune.epochs' is given twice"),
     "a key twice in a source": (
         "sources:\n- {name: a, path: x, format: alpaca}\n- name: b\n  path: x\n  format: alpaca\n  path: y",
-        "the key 'path' stands twice in the YAML (lines 4 and 6)",
+        "the key 'path' is given twice in the YAML (lines 4 and 6)",
     ),
-    "a group twice": ("select: {balance: [source], quotas: {a: 1, a: 2}}", "'select.quotas.a' stands twice"),
+    "a group twice": ("select: {balance: [source], quotas: {a: 1, a: 2}}", "'select.quotas.a' is given twice"),
     "an empty section": ("finetune:\nlimit: 3", "finetune is empty"),
     "not YAML": ("a: [", "config"),
     "a list": ("[1, 2]", "config"),
@@ -144,8 +147,8 @@ def test_a_bad_file_is_one_line(name: str, fails: Fails, no_ray: None, tmp_path:
 def test_a_file_in_a_store_may_not_repeat_a_key_either() -> None:
     place = Location.of(f"memory://{uuid.uuid4().hex}") / "run.yaml"
     place.write_text("limit: 3\nlimit: 4")
-    with pytest.raises(ConfigError, match=r"the key 'limit' stands twice in the YAML \(lines 1 and 2\)"):
-        parse(["--config", str(place)])
+    with pytest.raises(ConfigError, match=r"the key 'limit' is given twice in the YAML \(lines 1 and 2\)"):
+        parse_as(RunConfig, ["--config", str(place)])
 
 
 def test_keys_that_only_look_alike_are_no_repetition(tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_keys_that_only_look_alike_are_no_repetition(tmp_path: Path) -> None:
         "finetune: &tuned {epochs: 2, learning_rate: 1e-4}\nprepare: {max_tokens: 9}\n"
         "select: {balance: [source], quotas: {a: 1, a.b: 2}}\n"
     )
-    config = parse(["--config", str(file)])
+    config = parse_as(RunConfig, ["--config", str(file)])
     assert config.select.quotas == {"a": 1, "a.b": 2}
     assert config.finetune == FinetuneConfig(epochs=2, learning_rate=0.0001)
 
@@ -165,11 +168,11 @@ def test_a_file_may_hold_what_another_command_needs(
 ) -> None:
     """The same field on the command line is refused."""
     (tmp_path / "run.yaml").write_text("{estimate: {price_per_device_hour: 2}, rank: {seed: 3}}")
-    config = parse(["--config", str(tmp_path / "run.yaml"), *words(good)])
+    config = parse_as(RunConfig, ["--config", str(tmp_path / "run.yaml"), *words(good)])
     check_inputs(config)
     assert [record.getMessage() for record in caplog.records if "without effect" in record.message] == [
-        "without effect: estimate.price_per_device_hour (only --dry_run reckons with it); rank.seed (rank.order is "
-        "davir, not random)"
+        "without effect: estimate.price_per_device_hour (only --dry_run uses it); rank.seed (rank.order is davir, not "
+        "random)"
     ]
 
 
@@ -277,7 +280,9 @@ def test_a_dry_run_prints_examples_and_writes_nothing(good: dict[str, str], ray_
 
 
 def test_flags_need_no_value() -> None:
-    config = parse(["--overwrite", "--rank.lowest", "--dry_run", "--keep_record", "false", "--limit", "3"])
+    config = parse_as(
+        RunConfig, ["--overwrite", "--rank.lowest", "--dry_run", "--keep_record", "false", "--limit", "3"]
+    )
     assert (config.overwrite, config.rank.lowest, config.dry_run, config.keep_record, config.limit) == (
         True, True, True, False, 3,
     )  # fmt: skip
@@ -286,7 +291,7 @@ def test_flags_need_no_value() -> None:
 def test_options_override_the_file_field_by_field(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("{limit: 5, finetune: {epochs: 2, batch_size: 4}}")
-    config = parse(["--config", str(file), "--finetune.epochs", "7"])
+    config = parse_as(RunConfig, ["--config", str(file), "--finetune.epochs", "7"])
     assert (config.limit, config.finetune) == (5, FinetuneConfig(epochs=7, batch_size=4))
 
 
@@ -294,18 +299,22 @@ def test_options_override_the_file_field_by_field(tmp_path: Path) -> None:
 def test_a_rule_on_the_command_line_replaces_the_files(tmp_path: Path, given: list[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("select: {top_fraction: 0.5}")
-    assert parse(["--config", str(file), *given]).select == SelectConfig(min_score=-0.5)
-    assert parse([*given, "--config", str(file)]).select == SelectConfig(min_score=-0.5)
-    assert parse(["--config", str(file), "--select", "{min_score: -0.5}"]).select == SelectConfig(min_score=-0.5)
-    assert parse(["--config", str(file), "--select.top_k", "null"]).select == SelectConfig(top_fraction=0.5)
-    assert parse(["--config", str(file)]).select == SelectConfig(top_fraction=0.5)
+    from_file = ["--config", str(file)]
+    for argv, rule in [
+        ([*from_file, *given], {"min_score": -0.5}),
+        ([*given, *from_file], {"min_score": -0.5}),
+        ([*from_file, "--select", "{min_score: -0.5}"], {"min_score": -0.5}),
+        ([*from_file, "--select.top_k", "null"], {"top_fraction": 0.5}),
+        (from_file, {"top_fraction": 0.5}),
+    ]:
+        assert parse_as(RunConfig, argv).select == SelectConfig(**rule)
 
 
 def test_two_rules_on_the_command_line_are_refused_beside_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("select: {top_fraction: 0.5}")
     with pytest.raises(ConfigError, match="exactly one"):
-        parse(["--config", str(file), "--select.top_k", "3", "--select.top_tokens", "3"])
+        parse_as(RunConfig, ["--config", str(file), "--select.top_k", "3", "--select.top_tokens", "3"])
 
 
 @pytest.mark.parametrize(
@@ -329,7 +338,7 @@ def test_two_rules_on_the_command_line_are_refused_beside_a_file(tmp_path: Path)
 )
 def test_a_dumped_configuration_parses_back_to_itself(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(dump(config))
-    assert parse(["--config", str(tmp_path / "run.yaml")]) == config
+    assert parse_as(RunConfig, ["--config", str(tmp_path / "run.yaml")]) == config
 
 
 @pytest.mark.parametrize("option", ["--help", "--print_config"])
@@ -340,7 +349,7 @@ def test_help_and_print_config_end_with_status_0(option: str, capsys: pytest.Cap
     out = capsys.readouterr().out
     if option == "--help":
         assert "What it does." in out
-        assert "The first N rows." in out
+        assert "Number of rows to take, best first." in out
     else:
         assert yaml.safe_load(out)["finetune"]["learning_rate"] == 2e-5
 
@@ -368,7 +377,20 @@ def test_a_job_without_standard_output_and_error_runs(monkeypatch: pytest.Monkey
     assert exit_status(lambda: print("the result")) == 0  # noqa: T201
 
 
+def test_the_file_of_a_section_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    section, file = tmp_path / "finetune.yaml", tmp_path / "run.yaml"
+    section.write_bytes("epochs: 2".encode("utf-16"))
+    file.write_text(f"finetune: {section}")
+    for argv in (["--finetune", str(section)], [f"--finetune={section}"]):
+        with pytest.raises(ConfigError, match=r"finetune\.yaml, .* is not UTF-8 text .*; save it as UTF-8"):
+            parse_as(RunConfig, argv)
+    with pytest.raises(ConfigError, match=r"run\.yaml, or a file named there, is not UTF-8 text"):
+        parse_as(RunConfig, ["--config", str(file)])
+    section.write_text("epochs: 2")
+    assert parse_as(RunConfig, ["--config", str(file)]).finetune.epochs == 2
+
+
 def test_yaml_that_holds_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("select: &a {mixture: [*a]}")
-    with pytest.raises(ConfigError, match="holds itself"):
-        parse(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ConfigError, match="contains itself"):
+        parse_as(RunConfig, ["--config", str(tmp_path / "run.yaml")])

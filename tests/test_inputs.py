@@ -105,8 +105,8 @@ def test_a_placeholder_for_images_which_no_text_spells_needs_no_row(folder: Path
     check(folder)
     row = Record("", 0, {"prompt": "an <image>", "response": "<image>!"})
     (example,) = preparation_of(folder).reader(SOURCES).convert(SOURCES[0], iter([row]))
-    assert isinstance(example, dict)
-    assert max(example["input_ids"]) < 1024
+    assert isinstance(example, tuple)
+    assert max(example[0]["input_ids"]) < 1024
 
 
 def tied(folder: Path) -> None:

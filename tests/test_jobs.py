@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import davir_ray
+from davir_ray.run.folder import Run
 
 ROOT = Path(davir_ray.__file__).parent.parent
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -64,6 +65,7 @@ def test_help_shows_the_command_to_submit() -> None:
         ["scaling", "--model", "m", "--random_init", "r"],
         ["scaling", "--shards_per_actor", "1"],
         ["sorting"],
+        [],
     ],
 )
 def test_a_benchmark_tells_a_mistake_in_one_line(
@@ -93,8 +95,36 @@ def test_a_job_with_options_of_its_own_takes_none_twice_and_none_cut_short(
     monkeypatch.setattr(sys, "argv", [script, *argv])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
-    assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert told in err
+
+
+@pytest.mark.parametrize("name", [*JOBS, "benchmark.py ranking"])
+def test_the_help_of_every_job_says_what_it_does_and_has_debug(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, *command = name.split()
+    script = str(ROOT / "jobs" / file)
+    monkeypatch.setattr(sys, "argv", [script, *command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {name} [-h]")
+    assert f"python jobs/{file}" in out or command
+    assert "--debug" in out or name == "benchmark.py"
+
+
+def test_the_fine_tune_prints_where_the_reference_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("davir_ray.pipeline.finetune_only", lambda config: Run.at(config.output))
+    script = str(ROOT / "jobs" / "finetune.py")
+    monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"reference: {tmp_path}/reference\n")
 
 
 @pytest.mark.slow

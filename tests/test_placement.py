@@ -45,10 +45,11 @@ print(sum(row["status"] == "ok" for row in scored.take_all()))
 
 ON_ONE_CPU = """
 import sys, ray
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
 from davir_ray.pipeline import run_all
 ray.init("local", num_cpus=1, include_dashboard=False)
-run_all(parse(sys.argv[1:]))
+run_all(parse_as(RunConfig, sys.argv[1:]))
 """
 
 

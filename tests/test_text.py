@@ -129,9 +129,10 @@ SAVED = {
 }
 PARSE = """
 import sys
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
 from davir_ray.config.yaml import dump
-sys.stdout.write(ascii(dump(parse(sys.argv[1:]))))
+sys.stdout.write(ascii(dump(parse_as(RunConfig, sys.argv[1:]))))
 """
 
 

@@ -111,7 +111,7 @@ class ScoreRows:
         self._scoring.check_new(block.column_names)
         items = list(self._reader.convert(self._scoring.source, self._records(block)))
         rejects = [item for item in items if isinstance(item, Reject)]
-        scores = self._scores([item for item in items if not isinstance(item, Reject)])
+        scores = self._scores([row for item in items if not isinstance(item, Reject) for row in item])
         place = iter(range(scores.num_rows))
         rows = scores.take(pa.array([None if isinstance(item, Reject) else next(place) for item in items], pa.int64()))
         reasons = pa.array([str(item.reason) if isinstance(item, Reject) else None for item in items], pa.string())

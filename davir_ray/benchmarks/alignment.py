@@ -22,7 +22,7 @@ from davir_ray.config.align import AlignConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
-from davir_ray.data.pairs import PairReader
+from davir_ray.data.reader import ExampleReader
 from davir_ray.data.records import Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
@@ -127,7 +127,7 @@ def _in_turn(
 def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.Table:
     """The first pairs that can be prepared, through the same door as in a run."""
     source = Source(name="benchmark", path=data, format="preference")
-    reader = PairReader(Encoder(tokenizer, settings.max_tokens), None, keep_record=False)
+    reader = ExampleReader(Encoder(tokenizer, settings.max_tokens), None, keep_record=False)
     slices = [part for task in plan_tasks(list_files(source), 2**62) for part in task]
     pairs = (item for item in reader.read(source, slices, None) if not isinstance(item, Reject))
     found = list(islice(pairs, settings.pairs))

@@ -143,10 +143,11 @@ def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size
     tokenizer = tokenizer or trained_tokenizer(data, vocab_size)
     reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)
     items = (item for task in tasks for item in reader.read(source, task, None))
+    prepared = (row for item in items if not isinstance(item, Reject) for row in item)
     examples = (
-        Example(np.array(item["input_ids"], np.int32), tuple(item["response_spans"]))
-        for item in items
-        if not isinstance(item, Reject) and item["response_spans"] and item["response_spans"][0] > 0
+        Example(np.array(row["input_ids"], np.int32), tuple(row["response_spans"]))
+        for row in prepared
+        if row["response_spans"] and row["response_spans"][0] > 0
     )
     found = list(islice(examples, rows))
     if len(found) < rows:

@@ -1,1 +1,1 @@
-"""What a job is asked for: a section a file, typed, validated when it is made."""
+"""The settings of the jobs: one file for each section, typed, validated when they are made."""

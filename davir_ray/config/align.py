@@ -1,4 +1,4 @@
-"""The configuration of preference training: its objective, and what a job of it begins with."""
+"""The configuration of jobs/align.py: preference training and its objective."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,14 +16,14 @@ class AlignConfig:
     """The objective of preference training."""
 
     loss: Literal["davir_dpo", "dpo", "ipo", "dpo_norm"] = "davir_dpo"
-    """DavIR-DPO: DPO with each reward divided by |log-probability| of its response under the frozen policy. dpo; ipo on
-    token means, as TRL has it; dpo_norm: DPO on token means."""
+    """davir_dpo: DPO with each reward divided by the |log-probability| of its response under the frozen policy. dpo:
+    DPO. ipo: IPO on token means, as in TRL. dpo_norm: DPO on token means."""
     beta: float | None = None
-    """How strongly the policy is held to the frozen one. None: 0.1 for dpo and ipo, 5 for dpo_norm (Tulu 3's); for
-    davir_dpo 0.1 times the median |log-probability| of the responses trained on, in nats, where its gradient is as
-    large as DPO's at 0.1: the paper does not state its own."""
+    """How strongly the policy is kept near the frozen one. None: 0.1 for dpo and ipo; 5 for dpo_norm, as in Tulu 3; for
+    davir_dpo, whose beta the paper does not state, 0.1 times the median |log-probability| of the training responses
+    in nats, which makes its gradient as large as DPO's at 0.1."""
     heldout_fraction: float = 0.0
-    """Share of the prompts, drawn by hash, whose pairs are not trained on; what was learnt is measured on it apart."""
+    """Share of the prompts, drawn by hash, whose pairs are held out of training and measured separately."""
 
     def __post_init__(self) -> None:
         check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
@@ -33,22 +33,22 @@ class AlignConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignRunConfig(InputConfig):
-    """Train a policy on preference pairs by DavIR-DPO, or by the losses that it is compared with."""
+    """Train a policy on preference pairs by DavIR-DPO, or by a loss that it is compared with."""
 
     prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(max_tokens=1024))
-    """From raw records to tokenised pairs."""
+    """How raw records become tokenised pairs."""
     finetune: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(epochs=1, batch_size=64, learning_rate=5e-7, warmup_ratio=0.1)
     )
-    """The training of the policy; a batch is of pairs. Defaults: a usual recipe for DPO; the paper does not state its
-    own."""
+    """The training of the policy; batch_size counts pairs. Defaults: a common recipe for DPO, as the paper does not
+    state its own."""
     score: ScoreConfig = field(default_factory=lambda: ScoreConfig(precision="float32"))
-    """The losses of both policies. In float32: a policy that is trained at a small learning rate differs from its base
-    by less than bfloat16 tells apart."""
+    """The losses of both policies, in float32 by default: at a small learning rate a policy differs from its base by
+    less than the precision of bfloat16."""
     align: AlignConfig = field(default_factory=AlignConfig)
     """The objective."""
     beside: list[str] = field(default_factory=list)
-    """Folders of finished runs of this job on the same pairs, by another loss, setting or seed: the report then has a
+    """Folders of finished runs of this job on the same pairs, with another loss, setting or seed: the report then has a
     table of all, with means over the seeds of each setting."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Checks that the sections of a configuration share."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from davir_ray.errors import ConfigError
@@ -13,15 +13,21 @@ def check(condition: bool, field_name: str, value: object, need: str) -> None:
         raise ConfigError(f"{field_name} is {value!r}; it must be {need}")
 
 
-def not_default(section: str, settings: Any) -> list[str]:
-    """Dotted names of a section's fields that have another value than their default."""
-    default = type(settings)()
-    names = (field.name for field in fields(settings))
-    return [f"{section}.{name}" for name in names if getattr(settings, name) != getattr(default, name)]
+def changed(settings: Any, default: Any = None, prefix: str = "") -> list[str]:
+    """Dotted names of the fields whose value is not the default, sections included."""
+    default = type(settings)() if default is None else default
+    names = []
+    for field in fields(settings):
+        value, usual = getattr(settings, field.name), getattr(default, field.name)
+        if is_dataclass(value):
+            names += changed(value, usual, f"{prefix}{field.name}.")
+        elif value != usual:
+            names.append(f"{prefix}{field.name}")
+    return names
 
 
 def check_no_secret(field_name: str, uri: str | None) -> None:
-    """Refuse credentials in a URI: it is written to config.yaml and to messages."""
+    """Refuse credentials in a URI, which is written to config.yaml and to messages."""
     if uri and re.match(r"\w+://[^/]*:[^/]*@", uri):
-        shown = re.sub(r"//.*@", "//…@", uri)
-        raise ConfigError(f"{field_name} is {shown!r}, with a password in it; give credentials by the environment")
+        without = re.sub(r"//.*@", "//…@", uri)
+        raise ConfigError(f"{field_name} is {without!r}, with a password in it; give credentials by the environment")

@@ -1,9 +1,9 @@
-"""The configuration of a comparison: what is trained, on how much, how often, and on what it is measured."""
+"""The configuration of jobs/compare.py: what is trained, on how much data, how often, and what is measured."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from davir_ray.config.checks import check, check_no_secret, not_default
+from davir_ray.config.checks import check, check_no_secret
 from davir_ray.config.run import GenerateConfig, OutputConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.config.training import FinetuneConfig
@@ -12,7 +12,7 @@ from davir_ray.errors import ConfigError
 ArmName = Literal["selection", "random", "random_matched", "lowest", "rho", "full"]
 Reading = Literal["epochs", "steps"]
 DRAWN: tuple[ArmName, ...] = ("random", "random_matched")
-"""Arms whose rows are other ones for each seed."""
+"""Arms that draw new rows for each seed."""
 MeasureName = Literal["loss", "exact_match"]
 
 
@@ -21,7 +21,7 @@ class TrialName(NamedTuple):
 
     arm: str
     rows: int
-    """Of the selection that it stands beside; of the full set, its own."""
+    """Rows of the selection that the arm is compared with; for the full set, its own rows."""
     reading: str
     seed: int
 
@@ -30,7 +30,7 @@ class TrialName(NamedTuple):
 
 
 _OWN_OF_RECIPE = ("seed", "max_steps", "export_epochs")
-"""Settings of a fine-tune that the comparison sets itself."""
+"""Settings of a fine-tune that the comparison chooses itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CompareConfig(OutputConfig):
     """Fine-tune the base on a run's selection and on other sets of rows, and measure each on held-out data."""
 
     run: str | None = None
-    """Folder of a finished run of jobs/score.py; nothing is written there."""
+    """Folder of a finished run of jobs/score.py, which is only read."""
     heldout: str | list[str] | None = None
     """Data to measure on when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs
     --heldout_format."""
@@ -49,42 +49,43 @@ class CompareConfig(OutputConfig):
     heldout_limit: int | None = None
     """Read at most this many records from each held-out source. None: all."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the run's base; what the run's own configuration says does not count."""
+    """Run Python code that comes with the run's base, whatever the run's own configuration says."""
     max_bad_fraction: float = 0.01
     """Largest share of rejected held-out rows; above it the job stops with the reasons counted."""
     arms: list[ArmName] = field(
         default_factory=lambda: ["selection", "random", "random_matched", "lowest", "rho", "full"]
     )
-    """What is trained on: the run's selection (its mixture, if there is one); as many rows drawn by hash; drawn rows
-    with the same histogram of response lengths and as many response tokens; the lowest ranked; the highest by rho_sum;
-    every prepared example. Rows are drawn and ranked among all that were scored: filters, balance and quotas are the
-    selection's own. In a mixture each but the last takes of a source as many rows as the mixture does; the last takes
-    all rows of its sources, as often as the mixture does."""
+    """The sets of rows to train on. selection: the run's selection (its mixture, if there is one). random: as many
+    rows, drawn by hash. random_matched: drawn rows with the same histogram of response lengths and as many response
+    tokens. lowest: the lowest ranked. rho: the highest by rho_sum. full: every prepared example. Rows are drawn and
+    ranked among all scored rows, without the filters, balance and quotas of the selection. With a mixture, each arm
+    takes as many rows of each source as the mixture; full takes all rows of these sources and repeats them as the
+    mixture does."""
     sizes: list[int] = field(default_factory=list)
-    """Sizes of the selection for the curve, in rows (of a mixture: rows of the sources that are not taken whole).
-    Empty: the run's own size."""
+    """Sizes of the selection for the learning curve, in rows (with a mixture: rows of the sources that are not taken
+    whole). Empty: the run's own size."""
     readings: list[Reading] = field(default_factory=lambda: ["epochs", "steps"])
     """How long each arm is trained: for the recipe's number of epochs, or for as many optimiser steps as every prepared
     example takes in that number of epochs."""
     seeds: int = 3
-    """Models of each arm, on data orders, and where rows are drawn on draws, of their own."""
+    """Models of each arm, each with its own data order and, where rows are drawn, its own draw."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Fields of finetune that differ from the run's own, such as {epochs: 1}."""
     measures: list[MeasureName] = field(default_factory=lambda: ["loss"])
-    """What is measured: loss, nats per response token; exact_match, the share of generated answers that end in the
-    right number, of the held-out sources that generate.sources names."""
+    """What is measured. loss: nats per response token. exact_match: the share of generated answers that end in the
+    right number, on the held-out sources in generate.sources."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """How answers are generated for exact_match and for the instructions."""
     instructions: str | None = None
     """A list of instructions (JSON, JSON lines or Parquet with `instruction` and perhaps `input`) that each model
     answers into a file for alpaca_eval. No judge is called. None: none."""
     instructions_chat: bool | None = None
-    """Ask the instructions as a user's turn in the chat template, not in Stanford Alpaca's prompt. None: if all the
-    run's data are messages."""
+    """Give each instruction as a user's turn in the chat template, not in Stanford Alpaca's prompt. None: if all data
+    of the run are messages."""
     arms_at_once: int | None = None
-    """Arms trained side by side, at most as many as the cluster has room for. None: so many."""
+    """Most arms to train at the same time. None: as many as the cluster has room for."""
     keep_models: bool = False
-    """Keep each arm's model in its folder, once it has been measured."""
+    """Keep each arm's model in its folder after it has been measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +115,9 @@ class CompareConfig(OutputConfig):
             raise ConfigError(f"{given} is given without {absent}; one source needs --heldout and --heldout_format")
         names = [source.name for source in self.all_heldout()]
         for source in self.all_heldout():
-            check(source.format != "preference", "format of a held-out source", source.format, "that of a response")
+            check(
+                source.format != "preference", "format of a held-out source", source.format, "one of single responses"
+            )
             check(names.count(source.name) == 1, "held-out source name", source.name, "given once")
         for name in self.generate.sources:
             if names and name not in names:
@@ -125,14 +128,14 @@ class CompareConfig(OutputConfig):
         for name in self.recipe:
             if name not in known:
                 raise ConfigError(
-                    f"recipe has {name!r}, which is no field of finetune; see --finetune of jobs/score.py"
+                    f"recipe has {name!r}, which is not a field of finetune; see --finetune of jobs/score.py"
                 )
             if name in _OWN_OF_RECIPE:
                 raise ConfigError(f"recipe has {name!r}, which the comparison sets itself; leave it out")
         try:
             FinetuneConfig(**self.recipe)
         except TypeError as error:
-            raise ConfigError(f"recipe is {self.recipe!r}; its values must be as those of finetune") from error
+            raise ConfigError(f"recipe is {self.recipe!r}; its values must have the types of finetune's") from error
 
     def all_heldout(self) -> list[Source]:
         """The held-out sources, with --heldout as one source named after its format."""
@@ -153,13 +156,11 @@ class CompareConfig(OutputConfig):
         for source in self.all_heldout():
             source.check_columns()
 
-    def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing as the others stand, by dotted name: why."""
-        unused = {}
-        if "exact_match" not in self.measures:
-            unused = dict.fromkeys(not_default("generate", self.generate), "measures has no exact_match")
-            if self.instructions is not None:
-                unused = {name: why for name, why in unused.items() if name == "generate.sources"}
-        if self.instructions is None and self.instructions_chat is not None:
-            unused["instructions_chat"] = "no instructions are given"
-        return unused
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """See OutputConfig."""
+        no_match = None if "exact_match" in self.measures else "measures has no exact_match"
+        return {
+            "generate": no_match if self.instructions is None else None,
+            "generate.sources": no_match,
+            "instructions_chat": "no instructions are given" if self.instructions is None else None,
+        }

@@ -7,12 +7,14 @@ from davir_ray.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """From raw records to tokenised examples."""
+    """How raw records become tokenised examples."""
 
     max_tokens: int = 512
-    """Token limit of prompt and response. A longer response loses its tail; a prompt that fills it is rejected."""
+    """Limit of tokens of prompt and response together. A longer response loses its tail; a prompt that leaves no room
+    for one is rejected."""
     shard_rows: int = 4096
-    """Most rows in a shard, the unit of work, commit and resume. Grows with the corpus to keep about 20,000 shards."""
+    """Maximum number of rows in a shard, the unit of work, commit and resume. Grows with the corpus, to at most about
+    20,000 shards."""
 
     def __post_init__(self) -> None:
         check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")

@@ -1,83 +1,104 @@
-"""Changes of a finished run's own rank and select settings: what jobs/rank.py is asked for."""
+"""The options of jobs/rank.py: changes of a finished run's own rank and select settings."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import yaml
 
 from davir_ray.config.checks import check_no_secret
 from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import keep_rules, rules_in
 from davir_ray.config.sources import Source
-from davir_ray.config.yaml import (
-    NO_RULE,
-    load,
-    refuse_without_effect,
-    rules_in,
-)
+from davir_ray.config.yaml import load, refuse_without_effect
 from davir_ray.errors import ConfigError
-
-_SWITCHES = ("overwrite", "dry_run")
-"""What they say is for one command: off, they ask for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """The options of a command line, and what its --config says beside them."""
+    """What the command line and its --config say."""
+
+    OPTIONS: ClassVar = ("output", "output_is_shared", "trust_remote_code", "rank", "select")
+    """The fields of RunConfig that are options."""
 
     output: str
     """Folder of the finished run."""
     output_is_shared: bool = False
-    """As in OutputConfig."""
+    """See OutputConfig."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base; by the command's own flag, whatever --config says."""
+    """Run Python code that comes with the base. Only the command line can allow it, not --config."""
     changes: dict[str, Any] = field(default_factory=dict)
     """New values of fields of rank and select, by dotted name."""
     stated: dict[str, Any] = field(default_factory=dict)
-    """Values that --config has for other fields, by dotted name: those of the run, or it is of another run."""
+    """Values that --config has for other fields, by dotted name; they must be the run's, or it belongs to another."""
     on_command_line: tuple[str, ...] = ()
-    """Names of what stands on the command line itself."""
+    """Dotted names of the fields given on the command line itself."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], on_command_line: Mapping[str, Any]) -> Self:
+        """The options from the values by dotted name: all that are given, and those on the command line itself."""
+        if not given.get("output"):
+            raise ConfigError("no output is given; add --output DIR, the folder of a finished run of jobs/score.py")
+        changes = {name: value for name, value in given.items() if name.split(".")[0] in ("rank", "select")}
+        for section in changes.keys() & {"rank", "select"}:
+            raise ConfigError(f"{section} is empty; give it fields, or leave it out")
+        if rules := rules_in(on_command_line, "select."):  # a rule on the command line replaces the rule of the file
+            for other in set(rules_in(changes, "select.")) - set(rules):
+                del changes[f"select.{other}"]
+        not_stated = ("output", "output_is_shared", "rank", "select")
+        return cls(
+            output=given["output"],
+            output_is_shared=given.get("output_is_shared", False),
+            trust_remote_code=on_command_line.get("trust_remote_code", False),
+            changes=changes,
+            stated={
+                name: value
+                for name, value in given.items()
+                if name not in on_command_line and name.split(".")[0] not in not_stated
+            },
+            on_command_line=tuple(on_command_line),
+        )
 
     def applied_to(self, own: RunConfig) -> RunConfig:
-        """The run's configuration with the changes; ConfigError where they contradict it."""
+        """The run's own configuration with the changes; ConfigError where they contradict it."""
         values = dataclasses.asdict(own)
         self._check_stated(values)
-        if rules := rules_in(self.changes):
-            values["select"] |= {rule: value for rule, value in NO_RULE.items() if rule not in rules}
+        if rules := rules_in(self.changes, "select."):
+            keep_rules(values["select"], rules)
         for name, value in self.changes.items():
             section, _, key = name.partition(".")
             values[section][key] = value
         values["output_is_shared"] |= self.output_is_shared
         config = load(RunConfig, yaml.safe_dump(values))
-        self._check_effect(own, config)
+        refuse_without_effect(config, self.on_command_line)
+        least, same_order = config.select.min_score, (own.rank.order, own.rank.lowest)
+        if (
+            least is not None
+            and "select.min_score" not in self.changes
+            and same_order != (config.rank.order, config.rank.lowest)
+        ):
+            raise ConfigError(
+                f"select.min_score is {least}, the run's own for another order ({own.rank.order}); give a rule for the "
+                f"order {config.rank.order}"
+            )
         return config
 
     def _check_stated(self, own: dict[str, Any]) -> None:
-        """ConfigError where a file has another value than the run, of which nothing else can be changed here."""
+        """ConfigError where the file and the run differ in a field that ranking again cannot change."""
         for name, value in self.stated.items():
-            if name in _SWITCHES and not value:
+            if name in ("overwrite", "dry_run") and not value:  # a switch of one command: off, it asks for nothing
                 continue
             for place in value if isinstance(value, list) else [value]:
                 if isinstance(place, str):
                     check_no_secret(name, place)
             if name == "sources":
                 value = [dataclasses.asdict(Source(**source)) for source in value]
-            there: Any = own
+            in_run: Any = own
             for part in name.split("."):
-                there = there[part]
-            if value != there:
+                in_run = in_run[part]
+            if value != in_run:
                 raise ConfigError(
-                    f"{name} is {value!r} in the configuration file but {there!r} in the run {self.output}; ranking "
+                    f"{name} is {value!r} in the configuration file but {in_run!r} in the run {self.output}; ranking "
                     "again changes rank and select only: correct the file, or score with it by jobs/score.py"
                 )
-
-    def _check_effect(self, own: RunConfig, config: RunConfig) -> None:
-        """ConfigError for a change without effect, or one that gives another meaning to what stays."""
-        refuse_without_effect(config, self.on_command_line)
-        least, same = config.select.min_score, ("order", "lowest")
-        before, now = (tuple(getattr(one.rank, name) for name in same) for one in (own, config))
-        if least is not None and "select.min_score" not in self.changes and before != now:
-            raise ConfigError(
-                f"select.min_score is {least}, the run's own for another order ({own.rank.order}); give a rule for the "
-                f"order {config.rank.order}"
-            )

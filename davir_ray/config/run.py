@@ -1,16 +1,16 @@
 """The configuration of the main job: frozen, validated when it is made, every field with its unit and what None means.
 
-One YAML file and dotted options on the command line fill the same fields (see cli.py). A stage receives its own
-section, never the whole.
+A YAML file and dotted options on the command line set the same fields (see cli.py). A stage receives its own section,
+never the whole.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from davir_ray.config.checks import check, check_no_secret, not_default
+from davir_ray.config.checks import changed, check, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.config.selection import SELECT_RULES, RankConfig, SelectConfig
+from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
@@ -18,13 +18,13 @@ from davir_ray.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Greedy generation with a pool of actors, whose size and precision are those of scoring."""
+    """Greedy generation by a pool of actors; its size and precision are those of score."""
 
     max_new_tokens: int = 512
-    """Limit of a generated text in tokens; one that reaches it is not finished."""
+    """Limit of tokens of a generated text; a text that reaches it counts as unfinished."""
     tokens_per_batch: int | None = None
-    """Token budget of one batch, prompts and all new tokens; halved on its own when the device runs out of memory.
-    None: by device."""
+    """Token budget of one batch, prompts and new tokens together; halved automatically when the device runs out of
+    memory. None: by device."""
     sources: list[str] = field(default_factory=list)
     """Generate for the examples of these sources only. Empty: all."""
 
@@ -36,12 +36,13 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
-    """What --dry_run reckons with; a run does not depend on it."""
+    """Assumptions of --dry_run; a run does not depend on them."""
 
     device_tflops: float | None = None
-    """TFLOP/s that one device sustains. None: a share of the peak of the cluster's GPUs, or of a measured CPU's."""
+    """TFLOP/s that one device sustains. None: a share of the peak of the cluster's GPUs, or of the measured speed of a
+    CPU."""
     price_per_device_hour: float | None = None
-    """Price of a device for an hour, in your currency. None: no cost is told."""
+    """Price of a device for an hour, in your currency. None: no cost is given."""
 
     def __post_init__(self) -> None:
         for name in ("device_tflops", "price_per_device_hour"):
@@ -56,9 +57,9 @@ class OutputConfig:
     output: str | None = None
     """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
     output_is_shared: bool = False
-    """A local output lies on a file system that every node sees; needed where the cluster has several nodes."""
+    """The local output is on a file system that every node sees; needed where the cluster has several nodes."""
     overwrite: bool = False
-    """Redo the stages in the output whose settings or inputs differ, and all that follow them."""
+    """Redo the stages in the output whose settings or inputs differ, and all stages after them."""
 
     def __post_init__(self) -> None:
         check_no_secret("output", self.output)
@@ -69,13 +70,22 @@ class OutputConfig:
             raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing as the others stand, by dotted name: why."""
+        """Settings that were changed but have no effect with the others as they are: why, by dotted name."""
+        return {
+            name: reason
+            for name in changed(self)
+            for section, reason in self.reasons_without_effect().items()
+            if reason and f"{name}.".startswith(f"{section}.")
+        }
+
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """Sections and fields that may have no effect, with the reason where they have none."""
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig(OutputConfig):
-    """What a job begins with: a base and the data for it."""
+    """The inputs of a job: a base and data for it."""
 
     base: str | None = None
     """The pre-trained causal language model: a folder or a hub name."""
@@ -96,15 +106,15 @@ class InputConfig(OutputConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with a hub checkpoint."""
     prepare: PrepareConfig = PrepareConfig()
-    """From raw records to tokenised examples."""
+    """How raw records become tokenised examples."""
     finetune: FinetuneConfig = FinetuneConfig()
     """The reference fine-tune."""
     score: ScoreConfig = ScoreConfig()
     """The scoring pool."""
     dry_run: bool = False
-    """Check everything that can be checked without a model's weights, show three rendered examples, and stop."""
+    """Check everything that needs no model weights, show three rendered examples, and stop."""
     estimate: EstimateConfig = EstimateConfig()
-    """What --dry_run reckons with."""
+    """Assumptions of --dry_run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +141,7 @@ class InputConfig(OutputConfig):
         return [Source(name=self.format, path=self.data, format=self.format)]
 
     def require_input(self) -> None:
-        """Raise ConfigError for the first of output, base and data that is not given, or is for another format."""
+        """Raise ConfigError where output, base or data is missing, or an option does not fit the others."""
         self.require_output()
         if not self.base:
             raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
@@ -140,18 +150,16 @@ class InputConfig(OutputConfig):
         for source in self.all_sources():
             source.check_columns()
         if self.finetune.lora_rank is None:
-            for name in not_default("finetune", self.finetune):
+            for name in changed(self):
                 if name.startswith("finetune.lora_"):
                     raise ConfigError(f"{name} is given, but finetune.lora_rank is not; give it, or leave {name} out")
 
-    def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing as the others stand, by dotted name: why."""
-        unused = {}
-        if self.finetune.max_steps is not None and self.finetune.epochs != type(self)().finetune.epochs:
-            unused["finetune.epochs"] = "finetune.max_steps is given"
-        if not self.dry_run:
-            unused |= dict.fromkeys(not_default("estimate", self.estimate), "only --dry_run reckons with it")
-        return unused
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """See OutputConfig."""
+        return {
+            "finetune.epochs": None if self.finetune.max_steps is None else "finetune.max_steps is given",
+            "estimate": None if self.dry_run else "only --dry_run uses it",
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +167,10 @@ class RunConfig(InputConfig):
     """Score instruction data by DavIR and select the best part of it."""
 
     reference: str | None = None
-    """A fine-tune of the base to score against: a checkpoint, or a folder with a peft adapter. None: fine-tune one on
-    the whole set."""
+    """A fine-tune of the base to score with: a checkpoint, or a folder with a peft adapter. None: fine-tune one on the
+    whole set."""
     keep_token_nll: Literal["sample", "all", "none"] = "sample"
-    """Whose token losses are kept in scores: about 200 rows or more chosen by hash, all, or none."""
+    """Rows whose token losses are kept in scores: sample (about 200 rows or more, chosen by hash), all or none."""
     rank: RankConfig = RankConfig()
     """The order of the ranking."""
     select: SelectConfig = SelectConfig()
@@ -174,63 +182,17 @@ class RunConfig(InputConfig):
         for source in self.all_sources():
             if source.format == "preference":
                 raise ConfigError(f"source {source.name!r} has the format preference; jobs/align.py trains on pairs")
-        if self.select.min_score is not None and self.rank.order == "random":
-            raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
-        self._check_most()
-        self._check_source_names()
+        self.select.check_fits(self.rank, [source.name for source in self.all_sources()])
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 
-    def _check_source_names(self) -> None:
-        """A selection may name only sources that there are; known before hours are spent on a fine-tune."""
-        names = [source.name for source in self.all_sources()]
-        asked = [part.source for part in self.select.mixture]
-        asked += [parts["source"] for parts in map(self.select.parts_of, self.select.quotas) if "source" in parts]
-        for name in asked:
-            if names and name not in names:
-                raise ConfigError(f"select names the source {name!r}; the sources are {', '.join(names)}")
-
-    def _check_most(self) -> None:
-        """A ranking of the first ranks only cannot tell what lies beyond."""
-        select, most = self.select, self.rank.most
-        if most is None:
-            return
-        only_counts = (select.top_k is not None and not select.balance) or bool(select.quotas)
-        if select.rules and not only_counts:
-            raise ConfigError(
-                f"rank.most is {most}, but select.{select.rules[0]} may need every rank; leave rank.most out (null)"
-            )
-        if select.top_k is not None and select.top_k > most:
-            raise ConfigError(f"select.top_k is {select.top_k}, but rank.most keeps only {most} ranks; raise rank.most")
-
-    def require_select(self) -> None:
-        """Raise ConfigError where no selection rule is given, or one names a range of lengths that there is not."""
-        if not self.select.rules:
-            rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
-            raise ConfigError(
-                f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)"
-            )
-        ranges = self.select.length_ranges
-        for group in self.select.quotas:
-            parts = self.select.parts_of(group)
-            if "length" in parts and parts["length"] not in ranges:
-                raise ConfigError(
-                    f"select.quotas has {group!r}, whose range of lengths is {parts['length']!r}; the ranges are "
-                    f"{', '.join(ranges)} (select.length_edges)"
-                )
-
-    def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing as the others stand, by dotted name: why."""
-        unused: dict[str, str] = {}
-        if self.reference is not None:
-            unused |= dict.fromkeys(
-                not_default("finetune", self.finetune), "a reference is given, so nothing is trained"
-            )
-        unused |= super().without_effect()
-        if self.rank.order != "random" and self.rank.seed:
-            unused["rank.seed"] = f"rank.order is {self.rank.order}, not random"
-        if not self.select.mixture and self.select.shuffle_seed:
-            unused["select.shuffle_seed"] = "there is no select.mixture"
-        if "length" not in self.select.balance and self.select.length_edges != SelectConfig().length_edges:
-            unused["select.length_edges"] = "select.balance has no length"
-        return unused
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """See OutputConfig."""
+        order, has_mixture, by_length = self.rank.order, bool(self.select.mixture), "length" in self.select.balance
+        return {
+            **super().reasons_without_effect(),
+            "finetune": None if self.reference is None else "a reference is given, so nothing is trained",
+            "rank.seed": None if order == "random" else f"rank.order is {order}, not random",
+            "select.shuffle_seed": None if has_mixture else "there is no select.mixture",
+            "select.length_edges": None if by_length else "select.balance has no length",
+        }

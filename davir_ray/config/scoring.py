@@ -14,10 +14,11 @@ class ScoreConfig:
     """Scoring with a pool of actors, each holding base and reference."""
 
     num_actors: int | None = None
-    """Actors in the pool. None: as many as the cluster holds, a CPU left for reading and writing."""
+    """Actors in the pool. None: as many as the cluster has room for, with one CPU left for reading and writing."""
     autoscale: list[int] | None = None
-    """[least, most] actors, instead of num_actors: the pool begins with as many as fit and grows as nodes join, which a
-    cluster's autoscaler is asked for. Where none has a GPU yet, give num_gpus. None: a pool of fixed size."""
+    """[least, most] actors, instead of num_actors: the pool starts with as many as fit, requests more nodes from the
+    cluster's autoscaler, and grows as they join. Where no node has a GPU yet, give num_gpus. None: a pool of fixed
+    size."""
     num_cpus: float = 1.0
     """CPUs of one actor; on a CPU, also its number of threads (at least 1), which is part of the numerics."""
     num_gpus: float | None = None
@@ -25,12 +26,12 @@ class ScoreConfig:
     precision: Precision = "auto"
     """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Losses are float32."""
     tokens_per_pack: int | None = None
-    """Token budget of one forward pass; halved on its own when the device runs out of memory. None: by device."""
+    """Token budget of one forward pass; halved automatically when the device runs out of memory. None: by device."""
     base_cache: str | None = None
-    """Folder (local or s3://…) of base losses that later runs share: a second reference on the same examples costs one
-    pass. None: no cache."""
+    """Folder (local or s3://…) of base losses for later runs: scoring the same examples with a second reference then
+    needs only the reference's pass. None: no cache."""
     no_progress_timeout_s: int = 1800
-    """Seconds without any finished task after which the run fails instead of hanging."""
+    """Seconds without a finished task after which the run fails instead of hanging."""
 
     def __post_init__(self) -> None:
         check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")

@@ -1,10 +1,11 @@
-"""Settings of the ranking and of the selection."""
+"""Settings of the ranking and of the selection, and every check of the two that needs no data."""
 
 import math
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from davir_ray.config.checks import check
 from davir_ray.errors import ConfigError
@@ -25,7 +26,7 @@ class RankConfig:
     seed: int = 0
     """Seed of the random order."""
     most: int | None = None
-    """Write only the first N ranks, the rest of a large corpus is never moved. None: every rank."""
+    """Number of ranks to write; the rest of a large corpus is never moved. None: every rank."""
 
     def __post_init__(self) -> None:
         check(self.most is None or self.most >= 1, "rank.most", self.most, "at least 1")
@@ -38,21 +39,21 @@ class Part:
     source: str
     """Name of the source."""
     all: bool = False
-    """Every row that may be selected."""
+    """Every eligible row."""
     top_k: int | None = None
-    """The source's first N rows by rank."""
+    """Number of the source's rows to take, best first."""
     top_fraction: float | None = None
-    """This share of the source's rows that may be selected, rounded as select.top_fraction is."""
+    """This share of the source's eligible rows, rounded as select.top_fraction is."""
     top_tokens: int | None = None
-    """The source's longest prefix whose scored tokens fit."""
+    """The longest prefix of the source's ranking with at most this many scored tokens."""
     repeat: int = 1
-    """Times that each row stands in the mixture."""
+    """Number of copies of each row in the mixture."""
 
     def __post_init__(self) -> None:
         where = f"select.mixture of {self.source!r}:"
         rules = ["all"] * self.all + [name for name in PART_RULES if getattr(self, name) is not None]
         check(len(rules) == 1, f"{where} the rules", rules, f"exactly one of all, {', '.join(PART_RULES)}")
-        _check_rules(f"{where} ", self)
+        _check_sizes(f"{where} ", self)
         check(self.repeat >= 1, f"{where} repeat", self.repeat, "at least 1")
 
 
@@ -60,42 +61,41 @@ class Part:
 class SelectConfig:
     """Where the ranking is cut: exactly one of top_k, top_fraction, top_tokens, min_score, quotas, mixture.
 
-    Rows that a filter leaves out may not be selected, and count for no rule. Every count is in the manifest and the
+    Rows that a filter excludes are not eligible, and no rule counts them. Every count is in the manifest and the
     report.
     """
 
     top_k: int | None = None
-    """The first N rows."""
+    """Number of rows to take, best first."""
     top_fraction: float | None = None
-    """This share of the rows that may be selected: floor of the exact decimal times the rows, at least 1 (the paper:
-    0.06)."""
+    """This share of the eligible rows: floor of the exact decimal times the rows, at least 1 (the paper: 0.06)."""
     top_tokens: int | None = None
-    """The longest prefix whose scored tokens fit."""
+    """The longest prefix of the ranking with at most this many scored tokens."""
     min_score: float | None = None
     """Every row whose ordering key is at least this (at most, with rank.lowest)."""
     min_response_tokens: int | None = None
-    """Filter: scored tokens of a response, at least."""
+    """Filter: at least this many scored tokens in a response."""
     max_response_tokens: int | None = None
-    """Filter: scored tokens of a response, at most."""
+    """Filter: at most this many scored tokens in a response."""
     drop_duplicates: bool = False
-    """Filter: of rows with the same prompt and response only the highest-ranked may be selected."""
+    """Filter: of rows with the same prompt and response, only the highest-ranked is eligible."""
     balance: list[Literal["source", "length"]] = field(default_factory=list)
     """Give each source, each range of response lengths, or each pair of both the share of the selection that it has of
-    the rows that may be selected; the best of each group are taken."""
+    the eligible rows; the best rows of each group are taken."""
     quotas: dict[str, int] = field(default_factory=dict)
-    """Instead of shares, rows for each group of balance, such as {alpaca: 3000}, {32-63: 500} or {alpaca/32-63: 500};
-    groups without a quota give none."""
+    """Instead of shares, the number of rows of each group of balance, such as {alpaca: 3000}, {32-63: 500} or
+    {alpaca/32-63: 500}; groups without a quota give none."""
     length_edges: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
     """Where ranges of response lengths begin, in scored tokens; the first begins at 0."""
     mixture: list[Part] = field(default_factory=list)
-    """A training mixture of several sources: written to mixture/, repeated and shuffled, beside selected/."""
+    """A training mixture of several sources: written to mixture/, repeated and shuffled, in addition to selected/."""
     shuffle_seed: int = 0
     """Seed of the mixture's order."""
     jsonl: bool = False
-    """Also write the source records of what is selected (of the mixture, if there is one) as JSON lines to jsonl/."""
+    """Also write the source records of the selection (or the mixture, if there is one) as JSON lines to jsonl/."""
 
     def __post_init__(self) -> None:
-        _check_rules("select.", self)
+        _check_sizes("select.", self)
         check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
@@ -116,10 +116,45 @@ class SelectConfig:
         for name in names:
             check(names.count(name) == 1, "source in select.mixture", name, "given once")
 
+    def check_fits(self, rank: RankConfig, sources: Sequence[str]) -> None:
+        """ConfigError where the rule contradicts the ranking, or names none of the sources (none: not known yet)."""
+        if self.min_score is not None and rank.order == "random":
+            raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
+        if rank.most is not None and self.rules:  # what lies beyond the first ranks is unknown
+            if not (self.quotas or (self.top_k is not None and not self.balance)):
+                raise ConfigError(
+                    f"rank.most is {rank.most}, but select.{self.rules[0]} may need every rank; leave rank.most out "
+                    "(null)"
+                )
+            if self.top_k is not None and self.top_k > rank.most:
+                raise ConfigError(
+                    f"select.top_k is {self.top_k}, but rank.most keeps only {rank.most} ranks; raise rank.most"
+                )
+        named = [part.source for part in self.mixture]
+        named += [parts["source"] for parts in map(self.parts_of, self.quotas) if "source" in parts]
+        for name in named:
+            if sources and name not in sources:
+                raise ConfigError(f"select names the source {name!r}; the sources are {', '.join(sources)}")
+
+    def require_rule(self) -> None:
+        """Raise ConfigError where no rule is given, or one names a range of lengths that does not exist."""
+        if not self.rules:
+            rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
+            raise ConfigError(
+                f"no selection rule is given; add one of {rules} (the paper's Alpaca: --select.top_fraction 0.06)"
+            )
+        for group in self.quotas:
+            parts = self.parts_of(group)
+            if "length" in parts and parts["length"] not in self.length_ranges:
+                raise ConfigError(
+                    f"select.quotas has {group!r}, whose range of lengths is {parts['length']!r}; the ranges are "
+                    f"{', '.join(self.length_ranges)} (select.length_edges)"
+                )
+
     @property
     def rules(self) -> list[str]:
         """Names of the rules that are set."""
-        return [name for name in SELECT_RULES if getattr(self, name) not in (None, {}, [])]
+        return rules_in(vars(self))
 
     @property
     def length_ranges(self) -> list[str]:
@@ -136,12 +171,24 @@ class SelectConfig:
         return dict(zip(self.balance, (before, after), strict=True))
 
 
+def rules_in(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the selection rules that are set among values by name; `prefix` stands before the names there."""
+    return [rule for rule in SELECT_RULES if values.get(f"{prefix}{rule}") not in (None, {}, [])]
+
+
+def keep_rules(select: MutableMapping[str, Any], rules: Collection[str]) -> None:
+    """Reset all rules but these among the fields of a selection."""
+    unset = SelectConfig()
+    for rule in set(SELECT_RULES) - set(rules):
+        select[rule] = getattr(unset, rule)
+
+
 def count_from_fraction(fraction: float, num_rows: int) -> int:
-    """Rows that a fraction means: floor of the exact decimal times the rows, at least 1."""
+    """Number of rows that a fraction means: floor of the exact decimal times the rows, at least 1."""
     return max(1, int(Decimal(str(fraction)) * num_rows))
 
 
-def _check_rules(where: str, config: Part | SelectConfig) -> None:
+def _check_sizes(where: str, config: Part | SelectConfig) -> None:
     check(config.top_k is None or config.top_k >= 1, f"{where}top_k", config.top_k, "at least 1")
     check(config.top_tokens is None or config.top_tokens >= 1, f"{where}top_tokens", config.top_tokens, "at least 1")
     fraction = config.top_fraction

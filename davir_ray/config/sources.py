@@ -1,4 +1,4 @@
-"""Sources of instruction data: where a source lies, and how its records become prompt and response."""
+"""Sources of instruction data: where a source is, and how its records become prompt and response."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -8,23 +8,14 @@ from davir_ray.config.checks import check, check_no_secret
 from davir_ray.errors import ConfigError
 
 Format = Literal["alpaca", "gsm8k", "prompt_response", "messages", "preference"]
+"""Formats of a record; data/formats.py has what each of them does."""
 
-
-def check_chat_template(chat_template: str | None, formats: Iterable[Format]) -> None:
-    """ConfigError where a chat template is given but nothing is rendered with one."""
-    if chat_template is not None and not {"messages", "preference"} & set(formats):
-        raise ConfigError(
-            "chat_template is given, but only the format messages is rendered with one, and preference where its "
-            "columns hold messages; leave it out, or choose that format"
-        )
-
-
-_COLUMNS_OF: dict[Format, tuple[str, ...]] = {
+COLUMN_OPTIONS: dict[Format, tuple[str, ...]] = {
     "prompt_response": ("prompt_column", "response_column"),
     "messages": ("messages_column",),
     "preference": ("prompt_column", "chosen_column", "rejected_column"),
 }
-"""Fields of a source that its format reads; the other formats have columns of fixed names."""
+"""Fields of a source that name its columns, by the format that reads them; other formats have fixed column names."""
 
 DEFAULT_SPLIT = "train"
 
@@ -50,21 +41,21 @@ class Source:
     messages_column: str = "messages"
     """Column of the list of {role, content}, for the format messages."""
     split: str = DEFAULT_SPLIT
-    """Split to read, for a hub name or a folder written by `datasets` that holds several."""
+    """Split to read, for a hub name or a folder written by `datasets` that has several."""
 
     def __post_init__(self) -> None:
         check(bool(self.name.strip()), "source name", self.name, "a non-empty name")
-        named = f"path of source {self.name!r}"
-        check(bool(self.paths) and all(path.strip() for path in self.paths), named, self.path, "a path")
+        option = f"path of source {self.name!r}"
+        check(bool(self.paths) and all(path.strip() for path in self.paths), option, self.path, "a path")
         for path in self.paths:
-            check_no_secret(named, path)
+            check_no_secret(option, path)
 
     def check_columns(self) -> None:
-        """ConfigError for a column that is named, but is not of this format."""
+        """Raise ConfigError where a column is named that the format does not read."""
         defaults = {field.name: field.default for field in fields(self) if field.name.endswith("_column")}
         for name, default in defaults.items():
             value = getattr(self, name)
-            if value != default and name not in _COLUMNS_OF.get(self.format, ()):
+            if value != default and name not in COLUMN_OPTIONS.get(self.format, ()):
                 raise ConfigError(
                     f"{name} of source {self.name!r} is {value!r}, but the format {self.format} does not read it; "
                     "leave it out, or choose another format"
@@ -72,5 +63,14 @@ class Source:
 
     @property
     def paths(self) -> list[str]:
-        """The path, or the list of them."""
+        """The paths as a list, also where there is one."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+
+def check_chat_template(chat_template: str | None, formats: Iterable[Format]) -> None:
+    """Raise ConfigError where a chat template is given but none of the formats uses one."""
+    if chat_template is not None and not {"messages", "preference"} & set(formats):
+        raise ConfigError(
+            "chat_template is given, but only the format messages is rendered with one, and preference where its "
+            "columns hold messages; leave it out, or choose that format"
+        )

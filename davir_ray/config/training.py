@@ -8,24 +8,25 @@ from davir_ray.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """The reference fine-tune. Defaults: Stanford Alpaca's recipe, ours to choose; the paper does not state its own."""
+    """The fine-tune of the reference. Defaults: Stanford Alpaca's recipe, as the paper does not state its own."""
 
     epochs: int = 3
     """Passes over the examples."""
     max_steps: int | None = None
-    """Optimiser steps instead of epochs: as many passes as they take, the last one cut. None: epochs decides."""
+    """Optimiser steps, instead of epochs: as many passes as they need, the last one incomplete. None: epochs
+    decides."""
     batch_size: int = 128
-    """Examples in a global batch, over all workers; one optimiser step each."""
+    """Examples in a global batch, over all workers; each batch is one optimiser step."""
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
     warmup_ratio: float = 0.03
-    """Share of the steps that warm up linearly; a cosine to 0 follows."""
+    """Share of the steps in which the learning rate warms up linearly; cosine decay to 0 follows."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """The gradient's norm is clipped to this."""
     seed: int = 0
-    """Seeds the data order (with the epoch) and dropout (with the step)."""
+    """Seed of the data order (with the epoch) and of dropout (with the step)."""
     tokens_per_pack: int | None = None
     """Token budget of one forward and backward pass; gradients accumulate over a batch's packs. None: by device."""
     gradient_checkpointing: bool = True
@@ -35,38 +36,36 @@ class FinetuneConfig:
     num_workers: int = 1
     """Data-parallel workers (Ray Train). The steps are the same for any number."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes a parameter. fsdp, where those do not fit
-    one GPU: they are sharded over the workers (FSDP2). The steps are the same."""
+    """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes per parameter. fsdp: these are sharded
+    over the workers (FSDP2), for models that do not fit one GPU. The steps are the same."""
     num_cpus: int = 1
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None
-    """One GPU to a worker. None: if the cluster has any."""
+    """Give each worker one GPU. None: if the cluster has any."""
     checkpoint_every_steps: int = 200
-    """Steps between checkpoints; a killed worker or driver continues from the last."""
+    """Steps between checkpoints; after a worker or the driver was killed, training continues from the last."""
     max_failures: int = 3
-    """Times that Ray Train restarts lost workers before it gives up."""
+    """Number of times that Ray Train restarts lost workers before it gives up."""
     lora_rank: int | None = None
-    """Train a LoRA adapter of this rank instead of all weights; wants about ten times the rate. None: all weights."""
+    """Train a LoRA adapter of this rank instead of all weights; needs about ten times the learning rate. None: all
+    weights."""
     lora_alpha: int | None = None
-    """The adapter's scale is this over its rank. None: twice the rank."""
+    """The adapter's scale is this divided by its rank. None: twice the rank."""
     lora_dropout: float = 0.0
-    """Dropout before the adapter."""
+    """Dropout of the adapter's input."""
     lora_targets: str = "all-linear"
-    """Modules with an adapter: every linear layer but the head, or a regular expression of their full names."""
+    """Modules with an adapter: all-linear (every linear layer but the head), or a regular expression for full names."""
     export_epochs: bool = False
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_pack", "max_steps"):
+        for name in ("tokens_per_pack", "max_steps", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
         for name in ("epochs", "batch_size", "num_workers", "num_cpus", "checkpoint_every_steps"):
             check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
-        for name in ("lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
         check(0 <= self.lora_dropout < 1, "finetune.lora_dropout", self.lora_dropout, "from 0 to below 1")
         check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
         check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")

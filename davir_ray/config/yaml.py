@@ -1,9 +1,9 @@
-"""Configurations as YAML: what a file may say, how it is read strictly, how the resolved one is written."""
+"""Settings as YAML and as options: how a file is read strictly, and how the resolved configuration is written."""
 
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import yaml
@@ -11,17 +11,13 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from jsonargparse.typing import path_type
 
 from davir_ray.config.run import OutputConfig
-from davir_ray.config.selection import SELECT_RULES
 from davir_ray.errors import ConfigError
-from davir_ray.text import decoded
+from davir_ray.text import decoded, one_line
 
-NO_RULE: dict[str, Any] = {**dict.fromkeys(SELECT_RULES), "quotas": {}, "mixture": []}
-"""Fields of a selection without any rule."""
+T = TypeVar("T")
+"""The settings of a job: a frozen dataclass, validated when it is made."""
 
-T = TypeVar("T", bound=OutputConfig)
-"""The configuration of a job: a frozen dataclass, validated when it is made."""
-
-DEBUG_HELP = "Show what Ray and its workers print, too, which otherwise goes to Ray's log files."
+_OF_EVERY_JOB = ("help", "config", "print_config", "debug")
 
 
 def dump(config: Any) -> str:
@@ -33,17 +29,17 @@ def load(settings: type[T], text: str) -> T:
     """The configuration that `dump` wrote."""
     parser = new_parser(settings, "")
     try:
-        return configuration(settings, parser, parser.parse_string(text))
+        return instantiate(settings, parser, parser.parse_string(text))
     except argparse.ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's, which would read a configuration file in the terminal's encoding."""
+    """A parser that reads configuration files in UTF-8 or UTF-16; jsonargparse's would use the terminal's encoding."""
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """The settings of a configuration file: local, in a store, or standard input (-)."""
-        place: Any = path_type("fsr")(path)  # a file or whatever fsspec reads
+        place: Any = path_type("fsr")(path)  # a file, or a URI that fsspec can read
         with place.relative_path_context(), place.open("rb") as file:
             content = file.read()
             try:
@@ -54,44 +50,52 @@ class _Parser(ArgumentParser):
             return values
 
 
-def new_parser(settings: type[Any], description: str) -> ArgumentParser:
-    """A parser whose options, and the keys of its --config, are the fields of the settings."""
+def new_parser(settings: type[Any], description: str, shown: Collection[str] = ()) -> ArgumentParser:
+    """A parser whose options are the fields of the settings; a job with an output also takes them from --config.
+
+    With `shown`, --help lists only those fields.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
-    load_yaml_strictly()
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with these fields; options override it.")
-    parser.add_argument("--debug", type=bool, default=False, help=DEBUG_HELP)
+    if issubclass(settings, OutputConfig):
+        parser.add_argument("--config", action="config", help="YAML file with these fields; options override it.")
+    parser.add_argument(
+        "--debug",
+        type=bool,
+        default=False,
+        help="Show debug messages and what Ray and its workers print, which otherwise goes to Ray's log files.",
+    )
     parser.add_class_arguments(settings, as_group=False)
-    _let_flags_stand_alone(parser)
     for action in parser._actions:
-        if isinstance(action.metavar, str):  # jsonargparse takes back a space of its help by a control character
+        if getattr(action, "_typehint", None) is bool:  # let `--overwrite` mean `--overwrite true`
+            action.nargs, action.const = "?", True
+        if isinstance(action.metavar, str):  # jsonargparse begins it with a control character to take back a space
             action.metavar = action.metavar.lstrip("\b")
+        if shown and action.dest.split(".")[0] not in (*shown, *_OF_EVERY_JOB):
+            action.help = argparse.SUPPRESS
     return parser
 
 
 _PLAIN_YAML = get_loader("yaml")
 
 
-def load_yaml_strictly() -> None:
-    """Let jsonargparse refuse what repeats a key, in a file or in the value of an option; the last would count."""
-    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
-
-
 def _load_yaml(text: str) -> Any:
+    """The content of a file or of an option's value; ConfigError where a key is repeated, as the last would count."""
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "", {})
     except RecursionError as error:
-        raise ConfigError("the YAML holds itself by an alias, or too many levels; write it out flat") from error
+        raise ConfigError("the YAML contains itself by an alias, or has too many levels; write it out flat") from error
     return _PLAIN_YAML(text)
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
-    """Refuse a key that stands twice, also as `a.b` and as `b` of `a`; `lines` are those of the keys by dotted name."""
+    """Refuse a repeated key, also where it is `a.b` once and `b` of `a` once; `lines` has each dotted key's line."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_repeated_keys(item, "", {})
@@ -101,52 +105,37 @@ def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, lines: dict[str, 
             if name in lines:
                 where = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
                 raise ConfigError(
-                    f"the key {name!r} stands twice in the YAML ({where}); only the last would count, so keep one"
+                    f"the key {name!r} is given twice in the YAML ({where}); only the last would count, so keep one"
                 )
             lines[name] = line
             _refuse_repeated_keys(value, f"{name}.", lines)
 
 
-def configuration(settings: type[T], parser: ArgumentParser, values: Namespace) -> T:
-    """The settings that parsed values make; ConfigError where a section is left empty."""
-    for name in _field_names(settings):
-        if values[name] is None and dataclasses.is_dataclass(getattr(settings(), name)):
-            raise ConfigError(f"{name} is empty; give it fields, or leave it out")
+def instantiate(settings: type[T], parser: ArgumentParser, values: Namespace) -> T:
+    """The settings that parsed values describe; ConfigError where a section is left empty."""
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    for field in fields:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if values[field.name] is None and dataclasses.is_dataclass(default):
+            raise ConfigError(f"{field.name} is empty; give it fields, or leave it out")
     filled = parser.instantiate(values)
-    return settings(**{name: filled[name] for name in _field_names(settings)})
-
-
-def _field_names(settings: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(settings)]
-
-
-def _let_flags_stand_alone(parser: ArgumentParser) -> None:
-    """Let `--overwrite` mean `--overwrite true`: jsonargparse wants the value spelt out."""
-    for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:
-            action.nargs, action.const = "?", True
+    return settings(**{field.name: filled[field.name] for field in fields})
 
 
 def refuse_without_effect(config: OutputConfig, given: Iterable[str]) -> None:
-    """Refuse an option of the command line that changes nothing; of a file's fields the job tells."""
+    """Refuse an option of the command line that has no effect; for fields of a file, the job logs a warning."""
     unused = config.without_effect()
     for name in given:
-        if name in unused and not name.startswith("estimate."):  # a run that follows a dry run may still have these
+        if name in unused and not name.startswith("estimate."):  # a run that follows a dry run may keep these
             raise ConfigError(f"--{name} has no effect: {unused[name]}; leave it out")
 
 
 def flat(values: Namespace) -> dict[str, Any]:
-    """Values by dotted name, nested settings as plain dictionaries."""
-    own = ("config", "debug")  # options of the command line that no settings have
-    return {name: _plain(value) for name, value in values.items(branches=False) if name not in own}
+    """The values of settings by dotted name, nested ones as plain dictionaries."""
+    return {name: _plain(value) for name, value in values.items(branches=False) if name not in _OF_EVERY_JOB}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.as_dict() if isinstance(value, Namespace) else value
-
-
-def rules_in(given: Mapping[str, Any]) -> set[str]:
-    """Names of the selection rules that are set, of values by dotted name."""
-    return {rule for rule in SELECT_RULES if given.get(f"select.{rule}") not in (None, {}, [])}

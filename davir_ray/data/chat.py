@@ -1,4 +1,4 @@
-"""Chat templates: conversations rendered as transformers does, and where each reply lies in the text."""
+"""Chat templates: conversations rendered as transformers does, with the place of each assistant turn in the text."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from davir_ray.data.rendered import Rendered, RowError, Segment, shorten
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
 
-# What a chat template takes for today, so that the same data renders alike every day. It is the date that Llama 3's own
-# template falls back to.
+# The date that chat templates get as today's, so that the same data renders alike every day. It is the default date of
+# Llama 3's own template.
 TODAY = datetime(2024, 7, 26)
 
-# The public render_jinja_template puts a string in the place of the function strftime_now (transformers 5.23), so with
-# it a template that asks the clock cannot be given a date. Its two private parts, used here, take the function.
+# The public render_jinja_template replaces the function strftime_now by a string (transformers 5.23), so it cannot give
+# a date to a template that asks for the time. Its two private parts, which are used here, accept the function.
 _JINJA: Any = chat_template_utils
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -31,13 +31,13 @@ Span = tuple[int, int]  # characters of a rendered conversation, end exclusive
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and the special tokens it is written with; independent of the tokenizer's class, and picklable.
+    """A chat template and its special tokens; independent of the tokenizer's class, and picklable.
 
     A template that does not compile raises ModelError when the object is made.
     """
 
     template: str
-    """Jinja text, as transformers understands it."""
+    """Jinja text in the dialect of transformers."""
     named_tokens: Mapping[str, str] = field(default_factory=dict)
     """Special tokens by the names that templates use (bos_token, eos_token, …)."""
     special_tokens: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class ChatTemplate:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, override: str | None) -> "ChatTemplate":
-        """The template text `override`, or else the tokenizer's own; ModelError if there is neither."""
+        """The template `override`, or the tokenizer's own where that is None; ModelError if there is neither."""
         if override is None:
             try:
                 override = tokenizer.get_chat_template()
@@ -66,19 +66,20 @@ class ChatTemplate:
                 ) from error
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        return cls(override, named, tuple(sorted({*tokenizer.all_special_tokens, *added})))
+        special = tuple(sorted({*tokenizer.all_special_tokens, *added}))
+        return cls(override, named_tokens=named, special_tokens=special)
 
     def find_special_token(self, text: str) -> str | None:
-        """The first special token that a text spells."""
+        """The first special token that a text contains; None if there is none."""
         match = self._special_token.search(text)
         return match.group() if match else None
 
     def segments(self, messages: Sequence[Message], given: int = 0) -> tuple[Segment, ...]:
-        """The rendered conversation up to its last scored character, every assistant turn after the first `given`
-        messages scored.
+        """The rendered conversation up to its last scored character; every assistant turn is scored, except among the
+        first `given` messages.
 
-        The scored spans are the template's generation marks; without marks, what an assistant turn adds to the
-        conversation before it, end marker included. Raises RowError bad_conversation.
+        The scored spans are those of the template's generation marks. Without marks a span is what an assistant turn
+        adds to the conversation before it, end marker included. Raises RowError bad_conversation.
         """
         text, spans = self._render(messages)
         if not _GENERATION_MARK.search(self.template):
@@ -91,7 +92,7 @@ class ChatTemplate:
         return segments
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The rendered conversation up to where the assistant's next turn begins. Raises RowError bad_conversation."""
+        """The rendered conversation, up to where the assistant's next turn begins. Raises RowError bad_conversation."""
         return self._render(messages, add_generation_prompt=True)[0]
 
     def turn_end(self) -> str | None:
@@ -104,7 +105,7 @@ class ChatTemplate:
         return text[content_end:marker_end] or None
 
     def _end_of(self, messages: Sequence[Message], text: str) -> int:
-        """Where the first messages end in the text of the conversation that they begin."""
+        """Where the first messages end in the text of the whole conversation."""
         before = self.prompt(messages)
         if not text.startswith(before):
             raise _not_a_prefix(f"the first {len(messages)} messages", before, text)
@@ -134,10 +135,10 @@ class ChatTemplate:
                 raise _not_a_prefix(f"what follows message {index}", through[:content_end], text)
 
     def _turn_end(self, text: str, start: int) -> tuple[int, int]:
-        """Where a turn's content ends, and where its end marker does.
+        """Where a turn's content ends, and where its end marker ends.
 
-        The marker is the turn's last special token if only white space follows; so the line break that ChatML writes
-        after it is not scored. Without a marker both are the text's end.
+        The marker is the turn's last special token if only white space follows, so the line break that ChatML writes
+        after it is not scored. Without a marker both are the end of the text.
         """
         markers = list(self._special_token.finditer(text, start))
         if not markers or text[markers[-1].end() :].strip():
@@ -160,21 +161,21 @@ class ChatTemplate:
                 date_string=TODAY.strftime("%d %b %Y"),
                 strftime_now=TODAY.strftime,
             )
-        except Exception as error:  # a template is a program from elsewhere: it may raise anything
-            detail = f"the chat template refuses the messages: {type(error).__name__}: {error}"
+        except Exception as error:  # a template is a program: it may raise anything
+            detail = f"the chat template rejects the messages: {type(error).__name__}: {error}"
             raise RowError(RejectReason.BAD_CONVERSATION, shorten(detail, 300)) from error
         return text, spans
 
 
 def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, given: int = 0) -> Rendered:
-    """A conversation by the chat template: the assistant's turns are scored but for those among the first `given`.
+    """A conversation rendered by the chat template; the assistant's turns after the first `given` messages are scored.
 
-    Raises RowError: special_token_in_text, bad_conversation, empty_response; `name` is the column that it tells of.
+    Raises RowError special_token_in_text, bad_conversation or empty_response, which names the column `name`.
     """
     for index, message in enumerate(messages):
         for text in _strings(message):
             if token := chat.find_special_token(text):
-                raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {name!r} spells {token!r}")
+                raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {name!r} contains {token!r}")
     replies = _replies(messages[given:])
     if not replies:
         roles = shorten(", ".join(sorted({message["role"] for message in messages})) or "none")
@@ -183,13 +184,13 @@ def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, giv
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
     segments = chat.segments(messages, given)
     prompt = "" if segments[0].scored else segments[0].text
-    return Rendered(prompt, "\n\n".join(replies), segments)
+    return Rendered(prompt=prompt, response="\n\n".join(replies), segments=segments, templated=True)
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """The messages with their contents as strings. Other fields that are not null reach the template as they are."""
+    """The messages with their contents as strings; other fields that are not null reach the template unchanged."""
     if not isinstance(value, list):
-        raise _wrong_message(f"column {column!r} holds a value of type {type(value).__name__}")
+        raise _wrong_message(f"column {column!r} has a value of type {type(value).__name__}")
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
@@ -219,7 +220,7 @@ def _wrong_message(seen: str) -> RowError:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a message, names of fields included: a template may write any of them."""
+    """Every string in a message, names of fields included, as a template may write any of them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -236,7 +237,7 @@ def _replies(messages: Sequence[Message]) -> list[str]:
 
 
 def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
-    """The text up to the last span's end, cut into what lies between the spans and within them."""
+    """The text up to the end of the last span, cut into scored segments (the spans) and the others."""
     at = 0
     for start, end in spans:
         if start < at:
@@ -249,27 +250,27 @@ def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
 
 
 def _check_replies_are_scored(messages: Sequence[Message], segments: Sequence[Segment]) -> None:
-    """A template may drop or rewrite a turn, or mark only some: then `response` would not be what is scored."""
+    """Raise RowError where `response` is not what is scored: a template may drop, rewrite or not mark a turn."""
     scored = "".join(segment.text for segment in segments if segment.scored)
     at = 0
     for number, reply in enumerate(_replies(messages), start=1):
         found = scored.find(reply.strip(), at)
         if found < 0:
             detail = (
-                f"assistant turn {number} is not in the scored text as it stands: the chat template drops or rewrites "
-                "it, or marks only some turns"
+                f"assistant turn {number} is not in the scored text unchanged: the chat template drops or rewrites it, "
+                "or marks only some turns"
             )
             raise RowError(RejectReason.BAD_CONVERSATION, detail)
         at = found + len(reply.strip())
 
 
 def _not_a_prefix(where: str, start: str, whole: str) -> RowError:
-    """Shows the first difference."""
+    """The error where a conversation does not continue its rendered beginning, with the first difference."""
     same = (one == other for one, other in zip(start, whole, strict=False))
     at = next((index for index, equal in enumerate(same) if not equal), min(len(start), len(whole)))
     detail = (
-        f"the chat template writes the conversation before {where} otherwise when it goes on "
-        f"({shorten(start[at:], 30)!r} becomes {shorten(whole[at:], 30)!r}), so the assistant's text cannot be told; "
+        f"the chat template writes the conversation before {where} differently when it continues "
+        f"({shorten(start[at:], 30)!r} becomes {shorten(whole[at:], 30)!r}), so the assistant's text cannot be found; "
         "give a template with generation marks"
     )
     return RowError(RejectReason.BAD_CONVERSATION, detail)

@@ -1,11 +1,11 @@
-"""Files → records, with a named reason for every row that is not one.
+"""Sources → files → tasks: which files a source has, and what each task reads of them.
 
     Source ─list_files─► [SourceFile] ─plan_tasks─► [[Slice]] ─read_records─► Record | Reject
 
-Parquet, JSON lines and JSON arrays (plain, .gz or .zst) and folders written by `datasets`; one file, a folder, a glob,
-a list of these (local or any URI that fsspec knows) or a hub name. What is wrong with the content becomes a Reject;
-what is wrong with the request (no such file, no access) is a DataError; a disk or network that fails during a read is
-a StorageError, so that a hiccup never looks like a short file.
+A source is Parquet, JSON lines or JSON arrays (plain, .gz or .zst), or a folder written by `datasets`: one file, a
+folder, a glob, a list of these (local or any URI that fsspec knows) or a hub name. Bad content becomes a Reject; a bad
+request (no such file, no access) is a DataError; a disk or network that fails during a read is a StorageError, so that
+a failed read never looks like a short file.
 """
 
 import codecs
@@ -58,31 +58,35 @@ _REVISION = re.compile(r"(?P<cache>.*/datasets--[^/]+)/snapshots/(?P<revision>[^
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One file of a source. `relative_path` does not change when the source's root moves; example_id is made of it."""
+    """One file of a source."""
 
     source: str
+    """Name of the source."""
     uri: str
     relative_path: str
+    """Path below the source's root, so that it stays the same when the root moves; part of example_id."""
     layout: Layout
     num_bytes: int
 
 
 class Slice(NamedTuple):
-    """What a task reads of a file: these row groups of a Parquet file, or (None) all of it."""
+    """The part of a file that a task reads."""
 
     file: SourceFile
     row_groups: range | None = None
+    """Row groups of a Parquet file. None: the whole file."""
 
 
 CountBytes = Callable[[int], None]
+"""Receives the number of bytes of each read from storage."""
 
 
 def count_nothing(num_bytes: int) -> None:
-    """Nobody wants to know how far reading is."""
+    """Ignore the bytes that were read."""
 
 
 class _Stored(io.RawIOBase):
-    """An fsspec file whose read errors are told apart from those of the decoders above it, often OSErrors too."""
+    """An fsspec file that raises its read errors as StorageError; decoders of its content raise OSError as well."""
 
     def __init__(self, file: Any, uri: str, count: CountBytes) -> None:
         self._file = file
@@ -115,12 +119,14 @@ class _Stored(io.RawIOBase):
         super().close()
 
 
-class _Found(NamedTuple):
-    """Files under one root of one file system: path → bytes, the paths as the file system writes them."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The files that one path of a source means."""
 
     fs: Any
     root: str
     sizes: dict[str, int]
+    """Number of bytes by path; paths are written as the file system does."""
     is_datasets_folder: bool = False
     has_splits: bool = False
 
@@ -128,19 +134,20 @@ class _Found(NamedTuple):
 def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceFile]:
     """The files of a source, sorted by relative path.
 
-    A path is relative to the folder given, to a glob's fixed part, to a file's folder; for a list, to what these have
-    in common; for a hub name, to the repository. In folders and globs, names that begin with a dot or an underscore
-    are skipped, and so is what lies in the places `written` by the job that reads; with a warning other extensions,
-    outputs of other runs, and the JSON files of models. A link is what it points to, under its own path; one that leads
-    back to a folder that it lies in is not entered, with a warning. Raises DataError where nothing is found, for a link
-    that points to nothing, and where a path is given that lies in a place that is written.
+    A path is relative to the given folder, to the fixed part of a glob, to the folder of a file; for a list, to the
+    common part of these; for a hub name, to the repository.
+
+    Skipped in folders and globs are names that begin with a dot or an underscore and everything in the places `written`
+    by this job; skipped with a warning are other extensions, outputs of other runs, and the JSON files of models. A
+    link counts as its target, under the link's own path; a link to a folder that contains it is not followed, with a
+    warning. Raises DataError where nothing is found, for a broken link, and for a path in a place that is written.
     """
-    paths = [source.path] if isinstance(source.path, str) else source.path
+    paths = source.paths
     if isinstance(source.path, str) and _looks_like_hub_name(source.path):
         files = _hub_files(source)
     else:
-        real = [Location(place.fs, _real(place.fs, place.path)) for place in written]
-        found = [_find(path, source.split, real) for path in paths]
+        outputs = [Location(place.fs, _real(place.fs, place.path)) for place in written]
+        found = [_find(path, source.split, outputs) for path in paths]
         if any(one.fs != found[0].fs for one in found):
             raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
         if source.split != DEFAULT_SPLIT and not any(one.has_splits for one in found):
@@ -151,7 +158,12 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
         root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
         files = [_source_file(source, one, path, root) for one in found for path in one.sizes]
     for file in files:
-        _check_name(file)
+        try:
+            file.uri.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"the file name {file.uri!r} is not UTF-8 and cannot be recorded; rename the file"
+            ) from None
     return sorted(set(files), key=lambda file: file.relative_path)
 
 
@@ -168,31 +180,30 @@ def _find(path: str, split: str, written: list[Location]) -> _Found:
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
         named = stripped if is_there else _fixed_part(stripped)
         if place := _place_of(fs, named, written, partial(_real, fs)):
-            raise DataError(f"{path} lies in {place}, which this job writes; choose another --output, or other data")
+            raise DataError(f"{path} is in {place}, which this job writes; choose another --output, or other data")
         if not is_there:
             return _find_glob(fs, stripped, written)
         if fs.isdir(stripped):
-            return _find_datasets_folder(fs, stripped, split) or _find_folder(fs, stripped, written)
+            if found := _find_datasets_folder(fs, stripped, split):
+                return found
+            infos = fs.find(stripped, detail=True)
+            data = _data_among(fs, stripped, infos, infos, written)
+            return _Found(fs=fs, root=stripped, sizes=_keep_readable(stripped, data))
         if _layout(stripped) is None:
-            raise DataError(f"{path} has an extension that is not read; give {_ACCEPTED}")
-        return _Found(fs, posixpath.dirname(stripped), {stripped: _size(fs.info(stripped))})
+            raise DataError(f"{path} has an extension that is not supported; give {_ACCEPTED}")
+        return _Found(fs=fs, root=posixpath.dirname(stripped), sizes={stripped: _size(fs.info(stripped))})
     except DataError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
-        refused = getattr(error, "filename", None) or path  # perhaps a folder below it
+        refused = getattr(error, "filename", None) or path  # it may be a folder below the path
         raise DataError(f"{refused} cannot be listed: {explain(error, path)}") from error
 
 
 def _dangling(path: str) -> DataError:
     return DataError(
-        f"{path} is a link to {os.readlink(path)}, which is not there or may not be read; restore that or remove the "
+        f"{path} is a link to {os.readlink(path)}, which does not exist or cannot be read; restore that or remove the "
         "link"
     )
-
-
-def _find_folder(fs: Any, root: str, written: list[Location]) -> _Found:
-    infos = fs.find(root, detail=True)
-    return _Found(fs, root, _keep_readable(root, _data_among(fs, root, infos, infos, written)))
 
 
 def _find_glob(fs: Any, pattern: str, written: list[Location]) -> _Found:
@@ -200,45 +211,49 @@ def _find_glob(fs: Any, pattern: str, written: list[Location]) -> _Found:
     infos: dict[str, Any] = {}
     for path, info in fs.glob(pattern, detail=True).items():
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
-    # A pattern without ** names its folders by their depth, and finds in them what it asks for.
+    # A pattern without ** reaches folders of one depth only, so what it finds is enough to know them by.
     around = fs.find(root, detail=True) if "**" in pattern else infos
-    return _Found(fs, root, _keep_readable(root, _data_among(fs, root, infos, around, written), pattern))
+    data = _data_among(fs, root, infos, around, written)
+    return _Found(fs=fs, root=root, sizes=_keep_readable(root, data, pattern))
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder in which a glob's first pattern stands."""
+    """The folder up to which a glob has no pattern."""
     return posixpath.dirname(_MAGIC.split(pattern)[0])
 
 
 def _real(fs: Any, path: str) -> str:
-    """The path without links, which only this machine's own file system has."""
+    """The path with its links resolved; only the local file system has links."""
     return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
 
 
 def _place_of(fs: Any, path: str, places: list[Location], real: Callable[[str], str]) -> Location | None:
-    """The first of some places without links that a path is, or lies in: by one of its folders, or by where links lead.
+    """The first of the places that a path is in, or equal to; the places have their links resolved.
 
-    `real` is the path's without links.
+    The path and each of its parents are resolved (by `real`): any of them may be a link into a place.
     """
-    ways = [real(path)]
+    resolved = [real(path)]
     while (parent := posixpath.dirname(path)) not in ("", path):
         path = parent
-        ways.append(real(path))
-    here = [place for place in places if place.fs.protocol == fs.protocol]
-    return next((place for place in here if any(f"{way}/".startswith(f"{place.path}/") for way in ways)), None)
+        resolved.append(real(path))
+    candidates = [place for place in places if place.fs.protocol == fs.protocol]
+    return next(
+        (place for place in candidates if any(f"{way}/".startswith(f"{place.path}/") for way in resolved)), None
+    )
 
 
 def _data_among(
     fs: Any, root: str, infos: dict[str, Any], around: dict[str, Any], written: list[Location]
 ) -> dict[str, Any]:
-    """Of the files that were found those that may be data: not what this job or another run writes, nor a model's JSON.
+    """The files that may be data: without the output of this job or of another run, and without the JSON of models.
 
-    The files `around` them say what a folder holds. Raises DataError where the root is a run's, or nothing is left.
+    Whether a folder is a run or a model is known from all files `around`. Raises DataError where the root is a run, or
+    nothing is left.
     """
-    infos, around = _shown(infos, root), _shown(around, root)
+    infos, around = _visible(infos, root), _visible(around, root)
     runs, models = _outputs_among(fs, around), _models_among(around)
     if root in runs:
-        raise DataError(f"{root} is the output of a run; give a folder in it that holds data, such as {root}/selected")
+        raise DataError(f"{root} is the output of a run; give a folder in it that has data, such as {root}/selected")
     real = lru_cache(None)(partial(_real, fs))
     kept, own, others = {}, Counter[str](), Counter[str]()
     for path, info in infos.items():
@@ -259,14 +274,14 @@ def _data_among(
     return kept
 
 
-def _shown(infos: dict[str, Any], root: str) -> dict[str, Any]:
-    """Files without a name below the root that begins with a dot or an underscore."""
+def _visible(infos: dict[str, Any], root: str) -> dict[str, Any]:
+    """The files whose path below the root has no name that begins with a dot or an underscore."""
     names = ((path, _relative(path, root).split("/")) for path in infos)
     return {path: infos[path] for path, parts in names if not any(part[:1] in (".", "_") for part in parts)}
 
 
 def _models_among(infos: dict[str, Any]) -> set[str]:
-    """The folders of models, adapters and tokenizers."""
+    """The folders that hold a model, an adapter or a tokenizer."""
     inside: dict[str, set[str]] = defaultdict(set)
     for path in infos:
         inside[posixpath.dirname(path)].add(posixpath.basename(path))
@@ -279,7 +294,7 @@ def _models_among(infos: dict[str, Any]) -> set[str]:
 
 
 def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
-    """The folders of runs, by the configuration in each."""
+    """The folders that hold a run, known by the first line of its configuration."""
     marks = [path for path, info in infos.items() if posixpath.basename(path) == CONFIG_FILE and info["type"] == "file"]
     starts = each(lambda path: fs.cat_file(path, end=len(CONFIG_HEAD) + len(codecs.BOM_UTF8)), marks)
     head = CONFIG_HEAD.strip().encode()
@@ -291,7 +306,7 @@ def _outputs_among(fs: Any, infos: dict[str, Any]) -> list[str]:
 
 
 def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
-    """The Arrow files of what `save_to_disk` of a Dataset or a DatasetDict wrote; None if the folder is not such."""
+    """The Arrow files that `save_to_disk` of a Dataset or a DatasetDict wrote; None if it did not write this folder."""
     folder = root
     has_splits = fs.exists(f"{root}/dataset_dict.json")
     if has_splits:
@@ -307,21 +322,20 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
         if fs.lexists(absent[0]):
             raise _dangling(absent[0])
         raise DataError(f"{absent[0]} does not exist, but {folder}/state.json names it; restore it")
-    return _Found(
-        fs, root, {path: _size(fs.info(path)) for path in paths}, is_datasets_folder=True, has_splits=has_splits
-    )
+    sizes = {path: _size(fs.info(path)) for path in paths}
+    return _Found(fs=fs, root=root, sizes=sizes, is_datasets_folder=True, has_splits=has_splits)
 
 
 def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
-    """Path → bytes of the files with an extension that is read; the others are counted in a warning."""
+    """Number of bytes by path of the files with a supported extension; a warning counts the others."""
     for path, info in infos.items():
         if info["type"] == DANGLING:
             raise _dangling(path)
         if info["type"] == CYCLE:
-            logger.warning("%s is a link to a folder that it lies in, and is not entered", path)
-    visible = {path: info for path, info in infos.items() if info["type"] == "file"}
-    kept = {path: _size(info) for path, info in visible.items() if _layout(path) is not None}
-    skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in visible if path not in kept)
+            logger.warning("%s is a link to a folder that contains it, and is not followed", path)
+    files = {path: info for path, info in infos.items() if info["type"] == "file"}
+    kept = {path: _size(info) for path, info in files.items() if _layout(path) is not None}
+    skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in files if path not in kept)
     counts = ", ".join(f"{count} {extension}" for extension, count in sorted(skipped.items()))
     if not kept:
         raise DataError(
@@ -335,14 +349,14 @@ def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -
 
 
 def _check_revisions(paths: Iterable[str]) -> None:
-    """DataError where the hub's cache of a data set holds several revisions: each row would be read from each."""
+    """Raise DataError where the hub's cache of a data set has several revisions, each with every row."""
     revisions: dict[str, set[str]] = {}
     for match in filter(None, map(_REVISION.search, paths)):
         revisions.setdefault(match["cache"], set()).add(match["revision"])
     for cache, found in revisions.items():
         if len(found) > 1:
             names = ", ".join(sorted(found))
-            raise DataError(f"{cache} holds {len(found)} revisions ({names}); give {cache}/snapshots/REVISION")
+            raise DataError(f"{cache} has {len(found)} revisions ({names}); give {cache}/snapshots/REVISION")
 
 
 def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceFile:
@@ -361,14 +375,17 @@ def _looks_like_hub_name(path: str) -> bool:
 
 
 def _hub_files(source: Source) -> list[SourceFile]:
-    """The files of one split of a hub data set, for the workers to stream; nothing is downloaded here."""
+    """The files of one split of a hub data set, which the workers stream; nothing is downloaded here."""
     name = source.path
     try:
         import datasets
 
         data_files = datasets.load_dataset_builder(name).config.data_files or {}
         uris = {str(split): [str(uri) for uri in files] for split, files in data_files.items()}
-        sizes = {uri: _uri_size(uri) for uri in uris.get(source.split, [])}
+        sizes = {}
+        for uri in uris.get(source.split, []):
+            fs, path = file_system(uri)
+            sizes[uri] = _size(fs.info(path))
     except Exception as error:  # a missing library, no network, no such data set, a configuration to choose
         raise DataError(
             f"{name} neither exists here nor loads from the hub ({first_line(error)}); correct the path, or name the "
@@ -381,19 +398,14 @@ def _hub_files(source: Source) -> list[SourceFile]:
     for uri, num_bytes in sizes.items():
         layout = _layout(uri)
         if layout is None:
-            raise DataError(f"the hub's {name} holds {uri}, whose extension is not read; give {_ACCEPTED}")
-        # The revision is left out: an unchanged row keeps its example_id when another file of the repository changes.
+            raise DataError(f"the hub's {name} has {uri}, whose extension is not supported; give {_ACCEPTED}")
+        # Without the revision, an unchanged row keeps its example_id when another file of the repository changes.
         files.append(
             SourceFile(
                 source=source.name, uri=uri, relative_path=_HUB_ROOT.sub("", uri), layout=layout, num_bytes=num_bytes
             )
         )
     return files
-
-
-def _uri_size(uri: str) -> int:
-    fs, path = file_system(uri)
-    return _size(fs.info(path))
 
 
 def _size(info: dict[str, Any]) -> int:
@@ -412,64 +424,54 @@ def _layout(path: str) -> Layout | None:
     return None if layout == "parquet" else layout
 
 
-def _check_name(file: SourceFile) -> None:
-    try:
-        file.uri.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"the file name {file.uri!r} is not UTF-8 and cannot be recorded; rename the file") from None
-
-
 def first_line(error: BaseException) -> str:
-    """Type and first line of an error, fit for one line of a message and for a UTF-8 column."""
+    """Type and first line of an error, for one line of a message or for a UTF-8 column."""
     line = (str(error).strip().splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {line}".encode(errors="backslashreplace").decode()
 
 
 def plan_tasks(files: Iterable[SourceFile], target_bytes: int) -> list[list[Slice]]:
-    """Runs of consecutive slices of about `target_bytes` on storage each: a function of the files and the target only.
+    """Consecutive slices in tasks of about `target_bytes` on storage; depends on the files and the target only.
 
-    Only Parquet files are cut, between row groups; so a task exceeds the target where a single text file or row group
+    Only Parquet files are cut, between row groups, so a task exceeds the target where a single text file or row group
     does. A Parquet footer that cannot be read is left for read_records to report.
     """
-    return _runs([sized for file in files for sized in _cut(file, target_bytes)], target_bytes)
+    return _grouped([sized for file in files for sized in _cut(file, target_bytes)], target_bytes)
 
 
-def _runs(sized: Iterable[tuple[_T, int]], target_bytes: int) -> list[list[_T]]:
-    """Consecutive items together as long as their bytes stay within the target; a larger item alone."""
-    runs: list[list[_T]] = []
+def _grouped(sized: Iterable[tuple[_T, int]], target_bytes: int) -> list[list[_T]]:
+    """Groups of consecutive items, each within the target bytes; a larger item is a group of its own."""
+    groups: list[list[_T]] = []
     room = 0
     for item, num_bytes in sized:
-        if not runs or num_bytes > room:
-            runs.append([])
+        if not groups or num_bytes > room:
+            groups.append([])
             room = target_bytes
-        runs[-1].append(item)
+        groups[-1].append(item)
         room -= num_bytes
-    return runs
+    return groups
 
 
 def _cut(file: SourceFile, target_bytes: int) -> list[tuple[Slice, int]]:
-    """The slices of a file with their bytes."""
+    """The slices of a file, with the number of bytes of each."""
     whole = [(Slice(file), file.num_bytes)]
     if file.layout != "parquet" or file.num_bytes <= target_bytes:
         return whole
     try:
         with open_source(file) as stream:
-            sizes = _row_group_bytes(pq.ParquetFile(stream).metadata)
+            footer = pq.ParquetFile(stream).metadata
+            groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+            sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
     except CORRUPT:
         return whole
-    runs = _runs(enumerate(sizes), target_bytes)
-    if len(runs) < 2:
+    parts = _grouped(enumerate(sizes), target_bytes)
+    if len(parts) < 2:
         return whole
-    return [(Slice(file, range(run[0], run[-1] + 1)), sum(sizes[index] for index in run)) for run in runs]
-
-
-def _row_group_bytes(footer: Any) -> list[int]:
-    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-    return [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
+    return [(Slice(file, range(part[0], part[-1] + 1)), sum(sizes[index] for index in part)) for part in parts]
 
 
 def open_source(file: SourceFile, count: CountBytes = count_nothing) -> io.BufferedReader:
-    """The file as it is stored, its bytes counted as they are read."""
+    """The file's stored bytes, counted as they are read."""
     try:
         fs, path = file_system(file.uri)
         return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri, count), BUFFER_BYTES)

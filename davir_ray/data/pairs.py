@@ -1,37 +1,23 @@
 """One preference record → two examples that share a prompt: the chosen response and the rejected one.
 
-    prompt, chosen, rejected     strings, as they stand; a prompt that both responses repeat is kept once
+    prompt, chosen, rejected     strings, unchanged; a prompt that both responses repeat is kept once
     chosen, rejected             strings: whole dialogues of Human and Assistant turns that share a prefix (HH's form)
     chosen, rejected             lists of messages, with the prompt's turns in both, in a column `prompt` (a string, or
                                  messages), or in both places; rendered by the chat template
 
-What the two have in common is the prompt and is not scored; of what follows, every assistant turn is. Two conversations
-must part in an assistant's turn: where a user's differs, they answer different questions. These, and a prompt that the
-responses neither follow nor repeat, have no common prompt.
+The common beginning of the two is the prompt and is not scored; of what follows, every assistant turn is. Two
+conversations must first differ in an assistant's turn: where a user's turn differs, they answer different questions
+and have no common prompt. Nor do responses of which only one repeats the prompt.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice, takewhile
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 from davir_ray.config.sources import Source
-from davir_ray.data.chat import (
-    ChatTemplate,
-    Message,
-    messages_of,
-    render_turns,
-)
-from davir_ray.data.files import Slice
-from davir_ray.data.formats import column
-from davir_ray.data.reader import ExampleRow, Pair, as_reject, record_text, rendered_in_batches, row_of, stable_id
-from davir_ray.data.records import Record, Reject, read_records
-from davir_ray.data.rendered import Rendered, RowError, Segment
-from davir_ray.data.tokens import Encoded, Encoder
+from davir_ray.data.chat import ChatTemplate, Message, messages_of, render_turns
+from davir_ray.data.rendered import Rendered, RowError, Segment, column, shorten
 from davir_ray.schema import RejectReason, Role
 
 ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
@@ -39,96 +25,12 @@ ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
 _MARKS = re.compile(f"({HUMAN_MARK}|{ASSISTANT_MARK})")
 
 _LEAST_REPEATED = 8
-"""Characters, without white space, of a prompt that is looked for in the responses: an answer may begin with a shorter
-one ("The", "I am") without repeating it."""
+"""A shorter prompt, in characters without white space, counts as not repeated: an answer may begin with the same words
+("The", "I am")."""
 
 
-class RenderedPair(NamedTuple):
-    """Both responses with their one prompt."""
-
-    chosen: Rendered
-    rejected: Rendered
-    templated: bool
-    """By a chat template, whose special tokens the text spells."""
-
-
-class PairReader:
-    """Turns preference records into pairs of rows of examples/, or rejects that say why not."""
-
-    def __init__(self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool) -> None:
-        self._encoder = encoder
-        self._chat = chat
-        self._keep_record = keep_record
-        self.bytes_read = 0
-        """Of the sources, as they are stored."""
-        self.replaced: Counter[str] = Counter()
-        """Values of the records that were replaced in their JSON (see record_text)."""
-
-    def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[Pair | Reject]:
-        """Every row of the slices, at most `limit`, exactly once: a pair or a reject."""
-        yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
-
-    def convert(
-        self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
-    ) -> Iterator[Pair | Reject]:
-        """Every record, at most `limit`, exactly once and in order: a pair or a reject."""
-        for batch in rendered_in_batches(islice(items, limit), partial(self._render, source=source)):
-            yield from self._encode(source, batch)
-
-    def _count(self, num_bytes: int) -> None:
-        self.bytes_read += num_bytes
-
-    def _render(self, record: Record, source: Source) -> RenderedPair:
-        return render_pair(record.fields, source, self._chat)
-
-    def _encode(
-        self, source: Source, batch: list[tuple[Record | Reject, RenderedPair | Reject]]
-    ) -> Iterator[Pair | Reject]:
-        pairs = [pair for _, pair in batch if isinstance(pair, RenderedPair)]
-        encoded = {
-            templated: iter(
-                self._encoder.encode(
-                    [text for pair in pairs if pair.templated == templated for text in pair[:2]], templated=templated
-                )
-            )
-            for templated in (False, True)
-        }
-        for record, pair in batch:
-            if isinstance(record, Reject):
-                yield record
-            elif isinstance(pair, Reject):
-                yield pair
-            else:
-                both = encoded[pair.templated]
-                yield self._pair(source, record, pair, (next(both), next(both)))
-
-    def _pair(
-        self, source: Source, record: Record, pair: RenderedPair, encoded: Sequence[Encoded | RowError]
-    ) -> Pair | Reject:
-        found = [one for one in encoded if isinstance(one, Encoded)]
-        for one in encoded:
-            if isinstance(one, RowError):
-                return as_reject(record, one)
-        chosen, rejected = found
-        if np.array_equal(chosen.input_ids, rejected.input_ids):
-            detail = f"both responses are the same within the limit of {len(chosen.input_ids)} tokens"
-            return Reject(record.source_file, record.source_row, RejectReason.EQUAL_RESPONSES, detail)
-        return (
-            self._row(source, record, pair.chosen, chosen, Role.CHOSEN),
-            self._row(source, record, pair.rejected, rejected, Role.REJECTED),
-        )
-
-    def _row(self, source: Source, record: Record, rendered: Rendered, encoded: Encoded, role: Role) -> ExampleRow:
-        place = (source.name, record.source_file, record.source_row)
-        kept = self._keep_record and role is Role.CHOSEN  # one copy is enough for both rows
-        text = record_text(record, self.replaced) if kept else None
-        return {
-            **row_of(source, record, rendered, encoded, text),
-            "example_id": stable_id(*place, role.value),
-            "pair_id": stable_id(*place),
-            "prompt_hash": stable_id(rendered.prompt),
-            "role": role.value,
-        }
+RenderedPair = tuple[Rendered, Rendered]
+"""The chosen response and the rejected one, each after the same prompt."""
 
 
 def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | None) -> RenderedPair:
@@ -147,17 +49,17 @@ def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | 
         seen = f"{type(chosen).__name__} and {type(rejected).__name__}"
         detail = f"{source.chosen_column!r} and {source.rejected_column!r} hold {seen}; expected two strings, or lists"
         raise RowError(RejectReason.WRONG_TYPE, detail)
-    _check_pair(pair)
+    _check_pair(*pair)
     return pair
 
 
-def _check_pair(pair: RenderedPair) -> None:
-    for role, rendered in zip(Role, pair[:2], strict=True):
+def _check_pair(chosen: Rendered, rejected: Rendered) -> None:
+    for role, rendered in zip(Role, (chosen, rejected), strict=True):
         if not rendered.response.strip():
             raise RowError(RejectReason.EMPTY_RESPONSE, f"the {role} response is empty or white space only")
-    if pair.chosen.response.strip() == pair.rejected.response.strip():
+    if chosen.response.strip() == rejected.response.strip():
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected response are the same")
-    if pair.chosen.prompt != pair.rejected.prompt:
+    if chosen.prompt != rejected.prompt:
         raise _no_common_prompt("the chat template renders their common messages differently")
 
 
@@ -170,19 +72,19 @@ def _of_strings(prompt: Any, chosen: str, rejected: str, source: Source) -> Rend
         raise RowError(RejectReason.WRONG_TYPE, f"the prompt is of type {type(prompt).__name__}; expected a string")
     if not prompt or not prompt.strip() or _are_dialogues_of(prompt, chosen, rejected):
         end = _end_of_prompt(chosen, rejected)
-        return RenderedPair(_dialogue(chosen, end), _dialogue(rejected, end), False)
+        return _dialogue(chosen, end), _dialogue(rejected, end)
     prompt, chosen, rejected = _repeated_once(prompt, chosen, rejected, source)
-    return RenderedPair(_plain(prompt, [Segment(chosen, True)]), _plain(prompt, [Segment(rejected, True)]), False)
+    return _joined(prompt, [Segment(chosen, True)]), _joined(prompt, [Segment(rejected, True)])
 
 
 def _are_dialogues_of(prompt: str, *responses: str) -> bool:
-    """Whether the two are whole dialogues that begin with the prompt, which stands in a column of its own, too."""
+    """Whether the two are whole dialogues that begin with the prompt, although it also has a column of its own."""
     end = len(prompt.strip()) + len(ASSISTANT_MARK)
     return all(_repeats(text, prompt) and ASSISTANT_MARK in text.lstrip()[:end] for text in responses)
 
 
 def _repeats(response: str, prompt: str) -> bool:
-    """Whether a response begins with the prompt, white space around it aside."""
+    """Whether a response begins with the prompt, apart from white space around it."""
     return response.lstrip().startswith(prompt.strip())
 
 
@@ -204,13 +106,13 @@ def _repeated_once(prompt: str, chosen: str, rejected: str, source: Source) -> t
 
 def _repeated_by_one(one: str, other: str, source: Source) -> RowError:
     return _no_common_prompt(
-        f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in both, "
+        f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in both "
         "or in neither"
     )
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:
-    """Characters that two dialogues have in common up to the assistant's turn in which they part.
+    """Number of characters before the assistant's turn in which two dialogues first differ.
 
     Raises RowError: equal_responses, no_common_prompt.
     """
@@ -218,37 +120,34 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     shared = _num_equal(one, other)
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected dialogue are the same")
-    if one[:shared][-1:] != [ASSISTANT_MARK] or _part_in_space([one, other], shared):
+    if one[:shared][-1:] != [ASSISTANT_MARK] or _differ_in_space([one, other], shared):
         same = _num_equal(chosen, rejected)
+        then = [shorten(text[same:], 30) for text in (chosen, rejected)]
         raise _no_common_prompt(
             f"there is no prompt apart from the responses, and of two dialogues the first {same} characters are the "
-            f"same, then come {_shown(chosen[same:])} and {_shown(rejected[same:])}; the first turn that differs must "
-            f"be an {ASSISTANT_MARK!r} turn of both, by more than white space"
+            f"same, then come {then[0]!r} and {then[1]!r}; the first turn that differs must be an {ASSISTANT_MARK!r} "
+            "turn in both, and differ by more than white space"
         )
     return len("".join(one[:shared]))
 
 
-def _part_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
-    """Whether one thing is said in both, but for white space, and something else follows: that would make the pair."""
+def _differ_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
+    """Whether the texts are equal there but for white space, and more follows, which would then be all that differs."""
     return len({text[at].strip() for text in texts}) == 1 and any(len(text) > at + 1 for text in texts)
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 30 else f"{text[:29]}…")
-
-
 def _dialogue(text: str, start: int) -> Rendered:
-    """A dialogue whose prompt ends at a character."""
-    return _plain(text[:start], list(_turns(text[start:])))
+    """A dialogue whose prompt is the text before `start`."""
+    return _joined(text[:start], list(_turns(text[start:])))
 
 
-def _plain(prompt: str, rest: list[Segment]) -> Rendered:
+def _joined(prompt: str, rest: list[Segment]) -> Rendered:
     response = "\n\n".join(segment.text for segment in rest if segment.scored)
-    return Rendered(prompt, response, (Segment(prompt, False), *rest))
+    return Rendered(prompt=prompt, response=response, segments=(Segment(prompt, False), *rest))
 
 
 def _turns(text: str) -> Iterator[Segment]:
-    """What follows a dialogue's prompt, up to its last assistant turn: these turns, and what stands between them."""
+    """The segments after a dialogue's prompt, up to its last assistant turn: the assistant's, and the text between."""
     first, *rest = _MARKS.split(text)
     yield Segment(first, True)
     between = ""
@@ -265,22 +164,22 @@ def _of_messages(
     prompt: Any, chosen: list[Any], rejected: list[Any], source: Source, chat: ChatTemplate | None
 ) -> RenderedPair:
     if chat is None:
-        detail = "the responses are messages, and the base has no chat template; give one with --chat_template FILE"
+        detail = "the responses are messages, but the base has no chat template; give one with --chat_template FILE"
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
     names = (source.chosen_column, source.rejected_column)
     one, other = messages_of(chosen, names[0]), messages_of(rejected, names[1])
     given = _given(prompt, one[: _num_equal(one, other)], source.prompt_column)
     one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
     shared = _num_shared(one, other)
-    return RenderedPair(render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared), True)
+    return render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared)
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
-    """The messages of the prompt's column; none where it is blank, or the text of a user's among the shared ones."""
+    """The messages of the prompt's column; none where it is blank, or repeats a shared message of the user."""
     if isinstance(prompt, list):
         return messages_of(prompt, name)
     if not isinstance(prompt, str | None):
-        detail = f"column {name!r} holds a value of type {type(prompt).__name__}; expected a string or messages"
+        detail = f"column {name!r} has a value of type {type(prompt).__name__}; expected a string or messages"
         raise RowError(RejectReason.WRONG_TYPE, detail)
     text = (prompt or "").strip()
     is_repeated = any(message["role"] == "user" and message["content"].strip() == text for message in shared)
@@ -288,23 +187,24 @@ def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
 
 
 def _whole(given: list[Message], messages: list[Message], name: str) -> list[Message]:
-    """A conversation that begins with the given messages; the column `name` may repeat them all, or the last ones."""
+    """The conversation from the given messages on; the column `name` may repeat all of them, or the last ones."""
     for start in range(len(given)):
         end = given[start:]
-        # An assistant's message alone may be said twice.
-        is_told = not start or any(message["role"] != "assistant" for message in end)
-        if is_told and messages[: len(end)] == end:
+        # A lone assistant's message may be there twice without being a repetition.
+        is_repetition = not start or any(message["role"] != "assistant" for message in end)
+        if is_repetition and messages[: len(end)] == end:
             return [*given[:start], *messages]
     if given and messages and messages[0]["role"] != "assistant":
+        first, last = (shorten(message["content"], 30) for message in (messages[0], given[-1]))
         raise _no_common_prompt(
-            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {_shown(messages[0]['content'])}, "
-            f"that does not repeat the prompt, whose last message is {_shown(given[-1]['content'])}"
+            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {first!r}, that does not repeat the "
+            f"prompt, whose last message is {last!r}"
         )
     return [*given, *messages]
 
 
 def _num_shared(one: list[Message], other: list[Message]) -> int:
-    """Messages at the beginning that are the prompt: the same in both, up to the assistant's in which they part.
+    """Number of messages that are the prompt: equal in both, up to the assistant's message in which they first differ.
 
     Raises RowError: equal_responses, no_common_prompt.
     """
@@ -313,19 +213,19 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected conversation are the same")
     seen = [messages[shared]["role"] if len(messages) > shared else "the end" for messages in (one, other)]
     contents = [[message["content"] for message in messages] for messages in (one, other)]
-    if seen != ["assistant", "assistant"] or _part_in_space(contents, shared):
+    if seen != ["assistant", "assistant"] or _differ_in_space(contents, shared):
         raise _no_common_prompt(
             f"of two conversations the first {shared} messages are the same, then come {seen[0]} and {seen[1]}; the "
-            "first message that differs must be the assistant's in both, by more than white space"
+            "first message that differs must be the assistant's in both, and differ by more than white space"
         )
     if all(message["role"] == "assistant" for message in one[:shared]):
         raise _no_common_prompt(
-            f"there is no prompt: both conversations begin with {shared} messages, none but the assistant's, and then "
-            "with an assistant's that differs"
+            f"there is no prompt: both conversations begin with {shared} messages, all of them the assistant's, and "
+            "then differ in an assistant's message"
         )
     return shared
 
 
 def _num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items at the beginning are the same."""
+    """Number of items at the beginning that are equal."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

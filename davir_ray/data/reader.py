@@ -1,14 +1,16 @@
-"""Records → examples: read, rendered and encoded, then cut into shards and written; rejects beside them."""
+"""Records → rows of examples/: rendered, encoded and given their ids, or rejected with a reason."""
 
 import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, time
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
+
+import numpy as np
 
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate
@@ -17,19 +19,18 @@ from davir_ray.data.formats import render, render_prompt
 from davir_ray.data.records import Record, Reject, read_records
 from davir_ray.data.rendered import Rendered, RowError
 from davir_ray.data.tokens import Encoded, Encoder
-
-T = TypeVar("T")
+from davir_ray.schema import RejectReason, Role
 
 ExampleRow = dict[str, Any]
 """One row of examples/, by column name."""
 
-Pair = tuple[ExampleRow, ExampleRow]
-"""Of a preference record: the chosen response, then the rejected one."""
+ExampleRows = tuple[ExampleRow, ...]
+"""The rows that one record becomes: one, or the chosen and then the rejected one of a preference pair."""
 
 BATCH_ROWS = 512
 
 NOT_FINITE, BYTES = "not_finite_to_null", "bytes_to_base64"
-"""Counts of values that `record` holds otherwise than the source: JSON has no NaN, no infinity and no bytes."""
+"""Names of the counts of values that `record` cannot keep: JSON has no NaN, no infinity and no bytes."""
 
 
 def stable_id(*parts: str | int) -> int:
@@ -39,111 +40,103 @@ def stable_id(*parts: str | int) -> int:
 
 
 class ExampleReader:
-    """Turns records into rows of examples/, or rejects that say why not."""
+    """Turns records of every format into rows of examples/, or rejects with a reason."""
 
     def __init__(
         self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool, prompts_only: bool = False
     ) -> None:
-        """`prompts_only`: the records have no response, and the examples none either."""
+        """With `prompts_only` the records have no response, and the examples have none either."""
         self._encoder = encoder
-        self._rendered = render_prompt if prompts_only else render
+        self._render = render_prompt if prompts_only else render
         self._chat = chat
         self._keep_record = keep_record
         self.bytes_read = 0
-        """Of the sources, as they are stored."""
+        """Bytes read of the sources, as they are stored."""
         self.replaced: Counter[str] = Counter()
         """Values of the records that were replaced in their JSON: NOT_FINITE and BYTES."""
 
-    def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRow | Reject]:
-        """Every row of the slices, at most `limit`, exactly once: an example or a reject."""
+    def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRows | Reject]:
+        """Every record of the slices, at most `limit`, exactly once and in order."""
         yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
-
-    def convert(
-        self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
-    ) -> Iterator[ExampleRow | Reject]:
-        """Every record, at most `limit`, exactly once and in order: an example or a reject."""
-        for batch in rendered_in_batches(islice(items, limit), partial(self._render, source=source)):
-            yield from self._encode(source, batch)
 
     def _count(self, num_bytes: int) -> None:
         self.bytes_read += num_bytes
 
-    def _render(self, record: Record, source: Source) -> Rendered:
-        return self._rendered(record.fields, source, self._chat)
+    def convert(
+        self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
+    ) -> Iterator[ExampleRows | Reject]:
+        """Every record, at most `limit`, exactly once and in order."""
+        records = islice(items, limit)
+        while batch := list(islice(records, BATCH_ROWS)):  # a tokenizer encodes many texts faster than one at a time
+            rendered = [item if isinstance(item, Reject) else self._rendered(item, source) for item in batch]
+            texts = [text for found in rendered if not isinstance(found, Reject) for text in found]
+            encoded = iter(self._encoder.encode(texts))
+            for record, found in zip(batch, rendered, strict=True):
+                if isinstance(record, Reject):
+                    yield record
+                elif isinstance(found, Reject):
+                    yield found
+                else:
+                    yield self._rows(source, record, found, [next(encoded) for _ in found])
 
-    def _encode(
-        self, source: Source, batch: list[tuple[Record | Reject, Rendered | Reject]]
-    ) -> Iterator[ExampleRow | Reject]:
-        rendered = [text for _, text in batch if isinstance(text, Rendered)]
-        encoded = iter(self._encoder.encode(rendered, templated=source.format == "messages"))
-        for record, text in batch:
-            if isinstance(record, Reject):
-                yield record
-                continue
-            if isinstance(text, Reject):
-                yield text
-                continue
-            result = next(encoded)
+    def _rendered(self, record: Record, source: Source) -> tuple[Rendered, ...] | Reject:
+        try:
+            return self._render(record.fields, source, self._chat)
+        except RowError as error:
+            return _reject(record, error.reason, error.detail)
+
+    def _rows(
+        self, source: Source, record: Record, rendered: Sequence[Rendered], results: Sequence[Encoded | RowError]
+    ) -> ExampleRows | Reject:
+        """The rows of a record. An id depends on where the record is, so it survives re-sharding and a new template."""
+        for result in results:
             if isinstance(result, RowError):
-                yield as_reject(record, result)
-            else:
-                kept = record_text(record, self.replaced) if self._keep_record else None
-                yield row_of(source, record, text, result, kept)
-
-
-def rendered_in_batches(
-    items: Iterable[Record | Reject], render_record: Callable[[Record], T]
-) -> Iterator[list[tuple[Record | Reject, T | Reject]]]:
-    """Records with what is rendered of them, or the reject that says why not, so many at a time as encode well."""
-    records = iter(items)
-    while batch := list(islice(records, BATCH_ROWS)):
-        yield [(item, _rendered(item, render_record)) for item in batch]
-
-
-def _rendered(item: Record | Reject, render_record: Callable[[Record], T]) -> T | Reject:
-    if isinstance(item, Reject):
-        return item
-    try:
-        return render_record(item)
-    except RowError as error:
-        return as_reject(item, error)
-
-
-def rows_of_item(item: ExampleRow | Pair) -> tuple[ExampleRow, ...]:
-    """The rows of examples/ that a record became: one, or the two of a pair."""
-    return item if isinstance(item, tuple) else (item,)
-
-
-def row_of(source: Source, record: Record, rendered: Rendered, encoded: Encoded, text: str | None) -> ExampleRow:
-    """A row of examples/; `text` is the record as JSON. The id says where the row stands, so it survives re-sharding
-    and a change of template.
-    """
-    return {
-        "example_id": stable_id(source.name, record.source_file, record.source_row),
-        "content_hash": stable_id(rendered.prompt, rendered.response),
-        "source": source.name,
-        "source_file": record.source_file,
-        "source_row": record.source_row,
-        "prompt": rendered.prompt,
-        "response": rendered.response,
-        "record": text,
-        "input_ids": encoded.input_ids,
-        "response_spans": encoded.response_spans,
-        "num_prompt_tokens": encoded.num_prompt_tokens,
-        "num_response_tokens": encoded.num_response_tokens,
-        "truncated": encoded.truncated,
-    }
+                return _reject(record, result.reason, result.detail)
+        encoded = [result for result in results if isinstance(result, Encoded)]
+        place = (source.name, record.source_file, record.source_row)
+        if len(encoded) == 2 and np.array_equal(encoded[0].input_ids, encoded[1].input_ids):
+            detail = f"both responses are the same within the limit of {len(encoded[0].input_ids)} tokens"
+            return _reject(record, RejectReason.EQUAL_RESPONSES, detail)
+        text = record_text(record, self.replaced) if self._keep_record else None
+        rows: list[ExampleRow] = [
+            {
+                "example_id": stable_id(*place),
+                "content_hash": stable_id(one.prompt, one.response),
+                "source": source.name,
+                "source_file": record.source_file,
+                "source_row": record.source_row,
+                "prompt": one.prompt,
+                "response": one.response,
+                "record": text,
+                "input_ids": tokens.input_ids,
+                "response_spans": tokens.response_spans,
+                "num_prompt_tokens": tokens.num_prompt_tokens,
+                "num_response_tokens": tokens.num_response_tokens,
+                "truncated": tokens.truncated,
+            }
+            for one, tokens in zip(rendered, encoded, strict=True)
+        ]
+        if len(rows) == 2:
+            for row, role in zip(rows, Role, strict=True):
+                row |= {
+                    "example_id": stable_id(*place, role.value),
+                    "record": text if role is Role.CHOSEN else None,  # one copy is enough for both rows
+                    "pair_id": stable_id(*place),
+                    "prompt_hash": stable_id(row["prompt"]),
+                    "role": role.value,
+                }
+        return tuple(rows)
 
 
 def record_text(record: Record, replaced: Counter[str]) -> str:
-    """The source row as JSON, for readers that are strict.
+    """The source row as strictly valid JSON.
 
     A number that is not finite becomes null and bytes become base64 text, both counted in `replaced`; dates and times
-    become ISO 8601, and anything else that JSON lacks becomes its text.
+    become ISO 8601, and any other value that JSON cannot express becomes its string.
     """
     found: Counter[str] = Counter()
 
-    def plain(value: Any) -> str:
+    def as_json(value: Any) -> str:
         if isinstance(value, bytes):
             found[BYTES] += 1
             return base64.b64encode(value).decode()
@@ -152,16 +145,15 @@ def record_text(record: Record, replaced: Counter[str]) -> str:
     def null(constant: str) -> None:
         found[NOT_FINITE] += 1
 
-    write = partial(json.dumps, ensure_ascii=False, default=plain)
+    write = partial(json.dumps, ensure_ascii=False, default=as_json)
     try:
         text = write(record.fields, allow_nan=False)
-    except ValueError:  # of a number that is not finite; the text that is not JSON is where it is easily found
+    except ValueError:  # a number that is not finite; reading back Python's own text finds it at any depth
         found.clear()
         text = write(json.loads(write(record.fields), parse_constant=null))
     replaced.update(found)
     return text
 
 
-def as_reject(record: Record, error: RowError) -> Reject:
-    """The record as a reject, for the reason of the error."""
-    return Reject(record.source_file, record.source_row, error.reason, error.detail)
+def _reject(record: Record, reason: RejectReason, detail: str) -> Reject:
+    return Reject(source_file=record.source_file, source_row=record.source_row, reason=reason, detail=detail)

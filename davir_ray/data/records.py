@@ -1,4 +1,4 @@
-"""Records of a file: JSON lines, JSON arrays, Parquet and Arrow, each record a dictionary or a named reject."""
+"""Files → records: JSON lines, JSON arrays, Parquet and Arrow; each row a dictionary, or a reject with its reason."""
 
 import codecs
 import io
@@ -6,7 +6,8 @@ import itertools
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,16 +19,24 @@ from davir_ray.data.files import (
     CORRUPT,
     CountBytes,
     Slice,
+    SourceFile,
     count_nothing,
     first_line,
     logger,
     open_source,
 )
-from davir_ray.errors import DataError
-from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES
+from davir_ray.errors import DataError, IntegrityError
+from davir_ray.run.files import parquet_rows
+from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.schema import RejectReason
 
-_BATCH_ROWS = 256  # rows of a columnar file that are Python objects at one time; a row may hold megabytes
+_SAMPLED_FILES = 8
+"""Number of files that are sampled for an estimate, evenly spaced over the sorted list."""
+_SAMPLED_BYTES = 4 * 2**20
+"""Bytes of a text file that are read for an estimate, as it is stored."""
+
+_BATCH_ROWS = 256
+"""Rows of a columnar file that are Python objects at one time; a row may have megabytes."""
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -38,15 +47,17 @@ _JSON = str(pa.json_())
 
 
 class Record(NamedTuple):
-    """A row of the input as plain Python values. `source_file` is the file's relative path."""
+    """A row of the input as plain Python values."""
 
     source_file: str
+    """Relative path of the file."""
     source_row: int
     fields: dict[str, Any]
 
 
-class Reject(NamedTuple):
-    """A row of the input that is not a record, or a whole file (`empty_file`), or where its reading stopped."""
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """A row of the input that is not a record, or a whole file (empty_file), or the place where its reading stopped."""
 
     source_file: str
     source_row: int
@@ -55,21 +66,26 @@ class Reject(NamedTuple):
 
 
 class _Bad(NamedTuple):
-    """A Reject that does not know its place yet."""
+    """A Reject whose place is not known yet."""
 
     reason: RejectReason
     detail: str
 
+    def at(self, file: str, row: int) -> Reject:
+        """The reject of a row of a file."""
+        return Reject(source_file=file, source_row=row, reason=self.reason, detail=self.detail)
 
-_Row = dict[str, Any] | _Bad | None  # None: a blank line, counted in the row index only
+
+_Row = dict[str, Any] | _Bad | None
+"""None: a blank line, which counts in the row index only."""
 
 
 def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Record | Reject]:
-    """The rows of a slice in order: each row that is not blank comes out once, as a Record or as a Reject.
+    """The rows of a slice in order: each row that is not blank is given once, as a Record or as a Reject.
 
-    `count` hears of bytes as they are read from storage, still compressed.
-    Streams, except that a JSON array is held as text while it is read. Where the content is damaged, the rows before
-    are kept and one `unreadable_file` tells where reading stopped. Raises DataError for a file that is gone or may not
+    The file is streamed, except that a JSON array is kept in memory as text. `count` receives the number of bytes of
+    each read from storage, still compressed. Where the content is damaged, the rows before are kept and one
+    unreadable_file has the row at which reading stopped. Raises DataError for a file that no longer exists or cannot
     be opened, StorageError where the storage fails.
     """
     file = piece.file
@@ -79,22 +95,22 @@ def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Re
             row, values = _rows(stream, piece)
             for value in values:
                 if isinstance(value, _Bad):
-                    yield Reject(file.relative_path, row, *value)
+                    yield value.at(file.relative_path, row)
                 elif value is not None:
                     yield Record(file.relative_path, row, value)
                 row += 1
     except CORRUPT as error:
         detail = first_line(error)
         logger.warning("%s: reading stopped at row %d, the rest of the file is lost: %s", file.uri, row, detail)
-        yield Reject(file.relative_path, row, RejectReason.UNREADABLE_FILE, detail)
+        yield _Bad(RejectReason.UNREADABLE_FILE, detail).at(file.relative_path, row)
 
 
 def table_records(table: Any) -> Iterator[Record | Reject]:
-    """The rows of an Arrow table in order, each once; they are of no file, so `source_file` is empty."""
+    """The rows of an Arrow table in order, each once; `source_file` is empty."""
     batches = itertools.chain.from_iterable(map(_plain_rows, table.to_batches(_BATCH_ROWS)))
     for row, value in enumerate(batches):
         if isinstance(value, _Bad):
-            yield Reject("", row, *value)
+            yield value.at("", row)
         elif value is not None:
             yield Record("", row, value)
 
@@ -124,7 +140,7 @@ def _decompressed(stream: io.BufferedReader, uri: str) -> io.BufferedReader:
     compression = COMPRESSIONS.get(posixpath.splitext(uri.lower())[1])
     if compression is None:
         return stream
-    # Arrow's decompressor and not zstandard's: that one takes a truncated file for a whole one.
+    # Arrow's decompressor, because zstandard's accepts a truncated file as complete.
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), compression), BUFFER_BYTES)
 
 
@@ -146,8 +162,8 @@ def _parse_line(line: bytes) -> _Row:
 
 
 def _array_rows(stream: io.BufferedReader) -> Iterator[_Row]:
-    """The elements of a JSON array. Nothing after a broken element can be trusted, so it is the last one told."""
-    # Bytes that are not UTF-8 become lone surrogates, so that they cost only the element they stand in.
+    """The elements of a JSON array, up to the first broken one: nothing after it can be trusted."""
+    # Bytes that are not UTF-8 become lone surrogates, so that only their element is rejected.
     text = stream.read().removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
     decoder = json.JSONDecoder()
     at = _skip_space(text, _skip_space(text, 0) + 1)
@@ -174,13 +190,13 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _check_text(value: Any, text: str) -> None:
-    """UnicodeEncodeError if a parsed value holds a lone surrogate; `text` is what it was parsed from."""
+    """Raise UnicodeEncodeError if a value has a lone surrogate; `text` is the JSON that it was parsed from."""
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode()
 
 
 def _checked(value: Any, text: str) -> dict[str, Any] | _Bad:
-    """The parsed value if it is an object of valid text."""
+    """The parsed value, if it is an object and its text is valid."""
     try:
         _check_text(value, text)
     except UnicodeEncodeError as error:
@@ -195,7 +211,7 @@ def _parquet_rows(stream: io.BufferedReader, row_groups: range | None) -> tuple[
     footer = parquet.metadata
     groups = range(footer.num_row_groups) if row_groups is None else row_groups
     first = sum(footer.row_group(index).num_rows for index in range(groups.start))
-    # One row group after another: a batch over two of them would be lost whole if the second is damaged.
+    # One row group at a time: a batch over two of them would be lost whole if the second is damaged.
     batches = (batch for index in groups for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[index]))
     return first, itertools.chain.from_iterable(map(_plain_rows, batches))
 
@@ -206,7 +222,7 @@ def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
 
 
 def _plain_rows(batch: Any) -> list[_Row]:
-    """The rows of an Arrow batch as Python values; where a value has none, only its row is bad."""
+    """The rows of an Arrow batch as Python values; a value that Python cannot express spoils only its row."""
     json_fields = [field for field in batch.schema if _JSON in str(field.type)]
     try:
         rows: list[_Row] = batch.to_pylist()
@@ -220,7 +236,7 @@ def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
         row: dict[str, Any] = batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, OverflowError) as error:  # a date that Python does not know
+    except (ValueError, OverflowError) as error:  # a date that Python cannot express
         return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])
     try:
         return _with_json(row, json_fields)
@@ -231,12 +247,12 @@ def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
 
 
 def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:
-    """A row, or a struct in it, with the values of these fields decoded where Arrow calls their text JSON."""
+    """A row, or a struct in it, with the values of these fields decoded where their Arrow type is JSON."""
     return {**row, **{field.name: _decoded(row[field.name], field.type) for field in fields}}
 
 
 def _decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value of an Arrow type, decoded where it is JSON. `datasets` (5) stores so what has no one type."""
+    """A value of an Arrow type, decoded where it is JSON, as which `datasets` (5) stores values of mixed types."""
     if value is not None and isinstance(kind, pa.JsonType):
         found = json.loads(value)
         _check_text(found, value)
@@ -248,3 +264,31 @@ def _decoded(value: Any, kind: pa.DataType) -> Any:
     if isinstance(kind, pa.MapType):
         return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
     return [_decoded(item, kind.value_type) for item in value] if isinstance(value, list) else value
+
+
+def estimate_rows(files: Sequence[SourceFile]) -> int:
+    """About how many rows the files hold: exact for a few that are small or Parquet, else in proportion to bytes."""
+    count = min(_SAMPLED_FILES, len(files))
+    sample = [_rows_and_bytes(files[number * len(files) // count]) for number in range(count)]
+    rows, num_bytes = sum(rows for rows, _ in sample), sum(read for _, read in sample)
+    return round(rows * sum(file.num_bytes for file in files) / num_bytes) if num_bytes else 0
+
+
+def _rows_and_bytes(file: SourceFile) -> tuple[int, int]:
+    """Rows in the first part of a file, and the bytes of that part; of a Parquet file the whole, by its footer."""
+    if file.layout == "parquet":
+        try:
+            return parquet_rows(Location.of(file.uri)), file.num_bytes
+        except IntegrityError:  # a run rejects it as one row
+            return 1, file.num_bytes
+    rows, read = 0, 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal read
+        read += num_bytes
+
+    for _ in read_records(Slice(file), count):
+        rows += 1
+        if read >= _SAMPLED_BYTES and file.layout != "json":  # a JSON array is read whole before its first element
+            break
+    return rows, min(read, file.num_bytes)

@@ -1,41 +1,53 @@
 """What a record becomes before it is encoded: segments of text, scored or not."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from davir_ray.schema import RejectReason
 
 
 class Segment(NamedTuple):
-    """A stretch of the rendered text."""
+    """A piece of the rendered text."""
 
     text: str
     scored: bool
 
 
-class Rendered(NamedTuple):
-    """The text of an example.
-
-    `segments` in order are what the model reads, up to the last scored character. For all formats but messages they are
-    the prompt (which may be empty) and the response. For messages no segment is empty, the text holds the template's
-    special tokens (also BOS and end markers, if the template writes them), `prompt` is what stands before the first
-    scored segment and `response` the assistant's contents joined by blank lines, without markers.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The text of one example."""
 
     prompt: str
+    """The text before the first scored segment, which may be empty."""
     response: str
+    """The scored text: of several assistant turns their contents, without end markers, joined by blank lines."""
     segments: tuple[Segment, ...]
+    """All that the model reads, in order, up to the last scored character."""
+    templated: bool = False
+    """The text comes from a chat template: it contains special tokens (also BOS and end markers, if the template
+    writes them), and no segment is empty."""
 
 
 class RowError(Exception):
-    """A record that cannot become an example, with the reason and the particulars."""
+    """A record cannot become an example, for one of the schema's reasons."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
-        """Keep both in `args`, which is what pickling keeps."""
+        """Pass both to Exception, so that they survive pickling."""
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 
 
+def column(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a column; RowError missing_column where it is absent or null."""
+    if fields.get(name) is None:
+        fault = "is null" if name in fields else "is absent"
+        seen = ", ".join(sorted(fields)) or "none"
+        raise RowError(RejectReason.MISSING_COLUMN, f"column {name!r} {fault}; columns seen: {shorten(seen, 200)}")
+    return fields[name]
+
+
 def shorten(text: str, length: int = 60) -> str:
-    """The text, its end replaced by an ellipsis where it is longer."""
+    """The text, cut to this length with an ellipsis at the end where it is longer."""
     return text if len(text) <= length else text[: length - 1] + "…"

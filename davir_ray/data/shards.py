@@ -1,4 +1,4 @@
-"""Shards of examples and rejects as they are written, and the report of the task that wrote them."""
+"""The shards of examples and rejects that a task writes, and the report of the task."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from davir_ray.data.reader import ExampleRow, Pair, rows_of_item
+from davir_ray.data.reader import ExampleRow, ExampleRows
 from davir_ray.data.records import Reject
 from davir_ray.errors import DataError
 from davir_ray.run.files import FileEntry, write_parquet
@@ -20,28 +20,28 @@ _SHARD_CHARACTERS = 256 * 2**20
 
 _REJECT_ROWS = 20_000
 
-_TELLING_BYTES = 16 * 2**20
-"""Less says little about the rest: buffers run ahead of the rows by up to a megabyte."""
+_LEAST_BYTES = 16 * 2**20
+"""Fewer bytes say little about the rest of the data: buffers are ahead of the rows by up to a megabyte."""
 
 COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
-"""Columns whose sums a report carries."""
+"""Columns whose sums are in a report."""
 
 
 @dataclass(kw_only=True)
 class TaskReport:
-    """What one task read and wrote; adds up over tasks."""
+    """What one task read and wrote; reports of several tasks can be added."""
 
     num_read: int = 0
     num_bytes: int = 0
-    """Of the sources, read so far, as they are stored."""
+    """Bytes of the sources read so far, as they are stored."""
     files: list[FileEntry] = field(default_factory=list)
-    """Names begin with their folder: examples/ or rejects/."""
+    """Files written; each name begins with its folder, examples/ or rejects/."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Rejected rows by reason."""
+    """Number of rejected rows by reason."""
     sums: Counter[str] = field(default_factory=Counter)
     """Sums of the COUNTED columns."""
     replaced: Counter[str] = field(default_factory=Counter)
-    """Values of the records that were replaced in their JSON: NOT_FINITE and BYTES."""
+    """Number of values that were replaced in the JSON of the records: NOT_FINITE and BYTES."""
     first_reject: str | None = None
 
     def __iadd__(self, other: "TaskReport") -> Self:
@@ -55,7 +55,7 @@ class TaskReport:
         return self
 
     def to_json(self) -> str:
-        """Text that travels through Ray as one value."""
+        """The report as text, which passes through Ray as one value."""
         return json.dumps(vars(self) | {"files": [asdict(entry) for entry in self.files]})
 
     @classmethod
@@ -67,33 +67,33 @@ class TaskReport:
         return cls(**{**values, **counters, "files": files})
 
     def check_rejects(self, max_bad_fraction: float, total_bytes: int | None = None) -> None:
-        """Raise DataError with the reasons counted if too many rows are bad.
+        """Raise DataError with a count of the reasons if too many rows are bad.
 
-        With the bytes of all sources given, reading is not over: then only if they would be too many even with twice as
-        many rows as the bytes read so far promise.
+        `total_bytes`, those of all sources, are given while reading goes on: then the rows must be too many even for
+        twice the number of rows expected from the bytes read so far.
         """
         most = max_bad_fraction * self.num_read
         if total_bytes is not None:
-            if self.num_bytes < _TELLING_BYTES:
+            if self.num_bytes < _LEAST_BYTES:
                 return
             most *= 2 * total_bytes / self.num_bytes
         if self.reasons.total() <= most:
             return
         so_far = "" if total_bytes is None else f"the first {self.num_bytes / total_bytes:.0%} of the data, "
         raise DataError(
-            f"{self.reasons.total()} of {self.num_read} rows are bad ({so_far}{self.told_reasons}), more than "
+            f"{self.reasons.total()} of {self.num_read} rows are bad ({so_far}{self.reason_counts}), more than "
             f"--max_bad_fraction {max_bad_fraction:g}; the first: {self.first_reject}. "
-            "Mend the data (rejects/ names every row) or raise the fraction"
+            "Correct the data (rejects/ has every bad row) or raise the fraction"
         )
 
     @property
-    def told_reasons(self) -> str:
-        """Reasons of rejects with their counts, for a message."""
+    def reason_counts(self) -> str:
+        """The reasons of rejects with their counts, as text."""
         return ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
 
 
 class ShardWriter:
-    """Writes the rows of one task as shards named by task and index, so that no shard depends on the worker count."""
+    """Writes the rows of one task as shards named by task and index, so no shard depends on the number of workers."""
 
     def __init__(self, run: Location, task: int, source: str, shard_rows: int, schema: pa.Schema = EXAMPLES) -> None:
         self.report = TaskReport()
@@ -106,44 +106,37 @@ class ShardWriter:
         self._rejects: list[dict[str, Any]] = []
         self._num_shards = self._num_reject_files = self._tokens = self._characters = 0
 
-    def write(self, item: ExampleRow | Pair | Reject) -> None:
-        """Add what one row of the input has become; writes a shard when it is full."""
+    def write(self, item: ExampleRows | Reject) -> None:
+        """Add the result of one row of the input; write a shard when it is full."""
         self.report.num_read += 1
         if isinstance(item, Reject):
             self._reject(item)
             return
-        rows = rows_of_item(item)
-        for row in rows:
-            self._add(row)
-        self._write_full_shard()
+        for row in item:
+            self._rows.append(row)
+            self._tokens += len(row["input_ids"])
+            self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
+        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
+        if full or self._characters >= _SHARD_CHARACTERS:
+            self._write_shard()
 
     def finish(self) -> TaskReport:
-        """Write what is left."""
+        """Write the last shards; returns the report."""
         if self._rows:
             self._write_shard()
         if self._rejects:
             self._write_rejects()
         return self.report
 
-    def _add(self, row: ExampleRow) -> None:
-        self._rows.append(row)
-        self._tokens += len(row["input_ids"])
-        self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
-
-    def _write_full_shard(self) -> None:
-        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
-        if full or self._characters >= _SHARD_CHARACTERS:
-            self._write_shard()
-
     def _reject(self, reject: Reject) -> None:
-        row = {"source": self._source, **reject._asdict(), "reason": str(reject.reason)}
+        row = {"source": self._source, **vars(reject), "reason": str(reject.reason)}
         self._rejects.append(row)
         if len(self._rejects) >= _REJECT_ROWS:
             self._write_rejects()
         self.report.reasons[row["reason"]] += 1
         if self.report.first_reject is None:
-            told = f"{reject.source_file} row {reject.source_row}: {reject.reason} ({reject.detail[:200]})"
-            self.report.first_reject = " ".join(told.split())  # one line, whatever the data hold
+            first = f"{reject.source_file} row {reject.source_row}: {reject.reason} ({reject.detail[:200]})"
+            self.report.first_reject = " ".join(first.split())  # one line, whatever the data contain
 
     def _write_shard(self) -> None:
         table = pa.Table.from_pylist(self._rows, self._schema)

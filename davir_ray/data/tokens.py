@@ -1,7 +1,8 @@
-"""Text → tokens: input_ids, the spans that are scored, truncation.
+"""Text → tokens: input_ids, scored spans, truncation.
 
-Segments are encoded once and their ids joined, so the boundary between prompt and response cannot move. Plain formats
-get exactly one BOS in front where the model has one, and an EOS behind, which is scored. A chat template has its own.
+Each segment is encoded on its own and the ids are joined, so the boundary between prompt and response cannot move.
+Plain formats get exactly one BOS in front, where the model has one, and an EOS at the end, which is scored. A chat
+template writes its own.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,12 @@ class Encoded:
 
     @property
     def num_response_tokens(self) -> int:
-        """Scored tokens, the EOS included."""
+        """Number of scored tokens, the EOS included."""
         return sum(self.response_spans[1::2]) - sum(self.response_spans[::2])
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens that are not scored."""
+        """Number of tokens that are not scored."""
         return len(self.input_ids) - self.num_response_tokens
 
 
@@ -46,17 +47,25 @@ class Encoder:
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self._special_ids = np.array(sorted(set(tokenizer.all_special_ids) - unknown), dtype=np.int32)
 
-    def encode(self, examples: Sequence[Rendered], *, templated: bool) -> list[Encoded | RowError]:
-        """Encode examples; a RowError stands for one that must be rejected.
+    def encode(self, examples: Sequence[Rendered]) -> list[Encoded | RowError]:
+        """Encode examples; a RowError takes the place of one that must be rejected.
 
-        `templated`: the segments come from a chat template and spell its special tokens; otherwise text that spells a
-        special token is encoded as plain text, and rejected where the tokenizer cannot. What has no scored segment is
-        a prompt: it is never cut, and nothing is put behind it.
+        In text of a chat template, special tokens are encoded as such. In other text, what looks like a special token
+        is encoded as plain text, and rejected where the tokenizer cannot do that. An example without a scored segment
+        is a prompt: it is never truncated, and nothing follows it.
         """
-        texts = [segment.text for example in examples for segment in example.segments]
-        ids = iter(self._ids(texts, split_special_tokens=not templated))
+        ids = {
+            templated: iter(
+                self._ids(
+                    [part.text for one in examples if one.templated is templated for part in one.segments],
+                    split_special_tokens=not templated,
+                )
+            )
+            for templated in (False, True)
+        }
         return [
-            self._join([(next(ids), segment.scored) for segment in example.segments], templated) for example in examples
+            self._join([(next(ids[one.templated]), part.scored) for part in one.segments], one.templated)
+            for one in examples
         ]
 
     def _ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
@@ -74,7 +83,7 @@ class Encoder:
     def _join(self, parts: list[tuple[list[int], bool]], templated: bool) -> Encoded | RowError:
         is_prompt = not any(scored for _, scored in parts)
         if not templated:
-            if error := self._spelt_special(parts):
+            if error := self._special_token(parts):
                 return error
             parts = [(self._bos, False), *parts, ([] if is_prompt else self._eos, True)]
         input_ids = np.array([token for ids, _ in parts for token in ids], dtype=np.int32)
@@ -88,18 +97,18 @@ class Encoder:
             return RowError(RejectReason.PROMPT_TOO_LONG, detail)
         return Encoded(input_ids, spans, truncated)
 
-    def _spelt_special(self, parts: list[tuple[list[int], bool]]) -> RowError | None:
+    def _special_token(self, parts: list[tuple[list[int], bool]]) -> RowError | None:
         for ids, _ in parts:
             found = np.intersect1d(np.array(ids, dtype=np.int32), self._special_ids)
             if len(found):
                 token = self._tokenizer.convert_ids_to_tokens(int(found[0]))
-                detail = f"the text spells the special token {token!r}, which this tokenizer cannot encode as text"
+                detail = f"the text contains the special token {token!r}, which this tokenizer cannot encode as text"
                 return RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, detail)
         return None
 
 
 def _spans(parts: list[tuple[list[int], bool]]) -> list[int]:
-    """(start, end) of each run of scored parts; neighbours (a response and its EOS) are one span."""
+    """(start, end) of each run of scored parts; adjacent parts (a response and its EOS) are one span."""
     spans: list[int] = []
     position = 0
     for ids, scored in parts:

@@ -12,10 +12,8 @@ from davir_ray.config.run import EstimateConfig, InputConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
-from davir_ray.data.pairs import PairReader
-from davir_ray.data.reader import ExampleReader, ExampleRow, Pair, rows_of_item
-from davir_ray.data.records import Reject
-from davir_ray.data.survey import estimate_rows
+from davir_ray.data.reader import ExampleRow
+from davir_ray.data.records import Reject, estimate_rows
 from davir_ray.engine.connect import accelerators, has_gpu
 from davir_ray.engine.pool import plan_pool
 from davir_ray.engine.ray_train import check_workers
@@ -68,16 +66,14 @@ def preview(
 ) -> Preview:
     """Prepare the first records of each source, without Ray; what lies where the job writes (`written`) is no data."""
     tokenizer = preparation.base.tokenizer()
-    reader: ExampleReader | PairReader = (
-        preparation.pair_reader(sources) if are_pairs(sources) else preparation.reader(sources)
-    )
+    reader = preparation.reader(sources)
     lines, sizes = [], []
     for source in sources:
         files = list_files(source, written)
         slices = [part for task in plan_tasks(files, UNLIMITED) for part in task]
-        items: list[ExampleRow | Pair | Reject] = list(reader.read(source, slices, num_records))
+        items = list(reader.read(source, slices, num_records))
         rejects = [item for item in items if isinstance(item, Reject)]
-        examples = [row for item in items if not isinstance(item, Reject) for row in rows_of_item(item)]
+        examples = [row for item in items if not isinstance(item, Reject) for row in item]
         lines.append(f"{source.name}: {len(items) - len(rejects)} of the first {len(items)} records can be prepared")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
         lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]

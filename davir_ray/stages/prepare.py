@@ -13,7 +13,6 @@ from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.formats import rendering
-from davir_ray.data.pairs import PairReader
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
@@ -65,20 +64,14 @@ class Preparation:
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """What turns records of these sources into examples."""
-        return ExampleReader(*self._means(sources), keep_record=self.keep_record, prompts_only=self.prompts_only)
-
-    def pair_reader(self, sources: list[Source]) -> PairReader:
-        """What turns preference records of these sources into pairs of examples."""
-        return PairReader(*self._means(sources), keep_record=self.keep_record)
-
-    def _means(self, sources: list[Source]) -> tuple[Encoder, ChatTemplate | None]:
         tokenizer = self.base.tokenizer()
         formats = {source.format for source in sources}
         has_template = (self.chat_template or tokenizer.chat_template) is not None
         # Pairs of strings need none; messages do, and a base without one is told here.
         uses_chat = "messages" in formats or ("preference" in formats and has_template)
         chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
-        return Encoder(tokenizer, self.config.max_tokens), chat
+        encoder = Encoder(tokenizer, self.config.max_tokens)
+        return ExampleReader(encoder, chat, keep_record=self.keep_record, prompts_only=self.prompts_only)
 
 
 def are_pairs(sources: list[Source]) -> bool:
@@ -278,13 +271,13 @@ def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> 
         )
     if prepared == 0:
         raise DataError(
-            f"no example could be prepared from {report.num_read} records ({report.told_reasons or 'no records'}); "
+            f"no example could be prepared from {report.num_read} records ({report.reason_counts or 'no records'}); "
             f"the first: {report.first_reject}"
         )
     report.check_rejects(limits.max_bad_fraction)
     log.info(
         "prepare: %d read, %d prepared, %d rejected %s",
-        report.num_read, prepared, report.reasons.total(), report.told_reasons,
+        report.num_read, prepared, report.reasons.total(), report.reason_counts,
     )  # fmt: skip
     if report.replaced:
         log.warning(
@@ -301,9 +294,8 @@ class Preparer:
         configure_worker_logging()
         self._work = work
         sources = [task.source for task in work.tasks]
-        pairs = are_pairs(sources)
-        self._reader = work.preparation.pair_reader(sources) if pairs else work.preparation.reader(sources)
-        self._schema = PAIRS if pairs else EXAMPLES
+        self._reader = work.preparation.reader(sources)
+        self._schema = PAIRS if are_pairs(sources) else EXAMPLES
         self._shard_rows = _shard_rows(work.preparation.config, work.limits.total_bytes)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND
 
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
 
 (FILE,) = documents(CLUSTER / "aws.yaml")
 PROFILES = ("davir-ray-head", "davir-ray-worker")
@@ -100,6 +101,6 @@ def test_rays_provider_starts_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "InstanceLifecycle" not in nodes["head"]
     assert [nodes[name]["IamInstanceProfile"]["Arn"].rpartition("/")[2] for name in ("head", "gpu")] == list(PROFILES)
     gpu = config["available_node_types"]["gpu"]
-    wanted = parse(["--config", str(CLUSTER / "run.yaml")])
+    wanted = parse_as(RunConfig, ["--config", str(CLUSTER / "run.yaml")])
     assert gpu["resources"]["GPU"] * gpu["min_workers"] == wanted.finetune.num_workers
     assert gpu["resources"]["CPU"] > gpu["resources"]["GPU"] * wanted.score.num_cpus

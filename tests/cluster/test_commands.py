@@ -11,7 +11,8 @@ from deployment import CLUSTER, IN_BUCKET, IN_IMAGE, ROOT, TEXTS, bounds, check_
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
 from davir_ray.errors import ConfigError
 
 COMMANDS = [(path, words) for path in TEXTS for words in commands(path)]
@@ -34,7 +35,7 @@ def parse_job(words: Sequence[str]) -> None:
     assert script.is_file(), words
     options = [here(word) for word in words[2:]]
     if script.name in ("score.py", "finetune.py", "rank.py"):
-        parse(options)
+        parse_as(RunConfig, options)
     elif script.name == "verify.py":
         spec = importlib.util.spec_from_file_location("verify", script)
         assert spec is not None

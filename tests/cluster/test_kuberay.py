@@ -14,7 +14,8 @@ from jsonschema import Draft202012Validator
 from ray._private import ray_constants
 from ray.scripts.scripts import start
 
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
 from davir_ray.engine.pool import Pool, plan_pool
 from davir_ray.engine.ray_train import check_workers
 
@@ -215,7 +216,7 @@ def test_head_and_workers_reach_the_same_places() -> None:
 
 
 def test_the_run_fits_the_workers_that_are_there_when_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(["--config", str(CLUSTER / "run.yaml")])
+    config = parse_as(RunConfig, ["--config", str(CLUSTER / "run.yaml")])
     limits, nodes = container(GPU)["resources"]["limits"], GPU["minReplicas"]
     gpus = nodes * limits["nvidia.com/gpu"]
     of_a_node = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}

@@ -25,7 +25,7 @@ def test_a_whole_configuration_by_command_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"recipe": {"epoch": 1}}, "'epoch', which is no field of finetune"),
+        ({"recipe": {"epoch": 1}}, "'epoch', which is not a field of finetune"),
         ({"recipe": {"epochs": 0}}, "finetune.epochs is 0"),
         ({"recipe": {"epochs": "three"}}, "recipe is"),
         ({"recipe": {"seed": 1}}, "'seed', which the comparison sets itself"),
@@ -34,7 +34,7 @@ def test_a_whole_configuration_by_command_line() -> None:
         ({"sizes": [0]}, "a size is 0"),
         ({"seeds": 0}, "seeds is 0"),
         ({"heldout_format": None}, "heldout is given without heldout_format"),
-        ({"heldout_format": "preference"}, "that of a response"),
+        ({"heldout_format": "preference"}, "one of single responses"),
         ({"heldout_sources": [Source(name="a", path="b", format="alpaca")]}, "exactly one of the two"),
         ({"generate": {"sources": ["gsm8k"]}}, "the held-out sources are alpaca"),
         ({"run": "s3://key:secret@host/run"}, "with a password in it"),

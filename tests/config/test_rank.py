@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from davir_ray.cli import parse, parse_rank
+from davir_ray.cli import parse_as, parse_rank
 from davir_ray.config.run import RunConfig
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.config.sources import Source
@@ -183,7 +183,7 @@ def test_debug_is_of_the_command(file: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_switches_that_are_off_ask_for_nothing(file: Path) -> None:
     file.write_text(FILE + "overwrite: false\ndry_run: false\n")
-    own = parse(["--config", str(file), "--overwrite", "--output", "out"])
+    own = parse_as(RunConfig, ["--config", str(file), "--overwrite", "--output", "out"])
     assert applied("--config", str(file), own=own).select == own.select
 
 

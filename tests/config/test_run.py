@@ -112,7 +112,7 @@ def test_exactly_one_selection_rule() -> None:
     with pytest.raises(ConfigError, match="top_k and top_fraction"):
         SelectConfig(top_k=3, top_fraction=0.1)
     with pytest.raises(ConfigError, match="no selection rule"):
-        RunConfig().require_select()
+        SelectConfig().require_rule()
 
 
 def test_min_score_has_no_meaning_for_a_random_order() -> None:
@@ -213,9 +213,9 @@ def test_groups_of_the_sources_that_are_there_are_taken() -> None:
 @pytest.mark.parametrize("group", ["0-32", "a/0-32", "a"])
 def test_a_quota_of_a_range_of_lengths_that_is_none_is_refused_at_once(group: str) -> None:
     balance: list[Any] = ["source", "length"] if "/" in group else ["length"]
-    config = RunConfig(select=SelectConfig(balance=balance, quotas={group: 3}, length_edges=[32, 99]))
+    select = SelectConfig(balance=balance, quotas={group: 3}, length_edges=[32, 99])
     with pytest.raises(ConfigError, match=f"has '{group}'.*the ranges are 0-31, 32-98, 99-"):
-        config.require_select()
+        select.require_rule()
 
 
 USED = {

@@ -350,7 +350,11 @@ def test_a_ten_megabyte_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
 def test_a_file_without_bytes_is_one_reject(tmp_path: Path, name: str) -> None:
     (row,) = read_path(write(tmp_path / name, b""))
-    assert isinstance(row, Reject) and row[:3] == (name, 0, RejectReason.EMPTY_FILE)
+    assert isinstance(row, Reject) and (row.source_file, row.source_row, row.reason) == (
+        name,
+        0,
+        RejectReason.EMPTY_FILE,
+    )
 
 
 def test_an_archive_of_nothing_is_an_empty_file(tmp_path: Path) -> None:
@@ -381,7 +385,11 @@ def test_damaged_archives_keep_the_rows_before(
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz"])
 def test_what_is_not_the_format_at_all_is_one_reject(tmp_path: Path, name: str) -> None:
     (row,) = read_path(write(tmp_path / name, b"this is no such file " * 100))
-    assert isinstance(row, Reject) and row[:3] == (name, 0, RejectReason.UNREADABLE_FILE)
+    assert isinstance(row, Reject) and (row.source_file, row.source_row, row.reason) == (
+        name,
+        0,
+        RejectReason.UNREADABLE_FILE,
+    )
 
 
 def test_a_damaged_parquet_page_keeps_the_row_groups_before(tmp_path: Path) -> None:
@@ -392,7 +400,7 @@ def test_a_damaged_parquet_page_keeps_the_row_groups_before(tmp_path: Path) -> N
     content[start : start + 3000] = b"\xff" * 3000
     *kept, stop = read_path(write(tmp_path / "a.parquet", bytes(content)))
     assert fields(kept) == table.slice(0, 2000).to_pylist()
-    assert isinstance(stop, Reject) and stop[1:3] == (2000, RejectReason.UNREADABLE_FILE)
+    assert isinstance(stop, Reject) and (stop.source_row, stop.reason) == (2000, RejectReason.UNREADABLE_FILE)
 
 
 def test_a_parquet_value_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> None:
@@ -401,14 +409,14 @@ def test_a_parquet_value_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> 
     pq.write_table(table, tmp_path / "a.parquet")
     first, bad, last = read_path(tmp_path)
     assert fields([first, last]) == [{"text": "ok"}, {"text": "fine"}]
-    assert isinstance(bad, Reject) and bad[1:3] == (1, RejectReason.INVALID_TEXT)
+    assert isinstance(bad, Reject) and (bad.source_row, bad.reason) == (1, RejectReason.INVALID_TEXT)
 
 
 def test_a_date_that_python_does_not_know_costs_its_row_only(tmp_path: Path) -> None:
     pq.write_table(pa.table({"when": pa.array([0, 2**62], pa.timestamp("ms"))}), tmp_path / "a.parquet")
     good, bad = read_path(tmp_path)
     assert isinstance(good, Record)
-    assert isinstance(bad, Reject) and bad[1:3] == (1, RejectReason.WRONG_TYPE)
+    assert isinstance(bad, Reject) and (bad.source_row, bad.reason) == (1, RejectReason.WRONG_TYPE)
 
 
 # --- which files -----------------------------------------------------------------------------------------------------
@@ -526,16 +534,16 @@ def test_rows_of_a_link_have_the_names_and_ids_that_a_copy_would_have(linked: Pa
 @pytest.mark.parametrize("asked", ["", "gone.jsonl", "gone*", "*", "sub/../"])
 def test_a_link_to_nothing_is_named(linked: Path, target: str, asked: str) -> None:
     (linked / "gone.jsonl").symlink_to(target)
-    with pytest.raises(DataError, match=rf"gone\.jsonl is a link to {target}, which is not there"):
+    with pytest.raises(DataError, match=rf"gone\.jsonl is a link to {target}, which does not exist"):
         list_files(source(f"{linked}/{asked}"))
 
 
 def test_a_link_to_a_folder_that_is_gone_is_named(linked: Path) -> None:
     shutil.rmtree(linked.parent / "blobs")
-    with pytest.raises(DataError, match=r"file\.jsonl is a link to \.\./blobs/0, which is not there"):
+    with pytest.raises(DataError, match=r"file\.jsonl is a link to \.\./blobs/0, which does not exist"):
         list_files(source(linked))
     (linked / "file.jsonl").unlink()
-    with pytest.raises(DataError, match=r"data/folder is a link to .*blobs, which is not there"):
+    with pytest.raises(DataError, match=r"data/folder is a link to .*blobs, which does not exist"):
         list_files(source(linked))
 
 
@@ -548,7 +556,7 @@ def test_links_in_a_circle_end_and_are_named(linked: Path, caplog: pytest.LogCap
         caplog.clear()
         assert [(file.relative_path, file.num_bytes) for file in list_files(source(path))] == expected
         for name in ("self", "sub/above", "folder/deep/back/twice", "sub/twice/back"):
-            assert f"{linked}/{name} is a link to a folder that it lies in" in caplog.text
+            assert f"{linked}/{name} is a link to a folder that contains it" in caplog.text
 
 
 def test_of_the_hubs_cache_one_revision_is_read(tmp_path: Path) -> None:
@@ -562,10 +570,10 @@ def test_of_the_hubs_cache_one_revision_is_read(tmp_path: Path) -> None:
             assert names(cache) == ["snapshots/abc/data/train.jsonl"]
         assert names(cache / "snapshots" / revision) == ["data/train.jsonl"]
     for path in (cache, tmp_path, tmp_path / "datasets--*"):
-        with pytest.raises(DataError, match=r"data holds 2 revisions .abc, def.; give .*org--data/snapshots/REVISION"):
+        with pytest.raises(DataError, match=r"data has 2 revisions .abc, def.; give .*org--data/snapshots/REVISION"):
             list_files(source(path))
     blob.unlink()
-    with pytest.raises(DataError, match=r"train\.jsonl is a link to \.\./\.\./\.\./blobs/1f, which is not there"):
+    with pytest.raises(DataError, match=r"train\.jsonl is a link to \.\./\.\./\.\./blobs/1f, which does not exist"):
         list_files(source(cache / "snapshots" / "abc"))
 
 
@@ -578,7 +586,7 @@ def test_a_folder_of_datasets_may_be_links_and_names_what_is_missing(tmp_path: P
     assert fields(read_path(linked)) == ROWS
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     arrow.unlink()
-    with pytest.raises(DataError, match=rf"{arrow.name} is a link to {arrow}, which is not there"):
+    with pytest.raises(DataError, match=rf"{arrow.name} is a link to {arrow}, which does not exist"):
         list_files(source(linked))
     with pytest.raises(DataError, match=rf"{arrow.name} does not exist, but .*state\.json names it"):
         list_files(source(tmp_path / "saved"))
@@ -596,7 +604,7 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, name: str) -> None:
     [
         ("absent.jsonl", "absent.jsonl does not exist; give a file, a folder, a glob or a hub name"),
         ("*.nothing", "no data files in .*nothing.*give .parquet"),
-        ("notes.txt", "notes.txt has an extension that is not read; give .parquet"),
+        ("notes.txt", "notes.txt has an extension that is not supported; give .parquet"),
         ("empty", "no data files in .*empty .*give .parquet"),
         ("texts", r"no data files in .*texts \(found 1 .txt"),
     ],
@@ -687,7 +695,7 @@ def test_what_the_hub_does_not_have_is_the_users_error() -> None:
         list_files(source("org/none"))
     with pytest.raises(DataError, match="no split 'dev'; set split to one of: train, test"):
         list_files(source("org/talk", split="dev"))
-    with pytest.raises(DataError, match=r"x\.csv, whose extension is not read"):
+    with pytest.raises(DataError, match=r"x\.csv, whose extension is not supported"):
         list_files(source("org/talk", split="test"))
 
 

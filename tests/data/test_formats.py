@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -14,9 +14,16 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from davir_ray.config.sources import Source
+from davir_ray.config.sources import COLUMN_OPTIONS, Format, Source
 from davir_ray.data.chat import ChatTemplate
-from davir_ray.data.formats import ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHOUT_INPUT, render
+from davir_ray.data.formats import (
+    ALPACA_PROMPT_WITH_INPUT,
+    ALPACA_PROMPT_WITHOUT_INPUT,
+    FORMATS,
+    columns,
+    render,
+    rendering,
+)
 from davir_ray.data.rendered import Rendered, RowError, Segment
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
@@ -67,8 +74,17 @@ TALK = [
 ]
 
 
+def one(rendered: Rendered) -> Rendered:
+    """The text of a record that is one example."""
+    return rendered
+
+
+def plain(prompt: str, response: str) -> Rendered:
+    return Rendered(prompt=prompt, response=response, segments=(Segment(prompt, False), Segment(response, True)))
+
+
 def chat(messages: Any, template: ChatTemplate = CHATML) -> Rendered:
-    return render({"messages": messages}, MESSAGES, template)
+    return one(*render({"messages": messages}, MESSAGES, template))
 
 
 def refused(fields: Any, source: Source, template: ChatTemplate | None = None) -> tuple[RejectReason, str]:
@@ -85,6 +101,37 @@ def whole(rendered: Rendered) -> str:
     return "".join(segment.text for segment in rendered.segments)
 
 
+# --- the table of formats ---------------------------------------------------------------------------------------------
+
+
+def test_every_format_of_the_options_is_in_the_table_with_its_columns() -> None:
+    assert FORMATS.keys() == set(get_args(Format))
+    for name, spec in FORMATS.items():
+        options = tuple(column for column in spec.columns if column.endswith("_column"))
+        assert options == COLUMN_OPTIONS.get(name, ())
+
+
+def test_what_the_text_depends_on_is_as_in_the_runs_that_there_are() -> None:
+    """It is part of their fingerprints."""
+    today = "2024-07-26T00:00:00"
+    found = {name: rendering(Source(name="s", path="x", format=name)) for name in get_args(Format)}
+    assert found == {
+        "alpaca": [ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHOUT_INPUT],
+        "gsm8k": ["Question: {question}\nAnswer:\n"],
+        "prompt_response": ["prompt", "response"],
+        "messages": ["messages", today],
+        "preference": ["prompt", "chosen", "rejected", today],
+    }
+    assert rendering(COLUMNS) == ["q", "a"]
+
+
+def test_the_columns_that_are_read_are_known() -> None:
+    assert columns(ALPACA) == {"instruction": True, "input": False, "output": True}
+    assert columns(COLUMNS) == {"q": True, "a": True}
+    pairs = Source(name="s", path="x", format="preference", chosen_column="good")
+    assert columns(pairs) == {"prompt": False, "good": True, "rejected": True}
+
+
 # --- plain formats ---------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +142,7 @@ def test_alpaca_is_stanfords_text() -> None:
         "response that appropriately completes the request.\n\n### Instruction:\nAdd {x}.\n\n### Input:\n1, 2\n\n"
         "### Response:"
     )
-    assert render(fields, ALPACA, None) == Rendered(prompt, " 3 ", (Segment(prompt, False), Segment(" 3 ", True)))
+    assert one(*render(fields, ALPACA, None)) == plain(prompt, " 3 ")
 
 
 @pytest.mark.parametrize("fields", [{}, {"input": None}, {"input": ""}])
@@ -104,16 +151,16 @@ def test_alpaca_without_an_input(fields: dict[str, Any]) -> None:
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nGo.\n\n### Response:"
     )
-    assert render({"instruction": "Go.", "output": "Gone."} | fields, ALPACA, None).prompt == prompt
+    assert one(*render({"instruction": "Go.", "output": "Gone."} | fields, ALPACA, None)).prompt == prompt
 
 
 def test_gsm8k() -> None:
-    assert render({"question": "1+1?", "answer": "2"}, GSM8K, None)[:2] == ("Question: 1+1?\nAnswer:\n", "2")
+    assert one(*render({"question": "1+1?", "answer": "2"}, GSM8K, None)) == plain("Question: 1+1?\nAnswer:\n", "2")
 
 
 def test_prompt_response_takes_the_columns_as_they_stand() -> None:
-    assert render({"q": " Q\n", "a": "A "}, COLUMNS, None)[:2] == (" Q\n", "A ")
-    assert render({"q": "", "a": "A"}, COLUMNS, None).segments == (Segment("", False), Segment("A", True))
+    assert one(*render({"q": " Q\n", "a": "A "}, COLUMNS, None)) == plain(" Q\n", "A ")
+    assert one(*render({"q": "", "a": "A"}, COLUMNS, None)).segments == (Segment("", False), Segment("A", True))
 
 
 @given(st.text(), st.text(), st.text())
@@ -122,7 +169,7 @@ def test_prompt_and_response_join_to_the_text_whatever_they_hold(instruction: st
     if not output.strip():
         assert refused(fields, ALPACA)[0] is RejectReason.EMPTY_RESPONSE
         return
-    rendered = render(fields, ALPACA, None)
+    rendered = one(*render(fields, ALPACA, None))
     assert whole(rendered) == rendered.prompt + output
     template = ALPACA_PROMPT_WITH_INPUT if context else ALPACA_PROMPT_WITHOUT_INPUT
     assert len(rendered.prompt) == len(template.format(instruction="", input="")) + len(instruction) + len(context)
@@ -238,7 +285,7 @@ def test_a_template_that_is_not_stable_is_refused_with_the_difference_shown() ->
 def test_a_template_that_drops_earlier_text_is_refused() -> None:
     forgetful = CHATML.template.replace("m['content']", "(m['content'] if loop.index > messages | length - 2 else '…')")
     reason, detail = refused({"messages": TALK}, MESSAGES, ChatTemplate(forgetful, CHATML.named_tokens))
-    assert reason is RejectReason.BAD_CONVERSATION and "goes on" in detail
+    assert reason is RejectReason.BAD_CONVERSATION and "when it continues" in detail
 
 
 @pytest.mark.parametrize(
@@ -261,7 +308,7 @@ def test_what_the_template_raises_is_told() -> None:
     strict = ChatTemplate("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first!') }}{% endif %}")
     assert refused({"messages": TALK}, MESSAGES, strict) == (
         RejectReason.BAD_CONVERSATION,
-        "the chat template refuses the messages: TemplateError: user first!",
+        "the chat template rejects the messages: TemplateError: user first!",
     )
     crooked = ChatTemplate("{{ messages[0]['content'] / 0 }}")
     assert "TypeError" in refused({"messages": TALK}, MESSAGES, crooked)[1]
@@ -379,7 +426,7 @@ def test_real_rows_render(name: str, source: Source, response: str) -> None:
             if not fields[response].strip():
                 rejected += refused(fields, source)[0] is RejectReason.EMPTY_RESPONSE
                 continue
-            rendered = render(fields, source, None)
+            rendered = one(*render(fields, source, None))
             assert whole(rendered).endswith(fields[response]) and rendered.response == fields[response]
             messages = [
                 {"role": "user", "content": rendered.prompt},

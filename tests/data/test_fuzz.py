@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Source
 from davir_ray.data.files import Slice, list_files
-from davir_ray.data.reader import ExampleReader, ExampleRow
+from davir_ray.data.reader import ExampleReader, ExampleRows
 from davir_ray.data.records import Record, Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.schema import RejectReason
@@ -38,25 +38,26 @@ def reader(tokenizer: PreTrainedTokenizerFast) -> ExampleReader:
     return ExampleReader(Encoder(tokenizer, MAX_TOKENS), None, keep_record=True)
 
 
-def read(reader: ExampleReader, path: Path) -> list[ExampleRow | Reject]:
+def read(reader: ExampleReader, path: Path) -> list[ExampleRows | Reject]:
     source = Source(name="s", path=str(path), format="alpaca")
     return list(reader.read(source, [Slice(file) for file in list_files(source)], None))
 
 
-def check(item: ExampleRow | Reject) -> None:
+def check(item: ExampleRows | Reject) -> None:
     """An example can be scored, a reject says why it is one."""
     if isinstance(item, Reject):
         assert item.reason in set(RejectReason)
         assert item.detail.encode()
         return
-    assert 0 < len(item["input_ids"]) <= MAX_TOKENS
-    assert item["response"].strip()
-    (start, end), *more = zip(item["response_spans"][::2], item["response_spans"][1::2], strict=True)
+    (row,) = item
+    assert 0 < len(row["input_ids"]) <= MAX_TOKENS
+    assert row["response"].strip()
+    (start, end), *more = zip(row["response_spans"][::2], row["response_spans"][1::2], strict=True)
     assert not more
-    assert 0 < start < end == len(item["input_ids"])
-    assert item["num_response_tokens"] == end - start
+    assert 0 < start < end == len(row["input_ids"])
+    assert row["num_response_tokens"] == end - start
     for name in ("prompt", "response", "record"):
-        assert item[name].encode()
+        assert row[name].encode()
 
 
 @settings(max_examples=NUM_FILES, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -67,7 +68,7 @@ def test_every_line_comes_out_once(reader: ExampleReader, tmp_path: Path, seed: 
     path.write_bytes(gzip.compress(content) if packed else content)
     items = read(reader, path)
     path.unlink()
-    rows = [item.source_row if isinstance(item, Reject) else item["source_row"] for item in items]
+    rows = [item.source_row if isinstance(item, Reject) else item[0]["source_row"] for item in items]
     wanted = [number for number, line in enumerate(content.split(b"\n")) if line.strip()]
     assert rows == (wanted or [0])
     for item in items:

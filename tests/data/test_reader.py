@@ -72,7 +72,13 @@ def read_all(
     (folder / "f.jsonl").write_text("\n".join(lines))
     source = Source(name="s", path=str(folder), format="prompt_response")
     reader = ExampleReader(Encoder(tokenizer, max_tokens=40), None, **{"keep_record": True, **options})
-    return list(reader.read(source, [Slice(file) for file in list_files(source)], limit))
+    items = reader.read(source, [Slice(file) for file in list_files(source)], limit)
+    return [item if isinstance(item, Reject) else one(*item) for item in items]
+
+
+def one(row: ExampleRow) -> ExampleRow:
+    """The row of a record that is one example."""
+    return row
 
 
 def line_of(prompt: str, response: str, **more: Any) -> str:
@@ -282,13 +288,16 @@ def row_of(number: int) -> ExampleRow:
 
 def rejects() -> list[Reject]:
     reasons = [RejectReason.BROKEN_JSON, RejectReason.EMPTY_RESPONSE, RejectReason.BROKEN_JSON]
-    return [Reject("f.jsonl", 100 + at, reason, f"detail {at}") for at, reason in enumerate(reasons)]
+    return [
+        Reject(source_file="f.jsonl", source_row=100 + at, reason=reason, detail=f"detail {at}")
+        for at, reason in enumerate(reasons)
+    ]
 
 
 def write(run: Location, num_rows: int, shard_rows: int = 4, bad: list[Reject] | None = None) -> TaskReport:
     writer = ShardWriter(run, task=7, source="s", shard_rows=shard_rows)
     for number in range(num_rows):
-        writer.write(row_of(number))
+        writer.write((row_of(number),))
     for reject in bad or []:
         writer.write(reject)
     return writer.finish()
@@ -319,7 +328,7 @@ def test_rejects_are_kept_and_counted_by_reason(tmp_path: Path) -> None:
     report = write(run, 0, bad=rejects())
     table = read_parquet(run / "rejects/part-00007-00000.parquet")
     assert table.schema.equals(REJECTS)
-    assert table.to_pylist() == [{"source": "s", **r._asdict(), "reason": r.reason.value} for r in rejects()]
+    assert table.to_pylist() == [{"source": "s", **vars(r), "reason": r.reason.value} for r in rejects()]
     assert report.reasons == {"broken_json": 2, "empty_response": 1}
     assert report.first_reject == "f.jsonl row 100: broken_json (detail 0)"
 

@@ -26,11 +26,12 @@ TEXTS = [
 
 
 def plain(prompt: str, response: str) -> Rendered:
-    return Rendered(prompt, response, (Segment(prompt, False), Segment(response, True)))
+    segments = (Segment(prompt, False), Segment(response, True))
+    return Rendered(prompt=prompt, response=response, segments=segments)
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_tokens: int = 10_000) -> Encoded:
-    (encoded,) = Encoder(tokenizer, max_tokens).encode([plain(prompt, response)], templated=False)
+    (encoded,) = Encoder(tokenizer, max_tokens).encode([plain(prompt, response)])
     assert isinstance(encoded, Encoded), encoded
     return encoded
 
@@ -113,7 +114,7 @@ def test_a_tokenizer_that_writes_its_own_begin_still_gives_one(tokenizer: PreTra
 
 def test_a_prompt_that_fills_the_limit_is_rejected_and_one_shorter_is_not(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt_tokens = encode(tokenizer, "Question: why?", "because of it").num_prompt_tokens
-    (error,) = Encoder(tokenizer, prompt_tokens).encode([plain("Question: why?", "because of it")], templated=False)
+    (error,) = Encoder(tokenizer, prompt_tokens).encode([plain("Question: why?", "because of it")])
     assert isinstance(error, RowError)
     assert error.reason == RejectReason.PROMPT_TOO_LONG
     assert encode(tokenizer, "Question: why?", "because of it", prompt_tokens + 1).num_response_tokens == 1
@@ -148,7 +149,9 @@ TURNS = (
 
 
 def encode_turns(tokenizer: Any, max_tokens: int = 1000) -> Encoded | RowError:
-    (encoded,) = Encoder(tokenizer, max_tokens).encode([Rendered("", "", TURNS)], templated=True)
+    (encoded,) = Encoder(tokenizer, max_tokens).encode(
+        [Rendered(prompt="", response="", segments=TURNS, templated=True)]
+    )
     return encoded
 
 
@@ -214,18 +217,26 @@ def test_text_that_can_only_be_a_special_token_is_rejected(
     tokenizer: PreTrainedTokenizerFast, prompt: str, response: str
 ) -> None:
     encoder = Encoder(without_splitting(tokenizer), 100)
-    error, fine = encoder.encode([plain(prompt, response), plain("x", "y")], templated=False)
+    error, fine = encoder.encode([plain(prompt, response), plain("x", "y")])
     assert isinstance(error, RowError)
     assert error.reason == RejectReason.SPECIAL_TOKEN_IN_TEXT
     assert isinstance(fine, Encoded)
 
 
 def test_a_batch_is_encoded_as_its_members_are(tokenizer: PreTrainedTokenizerFast) -> None:
-    batch = Encoder(tokenizer, 50).encode([plain(a, b) for a in TEXTS for b in TEXTS], templated=False)
-    singly = [Encoder(tokenizer, 50).encode([plain(a, b)], templated=False)[0] for a in TEXTS for b in TEXTS]
+    batch = Encoder(tokenizer, 50).encode([plain(a, b) for a in TEXTS for b in TEXTS])
+    singly = [Encoder(tokenizer, 50).encode([plain(a, b)])[0] for a in TEXTS for b in TEXTS]
     for ours, alone in zip(batch, singly, strict=True):
         assert isinstance(ours, Encoded)
         assert isinstance(alone, Encoded)
         assert ours.input_ids.tolist() == alone.input_ids.tolist()
         assert ours.response_spans == alone.response_spans
-    assert Encoder(tokenizer, 50).encode([], templated=False) == []
+    mixed = Encoder(tokenizer, 50).encode(
+        [plain("a", "b"), Rendered(prompt="", response="", segments=TURNS, templated=True), plain("</s>", "c")]
+    )
+    assert [one.input_ids.tolist() for one in mixed if isinstance(one, Encoded)] == [
+        encode(tokenizer, "a", "b").input_ids.tolist(),
+        tokenizer("".join(segment.text for segment in TURNS), add_special_tokens=False)["input_ids"],
+        encode(tokenizer, "</s>", "c").input_ids.tolist(),
+    ]
+    assert Encoder(tokenizer, 50).encode([]) == []

@@ -70,7 +70,7 @@ def test_what_lies_in_the_output_is_not_listed(proj: str, way: str) -> None:
 
 @pytest.mark.parametrize("named", ["run/deep/x.jsonl", "run/deep", "run", "run/", "run/*.json", "run/deep/**"])
 def test_a_path_in_the_output_is_refused_by_name(proj: str, named: str) -> None:
-    with pytest.raises(DataError, match=rf"{named.rstrip('/').replace('*', '.')}.* lies in .*proj/run, which this job"):
+    with pytest.raises(DataError, match=rf"{named.rstrip('/').replace('*', '.')}.* is in .*proj/run, which this job"):
         listed([f"{proj}/train.jsonl", f"{proj}/{named}"], f"{proj}/run")
 
 

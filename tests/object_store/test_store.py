@@ -14,7 +14,8 @@ from object_store.conftest import make_bucket
 from object_store.proxy import FaultyProxy
 from object_store.stores import Store, make_user
 
-from davir_ray.cli import parse
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.files import Slice, list_files
 from davir_ray.data.records import read_records
@@ -224,15 +225,15 @@ def test_a_missing_bucket_is_told() -> None:
     with pytest.raises(ModelError, match=r"s3://no-such-bucket/model.*missing bucket"):
         check_readable([("s3://no-such-bucket/model", ModelError)])
     with pytest.raises(ConfigError, match=r"s3://no-such-bucket/run.yaml.*missing bucket"):
-        parse(["--config", "s3://no-such-bucket/run.yaml"])
+        parse_as(RunConfig, ["--config", "s3://no-such-bucket/run.yaml"])
 
 
 def test_a_configuration_is_read_from_the_store(place: Location) -> None:
     with pytest.raises(ConfigError, match=r"run.yaml"):
-        parse([f"--config={place}/run.yaml"])
+        parse_as(RunConfig, [f"--config={place}/run.yaml"])
     (place / "run.yaml").write_text("limit: 7")
-    assert parse([f"--config={place}/run.yaml"]).limit == 7
-    assert parse(["--config", f"{place}/run.yaml", "--limit", "8"]).limit == 8
+    assert parse_as(RunConfig, [f"--config={place}/run.yaml"]).limit == 7
+    assert parse_as(RunConfig, ["--config", f"{place}/run.yaml", "--limit", "8"]).limit == 8
 
 
 @pytest.mark.usefixtures("used")

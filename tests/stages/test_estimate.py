@@ -16,7 +16,7 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files
-from davir_ray.data.survey import estimate_rows
+from davir_ray.data.records import estimate_rows
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
 from davir_ray.stages.dry_run import preview

@@ -204,7 +204,7 @@ def test_an_output_among_the_data_is_no_data_and_a_second_start_finds_nothing_ne
     assert (
         "3 of the first 3 records" in preview([source(tmp_path)], options, written=[run.folder, cache.folder]).lines[0]
     )
-    with pytest.raises(DataError, match=r"examples lies in .*run, which this job writes"):
+    with pytest.raises(DataError, match=r"examples is in .*run, which this job writes"):
         prepare(run, [source(tmp_path / "run" / "examples")], options, max_bad_fraction=0)
 
 
