@@ -12,8 +12,7 @@ from davir_ray.config.align import AlignRunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
 from davir_ray.formulas.hashing import drawn
-from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
-from davir_ray.report.sweep import Trained, sweep_table
+from davir_ray.report.alignment import Trained, alignment_facts, parts_of, render_alignment, sweep_table
 from davir_ray.run.folder import Run
 from davir_ray.run.stages import leading_to
 from davir_ray.schema import MARGINS
@@ -44,7 +43,7 @@ def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> N
 
 def _trained(run: Run, pairs: pa.Table) -> Trained:
     align = run.require("align")
-    return Trained(str(run), align.fingerprint, align.details, parts_of(pairs))
+    return Trained(place=str(run), fingerprint=align.fingerprint, details=align.details, parts=parts_of(pairs))
 
 
 def _sample(run: Run) -> pa.Table:
