@@ -105,9 +105,16 @@ def run(settings: LikelihoodBenchmark) -> Results:
         settings.rows, settings.max_tokens, vocab_size, tokenizer, settings.data, settings.format, settings.lengths
     )
     likelihood = Likelihood(model)
+    lengths = [len(example.input_ids) for example in examples]
     results: Results = {
         "settings": asdict(settings),
-        "examples": _describe(examples) | {"origin": origin},
+        "examples": {
+            "rows": len(examples),
+            "tokens": sum(lengths),
+            "scored_tokens": sum(example.num_scored for example in examples),
+            "longest": max(lengths),
+            "origin": origin,
+        },
         "machine": describe_machine(device, dtype),
         "attention": self_check(likelihood),
     }
@@ -119,12 +126,6 @@ def run(settings: LikelihoodBenchmark) -> Results:
     if settings.pipeline_shards:
         results |= _compare_pipeline(settings, model, examples)
     return results
-
-
-def _describe(examples: Sequence[Example]) -> Results:
-    lengths = [len(example.input_ids) for example in examples]
-    scored = sum(example.num_scored for example in examples)
-    return {"rows": len(examples), "tokens": sum(lengths), "scored_tokens": scored, "longest": max(lengths)}
 
 
 def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None) -> list[float]:

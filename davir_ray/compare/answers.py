@@ -82,7 +82,10 @@ def strict_answer(text: str) -> Fraction | None:
     text = _of_first_question(text)
     for mark in reversed(list(_MARK.finditer(text))):
         rest = text[mark.end() :]
-        found = _after_hashes(rest) if mark.group() == "####" else _in_box(rest)
+        if mark.group() == "####":  # a Markdown heading ("#### 3. Add up") is no answer
+            found = _leading(_simplified(rest.lstrip(" \t").partition("\n")[0]), may_be_heading=True)
+        else:
+            found = _in_box(rest)
         if found is not None:
             return found
     return None
@@ -117,11 +120,6 @@ def as_text(number: Fraction) -> str:
 def _of_first_question(text: str) -> str:
     """The text up to the point where a model goes on to another question."""
     return _NEXT_QUESTION.split(text, maxsplit=1)[0]
-
-
-def _after_hashes(rest: str) -> Fraction | None:
-    """The number on the line after ####; a Markdown heading ("#### 3. Add up") is no answer."""
-    return _leading(_simplified(rest.lstrip(" \t").partition("\n")[0]), may_be_heading=True)
 
 
 def _in_box(rest: str) -> Fraction | None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from davir_ray.demo.world import CLASSES, InstructionRow
@@ -41,8 +40,8 @@ def class_shares(
     scores = np.array([np.nan if score is None else score for score in davir], dtype=np.float64)
     if not chosen.any():
         raise ValueError("no row is selected; there are no shares to compare")
-    scored = np.flatnonzero(~np.isnan(scores))
-    control = np.random.default_rng(seed).choice(scored, size=int(chosen.sum()), replace=False)
+    is_scored = ~np.isnan(scores)
+    control = np.random.default_rng(seed).choice(np.flatnonzero(is_scored), size=int(chosen.sum()), replace=False)
     names = [*CLASSES, *sorted(set(planted) - set(CLASSES))]
     return [
         ClassShare(
@@ -51,7 +50,7 @@ def class_shares(
             share_of_all=float(member.mean()),
             share_of_selected=float(member[chosen].mean()),
             share_of_random=float(member[control].mean()),
-            mean_davir=_mean(scores[member]),
+            mean_davir=float(scores[member & is_scored].mean()) if (member & is_scored).any() else None,
         )
         for name, member in ((name, classes == name) for name in names)
         if member.any()
@@ -72,11 +71,6 @@ def format_truth(
         lines.append(f"  {name:<42}{''.join(f'{values[measure]:>+10.2f}' for measure in MEASURES)}")
     lines += ["", f"selected: {run / 'selected'}", f"report:   {run / 'report.html'}", f"{seconds:.0f} seconds in all"]
     return "\n".join(lines)
-
-
-def _mean(scores: npt.NDArray[np.float64]) -> float | None:
-    scores = scores[~np.isnan(scores)]
-    return float(scores.mean()) if scores.size else None
 
 
 def shares_of_run(run: Run, rows: Sequence[InstructionRow], seed: int) -> list[ClassShare]:

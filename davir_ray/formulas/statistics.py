@@ -121,7 +121,10 @@ class Panel:
         arm, against = self._outcomes[name], self._outcomes[other]
         difference_E = arm.values_SE.mean(axis=0) - against.values_SE.mean(axis=0)
         mean = float(difference_E.sum() / arm.weights_E.sum())
-        spreads = [*arm.spread(), *_spread_against(arm, against)]
+        # A fixed set is compared with one more draw of the other arm, whose variance is that of a single seed.
+        more_draws = against.num_seeds if against.draws_rows and not (arm.draws_rows or arm.takes_all) else 0
+        drawn = [Spread(part.variance * (1 + more_draws), part.degrees) for part in against.spread()]
+        spreads = [*arm.spread(), *drawn]
         examples = _spread_of_examples(difference_E, arm.weights_E)
         return Difference(
             mean=mean,
@@ -165,12 +168,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     steps = p[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps)) if len(order) else steps
     return [float(value) for value in adjusted]
-
-
-def _spread_against(arm: Outcome, other: Outcome) -> list[Spread]:
-    """The variance of the other arm, and of one more draw if it draws its rows and the first is a fixed set."""
-    more_draws = other.num_seeds if other.draws_rows and not (arm.draws_rows or arm.takes_all) else 0
-    return [Spread(part.variance * (1 + more_draws), part.degrees) for part in other.spread()]
 
 
 def _spread_of_examples(difference_E: Floats, weights_E: Floats) -> list[Spread]:

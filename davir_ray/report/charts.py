@@ -72,7 +72,9 @@ def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Ma
         mark = "o" if steps.size == 1 else None  # a line through a single point would be invisible
         axes.plot(steps, values, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8, marker=mark)
         if many:
-            axes.plot(steps, _smooth(values), color=CHOSEN, linewidth=1.8)
+            half = steps.size // 40  # the window of the mean is a twentieth of the curve, and shorter at its ends
+            mean = [values[max(0, at - half) : at + half + 1].mean() for at in range(steps.size)]
+            axes.plot(steps, mean, color=CHOSEN, linewidth=1.8)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -325,12 +327,6 @@ def throughput(scoring: dict[str, Any]) -> Markup:
 def _thousands(value: float, _: int) -> str:
     text = f"{value:,.0f}" if abs(value) < _HUGE else f"{value:.2g}"
     return text.replace("-", "−")
-
-
-def _smooth(values: Any) -> Any:
-    """Centred moving mean over a twentieth of the curve; the window is shorter at the ends."""
-    half = max(1, len(values) // 40)
-    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
 def _figure(size: tuple[int, int]) -> tuple[Figure, Axes]:

@@ -168,7 +168,11 @@ def _rejects(inputs: ReportInputs) -> list[dict[str, Any]]:
     """The reject reasons, most frequent first, each with a few of its rows."""
     counts = _counts(inputs.manifests, "prepare")
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in inputs.rejects.to_pylist():
+    in_order = sorted(
+        inputs.rejects.to_pylist(),
+        key=lambda row: (row["source"] or "", row["source_file"] or "", row["source_row"] or 0),
+    )
+    for row in in_order:
         rows.setdefault(row["reason"], []).append(row)
     reasons = {reason.value for reason in RejectReason if counts.get(reason.value)} | rows.keys()
     table = [
@@ -176,15 +180,11 @@ def _rejects(inputs: ReportInputs) -> list[dict[str, Any]]:
             "reason": reason,
             "meaning": prose.REASON_MEANING.get(reason),
             "count": counts.get(reason),
-            "rows": [_reject(row) for row in sorted(rows.get(reason, []), key=_origin)[:ROWS_PER_REASON]],
+            "rows": [_reject(row) for row in rows.get(reason, [])[:ROWS_PER_REASON]],
         }
         for reason in reasons
     ]
     return sorted(table, key=lambda row: (-(row["count"] or 0), row["reason"]))
-
-
-def _origin(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["source"] or "", row["source_file"] or "", row["source_row"] or 0
 
 
 def _reject(row: dict[str, Any]) -> dict[str, Any]:
