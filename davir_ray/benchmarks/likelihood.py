@@ -55,9 +55,9 @@ class LikelihoodBenchmark:
     max_tokens: int = 512
     """Token limit of an example."""
     precision: Precision = "auto"
-    """As in scoring."""
+    """Precision of the forward pass, as in scoring."""
     tokens_per_pack: int | None = None
-    """As in scoring."""
+    """Token budget of a pack, as in scoring."""
     num_threads: int = 1
     """Number of threads on a CPU. CPU times are easiest to compare with one."""
     repeats: int = 3

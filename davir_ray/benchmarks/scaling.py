@@ -68,9 +68,9 @@ class ScalingBenchmark:
     max_tokens: int = 512
     """Token limit of an example."""
     precision: Precision = "auto"
-    """As in scoring."""
+    """Precision of the forward pass, as in scoring."""
     num_gpus: float | None = None
-    """GPUs of an actor, as in scoring."""
+    """Number of GPUs for each actor, as in scoring."""
     first_shards: int = 3
     """How often to time the command, with a tiny model, until its first scored shard; the median counts. 0: never."""
     folder: str | None = None

@@ -59,7 +59,7 @@ PLACES = _words("""
 """)
 ORDINALS = ("First", "second", "third", "fourth", "fifth", "sixth")
 MAX_PEOPLE = len(ORDINALS)
-# Drawn anew for each person and thus unpredictable, so that the loss of a known answer stays well above 0.
+# Drawn for each person and thus unpredictable, so that the loss of a known answer stays well above 0.
 PREPOSITIONS = ("at", "near", "behind")
 HOME_QUESTIONS = (
     "Where does each of these people live?",

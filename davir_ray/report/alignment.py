@@ -65,7 +65,7 @@ _NUM_BANDS = 12
 _MIN_BAND_PAIRS = 10
 
 _NOT_SETTINGS = ("frozen",)
-"""Parts of a fingerprint that are no settings: the frozen policy's losses may differ in their last bits by machine."""
+"""Parts of a fingerprint that are not settings: the frozen losses may differ in their last bits between machines."""
 
 _RANGES = {
     "accuracy": (0.0, 1.0),

@@ -99,8 +99,8 @@ RESULTS = pa.schema(
         *((f"against_{baseline}_{name}", pa.float64()) for baseline in BASELINES for name in _TEST),
     ]
 )
-"""results.parquet: a row for each measure, source, size, reading and arm: its mean over the seeds with a 95 % interval,
-and its difference from each baseline with interval and p-values; null where there is none."""
+"""results.parquet: a row for each measure, source, size, reading and arm, with the mean over the seeds, its 95 %
+interval, and the difference from each baseline with interval and p-values; null where there is no such difference."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,12 +51,12 @@ def environment() -> Environment:
         "sentence": lambda text: text[:1].upper() + text[1:],
         "short": lambda step: f"{step:g}".removeprefix("0"),
         "rank_name": rank_name,
-        "cut": cut,
+        "shortened": shortened,
         "shown_tokens": lambda tokens: tokens[:MAX_TOKENS_SHOWN],
         "shown_sources": fold_sources,
         "is_long": lambda text: len(text or "") > LONG_TEXT_CHARS,
     }
-    environment.globals |= {"shade_steps": SHADE_STEPS, "most_rows": MAX_ROWS}
+    environment.globals |= {"shade_steps": SHADE_STEPS, "max_rows": MAX_ROWS}
     return environment
 
 
@@ -156,7 +156,7 @@ def rank_name(row: dict[str, Any]) -> str:
     return "Not ranked" if row["rank"] is None else f"Rank {row['rank']:,}"
 
 
-def cut(text: str) -> str:
+def shortened(text: str) -> str:
     """A text, shortened to its start if it is too long for a page."""
     if len(text) <= MAX_TEXT_CHARS:
         return text
@@ -176,8 +176,8 @@ def duration(seconds: float | None) -> str:
 def plain(value: Any) -> str:
     """A setting, version or fingerprint as text."""
     if isinstance(value, str):
-        return cut(value)
-    return "none" if value is None else cut(json.dumps(value, ensure_ascii=False))
+        return shortened(value)
+    return "none" if value is None else shortened(json.dumps(value, ensure_ascii=False))
 
 
 def shade(token: dict[str, Any]) -> str:
