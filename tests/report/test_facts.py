@@ -263,6 +263,10 @@ def test_a_count_that_is_not_recorded_is_not_made_up() -> None:
     facts = summarise(EDGE_CASES["no manifests"])
     assert facts["headline"]["read"] is None
     assert [row["balanced"] for row in facts["books"]] == [None, None, None]
+    inputs = report_inputs()
+    del inputs.manifests["prepare"]["counts"]["prepared"]
+    equation = summarise(inputs)["books"][0]
+    assert (equation["left"], equation["right"], equation["balanced"]) == (403, None, None)
 
 
 def test_reasons_come_with_their_count_meaning_and_rows() -> None:
@@ -368,14 +372,16 @@ def test_the_counts_of_the_select_stage_are_reported() -> None:
             {"top_k": 5, "quotas": {}, "mixture": [], "balance": ["source"]},
             "divided by source in proportion to the pool",
         ),
-        ({"top_k": None, "quotas": {"a": 3}, "mixture": [], "balance": ["source"]}, "by quotas"),
+        ({"top_k": None, "quotas": {"a": 3}, "mixture": [], "balance": ["source"]}, "highest first, by quotas"),
         ({"top_k": None, "quotas": {}, "mixture": [{"source": "a"}, {"source": "b"}]}, "a mixture of 2 sources"),
     ],
 )
 def test_a_rule_over_groups_is_said_in_words(select: dict[str, Any], words: str) -> None:
     inputs = report_inputs()
     inputs.config["select"] = select
-    assert words in summarise(inputs)["headline"]["rule"]["text"]
+    text = summarise(inputs)["headline"]["rule"]["text"]
+    assert words in text
+    assert ("in proportion to the pool" in text) == ("proportion" in words)  # quotas leave nothing to balance
 
 
 @pytest.mark.parametrize("model", ["base", "reference"])
