@@ -8,6 +8,7 @@ import numpy as np
 from davir_ray.config.compare import TrialName
 from davir_ray.report.comparison import LOSS, ComparisonInputs, Measured, TrialFacts
 
+TRIAL = TrialFacts(num_examples=100, num_response_tokens=3000, num_steps=12, final_loss=1.25, seconds=4.0)
 ARMS = {"selection": 1.0, "random": 1.5, "lowest": 2.0}
 
 
@@ -37,7 +38,9 @@ def comparison_inputs(names: list[TrialName] | None = None, **fields: Any) -> Co
         recipe={"epochs": 3},
         heldout={"read": 64, "rejected": 1, "prepared": 63},
         in_training_pool=2,
-        trials={name: TrialFacts(100, 3000, 12, 1.25, 4.0) for name in names},
-        measures=[Measured(LOSS, sources, tokens, values, tokens * 3, without_value=1)],
+        trials=dict.fromkeys(names, TRIAL),
+        measures=[
+            Measured(measure=LOSS, sources=sources, weights=tokens, values=values, base=tokens * 3, without_value=1)
+        ],
     )
     return replace(inputs, **fields)

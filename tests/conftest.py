@@ -18,9 +18,9 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import constants
 from object_store.stores import Store, moto
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from davir_ray.demo.base import train_tokenizer
 from davir_ray.models.hub import resolve
 from davir_ray.run.location import Location
 
@@ -43,7 +43,6 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-VOCABULARY = 1024
 NUM_CPUS = 4
 """Logical: Ray may be given more than the machine has."""
 
@@ -125,21 +124,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with BOS, EOS and padding, trained on text that a change of this package leaves as it is."""
     modules = (argparse, ast, json.decoder, logging, shutil, textwrap)
     return train_tokenizer(inspect.getsource(module) for module in modules)
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A real byte-level BPE tokenizer."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def manifest(counts: dict[str, int], **details: Any) -> dict[str, Any]:
 
 
 def report_inputs(**fields: Any) -> ReportInputs:
-    """A run whose books balance: two rejects, one example without a score."""
+    """A run whose row counts reconcile: two rejects, one example without a score."""
     reject = {"source": "alpaca", "source_file": "a.jsonl", "source_row": 7, "reason": "empty_response", "detail": "''"}
     inputs = ReportInputs(
         config={"base": "tiny-base", "reference": None, "rank": {"order": "davir"}, "select": {"top_fraction": 0.1}},

@@ -5,33 +5,26 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect
-from davir_ray.formulas.hashing import drawn
-from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
-from davir_ray.report.sweep import Trained, sweep_table
+from davir_ray.report.alignment import Trained, alignment_facts, parts_of, render_alignment, sweep_table
 from davir_ray.run.folder import Run
 from davir_ray.run.stages import leading_to
 from davir_ray.schema import MARGINS
-from davir_ray.stages.report import write_report
-
-_MOST_PAIRS = 200_000
-"""That the figures of a run are computed from; of more a sample by hash, and the page says so."""
+from davir_ray.stages.report import MAX_ROWS, sampled, write_report
 
 
 def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> None:
-    """Write the page and the same facts as JSON; always redone, it takes seconds.
+    """Write the page and the same facts as JSON; always redone, as it takes seconds.
 
-    `others` are finished trainings that are told beside this one.
+    `others` are finished trainings that the page compares with this one.
     """
     started = time.monotonic()
     manifests = {stage: found for stage in leading_to("report") if (found := run.manifest(stage))}
-    pairs = _sample(run)
-    trained = [_trained(run, pairs), *(_trained(other, _sample(other)) for other in others)]
+    pairs = _pairs(run)
+    trained = [_trained(run, pairs), *(_trained(other, _pairs(other)) for other in others)]
     facts = alignment_facts(
         pairs,
         run.require("margins").counts["pairs"],
@@ -44,16 +37,11 @@ def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> N
 
 def _trained(run: Run, pairs: pa.Table) -> Trained:
     align = run.require("align")
-    return Trained(str(run), align.fingerprint, align.details, parts_of(pairs))
+    return Trained(place=str(run), fingerprint=align.fingerprint, details=align.details, parts=parts_of(pairs))
 
 
-def _sample(run: Run) -> pa.Table:
-    """MARGINS of the run, all rows or a sample by hash, in an order that is always the same, as their sums then are."""
+def _pairs(run: Run) -> pa.Table:
+    """MARGINS of the run, all rows or a sample of them, always in the same order: their sums depend on it."""
     margins = run.require("margins")
-    draw = partial(_draw, share=min(1.0, _MOST_PAIRS / margins.counts["pairs"]))
     shards = Shards(margins.files_in("margins"), partial(read_columns, run / "margins", None))
-    return collect(shards, draw, MARGINS).sort_by("pair_id")
-
-
-def _draw(table: pa.Table, share: float) -> pa.Table:
-    return table.filter(pa.array(drawn(np.asarray(table["pair_id"]), share, "report")))
+    return sampled(shards, MARGINS, min(1.0, MAX_ROWS / margins.counts["pairs"]))

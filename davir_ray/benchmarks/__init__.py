@@ -1,1 +1,1 @@
-"""Measurements, and the rivals' ways of doing the same: nothing here is used by a run."""
+"""Benchmarks against the machine and against other implementations; no run uses anything here."""

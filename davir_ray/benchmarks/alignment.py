@@ -1,6 +1,5 @@
-"""A step of preference training beside TRL's DPOTrainer, on the same pairs and model, in one process."""
+"""A step of preference training compared with TRL's DPOTrainer, on the same pairs and model, in one process."""
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -8,7 +7,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from davir_ray.benchmarks.measure import describe_machine, with_peak
+from davir_ray.benchmarks.measure import describe_machine, in_turn
 from davir_ray.benchmarks.workload import load_model, plain_copy, trained_tokenizer
 from davir_ray.config.align import AlignConfig
 from davir_ray.config.sources import Source
@@ -32,18 +30,16 @@ from davir_ray.models.training.loop import Trainer
 from davir_ray.models.training.pairs import PairSet
 from davir_ray.schema import PAIRS, Status
 
-log = logging.getLogger(__name__)
-
 _TEST_FILE = "hh_harmless_pairs_1k.jsonl.gz"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentBenchmark:
-    """Measure forward and backward of a batch of pairs against TRL's DPOTrainer: time, memory beyond the model's.
+    """Compare forward and backward over a batch of pairs with TRL's DPOTrainer: time, and memory beyond the model's.
 
-    TRL is given the frozen policy's log-probabilities in one way, as ours has them from the freeze stage, and computes
-    them in each step in the other, its default. Without options: a Llama of hidden size 256, 4 layers and a vocabulary
-    of 32,000 with random weights, float32, one thread.
+    TRL is measured twice: given the frozen policy's log-probabilities, as ours gets them from the freeze stage, and
+    computing them in each step, which is its default. Without options: a Llama of hidden size 256, 4 layers and a
+    vocabulary of 32,000 with random weights, float32, one thread.
     """
 
     json: str | None = None
@@ -51,15 +47,15 @@ class AlignmentBenchmark:
     data: str | None = None
     """Pairs. None: hh_harmless_pairs_1k.jsonl.gz in $DAVIR_TEST_DATA."""
     pairs: int = 32
-    """Pairs to measure with, the first of the data that can be trained on."""
+    """Number of pairs to measure with: the first usable ones of the data."""
     batch_size: int = 8
-    """Pairs in a batch; TRL's runs as one, ours in packs."""
+    """Number of pairs in a batch; TRL runs it whole, ours in packs."""
     max_tokens: int = 1024
     """Token limit of a prompt with a response."""
     num_threads: int = 1
-    """Threads on a CPU. Ratios are of CPU seconds, which mean most at one."""
+    """Number of threads on a CPU. CPU times are easiest to compare with one."""
     repeats: int = 3
-    """Runs of each way, in turn; medians are told."""
+    """Number of runs of each way, taking turns; medians are reported."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_size", "num_threads", "repeats"):
@@ -68,11 +64,11 @@ class AlignmentBenchmark:
 
 
 Way = Callable[[], list[float]]
-"""All batches, forward and backward; returns the loss of each."""
+"""Runs forward and backward over all batches; returns the loss of each."""
 
 
 def run(settings: AlignmentBenchmark) -> dict[str, Any]:
-    """Run all ways in turn; returns what goes into the JSON file. ConfigError where TRL is not installed."""
+    """Run all ways in turn; returns the contents of the JSON file. Raises ConfigError if TRL is not installed."""
     try:
         import trl  # noqa: F401 - only here, and not a dependency
     except ModuleNotFoundError as error:
@@ -90,9 +86,8 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
     batches = [np.arange(at, min(at + settings.batch_size, len(objective))) for at in starts]
     ways: dict[str, Way] = {"davir_ray": _ours(model, objective, batches)}
     ways |= _trl(model, frozen_model, tokenizer, examples, objective, batches)
-    taken, peaks, losses = _in_turn(settings.repeats, ways, device)
-    seconds = {name: median(values) for name, values in taken.items()}
-    memory = {name: median(values) for name, values in peaks.items()}
+    losses = {name: way() for name, way in ways.items()}  # the first run also allocates the gradients
+    seconds, memory = in_turn(ways, settings.repeats, device)
     lengths = objective.lengths
     return {
         "settings": asdict(settings),
@@ -108,24 +103,8 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
     }
 
 
-def _in_turn(
-    repeats: int, ways: dict[str, Way], device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
-    """(seconds, extra memory in MiB) of each run, and the losses; a first run makes the gradients' own memory."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, list[float]] = {name: [] for name in ways}
-    losses = {name: way() for name, way in ways.items()}
-    for turn in range(repeats):
-        for name, way in ways.items():
-            spent, peak = with_peak(way, device)
-            taken[name].append(spent)
-            peaks[name].append(peak)
-            log.info("benchmark: turn %d of %d, %s: %.2f s, %.0f MiB", turn + 1, repeats, name, spent, peak)
-    return taken, peaks, losses
-
-
 def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.Table:
-    """The first pairs that can be prepared, through the same door as in a run."""
+    """The first pairs that can be prepared, read by the same code as in a run."""
     source = Source(name="benchmark", path=data, format="preference")
     reader = ExampleReader(Encoder(tokenizer, settings.max_tokens), None, keep_record=False)
     slices = [part for task in plan_tasks(list_files(source), 2**62) for part in task]
@@ -138,7 +117,7 @@ def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.T
 
 @torch.inference_mode()
 def _frozen(model: PreTrainedModel, examples: pa.Table) -> pa.Table:
-    """The losses under the model as it is."""
+    """The frozen policy's losses: those of the model before `_move`."""
     objective = PairSet.of([(examples, _losses(examples, [1.0] * examples.num_rows))], AlignConfig(loss="dpo"))
     likelihood = Likelihood(model)
     nlls = [
@@ -150,7 +129,7 @@ def _frozen(model: PreTrainedModel, examples: pa.Table) -> pa.Table:
 
 @torch.no_grad()
 def _move(model: PreTrainedModel) -> None:
-    """Move the policy from the frozen one, where every loss is log 2, whatever the way computes."""
+    """Move the policy away from the frozen one, where every loss is log 2, whether a way is right or wrong."""
     generator = torch.Generator(model.device).manual_seed(0)
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).normal_(generator=generator)
@@ -184,7 +163,7 @@ def _trl(
     objective: PairSet,
     batches: list[np.ndarray[Any, Any]],
 ) -> dict[str, Way]:
-    """TRL's loss and backward on its own padded batches of the same tokens, with and without the frozen forward."""
+    """TRL's loss and backward on its own padded batches of the same tokens, without and with the frozen forward."""
     rows = examples.to_pylist()
     pairs = [_for_trl(*rows[2 * at : 2 * at + 2]) for at in range(len(objective))]
     trained = plain_copy(model, "sdpa", torch.float32).train()
@@ -222,7 +201,7 @@ def _trl_trainer(model: PreTrainedModel, frozen: PreTrainedModel, tokenizer: Any
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    # Its own preparation of data is not measured: one row lets it start.
+    # TRL's preparation of data is not measured; it needs one row to start.
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with tempfile.TemporaryDirectory() as folder:  # nothing is saved there
         config = DPOConfig(

@@ -1,4 +1,4 @@
-"""The likelihood kernel against the machine and against how others score the same rows, in one process."""
+"""The likelihood kernel compared with the machine's peak and with other ways to score the same rows, in one process."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks import rivals
-from davir_ray.benchmarks.measure import describe_machine, useful_flops, with_peak
+from davir_ray.benchmarks.measure import describe_machine, in_turn, useful_flops, with_peak
 from davir_ray.benchmarks.workload import Example, load_examples, load_model, plain_copy
 from davir_ray.config.scoring import Precision
 from davir_ray.config.sources import Format
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodBenchmark:
-    """Measure the likelihood kernel: share of the machine's own matrix rate, ratios to other ways, the Ray pipeline.
+    """Measure the likelihood kernel: share of the machine's matrix rate, ratios to other ways, the Ray pipeline.
 
     Without options: 512 rows of Alpaca, a Llama of hidden size 256, 4 layers and a vocabulary of 32,000 with random
     weights, float32, one thread.
@@ -41,58 +41,60 @@ class LikelihoodBenchmark:
     model: str | None = None
     """Checkpoint to measure: a folder or a hub name."""
     random_init: str | None = None
-    """Instead of a checkpoint, random weights for a configuration: a hub name or folder, a JSON file, or JSON text with
-    a model_type. None: the small Llama."""
+    """Configuration of a model with random weights, instead of a checkpoint: a hub name or folder, a JSON file, or JSON
+    text with a model_type. None: the small Llama."""
     data: str | None = None
     """Rows to score. None: alpaca_9k.jsonl.gz in $DAVIR_TEST_DATA, else random tokens."""
     format: Format = "alpaca"
     """Format of the data."""
     lengths: list[int] = field(default_factory=list)
-    """Instead of data, random tokens in sequences of these lengths, over and over."""
+    """Lengths of sequences of random tokens, used instead of data; repeated until there are enough rows."""
     rows: int = 512
-    """Examples to score."""
+    """Number of examples to score."""
     max_tokens: int = 512
     """Token limit of an example."""
     precision: Precision = "auto"
-    """As in scoring."""
+    """Precision of the forward pass, as in scoring."""
     tokens_per_pack: int | None = None
-    """As in scoring."""
+    """Token budget of a pack, as in scoring."""
     num_threads: int = 1
-    """Threads on a CPU. Ratios are of CPU seconds, which mean most at one."""
+    """Number of threads on a CPU. CPU times are easiest to compare with one."""
     repeats: int = 3
-    """Runs of each way, in turn; medians are told."""
+    """Number of runs of each way, taking turns; medians are reported."""
     rivals: bool = True
-    """Also run the other ways. Without, only the kernel: for a model whose full logits do not fit."""
+    """Also run the other ways. Without it only the kernel runs: for models whose full logits do not fit."""
     reference_rows: int = 64
-    """Rows that are compared with a float64 model, spread over all; 0: none."""
+    """Number of rows, of all lengths, that are compared with a float64 model; 0: none."""
     training_rows: int = 64
-    """Rows of the training step that is compared; 0: none."""
+    """Number of rows in the training step that is compared; 0: none."""
     pipeline_shards: int = 8
-    """Shards of `rows` rows that go through the Ray pipeline; 0: none. Eight take over two minutes by default."""
+    """Number of shards, of `rows` rows each, to run through the Ray pipeline; 0: none. Eight take over two minutes."""
 
     def __post_init__(self) -> None:
         if self.model is not None and self.random_init is not None:
             raise ConfigError("both model and random_init are given; give at most one of the two")
         if self.data is not None and self.lengths:
             raise ConfigError("both data and lengths are given; give at most one of the two")
-        least = {"rows": 1, "max_tokens": 2, "num_threads": 1, "repeats": 1}
-        least |= {"reference_rows": 0, "training_rows": 0, "pipeline_shards": 0}
-        for name, value in least.items():
+        minimum = {"rows": 1, "max_tokens": 2, "num_threads": 1, "repeats": 1}
+        minimum |= {"reference_rows": 0, "training_rows": 0, "pipeline_shards": 0}
+        for name, value in minimum.items():
             if getattr(self, name) < value:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {value}")
         if min(self.lengths, default=2) < 2:
-            raise ConfigError(f"lengths holds {min(self.lengths)}; a sequence of less than 2 tokens has none to score")
+            raise ConfigError(
+                f"lengths contains {min(self.lengths)}; a sequence needs at least 2 tokens to have one to score"
+            )
         if self.pipeline_shards == 1:
             raise ConfigError("pipeline_shards is 1; the first shard warms up, so give at least 2, or 0 for none")
 
 
 Results = dict[str, Any]
 Way = Callable[[Sequence[Example]], list[float]]
-"""Summed NLL of each example."""
+"""Returns the summed NLL of each example."""
 
 
 def run(settings: LikelihoodBenchmark) -> Results:
-    """Run all that is asked for; returns what goes into the JSON file."""
+    """Run the requested measurements; returns the contents of the JSON file."""
     torch.set_num_threads(settings.num_threads)
     device = local_device()
     dtype = resolve_dtype(settings.precision, device)
@@ -102,9 +104,16 @@ def run(settings: LikelihoodBenchmark) -> Results:
         settings.rows, settings.max_tokens, vocab_size, tokenizer, settings.data, settings.format, settings.lengths
     )
     likelihood = Likelihood(model)
+    lengths = [len(example.input_ids) for example in examples]
     results: Results = {
         "settings": asdict(settings),
-        "examples": _describe(examples) | {"origin": origin},
+        "examples": {
+            "rows": len(examples),
+            "tokens": sum(lengths),
+            "scored_tokens": sum(example.num_scored for example in examples),
+            "longest": max(lengths),
+            "origin": origin,
+        },
         "machine": describe_machine(device, dtype),
         "attention": self_check(likelihood),
     }
@@ -116,12 +125,6 @@ def run(settings: LikelihoodBenchmark) -> Results:
     if settings.pipeline_shards:
         results |= _compare_pipeline(settings, model, examples)
     return results
-
-
-def _describe(examples: Sequence[Example]) -> Results:
-    lengths = [len(example.input_ids) for example in examples]
-    scored = sum(example.num_scored for example in examples)
-    return {"rows": len(examples), "tokens": sum(lengths), "scored_tokens": scored, "longest": max(lengths)}
 
 
 def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None) -> list[float]:
@@ -138,7 +141,7 @@ def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per
 
 @torch.inference_mode()
 def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
-    """Every way on the same rows, in turn, so that a slow spell of the machine hits all of them."""
+    """Run every way on the same rows: ratios of time and memory, and the kernel's rate."""
     model = likelihood.model
     ways: dict[str, Way] = {"davir_ray": lambda rows: score_packed(likelihood, rows, settings.tokens_per_pack)}
     if settings.rivals:
@@ -150,47 +153,35 @@ def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, example
         }
     for way in ways.values():
         way(examples[: rivals.BATCH])  # loads kernels and libraries
-    gemm, taken, peaks = _in_turn(settings.repeats, ways, examples, model)
-    flops = useful_flops(model, examples)
-    ours = median(taken["davir_ray"])
+    rates: list[float] = []
+    seconds, memory = in_turn(
+        {name: partial(way, examples) for name, way in ways.items()},
+        settings.repeats,
+        model.device,
+        before_each_turn=lambda: rates.append(gemm_flops(model.dtype, model.device)),
+    )
+    gemm, flops, ours = median(rates), useful_flops(model, examples), seconds["davir_ray"]
     results: Results = {
         "gemm_tflops": gemm / 1e12,
         "useful_tflops": flops / ours / 1e12,
         "mfu": flops / ours / gemm,
         "examples_per_second": len(examples) / ours,
         "tokens_per_second": sum(len(example.input_ids) for example in examples) / ours,
-        "seconds": {name: median(values) for name, values in taken.items()},
-        "extra_memory_mib": peaks,
+        "seconds": seconds,
+        "extra_memory_mib": memory,
     }
     if settings.rivals:
-        results |= {f"speedup_vs_{name}": median(taken[name]) / ours for name in ways if name != "davir_ray"}
-        results["extra_memory_ratio"] = peaks["davir_ray"] / peaks["naive"]
-        results["mfu_of_naive"] = flops / median(taken["naive"]) / gemm
+        results |= {f"speedup_vs_{name}": seconds[name] / ours for name in ways if name != "davir_ray"}
+        results["extra_memory_ratio"] = memory["davir_ray"] / memory["naive"]
+        results["mfu_of_naive"] = flops / seconds["naive"] / gemm
     return results
-
-
-def _in_turn(
-    repeats: int, ways: dict[str, Way], examples: Sequence[Example], model: PreTrainedModel
-) -> tuple[float, dict[str, list[float]], dict[str, float]]:
-    """(GEMM rate, seconds of each run, extra memory in MiB)."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, list[float]] = {name: [] for name in ways}
-    rates = []
-    for turn in range(repeats):
-        rates.append(gemm_flops(model.dtype, model.device))
-        for name, way in ways.items():
-            spent, peak = with_peak(partial(way, examples), model.device)
-            taken[name].append(spent)
-            peaks[name].append(peak)
-            log.info("benchmark: turn %d of %d, %s: %.2f s, %.0f MiB", turn + 1, repeats, name, spent, peak)
-    return median(rates), taken, {name: median(values) for name, values in peaks.items()}
 
 
 @torch.inference_mode()
 def _compare_with_float64(
     settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]
 ) -> Results:
-    """The largest difference of a mean NLL, in nats a token, over rows spread from the shortest to the longest."""
+    """The largest difference of a mean NLL from float64, in nats per token, over rows of all lengths."""
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     picked = np.linspace(0, len(by_length) - 1, min(settings.reference_rows, len(by_length))).astype(int)
     rows = [by_length[at] for at in picked]
@@ -202,9 +193,9 @@ def _compare_with_float64(
 
 
 def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
-    """Forward and backward over the rows, ours against padded batches of 8 with full logits.
+    """Compare forward and backward over the rows with padded batches of 8 and full logits.
 
-    Both as a fine-tune runs: float32 weights, under bfloat16 autocast where the kernel is measured in bfloat16.
+    Both run as in a fine-tune: float32 weights, with bfloat16 autocast if the kernel is measured in bfloat16.
     """
     plain = plain_copy(likelihood.model, "sdpa" if likelihood.model._supports_sdpa else "eager", torch.float32).train()
     half = likelihood.model.dtype == torch.bfloat16
@@ -227,7 +218,7 @@ def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, exa
 
     taken: dict[str, list[float]] = {"davir_ray": [], "padded": []}
     peaks: dict[str, list[float]] = {"davir_ray": [], "padded": []}
-    for turn in range(settings.repeats + 1):  # the first makes the gradients' own memory
+    for turn in range(settings.repeats + 1):  # the first allocates the gradients
         for name, module, step in (("davir_ray", likelihood, ours), ("padded", plain, padded)):
             if turn:
                 module.zero_grad(set_to_none=False)
@@ -248,7 +239,7 @@ def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, exa
 
 
 def _compare_pipeline(settings: LikelihoodBenchmark, model: PreTrainedModel, examples: Sequence[Example]) -> Results:
-    """The Ray pipeline over copies of the rows, warm, as a fraction of the bare scorer over the same; wall time."""
+    """The wall time of the warm Ray pipeline over copies of the rows, compared with the bare scorer."""
     try:
         from davir_ray.benchmarks.pipeline import compare
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The scoring stage on a real Ray against the bare scorer in this process, over the same shards."""
+"""The scoring stage on Ray compared with the bare scorer in this process, over the same shards."""
 
 import copy
 import logging
@@ -32,7 +32,7 @@ def compare(
     precision: Precision,
     tokens_per_pack: int | None,
 ) -> dict[str, Any]:
-    """Seconds a shard of the bare scorer and of the pipeline with one actor, once it is warm, and their ratio."""
+    """Seconds per shard of the bare scorer and of the warm pipeline with one actor, and their ratio."""
     base, reference = save_pair(folder, model)
     run = Run.at(folder / "run")
     write_shards(run, examples, num_shards)
@@ -42,7 +42,7 @@ def compare(
         started = time.monotonic()
         score(run, base, reference, config, keep_token_nll="none")
         whole = time.monotonic() - started
-    # From the first file to the last: without the start of the actor and the loading of the models.
+    # From the first file to the last, so that the start of the actor and the loading of the models do not count.
     written = sorted(path.stat().st_mtime for path in (folder / "run" / "scores").glob("*.parquet"))
     warm = (written[-1] - written[0]) / (len(written) - 1)
     return {
@@ -54,7 +54,7 @@ def compare(
 
 
 def write_shards(run: Run, examples: Sequence[Example], num_shards: int) -> None:
-    """A run that has been prepared: the same examples in every shard, under ids of their own."""
+    """Write a run that looks prepared: the same examples in every shard, with different ids."""
     files = [
         write_parquet(run / "examples" / f"{number:05d}.parquet", as_shard(examples, number * len(examples)))
         for number in range(num_shards)
@@ -64,7 +64,7 @@ def write_shards(run: Run, examples: Sequence[Example], num_shards: int) -> None
 
 
 def save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:
-    """The model, and a copy a small step away, as checkpoints."""
+    """Save the model, and a copy with slightly different weights, as checkpoints."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -83,7 +83,7 @@ def _bare_seconds(
     tokens_per_pack: int | None,
     turns: int,
 ) -> float:
-    """Median wall seconds of a shard, the first not counted."""
+    """Median wall seconds per shard, without the first."""
     scorer = Scorer(
         base, reference, ScorerSettings(precision=precision, tokens_per_pack=tokens_per_pack, keep_token_nll="none")
     )

@@ -1,4 +1,4 @@
-"""The exact ranking against Ray Data's own sort, on generated scores of any size, in one run."""
+"""The exact ranking compared with Ray Data's sort, on any number of generated scores."""
 
 import logging
 import tempfile
@@ -40,22 +40,22 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class RankingBenchmark:
-    """Measure the ranking of generated scores: the first 6 % and all, against sort().limit() and sort() of Ray Data."""
+    """Compare the ranking of generated scores, the first 6 % and all, with Ray Data's sort().limit() and sort()."""
 
     json: str | None = None
     """File for the result."""
     rows: int = 1_000_000
-    """Scores to rank."""
+    """Number of scores to rank."""
     shard_rows: int = 50_000
-    """Rows of one file of scores."""
+    """Number of rows in a file of scores."""
     fraction: float = 0.06
     """Share of the rows that the short ranking keeps."""
     values: Literal["distinct", "tied"] = "distinct"
-    """Scores: normal ones, or a hundred different values."""
+    """Values of the scores: normally distributed, or one of a hundred."""
     baselines: bool = True
-    """Also run Ray Data's sort. Without, only ours: for sizes that it cannot do here."""
+    """Also run Ray Data's sort. Without it only ours runs: for sizes that the sort cannot handle."""
     folder: str | None = None
-    """Where the files are written, and removed at the end. None: a temporary folder."""
+    """Folder in which the files are written; they are removed at the end. None: a temporary folder."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "shard_rows"):
@@ -66,7 +66,7 @@ class RankingBenchmark:
 
 
 def run(settings: RankingBenchmark) -> dict[str, Any]:
-    """Generate, rank both ways, sort both ways, and compare every rank with one sort in NumPy."""
+    """Generate scores, rank the first ones and all, sort the same, and compare every rank with a sort in NumPy."""
     with connected():
         return _run(settings)
 
@@ -105,7 +105,7 @@ def _run(settings: RankingBenchmark) -> dict[str, Any]:
 
 
 def _warm_up() -> None:
-    """Let the workers start and load what both ways need, on a few rows."""
+    """Rank and sort a few rows, so that the workers are started and have loaded what they need."""
     with tempfile.TemporaryDirectory() as folder:
         run_folder = Location.of(folder)
         _generate(run_folder, RankingBenchmark(rows=4000, shard_rows=1000))
@@ -114,7 +114,7 @@ def _warm_up() -> None:
 
 
 def _generate(run_folder: Location, settings: RankingBenchmark) -> list[FileEntry]:
-    """Write shards of scores in parallel, and the manifest that ranking wants."""
+    """Write shards of scores in parallel, and the manifest that ranking requires."""
     starts = range(0, settings.rows, settings.shard_rows)
     write = ray.remote(_write_shard)
     files: list[FileEntry] = ray.get(
@@ -154,13 +154,13 @@ def _write_shard(run_folder: Location, number: int, rows: int, values: str) -> F
 
 
 def _ids(draw: np.random.Generator, number: int, rows: int) -> npt.NDArray[np.int64]:
-    """Distinct ids in no order: the shard's number, a stride for each row, and a random rest."""
+    """Distinct ids in random order: an offset for the shard, a stride for each row, and a random remainder."""
     stride = 2**42 // rows
     return draw.permutation(number * 2**42 + np.arange(rows) * stride + draw.integers(0, stride, rows))
 
 
 def _oracle(run_folder: Location, files: list[FileEntry]) -> npt.NDArray[np.int64]:
-    """Ids in rank order by one lexsort."""
+    """The ids in rank order, by one lexsort."""
     tables = [read_parquet(run_folder / "scores" / entry.name, ["davir", "example_id"]) for entry in files]
     davir = np.concatenate([table["davir"].to_numpy() for table in tables])
     ids = np.concatenate([table["example_id"].to_numpy() for table in tables])
@@ -168,7 +168,7 @@ def _oracle(run_folder: Location, files: list[FileEntry]) -> npt.NDArray[np.int6
 
 
 def _is_exact(run_folder: Location, manifest: Manifest, expected: npt.NDArray[np.int64]) -> bool:
-    """Whether every written row has the rank that the oracle gives it, and none is missing."""
+    """Whether every row has the rank that the oracle gives it, and none is missing."""
     start = 0
     for entry in manifest.files_in("ranked"):
         table = read_parquet(run_folder / "ranked" / entry.name, ["rank", "example_id"])
@@ -181,7 +181,7 @@ def _is_exact(run_folder: Location, manifest: Manifest, expected: npt.NDArray[np
 
 
 def _sorts(run_folder: Location, num_kept: int) -> dict[str, float]:
-    """Ray Data's own way: a sort of everything by (davir descending, example_id ascending), written as Parquet."""
+    """Seconds of Ray Data's sort of all rows by (davir descending, example_id ascending), written as Parquet."""
     taken = {}
     for name, limit in {"sort_limit": num_kept, "sort": None}.items():
         taken[name], _ = _timed(partial(_sort, run_folder, name, limit))
@@ -203,7 +203,7 @@ def _timed(job: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextmanager
 def _watched() -> Iterator[dict[str, float]]:
-    """Peak memory in MiB: `driver`, beyond what it had, and `worker`, the largest; filled in at the end."""
+    """Peak memory in MiB, set at the end: `driver`, beyond its memory before, and `worker`, of the largest one."""
     peaks = {"driver": 0.0, "worker": 0.0}
     done = threading.Event()
 
@@ -223,7 +223,7 @@ def _watched() -> Iterator[dict[str, float]]:
 
 
 def _worker_sizes() -> Iterator[float]:
-    """MiB of each worker of this process' Ray, without the object store that all of them map."""
+    """The MiB of each worker of this process' Ray, without the shared object store."""
     for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[0].startswith("ray::"):

@@ -1,4 +1,4 @@
-"""The whole scoring stage on a cluster: tokens a second with more actors, and seconds until the first scored shard."""
+"""The scoring stage on a cluster: tokens per second by number of actors, and seconds until the first scored shard."""
 
 import json
 import logging
@@ -34,58 +34,60 @@ from davir_ray.config.run import RunConfig
 from davir_ray.pipeline import run_all
 run_job(run_all, RunConfig, "")
 """
-"""What jobs/score.py does."""
+"""The code of jobs/score.py."""
 
 _ROWS = "rows.jsonl"
-_PATIENCE_S = 300.0
+_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingBenchmark:
-    """Measure the scoring stage with 1, 2 and 4 actors over the same shards, and how soon a command scores.
+    """Measure the scoring stage with 1, 2 and 4 actors over the same shards, and the time to the first scored shard.
 
-    On the cluster of RAY_ADDRESS or of the submitted job, else on a Ray of its own, which is then warm.
+    It runs on the cluster of RAY_ADDRESS or of the submitted job, else on a local Ray, which it starts before the
+    measurement.
     """
 
     json: str | None = None
     """File for the result."""
     actors: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Sizes of the pool, one after another; the others are compared with the smallest."""
+    """Numbers of actors to measure, one after another; the others are compared with the smallest."""
     model: str | None = None
-    """Checkpoint to measure: a folder or a hub name; the reference is a copy a small step away."""
+    """Checkpoint to measure: a folder or a hub name; the reference is a copy with slightly different weights."""
     random_init: str | None = None
-    """Instead of a checkpoint, random weights, as for the kernel. None: a Llama of hidden size 256 and 4 layers."""
+    """Configuration of a model with random weights, instead of a checkpoint, as in the likelihood benchmark. None: a
+    Llama of hidden size 256 and 4 layers."""
     data: str | None = None
     """Rows to score. None: alpaca_9k.jsonl.gz in $DAVIR_TEST_DATA, else random tokens."""
     format: Format = "alpaca"
     """Format of the data."""
     rows: int = 128
-    """Examples in a shard; every shard holds the same."""
+    """Number of examples in a shard; every shard has the same ones."""
     shards_per_actor: int = 6
-    """Shards for each actor of a pool. The first of each warms up and is not counted."""
+    """Number of shards for each actor of a pool. The first one of each is a warm-up and does not count."""
     max_tokens: int = 512
     """Token limit of an example."""
     precision: Precision = "auto"
-    """As in scoring."""
+    """Precision of the forward pass, as in scoring."""
     num_gpus: float | None = None
-    """GPUs of an actor, as in scoring."""
+    """Number of GPUs for each actor, as in scoring."""
     first_shards: int = 3
-    """Times that the command is timed, with a tiny model, until its first scored shard; the median is told. 0: none."""
+    """How often to time the command, with a tiny model, until its first scored shard; the median counts. 0: never."""
     folder: str | None = None
-    """Where the files are written, and removed at the end; every node must see it. None: a temporary folder."""
+    """Folder for the files, which are removed at the end; every node must see it. None: a temporary folder."""
 
     def __post_init__(self) -> None:
         if self.model is not None and self.random_init is not None:
             raise ConfigError("both model and random_init are given; give at most one of the two")
         if not self.actors or min(self.actors) < 1:
-            raise ConfigError(f"actors is {self.actors}; it must be numbers of at least 1")
-        for name, least in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            raise ConfigError(f"actors is {self.actors}; it must be a list of numbers, each at least 1")
+        for name, minimum in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
 
 
 def run(settings: ScalingBenchmark) -> dict[str, Any]:
-    """Score with each pool on one warm cluster; returns what goes into the JSON file."""
+    """Score with each pool on one warm cluster; returns the contents of the JSON file."""
     model, tokenizer = load_model(settings.model, settings.random_init, torch.float32, torch.device("cpu"))
     vocab_size = int(model.config.get_text_config().vocab_size)
     examples, origin = load_examples(
@@ -118,12 +120,12 @@ def _num_tokens(examples: Sequence[Example]) -> int:
 def _rates(
     folder: Path, pair: tuple[Checkpoint, Checkpoint], examples: Sequence[Example], settings: ScalingBenchmark
 ) -> dict[int, float]:
-    """Tokens a second by size of the pool, of the pools that fit. ClusterError if none does."""
+    """Tokens per second by size of the pool, for the pools that fit. Raises ClusterError if none does."""
     rates = dict[int, float]()
     for num_actors in settings.actors:
         try:
             rates[num_actors] = _rate(folder, pair, examples, num_actors, settings)
-        except ClusterError as error:  # what was measured before stays
+        except ClusterError as error:  # keep what was measured before
             log.warning("benchmark: %d actors were not measured: %s", num_actors, error)
     if not rates:
         raise ClusterError(f"none of the pools {settings.actors} fits the cluster; ask for smaller ones")
@@ -137,11 +139,11 @@ def _rate(
     num_actors: int,
     settings: ScalingBenchmark,
 ) -> float:
-    """Tokens a second of a warm pool: from the moment each actor has scored a shard to the last file."""
+    """Tokens per second of a warm pool: from the moment when every actor has scored a shard to the last file."""
     run = Run.at(folder / f"run-{num_actors}")
     num_shards = settings.shards_per_actor * num_actors
     write_shards(run, examples, num_shards)
-    # A pool that needs more CPUs than there are shares them.
+    # If there are more actors than CPUs, each gets a fraction of a CPU.
     config = ScoreConfig(
         num_actors=num_actors,
         num_cpus=min(1.0, (ray.cluster_resources()["CPU"] - 1) / num_actors),
@@ -157,7 +159,7 @@ def _rate(
 
 
 def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
-    """A new folder, and in it a base and a reference with a tokenizer and the few rows that a timed command scores."""
+    """A new folder with a base, a reference, their tokenizer, and the few rows that the timed command scores."""
     folder = parent / "tiny"
     folder.mkdir()
     rows = folder / _ROWS
@@ -172,7 +174,7 @@ def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
 
 
 def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -> float:
-    """From a command in a new process to its first file in scores/, on a cluster that runs already."""
+    """Seconds from the start of a command in a new process to its first file in scores/, on a running cluster."""
     output = folder / f"first-{turn}"
     options = {"data": folder / _ROWS, "format": "prompt_response", "base": base, "reference": reference}
     options |= {"output": output, "score.num_actors": 1, "select.top_k": 1, "output_is_shared": "true"}
@@ -180,13 +182,15 @@ def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     started = time.monotonic()
     log_file = folder / f"first-{turn}.log"
-    with log_file.open("w") as told:
-        process = subprocess.Popen(command, env=environment, stdout=told, stderr=subprocess.STDOUT)
+    with log_file.open("w") as output_file:
+        process = subprocess.Popen(command, env=environment, stdout=output_file, stderr=subprocess.STDOUT)
     while not list(output.glob("scores/*.parquet")):
-        if process.poll() is not None or time.monotonic() - started > _PATIENCE_S:
+        if process.poll() is not None or time.monotonic() - started > _TIMEOUT_S:
             process.kill()
             process.wait()
-            raise ProgressError(f"the timed command scored nothing; its last words: {log_file.read_text()[-500:]}")
+            raise ProgressError(
+                f"the timed command scored nothing; the end of its output: {log_file.read_text()[-500:]}"
+            )
         time.sleep(0.02)
     seconds = time.monotonic() - started
     process.wait()

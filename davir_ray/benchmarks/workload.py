@@ -1,11 +1,11 @@
-"""What is measured: a model and the examples that it scores, real or drawn."""
+"""The workload of the benchmarks: a model, and real or random examples for it."""
 
 import copy
 import gzip
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from davir_ray.config.sources import Format, Source
@@ -23,6 +22,7 @@ from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.reader import ExampleReader
 from davir_ray.data.records import Reject
 from davir_ray.data.tokens import Encoder
+from davir_ray.demo.base import train_tokenizer
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
@@ -39,30 +39,30 @@ SMALL_LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-"""The model of the goals in RESULTS.md."""
+"""The model that the goals in RESULTS.md refer to."""
 
 _TEST_FILE = "alpaca_9k.jsonl.gz"
 _MEAN_LENGTH, _LENGTH_SPREAD, _RESPONSE_SHARE = 126, 0.6, 0.43
-"""Of Alpaca: mean tokens, standard deviation of their logarithm, share of the response."""
+"""Statistics of Alpaca: mean number of tokens, standard deviation of its logarithm, share of the response."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised example: what both our kernel and the rivals score."""
+    """A tokenised example, as both our kernel and the rivals score it."""
 
     input_ids: npt.NDArray[np.int32]
     spans: tuple[int, ...]
 
     @property
     def num_scored(self) -> int:
-        """Scored tokens."""
+        """Number of scored tokens."""
         return sum(self.spans[1::2]) - sum(self.spans[::2])
 
 
 def load_model(
     model: str | None, random_init: str | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, Any]:
-    """A checkpoint and its tokenizer, or a model of random weights and no tokenizer, for packs."""
+    """A checkpoint and its tokenizer, or a model with random weights and no tokenizer; its attention takes packs."""
     if model is not None:
         checkpoint = Checkpoint.find(model)
         return checkpoint.model(dtype, device), checkpoint.tokenizer()
@@ -73,18 +73,18 @@ def load_model(
 
 
 def plain_copy(model: PreTrainedModel, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights as transformers runs them, with an attention of its own."""
+    """A copy of the model that runs with an attention implementation of transformers."""
     plain: PreTrainedModel = copy.deepcopy(model)
-    if plain.dtype != dtype:  # it would also round the rotary frequencies, which stay in float32
+    if plain.dtype != dtype:  # .to() would also round the rotary frequencies, which stay in float32
         plain = plain.to(dtype)
     plain.set_attn_implementation(attention)
     if dtype == torch.float64 and plain._can_set_experts_implementation():
-        plain.set_experts_implementation("eager")  # a grouped product has no float64
+        plain.set_experts_implementation("eager")  # grouped matrix products do not support float64
     return plain.eval()
 
 
 def _config(random_init: str | None) -> PretrainedConfig:
-    """From JSON text, a JSON file, or whatever AutoConfig can find."""
+    """A configuration from JSON text, from a JSON file, or from anything that AutoConfig accepts."""
     if random_init is None:
         return AutoConfig.for_model(**SMALL_LLAMA)
     try:
@@ -99,7 +99,7 @@ def _config(random_init: str | None) -> PretrainedConfig:
         return AutoConfig.for_model(**fields)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"random_init {random_init!r} is no configuration of a model: {reason}") from error
+        raise ConfigError(f"random_init {random_init!r} is not the configuration of a model: {reason}") from error
 
 
 def load_examples(
@@ -111,7 +111,7 @@ def load_examples(
     data_format: Format,
     lengths: Sequence[int],
 ) -> tuple[list[Example], str]:
-    """The examples and a word on where they come from: the data, given lengths, or lengths drawn like Alpaca's."""
+    """The examples, and a phrase that says where they come from: the data, given lengths, or lengths like Alpaca's."""
     if lengths:
         return _drawn(list(np.resize(np.array(lengths), rows)), vocab_size), f"random tokens, lengths {list(lengths)}"
     if data is None and (folder := os.environ.get("DAVIR_TEST_DATA")) and Path(folder, _TEST_FILE).exists():
@@ -137,7 +137,7 @@ def _drawn(lengths: list[int], vocab_size: int) -> list[Example]:
 
 
 def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size: int, tokenizer: Any) -> list[Example]:
-    """The first rows that can be scored, through the same door as in a run."""
+    """The first rows that can be scored, read by the same code as in a run."""
     source = Source(name="benchmark", path=data, format=data_format)
     tasks = plan_tasks(list_files(source), 2**62)
     tokenizer = tokenizer or trained_tokenizer(data, vocab_size)
@@ -156,27 +156,13 @@ def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size
 
 
 def trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the file itself: the model of random weights has none."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_lines(data), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-
-
-def _lines(data: str) -> Iterator[str]:
-    with gzip.open(data, "rt", encoding="utf-8") if data.endswith(".gz") else open(data, encoding="utf-8") as file:
-        yield from file
+    """A tokenizer trained on the data itself, for a model of random weights, which has none."""
+    with gzip.open(data, "rt", encoding="utf-8") if data.endswith(".gz") else open(data, encoding="utf-8") as lines:
+        return train_tokenizer(lines, vocab_size, pad=None)
 
 
 def as_shard(examples: Sequence[Example], first_id: int) -> pa.Table:
-    """The examples as a shard of examples/, ids counted from `first_id`."""
+    """The examples as a shard of examples/, with consecutive ids from `first_id`."""
     columns: dict[str, Any] = {field.name: pa.nulls(len(examples), field.type) for field in EXAMPLES}
     scored = [example.num_scored for example in examples]
     columns |= {

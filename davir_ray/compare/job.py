@@ -346,10 +346,10 @@ def _loss_of(
     """Nats by tokens, of the held-out examples that no model was trained on and all have a loss of."""
     kept = new & valued
     return Measured(
-        LOSS,
-        first.sources[kept],
-        first.num_tokens[kept].astype(np.float64),
-        {name: found.nll[kept] for name, found in losses.items()},
+        measure=LOSS,
+        sources=first.sources[kept],
+        weights=first.num_tokens[kept].astype(np.float64),
+        values={name: found.nll[kept] for name, found in losses.items()},
         base=first.base_nll[kept],
         without_value=int((new & ~valued).sum()),
     )
@@ -365,10 +365,10 @@ def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_
     kept, without_value = new & valued, int((new & ~valued).sum())
     return [
         Measured(
-            measure,
-            first.sources[rows][kept],
-            np.ones(int(kept.sum())),
-            {name: getattr(matches, field)[kept] for name, matches in found.items()},
+            measure=measure,
+            sources=first.sources[rows][kept],
+            weights=np.ones(int(kept.sum())),
+            values={name: getattr(matches, field)[kept] for name, matches in found.items()},
             without_value=without_value,
         )
         for measure, field in ((STRICT, "strict"), (FLEXIBLE, "flexible"))

@@ -1,1 +1,1 @@
-"""A demonstration with planted truth: a generated world, a base trained on the spot, what a selection makes of it."""
+"""A demonstration on generated data whose truth is known: does the selection find the examples worth learning?"""

@@ -1,4 +1,4 @@
-"""The demo's base model: a real Llama and a real BPE tokenizer, small enough to be trained on the spot."""
+"""The demo's base model: a real Llama and a real BPE tokenizer, small enough to be trained within the demo."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,35 +17,36 @@ from davir_ray.models.training.model import save_reference
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024
-"""Most tokens of the vocabulary; the corpus has so few words that all merges are made at about 580."""
+"""Largest size of the vocabulary; the corpus has so few words that the merges end at about 580 tokens."""
 
-# 1,000 steps over 690,000 tokens: 115 s on one thread of a busy 2-core machine, about 60 s of an idle one. Restating
-# the people is still being learnt when it ends: known answers cost 1.5 to 1.8 nats a person over seeds 0 to 2;
-# 1.2 is the floor (1.1 of it the preposition). Rows of all classes carry about the same remainder.
+# 1,000 steps over 690,000 tokens: 115 s on one thread of a busy 2-core machine, about 60 s on an idle one. At the end
+# the model still improves at restating the people: known answers cost 1.5 to 1.8 nats per person (seeds 0 to 2) where
+# 1.2 is the lower bound (1.1 of it for the preposition). The excess is about the same in all classes.
 PRETRAINING = FinetuneConfig(
     epochs=1, batch_size=16, learning_rate=3e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
 )
-# 564 steps over 135,000 tokens: 43 s likewise. The default rate, 2e-5, is meant for models of billions of parameters.
+# 564 steps over 135,000 tokens: 43 s on the busy machine. The default rate, 2e-5,
+# is meant for models of billions of parameters.
 FINETUNING = FinetuneConfig(
     epochs=3, batch_size=16, learning_rate=1e-3, warmup_ratio=0.03, gradient_checkpointing=False, precision="float32"
 )
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on texts and save it to a folder."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = VOCABULARY, pad: str | None = PAD
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on texts, with a padding token unless `pad` is None."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS, PAD],
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS] if pad is None else [BOS, EOS, pad],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    fast.save_pretrained(folder)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=pad)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -59,7 +60,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # About 1/sqrt(hidden size). With Llama's 0.02, meant for wide models, people after the second stayed a guess.
+        # About 1/sqrt(hidden size). With Llama's 0.02, which suits wide models, only the first two people were learned.
         initializer_range=0.08,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -71,9 +72,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 
 
 def pretrain(folder: Path, texts: Sequence[str], seed: int, report: Callable[[StepReport], None]) -> None:
-    """Train a tokenizer and a base on texts, through the loop that fine-tunes references, and save both to a folder."""
+    """Train a tokenizer and a base on texts, with the training loop of the references, and save both to a folder."""
     partial = folder.with_name(f"{folder.name}.partial")
-    tokenizer = train_tokenizer(texts, partial)
+    tokenizer = train_tokenizer(texts)
     model = new_model(tokenizer, seed)
     model.set_attn_implementation(PACKED_ATTENTION)
     trainer = Trainer(Likelihood(model), TrainingSet.of([_encode(tokenizer, texts)]), PRETRAINING)
@@ -84,7 +85,7 @@ def pretrain(folder: Path, texts: Sequence[str], seed: int, report: Callable[[St
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> pa.Table:
-    """Each text as an example without a prompt: everything behind BOS is learnt, EOS included."""
+    """Each text as an example without a prompt: everything after BOS is trained on, EOS included."""
     ids = [
         [tokenizer.bos_token_id, *text_ids, tokenizer.eos_token_id] for text_ids in tokenizer(list(texts))["input_ids"]
     ]

@@ -1,4 +1,4 @@
-"""The demo, read aloud: make the data, pre-train the base, run the real chain, compare with the planted truth."""
+"""The demo: generate the data, pre-train the base, run the pipeline, compare the selection with the planted truth."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ NOTE = (
 
 
 def run_demo(output: Path, seed: int = 0) -> str:
-    """Run the whole demonstration into a folder; returns what to tell the user."""
+    """Run the whole demo in a folder; returns the text to print."""
     started = time.monotonic()
     output = output.expanduser().resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -43,11 +43,11 @@ def run_demo(output: Path, seed: int = 0) -> str:
     write_instructions(data, rows)
     if not base.is_dir():
         log.info("demo: pre-training a base model of 0.6M parameters on generated text")
-        torch.set_num_threads(1)  # such small products gain nothing from more, and lose much on a busy machine
+        torch.set_num_threads(1)  # matrices this small gain nothing from more threads, and lose much on a busy machine
         with _pretraining_progress() as show:
             pretrain(base, pretraining_texts(seed), seed, show)
     config = demo_config(data, base, output / "run")
-    with connected():  # one Ray for the run and for the report again, which then knows the truth
+    with connected():  # one Ray for the run and for writing its report again, now with the planted truth
         run = run_all(config)
         shares = shares_of_run(run, rows, seed)
         report(
@@ -60,7 +60,7 @@ def run_demo(output: Path, seed: int = 0) -> str:
 
 
 def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
-    """The settings of the demo's run: the defaults but for the recipe, which suits a model of this size."""
+    """The settings of the demo's run: the defaults, except for a recipe that suits a model of this size."""
     return RunConfig(
         output=str(output),
         base=str(base),
@@ -74,7 +74,7 @@ def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
 
 @contextmanager
 def _pretraining_progress() -> Iterator[Callable[[StepReport], None]]:
-    """What the pre-training calls after each step: a bar on a terminal, else a line now and then."""
+    """A function to call after each step of the pre-training; it moves a bar on a terminal, else logs now and then."""
     stage, unit = "pre-training", "steps"
     bar = Bar(Progress(stage, unit=unit)) if sys.stderr.isatty() else None
 

@@ -1,11 +1,10 @@
-"""What came of the planted truth: the classes' shares of a selection, beside those of a random one."""
+"""The planted truth compared with a selection: the shares of the classes in it and in a random selection."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from davir_ray.demo.world import CLASSES, InstructionRow
@@ -17,7 +16,7 @@ MEASURES = ("rho_sum", "rho_mean", "davir")
 
 @dataclass(frozen=True, kw_only=True)
 class ClassShare:
-    """One class's part of the whole set, of the selection and of a random selection of the same size."""
+    """The share of one class in the whole set, in the selection and in a random selection of the same size."""
 
     name: str
     rows: int
@@ -25,7 +24,7 @@ class ClassShare:
     share_of_selected: float
     share_of_random: float
     mean_davir: float | None
-    """Over the rows of the class that have a score; None if none has."""
+    """Mean over the rows of the class that have a score; None if none has."""
 
 
 def class_shares(
@@ -33,16 +32,16 @@ def class_shares(
 ) -> list[ClassShare]:
     """Compare the classes of the selection with those of the whole and of a random selection of the same size.
 
-    The three sequences run over the same rows; `davir` is None where a row has no score, and such rows take part in the
-    random selection no more than in the real one. Classes come in the order of CLASSES, others after them by name.
-    Raises ValueError if nothing is selected.
+    The three sequences have an element for each row. `davir` is None where a row has no score; such rows are excluded
+    from the random selection, as they are from the real one. The classes are in the order of CLASSES, then others by
+    name. Raises ValueError if nothing is selected.
     """
     classes, chosen = np.asarray(planted), np.asarray(selected, dtype=bool)
     scores = np.array([np.nan if score is None else score for score in davir], dtype=np.float64)
     if not chosen.any():
         raise ValueError("no row is selected; there are no shares to compare")
-    scored = np.flatnonzero(~np.isnan(scores))
-    control = np.random.default_rng(seed).choice(scored, size=int(chosen.sum()), replace=False)
+    is_scored = ~np.isnan(scores)
+    control = np.random.default_rng(seed).choice(np.flatnonzero(is_scored), size=int(chosen.sum()), replace=False)
     names = [*CLASSES, *sorted(set(planted) - set(CLASSES))]
     return [
         ClassShare(
@@ -51,7 +50,7 @@ def class_shares(
             share_of_all=float(member.mean()),
             share_of_selected=float(member[chosen].mean()),
             share_of_random=float(member[control].mean()),
-            mean_davir=_mean(scores[member]),
+            mean_davir=float(scores[member & is_scored].mean()) if (member & is_scored).any() else None,
         )
         for name, member in ((name, classes == name) for name in names)
         if member.any()
@@ -61,7 +60,7 @@ def class_shares(
 def format_truth(
     shares: Sequence[ClassShare], correlations: Mapping[str, Mapping[str, float]], run: Run, seconds: float
 ) -> str:
-    """The table for the terminal: shares by class, correlations with length, where the results lie."""
+    """The text for the terminal: shares by class, correlations with length, paths of the results."""
     lines = ["", f"{'class':<18}{'rows':>6}{'of all':>10}{'selected':>10}{'random':>10}{'mean davir':>12}"]
     for share in shares:
         parts = (share.share_of_all, share.share_of_selected, share.share_of_random)
@@ -74,13 +73,8 @@ def format_truth(
     return "\n".join(lines)
 
 
-def _mean(scores: npt.NDArray[np.float64]) -> float | None:
-    scores = scores[~np.isnan(scores)]
-    return float(scores.mean()) if scores.size else None
-
-
 def shares_of_run(run: Run, rows: Sequence[InstructionRow], seed: int) -> list[ClassShare]:
-    """The shares of a finished run over these rows, which stand in the source file in this order."""
+    """The shares of the classes in a finished run; `rows` are in the order of the source file."""
     davir: list[float | None] = [None] * len(rows)
     for row in _scored_rows(run):
         davir[row["source_row"]] = row["davir"]
@@ -89,9 +83,9 @@ def shares_of_run(run: Run, rows: Sequence[InstructionRow], seed: int) -> list[C
 
 
 def length_correlations(run: Run, rows: Sequence[InstructionRow]) -> dict[str, dict[str, float]]:
-    """Spearman correlation of each measure with the response's tokens, over all rows and over the learnable ones.
+    """Spearman correlation of each measure with response tokens, over all rows and over the learnable ones.
 
-    Over all rows, classes that lose from the fine-tune pull against the one that gains.
+    Over all rows, the classes that the fine-tune makes worse hide the correlation in the class that improves.
     """
     scored = _scored_rows(run)
     learnable = [row for row in scored if rows[row["source_row"]].planted_class == "learnable"]
@@ -104,7 +98,7 @@ def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _scored_rows(run: Run) -> list[dict[str, Any]]:
-    """Rows of scores/ that have a score, with the row of the source file; both folders keep the same order."""
+    """Rows of scores/ that have a score, with their row in the source file; examples/ has the same row order."""
     scores = _rows(run, "scores", ["num_response_tokens", *MEASURES])
     places = _rows(run, "examples", ["source_row"])
     return [score | place for score, place in zip(scores, places, strict=True) if score["davir"] is not None]

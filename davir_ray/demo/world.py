@@ -1,8 +1,8 @@
-"""The demo's data: a small world whose truth is planted, a base that knows half of it, instructions of four classes.
+"""The demo's data: a small world whose truth is known, a corpus that teaches half of it, instructions of four classes.
 
-Every person of the world has a home, and a place where they are on Sundays; both are fixed. On other days anybody may
-be anywhere. The base is pre-trained on questions about homes and about the other days, never about Sundays: so it knows
-the form of every answer in the set, knows that an answer about a day cannot be guessed, and knows the homes by heart.
+Every person of the world has a fixed home, and a fixed place where they are on Sundays. On other days anybody may be
+anywhere. The base is pre-trained on questions about homes and about the other days, never about Sundays. So it knows
+the form of every answer in the set, has learned that answers about a day are unpredictable, and knows the homes.
 
     class             asks about    places in the answer     left for a fine-tune to learn
     known             home          true                     nothing
@@ -12,23 +12,24 @@ the form of every answer in the set, knows that an answer about a day cannot be 
 
 Why the generator is as it is:
 
-- One wording, one length distribution and one distribution of places for all classes, so that nothing but the pairing
-  of prompt and answer tells them apart. Each place serves equally many people: no answer is likelier than another.
-- The people of a prompt are drawn independently. Had an answer been the six stations of one person's day, a shuffled
-  answer would still have been somebody's day, a pattern that a fine-tune can learn.
-- An answer restates the people of *its own* prompt; only the places are shuffled. Restating those of the other prompt
-  would pair each place with its true person, and noise would teach the truth. Restating also puts the person next to
-  the place, which a model of this size learns in seconds; without it, a minute of training was not enough.
-- A share of the answers about homes that the base reads is wrong (WRONG_SHARE), as some of any corpus is. A base that
-  has never met an error gives it next to no probability (10.7 nats a person against 6.6), and a fine-tune on a noisy
-  set then gains on noise merely by learning that errors exist: after one epoch the mean davir of noise about homes
-  was 0.52 with WRONG_SHARE 0 and 0.22 with 0.1, that of the learnable rows 0.61 and 0.58.
-- The base must be past the point where it looks up places. Short of it, what ranks first is what the base was about to
-  learn anyway, the homes, and the duplicated noise (met with an earlier generator).
+- All classes have the same wording and the same distributions of length and of places, so that only the pairing of
+  prompt and answer distinguishes them. Each place belongs to equally many people: no answer is likelier than another.
+- The people of a prompt are drawn independently. If an answer were the six places of one person's day, a shuffled
+  answer would still be somebody's day, a pattern that a fine-tune can learn.
+- An answer repeats the people of *its own* prompt; only the places are shuffled. If it repeated those of the other
+  prompt, each place would be paired with its true person, and noise would teach the truth. Repeating also puts the
+  person next to the place, which a model of this size learns in seconds; without it, a minute of training was not
+  enough.
+- A share of the answers about homes in the corpus is wrong (WRONG_SHARE), as in any real corpus. A base that has never
+  seen an error gives it almost no probability (10.7 nats per person against 6.6), and a fine-tune on a noisy set then
+  improves on noise merely by learning that errors exist: after one epoch the mean davir of noise about homes was 0.52
+  with WRONG_SHARE 0 and 0.22 with 0.1, that of the learnable rows 0.61 and 0.58.
+- The pre-training must last until the base can look up places. With a shorter one, the homes, which the base was about
+  to learn anyway, and the duplicated noise rank first (seen with an earlier generator).
 
-Duplicated noise is memorised, and the score cannot tell memory from learning. In a run of 8 epochs (seed 1) its share
-of the selection was 1, 2, 11, 23, 37, 43, 44 and 46 % after each epoch, of the set 10 %. The demo's 3 epochs end before
-it displaces the learnable rows (0 to 3 % of the selection); its mean davir rises from epoch to epoch all the same.
+Duplicated noise is memorised, and the score cannot distinguish memorising from learning. It is 10 % of the set; in a
+run of 8 epochs (seed 1) it was 1, 2, 11, 23, 37, 43, 44 and 46 % of the selection after each epoch. The demo's 3 epochs
+end before it displaces the learnable rows (0 to 3 % of the selection), but its mean davir rises with every epoch.
 """
 
 import json
@@ -57,8 +58,8 @@ PLACES = _words("""
     theatre vineyard meadow lighthouse
 """)
 ORDINALS = ("First", "second", "third", "fourth", "fifth", "sixth")
-MOST_PEOPLE = len(ORDINALS)
-# Drawn afresh for each person: what no model can know, so that a known answer's loss has a floor well above 0.
+MAX_PEOPLE = len(ORDINALS)
+# Drawn for each person and thus unpredictable, so that the loss of a known answer stays well above 0.
 PREPOSITIONS = ("at", "near", "behind")
 HOME_QUESTIONS = (
     "Where does each of these people live?",
@@ -75,28 +76,28 @@ OTHER_DAYS = ("Saturdays", "holidays", "market days", "rainy days")
 STATES = ("open", "closed", "busy", "quiet")
 
 WRONG_SHARE = 0.1
-"""Share of the pre-training's answers about homes whose places belong to other people."""
+"""Share of the answers about homes in the pre-training texts whose places are those of other people."""
 HOME_SHARE, DAY_SHARE, ROLL_SHARE = 0.55, 0.3, 0.1
-"""Shares of the pre-training texts that ask about homes, ask about other days, and call the roll (teaching to look a
-person up by ordinal: without it the base of seed 1 had stopped at 2.6 nats a person for known answers). The rest are
-single sentences."""
+"""Shares of the pre-training texts that ask about homes, ask about other days, and call the roll. The rest are single
+sentences. The roll calls teach the base to look a person up by ordinal; without them the base of seed 1 got stuck at
+2.6 nats per person on known answers."""
 NUM_PRETRAINING_TEXTS = 16_000
 
 NUM_KNOWN = 1050
 NUM_LEARNABLE = 750
 NUM_NOISE = 900
 NUM_DUPLICATED = 60
-"""Distinct noisy rows of the class noise_duplicates; each occurs NUM_COPIES times."""
+"""Number of distinct rows of the class noise_duplicates; each occurs NUM_COPIES times."""
 NUM_COPIES = 5
 
 TOP_FRACTION = 0.2
-"""The share selected: below the learnable class's quarter of the set, so that a perfect score could fill it from there.
-Set before any result was seen."""
+"""Share of the set that is selected. The learnable class is a quarter of the set, so a perfect score could fill the
+selection from it. Fixed before any result was seen."""
 
 
 @dataclass(frozen=True)
 class World:
-    """What is true: a place for each person."""
+    """The truth: a place for each person."""
 
     home: dict[str, str]
     sunday: dict[str, str]
@@ -112,25 +113,25 @@ class InstructionRow:
     subject: Subject
     people: tuple[str, ...]
     answer: tuple[str, ...]
-    """Places that the response gives."""
+    """The places that the response gives."""
     truth: tuple[str, ...]
-    """Places that are true."""
+    """The true places."""
 
 
 def make_world(seed: int) -> World:
-    """Give every person a home and a place for Sundays; each place serves equally many people."""
+    """Give every person a home and a place for Sundays; each place is given to equally many people."""
     draw = random.Random(f"world {seed}")
     return World(home=_assign_places(draw), sunday=_assign_places(draw))
 
 
 def pretraining_texts(seed: int, num_texts: int = NUM_PRETRAINING_TEXTS) -> list[str]:
-    """Texts that the base is pre-trained on: homes, other days without a rule, and a few sentences on their own."""
+    """The texts that the base is pre-trained on: homes, other days at random, roll calls and a few single sentences."""
     world, draw = make_world(seed), random.Random(f"pre-training {seed}")
     return [_pretraining_text(world, draw) for _ in range(num_texts)]
 
 
 def instruction_rows(seed: int) -> list[InstructionRow]:
-    """Return the instruction set, shuffled: in every class each number of people from 1 to 6 occurs equally often."""
+    """Return the instruction set, shuffled. In every class each number of people from 1 to 6 occurs equally often."""
     world, draw = make_world(seed), random.Random(f"instructions {seed}")
     noisy = _noisy_rows(world, draw)
     rows = [
@@ -144,7 +145,7 @@ def instruction_rows(seed: int) -> list[InstructionRow]:
 
 
 def write_instructions(path: Path, rows: Iterable[InstructionRow]) -> None:
-    """Write rows as JSONL for the format prompt_response; the planted truth goes along as further columns."""
+    """Write rows as JSONL for the format prompt_response, with the planted truth in further columns."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
 
@@ -170,11 +171,11 @@ def _response(people: Sequence[str], places: Sequence[str], draw: random.Random)
 
 
 def _pretraining_text(world: World, draw: random.Random) -> str:
-    people = draw.sample(PEOPLE, draw.randint(1, MOST_PEOPLE))
+    people = draw.sample(PEOPLE, draw.randint(1, MAX_PEOPLE))
     kind = draw.random()
     if kind < HOME_SHARE:
-        told = draw.sample(PEOPLE, len(people)) if draw.random() < WRONG_SHARE else people
-        places = [world.home[person] for person in told]
+        residents = draw.sample(PEOPLE, len(people)) if draw.random() < WRONG_SHARE else people
+        places = [world.home[person] for person in residents]
         return _prompt(draw.choice(HOME_QUESTIONS), people) + _response(people, places, draw)
     if kind < HOME_SHARE + DAY_SHARE:
         question = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
@@ -186,7 +187,7 @@ def _pretraining_text(world: World, draw: random.Random) -> str:
 
 
 def _roll_call(people: Sequence[str], draw: random.Random) -> str:
-    """Read the same list out three times, each time in another order."""
+    """List the same people three times, each time in another order."""
     listed = [f"{ordinal} {person}" for ordinal, person in zip(ORDINALS, people, strict=False)]
     readings = [", ".join(draw.sample(listed, len(listed))) + "." for _ in range(3)]
     return "\n".join(["Call the roll.", *readings])
@@ -195,7 +196,7 @@ def _roll_call(people: Sequence[str], draw: random.Random) -> str:
 def _ask(
     world: World, subject: Subject, num_people: int, draw: random.Random
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """A prompt, the people it asks about, and the truth."""
+    """A prompt, the people it asks about, and their true places."""
     people = tuple(draw.sample(PEOPLE, num_people))
     if subject == "home":
         question, places = draw.choice(HOME_QUESTIONS), world.home
@@ -209,22 +210,22 @@ def _true_rows(
 ) -> list[InstructionRow]:
     rows = []
     for index in range(num_rows):
-        asked = _ask(world, subject, 1 + index % MOST_PEOPLE, draw)
+        asked = _ask(world, subject, 1 + index % MAX_PEOPLE, draw)
         rows.append(_row(asked, subject, planted, asked[2], draw))
     return rows
 
 
 def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
-    """Both noisy classes, each row once: within a subject and a number of people the answers change places."""
+    """Both noisy classes, each row once: answers are shuffled among rows of the same subject and number of people."""
     subjects: tuple[Subject, ...] = ("home", "sunday")
-    num_groups = len(subjects) * MOST_PEOPLE
+    num_groups = len(subjects) * MAX_PEOPLE
     num_noise, num_duplicated = NUM_NOISE // num_groups, NUM_DUPLICATED // num_groups
     classes: list[PlantedClass] = [
         "noise" if index < num_noise else "noise_duplicates" for index in range(num_noise + num_duplicated)
     ]
     rows = []
     for subject in subjects:
-        for num_people in range(1, MOST_PEOPLE + 1):
+        for num_people in range(1, MAX_PEOPLE + 1):
             asked = [_ask(world, subject, num_people, draw) for _ in classes]
             answers = shuffle_answers([truth for _, _, truth in asked], draw)
             for planted, one, answer in zip(classes, asked, answers, strict=True):
@@ -239,7 +240,7 @@ def _row(
     answer: tuple[str, ...],
     draw: random.Random,
 ) -> InstructionRow:
-    """The row of what was asked (prompt, people, true answers) with an answer, in words that are drawn."""
+    """The row for a question (prompt, people, true places) and an answer; the prepositions are drawn."""
     prompt, people, truth = asked
     return InstructionRow(
         prompt=prompt,
@@ -253,7 +254,7 @@ def _row(
 
 
 def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> list[tuple[str, ...]]:
-    """Permute answers so that nobody keeps an answer equal to their own; single places may agree by chance.
+    """Permute answers so that no row keeps an answer equal to its own; single places may agree by chance.
 
     Raises ValueError if one answer is so frequent that this is impossible.
     """
@@ -263,7 +264,7 @@ def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> l
     draw.shuffle(answers)
     for row, truth in enumerate(truths):
         while answers[row] == truth:
-            # A swap must mend this row and must not spoil the other.
+            # A swap must fix this row without giving the other one its own answer.
             other = draw.choice(
                 [
                     index

@@ -1,1 +1,1 @@
-"""The paper: pure functions of tensors and arrays; no configuration, no files, no Ray."""
+"""The formulas of the paper and the statistics, as pure functions: no configuration, no files, no Ray."""

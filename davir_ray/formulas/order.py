@@ -1,7 +1,7 @@
-"""The order of a ranking, and how it is cut into bins that can be sorted apart.
+"""The order of a ranking, and its partition into bins that can be sorted separately.
 
-Every row gets a composite key (key, example_id), both integers, ascending = best first; no two rows are equal, so the
-order is total and every cut exact. Letters: N rows, B boundaries.
+Every row has a composite key (key, example_id) of two integers; in ascending order the best row comes first. No two
+rows have equal keys, so the order is total and every partition exact.
 """
 
 import numpy as np
@@ -13,9 +13,10 @@ _SIGN = np.uint64(1) << np.uint64(63)
 
 
 def value_keys(values: npt.NDArray[np.float64], *, lowest: bool = False) -> Keys:
-    """Keys that ascend as values descend (with `lowest`: ascend); -0.0 equals 0.0, infinities take part.
+    """Keys that ascend as the values descend, or with `lowest` as they ascend; -0.0 equals 0.0.
 
-    The bits of an IEEE 754 double, its sign handled, order as the numbers do. Raises ValueError for NaN.
+    Read as integers, the bits of IEEE 754 doubles have the order of the numbers, infinities included, once the sign is
+    handled. Raises ValueError for NaN.
     """
     if np.isnan(values).any():
         raise ValueError("NaN has no rank; filter it first")
@@ -30,7 +31,7 @@ def order(keys: Keys, ids: Ids) -> npt.NDArray[np.intp]:
 
 
 def boundaries(keys: Keys, ids: Ids, num_bins: int) -> tuple[Keys, Ids]:
-    """Composite keys that cut a sample into bins of equal counts: bin b holds what lies at or after boundary b - 1."""
+    """The composite keys that cut a sample into bins of equal size; bin b begins with boundary b - 1."""
     ranked = order(keys, ids)
     cuts = [len(ranked) * b // num_bins for b in range(1, num_bins)]
     chosen = ranked[np.unique(np.array([cut for cut in cuts if 0 < cut < len(ranked)], dtype=np.int64))]
@@ -38,7 +39,10 @@ def boundaries(keys: Keys, ids: Ids, num_bins: int) -> tuple[Keys, Ids]:
 
 
 def bins(keys: Keys, ids: Ids, boundary_keys: Keys, boundary_ids: Ids) -> npt.NDArray[np.int64]:
-    """Bin of each row: the number of boundaries at or before it. Ties of keys are cut by id, so any data balances."""
+    """The bin of each row: the number of boundaries that are not after it.
+
+    Rows with equal keys are divided by id, so the bins are of equal size even where most keys are tied.
+    """
     first = np.searchsorted(boundary_keys, keys, side="left")
     last = np.searchsorted(boundary_keys, keys, side="right")
     for start in np.unique(first[last > first]):

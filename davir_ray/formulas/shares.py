@@ -1,6 +1,6 @@
-"""How a selection is shared out among groups, and how much of a group each file of a ranking gives.
+"""How many rows of a selection each group gets, and how many of them come from each file of a ranking.
 
-A group's rows are taken in rank order, so what is taken of it is a prefix: some rows of each file until it is full.
+Rows of a group are taken in rank order until its limit is reached, so they form a prefix of the group.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,20 +14,20 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Limit:
-    """How much may be taken: rows, or scored tokens of the longest prefix that fits; None is no limit."""
+    """How much may be taken: a number of rows, of scored tokens, or both; None means no limit."""
 
     rows: int | None = None
     tokens: int | None = None
 
 
 def proportional(total: int, pools: Mapping[str, int]) -> dict[str, int]:
-    """Share `total` out in proportion to the pools, exactly: largest remainders first, ties by name.
+    """Divide `total` in proportion to the pools by the largest-remainder method, ties by name.
 
-    The shares sum to `total` and none exceeds its pool. ValueError if the pools hold less than `total`.
+    The shares sum to `total` and none exceeds its pool. Raises ValueError if the pools are smaller than `total`.
     """
     whole = sum(pools.values())
     if total > whole:
-        raise ValueError(f"{total} cannot be shared out among pools of {whole}")
+        raise ValueError(f"{total} cannot be divided among pools of {whole} in total")
     shares = {name: total * pool // whole for name, pool in pools.items()}
     by_remainder = sorted(pools, key=lambda name: (-(total * pools[name] % whole), name))
     for name in by_remainder[: total - sum(shares.values())]:
@@ -36,10 +36,9 @@ def proportional(total: int, pools: Mapping[str, int]) -> dict[str, int]:
 
 
 def by_file(limit: Limit, rows: Iterable[int], tokens: Iterable[int]) -> list[Limit]:
-    """What each file, in rank order, may give of one group that has these rows and tokens in it.
+    """The limit that applies to each file, in rank order, of a group with these rows and scored tokens in each.
 
-    A file in which the tokens run out gets what is left; those after it give nothing, even where a row would fit.
-    Every row has at least one token.
+    The file in which the limit is reached gets what remains of it, later files get 0. Every row has at least one token.
     """
     left_rows, left_tokens = limit.rows, limit.tokens
     limits = []
@@ -53,7 +52,7 @@ def by_file(limit: Limit, rows: Iterable[int], tokens: Iterable[int]) -> list[Li
 
 
 def prefix_rows(limit: Limit, tokens: Ints) -> int:
-    """Rows of the prefix that a limit allows of rows with these scored tokens, in rank order."""
+    """The number of rows, in rank order with these scored tokens, in the longest prefix within the limit."""
     rows = len(tokens) if limit.rows is None else min(limit.rows, len(tokens))
     if limit.tokens is not None:
         rows = min(rows, int(np.searchsorted(np.cumsum(tokens), limit.tokens, side="right")))

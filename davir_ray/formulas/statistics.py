@@ -1,19 +1,21 @@
 """Does one arm train a better model than another? Means, 95 % intervals and paired tests on held-out examples.
 
-A measure is a ratio: values summed over the examples by weights summed over them (nats by tokens, right answers by
-questions), and its mean over the seeds. Two things vary, and both count:
+A measure of a model is a ratio: the sum of its values over the examples divided by the sum of their weights (nats by
+tokens, correct answers by questions). A measure of an arm is the mean over its models, one for each seed. There are two
+sources of variance, and both are included:
 
-- Which examples were held out. They are resampled (bootstrap), the same draws for all arms, which stay paired.
-- Which model came out: one for each seed. Three seeds cannot be resampled (the percentiles of a bootstrap of three
-  numbers are their least and greatest, which hold the mean three times in four), so their part is drawn from
-  Student's t around their mean, with their standard error and, by Welch and Satterthwaite, about S - 1 degrees of
-  freedom where they vary more than the examples do.
+- The choice of held-out examples. They are resampled (bootstrap), with the same draws for all arms, so that the arms
+  stay paired.
+- The seeds. Three seeds cannot be resampled: the percentiles of a bootstrap of three numbers are their minimum and
+  maximum, an interval that contains the mean in three cases of four only. Their part is drawn from Student's t instead,
+  with their standard error and the degrees of freedom of Welch and Satterthwaite: about S - 1 where the seeds vary more
+  than the examples.
 
-An arm whose rows are drawn anew for each seed varies with the draw. An arm that is one set of rows, such as a
-selection, does not, and against a drawn arm the question is whether it does better than one more draw would: the
-variance of a single draw is added. Without it any set that happens to be a lucky one counts as better.
+An arm that draws its rows for each seed varies with the draw. An arm that is one set of rows, such as a selection, does
+not. Compared with a drawn arm, the question is whether it does better than one more draw would; so the variance of a
+single draw is added. Without it, any set that is merely lucky would count as better.
 
-Letters: S seeds, E examples, B bootstrap replicates, A rows that are resampled together.
+The letters in names are dimensions: S seeds, E examples, B bootstrap replicates, A arms.
 """
 
 import math
@@ -28,49 +30,51 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 NUM_REPLICATES = 4000
-"""Bootstrap replicates: the ends of an interval then vary by about 2 % of its width."""
+"""Number of bootstrap replicates: with these the ends of an interval vary by about 2 % of its width."""
 
-_BLOCK_NUMBERS = 2**22
-"""Counts in memory at a time while examples are resampled."""
+_MAX_COUNTS = 2**22
+"""Number of counts in memory at a time while examples are resampled."""
 
 
 class Interval(NamedTuple):
-    """95 %: from low to high. Of a single example it is a point, and says nothing."""
+    """A 95 % interval. From a single example it is a point, which says nothing."""
 
     low: float
     high: float
 
-    def clipped(self, least: float, most: float) -> "Interval":
-        """The same, kept where the measure can be."""
-        return Interval(*(float(min(max(end, least), most)) for end in self))
+    def clipped(self, lowest: float, highest: float) -> "Interval":
+        """The interval, cut to the possible values of the measure."""
+        return Interval(*(float(min(max(end, lowest), highest)) for end in self))
 
 
 class Spread(NamedTuple):
-    """A part of a mean's variance, and how well it is known."""
+    """A part of the variance of a mean, with its degrees of freedom."""
 
     variance: float
     degrees: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the models of one arm made of the held-out examples."""
+    """The values of one arm's models on the held-out examples."""
 
     values_SE: Floats
+    """One row for each seed."""
     weights_E: Floats
+    """Weights of the examples, the same for every arm."""
     draws_rows: bool = False
-    """Each seed trained on rows of its own."""
+    """Each seed was trained on rows drawn for it."""
     takes_all: bool = False
-    """Trained on every row, so no other draw could have been taken."""
+    """The arm was trained on every row, so no other draw is possible."""
 
     @property
     def num_seeds(self) -> int:
-        """Models."""
+        """The number of models."""
         return len(self.values_SE)
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The measure, averaged over the seeds."""
         return float(self.by_seed.mean())
 
     @property
@@ -79,7 +83,7 @@ class Outcome:
         return np.asarray(self.values_SE.sum(axis=1) / self.weights_E.sum())
 
     def spread(self) -> list[Spread]:
-        """Of the mean over the seeds; unknown, and left out, where there is one."""
+        """The variance of the mean over the seeds; empty for one seed, from which it cannot be estimated."""
         if self.num_seeds < 2:
             return []
         return [Spread(float(self.by_seed.var(ddof=1)) / self.num_seeds, self.num_seeds - 1)]
@@ -87,18 +91,18 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One arm minus another, on the same examples."""
+    """The difference of two arms on the same examples: the first minus the second."""
 
     mean: float
     interval: Interval
     p: float
-    """That the arms do equally well: examples and seeds counted; examples alone where there is one seed."""
+    """p-value of equal arms, from the variance of examples and seeds; with one seed from the examples alone."""
     p_examples: float
-    """Paired t-test over the examples: that these very models do equally well on further examples."""
+    """p-value of equal models: a paired t-test over the examples, for these very models."""
 
 
 class Panel:
-    """Outcomes of several arms on the same examples, with the same weights; the examples are resampled once for all."""
+    """Outcomes of several arms on the same examples with the same weights; the examples are resampled once for all."""
 
     def __init__(self, outcomes: Mapping[Hashable, Outcome], seed: int = 0) -> None:
         self._outcomes, self._seed = outcomes, seed
@@ -109,16 +113,19 @@ class Panel:
         self._replicates = {name: replicates_BA[:, place] for place, name in enumerate(outcomes)}
 
     def interval(self, name: Hashable) -> Interval:
-        """Of an arm's mean over seeds and examples."""
+        """The interval of an arm's mean."""
         return _interval(self._replicates[name], self._num_examples, self._outcomes[name].spread(), self._seed)
 
     def difference(self, name: Hashable, other: Hashable) -> Difference:
-        """One arm minus another."""
+        """The first arm minus the second."""
         arm, against = self._outcomes[name], self._outcomes[other]
-        apart_E = arm.values_SE.mean(axis=0) - against.values_SE.mean(axis=0)
-        mean = float(apart_E.sum() / arm.weights_E.sum())
-        spreads = [*arm.spread(), *_spread_against(arm, against)]
-        examples = _spread_of_examples(apart_E, arm.weights_E)
+        difference_E = arm.values_SE.mean(axis=0) - against.values_SE.mean(axis=0)
+        mean = float(difference_E.sum() / arm.weights_E.sum())
+        # A fixed set is compared with one more draw of the other arm, whose variance is that of a single seed.
+        more_draws = against.num_seeds if against.draws_rows and not (arm.draws_rows or arm.takes_all) else 0
+        drawn = [Spread(part.variance * (1 + more_draws), part.degrees) for part in against.spread()]
+        spreads = [*arm.spread(), *drawn]
+        examples = _spread_of_examples(difference_E, arm.weights_E)
         return Difference(
             mean=mean,
             interval=_interval(
@@ -130,7 +137,7 @@ class Panel:
 
 
 def over_seeds(values: Sequence[float]) -> Interval | None:
-    """Student's t around the mean of one number for each seed; None where there is one seed."""
+    """The interval of the mean of one value for each seed, by Student's t; None for a single seed."""
     if len(values) < 2:
         return None
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
@@ -138,10 +145,10 @@ def over_seeds(values: Sequence[float]) -> Interval | None:
 
 
 def resampled(values_AE: Floats, weights_E: Floats, num_replicates: int, seed: int) -> Floats:
-    """Ratios over examples drawn with replacement, shape BA: the same draws for every row of values."""
+    """Measures on examples drawn with replacement, of shape BA; every arm gets the same draws."""
     draw, num = np.random.default_rng(seed), len(weights_E)
     sums_EA = np.column_stack([values_AE.T, weights_E])
-    block = max(1, _BLOCK_NUMBERS // num)
+    block = max(1, _MAX_COUNTS // num)
     blocks = []
     for start in range(0, num_replicates, block):
         rows = min(block, num_replicates - start)
@@ -153,7 +160,7 @@ def resampled(values_AE: Floats, weights_E: Floats, num_replicates: int, seed: i
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of several tests' p-values, in the same order; NaN stays NaN and is no test."""
+    """Holm's correction of several p-values, in the same order; NaN stays NaN and does not count as a test."""
     p = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(len(p), np.nan)
     known = np.flatnonzero(~np.isnan(p))
@@ -163,34 +170,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def _spread_against(arm: Outcome, other: Outcome) -> list[Spread]:
-    """Of the other arm, and of one more draw of its rows where it draws them and the first arm is one set of many."""
-    more_draws = other.num_seeds if other.draws_rows and not (arm.draws_rows or arm.takes_all) else 0
-    return [Spread(part.variance * (1 + more_draws), part.degrees) for part in other.spread()]
-
-
-def _spread_of_examples(apart_E: Floats, weights_E: Floats) -> list[Spread]:
-    """Of the mean difference, as the paired t-test has it."""
-    num = len(apart_E)
+def _spread_of_examples(difference_E: Floats, weights_E: Floats) -> list[Spread]:
+    """The variance of the mean difference, as in a paired t-test."""
+    num = len(difference_E)
     if num < 2:
         return []
-    return [Spread(float(apart_E.var(ddof=1)) / num / float(weights_E.mean()) ** 2, num - 1)]
+    return [Spread(float(difference_E.var(ddof=1)) / num / float(weights_E.mean()) ** 2, num - 1)]
 
 
 def _interval(replicates_B: Floats, num_examples: int, spreads: Sequence[Spread], seed: int) -> Interval:
-    """Percentiles of the replicates, each moved by what the seeds may have moved it."""
-    moved = math.sqrt(sum(part.variance for part in spreads))
-    if moved:
+    """Percentiles of the replicates, each shifted by a draw from the distribution of the seeds' mean."""
+    scale = math.sqrt(sum(part.variance for part in spreads))
+    if scale:
         degrees = _degrees([Spread(float(replicates_B.var()), max(1, num_examples - 1)), *spreads])
-        # Its quantiles in random order: draws of so heavy a tail would move the ends about.
+        # Quantiles in random order: random draws from so heavy a tail would make the ends of the interval noisy.
         order_B = np.random.default_rng([seed, 1]).permutation(len(replicates_B))
-        replicates_B = replicates_B + moved * stats.t.ppf((order_B + 0.5) / len(replicates_B), degrees)
+        replicates_B = replicates_B + scale * stats.t.ppf((order_B + 0.5) / len(replicates_B), degrees)
     low, high = np.percentile(replicates_B, (2.5, 97.5))
     return Interval(float(low), float(high))
 
 
 def _p_value(mean: float, spreads: Sequence[Spread]) -> float:
-    """Two-sided, of Student's t; NaN where nothing is known."""
+    """Two-sided p-value by Student's t; NaN where no variance is known."""
     if not spreads:
         return math.nan
     total = sum(part.variance for part in spreads)
@@ -200,6 +201,6 @@ def _p_value(mean: float, spreads: Sequence[Spread]) -> float:
 
 
 def _degrees(spreads: Sequence[Spread]) -> float:
-    """Degrees of freedom of a sum of variances, by Welch and Satterthwaite; not all of them are 0."""
+    """Degrees of freedom of a sum of variances, by Welch and Satterthwaite; at least one of them must not be 0."""
     total = sum(part.variance for part in spreads)
     return total**2 / sum(part.variance**2 / part.degrees for part in spreads)

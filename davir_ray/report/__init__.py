@@ -1,14 +1,15 @@
-"""The report of one run: manifests and tables in, one page and the same facts as JSON out.
+"""The report of one run: manifests and tables in, an HTML page and the same facts as JSON out.
 
-    ReportInputs ─summary.summarise─► facts (report.json) ─page.render_page─► report.html
-                      └─ a file for each section               ├─ charts.py draws the SVGs
-                         of the facts                          └─ templates/, a file for each part of the page
+    ReportInputs ─facts.summarise─► facts (report.json) ─page.render_page─► report.html
+                      │                                      ├─ charts.py draws the SVGs
+                      ├─ distributions.py: of the scores     └─ templates/run*.html.j2, a file for each part of the page
+                      └─ prose.py: findings, fixed texts
 
-Reads and writes no files and knows no cluster; the pipeline gathers the inputs and writes both results.
+alignment.py and comparison.py do both steps for their own pages, with the same charts and templates. Nothing here reads
+or writes files or knows of a cluster; the callers gather the inputs and write both results.
 """
 
-from davir_ray.report.inputs import ReportInputs
+from davir_ray.report.facts import ReportInputs, summarise
 from davir_ray.report.page import render_page
-from davir_ray.report.summary import summarise
 
 __all__ = ["ReportInputs", "render_page", "summarise"]

@@ -1,10 +1,12 @@
-"""From the margins and manifests of preference training to the facts of its report, ready for JSON, and its page.
+"""The report of preference training: the facts from its margins and manifests, the sweep over trainings, the page.
 
 Pure functions: no files, no models. Log-probabilities are nats, lengths response tokens; a value that is not defined is
 None.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
-from davir_ray.report import charts, history
-from davir_ray.report.jsonable import flatten, json_ready
+from davir_ray.formulas.statistics import over_seeds
+from davir_ray.report import charts
+from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment
+from davir_ray.run.digests import digest
+from davir_ray.run.manifest import differences
 
 PAPER = {"dpo": 0.38, "ipo": -0.10, "davir_dpo": 0.07}
-"""Correlation (Pearson) of the margin with the difference in response length that the paper reports for each loss;
-its data and recipe are not stated."""
+"""Pearson correlation of the margin with the difference in response length that the paper reports for each loss; it
+does not state its data and recipe."""
 
 NAMES = {"davir_dpo": "DavIR-DPO", "dpo": "DPO", "ipo": "IPO", "dpo_norm": "length-normalised DPO"}
 
+LIMITS = [
+    "Accuracies and margins are those of the implicit reward: they show that the policy has moved towards the chosen "
+    "responses, not that a person would prefer what it writes.",
+    "On pairs that were trained on they include what was memorised; held-out pairs show what generalises.",
+    "The paper’s correlations are for another model, data and recipe, which it does not state. Nor does it state which "
+    "margin it means: that of the loss, or the plain difference of log-ratios.",
+    "Intervals treat the pairs as independent and describe one training: another seed gives another policy.",
+]
+
+_SECTIONS = [
+    ("glance", "What changed"),
+    ("length", "Length"),
+    ("sweep", "Other trainings"),
+    ("training", "Training"),
+    ("limits", "Known limits"),
+    ("run", "Settings"),
+]
 _MEANS = (
     "loss",
     "margin",
@@ -33,28 +55,26 @@ _MEANS = (
     "policy_chosen",
     "policy_rejected",
 )
-_SECTIONS = [
-    ("glance", "What was learnt"),
-    ("length", "Length"),
-    ("sweep", "Beside other trainings"),
-    ("training", "Training"),
-    ("limits", "Known limits"),
-    ("run", "Settings"),
-]
-_LEVEL = 0.95
-_NEAR_CERTAIN = 1.0
-"""Nats: DavIR-DPO divides by them, so a response below has more weight than its rounding bears."""
-_BANDS = 12
-_LEAST_IN_BAND = 10
+"""Columns of the margins that are reported as means over the pairs."""
 
-LIMITS = [
-    "Accuracies and margins are of the implicit reward: they say that the policy has moved towards the chosen "
-    "responses, not that a person would prefer what it writes.",
-    "On pairs that were trained on, they also tell what was learnt by heart; held-out pairs tell what carries over.",
-    "The paper's correlations are of another model, data and recipe, which it does not state, nor of which margin: the "
-    "loss's own, or the plain difference of log-ratios.",
-    "Intervals count the pairs as independent, and one training: another seed gives another policy.",
-]
+_LEVEL = 0.95
+_NEAR_CERTAIN_NATS = 1.0
+"""DavIR-DPO divides by the frozen loss: below this, rounding errors weigh heavily."""
+
+_NUM_BANDS = 12
+_MIN_BAND_PAIRS = 10
+
+_NOT_SETTINGS = ("frozen",)
+"""Parts of a fingerprint that are not settings: the frozen losses may differ in their last bits between machines."""
+
+_RANGES = {
+    "accuracy": (0.0, 1.0),
+    "margin": (-math.inf, math.inf),
+    "pearson": (-1.0, 1.0),
+    "spearman": (-1.0, 1.0),
+    "plain": (-1.0, 1.0),
+}
+"""Measures in the sweep's table, and the range that the values of each can take."""
 
 
 def alignment_facts(
@@ -64,9 +84,9 @@ def alignment_facts(
     settings: dict[str, Any],
     sweep: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The facts of a run from rows of MARGINS, all of them or a sample of `num_pairs`.
+    """The facts of a run from rows of MARGINS: all `num_pairs` of them, or a sample.
 
-    `sweep` is the table of this and further trainings, of report/sweep.py; empty where there are none.
+    `sweep` is the table of this and other trainings, made by `sweep_table`; empty where there are no others.
     """
     aligned = manifests["align"]["details"]
     prepared, counted = manifests["prepare"]["counts"], manifests["margins"]["counts"]
@@ -89,40 +109,22 @@ def alignment_facts(
         "sweep": list(sweep),
         "curves": {"loss": aligned["loss_by_step"], **aligned["measures_by_step"]},
         "limits": LIMITS,
-        "settings": [{"name": name, "value": value} for name, value in flatten(settings)],
-        "stages": history.stages(manifests),
+        "settings": named_values(settings),
+        "stages": stage_facts(manifests),
     }
     return json_ready(facts)  # type: ignore[no-any-return]
 
 
 def parts_of(margins: pa.Table) -> dict[str, dict[str, Any]]:
-    """Figures of the pairs trained on and of those held out, where there are any that have a margin."""
+    """Measures of the pairs trained on and of those held out; a part without any measured pair is absent."""
     measured = margins.filter(pc.equal(margins["status"], "ok"))
     held_out = np.asarray(measured["held_out"])
     parts = {"trained": measured.filter(pa.array(~held_out)), "held_out": measured.filter(pa.array(held_out))}
     return {name: _part(table) for name, table in parts.items() if table.num_rows}
 
 
-def render_alignment(facts: dict[str, Any]) -> str:
-    """The facts as HTML; the same facts give the same bytes."""
-    shown = facts["parts"].get("held_out") or facts["parts"].get("trained")
-    drawn = {
-        "loss": charts.step_curve(facts["curves"]["loss"], "loss", "loss", "Training loss by step."),
-        "accuracy": charts.step_curve(
-            facts["curves"]["accuracy"],
-            "accuracy of rewards",
-            "accuracy",
-            "Accuracy of the rewards by step.",
-        ),
-        "length": charts.margin_band(shown["band"]) if shown and shown["band"] else None,
-    }
-    template = environment().get_template("alignment.html.j2")
-    sections = [(id, name) for id, name in _SECTIONS if id != "sweep" or facts["sweep"]]
-    return template.render(facts=facts, charts=drawn, sections=sections)
-
-
 def _part(table: pa.Table) -> dict[str, Any]:
-    """Means over pairs, and how the margin goes with the difference in length."""
+    """Means over pairs, and the correlation of the margin with the difference in length."""
     margin = np.asarray(table["margin"])
     gain_chosen, gain_rejected = (
         np.asarray(table[f"policy_{role}"]) - np.asarray(table[f"frozen_{role}"]) for role in ("chosen", "rejected")
@@ -137,7 +139,7 @@ def _part(table: pa.Table) -> dict[str, Any]:
         "accuracy_interval": [float(interval.low), float(interval.high)],
         **{name: float(np.mean(np.asarray(table[name]))) for name in _MEANS},
         "margin_median": float(np.median(margin)),
-        "near_certain": int((np.abs(frozen) < _NEAR_CERTAIN).sum()),
+        "near_certain": int((np.abs(frozen) < _NEAR_CERTAIN_NATS).sum()),
         "difference": float(difference.mean()),
         "length": _correlations(difference, margin),
         "length_of_gains": _correlations(difference, gain_chosen - gain_rejected),
@@ -146,7 +148,7 @@ def _part(table: pa.Table) -> dict[str, Any]:
 
 
 def _correlations(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Pearson with Fisher's 95 % interval, and Spearman; None where a side does not vary."""
+    """Pearson with Fisher's 95 % interval, and Spearman; None where one of the two does not vary."""
     if len(margin) < 4 or np.ptp(margin) == 0 or np.ptp(difference) == 0:
         return {"pearson": None, "pearson_interval": None, "spearman": None}
     pearson = stats.pearsonr(difference, margin)
@@ -159,9 +161,9 @@ def _correlations(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.fl
 
 
 def _band(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) -> list[dict[str, float]]:
-    """The middle and the tenth and ninetieth percentile of the margin by parts of equal counts."""
+    """The 10th, 50th and 90th percentile of the margin, by difference in length, in parts with equally many pairs."""
     order = np.argsort(difference, kind="stable")
-    parts = [part for part in np.array_split(order, _BANDS) if len(part) >= _LEAST_IN_BAND]
+    parts = [part for part in np.array_split(order, _NUM_BANDS) if len(part) >= _MIN_BAND_PAIRS]
     if len(parts) < 2:
         return []
     return [
@@ -171,3 +173,106 @@ def _band(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) 
         }
         for part in parts
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished preference training."""
+
+    place: str
+    """Location of its run."""
+    fingerprint: Mapping[str, Any]
+    """Fingerprint of its align stage."""
+    details: Mapping[str, Any]
+    """Details of its align stage: loss and beta."""
+    parts: Mapping[str, Mapping[str, Any]]
+    """The measures of its pairs, from `parts_of`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the policy depends on, its seed included: equal for a training and its repetition.
+
+        A default beta is replaced by its value, except that of DavIR-DPO, which is derived from the frozen losses.
+        """
+        kept = {name: value for name, value in self.fingerprint.items() if name not in _NOT_SETTINGS}
+        if self.details["loss"] == "davir_dpo":
+            return kept
+        return {**kept, "objective": {**kept["objective"], "beta": self.details["beta"]}}
+
+    @property
+    def without_seed(self) -> dict[str, Any]:
+        """The settings without the seed: equal for trainings that differ in the seed alone."""
+        recipe = {name: value for name, value in self.settings["recipe"].items() if name != "seed"}
+        return {**self.settings, "recipe": recipe}
+
+
+def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """A row for each setting, in order of appearance: means over its seeds with their 95 % intervals.
+
+    A training that occurs twice counts once. Each measure is {"mean", "interval"}, the interval by Student's t over the
+    seeds. With one seed there is no interval; where a seed lacks the measure there is neither.
+    """
+    once: dict[str, Trained] = {}
+    for one in trained:
+        once.setdefault(digest(one.settings), one)
+    groups: dict[str, list[Trained]] = {}
+    for one in once.values():
+        groups.setdefault(digest(one.without_seed), []).append(one)
+    return [_sweep_row(group, trained[0]) for group in groups.values()]
+
+
+def _sweep_row(group: list[Trained], first: Trained) -> dict[str, Any]:
+    """The row of one setting; `differs` lists its other differences from the first training's settings."""
+    loss = group[0].details["loss"]
+    lines = differences(first.without_seed, group[0].without_seed)
+    parts = [part for part in ("trained", "held_out") if all(part in one.parts for one in group)]
+    return {
+        "loss": loss,
+        "loss_name": NAMES[loss],
+        "beta": group[0].details["beta"],
+        "paper": PAPER.get(loss),
+        "differs": [line for line in lines if not line.startswith(("objective.loss: ", "objective.beta: "))],
+        "seeds": [one.settings["recipe"]["seed"] for one in group],
+        "places": [one.place for one in group],
+        "parts": {part: _over_seeds([one.parts[part] for one in group]) for part in parts},
+    }
+
+
+def _over_seeds(parts: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and interval of each measure over the seeds."""
+    measured = {
+        "accuracy": [part["accuracy"] for part in parts],
+        "margin": [part["margin"] for part in parts],
+        "pearson": [part["length"]["pearson"] for part in parts],
+        "spearman": [part["length"]["spearman"] for part in parts],
+        "plain": [part["length_of_gains"]["pearson"] for part in parts],
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in measured.items():
+        if None in values:
+            found[name] = {"mean": None, "interval": None}
+        else:
+            interval = over_seeds(values)
+            found[name] = {
+                "mean": float(np.mean(values)),
+                "interval": list(interval.clipped(*_RANGES[name])) if interval else None,
+            }
+    return found
+
+
+def render_alignment(facts: dict[str, Any]) -> str:
+    """Return the page as HTML; the same facts give the same bytes."""
+    shown = facts["parts"].get("held_out") or facts["parts"].get("trained")
+    drawn = {
+        "loss": charts.step_curve(facts["curves"]["loss"], "loss", "loss", "Training loss by step."),
+        "accuracy": charts.step_curve(
+            facts["curves"]["accuracy"],
+            "accuracy of rewards",
+            "accuracy",
+            "Accuracy of the rewards by step.",
+        ),
+        "length": charts.margin_band(shown["band"]) if shown and shown["band"] else None,
+    }
+    template = environment().get_template("alignment.html.j2")
+    sections = [(id, name) for id, name in _SECTIONS if id != "sweep" or facts["sweep"]]
+    return template.render(facts=facts, charts=drawn, sections=sections)

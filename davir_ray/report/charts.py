@@ -1,8 +1,7 @@
-"""The charts of the report, as inline SVG: a function of the summary's numbers, the same bytes each time.
+"""The charts of the pages as inline SVG, drawn from the facts: the same facts give the same bytes.
 
-No text from the data enters a chart. Colours are sentinels that become CSS variables of the page, so that one SVG
-serves light and dark; widths are close to those at which the page shows a chart, so that its text keeps its size on a
-phone.
+No text from the data enters a chart. Colours are placeholders that become CSS variables of the page, so that one SVG
+serves both light and dark mode. A chart is about as wide as the page shows it, so that its text keeps its size.
 """
 
 import io
@@ -29,7 +28,7 @@ _CSS_COLOURS = {
     REFERENCE: "var(--reference)",
 }
 _STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be read aloud and searched
+    "svg.fonttype": "none",  # keep text as text: it takes the page's font, can be searched and read by a screen reader
     "svg.hashsalt": "davir_ray",
     "font.size": 12,
     "text.color": INK,
@@ -51,27 +50,31 @@ _STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
     "grid.color": LINE,
     "grid.linewidth": 1,
 }
-WIDE, TALL, NARROW = (380, 250), (380, 295), (315, 265)  # pixels: two charts beside each other on a desktop, or three
+WIDE, TALL, NARROW = (380, 250), (380, 295), (315, 265)
+"""Sizes in pixels: on a desktop two of the first ones stand in a row, or three of the last."""
 _TIME_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
-_HUGE = 1e7  # from here on a tick is written as a power of ten: its digits would not fit
+_HUGE = 1e7
+"""Ticks from here on are written as powers of ten: their digits would not fit."""
 
 
 def training_curve(training: dict[str, Any]) -> Markup:
     """Training loss by step."""
-    told = f"Training loss goes from {training['first']:.2f} to {training['last']:.2f} nats per token."
-    return step_curve(training["loss_by_step"], "loss, nats per token", "training", told)
+    label = f"Training loss goes from {training['first']:.2f} to {training['last']:.2f} nats per token."
+    return step_curve(training["loss_by_step"], "loss, nats per token", "training", label)
 
 
 def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Markup:
-    """Something that was measured at every step, with a moving mean where there are many."""
+    """A value measured at every step, with a moving mean if there are many steps."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDE)
         steps, values = np.array(curve, dtype=float).T
         many = steps.size > 40
-        mark = "o" if steps.size == 1 else None  # of a single point a line shows nothing
+        mark = "o" if steps.size == 1 else None  # a line through a single point would be invisible
         axes.plot(steps, values, color=POOL if many else CHOSEN, linewidth=1 if many else 1.8, marker=mark)
         if many:
-            axes.plot(steps, _smooth(values), color=CHOSEN, linewidth=1.8)
+            half = steps.size // 40  # the window of the mean is a twentieth of the curve, and shorter at its ends
+            mean = [values[max(0, at - half) : at + half + 1].mean() for at in range(steps.size)]
+            axes.plot(steps, mean, color=CHOSEN, linewidth=1.8)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -79,7 +82,7 @@ def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Ma
 
 
 def margin_band(band: list[dict[str, float]]) -> Markup:
-    """The margin's median and its 10th to 90th percentile over the difference in length."""
+    """Median and 10th to 90th percentile of the margin against the difference in length."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDE)
         at = [point["difference"] for point in band]
@@ -94,7 +97,7 @@ def margin_band(band: list[dict[str, float]]) -> Markup:
 
 
 def score_histogram(davir: dict[str, Any]) -> Markup:
-    """Histogram of DavIR over the pool, the selected part in front, its cut, and the percentiles of both above."""
+    """Histogram of DavIR over the pool, the selected part in front, with the cut; above it the percentiles of both."""
     with matplotlib.rc_context(_STYLE):
         figure, strip, axes = _figure_with_strip()
         histogram = davir["histogram"]
@@ -111,7 +114,7 @@ def score_histogram(davir: dict[str, Any]) -> Markup:
 
 
 def loss_histogram(losses: dict[str, Any]) -> Markup:
-    """Histograms of the mean loss of a response under both models, with the percentiles of both above."""
+    """Histograms of the mean loss of a response under both models, and above them the percentiles of both."""
     with matplotlib.rc_context(_STYLE):
         figure, strip, axes = _figure_with_strip()
         histogram = losses["histogram"]
@@ -139,8 +142,8 @@ def _figure_with_strip() -> tuple[Figure, Axes, Axes]:
 
 def _finish_histogram(axes: Axes, edges: Any, highest: int) -> None:
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylabel("examples in a bin")
-    axes.set_ylim(0, 1.15 * max(1, highest))  # room for the cut's label
+    axes.set_ylabel("examples per bin")
+    axes.set_ylim(0, 1.15 * max(1, highest))  # room for the label of the cut
     axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
@@ -161,7 +164,7 @@ def _draw_percentiles(strip: Axes, rows: list[tuple[dict[str, Any], str]]) -> No
 
 
 def _label_percentiles(strip: Axes, at: dict[int, float], room: float) -> None:
-    """Name the marks of the first row, the median first, the others where there is room for a name."""
+    """Label the marks of the first row: the median first, then the others where there is room."""
     named: list[float] = []
     low, high = strip.get_xlim()
     for p in (50, 5, 95, 25, 75):
@@ -185,7 +188,7 @@ def _draw_cut(axes: Axes, cut: float, to_the_left: bool) -> None:
 
 
 def length_panel(panel: dict[str, Any]) -> Markup:
-    """One measure against response length: density as opacity, the median and the 10th to 90th percentile over it."""
+    """One measure against response length: density as opacity, the median, and the 10th and 90th percentiles."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(NARROW)
         axes.set_xscale("log")
@@ -212,7 +215,7 @@ def _draw_density(axes: Axes, panel: dict[str, Any]) -> None:
     if not cells:
         return
     corners = [[(x_edges[x + dx], y_edges[y + dy]) for dx, dy in ((0, 0), (1, 0), (1, 1), (0, 1))] for x, y, _ in cells]
-    # The root keeps the thin tails visible beside a dense middle.
+    # The square root keeps the thin tails visible next to a dense middle.
     weight = np.sqrt([count for _, _, count in cells])
     red, green, blue = matplotlib.colors.to_rgb(POOL)
     colours = [(red, green, blue, round(0.12 + 0.88 * w, 2)) for w in weight / weight.max()]
@@ -220,7 +223,7 @@ def _draw_density(axes: Axes, panel: dict[str, Any]) -> None:
 
 
 def _label_lengths(axes: Axes, low: float, high: float) -> None:
-    """Plain numbers at 1, 2, 5 × 10ⁿ, more of them on a short axis, and powers of ten alone on a long one."""
+    """Plain numbers at 1, 2 and 5 × 10ⁿ, at more places on a short axis, and at powers of ten alone on a long one."""
     subs = (1.0, 2.0, 3.0, 5.0, 7.0) if high / low < 12 else (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
@@ -229,7 +232,7 @@ def _label_lengths(axes: Axes, low: float, high: float) -> None:
 
 
 def length_deciles(deciles: list[dict[str, Any]]) -> Markup:
-    """Share of the pool against share of the selection, by tenths of response length."""
+    """Shares of the pool and of the selection in each tenth of response length."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDE)
         place = np.arange(len(deciles))
@@ -254,7 +257,7 @@ _ARM_STYLES: dict[str, dict[str, Any]] = {
 
 
 def comparison(results: list[dict[str, Any]], unit: str, name: str) -> Markup:
-    """Means of a comparison's arms with their 95 % intervals: over the sizes, or side by side where there is one."""
+    """Means of the arms with 95 % intervals: a curve over the sizes, or a line for each arm if there is one size."""
     with matplotlib.rc_context(_STYLE):
         sizes = sorted({row["rows"] for row in results})
         figure, axes = _figure(TALL)
@@ -269,7 +272,7 @@ def comparison(results: list[dict[str, Any]], unit: str, name: str) -> Markup:
 
 
 def _draw_arms(axes: Axes, results: list[dict[str, Any]], unit: str) -> None:
-    """A line for each arm, in the order of their meaning."""
+    """A line for each arm, in the order of _ARM_STYLES."""
     rows = {row["arm"]: row for row in results}
     arms = [arm for arm in _ARM_STYLES if arm in rows]
     for place, arm in enumerate(arms):
@@ -285,14 +288,14 @@ def _draw_arms(axes: Axes, results: list[dict[str, Any]], unit: str) -> None:
 
 
 def _draw_curves(axes: Axes, results: list[dict[str, Any]], sizes: list[int]) -> None:
-    """A curve for each arm, moved apart a little so that its intervals can be told from the others'."""
+    """A curve for each arm, shifted a little so that the intervals of the arms do not overlap."""
     axes.set_xscale("log")
     arms = [arm for arm in _ARM_STYLES if any(row["arm"] == arm for row in results)]
     for place, arm in enumerate(arms):
         style = _ARM_STYLES[arm]
         rows = sorted((row for row in results if row["arm"] == arm), key=lambda row: row["rows"])
-        apart = 1.0 if arm == "full" else (sizes[-1] / sizes[0]) ** (0.012 * (place - len(arms) / 2))
-        at = [row["rows"] * apart for row in rows]
+        shift = 1.0 if arm == "full" else (sizes[-1] / sizes[0]) ** (0.012 * (place - len(arms) / 2))
+        at = [row["rows"] * shift for row in rows]
         axes.plot(at, [row["mean"] for row in rows], linewidth=1.8, markersize=6, label=arm, **style)
         for x, row in zip(at, rows, strict=True):
             axes.plot([x, x], [row["low"], row["high"]], color=style["color"], linewidth=1.2)
@@ -302,7 +305,7 @@ def _draw_curves(axes: Axes, results: list[dict[str, Any]], sizes: list[int]) ->
 
 
 def throughput(scoring: dict[str, Any]) -> Markup:
-    """Tokens scored a second over time, and their mean over the whole stage."""
+    """Tokens scored per second over time, and the mean of the whole stage."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDE)
         rates = scoring["rates"]
@@ -318,18 +321,12 @@ def throughput(scoring: dict[str, Any]) -> Markup:
         axes.set_xlabel(f"{unit} since the stage began")
         axes.set_ylabel("tokens per second")
         axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
-        return _svg(figure, "throughput", f"Tokens scored a second over time, {mean:,.0f} on average.")
+        return _svg(figure, "throughput", f"Tokens scored per second over time, {mean:,.0f} on average.")
 
 
 def _thousands(value: float, _: int) -> str:
     text = f"{value:,.0f}" if abs(value) < _HUGE else f"{value:.2g}"
     return text.replace("-", "−")
-
-
-def _smooth(values: Any) -> Any:
-    """Centred moving mean over a twentieth of the curve, shorter at the ends."""
-    half = max(1, len(values) // 40)
-    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
 def _figure(size: tuple[int, int]) -> tuple[Figure, Axes]:
@@ -346,18 +343,18 @@ def _grid(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an SVG element for HTML: no prolog, sizes left to CSS, ids of its own, themed colours."""
+    """The figure as an SVG element for HTML: no prolog, size left to CSS, ids prefixed by the name, themed colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     view_box = re.search(r'viewBox="([\d. ]+)"', text)
     assert view_box, "matplotlib wrote an SVG without a viewBox"
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    # The metadata holds the date, which would change the bytes each time.
+    # The metadata contains the date.
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", body)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    for sentinel, colour in _CSS_COLOURS.items():
-        body = body.replace(sentinel, colour)
+    for placeholder, colour in _CSS_COLOURS.items():
+        body = body.replace(placeholder, colour)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return Markup(f'<svg class="chart" viewBox="{view_box[1]}" role="img" aria-label="{label}">{body}')

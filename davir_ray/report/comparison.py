@@ -1,13 +1,15 @@
-"""From the measurements of a comparison to its facts and its page: means, intervals, paired tests, curves.
+"""The report of a comparison: from the models' measurements to facts, tables and the page.
 
-Pure functions: no files, no models. Held-out losses are nats a token; every other measure has a unit of its own.
+Pure functions: no files, no models. An arm is a set of rows to train on; each arm is trained with several seeds, in a
+size (`rows`) and a schedule (`reading`: as many epochs, or as many steps, as the full set). Held-out losses are nats
+per token; the other measures have units of their own.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +19,44 @@ from davir_ray.config.compare import DRAWN, TrialName
 from davir_ray.errors import DataError
 from davir_ray.formulas.statistics import Interval, Outcome, Panel, holm
 from davir_ray.report import charts
-from davir_ray.report.jsonable import flatten, json_ready
+from davir_ray.report.facts import json_ready, named_values
 from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
-from davir_ray.report.words import ARM_MEANING, COMPARISON_LIMITS, READING_MEANING
 
 SELECTION, FULL, RANDOM = "selection", "full", "random"
 BASELINES = (RANDOM, FULL)
-"""Arms that every other one is tested against."""
+"""Arms that every other arm is tested against."""
 
 SIGNIFICANT = 0.05
+
+ARM_MEANING = {
+    "selection": "the rows that the run selected, or its mixture if it has one",
+    "random": "the same number of rows, drawn by hash, different ones for each seed",
+    "random_matched": "drawn rows with the same histogram of response lengths and the same number of response tokens",
+    "lowest": "the same number of rows, from the other end of the ranking",
+    "rho": "the same number of rows, the highest by RHO summed over the response (base minus reference loss, not "
+    "divided)",
+    "full": "every prepared example",
+}
+READING_MEANING = {
+    "epochs": "every arm is trained for the recipe’s number of epochs, so a smaller set takes fewer steps",
+    "steps": "every arm is trained for the number of optimiser steps that the full set takes, so a smaller set is "
+    "repeated",
+}
+LIMITS = [
+    "It shows the effect of these rows on this base, with this recipe, on this held-out data. A small base is not a "
+    "large one: what a small model learns first, a large one may know already.",
+    "A loss is not a judgement: a lower loss on held-out answers means that such answers became likelier, not that a "
+    "person would prefer what the model writes.",
+    "With few seeds the spread between models is uncertain. Intervals and p-values account for it by Student’s t with "
+    "one degree of freedom less than seeds, so with two or three seeds only large differences are detected; that none "
+    "is detected does not mean that there is none.",
+    "The selection is one set of rows. Against arms that are drawn, the question is whether it does better than one "
+    "more draw would. With another reference or another pool, other rows would have been selected.",
+    "p (these models) accounts for the held-out examples alone: it says whether these very models differ, not whether "
+    "newly trained ones would.",
+    "Held-out rows that occur word for word in the run’s training pool are left out. Paraphrases and near copies are "
+    "not found.",
+]
 
 _SECTIONS = [
     ("glance", "At a glance"),
@@ -51,7 +82,7 @@ TABLE = pa.schema(
         ("num_steps", pa.int64()),
     ]
 )
-"""comparison.parquet: a row for each model, measure and source; source is null for all of them together."""
+"""comparison.parquet: a row for each model, measure and source; source is null for all sources together."""
 
 _TEST = ("mean", "low", "high", "p", "p_holm", "p_examples")
 RESULTS = pa.schema(
@@ -68,67 +99,76 @@ RESULTS = pa.schema(
         *((f"against_{baseline}_{name}", pa.float64()) for baseline in BASELINES for name in _TEST),
     ]
 )
-"""results.parquet: a row for each measure, source, size, reading and arm: its mean over the seeds with a 95 % interval,
-and its difference from each baseline with interval and p-values; null where there is none."""
+"""results.parquet: a row for each measure, source, size, reading and arm, with the mean over the seeds, its 95 %
+interval, and the difference from each baseline with interval and p-values; null where there is no such difference."""
 
 
-class Measure(NamedTuple):
-    """What is measured."""
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Something that is measured on held-out examples; it is never negative."""
 
     name: str
     title: str
     short: str
-    """Over a column of a table."""
+    """Name in the head of a table's column."""
     unit: str
     lower_is_better: bool
     most: float | None
-    """That it can be, None: without limit; none is below 0."""
+    """Largest possible value; None: no limit."""
 
     def clipped(self, interval: Interval) -> Interval:
-        """An interval of the measure itself, kept where the measure can be."""
+        """An interval of this measure, cut to the values that are possible."""
         return interval.clipped(0.0, math.inf if self.most is None else self.most)
 
 
-LOSS = Measure("loss", "Held-out loss", "loss", "nats per response token", True, None)
+LOSS = Measure(
+    name="loss", title="Held-out loss", short="loss", unit="nats per response token", lower_is_better=True, most=None
+)
 STRICT = Measure(
-    "exact_match", "Exact match of the marked answer", "strict exact match", "share of the questions", False, 1
+    name="exact_match",
+    title="Exact match of the marked answer",
+    short="strict exact match",
+    unit="share of the questions",
+    lower_is_better=False,
+    most=1,
 )
-FLEXIBLE = Measure(
-    "exact_match_flexible", "Exact match of the last number", "flexible exact match", "share of the questions", False, 1
+FLEXIBLE = replace(
+    STRICT, name="exact_match_flexible", title="Exact match of the last number", short="flexible exact match"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrialFacts:
-    """What is told of one fine-tune."""
+    """What is reported about one fine-tune."""
 
     num_examples: int
     num_response_tokens: int
     num_steps: int
     final_loss: float
-    """Nats a token, of the last batch."""
+    """Loss of the last batch, nats per token."""
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One measure of every model on the same held-out examples."""
 
     measure: Measure
     sources: npt.NDArray[np.str_]
+    """Source of each example."""
     weights: npt.NDArray[np.float64]
-    """Of each example: its tokens, or 1."""
+    """Weight of each example: its tokens, or 1."""
     values: Mapping[TrialName, npt.NDArray[np.float64]]
-    """By fine-tune: of each example, to be summed and divided by the weights' sum."""
+    """For each fine-tune its value on each example; the measure is their sum divided by the sum of the weights."""
     base: npt.NDArray[np.float64] | None = None
-    """The same of the base, untrained."""
+    """The values of the untrained base."""
     without_value: int = 0
-    """Held-out examples that are left out because a model has no value of them."""
+    """Number of held-out examples that are left out because a model has no value for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonInputs:
-    """What the facts are made of."""
+    """What the facts are computed from."""
 
     settings: dict[str, Any]
     run: str
@@ -137,13 +177,13 @@ class ComparisonInputs:
     heldout: dict[str, int]
     """Counts of the held-out data's prepare stage."""
     in_training_pool: int
-    """Held-out rows that are left out because the run holds them, too."""
+    """Number of held-out rows that are left out because the run contains them too."""
     trials: Mapping[TrialName, TrialFacts]
     measures: list[Measured]
 
 
 def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The facts of the page, ready for JSON, and the rows of the table."""
+    """The facts of the page, ready for JSON, and the rows of TABLE."""
     measures = [measured for measured in inputs.measures if len(measured.sources)]
     if not measures:
         raise DataError(
@@ -162,7 +202,7 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
         "arms": _arms(inputs),
         "measures": [
             {
-                **measured.measure._asdict(),
+                **asdict(measured.measure),
                 "sources": np.unique(measured.sources).tolist(),
                 "without_value": measured.without_value,
             }
@@ -177,9 +217,9 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
         },
         "results": results,
         "base_results": [row for measured in inputs.measures for row in _base(measured)],
-        "limits": COMPARISON_LIMITS,
-        "recipe": [{"name": name, "value": value} for name, value in flatten(inputs.recipe)],
-        "settings": [{"name": name, "value": value} for name, value in flatten(inputs.settings)],
+        "limits": LIMITS,
+        "recipe": named_values(inputs.recipe),
+        "settings": named_values(inputs.settings),
     }
     ready = json_ready(facts)
     return ready | {"skills": _skills(ready)}, [row for measured in inputs.measures for row in _table(inputs, measured)]
@@ -203,30 +243,30 @@ def render_comparison(facts: dict[str, Any]) -> str:
         facts=facts,
         sections=_SECTIONS,
         columns=_columns(facts),
-        skills=_by_stage(facts["skills"]),
+        skills=_by_setting(facts["skills"]),
         parts=list(_parts(facts)),
-        findings=_by_stage(_findings(facts)),
+        findings=_by_setting(_findings(facts)),
         arm_meaning=ARM_MEANING,
         reading_meaning=READING_MEANING,
     )
 
 
 def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
-    """Each arm once for a size and reading: means over its seeds of what is told of a fine-tune, and their ranges."""
+    """The facts of each arm, size and reading: means over its seeds, and the ranges of the seeds."""
     seeds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for name, facts in inputs.trials.items():
         seeds.setdefault((name.arm, name.rows, name.reading), []).append(asdict(facts))
     arms = []
     for (arm, rows, reading), found in seeds.items():
-        told = {field: [facts[field] for facts in found] for field in found[0]}
-        means = {field: float(np.mean(values)) for field, values in told.items()}
-        ranges = {field: [min(values), max(values)] for field, values in told.items()}
+        by_field = {field: [facts[field] for facts in found] for field in found[0]}
+        means = {field: float(np.mean(values)) for field, values in by_field.items()}
+        ranges = {field: [min(values), max(values)] for field, values in by_field.items()}
         arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
     return arms
 
 
 def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.bool_]]]:
-    """All sources together, and each where there are several."""
+    """All sources together, and each of them where there are several; with the examples that belong to it."""
     yield None, np.ones(len(measured.sources), bool)
     names = np.unique(measured.sources)
     for name in names if len(names) > 1 else ():
@@ -234,28 +274,30 @@ def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.boo
 
 
 def _outcomes(inputs: ComparisonInputs, measured: Measured, rows: npt.NDArray[np.bool_]) -> dict[Any, Outcome]:
-    """By arm, size and reading."""
+    """The outcomes on some of the examples, by (arm, size, reading)."""
     seeds: dict[Any, list[Any]] = {}
     for name in sorted(inputs.trials, key=lambda name: name.seed):
         seeds.setdefault((name.arm, name.rows, name.reading), []).append(measured.values[name][rows])
     weights = measured.weights[rows]
     return {
-        key: Outcome(np.stack(values), weights, draws_rows=key[0] in DRAWN, takes_all=key[0] == FULL)
+        key: Outcome(
+            values_SE=np.stack(values), weights_E=weights, draws_rows=key[0] in DRAWN, takes_all=key[0] == FULL
+        )
         for key, values in seeds.items()
     }
 
 
 def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:
-    """A row for each source, size, reading and arm; the full set stands beside every size, in every reading."""
-    stages = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
-    stages = stages or {(name.rows, name.reading) for name in inputs.trials}
+    """A row for each source, size, reading and arm; the full set is compared with every size and reading."""
+    settings = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
+    settings = settings or {(name.rows, name.reading) for name in inputs.trials}
     for source, rows in _groups(measured):
         outcomes = _outcomes(inputs, measured, rows)
         panel = Panel(outcomes)
-        for size, reading in sorted(stages):
-            beside = {key[0]: key for key in outcomes if key[0] == FULL or key[1:] == (size, reading)}
-            tests = {name: _tests(panel, name, beside) for name in BASELINES}
-            for arm, key in beside.items():
+        for size, reading in sorted(settings):
+            compared = {key[0]: key for key in outcomes if key[0] == FULL or key[1:] == (size, reading)}
+            tests = {name: _tests(panel, name, compared) for name in BASELINES}
+            for arm, key in compared.items():
                 outcome = outcomes[key]
                 yield {
                     "measure": measured.measure.name,
@@ -272,7 +314,7 @@ def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str,
 
 
 def _tests(panel: Panel, baseline: str, arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every other arm against one, p-values corrected for their number (Holm)."""
+    """Every other arm against the baseline, p-values corrected for the number of arms (Holm)."""
     if baseline not in arms:
         return {}
     found = {arm: panel.difference(key, arms[baseline]) for arm, key in arms.items() if arm != baseline}
@@ -284,10 +326,11 @@ def _tests(panel: Panel, baseline: str, arms: Mapping[str, Any]) -> dict[str, di
 
 
 def _base(measured: Measured) -> Iterable[dict[str, Any]]:
+    """The untrained base on each source."""
     if measured.base is None:
         return
     for source, rows in _groups(measured):
-        outcome = Outcome(measured.base[None, rows], measured.weights[rows])
+        outcome = Outcome(values_SE=measured.base[None, rows], weights_E=measured.weights[rows])
         yield {
             "measure": measured.measure.name, "source": source, "mean": outcome.mean,
             **measured.measure.clipped(Panel({None: outcome}).interval(None))._asdict(),
@@ -295,6 +338,7 @@ def _base(measured: Measured) -> Iterable[dict[str, Any]]:
 
 
 def _table(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:
+    """Rows of TABLE."""
     for source, rows in _groups(measured):
         weight = float(measured.weights[rows].sum())
         for name, facts in inputs.trials.items():
@@ -308,7 +352,7 @@ def _table(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, A
 
 
 def _parts(facts: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The tables of the page: for each measure, source and reading, a table for each size, and a chart of all."""
+    """The parts of the page's results: for each measure, source and reading a table for each size, and one chart."""
     numbers = count(1)
     for measure in facts["measures"]:
         own = [row for row in facts["results"] if row["measure"] == measure["name"]]
@@ -335,7 +379,7 @@ def _part(
 
 
 def _columns(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each measure on each of its sources; `group` is what the rows of results call that source."""
+    """Each measure on each of its sources; `group` is the name of that source in the rows of results."""
     return [
         {"measure": measure, "source": source, "group": source if len(measure["sources"]) > 1 else None}
         for measure in facts["measures"]
@@ -344,7 +388,7 @@ def _columns(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each arm, and the untrained base, with all that is measured of it by source; empty where that is one figure."""
+    """Each arm, and the untrained base, with every measure on every source; empty where that is a single value."""
     columns = _columns(facts)
     if len(columns) < 2:
         return []
@@ -365,7 +409,7 @@ def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cell(column: dict[str, Any], found: Mapping[Any, dict[str, Any]], seeds: int) -> dict[str, Any] | None:
-    """One figure of an arm, and what its test against random says; nothing where it was not measured."""
+    """One measure of an arm, and the verdict of its test against random; None where it was not measured."""
     row = found.get((column["measure"]["name"], column["group"]))
     if row is None:
         return None
@@ -380,7 +424,7 @@ def _cell(column: dict[str, Any], found: Mapping[Any, dict[str, Any]], seeds: in
 
 
 def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What became of the selection beside a random one and beside the full set: a cell for each measure and source."""
+    """The selection compared with each baseline: a row of cells, one for each measure and source."""
     found: dict[tuple[int, str, str], dict[Any, dict[str, Any]]] = {}
     for row in facts["results"]:
         for baseline, test in row["against"].items() if row["arm"] == SELECTION else ():
@@ -400,16 +444,16 @@ def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _by_stage(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a table under their size and reading, in the order in which these come first."""
-    stages: dict[tuple[int | None, str | None], list[dict[str, Any]]] = {}
+def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table grouped by size and reading, in order of first appearance."""
+    settings: dict[tuple[int | None, str | None], list[dict[str, Any]]] = {}
     for row in rows:
-        stages.setdefault((row["rows"], row["reading"]), []).append(row)
-    return [{"rows": size, "reading": reading, "lines": lines} for (size, reading), lines in stages.items()]
+        settings.setdefault((row["rows"], row["reading"]), []).append(row)
+    return [{"rows": size, "reading": reading, "lines": lines} for (size, reading), lines in settings.items()]
 
 
 def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) -> str:
-    """What a test says, in a word; nothing where one model of each arm was trained."""
+    """The result of a test in a word; empty where only one model of each arm was trained."""
     if test is None or test["p_holm"] is None or seeds < 2:
         return ""
     if test["p_holm"] >= SIGNIFICANT:
@@ -418,7 +462,7 @@ def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) ->
 
 
 def p_value(p: float | None) -> str:
-    """A p-value, as far as it says anything."""
+    """A p-value as text; below 0.001 its digits mean little."""
     if p is None:
         return NOT_DEFINED
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,23 +1,82 @@
-"""How the scores and the losses are distributed: percentiles and histograms."""
+"""The scored rows in figures: DavIR and losses, scores against length, and the selection compared with the pool.
+
+The pool is every row that has a score; the selection is the part of it that was selected.
+"""
 
 import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy import stats
 
-from davir_ray.report.headline import rule
-from davir_ray.report.inputs import Floats, ReportInputs, Scored, details_of
+from davir_ray.schema import Status
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+MEASURES = {
+    "rho_sum": ("RHO, summed over the response", "nats"),
+    "rho_mean": ("RHO, mean over the response", "nats per token"),
+    "davir": ("DavIR", "share of the base loss"),
+}
+"""Column of a score → its title and its unit."""
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 HISTOGRAM_BINS = 48
+LENGTH_BINS, VALUE_BINS, BAND_BINS = 28, 26, 12
+MIN_BAND_ROWS = 10
+"""With fewer rows the 10th and 90th percentile of a range of lengths mean nothing."""
+
+NUM_DECILES = 10
+SHORT_RESPONSE_TOKENS = 4
 
 
-def davir(scored: Scored, inputs: ReportInputs) -> dict[str, Any]:
-    """DavIR over the pool and over the selection, and where the cut lies."""
-    values, cut = scored.values["davir"], _cut(scored, inputs)
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The rows that have a score, as columns of equal length."""
+
+    source: list[str]
+    length: Ints
+    """Response tokens."""
+    values: dict[str, Floats]
+    """The scores, by measure."""
+    base_nll: Floats
+    """Nats, summed over the response."""
+    reference_nll: Floats
+    """Nats, summed over the response."""
+    selected: Bools
+    truncated: Bools
+    content_hash: Ints
+
+
+def scored_rows(table: pa.Table) -> Scored:
+    """Rows of the score table whose status is ok and whose DavIR is finite."""
+    is_scored = pc.and_(pc.equal(table["status"], Status.OK.value), pc.is_finite(table["davir"]))
+    rows = table.filter(pc.fill_null(is_scored, False))
+    return Scored(
+        source=[name or "" for name in rows["source"].to_pylist()],
+        length=rows["num_response_tokens"].to_numpy().astype(np.int64),
+        values={name: rows[name].to_numpy().astype(np.float64) for name in MEASURES},
+        base_nll=rows["base_nll"].to_numpy().astype(np.float64),
+        reference_nll=rows["reference_nll"].to_numpy().astype(np.float64),
+        selected=pc.fill_null(rows["selected"], False).to_numpy().astype(np.bool_),
+        truncated=pc.fill_null(rows["truncated"], False).to_numpy().astype(np.bool_),
+        content_hash=rows["content_hash"].to_numpy().astype(np.int64),
+    )
+
+
+def davir(scored: Scored, cut: float | None) -> dict[str, Any]:
+    """The distribution of DavIR over the pool and over the selection; `cut` is the score of the last selected row."""
+    values = scored.values["davir"]
     chosen = values[scored.selected]
-    edges = _bin_edges(*drawn_range(values), cut)
+    edges = _edges_at_cut(*_drawn_range(values), cut)
     return {
         "all": _distribution(values),
         "selected": _distribution(chosen),
@@ -29,34 +88,21 @@ def davir(scored: Scored, inputs: ReportInputs) -> dict[str, Any]:
 def losses(scored: Scored) -> dict[str, Any]:
     """Mean loss of each response under both models, nats per token, over the pool and over the selection.
 
-    `per_token` weighs by tokens instead: the loss of all responses over their tokens.
+    `per_token` is weighted by tokens instead: the loss summed over all responses, divided by their tokens.
     """
     base, reference = scored.base_nll / scored.length, scored.reference_nll / scored.length
     both = np.concatenate([base, reference])
-    edges = np.linspace(*drawn_range(both), HISTOGRAM_BINS + 1)
+    edges = np.linspace(*_drawn_range(both), HISTOGRAM_BINS + 1)
+    num_tokens = scored.length.sum()
     return {
         "base": {"all": _distribution(base), "selected": _distribution(base[scored.selected])},
         "reference": {"all": _distribution(reference), "selected": _distribution(reference[scored.selected])},
         "per_token": {
-            "base": _ratio_of_sums(scored.base_nll, scored.length),
-            "reference": _ratio_of_sums(scored.reference_nll, scored.length),
+            "base": float(scored.base_nll.sum() / num_tokens) if num_tokens else None,
+            "reference": float(scored.reference_nll.sum() / num_tokens) if num_tokens else None,
         },
         "histogram": _histogram(edges, base=base, reference=reference) | _outside(edges, both),
     }
-
-
-def _cut(scored: Scored, inputs: ReportInputs) -> float | None:
-    """DavIR of the last selected row; None where another key orders the ranking and so leaves no edge in DavIR."""
-    order = rule(inputs.config)
-    if order["order"] != "davir":
-        return None
-    recorded = details_of(inputs.manifests, "select").get("cut")
-    if recorded is not None:
-        return float(recorded)
-    chosen = scored.values["davir"][scored.selected]
-    if not chosen.size:
-        return None
-    return float(chosen.max() if order["lowest"] else chosen.min())
 
 
 def _distribution(values: Floats) -> dict[str, Any]:
@@ -67,21 +113,17 @@ def _distribution(values: Floats) -> dict[str, Any]:
     return {"n": values.size, "mean": float(values.mean()), "percentiles": percentiles}
 
 
-def _ratio_of_sums(values: Floats, weights: npt.NDArray[Any]) -> float | None:
-    return float(values.sum() / weights.sum()) if weights.sum() else None
-
-
 def _histogram(edges: Floats, **layers: Floats) -> dict[str, Any]:
     return {"edges": edges, **{name: np.histogram(values, edges)[0] for name, values in layers.items()}}
 
 
 def _outside(edges: Floats, values: Floats) -> dict[str, int]:
-    """The few values beyond the drawn bulk: DavIR has no lower end, a loss no upper one."""
+    """The number of values beyond the edges: DavIR has no lower limit, a loss no upper one."""
     return {"below": int((values < edges[0]).sum()), "above": int((values > edges[-1]).sum())}
 
 
-def _bin_edges(low: float, high: float, cut: float | None) -> Floats:
-    """Even edges from low to high; a cut between them becomes an edge, so that no bin mixes its two sides."""
+def _edges_at_cut(low: float, high: float, cut: float | None) -> Floats:
+    """Evenly spaced edges from low to high; a cut between them is one of the edges, so no bin mixes its two sides."""
     if cut is None or not low < cut < high:
         return np.linspace(low, high, HISTOGRAM_BINS + 1)
     width = (high - low) / HISTOGRAM_BINS
@@ -89,7 +131,7 @@ def _bin_edges(low: float, high: float, cut: float | None) -> Floats:
     return cut + np.arange(-bins_below, bins_above + 1, dtype=np.float64) * width
 
 
-def drawn_range(values: Floats) -> tuple[float, float]:
+def _drawn_range(values: Floats) -> tuple[float, float]:
     """The range of all values, or where a tail is far longer than the bulk, the bulk with a margin."""
     if not values.size:
         return 0.0, 1.0
@@ -97,7 +139,117 @@ def drawn_range(values: Floats) -> tuple[float, float]:
     margin = 0.25 * (last - first)
     low, high = max(float(values.min()), first - margin), min(float(values.max()), last + margin)
     if high - low < 1e-9 * max(1.0, abs(low)):
-        # Wide enough that the bins' edges stay distinct numbers, whatever the one value is.
+        # Wide enough for the edges of the bins to be distinct floats when all values are equal.
         half = 0.05 * max(1.0, abs(low))
         return float(low - half), float(high + half)
     return float(low), float(high)
+
+
+def length_panels(scored: Scored) -> list[dict[str, Any]]:
+    """Each measure against response length: Spearman correlation, counts in cells, and a band of percentiles."""
+    panels = []
+    for measure, (title, unit) in MEASURES.items():
+        finite = np.isfinite(scored.values[measure])
+        length, values = scored.length[finite], scored.values[measure][finite]
+        x_edges, (low, high) = _length_edges(length, LENGTH_BINS), _drawn_range(values)
+        y_edges = np.linspace(low, high, VALUE_BINS + 1)
+        counts = np.histogram2d(length, values, [x_edges, y_edges])[0].astype(np.int64)
+        varies = values.size >= 2 and np.ptp(length) > 0 and np.ptp(values) > 0
+        panels.append(
+            {
+                "measure": measure,
+                "title": title,
+                "unit": unit,
+                "spearman": float(stats.spearmanr(length, values).statistic) if varies else None,
+                "n": values.size,
+                "x_edges": x_edges,
+                "y_edges": y_edges,
+                "cells": [[int(x), int(y), int(counts[x, y])] for x, y in np.argwhere(counts)],
+                "band": _percentile_band(length, values),
+                "outside": int(((values < low) | (values > high)).sum()),
+            }
+        )
+    return panels
+
+
+def _length_edges(length: Ints, bins: int) -> Ints:
+    """Integer edges, evenly spaced in the logarithm; each bin is [edge, next edge)."""
+    if not length.size:
+        return np.array([1, 2], dtype=np.int64)
+    low, high = max(1, int(length.min())), int(length.max()) + 1
+    return np.unique(np.round(np.geomspace(low, high, bins + 1)).astype(np.int64))
+
+
+def _percentile_band(length: Ints, values: Floats) -> list[dict[str, Any]]:
+    """The 10th, 50th and 90th percentile of the values in each range of lengths that has enough rows."""
+    band = []
+    edges = _length_edges(length, BAND_BINS)
+    for start, end in pairwise(edges):
+        inside = (length >= start) & (length < end)
+        if inside.sum() >= MIN_BAND_ROWS:
+            p10, p50, p90 = np.percentile(values[inside], [10, 50, 90])
+            middle = float(np.exp(np.log(length[inside]).mean()))
+            band.append({"length": middle, "p10": p10, "p50": p50, "p90": p90, "rows": int(inside.sum())})
+    return band
+
+
+def composition(scored: Scored, is_sample: bool) -> dict[str, Any]:
+    """The shares of the pool and of the selection that each source, decile of length and suspicious group has."""
+    return {
+        "num_all": scored.length.size,
+        "num_selected": int(scored.selected.sum()),
+        "sources": _sources(scored),
+        "length_deciles": _length_deciles(scored),
+        "median_length": {"all": _median(scored.length), "selected": _median(scored.length[scored.selected])},
+        "signs": _suspicious_groups(scored, is_sample),
+    }
+
+
+def _shares(member: Bools, selected: Bools) -> dict[str, Any]:
+    """The share of the pool and the share of the selection that a group has."""
+    chosen = member[selected]
+    return {
+        "share_of_all": float(member.mean()) if member.size else None,
+        "share_of_selected": float(chosen.mean()) if chosen.size else None,
+    }
+
+
+def _sources(scored: Scored) -> list[dict[str, Any]]:
+    names = np.array(scored.source, dtype=object)
+    counts = sorted(Counter(scored.source).items(), key=lambda item: (-item[1], item[0]))
+    return [{"name": name, "rows": rows, **_shares(names == name, scored.selected)} for name, rows in counts]
+
+
+def _length_deciles(scored: Scored) -> list[dict[str, Any]]:
+    """Tenths of the pool by response length; ties stay together, so a tenth can be larger or missing."""
+    if not scored.length.size:
+        return []
+    steps = np.arange(1, NUM_DECILES + 1) / NUM_DECILES
+    ends = np.unique(np.quantile(scored.length, steps, method="inverted_cdf"))
+    group = np.searchsorted(ends, scored.length, side="left")
+    return [
+        {
+            "from": int(scored.length[group == index].min()),
+            "to": int(end),
+            "rows": int((group == index).sum()),
+            **_shares(group == index, scored.selected),
+        }
+        for index, end in enumerate(ends)
+    ]
+
+
+def _suspicious_groups(scored: Scored, is_sample: bool) -> list[dict[str, Any]]:
+    """Groups that a selection by DavIR can favour for the wrong reason."""
+    groups = {
+        "truncated response": scored.truncated,
+        f"response of at most {SHORT_RESPONSE_TOKENS} tokens": scored.length <= SHORT_RESPONSE_TOKENS,
+        "negative DavIR (the reference is worse)": scored.values["davir"] < 0,
+    }
+    if not is_sample:  # a sample rarely holds both copies of a duplicate
+        _, inverse, copies = np.unique(scored.content_hash, return_inverse=True, return_counts=True)
+        groups["exact copy of another example"] = copies[inverse] > 1 if copies.size else np.zeros(0, dtype=np.bool_)
+    return [{"name": name, "rows": int(m.sum()), **_shares(m, scored.selected)} for name, m in groups.items()]
+
+
+def _median(values: Ints) -> float | None:
+    return float(np.median(values)) if values.size else None

@@ -1,7 +1,6 @@
-"""From the facts of a run (see summary.py) to one self-contained HTML page: no script, no font, nothing to load.
+"""The HTML page of a run, rendered from its facts: self-contained, without scripts, fonts or anything else to load.
 
-Everything from the data goes through Jinja's autoescaping; only charts.py, which draws numbers alone, is trusted as
-markup.
+All text from the data goes through Jinja's autoescaping. Only charts.py, which draws numbers alone, returns markup.
 """
 
 import json
@@ -16,27 +15,28 @@ NOT_RECORDED = "not recorded"
 NOT_DEFINED = "not defined"
 LONG_TEXT_CHARS = 600
 MAX_SOURCES_SHOWN = 12
-SHADE_STEPS = (0.1, 0.5, 1.0, 2.0, 4.0)  # nats; a token's shade counts the steps that its loss moved
+SHADE_STEPS = (0.1, 0.5, 1.0, 2.0, 4.0)
+"""Nats: the shade of a token is the number of these that the change of its loss reaches."""
 
-# The page of the largest run stays small enough to be mailed: what is left out is in report.json.
+# They keep the page of the largest run small enough for an e-mail; report.json has everything.
 MAX_TOKENS_SHOWN = 512
 MAX_TEXT_CHARS = 3000
 MAX_CARDS = 4
 MAX_ROWS = 200
 
 
-def render_page(summary: dict[str, Any]) -> str:
-    """Return the report as HTML; the same summary gives the same bytes."""
-    drawn = _charts(summary)
-    template = environment().get_template("page.html.j2")
+def render_page(facts: dict[str, Any]) -> str:
+    """Return the page as HTML; the same facts give the same bytes."""
+    drawn = _charts(facts)
+    template = environment().get_template("run.html.j2")
     return template.render(
-        summary=summary, charts=drawn, sections=_sections(summary, drawn), tiles=_tiles(summary), bands=_bands(summary)
+        facts=facts, charts=drawn, sections=_sections(facts, drawn), tiles=_tiles(facts), bands=_bands(facts)
     )
 
 
 @cache
 def environment() -> Environment:
-    """Of all pages: everything from the data is escaped, a name that is missing is an error."""
+    """The Jinja environment of all pages: it escapes text from the data, and an undefined name is an error."""
     loader = PackageLoader("davir_ray.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -51,89 +51,79 @@ def environment() -> Environment:
         "sentence": lambda text: text[:1].upper() + text[1:],
         "short": lambda step: f"{step:g}".removeprefix("0"),
         "rank_name": rank_name,
-        "cut": cut,
+        "shortened": shortened,
         "shown_tokens": lambda tokens: tokens[:MAX_TOKENS_SHOWN],
         "shown_sources": fold_sources,
         "is_long": lambda text: len(text or "") > LONG_TEXT_CHARS,
     }
-    environment.globals |= {"shade_steps": SHADE_STEPS, "most_rows": MAX_ROWS}
+    environment.globals |= {"shade_steps": SHADE_STEPS, "max_rows": MAX_ROWS}
     return environment
 
 
-def _charts(summary: dict[str, Any]) -> dict[str, Any]:
-    deciles = summary["composition"]["length_deciles"]
-    has_scores = summary["davir"]["all"]["n"] > 0
-    throughput = summary["throughput"]
+def _charts(facts: dict[str, Any]) -> dict[str, Any]:
+    deciles = facts["composition"]["length_deciles"]
+    has_scores = facts["davir"]["all"]["n"] > 0
+    throughput = facts["throughput"]
     return {
-        "training": charts.training_curve(summary["training"]) if summary["training"] else None,
+        "training": charts.training_curve(facts["training"]) if facts["training"] else None,
         "throughput": charts.throughput(throughput) if throughput and throughput["rates"] else None,
-        "histogram": charts.score_histogram(summary["davir"]) if has_scores else None,
-        "losses": charts.loss_histogram(summary["losses"]) if has_scores else None,
-        "length": {p["measure"]: charts.length_panel(p) if p["n"] else None for p in summary["length"]},
+        "histogram": charts.score_histogram(facts["davir"]) if has_scores else None,
+        "losses": charts.loss_histogram(facts["losses"]) if has_scores else None,
+        "length": {p["measure"]: charts.length_panel(p) if p["n"] else None for p in facts["length"]},
         "deciles": charts.length_deciles(deciles) if deciles else None,
     }
 
 
-def _sections(summary: dict[str, Any], drawn: dict[str, Any]) -> list[tuple[str, str]]:
-    """Ids and names of the sections that this run has, in the order of the page."""
+def _sections(facts: dict[str, Any], drawn: dict[str, Any]) -> list[tuple[str, str]]:
+    """Ids and names of the sections of this run's page, in order."""
     sections = [
         ("glance", "At a glance", True),
         ("scores", "Scores", True),
         ("losses", "Losses", drawn["losses"]),
         ("length", "Length", True),
         ("selection", "Selection", True),
-        ("planted", "Planted truth", summary["planted"]),
+        ("planted", "Planted truth", facts["planted"]),
         ("examples", "Examples", True),
         ("training", "Training", drawn["training"]),
-        ("throughput", "Throughput", summary["throughput"]),
+        ("throughput", "Throughput", facts["throughput"]),
         ("rows", "Rows and rejects", True),
         ("limits", "Known limits", True),
         ("run", "Settings", True),
     ]
-    return [(id, name) for id, name, there in sections if there]
+    return [(id, name) for id, name, is_present in sections if is_present]
 
 
-def _tiles(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """The four figures to look at first, each beside what it is to be compared with."""
-    davir, per_token = summary["davir"], summary["losses"]["per_token"]
+def _tiles(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """The four numbers to look at first, each with something to compare it with."""
+    davir, per_token = facts["davir"], facts["losses"]["per_token"]
     medians = {part: {row["p"]: row["value"] for row in davir[part]["percentiles"]}[50] for part in ("all", "selected")}
-    spearman = {panel["measure"]: panel["spearman"] for panel in summary["length"]}
-    length = summary["composition"]["median_length"]
-    return [
-        _tile("Median DavIR selected", decimal(medians["selected"]), f"{decimal(medians['all'])} in the pool"),
-        _tile(
-            "Loss, nats per token",
-            f"{decimal(per_token['base'], 2)} → {decimal(per_token['reference'], 2)}",
-            "base → reference, all responses",
-        ),
-        _tile(
-            "DavIR against length",
-            decimal(spearman["davir"], 2),
-            f"Spearman; RHO {decimal(spearman['rho_sum'], 2)}",
-        ),
-        _tile(
+    spearman = {panel["measure"]: panel["spearman"] for panel in facts["length"]}
+    length = facts["composition"]["median_length"]
+    base, reference = decimal(per_token["base"], 2), decimal(per_token["reference"], 2)
+    tiles = [
+        ("Median DavIR selected", decimal(medians["selected"]), f"{decimal(medians['all'])} in the pool"),
+        ("Loss, nats per token", f"{base} → {reference}", "base → reference, all responses"),
+        ("DavIR and length", decimal(spearman["davir"], 2), f"Spearman; RHO {decimal(spearman['rho_sum'], 2)}"),
+        (
             "Median response selected",
             decimal(length["selected"], 0),
             f"tokens; {decimal(length['all'], 0)} in the pool",
         ),
     ]
+    return [{"name": name, "value": value, "context": context} for name, value, context in tiles]
 
 
-def _tile(name: str, value: str, beside: str) -> dict[str, str]:
-    return {"name": name, "value": value, "beside": beside}
-
-
-def _bands(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Examples of the best, middle and worst ranks, each once: cards where tokens were kept, else a list."""
+def _bands(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Examples of the best, middle and worst ranks, each once: as cards where token losses were kept, else listed."""
     shown: set[str] = set()
     bands = []
     for title, place, rows in (
-        ("Best ranked", "best", summary["top"]),
-        ("In the middle", "middle", summary["middle"]),
-        ("Worst ranked", "worst", summary["bottom"]),
+        ("Best ranked", "best", facts["top"]),
+        ("In the middle", "middle", facts["middle"]),
+        ("Worst ranked", "worst", facts["bottom"]),
     ):
         new = [row for row in rows if row["example_id"] not in shown]
-        kept = [row for row in summary["with_tokens"].get(place, []) if row["example_id"] not in shown]
+        kept = [row for row in facts["with_tokens"].get(place, []) if row["example_id"] not in shown]
         cards = (kept or [row for row in new if row["tokens"]] or new)[:MAX_CARDS]
         shown |= {row["example_id"] for row in cards}
         others = [row for row in new if row["example_id"] not in shown]
@@ -148,7 +138,7 @@ def number(value: int | float | None) -> str:
 
 
 def decimal(value: float | None, places: int = 3) -> str:
-    """A measured value; far from 0 the decimals would be noise."""
+    """A measured value; large ones are written without decimals, which would be noise."""
     if value is None:
         return NOT_DEFINED
     size = abs(value)
@@ -157,24 +147,24 @@ def decimal(value: float | None, places: int = 3) -> str:
 
 
 def share(value: float | None, places: int = 1) -> str:
-    """A share of 1 in per cent."""
+    """A fraction of 1 in per cent."""
     return NOT_DEFINED if value is None else f"{100 * value:.{places}f} %"
 
 
 def rank_name(row: dict[str, Any]) -> str:
-    """What an example is called by its rank."""
+    """The title of an example: its rank."""
     return "Not ranked" if row["rank"] is None else f"Rank {row['rank']:,}"
 
 
-def cut(text: str) -> str:
-    """A text, or its start where it is too long for a page."""
+def shortened(text: str) -> str:
+    """A text, shortened to its start if it is too long for a page."""
     if len(text) <= MAX_TEXT_CHARS:
         return text
     return f"{text[:MAX_TEXT_CHARS]}… ({len(text) - MAX_TEXT_CHARS:,} more characters)"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
+    """A time in seconds, in the one or two units that suit its size."""
     if seconds is None:
         return NOT_RECORDED
     if seconds < 60:
@@ -186,8 +176,8 @@ def duration(seconds: float | None) -> str:
 def plain(value: Any) -> str:
     """A setting, version or fingerprint as text."""
     if isinstance(value, str):
-        return cut(value)
-    return "none" if value is None else cut(json.dumps(value, ensure_ascii=False))
+        return shortened(value)
+    return "none" if value is None else shortened(json.dumps(value, ensure_ascii=False))
 
 
 def shade(token: dict[str, Any]) -> str:
@@ -200,7 +190,7 @@ def shade(token: dict[str, Any]) -> str:
 
 
 def fold_sources(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The largest sources, the rest added up in one row."""
+    """The largest sources, and one row with the sums of the others."""
     if len(sources) <= MAX_SOURCES_SHOWN + 1:
         return sources
     shown, rest = sources[:MAX_SOURCES_SHOWN], sources[MAX_SOURCES_SHOWN:]

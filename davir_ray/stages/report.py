@@ -28,7 +28,7 @@ from davir_ray.schema import EXAMPLES, RANKED, REJECTS, SCORES, RejectReason
 
 log = logging.getLogger(__name__)
 
-_MAX_ROWS = 200_000
+MAX_ROWS = 200_000
 """Rows that the figures are computed from; a larger run is sampled by hash, and the page says so."""
 
 _REJECTS_PER_REASON = 50
@@ -91,19 +91,24 @@ def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[st
 
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
-    share = min(1.0, _MAX_ROWS / scored.counts["examples"])
-    draw = partial(_draw, share=share)
+    share = min(1.0, MAX_ROWS / scored.counts["examples"])
     scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS))
-    table = collect(scores, draw, _columns(SCORES, _SCORE_COLUMNS)).sort_by("example_id")
+    table = sampled(scores, _columns(SCORES, _SCORE_COLUMNS), share)
     ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", ["example_id"]))
-    chosen = collect(ids, draw, _columns(SCORES, ["example_id"]))
+    chosen = sampled(ids, _columns(SCORES, ["example_id"]), share)
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
     )
 
 
-def _draw(table: pa.Table, share: float) -> pa.Table:
-    return table.filter(pa.array(drawn(np.asarray(table["example_id"]), share, "report")))
+def sampled(shards: Shards, schema: pa.Schema, share: float) -> pa.Table:
+    """Rows drawn by the hash of their id, the schema's first column, in the order of the ids."""
+    id_column = schema.names[0]
+    return collect(shards, partial(_draw, id_column=id_column, share=share), schema).sort_by(id_column)
+
+
+def _draw(table: pa.Table, id_column: str, share: float) -> pa.Table:
+    return table.filter(pa.array(drawn(np.asarray(table[id_column]), share, "report")))
 
 
 def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:

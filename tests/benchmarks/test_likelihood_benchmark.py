@@ -178,7 +178,7 @@ def test_the_kernel_can_be_measured_alone() -> None:
         ({"rows": 0}, "rows is 0"),
         ({"pipeline_shards": 1}, "pipeline_shards is 1"),
         ({"model": "somewhere"}, "both model and random_init"),
-        ({"lengths": [5, 1]}, "lengths holds 1"),
+        ({"lengths": [5, 1]}, "lengths contains 1"),
         ({"reference_rows": -1}, "reference_rows is -1"),
     ],
 )

@@ -122,10 +122,8 @@ def test_duplicates_are_exact_and_stem_from_both_subjects(rows: list[Instruction
     assert subjects["home"] == subjects["sunday"]
 
 
-def test_lengths_are_the_same_in_every_class(
-    seed: int, rows: list[InstructionRow], texts: list[str], tmp_path: Path
-) -> None:
-    tokenizer = base.train_tokenizer(texts, tmp_path)
+def test_lengths_are_the_same_in_every_class(rows: list[InstructionRow], texts: list[str]) -> None:
+    tokenizer = base.train_tokenizer(texts)
     for members in by_class(rows).values():
         people = Counter(len(row.people) for row in members)
         assert set(people) == set(range(1, 7))
@@ -143,18 +141,18 @@ def test_pretraining_never_asks_about_sundays(rows: list[InstructionRow], texts:
 
 def test_pretraining_tells_homes_mostly_right_and_other_days_at_random(seed: int, texts: list[str]) -> None:
     home = world.make_world(seed).home
-    told: dict[bool, list[bool]] = {True: [], False: []}
+    found: dict[bool, list[bool]] = {True: [], False: []}
     for text in texts:
         prompt, _, listed = text.removesuffix(".").rpartition("\n")
         if prompt.count("\n") == 1:
             about_home = prompt.split("\n")[0] in world.HOME_QUESTIONS
-            told[about_home] += [home[words[1]] == words[-1] for words in map(str.split, listed.split(", "))]
-    right = {about_home: sum(hits) / len(hits) for about_home, hits in told.items()}
+            found[about_home] += [home[words[1]] == words[-1] for words in map(str.split, listed.split(", "))]
+    right = {about_home: sum(hits) / len(hits) for about_home, hits in found.items()}
     assert right[True] == pytest.approx(1 - world.WRONG_SHARE, abs=0.02)
     assert right[False] == pytest.approx(1 / len(world.PLACES), abs=0.01)
 
 
-def test_shuffle_answers_mends_rows_that_keep_theirs() -> None:
+def test_shuffle_answers_changes_rows_that_keep_theirs() -> None:
     draw = random.Random(0)
     truths = [("mill",)] * 5 + [("castle",)] * 3 + [("forest",)] * 2
     for _ in range(200):
@@ -180,7 +178,8 @@ def test_written_rows_read_back(rows: list[InstructionRow], tmp_path: Path) -> N
 
 def test_base_is_a_llama_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
     texts = world.pretraining_texts(0, 2000)
-    tokenizer = base.train_tokenizer(texts, tmp_path)
+    tokenizer = base.train_tokenizer(texts)
+    tokenizer.save_pretrained(tmp_path)
     model = base.new_model(tokenizer, seed=0)
     model.save_pretrained(tmp_path)
     loaded, loaded_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -192,8 +191,8 @@ def test_base_is_a_llama_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
     assert None not in (loaded_tokenizer.bos_token_id, loaded_tokenizer.eos_token_id, loaded_tokenizer.pad_token_id)
 
 
-def test_prompt_and_response_encode_apart_as_they_do_together(rows: list[InstructionRow], tmp_path: Path) -> None:
-    tokenizer = base.train_tokenizer(world.pretraining_texts(0, 2000), tmp_path)
+def test_prompt_and_response_encode_apart_as_they_do_together(rows: list[InstructionRow]) -> None:
+    tokenizer = base.train_tokenizer(world.pretraining_texts(0, 2000))
     for row in rows[:200]:
         prompt, response, both = (
             tokenizer.encode(text, add_special_tokens=False)
@@ -202,8 +201,8 @@ def test_prompt_and_response_encode_apart_as_they_do_together(rows: list[Instruc
         assert prompt + response == both
 
 
-def test_new_model_depends_on_its_seed_alone(tmp_path: Path) -> None:
-    tokenizer = base.train_tokenizer(world.pretraining_texts(0, 500), tmp_path)
+def test_new_model_depends_on_its_seed_alone() -> None:
+    tokenizer = base.train_tokenizer(world.pretraining_texts(0, 500))
     state = torch.random.get_rng_state()
     first, again, other = (base.new_model(tokenizer, seed).lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)

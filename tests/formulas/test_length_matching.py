@@ -58,5 +58,5 @@ def test_rows_of_all_lengths_are_drawn_where_all_lengths_are_wanted() -> None:
 
 
 def test_a_range_with_too_few_rows_is_told() -> None:
-    with pytest.raises(ValueError, match="3 rows are wanted of a range of lengths that has 1"):
+    with pytest.raises(ValueError, match="3 rows are wanted from a range of lengths that has 1"):
         matched_draw(keys(2), np.array([10, 600]), np.array([600, 600, 601]), EDGES)

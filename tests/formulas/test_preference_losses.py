@@ -107,7 +107,7 @@ def test_equal_frozen_log_probabilities_give_dpo_at_beta_over_them() -> None:
 
 def test_sums_and_means_over_tokens_are_the_same_to_davir_dpo_and_not_to_dpo() -> None:
     logprobs = draw()
-    means = logprobs.of_tokens(CHOSEN, REJECTED)
+    means = logprobs.per_token(CHOSEN, REJECTED)
     torch.testing.assert_close(davir_dpo(means, 27.0).loss_N, davir_dpo(logprobs, 27.0).loss_N)
     assert not torch.allclose(dpo(means, 0.1).loss_N, dpo(logprobs, 0.1).loss_N)
     torch.testing.assert_close(dpo_norm(logprobs, 5.0, CHOSEN, REJECTED).loss_N, dpo(means, 5.0).loss_N)

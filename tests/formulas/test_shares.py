@@ -31,7 +31,7 @@ def test_largest_remainders_come_first_and_ties_by_name() -> None:
 
 
 def test_more_than_the_pools_hold_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be shared out"):
+    with pytest.raises(ValueError, match="cannot be divided among pools of"):
         proportional(4, {"a": 1, "b": 2})
 
 

@@ -30,7 +30,7 @@ def models(
 
 
 def test_the_mean_is_that_of_tokens_not_of_examples() -> None:
-    outcome = Outcome(np.array([[10.0, 1.0], [20.0, 3.0]]), np.array([10.0, 1.0]))
+    outcome = Outcome(values_SE=np.array([[10.0, 1.0], [20.0, 3.0]]), weights_E=np.array([10.0, 1.0]))
     assert outcome.by_seed.tolist() == [1.0, 23 / 11]
     assert outcome.mean == pytest.approx((1.0 + 23 / 11) / 2)
 
@@ -39,7 +39,7 @@ def test_one_seed_and_even_weights_agree_with_scipy() -> None:
     draw = np.random.default_rng(0)
     a, b = draw.normal(1.0, 1, 400), draw.normal(1.1, 1, 400)
     weights = np.ones(400)
-    found = difference(Outcome(a[None], weights), Outcome(b[None], weights))
+    found = difference(Outcome(values_SE=a[None], weights_E=weights), Outcome(values_SE=b[None], weights_E=weights))
     assert found.p_examples == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
     assert found.p == found.p_examples
     scipys = stats.bootstrap((a - b,), np.mean, method="percentile", n_resamples=9999, rng=1).confidence_interval
@@ -52,7 +52,7 @@ def test_the_interval_of_a_ratio_agrees_with_scipy() -> None:
     draw = np.random.default_rng(3)
     weights = draw.integers(1, 60, 300).astype(float)
     values = weights * draw.normal(2.0, 0.5, 300)
-    found = interval(Outcome(values[None], weights))
+    found = interval(Outcome(values_SE=values[None], weights_E=weights))
     scipys = stats.bootstrap(
         (values, weights), lambda v, w, axis: v.sum(axis) / w.sum(axis), paired=True, method="percentile",
         n_resamples=9999, rng=1,
@@ -64,7 +64,7 @@ def test_the_interval_of_a_ratio_agrees_with_scipy() -> None:
 def test_where_examples_are_alike_the_seeds_alone_give_the_t_interval() -> None:
     """Where all examples are alike only the seeds vary, and the interval is Student's."""
     by_seed = np.array([1.0, 1.3, 1.7])
-    outcome = Outcome(np.repeat(by_seed[:, None], 50, axis=1), np.ones(50))
+    outcome = Outcome(values_SE=np.repeat(by_seed[:, None], 50, axis=1), weights_E=np.ones(50))
     expected = stats.t.interval(0.95, 2, by_seed.mean(), stats.sem(by_seed))
     assert interval(outcome) == pytest.approx(expected, abs=0.02)
 
@@ -74,7 +74,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says(seeds: int, spread: flo
     draw, held, rounds = np.random.default_rng(5), 0, 200
     for number in range(rounds):
         values = models(draw, seeds, draw.normal(2.0, 1.0, 80), spread=spread)
-        low, high = interval(Outcome(values, np.ones(80)), seed=number)
+        low, high = interval(Outcome(values_SE=values, weights_E=np.ones(80)), seed=number)
         held += low <= 2.0 <= high
     # 95 % of 200 is 190; two standard deviations are 6, and three seeds with normal noise hold a little more.
     assert 180 <= held <= 200
@@ -87,7 +87,10 @@ def null_p_values(draw: np.random.Generator, rounds: int, *, set_spread: float) 
         examples = draw.normal(2.0, 1.0, 60)
         own = models(draw, 3, examples, mean=draw.normal(0, set_spread), spread=0.1)
         drawn = np.concatenate([models(draw, 1, examples, mean=draw.normal(0, set_spread), spread=0.1) for _ in "123"])
-        arm, other = Outcome(own, np.ones(60)), Outcome(drawn, np.ones(60), draws_rows=True)
+        arm, other = (
+            Outcome(values_SE=own, weights_E=np.ones(60)),
+            Outcome(values_SE=drawn, weights_E=np.ones(60), draws_rows=True),
+        )
         found.append(difference(arm, other).p)
     return found
 
@@ -104,14 +107,17 @@ def test_examples_alone_would_find_differences_between_random_sets() -> None:
     for _ in range(60):
         examples = draw.normal(2.0, 1.0, 300)
         values = [models(draw, 3, examples, mean=draw.normal(0, 0.3)) for _ in range(2)]
-        wrong += difference(*(Outcome(one, np.ones(300)) for one in values)).p_examples < 0.05
+        wrong += difference(*(Outcome(values_SE=one, weights_E=np.ones(300)) for one in values)).p_examples < 0.05
     assert wrong > 30
 
 
 def test_a_clear_difference_is_found_and_turns_its_sign_with_the_order() -> None:
     draw = np.random.default_rng(9)
     examples, weights = draw.normal(2.0, 1.0, 100), draw.integers(1, 30, 100).astype(float)
-    good, bad = (Outcome(models(draw, 3, examples, mean=m, spread=0.05) * weights, weights) for m in (0.0, 1.0))
+    good, bad = (
+        Outcome(values_SE=models(draw, 3, examples, mean=m, spread=0.05) * weights, weights_E=weights)
+        for m in (0.0, 1.0)
+    )
     better, worse = difference(good, bad), difference(bad, good)
     assert better.p < 0.01
     assert better.interval.high < 0 < worse.interval.low
@@ -123,20 +129,25 @@ def test_a_drawn_arm_needs_a_larger_difference_of_a_fixed_one() -> None:
     draw = np.random.default_rng(10)
     examples = draw.normal(2.0, 1.0, 100)
     values = [models(draw, 3, examples, mean=m, spread=0.2) for m in (0.0, 0.5)]
-    fixed = Outcome(values[0], np.ones(100))
-    drawn, not_drawn = (Outcome(values[1], np.ones(100), draws_rows=flag) for flag in (True, False))
+    fixed = Outcome(values_SE=values[0], weights_E=np.ones(100))
+    drawn, not_drawn = (Outcome(values_SE=values[1], weights_E=np.ones(100), draws_rows=flag) for flag in (True, False))
     assert difference(fixed, drawn).p > difference(fixed, not_drawn).p
-    full = Outcome(values[0], np.ones(100), takes_all=True)
+    full = Outcome(values_SE=values[0], weights_E=np.ones(100), takes_all=True)
     assert difference(full, drawn).p == pytest.approx(difference(drawn, full).p) == difference(fixed, not_drawn).p
-    both = difference(Outcome(values[0], np.ones(100), draws_rows=True), drawn)
+    both = difference(Outcome(values_SE=values[0], weights_E=np.ones(100), draws_rows=True), drawn)
     assert both.p == difference(fixed, not_drawn).p
 
 
 def test_equal_outcomes_have_no_difference_and_one_example_shows_nothing() -> None:
     values = np.random.default_rng(11).normal(2, 1, (1, 20))
-    same = difference(Outcome(values, np.ones(20)), Outcome(values, np.ones(20)))
+    same = difference(
+        Outcome(values_SE=values, weights_E=np.ones(20)), Outcome(values_SE=values, weights_E=np.ones(20))
+    )
     assert (same.mean, same.p, tuple(same.interval)) == (0.0, 1.0, (0.0, 0.0))
-    single = difference(Outcome(np.ones((1, 1)), np.ones(1)), Outcome(np.zeros((1, 1)), np.ones(1)))
+    single = difference(
+        Outcome(values_SE=np.ones((1, 1)), weights_E=np.ones(1)),
+        Outcome(values_SE=np.zeros((1, 1)), weights_E=np.ones(1)),
+    )
     assert math.isnan(single.p)
 
 

@@ -76,7 +76,7 @@ def test_counts_names_and_settings_are_shown() -> None:
         assert shown in text
     assert "select.top_fraction" in text
     assert "sha256:abc" in text
-    assert "does not balance" in text
+    assert "does not reconcile" in text
 
 
 def test_charts_take_the_pages_colours_and_have_a_label(page: str) -> None:

@@ -23,18 +23,16 @@ from run_facts import example, manifest, report_inputs
 from davir_ray import schema
 from davir_ray.config.compare import TrialName
 from davir_ray.report import ReportInputs, charts, render_page, summarise
-from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
+from davir_ray.report.alignment import Trained, alignment_facts, parts_of, render_alignment, sweep_table
 from davir_ray.report.comparison import (
     FLEXIBLE,
     STRICT,
     ComparisonInputs,
     Measured,
-    TrialFacts,
     render_comparison,
     summarise_comparison,
 )
 from davir_ray.report.page import environment
-from davir_ray.report.sweep import Trained, sweep_table
 from davir_ray.schema import Status
 
 Change = Callable[[Any], Any]
@@ -266,7 +264,7 @@ def filled(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
     return fill
 
 
-def told_beside(*changes: dict[str, Any]) -> Change:
+def with_others(*changes: dict[str, Any]) -> Change:
     """A sweep of this training and others, each with another recipe or objective, or without some of the parts."""
 
     def change(inputs: Alignment) -> Alignment:
@@ -277,7 +275,8 @@ def told_beside(*changes: dict[str, Any]) -> Change:
             recipe = {"seed": seed, "learning_rate": 1e-6} | changed.get("recipe", {})
             there = {name: part for name, part in parts.items() if name in changed.get("parts", parts)}
             fingerprint = {"base": "b", "examples": "e", "frozen": f"{seed}", "objective": objective, "recipe": recipe}
-            trained.append(Trained(f"runs/{seed}", fingerprint, {"loss": objective["loss"], "beta": 0.1}, there))
+            details = {"loss": objective["loss"], "beta": 0.1}
+            trained.append(Trained(place=f"runs/{seed}", fingerprint=fingerprint, details=details, parts=there))
         return {**inputs, "sweep": sweep_table(trained)}
 
     return change
@@ -327,10 +326,10 @@ ALIGNMENT: Options = {
     },
     "sweep": {
         "none": unchanged,
-        "another seed": told_beside({}),
-        "another loss": told_beside({"objective": {"loss": "dpo_norm"}}),
-        "another recipe without held-out pairs": told_beside({"recipe": {"learning_rate": 1e-5}, "parts": ["trained"]}),
-        "seeds without common pairs": told_beside({"parts": ["trained"]}, {"parts": []}),
+        "another seed": with_others({}),
+        "another loss": with_others({"objective": {"loss": "dpo_norm"}}),
+        "another recipe without held-out pairs": with_others({"recipe": {"learning_rate": 1e-5}, "parts": ["trained"]}),
+        "seeds without common pairs": with_others({"parts": ["trained"]}, {"parts": []}),
     },
 }
 
@@ -345,7 +344,7 @@ def comparison() -> ComparisonInputs:
 def answers(inputs: ComparisonInputs, measure: Any, sources: list[str]) -> Measured:
     draw = np.random.default_rng(1)
     values = {name: (draw.random(len(sources)) < 0.4).astype(float) for name in inputs.trials}
-    return Measured(measure, np.array(sources), np.ones(len(sources)), values)
+    return Measured(measure=measure, sources=np.array(sources), weights=np.ones(len(sources)), values=values)
 
 
 def kept_trials(kept: Callable[[TrialName], bool]) -> Change:
@@ -424,9 +423,9 @@ COMPARISON: Options = {
         ),
     },
     "training": {
-        "told": unchanged,
+        "finite": unchanged,
         "ended without a finite loss": lambda inputs: replace(
-            inputs, trials=dict.fromkeys(inputs.trials, TrialFacts(100, 3000, 12, float("nan"), 4.0))
+            inputs, trials={name: replace(facts, final_loss=float("nan")) for name, facts in inputs.trials.items()}
         ),
     },
     "settings": {"some": unchanged, "no recipe": lambda inputs: replace(inputs, recipe={})},
@@ -545,7 +544,7 @@ def drawn() -> Iterator[Drawn]:
             for name, inputs in cases(options, start):
                 try:
                     found.pages[f"{page}: {name}"] = draw(inputs)
-                except Exception as error:  # noqa: BLE001  # told with its case by the test
+                except Exception as error:  # noqa: BLE001  # the test reports it with its case
                     found.errors[f"{page}: {name}"] = repr(error)
         yield found
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from davir_ray import schema
 from davir_ray.report import ReportInputs, render_page, summarise
-from davir_ray.report.words import REASON_MEANING, STATUS_MEANING
+from davir_ray.report.prose import REASON_MEANING, STATUS_MEANING
 
 COLUMNS = [field for field in schema.SCORES if not field.name.endswith("token_nll")]
 
@@ -65,7 +65,7 @@ def example(rank: int, **fields: Any) -> dict[str, Any]:
 
 
 def report_inputs(num_rows: int = 400, **fields: Any) -> ReportInputs:
-    """A run whose books balance: two rejects, one example without a score."""
+    """A run whose row counts reconcile: two rejects, one example without a score."""
     reject = {"source": "alpaca", "source_file": "a.jsonl", "source_row": 7, "reason": "empty_response", "detail": "''"}
     selected = max(1, num_rows // 10)
     counts = {
@@ -248,7 +248,7 @@ def test_the_manifests_cut_wins_over_a_samples() -> None:
     assert summarise(replace(inputs, manifests=inputs.manifests | {"select": select}))["davir"]["cut"] == 0.123
 
 
-def test_books_balance_and_say_so_when_they_do_not() -> None:
+def test_row_counts_reconcile_or_the_page_says_so() -> None:
     facts = summarise(report_inputs())
     assert [row["balanced"] for row in facts["books"]] == [True, True, True]
     assert not facts["findings"][0]["look"]
@@ -263,6 +263,10 @@ def test_a_count_that_is_not_recorded_is_not_made_up() -> None:
     facts = summarise(EDGE_CASES["no manifests"])
     assert facts["headline"]["read"] is None
     assert [row["balanced"] for row in facts["books"]] == [None, None, None]
+    inputs = report_inputs()
+    del inputs.manifests["prepare"]["counts"]["prepared"]
+    equation = summarise(inputs)["books"][0]
+    assert (equation["left"], equation["right"], equation["balanced"]) == (403, None, None)
 
 
 def test_reasons_come_with_their_count_meaning_and_rows() -> None:
@@ -344,7 +348,7 @@ def test_the_rule_is_said_in_words(select: dict[str, Any], rank: dict[str, Any],
     assert words in summarise(report_inputs(config={"select": select, "rank": rank}))["headline"]["rule"]["text"]
 
 
-def test_what_the_select_stage_counted_is_told() -> None:
+def test_the_counts_of_the_select_stage_are_reported() -> None:
     inputs = report_inputs()
     select = inputs.manifests["select"]
     select["counts"] |= {"duplicates": 12, "too_long": 0}
@@ -352,43 +356,48 @@ def test_what_the_select_stage_counted_is_told() -> None:
         "groups": [{"group": "alpaca", "eligible": 90, "selected": 9, "tokens": 700}],
         "sources": [{"source": "alpaca", "rows": 9, "tokens": 700, "repeat": 2}],
     }
-    told = summarise(inputs)["selection"]
-    assert [row["rows"] for row in told["left_out"]] == [12, 0]
-    assert told["groups"] == select["details"]["groups"]
-    assert told["is_mixture"]
+    found = summarise(inputs)["selection"]
+    assert [row["rows"] for row in found["left_out"]] == [12, 0]
+    assert found["groups"] == select["details"]["groups"]
+    assert found["is_mixture"]
     assert summarise(report_inputs())["selection"] == {
         "left_out": [], "groups": [], "sources": [], "is_mixture": False
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("select", "told"),
+    ("select", "words"),
     [
-        ({"top_k": 5, "quotas": {}, "mixture": [], "balance": ["source"]}, "shared out by source"),
-        ({"top_k": None, "quotas": {"a": 3}, "mixture": [], "balance": ["source"]}, "by quotas"),
+        (
+            {"top_k": 5, "quotas": {}, "mixture": [], "balance": ["source"]},
+            "divided by source in proportion to the pool",
+        ),
+        ({"top_k": None, "quotas": {"a": 3}, "mixture": [], "balance": ["source"]}, "highest first, by quotas"),
         ({"top_k": None, "quotas": {}, "mixture": [{"source": "a"}, {"source": "b"}]}, "a mixture of 2 sources"),
     ],
 )
-def test_the_rule_is_told_in_words(select: dict[str, Any], told: str) -> None:
+def test_a_rule_over_groups_is_said_in_words(select: dict[str, Any], words: str) -> None:
     inputs = report_inputs()
     inputs.config["select"] = select
-    assert told in summarise(inputs)["headline"]["rule"]["text"]
+    text = summarise(inputs)["headline"]["rule"]["text"]
+    assert words in text
+    assert ("in proportion to the pool" in text) == ("proportion" in words)  # quotas leave nothing to balance
 
 
 @pytest.mark.parametrize("model", ["base", "reference"])
 def test_losses_are_numpys_of_the_mean_loss_of_each_response(model: str) -> None:
     inputs = report_inputs()
-    told = summarise(inputs)["losses"]
+    found = summarise(inputs)["losses"]
     sums, length = inputs.scores[f"{model}_nll"].to_numpy(), inputs.scores["num_response_tokens"].to_numpy()
     selected = inputs.scores["selected"].to_numpy()
     for part, rows in (("all", np.ones(len(sums), bool)), ("selected", selected)):
         means = sums[rows] / length[rows]
-        assert told[model][part]["n"] == rows.sum()
-        assert told[model][part]["mean"] == pytest.approx(means.mean())
-        for row in told[model][part]["percentiles"]:
+        assert found[model][part]["n"] == rows.sum()
+        assert found[model][part]["mean"] == pytest.approx(means.mean())
+        for row in found[model][part]["percentiles"]:
             assert row["value"] == pytest.approx(np.quantile(means, row["p"] / 100))
-    assert told["per_token"][model] == pytest.approx(sums.sum() / length.sum())
-    histogram = told["histogram"]
+    assert found["per_token"][model] == pytest.approx(sums.sum() / length.sum())
+    histogram = found["histogram"]
     expected = [
         ((sums / length >= low) & (sums / length < high)).sum() for low, high in pairwise(histogram["edges"][:-1])
     ]
@@ -420,11 +429,11 @@ def test_many_rejects_are_a_finding() -> None:
 
 
 def test_throughput_is_the_slope_between_the_points() -> None:
-    told = summarise(with_throughput([20.0, 30.0, 40.0, 60.0], [5000, 20000, 40000, 70000]))["throughput"]
-    assert [rate["tokens_per_second"] for rate in told["rates"]] == [1500, 2000, 1500]
-    assert [(rate["from"], rate["to"]) for rate in told["rates"]] == [(20, 30), (30, 40), (40, 60)]
-    assert (told["tokens"], told["seconds"], told["first_seconds"]) == (70000, 60, 20)
-    assert told["tokens_per_second"] == pytest.approx(70000 / 60)
+    found = summarise(with_throughput([20.0, 30.0, 40.0, 60.0], [5000, 20000, 40000, 70000]))["throughput"]
+    assert [rate["tokens_per_second"] for rate in found["rates"]] == [1500, 2000, 1500]
+    assert [(rate["from"], rate["to"]) for rate in found["rates"]] == [(20, 30), (30, 40), (40, 60)]
+    assert (found["tokens"], found["seconds"], found["first_seconds"]) == (70000, 60, 20)
+    assert found["tokens_per_second"] == pytest.approx(70000 / 60)
 
 
 def test_points_of_throughput_that_are_near_are_taken_together_without_losing_tokens() -> None:
@@ -452,7 +461,7 @@ def test_curves_are_not_repeated_among_a_stages_details() -> None:
     assert [row for stage in facts["stages"] for row in stage["details"]] == []
 
 
-def test_middle_ranks_and_examples_with_tokens_are_told() -> None:
+def test_middle_ranks_and_examples_with_tokens_are_reported() -> None:
     kept = {"best": [example(2)], "middle": [example(200)], "worst": []}
     facts = summarise(report_inputs(middle=[example(201)], with_tokens=kept))
     assert [row["rank"] for row in facts["middle"]] == [201]

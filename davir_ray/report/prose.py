@@ -1,0 +1,152 @@
+"""What a run's page says in words: its findings, the selection rule, and fixed texts on the score and its limits."""
+
+from typing import Any
+
+from davir_ray.schema import RejectReason, Status
+
+REASON_MEANING: dict[str, str] = {
+    RejectReason.BROKEN_JSON: "the line or array element is not JSON",
+    RejectReason.INVALID_TEXT: "not UTF-8, or contains a lone surrogate",
+    RejectReason.NOT_AN_OBJECT: "JSON, but not an object with named fields",
+    RejectReason.MISSING_COLUMN: "a column of the format is missing or null",
+    RejectReason.WRONG_TYPE: "a column does not have the type of the format",
+    RejectReason.EMPTY_RESPONSE: "nothing to score: empty or white space only",
+    RejectReason.PROMPT_TOO_LONG: "the prompt alone fills the token limit",
+    RejectReason.SPECIAL_TOKEN_IN_TEXT: "the text spells a special token that cannot be encoded as text",
+    RejectReason.NO_COMMON_PROMPT: "the two responses of the pair do not follow the same prompt",
+    RejectReason.EQUAL_RESPONSES: "the chosen and the rejected response of the pair are equal",
+    RejectReason.BAD_CONVERSATION: "the chat template refuses the messages, or no assistant turn is found",
+    RejectReason.EMPTY_FILE: "a file of no bytes",
+    RejectReason.UNREADABLE_FILE: "reading stopped at this row; the rest of the file is lost",
+}
+STATUS_MEANING: dict[str, str] = {
+    Status.OK: "scored",
+    Status.NO_PREDICTOR: "the first scored token has no token before it",
+    Status.ZERO_BASE_NLL: "the base loss is 0, so the ratio is not defined",
+    Status.NON_FINITE_NLL: "a model returned NaN or infinity",
+    Status.OUT_OF_MEMORY: "did not fit on the device, even alone",
+}
+SCORE_EXPLAINED = [
+    "The reference is the base model fine-tuned on the whole candidate set; each example’s score is "
+    "DavIR = (L_base − L_ref) / L_base, the share of the base’s loss on the response (in nats, given the prompt) "
+    "that the fine-tune removed.",
+    "0 means that the fine-tune changed nothing, 1 that the reference predicts the response perfectly (it has "
+    "memorised it), and a negative score that the reference predicts it worse than the base did.",
+]
+REFERENCE_GIVEN = (
+    "This run did not train its reference. Whether that model was trained on these examples is not known here; the "
+    "score has the meaning above only if it was."
+)
+LIMITS = [
+    "The reference was trained on what it scores. It can memorise duplicates and label noise, whose score then rises "
+    "towards 1, so a high score alone does not show that an example is good.",
+    "A small base loss makes the ratio noisy: answers of one or two tokens, or answers that the base already knew, "
+    "can get extreme scores in either direction.",
+    "Nothing in the score keeps the selection diverse. Before you rely on it, train on a random selection of the same "
+    "size, and on a random one with the same lengths, and compare.",
+    "Dividing by the base loss reduces the dependence on response length; it does not remove it.",
+    "The end-of-sequence token is scored as part of the response, for both models; a truncated response has none. "
+    "The paper does not state whether it is scored; here it is.",
+]
+
+# These thresholds are ours; they decide what the page marks and nothing else.
+STRONG_CORRELATION = 0.5
+LARGE_RATIO = 2.0
+SMALLEST_SHARE = 0.01
+MANY_REJECTS = 0.01
+
+
+def explanation(reference_trained_here: bool) -> list[str]:
+    """What the score of this run means."""
+    return SCORE_EXPLAINED if reference_trained_here else [*SCORE_EXPLAINED, REFERENCE_GIVEN]
+
+
+def rule_text(name: str | None, value: Any, order: str, lowest: bool, balance: list[str]) -> str:
+    """The rule of a selection as a phrase; `name` is the option that gave it, None where none is recorded."""
+    by = "in random order" if order == "random" else f"by {order}, {'lowest' if lowest else 'highest'} first"
+    match name:
+        case "top_k":
+            text = f"the first {value:,} of the examples ranked {by}"
+        case "top_fraction":
+            text = f"the first {100 * value:.4g} % of the examples ranked {by}"
+        case "top_tokens":
+            text = f"the first examples ranked {by}, as many as fit in {value:,} response tokens"
+        case "quotas":
+            return f"the first of each group ranked {by}, by quotas"
+        case "mixture":
+            text = f"a mixture of {len(value)} sources, the first of each ranked {by}"
+        case "min_score":
+            text = f"every example whose {order} is at {'most' if lowest else 'least'} {value:g}"
+        case _:
+            text = f"no selection rule is recorded; ranked {by}"
+    return f"{text}, divided by {' and '.join(balance)} in proportion to the pool" if balance else text
+
+
+def findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a reader should know first: sentences, with `look` where something deserves a second look."""
+    found = [
+        _row_counts(facts["books"]),
+        _rejects(facts["headline"], facts["rejects"]),
+        _losses(facts["losses"]["per_token"]),
+        _length_correlation(facts["length"]),
+        _median_length(facts["composition"]),
+    ]
+    found += [_favoured_group(group) for group in facts["composition"]["signs"]]
+    return [finding for finding in found if finding]
+
+
+def _row_counts(equations: list[dict[str, Any]]) -> dict[str, Any]:
+    wrong = [row for row in equations if row["balanced"] is False]
+    if wrong:
+        sides = [f"{row['left_text']} is {row['left']:,}, {row['right_text']} {row['right']:,}" for row in wrong]
+        return {"look": True, "text": f"The row counts do not reconcile: {'; '.join(sides)}."}
+    if any(row["balanced"] is None for row in equations):
+        return {"look": True, "text": "Not every count is recorded, so the row counts cannot be checked."}
+    return {"look": False, "text": "The row counts reconcile: every row that was read is accounted for."}
+
+
+def _rejects(headline: dict[str, Any], rejects: list[dict[str, Any]]) -> dict[str, Any] | None:
+    read, rejected = headline["read"], headline["rejected"]
+    if not read or not rejected:
+        return None
+    text = f"{100 * rejected / read:.2g} % of the rows were rejected ({rejected:,})"
+    if rejects and rejects[0]["count"]:
+        text += f", most often as {rejects[0]['reason']} ({rejects[0]['count']:,})"
+    return {"look": rejected >= MANY_REJECTS * read, "text": f"{text}."}
+
+
+def _losses(per_token: dict[str, float | None]) -> dict[str, Any] | None:
+    """A reference that is no better than the base has learned nothing that a score could show."""
+    base, reference = per_token["base"], per_token["reference"]
+    if base is None or reference is None:
+        return None
+    text = (
+        f"Over all responses the loss is {base:.2f} nats per token under the base, {reference:.2f} under the reference."
+    )
+    return {"look": reference >= base, "text": text}
+
+
+def _length_correlation(panels: list[dict[str, Any]]) -> dict[str, Any] | None:
+    by_measure = {panel["measure"]: panel["spearman"] for panel in panels}
+    davir, rho = by_measure["davir"], by_measure["rho_sum"]
+    if davir is None or rho is None:
+        return None
+    text = f"Spearman correlation with response length: DavIR {davir:+.2f}, RHO (summed) {rho:+.2f}."
+    return {"look": abs(davir) >= STRONG_CORRELATION, "text": text.replace("-", "−")}
+
+
+def _median_length(composition: dict[str, Any]) -> dict[str, Any] | None:
+    pool, chosen = composition["median_length"]["all"], composition["median_length"]["selected"]
+    if not pool or not chosen:
+        return None
+    text = f"The median response has {chosen:,.0f} tokens in the selection and {pool:,.0f} in the pool."
+    return {"look": not 1 / LARGE_RATIO < chosen / pool < LARGE_RATIO, "text": text}
+
+
+def _favoured_group(group: dict[str, Any]) -> dict[str, Any] | None:
+    """Only a group that the selection clearly favours is worth a line."""
+    pool, chosen = group["share_of_all"], group["share_of_selected"]
+    if pool is None or chosen is None or chosen < SMALLEST_SHARE or chosen < LARGE_RATIO * pool:
+        return None
+    shares = f"{100 * chosen:.1f} % of the selection, {100 * pool:.1f} % of the pool"
+    return {"look": True, "text": f"The selection favours one group: {group['name']}, {shares}."}
