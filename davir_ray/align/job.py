@@ -42,9 +42,9 @@ def run_alignment(config: AlignRunConfig) -> Run:
         score(run, base, policy, scoring, keep_token_nll="none")
         (run / FROZEN_CACHE).remove()
         run.remember(dump(config))
-        run.write_progress(Progress("margins"))
+        run.write_progress(Progress(stage="margins"))
         margins(run, config.align)
-        run.write_progress(Progress("report"))
+        run.write_progress(Progress(stage="report"))
         report_margins(run, config, others)
     return run
 

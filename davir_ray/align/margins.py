@@ -47,7 +47,16 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
         "held_out": sum(row["held_out"] for row in found),
     }
     seconds = time.monotonic() - started
-    return run.commit(Manifest("margins", fingerprint, counts, in_folder("margins", entries), details, seconds=seconds))
+    return run.commit(
+        Manifest(
+            stage="margins",
+            fingerprint=fingerprint,
+            counts=counts,
+            files=in_folder("margins", entries),
+            details=details,
+            seconds=seconds,
+        )
+    )
 
 
 def _read(run: Run, name: str) -> pa.Table:

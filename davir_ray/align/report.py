@@ -44,7 +44,7 @@ def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> N
 
 def _trained(run: Run, pairs: pa.Table) -> Trained:
     align = run.require("align")
-    return Trained(str(run), align.fingerprint, align.details, parts_of(pairs))
+    return Trained(place=str(run), fingerprint=align.fingerprint, details=align.details, parts=parts_of(pairs))
 
 
 def _sample(run: Run) -> pa.Table:

@@ -29,7 +29,9 @@ def align(
     prepared, frozen = run.require("prepare"), run.require("freeze")
     shards = [entry.name for entry in prepared.files_in("examples")]
     read = partial(_read_pairs, run, shards, objective)
-    training = Training("align", run, base, config, read, spec, "policy", dropout=False)
+    training = Training(
+        stage="align", run=run, base=base, config=config, objective=read, spec=spec, folder="policy", dropout=False
+    )
     fingerprint = {
         "base": base.weights_digest(),
         "examples": prepared.content,

@@ -51,7 +51,16 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
             sums[name] += row["rows" if name == "examples" else name]
     counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
     files, seconds = in_folder("matches", entries), time.monotonic() - started
-    return run.commit(Manifest("match", fingerprint, counts, files, {"by_source": by_source}, seconds=seconds))
+    return run.commit(
+        Manifest(
+            stage="match",
+            fingerprint=fingerprint,
+            counts=counts,
+            files=files,
+            details={"by_source": by_source},
+            seconds=seconds,
+        )
+    )
 
 
 def num_expected(run: Run, sources: list[str]) -> int:

@@ -82,12 +82,12 @@ def read_losses(trial: Run, heldout: Run) -> Losses:
             f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
         )
     return Losses(
-        np.asarray(table["example_id"]).astype(np.int64),
-        np.asarray(table["content_hash"]).astype(np.int64),
-        np.asarray(table["source"].to_pylist(), dtype=np.str_),
-        np.asarray(table["num_response_tokens"]).astype(np.int64),
-        table["base_nll"].to_numpy().astype(np.float64),
-        table["reference_nll"].to_numpy().astype(np.float64),
+        example_ids=np.asarray(table["example_id"]).astype(np.int64),
+        hashes=np.asarray(table["content_hash"]).astype(np.int64),
+        sources=np.asarray(table["source"].to_pylist(), dtype=np.str_),
+        num_tokens=np.asarray(table["num_response_tokens"]).astype(np.int64),
+        base_nll=table["base_nll"].to_numpy().astype(np.float64),
+        nll=table["reference_nll"].to_numpy().astype(np.float64),
     )
 
 

@@ -222,7 +222,7 @@ def _check_answers(heldout: Run, sources: list[str]) -> None:
 def _tell(output: Run, done: int, total: int) -> None:
     # The report is written again, also where nothing is to be trained.
     (output / "manifests" / f"{_STAGE}.json").remove()
-    output.write_progress(Progress(_STAGE, unit="arms", done=done, total=total))
+    output.write_progress(Progress(stage=_STAGE, unit="arms", done=done, total=total))
 
 
 @dataclass(kw_only=True)
@@ -337,7 +337,9 @@ def _report(
     made_of = {str(trial.name): trial.place.require(STAGE).content for trial in trials}
     fingerprint = {"heldout": prepared.content, "arms": made_of}
     seconds = time.monotonic() - started
-    output.commit(Manifest(_STAGE, fingerprint, {"arms": len(trials)}, files, seconds=seconds))
+    output.commit(
+        Manifest(stage=_STAGE, fingerprint=fingerprint, counts={"arms": len(trials)}, files=files, seconds=seconds)
+    )
 
 
 def _loss_of(
@@ -346,10 +348,10 @@ def _loss_of(
     """Nats by tokens, of the held-out examples that no model was trained on and all have a loss of."""
     kept = new & valued
     return Measured(
-        LOSS,
-        first.sources[kept],
-        first.num_tokens[kept].astype(np.float64),
-        {name: found.nll[kept] for name, found in losses.items()},
+        measure=LOSS,
+        sources=first.sources[kept],
+        weights=first.num_tokens[kept].astype(np.float64),
+        values={name: found.nll[kept] for name, found in losses.items()},
         base=first.base_nll[kept],
         without_value=int((new & ~valued).sum()),
     )
@@ -365,10 +367,10 @@ def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_
     kept, without_value = new & valued, int((new & ~valued).sum())
     return [
         Measured(
-            measure,
-            first.sources[rows][kept],
-            np.ones(int(kept.sum())),
-            {name: getattr(matches, field)[kept] for name, matches in found.items()},
+            measure=measure,
+            sources=first.sources[rows][kept],
+            weights=np.ones(int(kept.sum())),
+            values={name: getattr(matches, field)[kept] for name, matches in found.items()},
             without_value=without_value,
         )
         for measure, field in ((STRICT, "strict"), (FLEXIBLE, "flexible"))

@@ -70,7 +70,11 @@ def write_outputs(run: Run, generator: str, *, examples: Run | None = None) -> M
     content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
     entry = write_file(run / OUTPUTS, content, len(rows))
     seconds = time.monotonic() - started
-    return run.commit(Manifest("outputs", fingerprint, {"outputs": len(rows)}, [entry], seconds=seconds))
+    return run.commit(
+        Manifest(
+            stage="outputs", fingerprint=fingerprint, counts={"outputs": len(rows)}, files=[entry], seconds=seconds
+        )
+    )
 
 
 def _check_complete(generated: Manifest) -> None:

@@ -147,7 +147,16 @@ class Trial:
         details = {name: trained.details[name] for name in ("final_loss", "loss_by_step")}
         details |= {"keep_model": setting.keep_models}
         seconds = trained.seconds + scored.seconds
-        manifest = self.place.commit(Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds))
+        manifest = self.place.commit(
+            Manifest(
+                stage=STAGE,
+                fingerprint=self.fingerprint(),
+                counts=counts,
+                files=files,
+                details=details,
+                seconds=seconds,
+            )
+        )
         self.drop_model(manifest)
         if model.files:
             _forget_everywhere(model)

@@ -20,7 +20,7 @@ FINGERPRINT_KEY = b"davir_ray.fingerprint"
 """Parquet metadata key of the fingerprint under which a file was written: how a resumed stage knows its own files."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """One committed file of a stage. In a manifest its name begins with the stage's folder."""
 
@@ -35,7 +35,7 @@ class FileEntry:
 def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:
     """Write a whole file, atomically; returns its entry."""
     place.write_bytes(content)
-    return FileEntry(place.name, rows, len(content), hashlib.sha256(content).hexdigest())
+    return FileEntry(name=place.name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def put_folder(place: Location, local: Path, last: Collection[str] = ()) -> list[FileEntry]:
@@ -46,7 +46,12 @@ def put_folder(place: Location, local: Path, last: Collection[str] = ()) -> list
     """
     files = sorted(path for path in local.rglob("*") if path.is_file())
     entries = [
-        FileEntry(file.relative_to(local).as_posix(), 0, file.stat().st_size, file_digest(Location.of(file)))
+        FileEntry(
+            name=file.relative_to(local).as_posix(),
+            rows=0,
+            bytes=file.stat().st_size,
+            sha256=file_digest(Location.of(file)),
+        )
         for file in files
     ]
     with storage_errors(place):
@@ -97,7 +102,9 @@ def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
     content = place.read_bytes()
     with _sound(place):
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
-    return FileEntry(place.name, table.num_rows, len(content), hashlib.sha256(content).hexdigest()), table
+    return FileEntry(
+        name=place.name, rows=table.num_rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+    ), table
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +48,7 @@ driver sees whose the lease is.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holder:
     """Who has the lease. A lease that cannot be read has a holder without a name."""
 
@@ -66,8 +66,14 @@ class Holder:
     def of_this_process(cls) -> Self:
         """A new holder: this process."""
         process = psutil.Process()
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _machine(), process.pid, process.create_time(), now)
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=process.pid,
+            process_started=process.create_time(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
     @classmethod
     def read(cls, place: Location) -> Self | None:
@@ -195,7 +201,7 @@ class Lease:
                     self._lose(str(found))
                     return
                 seen = time.monotonic()
-                self._holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1})
+                self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._place.write_bytes(self._content())
                 # A driver that took the lease since it was seen to be ours sees this write before it has settled, and
                 # leaves; after that time it may work already.

@@ -22,7 +22,7 @@ CONFIG_HEAD = (
 _PACKAGES = ("davir_ray", "ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a complete stage wrote and what its content depends on."""
 

@@ -31,7 +31,7 @@ _not_writable: set[str] = set()
 """Runs whose progress.json could not be written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """What progress.json says."""
 
@@ -88,7 +88,7 @@ class Progress:
     @classmethod
     def end(cls, run: Location, state: State, error: str | None = None) -> None:
         """Say in progress.json that the driver has ended, and how."""
-        last = cls.read(run) or cls("prepare")
+        last = cls.read(run) or cls(stage="prepare")
         replace(last, state=state, error=error, seconds_left=None).write(run)
 
     def __str__(self) -> str:

@@ -16,8 +16,8 @@ from davir_ray.run.stages import STAGES
 from davir_ray.run.storage_errors import storage_errors
 
 
-@dataclass(frozen=True)
-class Status:
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
     """What the output says of its run."""
 
     run: str
@@ -58,7 +58,7 @@ class Status:
         return f"running: {self.driver}{silent}{': it may be gone' if self.state == 'silent' else ''}"
 
 
-def status(output: str) -> Status:
+def status(output: str) -> RunStatus:
     """The status of a run. OutputError if there is none or it cannot be read."""
     with translated(output, OutputError):
         run = Location.of(output)
@@ -69,7 +69,7 @@ def status(output: str) -> Status:
         raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")
     stages = {stage: {**found.counts, "seconds": found.seconds} for stage, found in manifests.items()}
     silent_s = None if holder is None else _seconds_since(run / LEASE_FILE)
-    return Status(
+    return RunStatus(
         run=str(run),
         state=_state(progress, holder, silent_s),
         stages=stages,

@@ -131,15 +131,15 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
         checkpoints.remove()
     run.note_attempt("checkpoints", fingerprint)
     try:
-        with tallied(run, Progress(stage, unit="steps", rejects=rejects)) as tally:
+        with tallied(run, Progress(stage=stage, unit="steps", rejects=rejects)) as tally:
             metrics = _fit(training, tally, name=digest(fingerprint)[:16])
     except UserError:
         run.note_attempt("checkpoints", fingerprint, binding=False)  # the user is told to change the settings
         raise
     curves = metrics["by_step"]
     manifest = Manifest(
-        stage,
-        fingerprint,
+        stage=stage,
+        fingerprint=fingerprint,
         counts={unit: metrics["num_rows"], "steps": metrics["step"]},
         files=in_folder(training.folder, [FileEntry(**entry) for entry in metrics["files"]]),
         details={

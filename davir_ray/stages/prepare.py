@@ -159,7 +159,7 @@ def prepare(
 def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
     """Progress at the start: what an earlier attempt finished."""
     return Progress(
-        "prepare",
+        stage="prepare",
         unit="bytes",
         done=sum(report.num_bytes for report in done.values()),
         total=total,
@@ -266,7 +266,9 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     counts |= dict(sorted(report.replaced.items()))
     details = {"first_reject": report.first_reject}
     files = sorted(report.files, key=lambda entry: entry.name)
-    return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
+    return Manifest(
+        stage="prepare", fingerprint=fingerprint, counts=counts, files=files, details=details, seconds=seconds
+    )
 
 
 def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> None:

@@ -219,5 +219,10 @@ def _manifest(
     num_examples = scored.counts["examples"]
     counts = {"examples": num_examples, "rankable": rankable, "unranked": num_examples - rankable, "ranked": ranked}
     return Manifest(
-        "rank", fingerprint, counts, in_folder("ranked", files), {"rows_by_bin": cut.counts.tolist()}, seconds=seconds
+        stage="rank",
+        fingerprint=fingerprint,
+        counts=counts,
+        files=in_folder("ranked", files),
+        details={"rows_by_bin": cut.counts.tolist()},
+        seconds=seconds,
     )

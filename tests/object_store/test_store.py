@@ -81,7 +81,7 @@ def test_a_digest_changes_with_the_content(place: Location) -> None:
 
 def test_damage_to_a_stage_is_named(place: Location) -> None:
     files = [write_parquet(place / "scores" / f"{name}.parquet", TABLE) for name in "ab"]
-    manifest = Manifest("score", {}, {}, in_folder("scores", files)).commit(place)
+    manifest = Manifest(stage="score", fingerprint={}, counts={}, files=in_folder("scores", files)).commit(place)
     assert Manifest.read(place, "score") == manifest
     assert manifest.damage(place) == []
     content = bytearray((place / "scores" / "a.parquet").read_bytes())

@@ -244,7 +244,7 @@ def test_a_table_comes_back_with_its_entry_and_fingerprint(place: Location) -> N
     assert read_parquet(place / "a.parquet").equals(TABLE)
     assert read_parquet(place / "a.parquet", ["b"]).column_names == ["b"]
     content = (place / "a.parquet").read_bytes()
-    assert entry == FileEntry("a.parquet", 3, len(content), hashlib.sha256(content).hexdigest())
+    assert entry == FileEntry(name="a.parquet", rows=3, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     again, table = committed_parquet(place / "a.parquet")
     assert again == entry
     assert table.equals(TABLE)

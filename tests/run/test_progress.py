@@ -81,7 +81,7 @@ def test_a_file_that_is_not_ours_is_none(place: Location, content: str) -> None:
 
 def test_a_file_of_a_later_version_is_read(place: Location) -> None:
     (place / PROGRESS_FILE).write_text('{"stage": "score", "state": "running", "colour": "red"}')
-    assert Progress.read(place) == Progress("score")
+    assert Progress.read(place) == Progress(stage="score")
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,26 @@ def test_a_file_of_a_later_version_is_read(place: Location) -> None:
     [
         (
             Progress(
-                "score", unit="rows", done=256, total=1998, tokens_per_second=1232.4, seconds_left=282.0, rejects=2
+                stage="score",
+                unit="rows",
+                done=256,
+                total=1998,
+                tokens_per_second=1232.4,
+                seconds_left=282.0,
+                rejects=2,
             ),
             "score: 256 of 1,998 rows (13%), 1,232 tokens/s, 5 min left, 2 rejects, 0 retries",
         ),
         (
-            Progress("score", unit="rows", done=9, total=10, unscored=3, rejects=1, retries=1),
+            Progress(stage="score", unit="rows", done=9, total=10, unscored=3, rejects=1, retries=1),
             "score: 9 of 10 rows (90%), 1 reject, 3 without a score, 1 retry",
         ),
         (
-            Progress("prepare", unit="bytes", done=1_500_000, total=3_000_000, rows=1200),
+            Progress(stage="prepare", unit="bytes", done=1_500_000, total=3_000_000, rows=1200),
             "prepare: 1.5 of 3.0 MB, 1,200 rows, 0 rejects, 0 retries",
         ),
-        (Progress("finetune", unit="steps", done=3), "finetune: 3 steps, 0 rejects, 0 retries"),
-        (Progress("rank"), "rank"),
+        (Progress(stage="finetune", unit="steps", done=3), "finetune: 3 steps, 0 rejects, 0 retries"),
+        (Progress(stage="rank"), "rank"),
     ],
 )
 def test_the_line(progress: Progress, told: str) -> None:
@@ -118,7 +124,7 @@ def test_durations(seconds: float, told: str) -> None:
 
 def test_the_file_comes_back_and_says_how_the_run_ended(place: Location) -> None:
     assert Progress.read(place) is None
-    progress = Progress("score", unit="rows", done=3, total=9, seconds_left=4.0)
+    progress = Progress(stage="score", unit="rows", done=3, total=9, seconds_left=4.0)
     progress.write(place)
     found = Progress.read(place)
     assert found is not None

@@ -19,8 +19,10 @@ from davir_ray.run.status import status
 
 
 def prepared(run: Location) -> None:
-    Manifest("prepare", {}, {"prepared": 1998, "rejected": 2}, [], seconds=21.0).write(run)
-    Progress("score", unit="rows", done=256, total=1998, rejects=2).write(run)
+    Manifest(stage="prepare", fingerprint={}, counts={"prepared": 1998, "rejected": 2}, files=[], seconds=21.0).write(
+        run
+    )
+    Progress(stage="score", unit="rows", done=256, total=1998, rejects=2).write(run)
 
 
 def test_a_run_that_a_driver_holds_is_running(local: Location) -> None:
@@ -40,7 +42,7 @@ def test_a_run_that_a_driver_holds_is_running(local: Location) -> None:
 
 
 def test_a_comparison_tells_how_many_arms_are_measured(local: Location) -> None:
-    Progress("compare", unit="arms", done=20, total=54).write(local)
+    Progress(stage="compare", unit="arms", done=20, total=54).write(local)
     with Lease(local):
         (line,) = status(local.path).lines()[1:-1]
     assert line.split()[:2] == ["compare", "running"]

@@ -305,7 +305,9 @@ def _manifest(
         "sources": _told_sources(plan),
     }
     files = [entry for folder, entries in written.items() for entry in in_folder(folder, entries)]
-    return Manifest("select", fingerprint, counts, files, details, seconds=seconds)
+    return Manifest(
+        stage="select", fingerprint=fingerprint, counts=counts, files=files, details=details, seconds=seconds
+    )
 
 
 def _told_groups(plan: Plan, counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
