@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from davir_ray.engine.connect import num_nodes
 from davir_ray.errors import ConfigError
-from davir_ray.run.access import check_readable, translated
+from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
+from davir_ray.run.storage_errors import user_errors
 
 
 def check_finished(places: Sequence[str]) -> list[Run]:
@@ -34,7 +35,7 @@ def check_sweep(run: Run, others: Sequence[Run], *, is_shared: bool) -> None:
 
 
 def _finished(place: str) -> Run:
-    with translated(place, ConfigError):
+    with user_errors(place, ConfigError):
         run = Run(Location.of(place))
         missing = [stage for stage in ("prepare", "align", "margins") if run.manifest(stage) is None]
     if missing:

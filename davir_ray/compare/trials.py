@@ -29,8 +29,7 @@ from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
-from davir_ray.run.digests import digest
-from davir_ray.run.files import FileEntry, in_folder
+from davir_ray.run.files import FileEntry, digest, in_folder
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.stages.finetune import finetune, what_matters

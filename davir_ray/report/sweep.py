@@ -12,7 +12,7 @@ import numpy as np
 
 from davir_ray.formulas.statistics import over_seeds
 from davir_ray.report.alignment import NAMES, PAPER
-from davir_ray.run.digests import digest
+from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 
 _NOT_SETTINGS = ("frozen",)

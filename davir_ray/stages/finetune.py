@@ -44,8 +44,7 @@ from davir_ray.models.training.loop import (
     switch_off_dropout,
 )
 from davir_ray.models.training.parallel import sharded, together
-from davir_ray.run.digests import digest
-from davir_ray.run.files import FileEntry, in_folder, put_folder, read_parquet
+from davir_ray.run.files import FileEntry, digest, in_folder, put_folder, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest

@@ -22,7 +22,7 @@ from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint, tokenizer_digest
-from davir_ray.run.digests import content_digest, digest, file_digest
+from davir_ray.run.files import content_digest, digest, file_digest
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest

@@ -24,10 +24,10 @@ from davir_ray.engine.shuffle import collect, entry_row, exchange
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.digests import digest
 from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
+    digest,
     in_folder,
     write_parquet,
 )

@@ -24,7 +24,7 @@ from davir_ray.errors import ModelError, StorageError
 from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint, check_same_encoding, resolve_dtype, tokenizer_digest
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
-from davir_ray.run.digests import file_digest
+from davir_ray.run.files import file_digest
 from davir_ray.run.location import TEMPORARY, Location
 
 NAMES = ("base", "reference")

@@ -22,8 +22,7 @@ from davir_ray.errors import ConfigError, DataError, IntegrityError, ModelError,
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run import lease as lease_module
 from davir_ray.run.access import check_readable, probe_output
-from davir_ray.run.digests import file_digest
-from davir_ray.run.files import in_folder, put_folder, read_parquet, write_parquet
+from davir_ray.run.files import file_digest, in_folder, put_folder, read_parquet, write_parquet
 from davir_ray.run.lease import LEASE_FILE, Holder, Lease
 from davir_ray.run.location import Location, remove_leftovers
 from davir_ray.run.manifest import Manifest

@@ -23,9 +23,9 @@ from davir_ray.engine.shuffle import collect, entry_row, exchange, table_of
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.digests import digest
 from davir_ray.run.files import (
     FileEntry,
+    digest,
     in_folder,
     read_parquet,
     total_rows,
