@@ -19,14 +19,14 @@ from davir_ray.run.stages import leading_to
 from davir_ray.schema import MARGINS
 from davir_ray.stages.report import write_report
 
-_MOST_PAIRS = 200_000
-"""That the figures of a run are computed from; of more a sample by hash, and the page says so."""
+_MAX_PAIRS = 200_000
+"""Pairs that the numbers of a run are computed from; of more pairs a sample by hash is used, and the page says so."""
 
 
 def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> None:
-    """Write the page and the same facts as JSON; always redone, it takes seconds.
+    """Write the page, and the same facts as JSON. The stage takes seconds and is always redone.
 
-    `others` are finished trainings that are told beside this one.
+    `others` are finished trainings that this one is compared with.
     """
     started = time.monotonic()
     manifests = {stage: found for stage in leading_to("report") if (found := run.manifest(stage))}
@@ -48,9 +48,9 @@ def _trained(run: Run, pairs: pa.Table) -> Trained:
 
 
 def _sample(run: Run) -> pa.Table:
-    """MARGINS of the run, all rows or a sample by hash, in an order that is always the same, as their sums then are."""
+    """All rows of the run's margins, or a sample by hash; sorted, so that sums over them are always the same."""
     margins = run.require("margins")
-    draw = partial(_draw, share=min(1.0, _MOST_PAIRS / margins.counts["pairs"]))
+    draw = partial(_draw, share=min(1.0, _MAX_PAIRS / margins.counts["pairs"]))
     shards = Shards(margins.files_in("margins"), partial(read_columns, run / "margins", None))
     return collect(shards, draw, MARGINS).sort_by("pair_id")
 
