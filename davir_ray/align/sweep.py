@@ -27,7 +27,7 @@ def finished_runs(places: Sequence[str]) -> list[Run]:
 
 
 def check_comparable(run: Run, others: Sequence[Run], *, is_shared: bool) -> None:
-    """ConfigError if one of the others was trained on other pairs, or is in a local folder that not every node can read.
+    """ConfigError if one of the others was trained on other pairs, or lies in a local folder that other nodes lack.
 
     The run's own prepare stage must be complete.
     """

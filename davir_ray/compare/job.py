@@ -203,7 +203,7 @@ def _trials(
     config: CompareConfig, finished: FinishedRun, recipe: FinetuneConfig, settings: TrialSettings, output: Run
 ) -> list[Trial]:
     """Every fine-tune of the comparison, after its rows are written; the first seed of all arms comes first."""
-    full = finished.place
+    full = finished.place  # of a run with a mixture not every example, but the sources and repeats of the mixture
     if finished.repeats and ("full" in config.arms or "steps" in config.readings):
         full = output.within("sets/full")
         write_set(full, finished, None)

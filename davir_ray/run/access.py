@@ -22,8 +22,8 @@ _QUICK = {"connect_timeout": 3, "read_timeout": 4, "retries": {"mode": "standard
 def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:
     """List the bucket of each input URI once; a failure is raised in the class that the URI is paired with.
 
-    A store's answer about a single file has no body, which would tell wrong credentials from a missing permission; its
-    answer to a listing has one.
+    Only a store's answer to a listing distinguishes wrong credentials from a missing permission: its answer about a
+    single file has no body.
     """
     seen = set[str]()
     for uri, error_class in places:

@@ -156,7 +156,7 @@ class Run:
         """The error for an unfinished stage of another fingerprint."""
         return OutputError(
             f"{self} holds an unfinished {stage} with other settings or inputs ({_listed(changed)}). "
-            "Add --overwrite to begin it anew, or choose another --output"
+            "Add --overwrite to start it over, or choose another --output"
         )
 
     # The driver

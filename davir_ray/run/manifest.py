@@ -52,10 +52,7 @@ class Manifest:
         its content is read.
         """
         there = _listed(run, self.files)
-        lines = [
-            f"{entry.name}: {entry.bytes} bytes → {found}"
-            for entry, found in _other_sizes(self.files, there, "missing")
-        ]
+        lines = [f"{entry.name}: {entry.bytes} bytes → {found}" for entry, found in _other_sizes(self.files, there)]
         doubtful = [entry for entry in self.files if _may_have_changed(entry, there.get(entry.name), trust_marks)]
         digests = each(lambda entry: content_digest(run / entry.name), doubtful)
         lines += [
@@ -71,7 +68,7 @@ class Manifest:
         IntegrityError if a file is missing or has another size than was written.
         """
         there = _listed(run, self.files)
-        for entry, found in _other_sizes(self.files, there, "gone"):
+        for entry, found in _other_sizes(self.files, there):
             raise IntegrityError(
                 f"{run / entry.name} was written with {entry.bytes} bytes and is now {found}; "
                 "does something else write there?"
@@ -104,14 +101,12 @@ class Manifest:
         return cls(**{**body, "files": [FileEntry(**entry) for entry in body["files"]]})
 
 
-def _other_sizes(
-    files: Iterable[FileEntry], there: Mapping[str, FileInfo], absent: str
-) -> Iterator[tuple[FileEntry, int | str]]:
-    """Files whose size is not the one they were written with; yields each with its size now, or `absent`."""
+def _other_sizes(files: Iterable[FileEntry], there: Mapping[str, FileInfo]) -> Iterator[tuple[FileEntry, int | str]]:
+    """Files whose size is not the one they were written with; yields each with its size now, or "missing"."""
     for entry in files:
         found = there.get(entry.name)
         if found is None or found.bytes != entry.bytes:
-            yield entry, absent if found is None else found.bytes
+            yield entry, "missing" if found is None else found.bytes
 
 
 def _may_have_changed(entry: FileEntry, now: FileInfo | None, trust_marks: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its output alone: from any machine, without Ray and without a model."""
+"""How far a run is, read from its output alone: on any machine, without Ray and without a model."""
 
 import json
 from collections.abc import Mapping
