@@ -1,4 +1,4 @@
-"""Generation as a stage: the texts of one process, by shard, resumed; and answers beside those of the responses."""
+"""Generation as a stage: the texts of one process, by shard, resumed; and answers compared with the responses."""
 
 import json
 import shutil
