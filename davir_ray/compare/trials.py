@@ -91,7 +91,7 @@ class Trial:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the measurements depend on."""
+        """Everything that the measurements depend on, by name."""
         settings, instructions = self.settings, self.settings.instructions
         return self.trained_with() | {
             "heldout": settings.heldout.require("prepare").content,

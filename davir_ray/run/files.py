@@ -48,7 +48,7 @@ def content_digest(place: Location) -> str:
 
 
 def file_digest(place: Location) -> str:
-    """What changes when a file's content does: SHA-256 of a local file, size and etag of a remote one."""
+    """A string that changes when the file's content does: SHA-256 of a local file, size and etag of a remote one."""
     with storage_errors(place, may_be_absent=True):
         if place.is_local:
             stat = Path(place.path).stat()

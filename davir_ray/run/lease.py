@@ -139,6 +139,7 @@ class Lease:
                 self._place.remove()
 
     def _acquire(self) -> None:
+        """Write the lease, after waiting until another holder is dead; OutputError if it is alive or is faster."""
         taken_over = False
         while True:
             begun = time.monotonic()
