@@ -190,10 +190,11 @@ def _readable_config(file: str | None) -> Iterator[None]:
     if file is None or "://" not in file:
         yield
         return
-    from davir_ray.run.access import check_readable, translated  # late: only here does the command line need a store
+    from davir_ray.run.access import check_readable  # late: only here does the command line need a store
+    from davir_ray.run.storage_errors import user_errors
 
     check_readable([(file, ConfigError)])
-    with translated(file, ConfigError):
+    with user_errors(file, ConfigError):
         yield
 
 

@@ -13,10 +13,11 @@ from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, Us
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
 from davir_ray.models.tokenizer import check_same_encoding
-from davir_ray.run.access import check_readable, probe_output, translated
+from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import CONFIG_FILE, Manifest, differences
+from davir_ray.run.storage_errors import user_errors
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def read_template(file: str | None) -> str | None:
     """The text of a chat template's file; ConfigError if it cannot be read."""
     if file is None:
         return None
-    with translated(f"chat_template {file}", ConfigError):
+    with user_errors(f"chat_template {file}", ConfigError):
         return Location.of(file).read_text()
 
 

@@ -99,12 +99,12 @@ def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: boo
 
 
 def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> None:
-    run.write_progress(Progress("rank"))
+    run.write_progress(Progress(stage="rank"))
     rank(run, config.rank)
-    run.write_progress(Progress("select"))
+    run.write_progress(Progress(stage="select"))
     select(run, config.rank, config.select)
     run.remember(dump(config))
-    run.write_progress(Progress("report"))
+    run.write_progress(Progress(stage="report"))
     report(run, config, _tokenizer(run, config, trust_remote_code))
 
 

@@ -49,9 +49,12 @@ def make_scores(tmp_path: Path) -> MakeScores:
             files.append(write_parquet(run / "scores" / place, scores.slice(start, count)))
             write_parquet(run / "examples" / place, examples.slice(start, count))
         ok = list(columns["status"]).count("ok")
-        Manifest("score", {"made": name}, {"examples": rows, "scored": ok, "ok": ok}, in_folder("scores", files)).write(
-            run.folder
-        )
+        Manifest(
+            stage="score",
+            fingerprint={"made": name},
+            counts={"examples": rows, "scored": ok, "ok": ok},
+            files=in_folder("scores", files),
+        ).write(run.folder)
         return run
 
     return make

@@ -24,7 +24,7 @@ from davir_ray.data.chat import ChatTemplate
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.inputs import last_config, read_template
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.digests import digest
+from davir_ray.run.files import digest
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import CONFIG_HEAD
 from davir_ray.stages.prepare import Preparation, scoring_spec

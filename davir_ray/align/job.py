@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from davir_ray.align.margins import margins
 from davir_ray.align.report import report_margins
-from davir_ray.align.sweep import check_finished, check_sweep
+from davir_ray.align.sweep import check_comparable, finished_runs
 from davir_ray.align.training import align, check_arithmetic
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.yaml import dump
@@ -19,15 +19,15 @@ from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.score import freeze, score
 
 FROZEN_CACHE = "frozen_cache"
-"""In the run, until it is scored: the frozen policy's token losses, which scoring the trained one reads again where the
-training's arithmetic is scoring's."""
+"""Folder in the run, until it is scored, with the frozen policy's token losses: scoring the trained policy reads them
+instead of computing them again, if training and scoring use the same arithmetic."""
 
 
 def run_alignment(config: AlignRunConfig) -> Run:
-    """From preference data to a trained policy and its report; stages that are complete are skipped."""
+    """Go from preference data to a trained policy and its report; stages that are complete are skipped."""
     config.require_input()
     run, preparation = check_inputs(config)
-    base, others = preparation.base, check_finished(config.beside)
+    base, others = preparation.base, finished_runs(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / FROZEN_CACHE))
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
@@ -35,24 +35,24 @@ def run_alignment(config: AlignRunConfig) -> Run:
             check_workers(config.finetune)
             check_arithmetic(config.finetune, config.score)
         prepare_inputs(run, config, preparation)
-        check_sweep(run, others, is_shared=config.output_is_shared)
+        check_comparable(run, others, is_shared=config.output_is_shared)
         freeze(run, base, scoring, config.finetune)
         align(run, base, config.finetune, config.align, spec)
         policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
         score(run, base, policy, scoring, keep_token_nll="none")
         (run / FROZEN_CACHE).remove()
         run.remember(dump(config))
-        run.write_progress(Progress("margins"))
+        run.write_progress(Progress(stage="margins"))
         margins(run, config.align)
-        run.write_progress(Progress("report"))
+        run.write_progress(Progress(stage="report"))
         report_margins(run, config, others)
     return run
 
 
 def dry_run(config: AlignRunConfig) -> list[str]:
-    """Check settings, files, tokenizers and the cluster without loading a weight; returns what to tell the user."""
+    """Check settings, files, tokenizers and the cluster without loading a weight; returns the lines to print."""
     config.require_input()
     run, preparation = check_inputs(config)
-    check_finished(config.beside)
+    finished_runs(config.beside)
     with connected_to(run, is_shared=config.output_is_shared):
         return foresee(run, config, preparation, config.finetune, written_by(run, config.score))

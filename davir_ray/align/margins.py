@@ -1,6 +1,7 @@
 """margins: pairs + the losses of both policies → margins/, a row for each pair: log-probabilities, rewards, loss.
 
-Takes seconds, so it is redone freely; every figure of the report is a mean or a correlation over these rows.
+The stage takes seconds, so it is redone without a flag. Every number in the report is a mean or a correlation over
+these rows.
 """
 
 import time
@@ -29,7 +30,7 @@ _SUMMARY = pa.schema([*ENTRY, ("ok", pa.int64()), ("held_out", pa.int64())])
 
 
 def margins(run: Run, objective: AlignConfig) -> Manifest:
-    """The reward of each response and the margin of each pair, by the loss and beta of the training."""
+    """Compute the reward of each response and the margin of each pair, with the loss and beta of the training."""
     started = time.monotonic()
     aligned, scored = run.require("align"), run.require("score")
     details = {name: aligned.details[name] for name in ("loss", "beta")}
@@ -47,11 +48,20 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
         "held_out": sum(row["held_out"] for row in found),
     }
     seconds = time.monotonic() - started
-    return run.commit(Manifest("margins", fingerprint, counts, in_folder("margins", entries), details, seconds=seconds))
+    return run.commit(
+        Manifest(
+            stage="margins",
+            fingerprint=fingerprint,
+            counts=counts,
+            files=in_folder("margins", entries),
+            details=details,
+            seconds=seconds,
+        )
+    )
 
 
 def _read(run: Run, name: str) -> pa.Table:
-    """Examples and their losses under both policies, in the same order, and the shard's name."""
+    """Read a shard's examples with their losses under both policies; the column `shard` holds its name."""
     examples, scores = read_parquet(run / "examples" / name, _EXAMPLES), read_parquet(run / "scores" / name, _SCORES)
     if not examples["example_id"].equals(scores["example_id"]):
         raise IntegrityError(f"examples/{name} and scores/{name} do not hold the same rows")
@@ -69,7 +79,7 @@ def _write(folder: Location, measure: partial[pa.Table], table: pa.Table) -> pa.
 
 
 def _measure(table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.Table:
-    """MARGINS of the pairs whose two rows stand one after the other."""
+    """The table MARGINS of a shard, in which the two rows of a pair follow each other."""
     chosen, rejected = table.take(np.arange(0, table.num_rows, 2)), table.take(np.arange(1, table.num_rows, 2))
     roles = set(chosen["role"].to_pylist()), set(rejected["role"].to_pylist())
     if roles != ({Role.CHOSEN}, {Role.REJECTED}) or not chosen["pair_id"].equals(rejected["pair_id"]):
@@ -108,6 +118,6 @@ def _logprobs(table: pa.Table, column: str) -> torch.Tensor:
 
 
 def _worse(chosen: str, rejected: str) -> str:
-    """The status of a pair: why it has no margin, or ok. A certain response (zero_base_nll) has a reward of 0."""
+    """The status of a pair: ok, or why it has no margin. A response with zero_base_nll has a reward, which is 0."""
     faults = [one for one in (chosen, rejected) if one not in (Status.OK, Status.ZERO_BASE_NLL)]
     return faults[0] if faults else Status.OK

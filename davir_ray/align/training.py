@@ -1,4 +1,4 @@
-"""align: pairs + frozen log-probabilities → policy, by the loop, packs and kernel of the fine-tune."""
+"""align: pairs + frozen log-probabilities → policy, with the training loop, packing and kernel of the fine-tune."""
 
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +26,7 @@ def align(
     objective: AlignConfig,
     spec: dict[str, Any],
 ) -> Manifest:
-    """Train the base on every pair that is not held out; writes policy/, a Hugging Face folder or an adapter's."""
+    """Train the base on every pair that is not held out; writes policy/, a Hugging Face model or adapter."""
     prepared, frozen = run.require("prepare"), run.require("freeze")
     shards = [entry.name for entry in prepared.files_in("examples")]
     training = Training(
@@ -50,8 +50,8 @@ def align(
 
 
 def check_arithmetic(training: FinetuneConfig, scoring: ScoreConfig) -> None:
-    """ConfigError if the frozen losses would be computed in other arithmetic than the training's: the policy would not
-    begin where the frozen one is.
+    """ConfigError if training and scoring would use different arithmetic: at the first step the policy's losses would
+    differ from the frozen ones.
     """
     training_kind = "GPUs" if trains_on_gpus(training) else "CPUs"
     scoring_kind = "GPUs" if num_gpus_of(scoring) > 0 else "CPUs"

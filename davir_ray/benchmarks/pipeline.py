@@ -60,7 +60,12 @@ def write_shards(run: Run, examples: Sequence[Example], num_shards: int) -> None
         for number in range(num_shards)
     ]
     counts = {"prepared": num_shards * len(examples), "rejected": 0}
-    Manifest("prepare", {"benchmark": counts["prepared"]}, counts, in_folder("examples", files)).write(run.folder)
+    Manifest(
+        stage="prepare",
+        fingerprint={"benchmark": counts["prepared"]},
+        counts=counts,
+        files=in_folder("examples", files),
+    ).write(run.folder)
 
 
 def save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:

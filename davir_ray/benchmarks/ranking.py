@@ -124,7 +124,9 @@ def _generate(run_folder: Location, settings: RankingBenchmark) -> list[FileEntr
         ]
     )
     counts = {"examples": settings.rows, "scored": settings.rows, "ok": settings.rows}
-    Manifest("score", {"benchmark": asdict(settings)}, counts, in_folder("scores", files)).write(run_folder)
+    Manifest(
+        stage="score", fingerprint={"benchmark": asdict(settings)}, counts=counts, files=in_folder("scores", files)
+    ).write(run_folder)
     log.info("benchmark: %d rows in %d files", settings.rows, len(files))
     return files
 

@@ -283,7 +283,9 @@ def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
     counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
     counts["trainable"] = sum(row["trainable"] for row in written)
-    return place.commit(Manifest("prepare", fingerprint, counts, in_folder("examples", entries)))
+    return place.commit(
+        Manifest(stage="prepare", fingerprint=fingerprint, counts=counts, files=in_folder("examples", entries))
+    )
 
 
 def _write_part(source: Location, target: Location, repeats: dict[str, int], ids: Any, name: str) -> pa.Table:

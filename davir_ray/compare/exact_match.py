@@ -1,6 +1,6 @@
-"""match: generations + examples → matches/: is the number that a text ends in the one that the response ends in?
+"""match: generations + examples → matches/: does a generated text give the same number for an answer as the response?
 
-Takes seconds, and is redone when the reading of answers changes; the generations stay.
+The stage takes seconds, and is redone when the parsing of answers changes; the generations are kept.
 """
 
 import json
@@ -29,10 +29,10 @@ _SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for 
 
 
 def match(run: Run, *, examples: Run | None = None) -> Manifest:
-    """Compare the answers of generated texts with those of the responses, as numbers, in both readings.
+    """Compare the answers in generated texts with those in the responses, as numbers, strictly and flexibly parsed.
 
-    `examples` is the run whose examples the texts continue (None: this one). `counts` holds the rows that have an
-    expected answer and those that match it, `details` the same by source.
+    `examples` is the run with the examples whose prompts were continued (None: this one). The manifest counts the rows
+    that have an expected answer and those that match it; its details hold the same counts by source.
     """
     started = time.monotonic()
     source = examples or run
@@ -51,11 +51,20 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
             sums[name] += row["rows" if name == "examples" else name]
     counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
     files, seconds = in_folder("matches", entries), time.monotonic() - started
-    return run.commit(Manifest("match", fingerprint, counts, files, {"by_source": by_source}, seconds=seconds))
+    return run.commit(
+        Manifest(
+            stage="match",
+            fingerprint=fingerprint,
+            counts=counts,
+            files=files,
+            details={"by_source": by_source},
+            seconds=seconds,
+        )
+    )
 
 
 def num_expected(run: Run, sources: list[str]) -> int:
-    """How many prepared examples, of these sources or of all if none is named, have an answer to compare with."""
+    """Number of prepared examples with an expected answer, in these sources or in all if none is named."""
     shards = Shards(run.require("prepare").files_in("examples"), partial(read_columns, run / "examples", _ASKED))
     counted = collect(shards, partial(_count_expected, sources=sources), _EXPECTED)
     return sum(counted["expected"].to_pylist())
@@ -67,14 +76,16 @@ def _count_expected(table: pa.Table, sources: list[str]) -> pa.Table:
 
 
 def matched(generations: pa.Table, gold: pa.Table) -> pa.Table:
-    """MATCHES of generations and, in the same row order, the examples' response, record and response_spans."""
+    """The table MATCHES; `gold` has the examples' columns _GOLD, in the row order of `generations`."""
     rows = zip(generations.to_pylist(), gold.to_pylist(), strict=True)
     return pa.Table.from_pylist([_compare(generated, example) for generated, example in rows], MATCHES)
 
 
 def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
     if generated["example_id"] != example["example_id"]:
-        raise IntegrityError(f"example {example['example_id']} stands where the text is of {generated['example_id']}")
+        raise IntegrityError(
+            f"the text of example {generated['example_id']} is in the row of example {example['example_id']}"
+        )
     expected = _expected(example)
     row = {name: generated[name] for name in ("example_id", "source", "status")}
     row["expected"] = None if expected is None else as_text(expected)
@@ -88,9 +99,10 @@ def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, An
 
 
 def _expected(example: dict[str, Any]) -> Any:
-    """What the response marks as its answer, else the number in the record's column `answer`.
+    """The answer that the response marks, else the number in the record's column `answer`, else None.
 
-    None of a conversation with several scored turns: the text continues it at the first, the answer is in the last.
+    None for a conversation with several scored turns: the generated text answers the first turn, the response's answer
+    is in the last.
     """
     if len(example["response_spans"]) > 2:
         return None

@@ -33,11 +33,11 @@ def generate(
     base: Checkpoint | None = None,
     chat_template: str | None = None,
 ) -> Manifest:
-    """Continue the prompt of every example greedily; rows of generations/ stand in the order of examples/.
+    """Continue the prompt of every example greedily; rows of generations/ are in the order of examples/.
 
-    `examples` is the run that holds the examples (None: this one); `base` is the model that an adapter belongs to;
-    `chat_template` is the text of the one that the examples were rendered with, if not the tokenizer's.
-    ModelError if there is none for an adapter, ConfigError if no example is of the sources that are asked for.
+    `examples` is the run that holds the examples (None: this one); `base` is the model that an adapter was trained on;
+    `chat_template` is the text of the template that the examples were rendered with (None: the tokenizer's).
+    ModelError for an adapter without its base, ConfigError if a source that is asked for has no examples.
     """
     started = time.monotonic()
     holder = examples or run
@@ -50,8 +50,9 @@ def generate(
         num_threads=max(1, int(pool.num_cpus)),
         turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
     )
+    base_digest = base.weights_digest() if model.is_adapter and base else {}
     fingerprint = {
-        "model": model.weights_digest() | (_of_base(base) if model.is_adapter and base else {}),
+        "model": model.weights_digest() | {f"base {name}": digest for name, digest in base_digest.items()},
         "examples": prepared.content,
         "sources": sorted(config.sources),
         "settings": _what_matters(settings, pool),
@@ -76,7 +77,7 @@ def generate(
 
 
 def generated_from(run: Run, examples: Run) -> tuple[Manifest, Manifest]:
-    """Manifests of the texts of a run and of the examples they continue. OutputError if they do not go together."""
+    """Manifests of the texts of a run and of the examples they continue; OutputError if they do not belong together."""
     generated, prepared = run.require("generate"), examples.require("prepare")
     if generated.fingerprint["examples"] != prepared.content:
         raise OutputError(f"the texts of {run} were generated from other examples than those of {examples}")
@@ -84,14 +85,14 @@ def generated_from(run: Run, examples: Run) -> tuple[Manifest, Manifest]:
 
 
 class GenerateShard(ShardWorker):
-    """Actor: a Generator for blocks that are whole shards."""
+    """Actor that runs a Generator on blocks that are whole shards."""
 
     def __init__(self, tally: Tally, **generator: Any) -> None:
         super().__init__("generate", tally, INPUT_COLUMNS, partial(Generator, **generator))
 
 
 def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:
-    """What can be known before any weights are loaded."""
+    """Check that an adapter has its base, before any weights are loaded."""
     if not model.is_adapter:
         return
     if base is None:
@@ -102,7 +103,7 @@ def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:
 
 
 def _turn_end(checkpoint: Checkpoint, template: str | None) -> int | None:
-    """The token that the chat template ends a turn with: a model that was tuned on turns ends its text so."""
+    """Id of the token that the chat template ends a turn with: a model tuned on conversations ends its text with it."""
     tokenizer = checkpoint.tokenizer()
     if template is None and not tokenizer.chat_template:
         return None
@@ -110,19 +111,15 @@ def _turn_end(checkpoint: Checkpoint, template: str | None) -> int | None:
     return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
 
 
-def _of_base(base: Checkpoint) -> dict[str, str]:
-    return {f"base {name}": digest for name, digest in base.weights_digest().items()}
-
-
 def _what_matters(settings: GeneratorSettings, pool: ScoreConfig) -> dict[str, Any]:
-    """Settings that texts depend on: not the batch budget, which an out-of-memory halving may change on the way."""
+    """Settings that the texts depend on: not the tokens per batch, which are halved when memory runs out."""
     kept = asdict(settings)
     del kept["tokens_per_batch"]
     return kept | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
 
 
 def _of_sources(run: Run, shards: list[FileEntry], sources: list[str]) -> list[FileEntry]:
-    """Shards of these sources (of all, if none is named); a shard is of one source, as a task of prepare is."""
+    """The shards of these sources, or all if none is named; every shard holds rows of one source."""
     if not sources:
         return shards
     names = each(lambda shard: read_parquet(run / "examples" / shard.name, ["source"])["source"][0].as_py(), shards)

@@ -1,5 +1,6 @@
-"""Held-out data: which of its rows may be measured on, and what the models made of them."""
+"""Held-out data: which of its rows may be measured on, and the models' losses and answers on them."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -23,29 +24,29 @@ _COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base
 _MATCH_COLUMNS = ["example_id", "expected", "strict", "flexible"]
 
 
-class Losses(NamedTuple):
-    """Held-out examples under one fine-tune, in the order of the files."""
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Losses of one fine-tune on the held-out examples, in the order of the files."""
 
     example_ids: npt.NDArray[np.int64]
     hashes: npt.NDArray[np.int64]
-    """Of prompt and response."""
+    """Hashes of prompt and response."""
     sources: npt.NDArray[np.str_]
     num_tokens: npt.NDArray[np.int64]
-    """Scored tokens."""
+    """Number of scored tokens."""
     base_nll: npt.NDArray[np.float64]
-    """Nats over the response; NaN where there is no value."""
+    """Negative log-likelihood of the response under the base, in nats; NaN where there is no value."""
     nll: npt.NDArray[np.float64]
-    """Of the fine-tuned model, likewise."""
+    """The same under the fine-tuned model."""
 
 
 def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
-    """Content hashes of held-out rows that are rows of the run, too: they have been trained on."""
-    own = _hashes(heldout, None)
-    return np.unique(_hashes(run, np.unique(own)))
+    """Content hashes of held-out rows that are also rows of the run, and may have been trained on."""
+    return np.unique(_hashes(run, np.unique(_hashes(heldout, None))))
 
 
 def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
-    """DataError if of some held-out source nothing is left to measure on, before anything is trained."""
+    """DataError if a held-out source has no row left to measure on; called before anything is trained."""
     files = heldout.require("prepare").files_in("examples")
     shards = Shards(files, partial(read_columns, heldout / "examples", _LEFT.names))
     rows = collect(shards, partial(_among, hashes=None), _LEFT)
@@ -61,7 +62,7 @@ def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
 
 
 def _hashes(run: Run, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
-    """Content hashes of a run's examples, or of those that are `among` some."""
+    """Content hashes of a run's examples, all or those in `among`."""
     files = run.require("prepare").files_in("examples")
     shards = Shards(files, partial(read_columns, run / "examples", _HASHES.names))
     return np.asarray(collect(shards, partial(_among, hashes=among), _HASHES)["content_hash"]).astype(np.int64)
@@ -74,7 +75,7 @@ def _among(table: pa.Table, hashes: npt.NDArray[np.int64] | None) -> pa.Table:
 
 
 def read_losses(trial: Run, heldout: Run) -> Losses:
-    """What a trial's scores/ say of the held-out examples."""
+    """Read the losses on the held-out examples from a trial's scores/."""
     names = [entry.name for entry in heldout.require("prepare").files_in("examples")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "scores" / name, _COLUMNS), names))
     if table.num_rows != heldout.require("prepare").counts["prepared"]:
@@ -82,29 +83,29 @@ def read_losses(trial: Run, heldout: Run) -> Losses:
             f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
         )
     return Losses(
-        np.asarray(table["example_id"]).astype(np.int64),
-        np.asarray(table["content_hash"]).astype(np.int64),
-        np.asarray(table["source"].to_pylist(), dtype=np.str_),
-        np.asarray(table["num_response_tokens"]).astype(np.int64),
-        table["base_nll"].to_numpy().astype(np.float64),
-        table["reference_nll"].to_numpy().astype(np.float64),
+        example_ids=np.asarray(table["example_id"]).astype(np.int64),
+        hashes=np.asarray(table["content_hash"]).astype(np.int64),
+        sources=np.asarray(table["source"].to_pylist(), dtype=np.str_),
+        num_tokens=np.asarray(table["num_response_tokens"]).astype(np.int64),
+        base_nll=table["base_nll"].to_numpy().astype(np.float64),
+        nll=table["reference_nll"].to_numpy().astype(np.float64),
     )
 
 
 class Matches(NamedTuple):
-    """Generated answers of one fine-tune, of the held-out examples that have an expected one."""
+    """Correctness of the answers of one fine-tune to the held-out examples that have an expected answer."""
 
     example_ids: npt.NDArray[np.int64]
     strict: npt.NDArray[np.float64]
-    """1 where the marked answer is the expected number, 0 where not; NaN where nothing could be generated."""
+    """1 where the marked answer is the expected number, 0 where it is not; NaN where nothing could be generated."""
     flexible: npt.NDArray[np.float64]
-    """The same of the last number."""
+    """The same for the last number in the text."""
 
 
 def read_matches(trial: Run) -> Matches:
-    """What a trial's matches/ say."""
+    """Read the matches of the examples that have an expected answer from a trial's matches/."""
     names = [entry.name for entry in trial.require("match").files_in("matches")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "matches" / name, _MATCH_COLUMNS), names))
     table = table.filter(table["expected"].is_valid())
-    right = [table[name].cast(pa.int8()).to_numpy().astype(np.float64) for name in ("strict", "flexible")]
-    return Matches(np.asarray(table["example_id"]).astype(np.int64), *right)
+    correct = [table[name].cast(pa.int8()).to_numpy().astype(np.float64) for name in ("strict", "flexible")]
+    return Matches(np.asarray(table["example_id"]).astype(np.int64), *correct)

@@ -1,12 +1,12 @@
-"""outputs: answers to a list of instructions, in the file that AlpacaEval reads. No judge is called.
+"""outputs: a model's answers to a list of instructions, in the format that AlpacaEval reads. No judge is called.
 
     prepare_instructions ─► examples/ without responses ─generate─► generations/ ─write_outputs─► outputs.json
 
 outputs.json is a JSON array of {"dataset", "instruction", "output", "generator"}, one object for each instruction, in
 the order of the list, ready for `alpaca_eval --model_outputs outputs.json`. AlpacaEval 0.6 (README.md, main.py and
 annotators/pairwise_evaluator.py of github.com/tatsu-lab/alpaca_eval) needs `instruction` and `output`, names the model
-by `generator`, and pairs two models' outputs by `instruction` and `input`: so an input is passed on as it stands. Its
-own generation strips white space around an output, and so does this.
+by `generator`, and pairs the outputs of two models by `instruction` and `input`; so an input is copied unchanged.
+White space around an output is stripped, as AlpacaEval's own generation does.
 """
 
 import json
@@ -28,9 +28,10 @@ from davir_ray.stages.prepare import Preparation, prepare
 
 OUTPUTS = "outputs.json"
 SOURCE = "instructions"
-"""Name of the source, and the `dataset` of an instruction that names none."""
+"""Name of the source, and `dataset` of an instruction that has none."""
 
 _READ_AT_A_TIME = 64
+"""Shards that are read in parallel, and held in memory together."""
 
 
 def prepare_instructions(
@@ -41,10 +42,10 @@ def prepare_instructions(
     chat: bool = False,
     written: Sequence[Location] = (),
 ) -> Manifest:
-    """Make prompts of a list of {instruction, input?, dataset?} (JSON, JSON lines or Parquet; also without outputs).
+    """Make prompts from a list of {instruction, input?, dataset?} (JSON, JSON lines or Parquet), outputs ignored.
 
-    The prompt is Stanford Alpaca's, or with `chat` a user's turn in the chat template. DataError if any instruction
-    cannot be one: AlpacaEval wants all of them.
+    The prompt is Stanford Alpaca's, or with `chat` a user's turn in the chat template. DataError if any instruction is
+    rejected: AlpacaEval needs an output for all of them.
     """
     source = Source(name=SOURCE, path=path, format="messages" if chat else "alpaca")
     preparation = replace(preparation, prompts_only=True, keep_record=True)
@@ -52,7 +53,7 @@ def prepare_instructions(
 
 
 def write_outputs(run: Run, generator: str, *, examples: Run | None = None) -> Manifest:
-    """Write outputs.json of a run whose texts were generated; `generator` is the model's name on the leaderboard.
+    """Write outputs.json from a run's generated texts; `generator` is the model's name on the leaderboard.
 
     `examples` is the run of `prepare_instructions` (None: this one). DataError if an instruction has no text.
     """
@@ -70,7 +71,11 @@ def write_outputs(run: Run, generator: str, *, examples: Run | None = None) -> M
     content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
     entry = write_file(run / OUTPUTS, content, len(rows))
     seconds = time.monotonic() - started
-    return run.commit(Manifest("outputs", fingerprint, {"outputs": len(rows)}, [entry], seconds=seconds))
+    return run.commit(
+        Manifest(
+            stage="outputs", fingerprint=fingerprint, counts={"outputs": len(rows)}, files=[entry], seconds=seconds
+        )
+    )
 
 
 def _check_complete(generated: Manifest) -> None:
@@ -84,7 +89,7 @@ def _check_complete(generated: Manifest) -> None:
 
 
 def _rows(run: Run, source: Run, shards: list[FileEntry]) -> Iterator[dict[str, Any]]:
-    """Text and record of each instruction, in the order of the list: names of shards, and rows within, have it."""
+    """Text and record of each instruction, in the order of the list, which shards by name and rows within them have."""
     for start in range(0, len(shards), _READ_AT_A_TIME):
         names = [shard.name for shard in shards[start : start + _READ_AT_A_TIME]]
         for rows in each(partial(_shard_rows, run, source), names):

@@ -1,7 +1,7 @@
-"""The fine-tunes of a comparison: each trains on a set of rows and is measured on held-out data, side by side.
+"""Trials, the fine-tunes of a comparison: each trains on a set of rows and is measured on held-out data.
 
-A trial is a small run of its own, made by the stages that make any run, so it goes on where it stopped; its own
-manifest, written last, says that it has been measured, and only then may its model go.
+A trial is a small run of its own, made by the same stages as any run, so it can be resumed. Its stage `trial` is
+complete when the model has been measured; only then may the model be deleted. Several trials run in parallel.
 """
 
 import json
@@ -29,8 +29,7 @@ from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
-from davir_ray.run.digests import digest
-from davir_ray.run.files import FileEntry, in_folder
+from davir_ray.run.files import FileEntry, digest, in_folder
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.stages.finetune import finetune, what_matters
@@ -38,38 +37,36 @@ from davir_ray.stages.score import score
 
 log = logging.getLogger(__name__)
 
-STAGE = "trial"
-"""Of the manifest that says that a trial is complete."""
-
 _CANCEL_S = 30
-"""That a cancelled trial gets to end."""
+"""Seconds that a cancelled trial may take to stop."""
 
 ANSWERS = "answers"
-"""In a trial: what its model answered to the instructions."""
+"""Folder in a trial with the model's answers to the instructions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class TrialSettings:
     """What all trials of a comparison share."""
 
     base: Checkpoint
     spec: dict[str, Any]
-    """How text became tokens."""
+    """How text was encoded as tokens: the reference's scoring spec."""
     chat_template: str | None
-    """Text of the one that the examples were rendered with, if not the tokenizer's."""
+    """Text of the template that the examples were rendered with; None: the tokenizer's."""
     heldout: Run
-    """A run that is prepared."""
+    """Run with the held-out data as its prepared examples."""
     score: ScoreConfig
     generate: GenerateConfig
     matches: bool
-    """Generate held-out answers and compare them."""
+    """Whether answers to the held-out prompts are generated and compared with the responses."""
     instructions: Run | None
-    """A run of `prepare_instructions`, to be answered, too. None: there are none."""
+    """Run of `prepare_instructions` with instructions to answer; None if there are none."""
     keep_models: bool
+    """Whether a model is kept after it has been measured."""
 
     @cached_property
     def base_digest(self) -> dict[str, str]:
-        """Of the base's weights; gigabytes are read for it, once for all trials."""
+        """Digest of the base's weights; computed once for all trials, as gigabytes are read for it."""
         return self.base.weights_digest()
 
 
@@ -78,113 +75,124 @@ class Trial:
     """One fine-tune and its measurement."""
 
     name: TrialName
-    place: Run
+    run: Run
+    """Folder of the trial's own stages."""
     examples: Run
-    """A run that is prepared: what the trial trains on."""
+    """Run with the training rows as its prepared examples."""
     recipe: FinetuneConfig
-    setting: Setting
+    settings: TrialSettings
 
     def trained_with(self) -> dict[str, Any]:
-        """What the model depends on."""
+        """The part of the fingerprint that the model depends on."""
         return {
-            "base": self.setting.base_digest,
+            "base": self.settings.base_digest,
             "examples": self.examples.require("prepare").content,
             "recipe": what_matters(self.recipe),
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the measurement depends on."""
-        setting, instructions = self.setting, self.setting.instructions
+        """Everything that the measurements depend on, by name."""
+        settings, instructions = self.settings, self.settings.instructions
         return self.trained_with() | {
-            "heldout": setting.heldout.require("prepare").content,
-            "precision": setting.score.precision,
-            "matches": setting.matches,
+            "heldout": settings.heldout.require("prepare").content,
+            "precision": settings.score.precision,
+            "matches": settings.matches,
             "instructions": None if instructions is None else instructions.require("prepare").content,
-            "texts": _what_texts_depend_on(setting) if setting.matches or instructions else None,
+            "texts": _what_texts_depend_on(settings) if settings.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
-            "device": "cuda" if num_gpus_of(setting.score) else "cpu",
+            "device": "cuda" if num_gpus_of(settings.score) else "cpu",
         }
 
     def completed(self) -> Manifest | None:
-        """The manifest of a trial that has been measured; OutputError for one of other settings, or damaged.
+        """The manifest of the trial if it has been measured, else None.
 
-        It is cleared here if it may be overwritten.
+        A trial that is damaged or was made with other settings is cleared here if it may be overwritten; else it is an
+        OutputError.
         """
-        manifest = self.place.manifest(STAGE)
+        manifest = self.run.manifest("trial")
         if manifest is None:
             return None
-        changed = differences(manifest.fingerprint, self.fingerprint()) or manifest.damage(self.place.folder)
+        changed = differences(manifest.fingerprint, self.fingerprint()) or manifest.damage(self.run.folder)
         if not changed:
             return manifest
-        told, has_model = "; ".join(changed[:5]), self._has_model(manifest)
+        listed, has_model = "; ".join(changed[:5]), self._has_model(manifest)
         redone = "measure" if has_model else "train"
-        if not self.place.overwrite:
+        if not self.run.overwrite:
             raise OutputError(
-                f"{self.place} was made with something else ({told}). Add --overwrite to {redone} it again, or choose "
+                f"{self.run} was made with something else ({listed}). Add --overwrite to {redone} it again, or choose "
                 "another --output"
             )
-        log.info("%s differs (%s); to %s again", self.name, told, redone)
-        (self.place / "manifests" / f"{STAGE}.json").remove()
+        log.info("%s differs (%s); to %s again", self.name, listed, redone)
+        self.run.uncommit("trial")
         if not has_model:
-            self.place.folder.remove()
+            self.run.folder.remove()
         return None
 
     def _has_model(self, measured: Manifest) -> bool:
-        """Whether the model that was measured was kept, is whole, and is still the one that is wanted."""
-        trained = self.place.manifest("finetune")
+        """Whether the measured model was kept, is undamaged, and was trained as is asked for now."""
+        trained = self.run.manifest("finetune")
         wanted = json.loads(json.dumps(self.trained_with()))
         same = {name: measured.fingerprint.get(name) for name in wanted} == wanted
-        return same and trained is not None and not trained.damage(self.place.folder)
+        return same and trained is not None and not trained.damage(self.run.folder)
 
-    def run(self) -> Manifest:
-        """Fine-tune the base on the rows, measure the held-out examples, drop the model."""
-        setting = self.setting
-        trained = finetune(self.place, setting.base, self.recipe, setting.spec, examples=self.examples)
-        model = Checkpoint.find(str(self.place / "reference"), setting.base.trust_remote_code)
-        scored = score(self.place, setting.base, model, setting.score, keep_token_nll="none", examples=setting.heldout)
+    def train_and_measure(self) -> Manifest:
+        """Fine-tune the base on the rows, measure it on the held-out examples, delete the model."""
+        settings = self.settings
+        trained = finetune(self.run, settings.base, self.recipe, settings.spec, examples=self.examples)
+        model = Checkpoint.find(str(self.run / "reference"), settings.base.trust_remote_code)
+        scored = score(self.run, settings.base, model, settings.score, keep_token_nll="none", examples=settings.heldout)
         files = scored.files + self._matches(model) + self._answers(model)
         counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
         details = {name: trained.details[name] for name in ("final_loss", "loss_by_step")}
-        details |= {"keep_model": setting.keep_models}
+        details |= {"keep_model": settings.keep_models}
         seconds = trained.seconds + scored.seconds
-        manifest = self.place.commit(Manifest(STAGE, self.fingerprint(), counts, files, details, seconds=seconds))
+        manifest = self.run.commit(
+            Manifest(
+                stage="trial",
+                fingerprint=self.fingerprint(),
+                counts=counts,
+                files=files,
+                details=details,
+                seconds=seconds,
+            )
+        )
         self.drop_model(manifest)
         if model.files:
             _forget_everywhere(model)
         return manifest
 
     def _matches(self, model: Checkpoint) -> list[FileEntry]:
-        """Generate held-out answers and compare them, if that is asked for; returns the files."""
-        setting = self.setting
-        if not setting.matches:
+        """Generate answers to the held-out prompts and compare them, if that is asked for; returns the files."""
+        settings = self.settings
+        if not settings.matches:
             return []
-        generated = self._generate(self.place, model, setting.generate, setting.heldout)
-        return generated.files + match(self.place, examples=setting.heldout).files
+        generated = self._generate(self.run, model, settings.generate, settings.heldout)
+        return generated.files + match(self.run, examples=settings.heldout).files
 
     def _answers(self, model: Checkpoint) -> list[FileEntry]:
         """Answer the instructions, if there are any; returns the files, in answers/."""
-        setting, place = self.setting, self.place.within(ANSWERS)
-        if setting.instructions is None:
+        settings, run = self.settings, self.run.within(ANSWERS)
+        if settings.instructions is None:
             return []
-        generated = self._generate(place, model, replace(setting.generate, sources=[]), setting.instructions)
-        outputs = write_outputs(place, str(self.name), examples=setting.instructions)
+        generated = self._generate(run, model, replace(settings.generate, sources=[]), settings.instructions)
+        outputs = write_outputs(run, str(self.name), examples=settings.instructions)
         return in_folder(ANSWERS, [*generated.files, *outputs.files])
 
-    def _generate(self, place: Run, model: Checkpoint, config: GenerateConfig, holder: Run) -> Manifest:
-        setting = self.setting
+    def _generate(self, run: Run, model: Checkpoint, config: GenerateConfig, examples: Run) -> Manifest:
+        settings = self.settings
         return generate(
-            place, model, config, setting.score, examples=holder, base=setting.base if model.is_adapter else None,
-            chat_template=setting.chat_template,
+            run, model, config, settings.score, examples=examples, base=settings.base if model.is_adapter else None,
+            chat_template=settings.chat_template,
         )  # fmt: skip
 
     def drop_model(self, manifest: Manifest) -> None:
-        """Delete the model of a trial that has been measured, unless the command that made it wanted it kept."""
+        """Delete the model of a trial that has been measured, unless its command asked to keep it."""
         if not manifest.details["keep_model"]:
-            (self.place / "reference").remove()
+            (self.run / "reference").remove()
 
 
 def _forget_everywhere(model: Checkpoint) -> None:
-    """Delete the nodes' copies of a model in object storage: a comparison makes dozens, and each is used once."""
+    """Delete the nodes' local copies of a model in object storage: a comparison makes dozens, each used once."""
     forget: Any = ray.remote(num_cpus=0)(Checkpoint.forget)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     ray.get(
@@ -195,8 +203,8 @@ def _forget_everywhere(model: Checkpoint) -> None:
     )
 
 
-def _what_texts_depend_on(setting: Setting) -> dict[str, Any]:
-    config, template = setting.generate, setting.chat_template
+def _what_texts_depend_on(settings: TrialSettings) -> dict[str, Any]:
+    config, template = settings.generate, settings.chat_template
     return {
         "max_new_tokens": config.max_new_tokens,
         "sources": sorted(config.sources),
@@ -207,25 +215,25 @@ def _what_texts_depend_on(setting: Setting) -> dict[str, Any]:
 
 def _run_trial(trial: Trial) -> None:
     configure_worker_logging()
-    trial.run()
+    trial.train_and_measure()
 
 
-def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -> None:
-    """Run those that are not complete, so many side by side; `tell` hears how many are complete.
+def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], None]) -> None:
+    """Run the trials that are not complete, `at_once` in parallel; calls `on_progress` with the number complete.
 
-    An arm whose fine-tune fails by itself (it diverges) lets the others end first; then its error names it, and how to
-    leave it out. Any other error ends all of them.
+    If a fine-tune itself fails (it diverges), the others are run to their end; then TrainingError names it and says how
+    to leave it out. Any other error stops all of them.
     """
     pending = []
     for trial in trials:
         if (manifest := trial.completed()) is None:
             pending.append(trial)
         else:
-            trial.drop_model(manifest)  # a driver may have died just before
+            trial.drop_model(manifest)  # a driver may have died just before it did
     done = len(trials) - len(pending)
     log.info("compare: %d arms to train and measure, %d done, %d at a time", len(pending), done, at_once)
-    tell(done)
-    # Each waits for the workers of its own stages, and needs no CPU itself.
+    on_progress(done)
+    # A trial's own task waits for the workers of its stages, and needs no CPU.
     start: Any = ray.remote(num_cpus=0)(_run_trial)
     running: dict[Any, Trial] = {}
     failed: list[TrainingError] = []
@@ -242,7 +250,7 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
                 continue
             done += 1
             log.info("compare: %s is measured (%d of %d)", trial.name, done, len(trials))
-            tell(done)
+            on_progress(done)
     finally:
         _cancel(list(running))
     if failed:
@@ -253,7 +261,7 @@ def run_trials(trials: list[Trial], at_once: int, tell: Callable[[int], None]) -
 
 
 def _failure(ended: Any, trial: Trial) -> TrainingError | None:
-    """Why this fine-tune failed, if it did by itself; any other error is raised, with the trial's name."""
+    """The error of a fine-tune that failed itself, None if it did not; any other error is raised, with the name."""
     try:
         with own_errors():
             ray.get(ended)
@@ -265,7 +273,7 @@ def _failure(ended: Any, trial: Trial) -> TrainingError | None:
 
 
 def _cancel(tasks: list[Any]) -> None:
-    """End these, and wait until they have: none may write once the lease is given back."""
+    """Cancel the tasks and wait until they have stopped: none may write once the lease is released."""
     for task in tasks:
         ray.cancel(task)
     if tasks:
@@ -273,19 +281,20 @@ def _cancel(tasks: list[Any]) -> None:
 
 
 def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None) -> tuple[int, ScoreConfig]:
-    """How many trials run side by side, and the scoring pool of each.
+    """How many trials run in parallel, and the scoring pool of each.
 
-    As many as the cluster has room for training workers, one place left for reading and writing; a scoring pool of one
-    trial is a share of the cluster, or two of them would leave no place to read in. ConfigError if more are wanted.
+    As many trials run as the cluster can hold training workers for, one CPU kept free for reading and writing. Each
+    trial's scoring pool is its share of the cluster: larger pools would leave no CPU to read with. ConfigError if more
+    trials are wanted.
     """
     use_gpu = has_gpu() if recipe.use_gpu is None else recipe.use_gpu
     training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // recipe.num_workers
     scoring = room_for(actor_cpus(config.num_cpus), num_gpus_of(config))
-    most = max(1, min(training, scoring))
-    if wanted is not None and wanted > most:
+    limit = max(1, min(training, scoring))
+    if wanted is not None and wanted > limit:
         raise ConfigError(
-            f"arms_at_once is {wanted}, but the cluster has room for {most}: {training} fine-tunes and {scoring} "
-            "scoring actors, one place left for reading and writing; lower it, or leave it out"
+            f"arms_at_once is {wanted}, but the cluster has room for {limit}: {training} fine-tunes and {scoring} "
+            "scoring actors, one CPU kept free for reading and writing; lower it, or leave it out"
         )
-    at_once = wanted or most
+    at_once = wanted or limit
     return at_once, replace(config, autoscale=None, num_actors=max(1, scoring // at_once))

@@ -154,4 +154,4 @@ class ShardWriter:
 
     def _write(self, name: str, table: pa.Table) -> None:
         entry = write_parquet(self._run / name, table)
-        self.report.files.append(FileEntry(name, entry.rows, entry.bytes, entry.sha256))
+        self.report.files.append(FileEntry(name=name, rows=entry.rows, bytes=entry.bytes, sha256=entry.sha256))

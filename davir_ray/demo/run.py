@@ -76,11 +76,11 @@ def demo_config(data: Path, base: Path, output: Path) -> RunConfig:
 def _pretraining_progress() -> Iterator[Callable[[StepReport], None]]:
     """A function to call after each step of the pre-training; it moves a bar on a terminal, else logs now and then."""
     stage, unit = "pre-training", "steps"
-    bar = Bar(Progress(stage, unit=unit)) if sys.stderr.isatty() else None
+    bar = Bar(Progress(stage=stage, unit=unit)) if sys.stderr.isatty() else None
 
     def show(step: StepReport) -> None:
         if bar is not None:
-            bar.show(Progress(stage, unit=unit, done=step.step, total=step.total_steps))
+            bar.show(Progress(stage=stage, unit=unit, done=step.step, total=step.total_steps))
         elif step.step % 50 == 0 or step.step == step.total_steps:
             log.info("%s: step %d of %d, loss %.3f nats a token", stage, step.step, step.total_steps, step.loss)
 

@@ -106,7 +106,7 @@ class Stream:
         """Where the stage begins: with what an earlier attempt committed."""
         rows = total_rows([shard.entry for shard in committed])
         return Progress(
-            self.stage,
+            stage=self.stage,
             unit="rows",
             done=rows,
             total=total_rows(self.shards),
@@ -166,7 +166,13 @@ class Stream:
         details = {"numerics": [json.loads(text) for text in numerics]} | details
         if filled.sums is not None:
             details |= {"throughput": filled.sums.throughput, "retries": filled.sums.retries}
-        return Manifest(self.stage, self.fingerprint, counts, in_folder(self.folder, entries), details)
+        return Manifest(
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            counts=counts,
+            files=in_folder(self.folder, entries),
+            details=details,
+        )
 
 
 class Filled(NamedTuple):

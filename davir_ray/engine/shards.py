@@ -18,10 +18,10 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.engine.progress import Told
 from davir_ray.errors import IntegrityError
-from davir_ray.run.digests import digest
 from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
+    digest,
     read_parquet,
     write_parquet,
 )

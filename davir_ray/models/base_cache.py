@@ -12,10 +12,9 @@ import pyarrow as pa
 
 from davir_ray.errors import IntegrityError, OutputError
 from davir_ray.models.kernel.packing import Spans, scored_positions
-from davir_ray.run.access import translated
-from davir_ray.run.digests import digest
-from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.files import digest, read_parquet, write_parquet
 from davir_ray.run.location import Location
+from davir_ray.run.storage_errors import user_errors
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class BaseCache:
     def read(place: Location, examples: Sequence[tuple[npt.NDArray[np.int32], Spans]]) -> Nlls | None:
         """The losses in this file; None if it does not exist or is damaged."""
         try:
-            with translated(place, OutputError):
+            with user_errors(place, OutputError):
                 if not place.exists():
                     return None
                 table = read_parquet(place)
@@ -76,7 +75,7 @@ class BaseCache:
         values = np.concatenate(nlls)
         kind = pa.list_(pa.from_numpy_dtype(values.dtype))
         try:
-            with translated(place, OutputError):
+            with user_errors(place, OutputError):
                 write_parquet(place, pa.table({"token_nll": pa.array(nlls, kind)}), {_CHECKSUM: _checksum(values)})
         except OutputError as error:
             log.warning("the base losses are not cached: %s", error)

@@ -32,9 +32,10 @@ from davir_ray.models.adapter import (
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
-from davir_ray.run.access import PATIENCE_S, in_time, translated
-from davir_ray.run.digests import file_digest
+from davir_ray.run.access import PROBE_S, in_time
+from davir_ray.run.files import file_digest
 from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
+from davir_ray.run.storage_errors import user_errors
 from davir_ray.text import BYTE_ORDER_MARK
 
 SPEC_FILE = "scoring_spec.json"
@@ -75,7 +76,7 @@ class Checkpoint:
         """
         is_hub, uri = uri.startswith("hf://"), uri.removeprefix("hf://").removeprefix("file://")
         if "://" in uri:
-            with translated(uri, ModelError):
+            with user_errors(uri, ModelError):
                 files = store_files(Location.of(uri))
             return cls._checked(uri, {file.name for file in files}, trust_remote_code, files=files)
         path = Path(uri).expanduser()
@@ -123,7 +124,7 @@ class Checkpoint:
             sizes = sizes or {name: (folder / name).stat().st_size for name in _names_in(folder) if _is_read(name)}
             for name in (name for name, num_bytes in sizes.items() if num_bytes < LFS_POINTER_BYTES):
                 here = folder / name
-                with translated(self.uri, ModelError):
+                with user_errors(self.uri, ModelError):
                     content = Location.of(here if here.exists() else f"{self.uri}/{name}").read_bytes()
                 if LFS_POINTER.match(content):
                     raise ModelError(f"{self.uri}: {name} is a Git LFS pointer; run git lfs pull where it was cloned")
@@ -350,7 +351,7 @@ def _look_up_first(path: Path) -> None:
         there = f"has {', '.join(siblings[:10])}" if siblings else "has no folder"
         raise ModelError(
             f"{path.absolute()} is no folder ({path.parent} {there}), and as the name of a model of the hub: "
-            f"{f'no answer in {PATIENCE_S:g} seconds' if isinstance(error, TimeoutError) else error}"
+            f"{f'no answer in {PROBE_S:g} seconds' if isinstance(error, TimeoutError) else error}"
         ) from error
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from davir_ray.errors import ModelError
-from davir_ray.run.digests import content_digest, digest
+from davir_ray.run.files import content_digest, digest
 from davir_ray.run.location import TEMPORARY, Location, each
 from davir_ray.run.storage_errors import explain, storage_errors
 

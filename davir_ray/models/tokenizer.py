@@ -5,7 +5,7 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from davir_ray.errors import ModelError
-from davir_ray.run.digests import digest
+from davir_ray.run.files import digest
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,7 +19,7 @@ from davir_ray.formulas.statistics import over_seeds
 from davir_ray.report import charts
 from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment
-from davir_ray.run.digests import digest
+from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 
 PAPER = {"dpo": 0.38, "ipo": -0.10, "davir_dpo": 0.07}

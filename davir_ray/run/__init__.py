@@ -1,1 +1,1 @@
-"""The folder of a run: what lies in it, whose it is, what is complete. No Ray here."""
+"""The folder of a run: its files, its one driver, its complete stages and its progress. No Ray here."""

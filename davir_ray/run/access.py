@@ -1,60 +1,47 @@
-"""Whether a place can be used: a probe before any work, and what is wrong in the class of the user's mistake."""
+"""Probes before any work: whether inputs can be read and the output can be written, and if not, what to change."""
 
-import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from davir_ray.errors import OutputError, StorageError, UserError
+from davir_ray.errors import OutputError, UserError
 from davir_ray.run.location import Location
-from davir_ray.run.storage_errors import STORE_ERRORS, explain
+from davir_ray.run.storage_errors import LOCATION_ERRORS, explain, user_errors
 
-_LOCATION_ERRORS: tuple[type[Exception], ...] = (*STORE_ERRORS, StorageError, ValueError, ImportError)
-
-log = logging.getLogger(__name__)
-
-PATIENCE_S = 9.0
+PROBE_S = 9.0
 """Seconds that a probe may take before the store counts as unreachable."""
 
 _QUICK = {"connect_timeout": 3, "read_timeout": 4, "retries": {"mode": "standard", "max_attempts": 2}}
-"""Of a probe: a run waits longer."""
-
-
-@contextmanager
-def translated(uri: object, error_class: type[UserError]) -> Iterator[None]:
-    """Turn what a file system raises about a path that the user gave into one line of ours."""
-    try:
-        yield
-    except _LOCATION_ERRORS as error:
-        raise error_class(f"{uri} cannot be used: {explain(error, uri)}") from error
+"""Timeouts and retries of a probe; a run waits longer."""
 
 
 def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:
-    """List the buckets of input URIs, each once; an error of the class that stands beside the URI says what is wrong.
+    """List the bucket of each input URI once; a failure is raised in the class that the URI is paired with.
 
-    A store's answer to a question about one file has no body, so that nothing tells wrong credentials from a missing
-    permission there; the answer to a listing does.
+    Only a store's answer to a listing distinguishes wrong credentials from a missing permission: its answer about a
+    single file has no body.
     """
     seen = set[str]()
     for uri, error_class in places:
         bucket = "/".join(uri.split("/")[:3])
         if "://" in uri and bucket not in seen:
             seen.add(bucket)
-            with translated(uri, error_class):
+            with user_errors(uri, error_class):
                 in_time(partial(_list, uri))
 
 
 def probe_output(run: Location) -> None:
-    """Write, list, read and delete a small file in the output. OutputError says which step failed and what to change.
+    """Write, list, read and delete a small file in the output; OutputError says which step failed and what to change.
 
-    Leaves nothing behind, not even the folder where there was none.
+    Nothing is left behind: a folder that did not exist is removed again.
     """
     place = _quick(run)
-    absent = _absent_folders(place)
+    folders = (Path(place.path), *Path(place.path).parents) if place.is_local else ()
+    absent = [folder for folder in folders if not folder.exists()]
     name, content = f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
     file = place / name
     try:
@@ -63,23 +50,17 @@ def probe_output(run: Location) -> None:
         _step(run, "read", lambda: _expect(file.read_bytes() == content, "a file does not hold what was written"))
         _step(run, "deleted from", lambda: place.fs.rm_file(file.path))
     finally:
-        with suppress(Exception):  # where a step failed, what it leaves may not be deletable either
+        with suppress(Exception):  # where a step failed, deleting may fail, too
             place.fs.rm_file(file.path)
         for folder in absent:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def _absent_folders(place: Location) -> list[Path]:
-    """Folders that writing in a local place would make, the deepest first."""
-    path = Path(place.path)
-    return [folder for folder in (path, *path.parents) if not folder.exists()] if place.is_local else []
-
-
 def _step(run: Location, verb: str, work: Callable[[], None]) -> None:
     try:
         in_time(work)
-    except _LOCATION_ERRORS as error:
+    except LOCATION_ERRORS as error:
         raise OutputError(f"output {run} cannot be {verb}: {explain(error, run)}") from error
 
 
@@ -106,7 +87,7 @@ def _quick(place: Location) -> Location:
 
 
 def in_time(work: Callable[[], object]) -> None:
-    """Do something; TimeoutError if it takes longer than a probe may."""
+    """Call `work`; TimeoutError if it takes longer than PROBE_S."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -115,11 +96,11 @@ def in_time(work: Callable[[], object]) -> None:
         except BaseException as error:  # noqa: BLE001  # raised again below
             raised.append(error)
 
-    # A daemon, and no pool: a request that never ends must not keep the process from ending.
+    # A daemon thread, and no pool: a request that never ends must not keep the process alive.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PATIENCE_S)
+    thread.join(PROBE_S)
     if thread.is_alive():
-        raise TimeoutError(f"no answer within {PATIENCE_S:g} seconds")
+        raise TimeoutError(f"no answer within {PROBE_S:g} seconds")
     if raised:
         raise raised[0]

@@ -1,52 +1,89 @@
-"""Files of a run and their entries in manifests; Parquet with page checksums, read back whole or refused."""
+"""Files of a run: their digests, their entries in manifests, and Parquet with page checksums, refused where damaged."""
 
 import hashlib
+import json
 import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from davir_ray.errors import IntegrityError
-from davir_ray.run.digests import file_digest
-from davir_ray.run.location import TEMPORARY, Location
+from davir_ray.run.location import TEMPORARY, Location, file_info
 from davir_ray.run.storage_errors import storage_errors
 
 FINGERPRINT_KEY = b"davir_ray.fingerprint"
-"""Parquet metadata key of the fingerprint under which a file was written: how a resumed stage knows its own files."""
+"""Key in a Parquet file's metadata of the fingerprint that the file was written under, by which a resumed stage
+recognises its own files."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One committed file of a stage. In a manifest its name begins with the stage's folder."""
+    """One complete file of a stage. In a manifest its name is the path from the run's folder."""
 
     name: str
     rows: int
     bytes: int
     sha256: str
     mark: str | None = field(default=None, compare=False)
-    """The file's mark (see Stored) when its stage was committed; says nothing of the content, and is not compared."""
+    """Etag or modification time (see FileInfo) when the stage was committed. It says nothing about the content, so two
+    entries are equal whatever it is."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-ready value, in hex: how fingerprints and lists of files are compared."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def content_digest(place: Location) -> str:
+    """SHA-256 of a file's content, read now."""
+    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(place: Location) -> str:
+    """A string that changes when the file's content does: SHA-256 of a local file, size and etag of a remote one."""
+    with storage_errors(place, may_be_absent=True):
+        if place.is_local:
+            stat = Path(place.path).stat()
+            return _local_digest(place.path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        info = file_info(place.fs.info(place.path))
+    return content_digest(place) if info.mark is None else f"{info.bytes}-{info.mark}"
+
+
+@lru_cache(maxsize=4096)
+def _local_digest(path: str, *_: int) -> str:
+    """SHA-256 of a local file, computed again only where the file behind the path, its size or its times differ."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:
     """Write a whole file, atomically; returns its entry."""
     place.write_bytes(content)
-    return FileEntry(place.name, rows, len(content), hashlib.sha256(content).hexdigest())
+    return FileEntry(name=place.name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def put_folder(place: Location, local: Path, last: Collection[str] = ()) -> list[FileEntry]:
-    """Replace the folder by the files of a local folder; returns what was written.
+    """Replace a folder by the files of a local folder; returns the entries of what was written.
 
-    A local target is filled beside its place and renamed. In object storage the files named in `last` follow the
-    others, so that a reader who needs one of them never takes half a folder for a whole one.
+    A local target is filled under a temporary name and renamed. In object storage the files named in `last` are
+    uploaded after the others, so that a reader who waits for one of them never sees half a folder.
     """
     files = sorted(path for path in local.rglob("*") if path.is_file())
     entries = [
-        FileEntry(file.relative_to(local).as_posix(), 0, file.stat().st_size, file_digest(Location.of(file)))
+        FileEntry(
+            name=file.relative_to(local).as_posix(),
+            rows=0,
+            bytes=file.stat().st_size,
+            sha256=file_digest(Location.of(file)),
+        )
         for file in files
     ]
     with storage_errors(place):
@@ -72,7 +109,7 @@ def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes]
 
 
 def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, only the named columns of it. IntegrityError if it is missing, or what is read damaged."""
+    """Read the named columns of a Parquet file, or all. IntegrityError if it is missing or what is read is damaged."""
     try:
         with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
@@ -84,28 +121,33 @@ def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
 
 
 def parquet_rows(place: Location) -> int:
-    """Rows of a Parquet file, from its footer. IntegrityError if it was damaged."""
+    """Number of rows of a Parquet file, from its footer. IntegrityError if the footer is damaged."""
     with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
         return int(pq.ParquetFile(file).metadata.num_rows)
 
 
 def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
-    """A file that an earlier attempt committed: its entry and all of it. IntegrityError if its data were damaged.
+    """Entry and table of a file that an earlier attempt wrote. IntegrityError if its data are damaged.
 
-    Page checksums leave out the footer's statistics and metadata: who keeps something there seals it.
+    Page checksums do not cover the footer's statistics and metadata: a stage that keeps something there adds a checksum
+    of its own.
     """
     content = place.read_bytes()
     with _sound(place):
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
-    return FileEntry(place.name, table.num_rows, len(content), hashlib.sha256(content).hexdigest()), table
+    return FileEntry(
+        name=place.name, rows=table.num_rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+    ), table
 
 
 @contextmanager
 def _sound(place: Location) -> Iterator[None]:
-    """Tell damaged content from storage that fails: Arrow's errors have no number, a file system's have one."""
+    """Turn errors of damaged content into IntegrityError, not those of failing storage: Arrow's errors have no errno, a
+    file system's have one.
+    """
     try:
         yield
-    except MemoryError:  # Arrow's is one of its own errors, too
+    except MemoryError:  # Arrow's is an ArrowException, too
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
@@ -115,10 +157,10 @@ def _sound(place: Location) -> Iterator[None]:
 
 
 def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:
-    """Entries as a manifest lists them: named from the run's folder."""
+    """Entries as a manifest lists them, by the path from the run's folder."""
     return [replace(entry, name=f"{folder}/{entry.name}") for entry in entries]
 
 
 def total_rows(entries: Iterable[FileEntry]) -> int:
-    """Rows of all files."""
+    """Sum of the rows of all files."""
     return sum(entry.rows for entry in entries)

@@ -1,7 +1,7 @@
 """The folder of a run, as one object that stages are given: its files, its complete stages, and its one driver.
 
-A stage that is complete under an equal fingerprint is skipped. A different one is refused or redone: what took hours is
-redone only with --overwrite, what takes seconds without a flag.
+A stage that is complete under an equal fingerprint is skipped. Under a different one it is redone if it takes seconds;
+if it takes hours it is redone only with --overwrite, and refused without.
 """
 
 import json
@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Any, Self
 
 from davir_ray.errors import ConfigError, DavirError, OutputError
-from davir_ray.run.access import translated
 from davir_ray.run.lease import Lease
 from davir_ray.run.location import Location, remove_leftovers
-from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, Manifest, differences
+from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, Manifest, differences, manifest_file
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import STAGES, from_stage
+from davir_ray.run.storage_errors import user_errors
 from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that Ray sets for the entry point of a submitted job."""
+"""Environment variable that Ray sets in the entry point of a submitted job."""
 
 _MAX_DIFFERENCES = 5
-"""Differences named in one message."""
+"""Differences that one message lists."""
 
 _ATTEMPT = "attempt.json"
-"""In a folder of an unfinished stage: the fingerprint that it works with."""
+"""File with the fingerprint of an unfinished stage, in a folder of the stage."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class Run:
 
     folder: Location
     overwrite: bool = False
-    """Whether a stage that took hours may be redone where it differs: --overwrite."""
+    """Whether a stage that took hours may be redone under another fingerprint (--overwrite)."""
 
     @classmethod
     def at(cls, output: str | Path, *, overwrite: bool = False) -> Self:
-        """The run in an output, a local path or a URI; ConfigError for one that a submitted job would lose."""
+        """The run in an output, a local path or a URI; ConfigError for a path that a submitted job would lose."""
         output = str(output)
         if os.environ.get(SUBMITTED_JOB) and "://" not in output and not Path(output).is_absolute():
             raise ConfigError(
-                f"output {output!r} is relative, and would be lost with the submitted job's folder; "
+                f"output {output!r} is relative, and would be deleted with the submitted job's folder; "
                 "give s3://… or an absolute path"
             )
-        with translated(output, OutputError):
+        with user_errors(output, OutputError):
             folder = Location.of(output if "://" in output else Path(output).expanduser().resolve())
         return cls(folder, overwrite)
 
     def within(self, name: str) -> Self:
-        """The run in a folder of this one: a comparison holds one for each fine-tune."""
+        """The run in a subfolder: a comparison has one for each fine-tune."""
         return type(self)(self.folder / name, self.overwrite)
 
     def __truediv__(self, name: str) -> Location:
@@ -68,21 +68,21 @@ class Run:
     # Stages
 
     def manifest(self, stage: str) -> Manifest | None:
-        """The manifest of a stage; None where it is not complete."""
+        """The manifest of a stage; None if the stage is not complete."""
         return Manifest.read(self.folder, stage)
 
     def require(self, stage: str) -> Manifest:
-        """The manifest of an earlier stage; OutputError that says what to run first where it is not complete."""
+        """The manifest of an earlier stage; OutputError, which says what to run first, if it is not complete."""
         manifest = self.manifest(stage)
         if manifest is None:
             raise OutputError(f"{self} has no complete {stage} stage; run jobs/score.py with this --output first")
         return manifest
 
     def completed(self, stage: str, fingerprint: dict[str, Any]) -> Manifest | None:
-        """The manifest of a stage that is complete under this fingerprint, its files unchanged; None if it must run.
+        """The manifest of a stage that is complete under this fingerprint, with unchanged files; None if it must run.
 
-        Where a stage that took hours differs, it is cleared here with all that follow it, or OutputError names what
-        differs and the two ways out. A stage that takes seconds clears its folders when it begins to write.
+        A stage that took hours and differs is cleared here together with the stages that follow it, or OutputError
+        lists what differs. A stage that takes seconds clears its folders itself when it begins to write.
         """
         manifest = self.manifest(stage)
         takes_hours = STAGES[stage].takes_hours
@@ -90,7 +90,7 @@ class Run:
             later = [name for name in from_stage(stage)[1:] if STAGES[name].takes_hours and self.manifest(name)]
             if not takes_hours or not later:
                 return None
-            problem, changed = "holds another run", [f"its manifest is gone, but {later[0]} is complete"]
+            problem, changed = "holds another run", [f"its manifest is missing, but {later[0]} is complete"]
         elif changed := differences(manifest.fingerprint, json.loads(json.dumps(fingerprint))):
             problem = "holds another run"
         elif changed := manifest.damage(self.folder):
@@ -106,19 +106,23 @@ class Run:
                 f"{self} {problem}: {stage} differs in {_listed(changed)}. "
                 "Add --overwrite to redo it and what follows, or choose another --output"
             )
-        following = [name for name in from_stage(stage) if name == stage or self.manifest(name) is not None]
-        log.info("%s differs (%s); redoing %s", stage, _listed(changed), ", ".join(following))
+        redone = [name for name in from_stage(stage) if name == stage or self.manifest(name) is not None]
+        log.info("%s differs (%s); redoing %s", stage, _listed(changed), ", ".join(redone))
         self.clear(stage)
         return None
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Complete a stage by its manifest, after a look at every file; IntegrityError if one is not as written."""
+        """Complete a stage by writing its manifest; IntegrityError if a file is missing or has another size."""
         return manifest.commit(self.folder)
 
+    def uncommit(self, stage: str) -> None:
+        """Remove the manifest of a stage, if there is one: it counts as complete no more."""
+        manifest_file(self.folder, stage).remove()
+
     def clear(self, stage: str) -> None:
-        """Remove a stage and all that follow it: every manifest first, so that no stage looks complete half-way."""
+        """Remove a stage and all that follow it, manifests first, so that no half-removed stage looks complete."""
         for name in reversed(from_stage(stage)):
-            (self / "manifests" / f"{name}.json").remove()
+            self.uncommit(name)
         for name in from_stage(stage):
             for folder in STAGES[name].writes:
                 (self / folder).remove()
@@ -126,13 +130,17 @@ class Run:
     # Unfinished stages
 
     def note_attempt(self, folder: str, fingerprint: dict[str, Any], *, binding: bool = True) -> None:
-        """Write down what an attempt works with. One that failed by the user's mistake does not bind the next."""
+        """Record the fingerprint of an attempt at a stage, in one of its folders.
+
+        An attempt that is not `binding`, as one that failed by the user's mistake, may be followed by one of another
+        fingerprint without --overwrite.
+        """
         (self / folder / _ATTEMPT).write_text(json.dumps({"fingerprint": fingerprint, "binding": binding}))
 
     def continues_attempt(self, stage: str, folder: str, fingerprint: dict[str, Any]) -> bool:
-        """Whether an attempt that died worked with the same fingerprint, so that what it left may be used.
+        """Whether the last attempt at a stage had the same fingerprint, so that its files may be used.
 
-        OutputError names what differs, unless it may be overwritten.
+        OutputError lists what differs, unless the attempt was not binding or may be overwritten.
         """
         try:
             noted = json.loads((self / folder / _ATTEMPT).read_bytes())
@@ -145,10 +153,10 @@ class Run:
         return not changed
 
     def other_attempt(self, stage: str, changed: list[str]) -> OutputError:
-        """The refusal to go on with an unfinished stage that worked with something else."""
+        """The error for an unfinished stage of another fingerprint."""
         return OutputError(
             f"{self} holds an unfinished {stage} with other settings or inputs ({_listed(changed)}). "
-            "Add --overwrite to begin it anew, or choose another --output"
+            "Add --overwrite to start it over, or choose another --output"
         )
 
     # The driver
@@ -157,24 +165,24 @@ class Run:
     def writing(self, config: str) -> Iterator[None]:
         """Hold the run as its one driver for a block; `config` is the resolved configuration of the command.
 
-        What dead attempts left half-written is removed. At the end progress.json says how it went. OutputError if the
-        folder holds something else, or another driver has it.
+        Unfinished files of drivers that died are removed first; at the end progress.json says how the block ended.
+        OutputError if the folder holds something other than a run, or another driver holds it.
         """
         self.check_claim()
         with Lease(self.folder), self._outcome():
             if not self.check_claim():
-                with translated(self, OutputError):
+                with user_errors(self, OutputError):
                     self.remember(config)
             remove_leftovers(self.folder)
             yield
 
     def check_claim(self) -> bool:
-        """Whether the folder is a run of ours; OutputError if it holds something else, which a stage might clear."""
-        mark = self / CONFIG_FILE
-        with translated(self, OutputError):
-            if mark.exists():
-                if not mark.read_text().startswith(CONFIG_HEAD):
-                    raise OutputError(f"{mark} was not written by davir_ray; choose an empty or a new --output")
+        """Whether the folder is a run already; OutputError if it holds other files, which a stage might delete."""
+        config = self / CONFIG_FILE
+        with user_errors(self, OutputError):
+            if config.exists():
+                if not config.read_text().startswith(CONFIG_HEAD):
+                    raise OutputError(f"{config} was not written by davir_ray; choose an empty or a new --output")
                 return True
             names = [name for stage in STAGES.values() for name in stage.writes]
             taken = [name for name in (*names, "manifests") if (self / name).exists()]
@@ -183,22 +191,22 @@ class Run:
         return False
 
     def remember(self, config: str) -> None:
-        """Write the resolved configuration of the last command, once no stage can refuse it any more."""
+        """Write the resolved configuration of a command, once no stage can refuse it any more."""
         (self / CONFIG_FILE).write_text(CONFIG_HEAD + config)
 
     def write_progress(self, progress: Progress) -> None:
-        """Say in progress.json how far the run is."""
+        """Replace progress.json."""
         progress.write(self.folder)
 
     @contextmanager
     def _outcome(self) -> Iterator[None]:
-        """Leave in progress.json how the run ended; where it is interrupted, or loses its lease, leave it as it is."""
+        """Write to progress.json how the run ended. An interrupt, a refusal or a lost lease leaves it as it is."""
         try:
             yield
-        except OutputError:  # a refusal: the run that is there did not fail
+        except OutputError:  # a refusal: the run that the folder holds did not fail
             raise
         except Exception as error:
-            # Ray's errors hold a whole traceback; their last line says what happened.
+            # The text of Ray's errors is a whole traceback, whose last line says what happened.
             last_line = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
             Progress.end(self.folder, "failed", one_line(error) if isinstance(error, DavirError) else last_line)
             raise

@@ -1,13 +1,14 @@
-"""One driver a run: a lease in the output names who writes there, and a heartbeat shows that it lives.
+"""One driver a run: a lease in the output names the process that writes there, and a heartbeat shows that it is alive.
 
-On the same machine a process that is gone is known at once. Elsewhere clocks differ, so nobody compares times: who
-finds a lease watches whether its heartbeat moves.
+On the same machine a dead process is recognised at once. Clocks of different machines differ, so times are never
+compared: a driver that finds another machine's lease watches whether its heartbeat changes, and never overwrites the
+lease while it does.
 
-A driver that finds a lease never writes over it while its heartbeat moves. Of drivers that begin at the same moment one
-goes on: where the store refuses to create a file twice, because it does; elsewhere because the last to write wins, and
-all read again when every write that may still count has ended. A write that took longer than that, to take the lease or
-to renew it, is taken back: the driver that holds the run writes its own again at its next heartbeat. Not covered is a
-store that does a write after its client gave it up; the heartbeat then ends one of the two within BEAT_S.
+Of drivers that start at the same moment one goes on. If the store refuses to create a file twice, that decides.
+Otherwise the last to write wins: every driver waits until all writes that count have ended, then reads the lease again.
+A write, of a new lease or of a heartbeat, that took longer than that is undone; the driver that holds the run writes
+its own lease again at its next heartbeat. One case is not covered: a store that carries out a write after its client
+gave up on it. The heartbeat then ends one of the two drivers within BEAT_S.
 """
 
 import _thread
@@ -19,7 +20,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +29,8 @@ from typing import Self
 import psutil
 
 from davir_ray.errors import OutputError, StorageError
-from davir_ray.run.access import translated
 from davir_ray.run.location import Location
-from davir_ray.run.storage_errors import explain
+from davir_ray.run.storage_errors import explain, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -40,47 +40,55 @@ BEAT_S = 10.0
 """Seconds between heartbeats."""
 
 MISSED_BEATS = 4
-"""After so many of them without a change the holder counts as dead."""
+"""Number of heartbeats that must be missing before the holder counts as dead."""
 
 _SETTLE_S = 1.0
-"""From seeing no lease to having written one takes at most this long, or the write does not count; so long after that a
-driver sees whose the lease is.
+"""Seconds within which a driver that sees no lease must have written its own, or the write does not count. After the
+same time again the driver reads the lease to see whose it is.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who has the lease. A lease that cannot be read has a holder without a name."""
+    """The process that holds the lease. A lease that cannot be read has a holder with the default values."""
 
     token: str = ""
     host: str = "?"
     machine: str = "?"
-    """Boot and process namespace: only there do process ids mean the same processes."""
+    """Boot id and process namespace, within which a process id names one process."""
     pid: int = 0
     process_started: float = 0.0
-    """Start of the process, seconds since the epoch: process ids are used again."""
+    """Start of the process in seconds since the epoch: process ids are reused."""
     since: str = "?"
+    """Time in UTC when the lease was taken."""
     beat: int = 0
+    """Number of heartbeats so far."""
 
     @classmethod
     def of_this_process(cls) -> Self:
-        """A new holder: this process."""
+        """A new holder for this process."""
         process = psutil.Process()
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(uuid.uuid4().hex, socket.gethostname(), _machine(), process.pid, process.create_time(), now)
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=process.pid,
+            process_started=process.create_time(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
     @classmethod
     def read(cls, place: Location) -> Self | None:
-        """The holder of a lease; None if there is no lease."""
+        """The holder in a lease file; None if there is no file."""
         try:
             return cls(**json.loads(place.read_bytes()))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError):  # torn, or somebody else's
+        except (ValueError, TypeError):  # half-written, or not written by us
             return cls()
 
     def is_dead(self) -> bool:
-        """Whether it was a process of this machine that is gone; false where that cannot be known."""
+        """Whether it was a process of this machine and has ended; false for a process of another machine."""
         if not self.is_here():
             return False
         try:
@@ -104,7 +112,7 @@ def _machine() -> str:
 
 
 class Lease:
-    """Holds a run's lease while its block runs. OutputError if another driver has it, or takes it."""
+    """Context manager that holds a run's lease. OutputError if another driver holds the lease or takes it over."""
 
     def __init__(self, run: Location) -> None:
         self._place = run / LEASE_FILE
@@ -114,7 +122,7 @@ class Lease:
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        with translated(self._place, OutputError):
+        with user_errors(self._place, OutputError):
             self._acquire()
         self._heart.start()
         return self
@@ -126,11 +134,12 @@ class Lease:
         self._heart.join()
         if self._lost_to is not None:
             raise OutputError(f"{self._place.parent} was taken over by {self._lost_to}; this run ends here") from error
-        with suppress(StorageError):  # the heartbeat of a lease that stays behind does not move
+        with suppress(StorageError):  # a lease that is left behind has no heartbeat
             if self._is_ours():
                 self._place.remove()
 
     def _acquire(self) -> None:
+        """Write the lease, after waiting until another holder is dead; OutputError if it is alive or is faster."""
         taken_over = False
         while True:
             begun = time.monotonic()
@@ -139,14 +148,14 @@ class Lease:
                 if not holder.is_dead():
                     self._wait_for_end_of(holder)
                 taken_over, begun = True, time.monotonic()
-                if Holder.read(self._place) != holder:  # another was faster, or the holder has ended
+                if Holder.read(self._place) != holder:  # another driver was faster, or the holder has ended
                     continue
-                log.warning("taking over the run from %s, which is gone", holder)
+                log.warning("taking over the run from %s, which has died", holder)
                 self._place.remove()
-            # Where the store's answer was lost and the request repeated, the lease that is there is our own.
+            # If the store's answer was lost and the request repeated, the lease that exists is our own.
             if not self._place.create(self._content()) and not self._is_ours():
                 continue
-            if self._place.is_local and not taken_over:  # no disk creates a file twice, but not every store refuses to
+            if self._place.is_local and not taken_over:  # a disk never creates a file twice; a store may
                 return
             if time.monotonic() - begun <= _SETTLE_S:
                 time.sleep(_SETTLE_S)
@@ -156,23 +165,23 @@ class Lease:
                 if now is not None:
                     return
             elif not taken_over and not self._place.create(self._content()) and self._is_ours():
-                return  # this store does refuse to create a file twice
-            self._take_back()
+                return  # this store refuses to create a file twice
+            self._undo()
             taken_over = False
 
-    def _take_back(self) -> None:
-        """Remove what was written too late, and leave who may have held the lease the time to write it again."""
-        log.warning("the lease %s was written too slowly to tell whose it is; trying again", self._place)
+    def _undo(self) -> None:
+        """Remove a lease that was written too late, and give a driver that held it the time to write its own again."""
+        log.warning("the lease %s was written too slowly to know whose it is; trying again", self._place)
         if self._is_ours():
             self._place.remove()
         time.sleep(BEAT_S + _SETTLE_S)
 
     def _wait_for_end_of(self, holder: Holder) -> None:
-        """Return when its heartbeat stood still for so long that it must be dead. OutputError when it moves."""
+        """Return when its heartbeat has not changed for so long that it counts as dead. OutputError if it changes."""
         if holder.is_here():
             raise _refusal(self._place, holder)
         patience = BEAT_S * MISSED_BEATS
-        log.warning("%s has the run; waiting up to %g s for its heartbeat", holder, patience)
+        log.warning("%s holds the run; waiting up to %g s for its heartbeat", holder, patience)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_S / 2))
@@ -183,11 +192,11 @@ class Lease:
                 raise _refusal(self._place, now)
 
     def _beat(self) -> None:
-        renewed, trouble = time.monotonic(), ""
+        renewed, problem = time.monotonic(), ""
         while not self._ended.wait(BEAT_S):
             begun = time.monotonic()
             if _is_overdue(renewed):
-                self._lose(f"a driver that may take it for dead: its heartbeat failed: {trouble}")
+                self._lose(f"a driver that may take it for dead: its heartbeat failed: {problem}")
                 return
             try:
                 found = Holder.read(self._place)
@@ -195,18 +204,18 @@ class Lease:
                     self._lose(str(found))
                     return
                 seen = time.monotonic()
-                self._holder = Holder(**{**asdict(self._holder), "beat": self._holder.beat + 1})
+                self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._place.write_bytes(self._content())
-                # A driver that took the lease since it was seen to be ours sees this write before it has settled, and
-                # leaves; after that time it may work already.
+                # A driver that took the lease after we read it sees this write within _SETTLE_S, and gives up. If our
+                # write came later, that driver may be at work already.
                 if _is_overdue(renewed) and time.monotonic() - seen > _SETTLE_S:
                     self._place.remove()
                     self._lose("a driver that may take it for dead: its heartbeat came too late")
                     return
                 renewed = begun
-            except Exception as error:  # noqa: BLE001  # whatever the store's library raises: it may be back at the next beat
-                trouble = explain(error, self._place)
-                log.warning("the lease %s could not be renewed: %s", self._place, trouble)
+            except Exception as error:  # noqa: BLE001  # of any store's library; the next heartbeat tries again
+                problem = explain(error, self._place)
+                log.warning("the lease %s could not be renewed: %s", self._place, problem)
 
     def _lose(self, to: str) -> None:
         self._lost_to = to
@@ -221,7 +230,7 @@ class Lease:
 
 
 def _is_overdue(renewed: float) -> bool:
-    """Whether another driver may by now have seen a heartbeat stand still that was last written then."""
+    """Whether a heartbeat that was last written then may by now look dead to another driver."""
     return time.monotonic() - renewed > BEAT_S * (MISSED_BEATS - 1)
 
 

@@ -1,4 +1,4 @@
-"""Places: a local path or an object-store URI through fsspec, links followed, files replaced atomically."""
+"""A local path or an object-store URI through fsspec: links are followed, files are replaced atomically."""
 
 import logging
 import os
@@ -25,44 +25,43 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 TEMPORARY = ".partial-"
-"""Prefix of files still being written: readers skip it, and a restarted stage removes what a dead attempt left."""
+"""Prefix of the names of unfinished files: readers skip them, and the next driver removes those of one that died."""
 
 _S3 = ("s3://", "s3a://")
 
 _S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 6}}}
-"""Exponential backoff of up to 20 s where a store throttles. s3fs tries five times in addition, but knows a throttled
-HEAD, which has no body, by no name. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS come first where they are set."""
+"""Exponential backoff of up to 20 s where a store throttles. s3fs retries five times on its own, but not a throttled
+HEAD, whose answer has no body to recognise it by. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS take precedence where set."""
 
 _THREADS = 32
-"""Requests at a time where many files are looked at: they wait for the store, not for this process."""
+"""Concurrent requests where many files are looked at: they wait for the store, not for this process."""
 
 DANGLING = "dangling link"
 
 CYCLE = "link to a folder that it lies in"
-"""Types of an entry of a local listing, beside fsspec's `file`, `directory` and `other`."""
+"""DANGLING and CYCLE are types of entries in a local listing, in addition to fsspec's `file`, `directory`, `other`."""
 
 LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\r?\n(ext-.*\n)*oid ")
-"""How a small text file begins that Git LFS left in place of one that it has not downloaded."""
+"""Beginning of the small text file that Git LFS puts in place of a file that it has not downloaded."""
 
 LFS_POINTER_BYTES = 1024
-"""A pointer is smaller, by Git LFS's specification."""
+"""Upper limit of a pointer's size, by Git LFS's specification."""
 
 
 class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """The local file system, where a link is what it points to in listings, too: fsspec calls it `other` there.
+    """The local file system, with links followed in listings, too; fsspec reports them as `other` there.
 
-    Folders that are links are entered, but for one that the link lies in, by its path or any link in it: what it holds
-    would be listed without end. A folder that cannot be listed is an error unless it is hidden; fsspec takes it for
-    empty.
+    Linked folders are entered, except where a link points to a folder above it, which would be listed without end. A
+    folder that cannot be listed is an error unless it is hidden; fsspec takes it for empty.
     """
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
-        """What is known of a path, or of an entry of a listing."""
+        """Type, size and times of a path or of an entry of a listing."""
         if not (isinstance(path, os.DirEntry) and path.is_symlink()):
             return dict(super().info(path, **kwargs))
         try:
             found = dict(super().info(path.path, **kwargs))
-        except OSError:  # it points to nothing, to itself, or to where this user may not look
+        except OSError:  # it points to nothing, to itself, or to where this user has no access
             return {**super().info(path, **kwargs), "type": DANGLING}
         if found["type"] == "directory":
             target = os.path.realpath(path.path)
@@ -73,7 +72,7 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
     def walk(
         self, path: str, maxdepth: int | None = None, topdown: bool = True, on_error: Any = None, **kwargs: Any
     ) -> Iterator[tuple[str, Any, Any]]:
-        """Folders below a path and what is in them; empty if there is no folder."""
+        """Walk the folders below a path; yields nothing if there is no folder."""
         yield from super().walk(path, maxdepth, topdown, on_error or _raise_unless_absent, **kwargs)
 
 
@@ -84,25 +83,31 @@ def _raise_unless_absent(error: OSError) -> None:
 
 
 def file_system(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URI, and the path in it. Ours are S3's patience with a throttling store, and links
-    of the local one.
+    """The file system of a path or URI, and the path in it: fsspec's, but S3 with more retries for a throttling store,
+    and the local one with links followed.
     """
-    own = uri.startswith(_S3) and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys()
-    fs, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if own else {}))
+    more_retries = uri.startswith(_S3) and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys()
+    fs, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if more_retries else {}))
     return LinkedFileSystem() if type(fs) is LocalFileSystem else fs, str(path)
 
 
-class Stored(NamedTuple):
-    """What a listing tells of a file: bytes, and a mark that changes when the file is written again."""
+class FileInfo(NamedTuple):
+    """A file's size, and what changes when the file is written again."""
 
     bytes: int
     mark: str | None
-    """The store's etag, else the time of the last change; None where a file system has neither."""
+    """The store's etag, else the modification time; None where a file system has neither."""
+
+
+def file_info(info: Mapping[str, Any]) -> FileInfo:
+    """Size and mark of a file, from fsspec's answer about it."""
+    mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
+    return FileInfo(int(info["size"]), None if mark is None else str(mark).strip('"'))
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place in a file system: a file or a folder, which need not exist. Picklable."""
+    """A file or a folder in a file system, which need not exist. Picklable."""
 
     fs: fsspec.AbstractFileSystem
     path: str
@@ -126,16 +131,16 @@ class Location:
 
     @property
     def parent(self) -> "Location":
-        """The folder that this is in."""
+        """The folder that contains this."""
         return Location(self.fs, posixpath.dirname(self.path))
 
     @property
     def is_local(self) -> bool:
-        """Whether this is a path of this machine's own file system."""
+        """Whether this is a path in the local file system."""
         return isinstance(self.fs, LocalFileSystem)
 
     def exists(self) -> bool:
-        """Whether a file or folder is there now."""
+        """Whether the file or folder exists now."""
         self.fs.invalidate_cache()
         with storage_errors(self):
             return bool(self.fs.exists(self.path))
@@ -144,7 +149,7 @@ class Location:
         """Sorted names of the finished files directly in this folder; empty if there is no folder."""
         return [name for name in self.listed() if name.endswith(suffix)]
 
-    def listed(self) -> dict[str, Stored]:
+    def listed(self) -> dict[str, FileInfo]:
         """The finished files directly in this folder, by name, from one listing; empty if there is no folder."""
         self.fs.invalidate_cache()
         try:
@@ -153,7 +158,7 @@ class Location:
         except FileNotFoundError:
             return {}
         files = {name: info for name, info in infos.items() if info["type"] == "file"}
-        return {name: stored(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
+        return {name: file_info(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
 
     def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError if it is not there."""
@@ -161,11 +166,11 @@ class Location:
             return bytes(self.fs.cat_file(self.path))
 
     def read_text(self) -> str:
-        """The whole file as text that a person may have written (see `decoded`). FileNotFoundError if there is none."""
+        """The whole file as text, decoded as a person may have saved it. FileNotFoundError if it is not there."""
         return decoded(self.read_bytes())
 
     def write_bytes(self, content: bytes) -> None:
-        """Write the whole file so that no reader sees a part of it, replacing one that is there."""
+        """Write the whole file, replacing one that is there, so that no reader sees a part of it."""
         with storage_errors(self):
             if not self.is_local:
                 self.fs.pipe_file(self.path, content)
@@ -180,7 +185,7 @@ class Location:
             partial.replace(target)
 
     def create(self, content: bytes) -> bool:
-        """Write the whole file unless there is one; whether it was written. One of several writers succeeds."""
+        """Write the file unless it exists; returns whether it was written. Of several writers one succeeds."""
         with storage_errors(self):
             if self.is_local:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
@@ -193,47 +198,41 @@ class Location:
             except FileExistsError:
                 return False
             except OSError as error:
-                # s3fs knows the refusal of some stores by its number only (RADOS Gateway 16).
+                # s3fs raises a plain OSError for the refusal of some stores (RADOS Gateway 16).
                 if self.is_local or not self.exists():
                     raise
-                log.debug("%s is there already: %s", self, error)
+                log.debug("%s exists already: %s", self, error)
                 return False
             return True
 
     def write_text(self, text: str) -> None:
-        """`write_bytes` of UTF-8."""
+        """`write_bytes` of the text in UTF-8."""
         self.write_bytes(text.encode())
 
     def remove(self) -> None:
-        """Delete the file or folder, if it is there; of a link the link, never what it points to."""
+        """Delete the file or folder, if it is there; a link is deleted itself, never what it points to."""
         self.fs.invalidate_cache()
         with storage_errors(self):
             if self.fs.lexists(self.path):
                 self.fs.rm(self.path, recursive=True)
 
 
-def stored(info: Mapping[str, Any]) -> Stored:
-    """Size and mark of a file, from what its file system says of it."""
-    mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-    return Stored(int(info["size"]), None if mark is None else str(mark).strip('"'))
-
-
 def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """`work` done to every item in threads, the results in order: for requests to a store."""
+    """Apply `work` to every item, in threads; results in order. For requests to a store."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, items))
 
 
 def remove_leftovers(folder: Location) -> None:
-    """Delete what dead attempts left unfinished in a folder and below it: nobody else may be writing there. Folders
-    that are links are not entered: others may be writing to theirs.
+    """Delete unfinished files of drivers that died, in a folder and below it; nobody else may be writing there.
 
-    Of object storage, parts of uploads that were never completed: no listing of objects shows them, every bill does.
+    Linked folders are not entered: another run may be writing to them. In object storage parts of incomplete uploads
+    are deleted: no listing of objects shows them, but they are paid for.
     """
     if folder.is_local:
         with storage_errors(folder):
             for path in sorted(Path(folder.path).rglob(f"{TEMPORARY}*")):
-                log.info("removing %s, left by an attempt that died", path)
+                log.info("removing %s, left by a driver that died", path)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     elif "s3" in folder.fs.protocol:
         bucket, _, prefix = folder.path.partition("/")
@@ -243,5 +242,5 @@ def remove_leftovers(folder: Location) -> None:
                 log.info("removing parts of %s, left by an upload that died", upload["Key"])
                 upload_id = upload["UploadId"]
                 folder.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload_id)
-        except STORE_ERRORS as error:  # a permission of its own, which no run needs
+        except STORE_ERRORS as error:  # listing uploads needs a permission that a run can do without
             log.warning("%s: parts of uploads that died, if there are any, stay: %s", folder, error)

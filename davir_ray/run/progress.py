@@ -1,6 +1,6 @@
-"""How far a run is: progress.json in its output, for whoever asks from any machine, and a line for who waits.
+"""How far a run is: progress.json in its output, which any machine can read, and the same as a line of text.
 
-The file is for information: where it cannot be written or read, that is logged, and nothing ends.
+The file is for information: if it cannot be written or read, that is logged and the run goes on.
 """
 
 import json
@@ -20,66 +20,67 @@ log = logging.getLogger(__name__)
 PROGRESS_FILE = "progress.json"
 
 WINDOW_S = 60.0
-"""Rates are of the last minute: what a run did an hour ago says little about its end."""
+"""Seconds that a rate is an average over: the pace of an hour ago says little about the end of a run."""
 
-LEAST_CHANGES = 5
-"""Of what was done, that a rate is taken from: a shard may take longer than a minute."""
+MIN_CHANGES = 5
+"""Changes that a rate is taken from at least, even if older: a shard may take longer than WINDOW_S."""
 
 State = Literal["running", "complete", "failed"]
 
 _not_writable: set[str] = set()
-"""Runs whose progress.json could not be written."""
+"""Runs whose progress.json could not be written, which has been logged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What progress.json says."""
+    """The content of progress.json."""
 
     stage: str
     state: State = "running"
-    """Of the whole run: a stage that is complete makes way for the next."""
+    """State of the whole run, not of the stage: when one stage is complete, the next is named."""
     unit: str = ""
-    """What `done` and `total` count: bytes (prepare), steps (finetune), rows (score); empty for short stages."""
+    """Unit of `done` and `total`: bytes (prepare), steps (finetune), rows (score); empty for short stages."""
     done: int = 0
     total: int | None = None
-    """None: not known yet."""
+    """How much there is to do; None while that is not known."""
     rows: int = 0
-    """Of the sources, read so far (prepare); scored so far (score)."""
+    """Rows of the sources read so far (prepare), or scored so far (score)."""
     tokens: int = 0
-    """Through the model so far, by this driver."""
+    """Tokens that this driver has sent through the model so far."""
     tokens_per_second: float | None = None
-    """Over the last minute; None before anything is done."""
+    """Average of the last minute; None before anything is done."""
     seconds: float = 0.0
-    """Since this driver began the stage."""
+    """Seconds since this driver began the stage."""
     seconds_left: float | None = None
-    """Of the stage, at the pace of the last minute."""
+    """Seconds until the stage ends, at the pace of the last minute."""
     rejects: int = 0
-    """Rows of the input that are no examples."""
+    """Rows of the input that were rejected."""
     unscored: int = 0
     """Examples without a score, whatever their status."""
     retries: int = 0
-    """Shards, tasks or steps begun again after a worker was lost."""
+    """Shards, tasks or steps repeated after a worker was lost."""
     error: str | None = None
+    """Why the run failed."""
     updated: str = ""
-    """UTC, by the driver's clock."""
+    """Time in UTC, by the driver's clock."""
 
     def write(self, run: Location) -> None:
-        """Replace progress.json. Where it cannot be written, that is logged once for each run, and the run goes on."""
+        """Replace progress.json. If it cannot be written, that is logged once for each run, and the run goes on."""
         now, file = datetime.now(UTC).isoformat(timespec="seconds"), run / PROGRESS_FILE
         try:
             file.write_text(json.dumps(asdict(replace(self, updated=now)), indent=1) + "\n")
-        except Exception as error:  # noqa: BLE001  # of any store's library
+        except Exception as error:  # noqa: BLE001  # any store's library may raise its own
             if str(run) not in _not_writable:
                 _not_writable.add(str(run))
                 log.warning("%s cannot be written (%s); the run goes on without it", file, explain(error, file))
 
     @classmethod
     def read(cls, run: Location) -> Self | None:
-        """What the last driver wrote; None where none did. What another version adds is left out."""
+        """What the last driver wrote; None if no driver did. Fields that another version added are ignored."""
         try:
             values = json.loads((run / PROGRESS_FILE).read_bytes())
             return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # or not ours
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # the last three: not written by us
             return None
         except StorageError as error:
             log.warning("%s cannot be read: %s", run / PROGRESS_FILE, explain(error, run))
@@ -87,20 +88,20 @@ class Progress:
 
     @classmethod
     def end(cls, run: Location, state: State, error: str | None = None) -> None:
-        """Say in progress.json that the driver has ended, and how."""
-        last = cls.read(run) or cls("prepare")
+        """Write to progress.json how the driver ended."""
+        last = cls.read(run) or cls(stage="prepare")
         replace(last, state=state, error=error, seconds_left=None).write(run)
 
     def __str__(self) -> str:
-        parts = [self._told_done()] if self.unit else []
+        if not self.unit:
+            return self.stage
+        parts = [self._done_of_total()]
         if self.unit == "bytes":
             parts.append(f"{self.rows:,} rows")
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self.seconds_left is not None:
             parts.append(f"{duration(self.seconds_left)} left")
-        if not self.unit:
-            return self.stage
         parts.append(f"{self.rejects:,} {'reject' if self.rejects == 1 else 'rejects'}")
         if self.unscored:
             parts.append(f"{self.unscored:,} without a score")
@@ -108,9 +109,9 @@ class Progress:
         return f"{self.stage}: {', '.join(parts)}"
 
     def brief(self, width: int) -> str:
-        """The same in at most `width` characters: what matters most comes first, and counts of nothing are left out."""
+        """The same in at most `width` characters: the most important first, zero counts left out."""
         troubles = {"rejects": self.rejects, "without a score": self.unscored, "retries": self.retries}
-        parts = [self._told_done()] if self.unit else []
+        parts = [self._done_of_total()] if self.unit else []
         if self.seconds_left:
             parts.append(f"{duration(self.seconds_left)} left")
         parts += [f"{count:,} {name}" for name, count in troubles.items() if count]
@@ -119,7 +120,7 @@ class Progress:
         fitting = takewhile(lambda line: len(line) <= width, accumulate(parts, "{}, {}".format))
         return max(fitting, key=len, default="".join(parts[:1])[:width])
 
-    def _told_done(self) -> str:
+    def _done_of_total(self) -> str:
         if self.unit == "bytes":
             return f"{self.done / 1e6:,.1f}{'' if self.total is None else f' of {self.total / 1e6:,.1f}'} MB"
         if self.total is None:
@@ -127,55 +128,57 @@ class Progress:
         return f"{self.done:,} of {self.total:,} {self.unit} ({self.done / max(1, self.total):.0%})"
 
 
-class _Reading(NamedTuple):
+class _Sample(NamedTuple):
     at: float
     done: int
     tokens: int
 
 
 class Pace:
-    """Rates from one finished piece of work to another: over the last minute, or more where pieces take longer."""
+    """Rates of a stage, measured between two changes of what is done: over WINDOW_S, or longer if changes are rare."""
 
     def __init__(self) -> None:
-        self._changes = deque[_Reading]()
+        self._changes = deque[_Sample]()
         self._now = 0.0
 
     def add(self, at: float, done: int, tokens: int) -> None:
-        """Read at a moment, in seconds of a clock that never goes back."""
+        """Add what is done at a moment, in seconds of a monotonic clock."""
         self._now = at
         last = self._changes[-1] if self._changes else None
-        if last is not None and (done < last.done or tokens < last.tokens):  # a worker that was lost begins again
+        if last is not None and (done < last.done or tokens < last.tokens):  # a lost worker's work is repeated
             self._changes.clear()
         if last is None or (done, tokens) != (last.done, last.tokens):
-            self._changes.append(_Reading(at, done, tokens))
-        if len(self._changes) == 3 and self._changes[0].done == 0:  # the way to the first piece is no work: models load
+            self._changes.append(_Sample(at, done, tokens))
+        if len(self._changes) == 3 and self._changes[0].done == 0:  # until the first change models were loaded
             self._changes.popleft()
-        while len(self._changes) > LEAST_CHANGES and self._changes[1].at <= at - WINDOW_S:
+        while len(self._changes) > MIN_CHANGES and self._changes[1].at <= at - WINDOW_S:
             self._changes.popleft()
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None before anything is done."""
+        """Tokens per second; None before anything is done."""
         return self._per_second(self._changes[-1].tokens - self._changes[0].tokens) if self._changes else None
 
     def seconds_left(self, num_left: int | None) -> float | None:
-        """Until so much more is done; None where nothing tells."""
+        """Seconds until `num_left` more are done; None if there is no rate yet."""
         if num_left is None or not self._changes:
             return None
         rate = self._per_second(self._changes[-1].done - self._changes[0].done)
-        return max(0, num_left) / rate if rate else None  # of Parquet some bytes are read twice
+        return (
+            max(0, num_left) / rate if rate else None
+        )  # it can be negative: some bytes of Parquet files are read twice
 
     def _per_second(self, count: int) -> float | None:
         first, last = self._changes[0], self._changes[-1]
         if len(self._changes) < 2 or count <= 0:
             return None
         usual = (last.at - first.at) / (len(self._changes) - 1)
-        late = max(0.0, self._now - last.at - usual)  # the next piece is over its time
+        late = max(0.0, self._now - last.at - usual)  # the next change takes longer than those before it
         return count / (last.at - first.at + late)
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, to about two digits."""
+    """A duration in seconds, minutes or hours, to about two digits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its output alone: from any machine, without Ray and without a model."""
+"""How far a run is, read from its output alone: on any machine, without Ray and without a model."""
 
 import json
 from collections.abc import Mapping
@@ -7,32 +7,32 @@ from datetime import UTC, datetime
 from typing import Any
 
 from davir_ray.errors import OutputError
-from davir_ray.run.access import check_readable, translated
+from davir_ray.run.access import check_readable
 from davir_ray.run.lease import BEAT_S, LEASE_FILE, MISSED_BEATS, Holder
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress, duration
 from davir_ray.run.stages import STAGES
-from davir_ray.run.storage_errors import storage_errors
+from davir_ray.run.storage_errors import storage_errors, user_errors
 
 
-@dataclass(frozen=True)
-class Status:
-    """What the output says of its run."""
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """How far the run in an output is."""
 
     run: str
     state: str
-    """running, complete, failed, stopped (begun, and no driver is there) or silent (a driver that may be gone)."""
+    """running, complete, failed, stopped (no driver holds it) or silent (its driver may have died)."""
     stages: Mapping[str, Mapping[str, Any]]
-    """Counts and seconds of each complete stage."""
+    """Counts and duration of each complete stage."""
     progress: Progress | None
     driver: str | None
-    """Who holds the run."""
+    """The process that holds the run."""
     silent_s: float | None
-    """Since the driver's last sign of life, by this machine's clock."""
+    """Seconds since the driver's last heartbeat, by this machine's clock."""
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """The lines that jobs/status.py prints."""
         lines = [self.run]
         for stage, row in STAGES.items():
             if stage in self.stages:
@@ -44,7 +44,7 @@ class Status:
         return [*lines, self._conclusion()]
 
     def to_json(self) -> str:
-        """For a program."""
+        """All fields as JSON."""
         return json.dumps(asdict(self), indent=1)
 
     def _conclusion(self) -> str:
@@ -54,13 +54,13 @@ class Status:
             return "stopped: no driver holds the run; the same command goes on where it stopped"
         if self.state == "complete":
             return "complete"
-        silent = "" if self.silent_s is None else f", last sign of life {duration(self.silent_s)} ago"
-        return f"running: {self.driver}{silent}{': it may be gone' if self.state == 'silent' else ''}"
+        heartbeat = "" if self.silent_s is None else f", last heartbeat {duration(self.silent_s)} ago"
+        return f"running: {self.driver}{heartbeat}{': it may have died' if self.state == 'silent' else ''}"
 
 
-def status(output: str) -> Status:
-    """The status of a run. OutputError if there is none or it cannot be read."""
-    with translated(output, OutputError):
+def status(output: str) -> RunStatus:
+    """The status of a run; OutputError if the output holds no run or cannot be read."""
+    with user_errors(output, OutputError):
         run = Location.of(output)
     check_readable([(output, OutputError)])
     manifests = {stage: found for stage in STAGES if (found := Manifest.read(run, stage))}
@@ -69,7 +69,7 @@ def status(output: str) -> Status:
         raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")
     stages = {stage: {**found.counts, "seconds": found.seconds} for stage, found in manifests.items()}
     silent_s = None if holder is None else _seconds_since(run / LEASE_FILE)
-    return Status(
+    return RunStatus(
         run=str(run),
         state=_state(progress, holder, silent_s),
         stages=stages,
@@ -88,7 +88,7 @@ def _state(progress: Progress | None, holder: Holder | None, silent_s: float | N
 
 
 def _seconds_since(file: Location) -> float | None:
-    """Since a file was written; None where its file system keeps no time."""
+    """Seconds since a file was written; None if its file system keeps no times."""
     try:
         with storage_errors(file, may_be_absent=True):
             written: datetime = file.fs.modified(file.path)

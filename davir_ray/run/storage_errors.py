@@ -1,25 +1,30 @@
-"""What a file system raises, translated at the calls: into a StorageError of one line that tells what to change.
+"""Errors of file systems, translated where the call is made into one line that says what to change.
 
-Wrong credentials, a missing bucket, a missing permission and throttling look alike in a traceback, and want different
-people to mend them. Only calls of a file system stand inside `storage_errors`: any other error is no storage's.
+Wrong credentials, a missing bucket, a missing permission and throttling look alike in a traceback, and different people
+have to fix them. Only calls of a file system stand inside `storage_errors` and `user_errors`: any other error keeps its
+traceback.
 """
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from davir_ray.errors import StorageError
+from davir_ray.errors import StorageError, UserError
 from davir_ray.text import one_line
 
 try:
     from aiohttp import ClientError as TransportError
     from botocore.exceptions import BotoCoreError, ClientError
-except ModuleNotFoundError:  # the kernel alone, on a machine without s3fs
+except ModuleNotFoundError:  # the kernel runs alone on machines without s3fs
     STORE_ERRORS: tuple[type[Exception], ...] = (OSError,)
 else:
     STORE_ERRORS = (OSError, BotoCoreError, ClientError, TransportError)
 
+LOCATION_ERRORS: tuple[type[Exception], ...] = (*STORE_ERRORS, StorageError, ValueError, ImportError)
+"""What a path may raise that was not tried before: its protocol may be unknown, or need a package that is missing."""
+
 CONTINUES = "The same command goes on where this run stopped"
+"""Last sentence of an error that a user need not do anything about but try again."""
 
 _CREDENTIALS = "wrong credentials: the store does not accept them ({code}); check the access key, secret and clock"
 _PERMISSION = "missing permission: the credentials are valid but may not do this ({code}); ask for access"
@@ -70,7 +75,7 @@ _NUMBERS = {
 
 def explain(error: BaseException, place: object = "") -> str:
     """What a file system's error means and what to change; for an unknown one its type and text."""
-    if isinstance(error, StorageError):  # translated before, perhaps in a worker, whose file system's error stays there
+    if isinstance(error, StorageError):  # translated before; one from a worker comes without the file system's error
         if not isinstance(error.__cause__, STORE_ERRORS):
             return str(error)
         error = error.__cause__
@@ -91,7 +96,7 @@ def explain(error: BaseException, place: object = "") -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: s3fs keeps the store's own answer there."""
+    """The error and those it was raised from: s3fs keeps the store's own answer there."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -104,10 +109,19 @@ def _code(error: BaseException) -> str | None:
 
 @contextmanager
 def storage_errors(place: object, *, may_be_absent: bool = False) -> Iterator[None]:
-    """Turn what a file system raises into a StorageError; of a file that may be absent, not FileNotFoundError."""
+    """Turn what a file system raises into a StorageError, but FileNotFoundError stays where a file may be absent."""
     try:
         yield
     except STORE_ERRORS as error:
         if may_be_absent and isinstance(error, FileNotFoundError):
             raise
         raise StorageError(f"{place}: {explain(error, place)}. {CONTINUES}") from error
+
+
+@contextmanager
+def user_errors(place: object, error_class: type[UserError]) -> Iterator[None]:
+    """Turn what a file system raises about a path that the user gave into an error of this class."""
+    try:
+        yield
+    except LOCATION_ERRORS as error:
+        raise error_class(f"{place} cannot be used: {explain(error, place)}") from error

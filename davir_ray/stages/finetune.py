@@ -33,8 +33,7 @@ from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, Trai
 from davir_ray.models.training.loop import StepReport, Trainer
 from davir_ray.models.training.model import save_reference, trainable
 from davir_ray.models.training.parallel import sharded, together
-from davir_ray.run.digests import digest
-from davir_ray.run.files import FileEntry, in_folder, put_folder, read_parquet
+from davir_ray.run.files import FileEntry, digest, in_folder, put_folder, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
@@ -139,7 +138,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
         checkpoints.remove()
     run.note_attempt("checkpoints", fingerprint)
     try:
-        with tallied(run, Progress(stage, unit="steps", rejects=rejects)) as tally:
+        with tallied(run, Progress(stage=stage, unit="steps", rejects=rejects)) as tally:
             # The fingerprint names Ray Train's folder: the same training continues, another begins anew.
             name = digest(fingerprint)[:16]
             result = run_on_workers(partial(_train, training, tally), training.config, checkpoints, name)
@@ -148,8 +147,8 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
         raise
     curves = result["by_step"]
     manifest = Manifest(
-        stage,
-        fingerprint,
+        stage=stage,
+        fingerprint=fingerprint,
         counts={unit: result["num_rows"], "steps": result["step"]},
         files=in_folder(training.folder, [FileEntry(**entry) for entry in result["files"]]),
         details={

@@ -22,7 +22,7 @@ from davir_ray.engine.progress import Tally, Told, tallied
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import tokenizer_digest
-from davir_ray.run.digests import content_digest, digest, file_digest
+from davir_ray.run.files import content_digest, digest, file_digest
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
@@ -153,7 +153,7 @@ def prepare(
 def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
     """Progress at the start: what an earlier attempt finished."""
     return Progress(
-        "prepare",
+        stage="prepare",
         unit="bytes",
         done=sum(report.num_bytes for report in done.values()),
         total=total,
@@ -260,7 +260,9 @@ def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -
     counts |= dict(sorted(report.replaced.items()))
     details = {"first_reject": report.first_reject}
     files = sorted(report.files, key=lambda entry: entry.name)
-    return Manifest("prepare", fingerprint, counts, files, details, seconds=seconds)
+    return Manifest(
+        stage="prepare", fingerprint=fingerprint, counts=counts, files=files, details=details, seconds=seconds
+    )
 
 
 def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> None:

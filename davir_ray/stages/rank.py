@@ -24,10 +24,10 @@ from davir_ray.engine.shuffle import collect, entry_row, exchange
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.digests import digest
 from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
+    digest,
     in_folder,
     write_parquet,
 )
@@ -219,5 +219,10 @@ def _manifest(
     num_examples = scored.counts["examples"]
     counts = {"examples": num_examples, "rankable": rankable, "unranked": num_examples - rankable, "ranked": ranked}
     return Manifest(
-        "rank", fingerprint, counts, in_folder("ranked", files), {"rows_by_bin": cut.counts.tolist()}, seconds=seconds
+        stage="rank",
+        fingerprint=fingerprint,
+        counts=counts,
+        files=in_folder("ranked", files),
+        details={"rows_by_bin": cut.counts.tolist()},
+        seconds=seconds,
     )

@@ -86,7 +86,9 @@ def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[st
     run.clear("report")
     files = [write_file(run / "report.json", facts_json.encode()), write_file(run / "report.html", page.encode())]
     fingerprint = {stage: manifest.content for stage, manifest in made_of.items()}
-    run.commit(Manifest("report", fingerprint, {}, files, seconds=time.monotonic() - started))
+    run.commit(
+        Manifest(stage="report", fingerprint=fingerprint, counts={}, files=files, seconds=time.monotonic() - started)
+    )
 
 
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:

@@ -24,12 +24,11 @@ from davir_ray.models.device import weights_precision
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.models.tokenizer import tokenizer_digest
-from davir_ray.run.access import translated
-from davir_ray.run.digests import digest
-from davir_ray.run.files import FileEntry
+from davir_ray.run.files import FileEntry, digest
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
+from davir_ray.run.storage_errors import user_errors
 from davir_ray.schema import SCORES
 
 _SAMPLED_ROWS = 200
@@ -153,7 +152,7 @@ def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
         return None
     folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
     identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
-    with translated(config.base_cache, ConfigError):
+    with user_errors(config.base_cache, ConfigError):
         cache = BaseCache(Location.of(folder), identity)
         # An error now rather than a warning for each shard.
         probe = cache.folder / f"probe-{uuid.uuid4().hex}"

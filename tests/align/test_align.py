@@ -95,7 +95,7 @@ def plain_logprob(model: Any, row: Any) -> float:
     return float(sum(logprobs_TV[at - 1, ids[0, at]] for at in places))
 
 
-def test_every_stage_leaves_its_files_and_books_balance(finished: Path) -> None:
+def test_every_stage_writes_its_files_and_row_counts_reconcile(finished: Path) -> None:
     prepared = manifest(finished, "prepare").counts
     assert prepared["read"] == RECORDS + 2
     assert prepared["prepared"] == 2 * (prepared["read"] - prepared["rejected"])
@@ -148,19 +148,19 @@ def test_the_report_is_recomputed_from_the_margins(finished: Path) -> None:
     prompts = read(finished, "examples")["prompt_hash"].to_numpy()[::2]
     assert np.array_equal(margins["held_out"], is_held_out(prompts, 0.3))
     for name, part in (("trained", margins[~margins["held_out"]]), ("held_out", margins[margins["held_out"]])):
-        told = facts["parts"][name]
-        assert told["pairs"] == len(part) > 5
-        assert told["accuracy"] == pytest.approx((part["margin"] > 0).mean())
+        shown = facts["parts"][name]
+        assert shown["pairs"] == len(part) > 5
+        assert shown["accuracy"] == pytest.approx((part["margin"] > 0).mean())
         for column in ("loss", "margin", "policy_chosen", "frozen_rejected"):
-            assert told[column] == pytest.approx(part[column].mean())
+            assert shown[column] == pytest.approx(part[column].mean())
         difference = part["num_chosen_tokens"] - part["num_rejected_tokens"]
-        assert told["length"]["pearson"] == pytest.approx(np.corrcoef(difference, part["margin"])[0, 1])
+        assert shown["length"]["pearson"] == pytest.approx(np.corrcoef(difference, part["margin"])[0, 1])
         gains = {role: part[f"policy_{role}"] - part[f"frozen_{role}"] for role in ("chosen", "rejected")}
         plain = np.corrcoef(difference, gains["chosen"] - gains["rejected"])[0, 1]
-        assert told["length_of_gains"]["pearson"] == pytest.approx(plain)
-        assert told["margin_median"] == pytest.approx(part["margin"].median())
-        assert told["near_certain"] == (part[["frozen_chosen", "frozen_rejected"]] > -1).to_numpy().sum()
-        assert told["length"]["spearman"] == pytest.approx(stats.spearmanr(difference, part["margin"]).statistic)
+        assert shown["length_of_gains"]["pearson"] == pytest.approx(plain)
+        assert shown["margin_median"] == pytest.approx(part["margin"].median())
+        assert shown["near_certain"] == (part[["frozen_chosen", "frozen_rejected"]] > -1).to_numpy().sum()
+        assert shown["length"]["spearman"] == pytest.approx(stats.spearmanr(difference, part["margin"]).statistic)
     assert facts["paper"] == 0.07
     assert facts["curves"].keys() >= {"loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob"}
     page = (finished / "report.html").read_text()
@@ -186,7 +186,9 @@ def test_a_finished_run_is_skipped(copied: AlignRunConfig) -> None:
     assert changed == {"report.html", "report.json", "config.yaml", "progress.json"}
 
 
-def test_another_loss_is_refused_then_redone_and_told_beside_the_first(copied: AlignRunConfig, finished: Path) -> None:
+def test_another_loss_is_refused_then_redone_and_compared_with_the_first(
+    copied: AlignRunConfig, finished: Path
+) -> None:
     other = replace(copied, align=replace(copied.align, loss="dpo"))
     with pytest.raises(OutputError, match=r"objective\.loss"):
         run_alignment(other)
@@ -202,14 +204,14 @@ def test_another_loss_is_refused_then_redone_and_told_beside_the_first(copied: A
     np.testing.assert_allclose(margins["margin"], expected, atol=1e-9)
 
     run_alignment(replace(other, beside=[str(finished)]))
-    told = report(Path(str(copied.output)))
-    assert told["parts"]["trained"]["margin"] == pytest.approx(facts["parts"]["trained"]["margin"])
+    compared = report(Path(str(copied.output)))
+    assert compared["parts"]["trained"]["margin"] == pytest.approx(facts["parts"]["trained"]["margin"])
     assert facts["sweep"] == []
-    assert [(row["loss"], row["seeds"], row["differs"]) for row in told["sweep"]] == [
+    assert [(row["loss"], row["seeds"], row["differs"]) for row in compared["sweep"]] == [
         ("dpo", [0], []),
         ("davir_dpo", [0], []),
     ]
-    for row, of_its_own in zip(told["sweep"], (facts, report(finished)), strict=True):
+    for row, of_its_own in zip(compared["sweep"], (facts, report(finished)), strict=True):
         for part, figures in row["parts"].items():
             shown = of_its_own["parts"][part]
             expected = {name: shown[name] for name in ("accuracy", "margin")}
@@ -218,7 +220,7 @@ def test_another_loss_is_refused_then_redone_and_told_beside_the_first(copied: A
             assert {name: figure["mean"] for name, figure in figures.items()} == pytest.approx(expected)
 
 
-def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_told_beside(
+def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_compared_with(
     config: AlignRunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "unfinished").mkdir()
@@ -232,7 +234,7 @@ def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_told_beside(
     assert not (tmp_path / "run" / "frozen").exists()
 
 
-def test_a_password_is_refused_and_not_told() -> None:
+def test_a_password_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match="beside") as error:
         AlignRunConfig(beside=["s3://key:secret@host/run"])
     assert "secret" not in str(error.value)
@@ -297,7 +299,7 @@ def test_a_dry_run_shows_both_responses_with_the_scored_tokens_marked_and_writes
     assert "estimate" in text
 
 
-def test_what_is_wrong_is_told_before_anything_is_loaded(config: AlignRunConfig, tmp_path: Path) -> None:
+def test_what_is_wrong_is_reported_before_anything_is_loaded(config: AlignRunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pairs to align with have preference"):
         replace(config, format="alpaca")
     many = replace(config, output=str(tmp_path / "run"), finetune=replace(config.finetune, num_workers=64))

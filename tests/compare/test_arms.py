@@ -35,7 +35,9 @@ def finished(make_scores: Callable[..., Run], config: SelectConfig, **options: A
     run = make_scores(DAVIR, **columns | options)
     names = (run / "examples").names()
     files = in_folder("examples", [entry_of(Run(run / "examples" / name)) for name in names])
-    Manifest("prepare", {}, {"read": ROWS, "prepared": ROWS, "rejected": 0}, files).write(run.folder)
+    Manifest(
+        stage="prepare", fingerprint={}, counts={"read": ROWS, "prepared": ROWS, "rejected": 0}, files=files
+    ).write(run.folder)
     rank(run, RankConfig())
     select(run, RankConfig(), config)
     return FinishedRun(run, RankConfig(), config)
@@ -43,7 +45,7 @@ def finished(make_scores: Callable[..., Run], config: SelectConfig, **options: A
 
 def entry_of(place: Run) -> Any:
     table = read_parquet(place.folder)
-    return FileEntry(place.folder.name, table.num_rows, len(place.folder.read_bytes()), "")
+    return FileEntry(name=place.folder.name, rows=table.num_rows, bytes=len(place.folder.read_bytes()), sha256="")
 
 
 def ids_of(run: Run, folder: str) -> list[int]:

@@ -248,8 +248,8 @@ def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
         assert texts["finished"].all()
         matches = pd.read_parquet(trial / "matches").merge(texts, on="example_id")
         right[arm] = ((matches["output"] == COUNTED) & (matches["expected"] == "7")).mean()
-        told = table[(table["arm"] == arm) & (table["measure"] == "exact_match")]
-        assert told["value"].tolist() == [pytest.approx(right[arm])]
+        reported = table[(table["arm"] == arm) & (table["measure"] == "exact_match")]
+        assert reported["value"].tolist() == [pytest.approx(right[arm])]
         outputs = json.loads((trial / "answers" / "outputs.json").read_text())
         assert [row["instruction"] for row in outputs] == [row["instruction"] for row in asked]
         assert {row["generator"] for row in outputs} == {trial.name}
@@ -270,11 +270,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(planted: 
     (copy := tmp_path / "run").mkdir()
     for name in ("manifests", "examples", "scores", "ranked", "selected"):
         (copy / name).symlink_to(planted / "run" / name)
-    told = (planted / "run" / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(told.replace("epochs: 6", "epochs: 5"))
+    config = (planted / "run" / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("epochs: 6", "epochs: 5"))
     with pytest.raises(OutputError, match=r"another recipe than its config\.yaml says \(epochs"):
         compare(settings(planted, run=str(copy), output=str(tmp_path / "out")))
-    given = told.replace("max_steps: null", "max_steps: 9").replace("reference: null", "reference: given")
+    given = config.replace("max_steps: null", "max_steps: 9").replace("reference: null", "reference: given")
     (copy / "config.yaml").write_text(given)
     with pytest.raises(ConfigError, match=r"the run's reference was given \(given\), so how it was trained"):
         compare(settings(planted, run=str(copy), output=str(tmp_path / "out")))
@@ -285,7 +285,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(planted: 
 
 def test_an_arm_that_fails_is_named(planted: Path, tmp_path: Path) -> None:
     config = settings(planted, output=str(tmp_path / "out"), arms=["random"], seeds=1, recipe={"learning_rate": 1e30})
-    told = rf"1 of 1 fine-tunes failed.*random-{SELECTED}-steps-seed0: the loss is.*out of --arms"
-    with pytest.raises(TrainingError, match=told):
+    message = rf"1 of 1 fine-tunes failed.*random-{SELECTED}-steps-seed0: the loss is.*out of --arms"
+    with pytest.raises(TrainingError, match=message):
         compare(config)
     assert Run.at(tmp_path / "out" / "arms" / f"random-{SELECTED}-steps-seed0").manifest("trial") is None

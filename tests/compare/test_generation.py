@@ -1,4 +1,4 @@
-"""Generation as a stage: the texts of one process, by shard, resumed; and answers beside those of the responses."""
+"""Generation as a stage: the texts of one process, by shard, resumed; and answers compared with the responses."""
 
 import json
 import shutil
@@ -21,6 +21,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import INPUT_COLUMNS, Generator, GeneratorSettings
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.run.stages import from_stage
 from davir_ray.schema import GENERATIONS, MATCHES
 from davir_ray.stages.prepare import Preparation, prepare
@@ -168,12 +169,12 @@ def test_matches_are_counted_by_source_and_redone_freely(prepared: Path, generat
     assert {entry["name"] for entry in body["files"]} == {f"matches/{name}" for name in (run / "matches").names()}
 
 
-def test_measures_follow_prepare_and_nothing_else(local: Run) -> None:
+def test_measures_follow_prepare_and_nothing_else(local: Location) -> None:
     assert from_stage("generate") == ["generate", "match", "outputs"]
     assert from_stage("rank") == ["rank", "select", "report"]
     assert from_stage("prepare")[-3:] == ["generate", "match", "outputs"]
     (local / "generations" / "a.parquet").write_bytes(b"a")
-    local.clear("finetune")
+    Run(local).clear("finetune")
     assert (local / "generations").exists()
-    local.clear("prepare")
+    Run(local).clear("prepare")
     assert not (local / "generations").exists()

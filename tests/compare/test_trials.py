@@ -50,7 +50,7 @@ def trials(*errors: Exception | None) -> list[Any]:
         def completed(self) -> None:
             return None
 
-        def run(self) -> None:
+        def train_and_measure(self) -> None:
             if self.error:
                 raise self.error
 
@@ -58,14 +58,14 @@ def trials(*errors: Exception | None) -> list[Any]:
 
 
 def test_a_fine_tune_that_diverges_lets_the_others_end_and_is_named(ray_session: None) -> None:
-    told: list[int] = []
+    complete: list[int] = []
     with pytest.raises(TrainingError, match=r"1 of 3 fine-tunes failed.*arm-0: the loss is nan.*out of --arms"):
-        run_trials(trials(TrainingError("the loss is nan"), None, None), 1, told.append)
-    assert told == [0, 1, 2]
+        run_trials(trials(TrainingError("the loss is nan"), None, None), 1, complete.append)
+    assert complete == [0, 1, 2]
 
 
 def test_a_failure_that_is_not_an_arms_own_ends_all(ray_session: None) -> None:
-    told: list[int] = []
+    complete: list[int] = []
     with pytest.raises(StorageError, match="arm-1: the store is away"):
-        run_trials(trials(None, StorageError("the store is away"), None), 1, told.append)
-    assert told == [0, 1]
+        run_trials(trials(None, StorageError("the store is away"), None), 1, complete.append)
+    assert complete == [0, 1]

@@ -237,7 +237,7 @@ def test_a_stuck_exchange_names_its_own_limit(ray_session: None) -> None:
 
     context = ray.data.DataContext.get_current().copy()
     context.execution_no_progress_timeout_s = 1
-    shards = Shards([FileEntry("a", 1, 1, "")], read)
+    shards = Shards([FileEntry(name="a", rows=1, bytes=1, sha256="")], read)
     told = rf"the run is stuck \({cluster.NO_PROGRESS}\): .*timeout: 1s"
     with pytest.raises(ProgressError, match=told) as caught, ray.data.DataContext.current(context):
         regroup(shards, lambda table: table, Round("group", 1, lambda table: table))

@@ -63,7 +63,7 @@ def test_the_throughput_of_a_long_stage_stays_short() -> None:
 def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY_S", 0.1)
     run = Run.at(tmp_path)
-    with tallied(run, Progress("score", unit="rows", done=40, total=100, rejects=3)) as tally:
+    with tallied(run, Progress(stage="score", unit="rows", done=40, total=100, rejects=3)) as tally:
         first = Progress.read(run.folder)
         assert first is not None
         assert (first.done, first.tokens_per_second) == (40, None)
@@ -88,7 +88,7 @@ def test_a_terminal_shows_a_bar(
     monkeypatch.setattr(module, "EVERY_S", 0.1)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with tallied(Run.at(tmp_path), Progress("score", unit="rows", done=40, total=100, rejects=3)) as tally:
+    with tallied(Run.at(tmp_path), Progress(stage="score", unit="rows", done=40, total=100, rejects=3)) as tally:
         tally.tell("a", Told(60, rows=60, tokens=500))
         sums_of(tally, lambda sums: sums.told.done == 60)
         time.sleep(0.5)
@@ -103,11 +103,11 @@ def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pyt
     run = Run.at(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         interrupted(run)
-    assert Progress.read(run.folder) == Progress("of another driver")
+    assert Progress.read(run.folder) == Progress(stage="of another driver")
 
 
 def interrupted(run: Run) -> None:
-    with tallied(run, Progress("score", unit="rows", total=100)) as tally:
+    with tallied(run, Progress(stage="score", unit="rows", total=100)) as tally:
         tally.tell("a", Told(10))
         module.EVERY_S = 3600.0
         time.sleep(1)

@@ -435,7 +435,9 @@ def test_verify_finds_scores_of_a_switch_that_leaves_something_off(
     folder, table = peft_adapter(base_folder, tmp_path / "adapter", modules_to_save=["lm_head"]), draw_table(4)
     scoring = scorer_of(base_folder, folder)
     losses = plain_losses(Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder)), table)
-    scored = Manifest("score", {}, {"scored": 4}, [], {"numerics": [scoring.numerics]})
+    scored = Manifest(
+        stage="score", fingerprint={}, counts={"scored": 4}, files=[], details={"numerics": [scoring.numerics]}
+    )
     assert _compare(scoring(table), losses, scored, 0, 0.5).largest_nll_difference < 1e-4
     monkeypatch.setattr(scorer, "adapter_switched_off", leaves_the_trained_head_off)
     with pytest.raises(IntegrityError, match="the stored losses of example"):

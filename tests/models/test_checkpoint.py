@@ -21,7 +21,7 @@ from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCau
 from davir_ray.errors import ModelError, StorageError
 from davir_ray.models.checkpoint import SPEC_FILE, Checkpoint
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
-from davir_ray.run.digests import file_digest
+from davir_ray.run.files import file_digest
 from davir_ray.run.location import TEMPORARY, Location
 
 

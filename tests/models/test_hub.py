@@ -444,7 +444,7 @@ def test_a_mistyped_folder_is_named_as_one_and_soon(
     assert Checkpoint.find("org/tiny").is_hub_name  # the hub's, whatever else is in a folder of that name
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("davir_ray.run.access.PATIENCE_S", 0.5)
+        monkeypatch.setattr("davir_ray.run.access.PROBE_S", 0.5)
         with pytest.raises(ModelError, match=r"org/other is no folder .org has mine., .*no answer in"):
             Checkpoint.find("org/other")
 

@@ -23,8 +23,7 @@ from davir_ray.errors import ConfigError, DataError, IntegrityError, ModelError,
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run import lease as lease_module
 from davir_ray.run.access import check_readable, probe_output
-from davir_ray.run.digests import file_digest
-from davir_ray.run.files import in_folder, put_folder, read_parquet, write_parquet
+from davir_ray.run.files import file_digest, in_folder, put_folder, read_parquet, write_parquet
 from davir_ray.run.lease import LEASE_FILE, Holder, Lease
 from davir_ray.run.location import Location, remove_leftovers
 from davir_ray.run.manifest import Manifest
@@ -82,7 +81,7 @@ def test_a_digest_changes_with_the_content(place: Location) -> None:
 
 def test_damage_to_a_stage_is_named(place: Location) -> None:
     files = [write_parquet(place / "scores" / f"{name}.parquet", TABLE) for name in "ab"]
-    manifest = Manifest("score", {}, {}, in_folder("scores", files)).commit(place)
+    manifest = Manifest(stage="score", fingerprint={}, counts={}, files=in_folder("scores", files)).commit(place)
     assert Manifest.read(place, "score") == manifest
     assert manifest.damage(place) == []
     content = bytearray((place / "scores" / "a.parquet").read_bytes())

@@ -35,7 +35,7 @@ def find_bad_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "kind", "told"),
+    ("work", "kind", "expected"),
     [
         (find_no_template, jinja2.TemplateNotFound, "TemplateNotFound: "),
         (lose_connection, ConnectionRefusedError, "ConnectionRefusedError: [Errno 111] Connection refused"),
@@ -43,8 +43,8 @@ def find_bad_data() -> None:
         (find_bad_data, DataError, "too much of it is bad"),
     ],
 )
-def test_an_error_stays_itself_and_is_told(
-    work: Callable[[], None], kind: type[Exception], told: str, local: Location
+def test_an_error_stays_itself_and_is_in_the_progress(
+    work: Callable[[], None], kind: type[Exception], expected: str, local: Location
 ) -> None:
     with pytest.raises(kind), Run(local).writing(dump(RunConfig())):
         work()
@@ -52,7 +52,7 @@ def test_an_error_stays_itself_and_is_told(
     assert progress is not None
     assert progress.state == "failed"
     assert progress.error is not None
-    assert progress.error.startswith(told)
+    assert progress.error.startswith(expected)
     assert not (local / LEASE_FILE).exists()
 
 

@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Location:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hearts that beat fast, and may miss a few beats where the machine is busy."""
+    """Fast heartbeats, some of which may be missing on a busy machine."""
     monkeypatch.setattr(module, "BEAT_S", 0.1)
     monkeypatch.setattr(module, "MISSED_BEATS", 30)
     monkeypatch.setattr(module, "_SETTLE_S", 0.3)
@@ -115,7 +115,7 @@ def test_a_process_id_that_was_used_again_is_another_process(run: Location) -> N
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_still_heart_elsewhere_is_waited_for(run: Location) -> None:
+def test_a_lease_elsewhere_without_heartbeat_is_waited_for(run: Location) -> None:
     leave(run)
     started = time.monotonic()
     with Lease(run):
@@ -123,7 +123,7 @@ def test_a_still_heart_elsewhere_is_waited_for(run: Location) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_beating_heart_elsewhere_is_refused(run: Location) -> None:
+def test_a_lease_elsewhere_with_a_heartbeat_is_refused(run: Location) -> None:
     leave(run)
     timer = threading.Timer(0.15, lambda: leave(run, beat=1))
     timer.start()
@@ -141,7 +141,7 @@ def test_a_lease_that_cannot_be_read_is_waited_out(run: Location, content: bytes
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_heart_beats(run: Location) -> None:
+def test_a_held_lease_has_a_heartbeat(run: Location) -> None:
     with Lease(run):
         seen = set()
         deadline = time.monotonic() + 10
@@ -330,7 +330,7 @@ def test_a_lease_that_is_written_too_late_to_count_is_taken_back(twice: Callable
 
 @pytest.mark.usefixtures("quick")
 def test_a_heartbeat_that_is_written_too_late_takes_nothing_from_who_took_over(twice: Callable[[], Location]) -> None:
-    """A write of the holder hangs in the store until another has found its heart still and has taken the run over."""
+    """A write of the holder hangs in the store until another has seen no heartbeat and has taken the run over."""
     hangs, taken_over, held = threading.Event(), threading.Event(), []
 
     def take_over() -> None:

@@ -17,18 +17,20 @@ import s3fs
 from botocore.exceptions import BotoCoreError
 
 from davir_ray.errors import IntegrityError, OutputError, StorageError
-from davir_ray.run.access import translated
-from davir_ray.run.digests import content_digest, digest, file_digest
 from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
     committed_parquet,
+    content_digest,
+    digest,
+    file_digest,
     parquet_rows,
     put_folder,
     read_parquet,
     write_parquet,
 )
 from davir_ray.run.location import TEMPORARY, Location, remove_leftovers
+from davir_ray.run.storage_errors import user_errors
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "ü", None]})
 
@@ -244,7 +246,7 @@ def test_a_table_comes_back_with_its_entry_and_fingerprint(place: Location) -> N
     assert read_parquet(place / "a.parquet").equals(TABLE)
     assert read_parquet(place / "a.parquet", ["b"]).column_names == ["b"]
     content = (place / "a.parquet").read_bytes()
-    assert entry == FileEntry("a.parquet", 3, len(content), hashlib.sha256(content).hexdigest())
+    assert entry == FileEntry(name="a.parquet", rows=3, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     again, table = committed_parquet(place / "a.parquet")
     assert again == entry
     assert table.equals(TABLE)
@@ -377,13 +379,13 @@ def test_a_store_that_is_away_is_a_storage_error(call: str, unreachable: Locatio
 
 
 def test_of_a_path_that_the_user_gave_it_is_the_users_mistake(unreachable: Location, local: Location) -> None:
-    with pytest.raises(OutputError, match="x cannot be used: unreachable") as caught, translated("x", OutputError):
+    with pytest.raises(OutputError, match="x cannot be used: unreachable") as caught, user_errors("x", OutputError):
         unreachable.read_bytes()
     assert "The same command" not in str(caught.value)
     local.write_bytes(b"")
-    with pytest.raises(OutputError, match="x cannot be used: NotADirectoryError"), translated("x", OutputError):
+    with pytest.raises(OutputError, match="x cannot be used: NotADirectoryError"), user_errors("x", OutputError):
         (local / "a").read_bytes()
-    with pytest.raises(OutputError, match="x cannot be used: it does not exist"), translated("x", OutputError):
+    with pytest.raises(OutputError, match="x cannot be used: it does not exist"), user_errors("x", OutputError):
         (local.parent / "nothing").read_bytes()
 
 

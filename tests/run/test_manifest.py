@@ -21,7 +21,10 @@ def manifest(**changes: Any) -> Manifest:
         "stage": "score",
         "fingerprint": {"base": {"sha": "ä"}, "settings": [1, 2.5, None]},
         "counts": {"rows": 3},
-        "files": [FileEntry("a.parquet", 3, 100, "aa"), FileEntry("b.parquet", 4, 200, "bb")],
+        "files": [
+            FileEntry(name="a.parquet", rows=3, bytes=100, sha256="aa"),
+            FileEntry(name="b.parquet", rows=4, bytes=200, sha256="bb"),
+        ],
         "details": {"curve": [[1, 0.5]]},
         "seconds": 1.5,
     }

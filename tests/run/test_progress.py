@@ -15,7 +15,7 @@ def pace_of(readings: list[tuple[float, int, int]]) -> Pace:
     return pace
 
 
-def test_a_steady_run_is_told_its_rate_and_its_end() -> None:
+def test_a_steady_run_has_its_rate_and_time_left() -> None:
     pace = pace_of([(at, 10 * at, 500 * at) for at in range(0, 300, 5)])
     assert pace.tokens_per_second == pytest.approx(500)
     assert pace.seconds_left(2000) == pytest.approx(200)
@@ -31,7 +31,7 @@ def test_only_the_last_minute_counts() -> None:
     assert pace.seconds_left(60) == pytest.approx(60)
 
 
-def test_nothing_is_told_where_nothing_is_known() -> None:
+def test_there_is_no_rate_where_nothing_is_known() -> None:
     assert Pace().tokens_per_second is None
     assert Pace().seconds_left(10) is None
     still = pace_of([(0.0, 0, 0), (5.0, 0, 0), (10.0, 0, 0)])
@@ -68,7 +68,7 @@ def test_a_rate_falls_while_nothing_more_is_done() -> None:
     assert rates[-1] < 0.1
 
 
-def test_the_time_until_the_first_piece_is_no_work() -> None:
+def test_the_time_until_the_first_change_does_not_count() -> None:
     pace = pace_of([(0.0, 0, 0), (60.0, 10, 100), (70.0, 20, 200), (80.0, 30, 300)])
     assert pace.tokens_per_second == pytest.approx(10)
 
@@ -81,44 +81,50 @@ def test_a_file_that_is_not_ours_is_none(place: Location, content: str) -> None:
 
 def test_a_file_of_a_later_version_is_read(place: Location) -> None:
     (place / PROGRESS_FILE).write_text('{"stage": "score", "state": "running", "colour": "red"}')
-    assert Progress.read(place) == Progress("score")
+    assert Progress.read(place) == Progress(stage="score")
 
 
 @pytest.mark.parametrize(
-    ("progress", "told"),
+    ("progress", "line"),
     [
         (
             Progress(
-                "score", unit="rows", done=256, total=1998, tokens_per_second=1232.4, seconds_left=282.0, rejects=2
+                stage="score",
+                unit="rows",
+                done=256,
+                total=1998,
+                tokens_per_second=1232.4,
+                seconds_left=282.0,
+                rejects=2,
             ),
             "score: 256 of 1,998 rows (13%), 1,232 tokens/s, 5 min left, 2 rejects, 0 retries",
         ),
         (
-            Progress("score", unit="rows", done=9, total=10, unscored=3, rejects=1, retries=1),
+            Progress(stage="score", unit="rows", done=9, total=10, unscored=3, rejects=1, retries=1),
             "score: 9 of 10 rows (90%), 1 reject, 3 without a score, 1 retry",
         ),
         (
-            Progress("prepare", unit="bytes", done=1_500_000, total=3_000_000, rows=1200),
+            Progress(stage="prepare", unit="bytes", done=1_500_000, total=3_000_000, rows=1200),
             "prepare: 1.5 of 3.0 MB, 1,200 rows, 0 rejects, 0 retries",
         ),
-        (Progress("finetune", unit="steps", done=3), "finetune: 3 steps, 0 rejects, 0 retries"),
-        (Progress("rank"), "rank"),
+        (Progress(stage="finetune", unit="steps", done=3), "finetune: 3 steps, 0 rejects, 0 retries"),
+        (Progress(stage="rank"), "rank"),
     ],
 )
-def test_the_line(progress: Progress, told: str) -> None:
-    assert str(progress) == told
+def test_the_line(progress: Progress, line: str) -> None:
+    assert str(progress) == line
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")]
+    ("seconds", "line"), [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")]
 )
-def test_durations(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_durations(seconds: float, line: str) -> None:
+    assert duration(seconds) == line
 
 
 def test_the_file_comes_back_and_says_how_the_run_ended(place: Location) -> None:
     assert Progress.read(place) is None
-    progress = Progress("score", unit="rows", done=3, total=9, seconds_left=4.0)
+    progress = Progress(stage="score", unit="rows", done=3, total=9, seconds_left=4.0)
     progress.write(place)
     found = Progress.read(place)
     assert found is not None

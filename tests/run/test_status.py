@@ -19,8 +19,10 @@ from davir_ray.run.status import status
 
 
 def prepared(run: Location) -> None:
-    Manifest("prepare", {}, {"prepared": 1998, "rejected": 2}, [], seconds=21.0).write(run)
-    Progress("score", unit="rows", done=256, total=1998, rejects=2).write(run)
+    Manifest(stage="prepare", fingerprint={}, counts={"prepared": 1998, "rejected": 2}, files=[], seconds=21.0).write(
+        run
+    )
+    Progress(stage="score", unit="rows", done=256, total=1998, rejects=2).write(run)
 
 
 def test_a_run_that_a_driver_holds_is_running(local: Location) -> None:
@@ -39,23 +41,23 @@ def test_a_run_that_a_driver_holds_is_running(local: Location) -> None:
     assert len(lines) == 4
 
 
-def test_a_comparison_tells_how_many_arms_are_measured(local: Location) -> None:
-    Progress("compare", unit="arms", done=20, total=54).write(local)
+def test_a_comparison_shows_how_many_arms_are_measured(local: Location) -> None:
+    Progress(stage="compare", unit="arms", done=20, total=54).write(local)
     with Lease(local):
         (line,) = status(local.path).lines()[1:-1]
     assert line.split()[:2] == ["compare", "running"]
     assert "20 of 54 arms" in line
 
 
-def test_a_driver_that_is_silent_may_be_gone(local: Location) -> None:
+def test_a_driver_that_is_silent_may_have_died(local: Location) -> None:
     prepared(local)
     with Lease(local):
-        assert "may be gone" not in status(local.path).lines()[-1]
+        assert "may have died" not in status(local.path).lines()[-1]
         old = time.time() - 600
         os.utime(f"{local.path}/{LEASE_FILE}", (old, old))
         found = status(local.path)
     assert found.state == "silent"
-    assert found.lines()[-1].endswith("last sign of life 10 min ago: it may be gone")
+    assert found.lines()[-1].endswith("last heartbeat 10 min ago: it may have died")
 
 
 def test_a_run_without_a_driver_is_stopped_whatever_the_file_says(local: Location) -> None:
@@ -64,7 +66,7 @@ def test_a_run_without_a_driver_is_stopped_whatever_the_file_says(local: Locatio
     assert "the same command goes on" in status(local.path).lines()[-1]
 
 
-def test_a_lease_whose_process_is_gone_is_no_driver(local: Location) -> None:
+def test_a_lease_of_a_dead_process_is_no_driver(local: Location) -> None:
     prepared(local)
     code = (
         "import os, sys; from davir_ray.run.lease import Lease; from davir_ray.run.location import Location; "
@@ -75,7 +77,7 @@ def test_a_lease_whose_process_is_gone_is_no_driver(local: Location) -> None:
     assert status(local.path).state == "stopped"
 
 
-def test_how_a_run_ended_is_told(local: Location) -> None:
+def test_how_a_run_ended_is_shown(local: Location) -> None:
     prepared(local)
     Progress.end(local, "failed", "the disk is full")
     assert status(local.path).state == "failed"

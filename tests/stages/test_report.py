@@ -69,8 +69,10 @@ def test_every_reason_has_its_rows_though_one_fills_the_first_files(tmp_path: Pa
             for row, reason in enumerate(names)
         ]
         entry = write_parquet(run / "rejects" / f"part-{number}.parquet", pa.Table.from_pylist(rows, schema=REJECTS))
-        files.append(FileEntry(f"rejects/{entry.name}", entry.rows, entry.bytes, entry.sha256))
-    prepared = Manifest("prepare", {}, {"read": 500, "broken_json": 401, "wrong_type": 2}, files)
+        files.append(FileEntry(name=f"rejects/{entry.name}", rows=entry.rows, bytes=entry.bytes, sha256=entry.sha256))
+    prepared = Manifest(
+        stage="prepare", fingerprint={}, counts={"read": 500, "broken_json": 401, "wrong_type": 2}, files=files
+    )
     found = _sampled_rejects(run, prepared).to_pandas()
     assert found["reason"].value_counts().to_dict() == {"broken_json": 50, "wrong_type": 2}
     assert found[found["reason"] == "broken_json"]["source_file"].tolist() == ["0.jsonl"] * 50

@@ -152,7 +152,7 @@ def test_every_shard_is_one_block_whatever_its_size() -> None:
     def describe(table: pa.Table) -> pa.Table:
         return pa.table({"name": [",".join(sorted(set(table["name"].to_pylist())))], "rows": [table.num_rows]})
 
-    shards = Shards([FileEntry(name, rows, 1, "") for name, rows in sizes.items()], read)
+    shards = Shards([FileEntry(name=name, rows=rows, bytes=1, sha256="") for name, rows in sizes.items()], read)
     context = whole_block_context(60)
     assert context.target_max_block_size is None
     with ray.data.DataContext.current(context):
@@ -181,7 +181,7 @@ def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     save_file({}, adapter / "adapter_model.safetensors")
     run, config = Run.at(tmp_path / "run"), ScoreConfig(precision="float32")
-    prepared = Manifest("prepare", {}, {"prepared": 1}, []).commit(run.folder)
+    prepared = Manifest(stage="prepare", fingerprint={}, counts={"prepared": 1}, files=[]).commit(run.folder)
     base, reference = Checkpoint.find(str(base_folder)), Checkpoint.find(str(adapter))
     fingerprint = {
         "base": base.weights_digest(),
@@ -197,7 +197,7 @@ def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
         },
         "numerics": NUMERICS_VERSION,
     }
-    before = Manifest("score", fingerprint, {"scored": 1}, []).commit(run.folder)
+    before = Manifest(stage="score", fingerprint=fingerprint, counts={"scored": 1}, files=[]).commit(run.folder)
     if modules is None:
         assert score(run, base, reference, config) == before
         return

@@ -80,6 +80,6 @@ def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Tab
 def _write(group: pa.Table, folder: Location, names: list[str]) -> pa.Table:
     number = int(group["file"][0].as_py())
     if number < 0:
-        return entry_row(FileEntry("", 0, 0, ""))
+        return entry_row(FileEntry(name="", rows=0, bytes=0, sha256=""))
     ranks = pa.array(np.sort(np.asarray(group["rank"])), pa.int64())
     return entry_row(write_parquet(folder / names[number], pa.table({"rank": ranks})))

@@ -23,9 +23,9 @@ from davir_ray.engine.shuffle import collect, entry_row, exchange, table_of
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.digests import digest
 from davir_ray.run.files import (
     FileEntry,
+    digest,
     in_folder,
     read_parquet,
     total_rows,
@@ -305,7 +305,9 @@ def _manifest(
         "sources": _told_sources(plan),
     }
     files = [entry for folder, entries in written.items() for entry in in_folder(folder, entries)]
-    return Manifest("select", fingerprint, counts, files, details, seconds=seconds)
+    return Manifest(
+        stage="select", fingerprint=fingerprint, counts=counts, files=files, details=details, seconds=seconds
+    )
 
 
 def _told_groups(plan: Plan, counted: list[dict[str, Any]]) -> list[dict[str, Any]]:

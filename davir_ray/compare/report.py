@@ -1,0 +1,121 @@
+"""report of a comparison: the measurements of its fine-tunes → tables in Parquet, facts in JSON, and the page."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from davir_ray.compare.heldout import Losses, read_losses, read_matches
+from davir_ray.compare.trials import Trial
+from davir_ray.config.compare import CompareConfig, TrialName
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.report.comparison import (
+    FLEXIBLE,
+    LOSS,
+    RESULTS,
+    STRICT,
+    TABLE,
+    ComparisonInputs,
+    Measured,
+    TrialFacts,
+    render_comparison,
+    results_rows,
+    summarise_comparison,
+)
+from davir_ray.run.files import committed_parquet, write_file, write_parquet
+from davir_ray.run.folder import Run
+from davir_ray.run.manifest import Manifest
+
+LEFT_OUT = "left_out.parquet"
+"""File of the content hashes of held-out rows that are not measured on."""
+
+
+def report_comparison(
+    config: CompareConfig, base: str, recipe: FinetuneConfig, output: Run, trials: list[Trial],
+    left_out: npt.NDArray[np.int64],
+) -> None:  # fmt: skip
+    """Write the tables, the facts and the page."""
+    started, heldout = time.monotonic(), trials[0].settings.heldout
+    prepared = heldout.require("prepare")
+    losses = {trial.name: read_losses(trial.run, heldout) for trial in trials}
+    first = losses[trials[0].name]
+    leaked = np.isin(first.hashes, left_out)
+    valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
+    measures = [_loss_of(losses, first, ~leaked, np.asarray(valued))] if "loss" in config.measures else []
+    if "exact_match" in config.measures:
+        measures += _matches_of(trials, first, leaked)
+    facts, table = summarise_comparison(
+        ComparisonInputs(
+            settings=dataclasses.asdict(config),
+            run=config.run or "",
+            base=base,
+            recipe=dataclasses.asdict(recipe),
+            heldout=prepared.counts,
+            in_training_pool=int(leaked.sum()),
+            trials={trial.name: _facts_of(trial) for trial in trials},
+            measures=measures,
+        )
+    )
+    facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    files = [
+        committed_parquet(output / LEFT_OUT)[0],
+        write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE)),
+        write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS)),
+        write_file(output / "comparison.json", facts_json.encode()),
+        write_file(output / "comparison.html", render_comparison(facts).encode()),
+    ]
+    arms = {str(trial.name): trial.run.require("trial").content for trial in trials}
+    fingerprint = {"heldout": prepared.content, "arms": arms}
+    seconds = time.monotonic() - started
+    output.commit(
+        Manifest(stage="compare", fingerprint=fingerprint, counts={"arms": len(trials)}, files=files, seconds=seconds)
+    )
+
+
+def _loss_of(
+    losses: dict[TrialName, Losses], first: Losses, new: npt.NDArray[np.bool_], valued: npt.NDArray[np.bool_]
+) -> Measured:
+    """Nats and tokens of the held-out examples that no model was trained on and for which every model has a loss."""
+    kept = new & valued
+    return Measured(
+        measure=LOSS,
+        sources=first.sources[kept],
+        weights=first.num_tokens[kept].astype(np.float64),
+        values={name: found.nll[kept] for name, found in losses.items()},
+        base=first.base_nll[kept],
+        without_value=int((new & ~valued).sum()),
+    )
+
+
+def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
+    """Exact match, strict and flexible, on the held-out examples that have an expected answer."""
+    found = {trial.name: read_matches(trial.run) for trial in trials}
+    ids = next(iter(found.values())).example_ids
+    row_of = {example_id: row for row, example_id in enumerate(first.example_ids.tolist())}
+    rows = np.array([row_of[example_id] for example_id in ids.tolist()], dtype=np.int64)
+    new, valued = ~leaked[rows], np.isfinite(np.stack([matches.strict for matches in found.values()])).all(axis=0)
+    kept, without_value = new & valued, int((new & ~valued).sum())
+    return [
+        Measured(
+            measure=measure,
+            sources=first.sources[rows][kept],
+            weights=np.ones(int(kept.sum())),
+            values={name: getattr(matches, field)[kept] for name, matches in found.items()},
+            without_value=without_value,
+        )
+        for measure, field in ((STRICT, "strict"), (FLEXIBLE, "flexible"))
+    ]
+
+
+def _facts_of(trial: Trial) -> TrialFacts:
+    measured, rows = trial.run.require("trial"), trial.examples.require("prepare")
+    return TrialFacts(
+        num_examples=measured.counts["examples"],
+        num_response_tokens=rows.counts["num_response_tokens"],
+        num_steps=measured.counts["steps"],
+        final_loss=measured.details["final_loss"],
+        seconds=measured.seconds,
+    )
