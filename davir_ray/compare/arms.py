@@ -20,7 +20,7 @@ import ray
 
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import ENTRY, collect, entries_of
+from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.hashing import drawn, seed_from
 from davir_ray.formulas.length_matching import length_bins, matched_draw
@@ -36,8 +36,10 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
 from davir_ray.stages.rank import key_columns, order_keys
+from davir_ray.stages.select.candidates import Candidates
+from davir_ray.stages.select.choice import Choice
 from davir_ray.stages.select.duplicates import files_with_duplicates
-from davir_ray.stages.select.rule import choose, read_ranked
+from davir_ray.stages.select.limits import limits_by_file
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,6 @@ _MATCHING_ROWS = 500
 _ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
 _FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
-_WRITTEN = pa.schema([*ENTRY, *((name, pa.int64()) for name in ("found", "tokens", "trainable"))])
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ class FinishedRun:
         config = self.select if size is None else self._resized(size)
         files = self.place.require("rank").files_in("ranked")
         duplicates = files_with_duplicates(self.place, self.place.require("select"))
-        choice, _ = choose(self.place, self.rank, config, files, duplicates)
+        candidates = Candidates(run=self.place, rank_config=self.rank, config=config, duplicates=duplicates)
+        pools, _ = candidates.count(files)
+        choice = Choice(candidates, limits_by_file(pools, config))
         needed = [entry for entry in files if entry.name in choice.limits]
-        ranked = Shards(needed, partial(read_ranked, self.place / "ranked", self.rank))
-        return collect(ranked, partial(_selected_rows, choice=choice), _ROWS)
+        return collect(Shards(needed, choice.read), partial(_rows, by_source=bool(config.mixture)), _ROWS)
 
     def _resized(self, size: int) -> SelectConfig:
         """The rule for another number of rows."""
@@ -225,11 +227,9 @@ def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
     return proportional(total, {name: pool * times for name, pool in pools.items()})
 
 
-def _selected_rows(table: pa.Table, choice: Any) -> pa.Table:
-    selected = choice.selected(table, table["name"][0].as_py())
-    rows = table.filter(pa.array(selected))
-    groups = rows["source"] if choice.config.mixture else pa.array([""] * rows.num_rows, pa.string())
-    return pa.table([groups, rows["example_id"], rows["num_response_tokens"]], names=_ROWS.names)
+def _rows(selected: pa.Table, by_source: bool) -> pa.Table:
+    groups = selected["source"] if by_source else pa.array([""] * selected.num_rows, pa.string())
+    return pa.table([groups, selected["example_id"], selected["num_response_tokens"]], names=_ROWS.names)
 
 
 def _sampled_keys(table: pa.Table, grouping: _Grouping, share: float) -> pa.Table:
@@ -272,42 +272,39 @@ def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     if done := place.completed("prepare", fingerprint):
         return done
     place.clear("prepare")
+    sources = None if ids is not None else list(finished.repeats)
     shards = Shards(
         finished.place.require("prepare").files_in("examples"),
-        partial(_write_part, finished.place / "examples", place / "examples", finished.repeats, ray.put(ids)),
+        partial(_read_chosen, finished.place / "examples", ray.put(ids), sources),
     )
-    written = collect(shards, _as_it_is, _WRITTEN).sort_by("name").to_pylist()
-    entries, num_found = entries_of(written), sum(row["found"] for row in written)
+    written = write_shards(shards, partial(_write_repeated, place / "examples", finished.repeats))
+    entries, num_found = [one.entry for one in written], sum(one.facts["found"] for one in written)
     if ids is not None and num_found != len(ids):
         raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
-    num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
-    counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
-    counts["trainable"] = sum(row["trainable"] for row in written)
+    num_rows = total_rows(entries)
+    counts = {"read": num_rows, "prepared": num_rows, "rejected": 0}
+    counts |= {name: sum(one.facts[name] for one in written) for name in ("num_response_tokens", "trainable")}
     return place.commit(Manifest("prepare", fingerprint, counts, in_folder("examples", entries)))
 
 
-def _write_part(source: Location, target: Location, repeats: dict[str, int], ids: Any, name: str) -> pa.Table:
-    """Write what a shard has of the chosen rows; returns the entry of the file, or nothing."""
-    chosen: Ints | None = ray.get(ids)
-    there = read_parquet(source / name, ["example_id", "source"])
-    if chosen is None:
-        wanted = np.asarray(pc.is_in(there["source"], value_set=pa.array(list(repeats), pa.string())))
+def _read_chosen(folder: Location, ids: ray.ObjectRef[Ints | None], sources: list[str] | None, name: str) -> pa.Table:
+    """Read the examples of a shard with these ids, or of these sources; a shard without any is not read whole."""
+    there = read_parquet(folder / name, ["example_id", "source"])
+    if sources is not None:
+        chosen = pc.is_in(there["source"], value_set=pa.array(sources, pa.string()))
     else:
-        wanted = np.isin(np.asarray(there["example_id"]), chosen)
-    at = np.flatnonzero(wanted)
-    if not len(at):
-        return _WRITTEN.empty_table()
-    table = read_parquet(source / name).take(pa.array(at))
-    times = np.array([repeats.get(row, 1) for row in table["source"].to_pylist()], dtype=np.int64)
-    table = table.take(pa.array(np.repeat(np.arange(table.num_rows), times))).cast(EXAMPLES)
-    entry = dataclasses.asdict(write_parquet(target / name, table))
-    counted = {
-        "found": len(at),
-        "tokens": int(pc.sum(table["num_response_tokens"]).as_py()),
+        chosen = pa.array(np.isin(np.asarray(there["example_id"]), ray.get(ids)))
+    return read_parquet(folder / name).filter(chosen) if pc.any(chosen).as_py() else EXAMPLES.empty_table()
+
+
+def _write_repeated(folder: Location, repeats: dict[str, int], name: str, chosen: pa.Table) -> Written | None:
+    if not chosen.num_rows:
+        return None
+    times = np.array([repeats.get(source, 1) for source in chosen["source"].to_pylist()], dtype=np.int64)
+    table = chosen.take(pa.array(np.repeat(np.arange(chosen.num_rows), times))).cast(EXAMPLES)
+    facts = {
+        "found": chosen.num_rows,
+        "num_response_tokens": int(pc.sum(table["num_response_tokens"]).as_py()),
         "trainable": int((np.asarray(pc.list_element(table["response_spans"], 0)) > 0).sum()),
     }
-    return pa.Table.from_pylist([entry | counted], _WRITTEN)
-
-
-def _as_it_is(table: pa.Table) -> pa.Table:
-    return table
+    return Written(write_parquet(folder / name, table), facts)

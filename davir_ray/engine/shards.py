@@ -53,12 +53,13 @@ class Shards(Datasource):  # type: ignore[misc]
         self._tasks = [[shard] for shard in shards]
         self._read = read
 
-    def then(self, change: Callable[[pa.Table], pa.Table], num_cpus: float) -> "Shards":
-        """The shards with `change` done to the table of each as it is read, several to a task and block.
+    def then(self, change: Callable[[str, pa.Table], pa.Table], num_cpus: float) -> "Shards":
+        """Shards of which each is what `change(name, table)` makes of it when it is read, several to a task and block.
 
         A task costs about as much as reading 2 MB, so there are no more of them than keep the cluster busy.
         """
-        changed = Shards([], partial(_read_then, self._read, change))
+        read = self._read
+        changed = Shards([], lambda name: change(name, read(name)))
         shards = [shard for task in self._tasks for shard in task]
         changed._tasks = _grouped(shards, max(1, int(len(shards) / (_TASKS_PER_CPU * num_cpus))))
         return changed
@@ -105,10 +106,6 @@ def _grouped(shards: list[FileEntry], most: int) -> list[list[FileEntry]]:
 
 def _read_all(read: Callable[[str], pa.Table], names: list[str]) -> Iterable[pa.Table]:
     return [pa.concat_tables([read(name) for name in names])]
-
-
-def _read_then(read: Callable[[str], pa.Table], change: Callable[[pa.Table], pa.Table], name: str) -> pa.Table:
-    return change(read(name))
 
 
 def read_columns(folder: Location, columns: list[str] | None, name: str) -> pa.Table:

@@ -7,12 +7,11 @@ import pyarrow as pa
 
 from davir_ray.config.selection import SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row, exchange
+from davir_ray.engine.shuffle import Written, exchange, write_shards
 from davir_ray.formulas.hashing import random_keys, seed_from
 from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
-    read_parquet,
     total_rows,
     write_file,
     write_parquet,
@@ -54,28 +53,19 @@ def _repeat(table: pa.Table, repeats: dict[str, int], seed: int, num_bins: int) 
     return table.append_column("copy", pa.array(copies, pa.int64())).append_column("bin", pa.array(numbers, pa.int64()))
 
 
-def _write_bin(group: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> pa.Table:
-    number = int(group["bin"][0].as_py())
+def _write_bin(number: int, rows: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> FileEntry:
     # Two places may be equal only by chance; the id and the copy then decide, as they do in every run.
-    by_place = np.lexsort(tuple(np.asarray(group[name]) for name in ("copy", "example_id", "place")))
-    table = group.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
-    entry = write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
-    return entry_row(entry)
+    by_place = np.lexsort(tuple(np.asarray(rows[name]) for name in ("copy", "example_id", "place")))
+    table = rows.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
+    return write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
 
 
 def write_jsonl(run: Run, folder: str, files: list[FileEntry]) -> list[FileEntry]:
     """Write jsonl/: the source records of a folder's rows, a line each, file by file in the same order."""
-    shards = Shards(files, partial(_read_records, run / folder))
-    entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), ENTRY).sort_by("name").to_pylist()
-    return entries_of(entries)
+    records = Shards(files, partial(read_columns, run / folder, ["record"]))
+    return [written.entry for written in write_shards(records, partial(_write_lines, run / "jsonl"))]
 
 
-def _read_records(folder: Location, name: str) -> pa.Table:
-    table = read_parquet(folder / name, ["record"])
-    return table.append_column("name", pa.repeat(name, table.num_rows))
-
-
-def _write_lines(table: pa.Table, folder: Location) -> pa.Table:
-    name = table["name"][0].as_py().replace(".parquet", ".jsonl")
+def _write_lines(folder: Location, name: str, table: pa.Table) -> Written:
     content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
-    return entry_row(write_file(folder / name, content, table.num_rows))
+    return Written(write_file(folder / name.replace(".parquet", ".jsonl"), content, table.num_rows))
