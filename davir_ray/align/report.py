@@ -5,13 +5,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
-from davir_ray.formulas.hashing import drawn
+from davir_ray.formulas.hashing import sample_rows
 from davir_ray.report.alignment import alignment_facts, parts_of, render_alignment
 from davir_ray.report.sweep import Trained, sweep_table
 from davir_ray.run.folder import Run
@@ -50,10 +49,7 @@ def _trained(run: Run, pairs: pa.Table) -> Trained:
 def _sample(run: Run) -> pa.Table:
     """MARGINS of the run, all rows or a sample by hash, in an order that is always the same, as their sums then are."""
     margins = run.require("margins")
-    draw = partial(_draw, share=min(1.0, _MOST_PAIRS / margins.counts["pairs"]))
+    share = min(1.0, _MOST_PAIRS / margins.counts["pairs"])
+    draw = partial(sample_rows, share=share, purpose="report", id_column="pair_id")
     shards = Shards(margins.files_in("margins"), partial(read_columns, run / "margins", None))
     return collect(shards, draw, MARGINS).sort_by("pair_id")
-
-
-def _draw(table: pa.Table, share: float) -> pa.Table:
-    return table.filter(pa.array(drawn(np.asarray(table["pair_id"]), share, "report")))

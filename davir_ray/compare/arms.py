@@ -22,7 +22,7 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
-from davir_ray.formulas.hashing import drawn, seed_from
+from davir_ray.formulas.hashing import sample_rows, seed_from
 from davir_ray.formulas.length_matching import length_bins, matched_draw
 from davir_ray.formulas.shares import proportional
 from davir_ray.run.files import (
@@ -233,8 +233,7 @@ def _rows(selected: pa.Table, by_source: bool) -> pa.Table:
 
 
 def _sampled_keys(table: pa.Table, grouping: _Grouping, share: float) -> pa.Table:
-    found = grouping(table)
-    return found.filter(pa.array(drawn(np.asarray(found["example_id"]), share, "row sets"))).select(_KEYS.names)
+    return grouping(sample_rows(table, share, "row sets")).select(_KEYS.names)
 
 
 def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str, int]:

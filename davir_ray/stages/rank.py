@@ -198,9 +198,8 @@ def _keys(run: Run, config: RankConfig, shards: list[FileEntry]) -> Shards:
 
 
 def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
-    _, keys, ids = order_keys(table, config)
-    drawn = hashing.drawn(ids, share, "boundaries")
-    return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
+    _, keys, ids = order_keys(hashing.sample_rows(table, share, "boundaries"), config)
+    return pa.table({"key": keys, "example_id": ids})
 
 
 def _count(table: pa.Table, *, bins: Bins) -> pa.Table:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from davir_ray.config.run import RunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
-from davir_ray.formulas.hashing import drawn
+from davir_ray.formulas.hashing import sample_rows
 from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.run.files import FileEntry, read_parquet, write_file
@@ -92,7 +92,7 @@ def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[st
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
     share = min(1.0, _MAX_ROWS / scored.counts["examples"])
-    draw = partial(_draw, share=share)
+    draw = partial(sample_rows, share=share, purpose="report")
     scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS))
     table = collect(scores, draw, _columns(SCORES, _SCORE_COLUMNS)).sort_by("example_id")
     ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", ["example_id"]))
@@ -100,10 +100,6 @@ def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
     )
-
-
-def _draw(table: pa.Table, share: float) -> pa.Table:
-    return table.filter(pa.array(drawn(np.asarray(table["example_id"]), share, "report")))
 
 
 def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:
