@@ -26,14 +26,14 @@ _TIES = "content_hash"
 def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: int = 0) -> Rows:
     """Add `rank`, 1 for the best, to the rows that have a value, in rank order; the others are left out.
 
-    An exact, total order: the value, ties by ascending content_hash, then (the same prompt and response) as the rows
-    stand. Rows with null or NaN have no rank; -0.0 equals 0.0. For the orders length and random, rows whose status is
-    ok have one.
+    The order is exact and total: by value, then by ascending content_hash, then, for rows with the same prompt and
+    response, by their place in the dataset. Rows whose value is null or NaN have no rank; -0.0 equals 0.0. In the
+    orders length and random, rows whose status is ok have one.
 
     Args:
         scored: What `score` returned. A dataset of Ray Data runs now, once.
         order: The column to rank by (length: num_response_tokens), or random.
-        lowest: The lowest value first.
+        lowest: Whether the lowest value comes first.
         seed: Seed of the random order.
 
     Raises:

@@ -58,8 +58,4 @@ def in_order() -> Iterator[None]:
         yield
 
 
-def _rows_of(table: pa.Table) -> int:
-    return int(table.num_rows)
-
-
-_num_rows: Any = ray.remote(_rows_of)
+_num_rows: Any = ray.remote(lambda table: table.num_rows)

@@ -67,9 +67,9 @@ def score(
     num_prompt_tokens, num_response_tokens, truncated, base_nll, reference_nll and rho_sum (nats), rho_mean (nats a
     token), davir, status; with `keep_token_nll` also base_token_nll and reference_token_nll (nats of each token).
 
-    Settings, models' configurations, tokenizers and column names are checked by the call: Ray runs what comes before on
-    its first rows if it does not know the columns. Weights are loaded by the workers when the dataset runs. Rows of Ray
-    Data stand in any order, as Ray Data has it; set its preserve_order to keep theirs.
+    The call checks settings, the models' configurations, tokenizers and column names; where Ray does not know the
+    columns, it runs the preceding steps on the first rows. The workers load the weights when the dataset runs. Ray Data
+    returns rows in any order unless its preserve_order is set.
 
     Args:
         dataset: Rows in one of the formats of the jobs.
@@ -80,12 +80,12 @@ def score(
         response_column: Column of the response, for the format prompt_response.
         messages_column: Column of the list of {role, content}, for the format messages.
         chat_template: Jinja text of a chat template, for the format messages. None: the base's own.
-        max_tokens: Tokens of prompt and response; a longer response loses its tail, a prompt that fills them is a
-            status.
+        max_tokens: Maximum number of tokens of prompt and response. A longer response is truncated; a prompt that fills
+            it gives the row the status prompt_too_long.
         config: Actors, their CPUs and GPUs, precision, pack budget, base cache. None: as many actors as there is work
-            for and the cluster holds, one CPU left free. Its no_progress_timeout_s is for a `datasets.Dataset`; Ray
-            Data has execution_no_progress_timeout_s in its DataContext.
-        keep_token_nll: Also give the loss of every scored token.
+            for and the cluster has room for, one CPU left free. Its no_progress_timeout_s applies to a
+            `datasets.Dataset`; Ray Data has execution_no_progress_timeout_s in its DataContext.
+        keep_token_nll: Also add the loss of every scored token.
         trust_remote_code: Run Python code that comes with a hub checkpoint.
 
     Raises:
@@ -140,10 +140,10 @@ def _checkpoint(model: str | Checkpoint, trust_remote_code: bool) -> Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class RowScoring:
-    """What the scores of rows depend on."""
+    """Everything that the scores of a dataset depend on."""
 
     source: Source
-    """The format and its columns; name and path mean nothing here."""
+    """The format and its columns; its name and path are not used."""
     preparation: Preparation
     reference: Checkpoint
     config: ScoreConfig
@@ -168,7 +168,7 @@ class RowScoring:
         self.check_new(there)
 
     def check_new(self, names: Iterable[str]) -> None:
-        """ConfigError if a score column would stand twice."""
+        """ConfigError if the dataset has a score column already."""
         if twice := sorted(set(names) & set(self.added.names)):
             raise ConfigError(f"the dataset has a column {twice[0]!r} already; rename or drop it before scoring")
 
@@ -230,7 +230,7 @@ class ScoreRows:
         self._scorer = Scorer(scoring.preparation.base, scoring.reference, settings, cache)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The block with score columns; a row that is no example has nulls, and the reason as its status."""
+        """Add the score columns; a row that is not an example gets nulls, and the reason as its status."""
         self._scoring.check_new(block.column_names)
         items = list(self._reader.convert(self._scoring.source, self._records(block)))
         rejects = [item for item in items if isinstance(item, Reject)]
@@ -242,7 +242,7 @@ class ScoreRows:
             column = pc.coalesce(rows[name], reasons) if name == "status" else rows[name]
             block = block.append_column(name, column)
         if rejects:
-            _tell(rejects, len(items))
+            _warn(rejects, len(items))
         return block
 
     def _records(self, block: pa.Table) -> Iterator[Record | Reject]:
@@ -252,14 +252,14 @@ class ScoreRows:
         return (Record("", row, {}) for row in range(block.num_rows))
 
     def _scores(self, examples: list[dict[str, Any]]) -> pa.Table:
-        """Scores of examples; equal ones need no telling apart, so the hash of the content is their id."""
+        """Score examples. Equal ones may have the same id, so the hash of the content is used as it."""
         if not examples:
             return SCORES.empty_table()
         rows = [{**example, "example_id": example["content_hash"]} for example in examples]
         return self._scorer(pa.Table.from_pylist(rows, _EXAMPLES))
 
 
-def _tell(rejects: list[Reject], num_rows: int) -> None:
+def _warn(rejects: list[Reject], num_rows: int) -> None:
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(r.reason for r in rejects).items()))
     first = rejects[0].detail[:200]
     log.warning("%d of %d rows of a block cannot be scored (%s); the first: %s", len(rejects), num_rows, reasons, first)

@@ -33,15 +33,15 @@ def select(
 ) -> Rows:
     """Take the best rows by exactly one rule, with the jobs' meaning; they stay in rank order.
 
-    Rows that you have left out since `rank`, by a filter of Ray Data, count for no rule.
+    A rule counts the rows that are there: those filtered out since `rank` do not count.
 
     Args:
         ranked: What `rank` returned. A dataset of Ray Data runs now, unless it has.
-        top_k: The first N rows.
+        top_k: Number of rows.
         top_fraction: This share of the rows: floor of the exact decimal times the rows, at least 1.
         top_tokens: The longest prefix whose scored tokens fit.
         min_score: Every row whose value is at least this; with `lowest`, at most.
-        order: The order that was ranked by; only min_score needs it.
+        order: The order of the ranking; only min_score needs it.
         lowest: Whether the lowest value came first; only min_score needs it.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Which rows of a finished run each arm of a comparison trains on, and a folder of them that a fine-tune reads.
+"""Which rows of a finished run each arm of a comparison trains on, written as examples that a fine-tune reads.
 
-The driver holds ids, keys and lengths of about as many rows as are wanted, never a text: one scan finds a sample of the
-order's keys, a second one the rows above the key where enough of them are sure to be.
+The driver holds ids, keys and lengths of about as many rows as are wanted, never a text. One scan samples the keys of
+the order, which gives a key that enough rows are almost surely at or before; a second scan finds those rows.
 """
 
 import dataclasses
@@ -25,12 +25,7 @@ from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.hashing import sample_rows, seed_from
 from davir_ray.formulas.length_matching import length_bins, matched_draw
 from davir_ray.formulas.shares import proportional
-from davir_ray.run.files import (
-    in_folder,
-    read_parquet,
-    total_rows,
-    write_parquet,
-)
+from davir_ray.run.files import in_folder, read_parquet, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
@@ -46,13 +41,13 @@ log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 _SAMPLED_KEYS = 20_000
-"""Of all rows: enough that the key of a cut is known to within a hundredth of the rows."""
+"""Rows in the sample: enough that the key of a cut is known to within a hundredth of the rows."""
 
-_GREATEST_KEY = 2**64 - 1
+_MAX_KEY = 2**64 - 1
 
 _MATCHING_POOL = 2
 _MATCHING_ROWS = 500
-"""Rows of a range of lengths that are looked at for each that is wanted, and on top: to change places among."""
+"""Matching draws from this many rows of a range of lengths for each wanted row, and this many on top."""
 
 _ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
@@ -61,7 +56,7 @@ _FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a comparison takes its rows from."""
+    """The ranked and selected run whose rows a comparison trains on."""
 
     place: Run
     rank: RankConfig
@@ -69,7 +64,7 @@ class FinishedRun:
 
     @property
     def repeats(self) -> dict[str, int]:
-        """How often a row of each source stands in the mixture; empty where there is none."""
+        """How often the mixture repeats the rows of each source; empty without a mixture."""
         return {part.source: part.repeat for part in self.select.mixture}
 
     @property
@@ -78,11 +73,11 @@ class FinishedRun:
         return {part.source for part in self.select.mixture if part.all}
 
     def selection(self, size: int | None) -> pa.Table:
-        """Group, example_id and scored tokens of the rows that the run's rule takes at a size; None: at its own.
+        """Group, example_id and scored tokens of the rows that the run's rule selects at a size; None: at its own.
 
-        A group is what the arms take equally many rows of: a source of a mixture, else the whole. At another size the
-        filters and the balance stay, and a mixture's cut parts, like quotas, grow or shrink together. ConfigError if
-        there are not so many rows.
+        Every arm takes equally many rows of a group, which is a source of a mixture, else the whole. At another size
+        the filters and the balance stay; quotas, and those parts of a mixture that do not take a whole source, grow or
+        shrink in proportion. ConfigError if there are too few rows.
         """
         config = self.select if size is None else self._resized(size)
         files = self.place.require("rank").files_in("ranked")
@@ -90,8 +85,7 @@ class FinishedRun:
         candidates = Candidates(run=self.place, rank_config=self.rank, config=config, duplicates=duplicates)
         pools, _ = candidates.count(files)
         choice = Choice(candidates, limits_by_file(pools, config))
-        needed = [entry for entry in files if entry.name in choice.limits]
-        return collect(Shards(needed, choice.read), partial(_rows, by_source=bool(config.mixture)), _ROWS)
+        return collect(choice.shards(files), partial(_rows, by_source=bool(config.mixture)), _ROWS)
 
     def _resized(self, size: int) -> SelectConfig:
         """The rule for another number of rows."""
@@ -116,12 +110,12 @@ class FinishedRun:
         return dataclasses.replace(config, **free | {"top_k": size})
 
     def size_of(self, selection: pa.Table) -> int:
-        """Rows of a selection as sizes count them: of a mixture without the sources that are taken whole."""
+        """Rows of a selection as sizes count them, which is without the sources that a mixture takes whole."""
         cut = [group for group in selection["group"].to_pylist() if group not in self.taken_whole]
         return len(cut) or selection.num_rows
 
     def rows_of(self, arm: str, selection: pa.Table, seed: int) -> Ints:
-        """Ids of the rows of an arm beside a selection: of each group as many."""
+        """Ids of the rows that an arm trains on: as many of each group as the selection has."""
         whole = pc.is_in(selection["group"], value_set=pa.array(sorted(self.taken_whole), pa.string()))
         kept, cut = selection.filter(whole), selection.filter(pc.invert(whole))
         if arm != "selection":
@@ -139,7 +133,7 @@ class FinishedRun:
         return dataclasses.replace(self.rank, lowest=not self.rank.lowest, most=None)
 
     def _best(self, cut: pa.Table, order: RankConfig) -> pa.Table:
-        """The first rows of the order: of each group as many as there are in `cut`."""
+        """The first rows of each group in the order, as many as there are in `cut`."""
         wanted = _counts(cut["group"].to_pylist())
         found = self._first(order, wanted, None)
         tables = []
@@ -152,7 +146,7 @@ class FinishedRun:
         return pa.concat_tables([_FOUND.empty_table(), *tables])
 
     def _matched(self, cut: pa.Table, seed: int) -> pa.Table:
-        """Drawn rows with the lengths of those in `cut`."""
+        """Rows drawn at random with the lengths of those in `cut`."""
         edges = self.select.length_edges
         tokens, groups = np.asarray(cut["tokens"]).astype(np.int64), cut["group"].to_pylist()
         labels = _labelled(groups, tokens, edges)
@@ -173,9 +167,9 @@ class FinishedRun:
         return pa.concat_tables(tables)
 
     def _first(self, order: RankConfig, wanted: Mapping[str, int], edges: list[int] | None) -> pa.Table:
-        """At least the first so many rows of each group in an order, all of them where it has fewer, in the order.
+        """At least the first `wanted` rows of each group in an order, sorted; all rows of a group that has fewer.
 
-        With edges the groups are cut by ranges of length.
+        With edges, each group is split by ranges of length.
         """
         files = self.place.require("score").files_in("scores")
         columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
@@ -186,23 +180,23 @@ class FinishedRun:
         last = _cuts(sample, wanted, share)
         found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         there = _counts(found["group"].to_pylist())
-        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _GREATEST_KEY}
+        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _MAX_KEY}
         if short:  # the sample was an unlucky one
-            last |= dict.fromkeys(short, _GREATEST_KEY)
+            last |= dict.fromkeys(short, _MAX_KEY)
             found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
 
 
 @dataclass(frozen=True)
 class _Grouping:
-    """The group of each row of scores, and its place in an order."""
+    """Assigns each row of scores a group and its key in an order."""
 
     order: RankConfig
     by_source: bool
     edges: list[int] | None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Group, key, example_id and tokens of the rows that have a place."""
+        """Group, key, example_id and tokens of the rows that can be ranked."""
         rankable, keys, ids = order_keys(table, self.order)
         table = table.filter(pa.array(rankable))
         groups = table["source"].to_pylist() if self.by_source else [""] * table.num_rows
@@ -222,7 +216,7 @@ def _counts(names: list[str]) -> dict[str, int]:
 
 
 def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
-    """Share out in proportion, beyond the pools if it must be."""
+    """Shares of a total in proportion to the pools, which may be smaller than the total."""
     times = -(-total // sum(pools.values()))
     return proportional(total, {name: pool * times for name, pool in pools.items()})
 
@@ -237,14 +231,14 @@ def _sampled_keys(table: pa.Table, grouping: _Grouping, share: float) -> pa.Tabl
 
 
 def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str, int]:
-    """A key for each group that enough of its rows lie at or before; the greatest where the sample is too small."""
+    """For each group a key that enough of its rows are at or before; the largest key where the sample is too small."""
     groups, keys = np.array(sample["group"].to_pylist(), dtype=np.str_), np.asarray(sample["key"])
     cuts = {}
     for group, rows in wanted.items():
         there, expected = np.sort(keys[groups == group]), rows * share
-        # Five standard deviations of the number of sampled rows among those that are wanted.
+        # Five standard deviations above the expected number of sampled rows among the wanted ones.
         place = int(expected if share == 1 else expected + 5 * expected**0.5 + 25)
-        cuts[group] = int(there[place]) if place < len(there) else _GREATEST_KEY
+        cuts[group] = int(there[place]) if place < len(there) else _MAX_KEY
     return cuts
 
 
@@ -258,10 +252,10 @@ def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -
 
 
 def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
-    """Write the examples with these ids, each as often as the mixture says, as a run that is prepared.
+    """Write the examples with these ids, each repeated as the mixture says, as a prepared run.
 
-    None: every example of the mixture's sources. `trainable` counts the rows in which something precedes what is
-    scored, as it must.
+    With None, these are all examples of the mixture's sources. `trainable` counts the rows whose first scored token has
+    one before it, which training needs.
     """
     fingerprint = {
         "scores": finished.place.require("score").content,
@@ -271,10 +265,9 @@ def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     if done := place.completed("prepare", fingerprint):
         return done
     place.clear("prepare")
-    sources = None if ids is not None else list(finished.repeats)
     shards = Shards(
         finished.place.require("prepare").files_in("examples"),
-        partial(_read_chosen, finished.place / "examples", ray.put(ids), sources),
+        partial(_read_chosen, finished.place / "examples", list(finished.repeats), ray.put(ids)),
     )
     written = write_shards(shards, partial(_write_repeated, place / "examples", finished.repeats))
     entries, num_found = [one.entry for one in written], sum(one.facts["found"] for one in written)
@@ -286,13 +279,13 @@ def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     return place.commit(Manifest("prepare", fingerprint, counts, in_folder("examples", entries)))
 
 
-def _read_chosen(folder: Location, ids: ray.ObjectRef[Ints | None], sources: list[str] | None, name: str) -> pa.Table:
-    """Read the examples of a shard with these ids, or of these sources; a shard without any is not read whole."""
-    there = read_parquet(folder / name, ["example_id", "source"])
-    if sources is not None:
+def _read_chosen(folder: Location, sources: list[str], ids: ray.ObjectRef[Ints | None], name: str) -> pa.Table:
+    """The examples of a shard with these ids, else of these sources; a shard that has none is not read whole."""
+    there, wanted = read_parquet(folder / name, ["example_id", "source"]), ray.get(ids)
+    if wanted is None:
         chosen = pc.is_in(there["source"], value_set=pa.array(sources, pa.string()))
     else:
-        chosen = pa.array(np.isin(np.asarray(there["example_id"]), ray.get(ids)))
+        chosen = pa.array(np.isin(np.asarray(there["example_id"]), wanted))
     return read_parquet(folder / name).filter(chosen) if pc.any(chosen).as_py() else EXAMPLES.empty_table()
 
 

@@ -1,6 +1,6 @@
-"""How rows of shards meet: a small table of each shard in the driver, a file written of each, or the rows of a group.
+"""Operations over all shards: collect a small table of each, write a file of each, or bring rows of groups together.
 
-Only what a shard's task lets through is moved; the driver sees summaries and the entries of files.
+Only what a shard's task returns is moved; the driver sees summaries and the entries of files.
 """
 
 import json
@@ -35,7 +35,7 @@ Change = Callable[[pa.Table], pa.Table]
 
 @dataclass(frozen=True)
 class Written:
-    """A file that a task wrote, and what it found out about the rows in it."""
+    """A file that a task wrote, and what the task counted in it."""
 
     entry: FileEntry
     facts: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None
 
 
 def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
-    """Bring rows together, once or in several rounds; returns the rows that the last round made.
+    """Bring rows together, in one round or several; returns the rows that the last round made.
 
     `assign` adds the first round's column to the table of a shard, and drops what is not needed.
     """

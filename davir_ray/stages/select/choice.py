@@ -6,7 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from davir_ray.engine.shards import Shards
 from davir_ray.formulas.shares import prefix_rows
+from davir_ray.run.files import FileEntry
 from davir_ray.stages.select.candidates import Candidates
 from davir_ray.stages.select.limits import Limits
 
@@ -29,7 +31,11 @@ class Choice:
             selected[rows[: prefix_rows(limit, tokens[rows])]] = True
         return selected
 
+    def shards(self, files: list[FileEntry]) -> Shards:
+        """The selected rows of these files of ranked/; those that give none are not read."""
+        return Shards([entry for entry in files if entry.name in self.limits], self.read)
+
     def read(self, file: str) -> pa.Table:
-        """The selected rows of a file, as the candidates read it."""
+        """The selected rows of one file, as the candidates read it."""
         table = self.candidates.read(file)
         return table.filter(pa.array(self.selected(table)))

@@ -1,4 +1,4 @@
-"""Exact duplicates in a ranking: of rows with the same prompt and response all but the highest-ranked."""
+"""Exact duplicates in a ranking: among rows with the same prompt and response, all but the highest-ranked."""
 
 from functools import partial
 
@@ -16,8 +16,8 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
 FOLDER = "duplicates"
-"""Ranks that are duplicates of a higher one, a file for each file of ranked/ that has any. The manifest of the
-selection says which: one that is not there is lost, and does not mean that there are none."""
+"""Folder of the ranks of duplicates, in a file for each file of ranked/ that has any. The manifest of the selection
+names these files, so one that is missing is known to be lost."""
 
 _ROWS_PER_PART = 2_000_000
 """Rows that one task compares; 32 MB."""
@@ -41,9 +41,9 @@ def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
 
 
 def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
-    """Files of ranked/ that have duplicates, of a complete selection. IntegrityError if one is known to be lost.
+    """Names of the files of ranked/ that have duplicates, by a complete selection.
 
-    Older manifests count the duplicates and do not name their files.
+    Older manifests count the duplicates without naming their files; IntegrityError if some of those are lost.
     """
     entries, counted = selected.files_in(FOLDER), selected.counts.get("duplicates", 0)
     if entries or not counted:
@@ -58,7 +58,7 @@ def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
 
 
 def read_duplicates(run: Run, name: str) -> npt.NDArray[np.int64]:
-    """Ranks of duplicates in a file of ranked/ that has any."""
+    """The ranks of the duplicates in a file of ranked/ that has any."""
     return np.asarray(read_parquet(run / FOLDER / name)["rank"])
 
 

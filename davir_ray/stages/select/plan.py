@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 
 from davir_ray.config.selection import RankConfig
-from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect
 from davir_ray.errors import ConfigError
 from davir_ray.run.files import FileEntry
@@ -70,9 +69,8 @@ class Plan:
     @classmethod
     def of(cls, choice: Choice, files: list[FileEntry]) -> Self:
         """Plan the files by one scan of the selected rows. ConfigError if there is none."""
-        needed = [entry for entry in files if entry.name in choice.limits]
         cut = partial(_cut_into_pieces, candidates=choice.candidates, stretch_rows=BIN_ROWS)
-        pieces = collect(Shards(needed, choice.read), cut, _PIECES)
+        pieces = collect(choice.shards(files), cut, _PIECES)
         if not pieces.num_rows:
             raise ConfigError(
                 "select selects no row: the first in rank order has more scored tokens than the rule allows"

@@ -20,7 +20,6 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import exchange
 from davir_ray.errors import ConfigError, IntegrityError
-from davir_ray.run.digests import digest
 from davir_ray.run.files import FileEntry, in_folder, read_parquet, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
@@ -48,7 +47,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         return done
     check_count(config, ranked.counts["rankable"], "ranked")
     run.clear("select")
-    files, mark = ranked.files_in("ranked"), digest(fingerprint)
+    files = ranked.files_in("ranked")
 
     duplicates = find_duplicates(run, files) if config.drop_duplicates else []
     candidates = Candidates(
@@ -68,7 +67,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         raise IntegrityError(f"{plan.num_rows} rows were to be selected but {total_rows(selected)} were written")
     written = {"selected": selected, DUPLICATES: duplicates}
     if config.mixture:
-        written["mixture"] = write_mixture(run, selected, config, mark)
+        written["mixture"] = write_mixture(run, selected, config, fingerprint)
     if config.jsonl:
         source = "mixture" if config.mixture else "selected"
         written["jsonl"] = write_jsonl(run, source, written[source])

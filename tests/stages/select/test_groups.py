@@ -110,6 +110,17 @@ def test_of_duplicates_the_highest_ranked_stays(run: Run) -> None:
     assert sorted(written["rank"]) == ranked["rank"][ranked.duplicated("content_hash")].tolist()
 
 
+def test_a_row_that_two_filters_leave_out_counts_for_the_first(run: Run) -> None:
+    ranked = table_of(run, "ranked")
+    duplicate, short = ranked.duplicated("content_hash"), ranked["num_response_tokens"] < 200
+    assert (duplicate & short).any()
+    manifest = select(run, RankConfig(), SelectConfig(top_k=20, drop_duplicates=True, min_response_tokens=200))
+    assert manifest.counts["duplicates"] == duplicate.sum()
+    assert manifest.counts["too_short"] == (short & ~duplicate).sum()
+    assert manifest.counts["eligible"] == (~short & ~duplicate).sum()
+    check(run, manifest, ranked[~short & ~duplicate][:20])
+
+
 def test_a_duplicates_file_that_is_lost_or_damaged_is_noticed(run: Run) -> None:
     rule = SelectConfig(top_fraction=1.0, drop_duplicates=True)
     before = select(run, RankConfig(), rule)
