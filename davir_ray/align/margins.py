@@ -14,11 +14,11 @@ import torch
 
 from davir_ray.config.align import AlignConfig
 from davir_ray.engine.shards import Shards
-from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
+from davir_ray.engine.shuffle import Written, write_shards
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.models.training.pairs import is_held_out
-from davir_ray.run.files import in_folder, read_parquet, write_parquet
+from davir_ray.run.files import in_folder, read_parquet, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
@@ -26,7 +26,6 @@ from davir_ray.schema import MARGINS, Role, Status
 
 _EXAMPLES = ["example_id", "pair_id", "prompt_hash", "role", "source", "num_response_tokens"]
 _SCORES = ["example_id", "base_nll", "reference_nll", "status"]
-_SUMMARY = pa.schema([*ENTRY, ("ok", pa.int64()), ("held_out", pa.int64())])
 
 
 def margins(run: Run, objective: AlignConfig) -> Manifest:
@@ -40,12 +39,12 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
     run.clear("margins")
     shards = Shards(scored.files_in("scores"), partial(_read, run))
     measure = partial(_measure, held_out=objective.heldout_fraction, **details)
-    found = collect(shards, partial(_write, run / "margins", measure), _SUMMARY).sort_by("name").to_pylist()
-    entries = entries_of(found)
+    written = write_shards(shards, partial(_write, run / "margins", measure))
+    entries = [one.entry for one in written]
     counts = {
-        "pairs": sum(row["rows"] for row in found),
-        "measured": sum(row["ok"] for row in found),
-        "held_out": sum(row["held_out"] for row in found),
+        "pairs": total_rows(entries),
+        "measured": sum(one.facts["measured"] for one in written),
+        "held_out": sum(one.facts["held_out"] for one in written),
     }
     seconds = time.monotonic() - started
     return run.commit(
@@ -61,29 +60,27 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
 
 
 def _read(run: Run, name: str) -> pa.Table:
-    """Read a shard's examples with their losses under both policies; the column `shard` holds its name."""
+    """Examples and their losses under both policies, in the same order."""
     examples, scores = read_parquet(run / "examples" / name, _EXAMPLES), read_parquet(run / "scores" / name, _SCORES)
     if not examples["example_id"].equals(scores["example_id"]):
         raise IntegrityError(f"examples/{name} and scores/{name} do not hold the same rows")
     for column in _SCORES[1:]:
         examples = examples.append_column(column, scores[column])
-    return examples.append_column("shard", pa.repeat(name, examples.num_rows))
+    return examples
 
 
-def _write(folder: Location, measure: partial[pa.Table], table: pa.Table) -> pa.Table:
-    """Write the pairs of a shard; returns its entry with what is counted."""
-    pairs = measure(table)
-    row = entry_row(write_parquet(folder / table["shard"][0].as_py(), pairs))
-    row = row.append_column("ok", pa.array([pairs["status"].to_pylist().count(Status.OK)], pa.int64()))
-    return row.append_column("held_out", pa.array([sum(pairs["held_out"].to_pylist())], pa.int64()))
+def _write(folder: Location, measure: partial[pa.Table], name: str, table: pa.Table) -> Written:
+    pairs = measure(name, table)
+    facts = {"measured": pairs["status"].to_pylist().count(Status.OK), "held_out": sum(pairs["held_out"].to_pylist())}
+    return Written(write_parquet(folder / name, pairs), facts)
 
 
-def _measure(table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.Table:
-    """The table MARGINS of a shard, in which the two rows of a pair follow each other."""
+def _measure(name: str, table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.Table:
+    """MARGINS of the pairs whose two rows stand one after the other."""
     chosen, rejected = table.take(np.arange(0, table.num_rows, 2)), table.take(np.arange(1, table.num_rows, 2))
     roles = set(chosen["role"].to_pylist()), set(rejected["role"].to_pylist())
     if roles != ({Role.CHOSEN}, {Role.REJECTED}) or not chosen["pair_id"].equals(rejected["pair_id"]):
-        raise IntegrityError(f"the rows of {table['shard'][0]} are not pairs of a chosen and a rejected response")
+        raise IntegrityError(f"the rows of {name} are not pairs of a chosen and a rejected response")
     logprobs = PairLogprobs(
         *(_logprobs(side, column) for column in ("reference_nll", "base_nll") for side in (chosen, rejected))
     )

@@ -1,52 +1,78 @@
-"""Ranks for rows that are in no files: the bins of stages/ranking.py over the blocks of a dataset."""
+"""rank: an exact order of rows that are in no files."""
 
 from collections.abc import Iterable
-from functools import partial
+from typing import get_args
 
+import datasets
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
-from ray.data.block import BlockAccessor
 
-from davir_ray.api.blocks import Blocks
-from davir_ray.config.selection import RankConfig
-from davir_ray.errors import ConfigError, DataError, IntegrityError
-from davir_ray.stages.rank import Cut, assign_bins, cut_rows, key_columns, ranked_bin
-
-TIES = "content_hash"
-"""Column that breaks ties; the rows of a dataset have no example_id."""
+from davir_ray.api.rows import Rows, check_choice, check_dataset, in_order, read_here, run_blocks
+from davir_ray.config.selection import Order, RankConfig
+from davir_ray.errors import ConfigError, DataError
+from davir_ray.formulas import order as ranking
+from davir_ray.stages.rank import key_columns, order_keys
 
 BIN_ROWS = 50_000
 """Rows, with all their columns, that one task sorts."""
 
-_BIN = "davir_ray_bin"
+_TIES = "content_hash"
+"""Column that breaks ties; the rows of a dataset have no example_id."""
 
 
-def rank_rows(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Dataset:
-    """The rows that have a value, with their rank, best first. DataError if none has.
+def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: int = 0) -> Rows:
+    """Add `rank`, 1 for the best, to the rows that have a value, in rank order; the others are left out.
 
-    The dataset runs once; what it gives is held in Ray's object store.
+    The order is exact and total: by value, then by ascending content_hash, then, for rows with the same prompt and
+    response, by their place in the dataset. Rows whose value is null or NaN have no rank; -0.0 equals 0.0. In the
+    orders length and random, rows whose status is ok have one.
+
+    Args:
+        scored: What `score` returned. A dataset of Ray Data runs now, once.
+        order: The column to rank by (length: num_response_tokens), or random.
+        lowest: Whether the lowest value comes first.
+        seed: Seed of the random order.
+
+    Raises:
+        ConfigError: A setting, a column that is absent, or a column `rank` that is there already.
+        DataError: No row has a value.
     """
+    check_dataset(scored)
+    check_choice("order", order, get_args(Order))
+    config = RankConfig(order=order, lowest=lowest, seed=seed)
+    if isinstance(scored, datasets.Dataset):
+        _check_columns(scored.column_names, config)
+        ranks = _ranks(read_here(scored, key_columns(config, _TIES)), config)
+        by_rank = np.argsort(ranks)[np.count_nonzero(ranks == 0) :]
+        return scored.add_column("rank", ranks, feature=datasets.Value("int64")).select(by_rank)
+    return _rank_on_ray(scored, config)
+
+
+def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Dataset:
+    """The ranks are found in this process, from the columns that the order depends on; rows are sorted in tasks."""
     if (schema := dataset.schema(fetch_if_missing=False)) is not None:
-        check_rankable(schema.names, config)  # known before anything runs
-    blocks = Blocks.of(dataset)
-    if not blocks.num_rows:
+        _check_columns(schema.names, config)  # known before anything runs
+    blocks = run_blocks(dataset)
+    if not blocks:
         raise DataError("the dataset to rank has no row")
-    check_rankable(blocks.dataset().schema().names, config)
-    cut = cut_rows(blocks.collect, blocks.num_rows, config, BIN_ROWS, TIES)
-    num_rows, num_bins = int(cut.counts.sum()), len(cut.counts)
-    if not num_rows:
-        raise no_value(config)
-    assign = partial(assign_bins, cut=cut, last_bin=num_bins - 1, column=_BIN)
-    ranked = blocks.exchange(assign, _BIN, num_bins, partial(_rank_bin, cut=cut))
-    if ranked.num_rows != num_rows:
-        raise IntegrityError(f"{num_rows} rows were to be ranked but {ranked.num_rows} are")
-    return ranked.dataset()
+    with in_order():
+        rows = ray.data.from_arrow_refs(blocks)
+        _check_columns(rows.schema().names, config)
+        ranks = _ranks(read_here(rows, key_columns(config, _TIES)), config)
+        ranked = rows.zip(ray.data.from_arrow(pa.table({"rank": ranks})))
+        ranked = ranked.map_batches(_ranked_rows, batch_size=None, batch_format="pyarrow")
+        ranked = ranked.sort("rank", boundaries=list(range(BIN_ROWS + 1, int(ranks.max()) + 1, BIN_ROWS)))
+        blocks = run_blocks(ranked)
+    return ray.data.from_arrow_refs(blocks)
 
 
-def check_rankable(names: Iterable[str], config: RankConfig) -> None:
+def _check_columns(names: Iterable[str], config: RankConfig) -> None:
     """ConfigError if a column that the order needs is absent, or there is a rank."""
     there = set(names)
-    for name in key_columns(config, TIES):
+    for name in key_columns(config, _TIES):
         if name not in there:
             raise ConfigError(
                 f"the dataset has no column {name!r}, which the order {config.order} needs; rank what score returns"
@@ -55,13 +81,15 @@ def check_rankable(names: Iterable[str], config: RankConfig) -> None:
         raise ConfigError("the dataset has a column 'rank' already; drop it to rank again")
 
 
-def no_value(config: RankConfig) -> DataError:
-    """No row can be ranked."""
-    return DataError(f"no row can be ranked by {config.order}; the column status says why")
+def _ranks(table: pa.Table, config: RankConfig) -> npt.NDArray[np.int64]:
+    """The rank of each row, 0 for one without a value. DataError if no row has one."""
+    rankable, keys, ids = order_keys(table, config, _TIES)
+    if not rankable.any():
+        raise DataError(f"no row can be ranked by {config.order}; the column status says why")
+    ranks = np.zeros(table.num_rows, np.int64)
+    ranks[np.flatnonzero(rankable)[ranking.order(keys, ids)]] = np.arange(1, len(ids) + 1)
+    return ranks
 
 
-def _rank_bin(block: pa.Table, cut: Cut) -> pa.Table:
-    by_rank, _, ranks = ranked_bin(block, cut, int(block[_BIN][0].as_py()))
-    # Ray's take, which also knows its own types of columns.
-    rows = BlockAccessor.for_block(block.drop_columns([_BIN])).take(by_rank)
-    return rows.append_column("rank", pa.array(ranks, pa.int64()))
+def _ranked_rows(block: pa.Table) -> pa.Table:
+    return block.filter(pc.greater(block["rank"], 0)) if block.num_rows else block

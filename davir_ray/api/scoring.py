@@ -1,4 +1,4 @@
-"""Scores beside rows that stay as they are, for who has a dataset of Ray Data instead of files.
+"""score: the score columns, added to the rows of a dataset.
 
 The reader, the scorer and the pool are those of the jobs; a block takes the place of a shard.
 """
@@ -7,25 +7,31 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from davir_ray.api.rows import Rows, check_choice, check_dataset, read_here
+from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.config.sources import Source
+from davir_ray.config.sources import Format, Source, check_chat_template
 from davir_ray.data.formats import columns
 from davir_ray.data.records import Record, Reject, table_records
-from davir_ray.engine.connect import actor_cpus
+from davir_ray.engine.connect import actor_cpus, ensure_started, own_errors
 from davir_ray.engine.pool import num_gpus_of, plan_pool
-from davir_ray.errors import ConfigError
+from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.inputs import check_base, check_reference
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.schema import EXAMPLES, SCORES
 from davir_ray.stages.prepare import Preparation
 from davir_ray.stages.score import base_cache, scorer_settings
+from davir_ray.text import decoded
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +41,109 @@ BLOCK_ROWS = 1024
 _EXAMPLES = pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS])
 _TOKEN_LOSSES = ["base_token_nll", "reference_token_nll"]
 _NOT_ADDED = ["example_id", "source"]
+_ROW = "davir_ray_row"
+"""Column of a row's place in a `datasets.Dataset`, while its scores are computed in any order."""
+
+
+def score(
+    dataset: Rows,
+    *,
+    base: str | Checkpoint,
+    reference: str | Checkpoint,
+    format: Format = "prompt_response",
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    messages_column: str = "messages",
+    chat_template: str | None = None,
+    max_tokens: int = 512,
+    config: ScoreConfig | None = None,
+    keep_token_nll: bool = False,
+    trust_remote_code: bool = False,
+) -> Rows:
+    """Add score columns to every row, by one forward pass of each model over its response.
+
+    Every row comes back once, with all its columns. `status` is "ok", or says why there is no score: a Status of the
+    jobs, or the reason for which they would reject the row; then the scores are null. The columns: content_hash,
+    num_prompt_tokens, num_response_tokens, truncated, base_nll, reference_nll and rho_sum (nats), rho_mean (nats a
+    token), davir, status; with `keep_token_nll` also base_token_nll and reference_token_nll (nats of each token).
+
+    The call checks settings, the models' configurations, tokenizers and column names; where Ray does not know the
+    columns, it runs the preceding steps on the first rows. The workers load the weights when the dataset runs. Ray Data
+    returns rows in any order unless its preserve_order is set.
+
+    Args:
+        dataset: Rows in one of the formats of the jobs.
+        base: The pre-trained causal language model: a folder, s3://… or a hub name.
+        reference: Its fine-tune, or a folder with a LoRA adapter. jobs/finetune.py makes one.
+        format: How a row becomes prompt and response: alpaca, gsm8k, prompt_response or messages.
+        prompt_column: Column of the prompt, for the format prompt_response.
+        response_column: Column of the response, for the format prompt_response.
+        messages_column: Column of the list of {role, content}, for the format messages.
+        chat_template: Jinja text of a chat template, for the format messages. None: the base's own.
+        max_tokens: Maximum number of tokens of prompt and response. A longer response is truncated; a prompt that fills
+            it gives the row the status prompt_too_long.
+        config: Actors, their CPUs and GPUs, precision, pack budget, base cache. None: as many actors as there is work
+            for and the cluster has room for, one CPU left free. Its no_progress_timeout_s applies to a
+            `datasets.Dataset`; Ray Data has execution_no_progress_timeout_s in its DataContext.
+        keep_token_nll: Also add the loss of every scored token.
+        trust_remote_code: Run Python code that comes with a hub checkpoint.
+
+    Raises:
+        ConfigError: A setting, also one that the format does not read; a column that is absent, or has the name of a
+            score column.
+        ModelError: A model cannot be used, or the two do not belong together.
+        ClusterError: The cluster does not hold the actors that are asked for.
+    """
+    check_dataset(dataset)
+    check_choice("format", format, tuple(name for name in get_args(Format) if name != "preference"))
+    source = Source(
+        name="dataset",
+        path="dataset",
+        format=format,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        messages_column=messages_column,
+    )
+    source.check_columns()
+    if chat_template is not None:
+        chat_template = decoded(chat_template.encode())  # as of a file
+    check_chat_template(chat_template, [format])
+    base, reference = (_checkpoint(model, trust_remote_code) for model in (base, reference))
+    preparation = Preparation(
+        base=base, config=PrepareConfig(max_tokens=max_tokens), chat_template=chat_template, keep_record=False
+    )
+    check_base(preparation, [source])
+    check_reference(reference, preparation, [source])
+    ensure_started()
+    scoring = RowScoring(
+        source=source,
+        preparation=preparation,
+        reference=reference,
+        config=config or ScoreConfig(),
+        keep_token_nll=keep_token_nll,
+    )
+    if isinstance(dataset, datasets.Dataset):
+        scoring.check_columns(dataset.column_names)
+        return _score_here(dataset, scoring)
+    if (names := dataset.columns()) is not None:  # None: there is no row
+        scoring.check_columns(names)
+    return _score_on_ray(dataset, scoring)
+
+
+def _checkpoint(model: str | Checkpoint, trust_remote_code: bool) -> Checkpoint:
+    if not isinstance(model, Checkpoint):
+        return Checkpoint.find(model, trust_remote_code)
+    if trust_remote_code and not model.trust_remote_code:
+        raise ConfigError(f"trust_remote_code is of models by name; give it to Checkpoint.find for {model.uri}, too")
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowScoring:
-    """What the scores of rows depend on."""
+    """Everything that the scores of a dataset depend on."""
 
     source: Source
-    """The format and its columns; name and path mean nothing here."""
+    """The format and its columns; its name and path are not used."""
     preparation: Preparation
     reference: Checkpoint
     config: ScoreConfig
@@ -67,12 +168,12 @@ class RowScoring:
         self.check_new(there)
 
     def check_new(self, names: Iterable[str]) -> None:
-        """ConfigError if a score column would stand twice."""
+        """ConfigError if the dataset has a score column already."""
         if twice := sorted(set(names) & set(self.added.names)):
             raise ConfigError(f"the dataset has a column {twice[0]!r} already; rename or drop it before scoring")
 
 
-def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int | None = None) -> ray.data.Dataset:
+def _score_on_ray(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int | None = None) -> ray.data.Dataset:
     """The dataset's rows with score columns, once it runs; ClusterError if the pool does not fit the cluster.
 
     A pool that is not given a size grows with what there is to do: other steps of the pipeline need room, too.
@@ -97,6 +198,28 @@ def score_rows(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int |
     )
 
 
+def _score_here(dataset: datasets.Dataset, scoring: RowScoring) -> datasets.Dataset:
+    """Only the columns of the format go to the workers; the score columns are put next to the dataset's own."""
+    names = [name for name in columns(scoring.source) if name in dataset.column_names]
+    chosen, starts = dataset.select_columns(names).with_format("arrow"), range(0, len(dataset), BLOCK_ROWS)
+    places = [pa.array(range(start, min(start + BLOCK_ROWS, len(dataset))), pa.int64()) for start in starts]
+    refs = [
+        ray.put(chosen[start : start + BLOCK_ROWS].append_column(_ROW, rows))
+        for start, rows in zip(starts, places, strict=True)
+    ]
+    scores = scoring.added.append(pa.field(_ROW, pa.int64())).empty_table()
+    if refs:
+        context = ray.data.DataContext.get_current().copy()
+        context.execution_no_progress_timeout_s = scoring.config.no_progress_timeout_s
+        with own_errors("ScoreConfig.no_progress_timeout_s"), ray.data.DataContext.current(context):
+            scored = _score_on_ray(ray.data.from_arrow_refs(refs), scoring, len(refs))
+            scores = read_here(scored, scores.column_names).sort_by(_ROW)
+    if not np.array_equal(scores[_ROW], np.arange(len(dataset))):
+        raise IntegrityError(f"{len(dataset)} rows were to be scored but {scores.num_rows} came back")
+    added = datasets.Dataset(scores.drop_columns([_ROW]))
+    return datasets.concatenate_datasets([dataset.with_format(None), added], axis=1)
+
+
 class ScoreRows:
     """Actor: adds score columns to blocks of rows."""
 
@@ -107,7 +230,7 @@ class ScoreRows:
         self._scorer = Scorer(scoring.preparation.base, scoring.reference, settings, cache)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The block with score columns; a row that is no example has nulls, and the reason as its status."""
+        """Add the score columns; a row that is not an example gets nulls, and the reason as its status."""
         self._scoring.check_new(block.column_names)
         items = list(self._reader.convert(self._scoring.source, self._records(block)))
         rejects = [item for item in items if isinstance(item, Reject)]
@@ -119,7 +242,7 @@ class ScoreRows:
             column = pc.coalesce(rows[name], reasons) if name == "status" else rows[name]
             block = block.append_column(name, column)
         if rejects:
-            _tell(rejects, len(items))
+            _warn(rejects, len(items))
         return block
 
     def _records(self, block: pa.Table) -> Iterator[Record | Reject]:
@@ -129,14 +252,14 @@ class ScoreRows:
         return (Record("", row, {}) for row in range(block.num_rows))
 
     def _scores(self, examples: list[dict[str, Any]]) -> pa.Table:
-        """Scores of examples; equal ones need no telling apart, so the hash of the content is their id."""
+        """Score examples. Equal ones may have the same id, so the hash of the content is used as it."""
         if not examples:
             return SCORES.empty_table()
         rows = [{**example, "example_id": example["content_hash"]} for example in examples]
         return self._scorer(pa.Table.from_pylist(rows, _EXAMPLES))
 
 
-def _tell(rejects: list[Reject], num_rows: int) -> None:
+def _warn(rejects: list[Reject], num_rows: int) -> None:
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(r.reason for r in rejects).items()))
     first = rejects[0].detail[:200]
     log.warning("%d of %d rows of a block cannot be scored (%s); the first: %s", len(rejects), num_rows, reasons, first)

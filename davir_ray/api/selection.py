@@ -1,130 +1,125 @@
-"""A cut of ranked rows that are in no files, by the rules of stages/limits.py.
+"""select: a cut of ranked rows that are in no files, by the rules of the job.
 
 Rows may have been left out since they were ranked: a rule counts those that are there, in rank order.
 """
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from typing import get_args
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 
-from davir_ray.api.blocks import Blocks
-from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.api.rows import Rows, check_choice, check_dataset, in_order, read_here, run_blocks
+from davir_ray.config.selection import Order, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError
-from davir_ray.formulas.shares import Limit, prefix_rows
+from davir_ray.formulas.shares import prefix_rows
 from davir_ray.stages.rank import value_column
+from davir_ray.stages.select.candidates import Pool, reaches
 from davir_ray.stages.select.limits import limits_by_file
 
-STRETCH = 50_000
-"""Ranks that are counted together; those of the one in which the cut lies come to the driver."""
 
-_COUNTED = pa.schema([("stretch", pa.int64()), ("rows", pa.int64()), ("tokens", pa.int64())])
-_RANKS = pa.schema([("rank", pa.int64()), ("tokens", pa.int64())])
+def select(
+    ranked: Rows,
+    *,
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    top_tokens: int | None = None,
+    min_score: float | None = None,
+    order: Order = "davir",
+    lowest: bool = False,
+) -> Rows:
+    """Take the best rows by exactly one rule, with the jobs' meaning; they stay in rank order.
 
-Ints = npt.NDArray[np.int64]
+    A rule counts the rows that are there: those filtered out since `rank` do not count.
 
+    Args:
+        ranked: What `rank` returned. A dataset of Ray Data runs now, unless it has.
+        top_k: Number of rows.
+        top_fraction: This share of the rows: floor of the exact decimal times the rows, at least 1.
+        top_tokens: The longest prefix whose scored tokens fit.
+        min_score: Every row whose value is at least this; with `lowest`, at most.
+        order: The order of the ranking; only min_score needs it.
+        lowest: Whether the lowest value came first; only min_score needs it.
 
-def select_rows(dataset: ray.data.Dataset, rank_config: RankConfig, config: SelectConfig) -> ray.data.Dataset:
-    """The rows that the rule means, in the order in which they come. ConfigError if there are too few, or none.
-
-    The dataset runs once; what it gives is held in Ray's object store.
+    Raises:
+        ConfigError: No rule, more than one, a value out of range, fewer rows than top_k, or no row left.
     """
-    blocks = Blocks.of(dataset)
-    if blocks.num_rows:
-        check_selectable(blocks.dataset().schema().names, rank_config, config)
-    if config.min_score is not None:
-        selected = blocks.then(partial(_reaching, rank_config=rank_config, min_score=config.min_score))
-    else:
-        selected = blocks.then(partial(_up_to, last_rank=_last_rank(blocks, config)))
-    if not selected.num_rows:
-        raise selects_nothing()
-    return selected.dataset()
+    check_dataset(ranked)
+    check_choice("order", order, get_args(Order))
+    config = SelectConfig(top_k=top_k, top_fraction=top_fraction, top_tokens=top_tokens, min_score=min_score)
+    if not config.rules:
+        raise ConfigError("no selection rule is given; give one of top_k, top_fraction, top_tokens, min_score")
+    if config.min_score is not None and order == "random":
+        raise ConfigError("min_score has no meaning with the order random; choose top_k or top_fraction")
+    rank_config = RankConfig(order=order, lowest=lowest)
+    columns = ["rank"]
+    if top_tokens is not None:
+        columns.append("num_response_tokens")
+    if min_score is not None:
+        columns.append(value_column(rank_config))
+    if isinstance(ranked, datasets.Dataset):
+        _check_columns(ranked.column_names, columns)
+        table = read_here(ranked, columns)
+        (selected,) = np.nonzero(_rule(ranked, columns, rank_config, config)(table))
+        if not len(selected):
+            raise _no_row()
+        return ranked.select(selected[np.argsort(np.asarray(table["rank"])[selected])])
+    return _select_on_ray(ranked, columns, rank_config, config)
 
 
-def check_selectable(names: Iterable[str], rank_config: RankConfig, config: SelectConfig) -> None:
-    """ConfigError if a column that the rule needs is absent."""
-    needed = {"top_tokens": ["num_response_tokens"], "min_score": [value_column(rank_config)]}
-    for name in ["rank", *needed.get(config.rules[0], [])]:
+def _select_on_ray(
+    dataset: ray.data.Dataset, columns: list[str], rank_config: RankConfig, config: SelectConfig
+) -> ray.data.Dataset:
+    """Where the rule cuts is found in this process, from ranks and tokens; rows are taken in tasks."""
+    blocks = run_blocks(dataset)
+    if not blocks:
+        raise _no_row()
+    with in_order():
+        rows = ray.data.from_arrow_refs(blocks)
+        _check_columns(rows.schema().names, columns)
+        takes = _rule(rows, columns, rank_config, config)
+        selected = rows.map_batches(
+            lambda block: block.filter(pa.array(takes(block))), batch_size=None, batch_format="pyarrow"
+        )
+        blocks = run_blocks(selected)
+    if not blocks:
+        raise _no_row()
+    return ray.data.from_arrow_refs(blocks)
+
+
+def _check_columns(names: Iterable[str], needed: list[str]) -> None:
+    for name in needed:
         if name not in set(names):
             raise ConfigError(f"the dataset has no column {name!r}; select from what rank returns")
 
 
-def selects_nothing() -> ConfigError:
-    """The rule leaves no row."""
-    return ConfigError("select selects no row; loosen its rule")
+def _rule(
+    dataset: Rows, columns: list[str], rank_config: RankConfig, config: SelectConfig
+) -> Callable[[pa.Table], npt.NDArray[np.bool_]]:
+    """A test that says of each row of a table whether the rule takes it from this dataset."""
+    if (min_score := config.min_score) is not None:
+        return lambda table: reaches(table, rank_config, min_score)
+    last_rank = _last_rank(read_here(dataset, columns), config)
+    return lambda table: np.asarray(table["rank"]) <= last_rank
 
 
-def reaching(values: pa.ChunkedArray, rank_config: RankConfig, min_score: float) -> npt.NDArray[np.bool_]:
-    """Rows whose value is at least this, at most where the lowest come first; those without a value are not."""
-    numbers = values.to_numpy().astype(np.float64)
-    return np.asarray(numbers <= min_score if rank_config.lowest else numbers >= min_score)
-
-
-def tokens_of(table: pa.Table) -> Ints:
-    """Scored tokens; they matter to one rule only."""
-    if "num_response_tokens" not in table.column_names:
-        return np.zeros(table.num_rows, np.int64)
-    return np.asarray(table["num_response_tokens"]).astype(np.int64)
-
-
-def prefix(ranks: Ints, tokens: Ints, limit: Limit) -> npt.NDArray[np.intp]:
-    """Indices of the rows that a limit allows, in rank order; ConfigError if a rank stands twice."""
-    by_rank = np.argsort(ranks, kind="stable")
+def _last_rank(table: pa.Table, config: SelectConfig) -> int:
+    """The rank of the last row that the rule takes; 0 if it takes none. ConfigError if a rank stands twice."""
+    ranks = np.asarray(table["rank"])
+    tokens = np.zeros(len(ranks), np.int64)
+    if config.top_tokens is not None:
+        tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
+    by_rank = np.argsort(ranks)
     repeated = ranks[by_rank][1:][np.diff(ranks[by_rank]) == 0]
     if len(repeated):
         raise ConfigError(f"two rows have the rank {repeated[0]}; select before rows are repeated or joined")
-    return by_rank[: prefix_rows(limit, tokens[by_rank])]
+    pool = Pool(file="", group="", rows=len(ranks), tokens=int(tokens.sum()))
+    num_rows = prefix_rows(limits_by_file([pool], config)[""][""], tokens[by_rank])
+    return int(ranks[by_rank][num_rows - 1]) if num_rows else 0
 
 
-def _last_rank(blocks: Blocks, config: SelectConfig) -> int:
-    """The rank at which the rule cuts."""
-    length = STRETCH
-    counted = blocks.collect(partial(_count_ranks, length=length), _COUNTED).group_by("stretch")
-    stretches = counted.aggregate([("rows", "sum"), ("tokens", "sum")]).sort_by("stretch").to_pylist()
-    rows = [
-        {"group": "", "name": str(row["stretch"]), "rows": row["rows_sum"], "tokens": row["tokens_sum"]}
-        for row in stretches
-    ]
-    limits = limits_by_file(rows, config)
-    for row in rows:
-        limit = limits[row["name"]][""]
-        if (limit.rows is not None and limit.rows < row["rows"]) or (
-            limit.tokens is not None and limit.tokens < row["tokens"]
-        ):
-            return _last_rank_within(blocks, int(row["name"]), length, limit)
-    return (int(stretches[-1]["stretch"]) + 1) * length
-
-
-def _last_rank_within(blocks: Blocks, stretch: int, length: int, limit: Limit) -> int:
-    table = blocks.collect(partial(_ranks_within, stretch=stretch, length=length), _RANKS)
-    ranks, tokens = np.asarray(table["rank"]), np.asarray(table["tokens"])
-    chosen = prefix(ranks, tokens, limit)
-    return int(ranks[chosen[-1]]) if len(chosen) else stretch * length
-
-
-def _stretches(table: pa.Table, length: int) -> Ints:
-    """Stretch of each row: ranks 1 to `length` are in the first, and so on."""
-    return (np.asarray(table["rank"]).astype(np.int64) - 1) // length
-
-
-def _count_ranks(table: pa.Table, length: int) -> pa.Table:
-    numbers, place, rows = np.unique(_stretches(table, length), return_inverse=True, return_counts=True)
-    tokens = np.zeros(len(numbers), np.int64)
-    np.add.at(tokens, place, tokens_of(table))
-    return pa.table({"stretch": numbers, "rows": rows, "tokens": tokens})
-
-
-def _ranks_within(table: pa.Table, stretch: int, length: int) -> pa.Table:
-    within = _stretches(table, length) == stretch
-    return pa.table({"rank": np.asarray(table["rank"])[within], "tokens": tokens_of(table)[within]})
-
-
-def _up_to(table: pa.Table, last_rank: int) -> pa.Table:
-    return table.filter(pa.array(np.asarray(table["rank"]) <= last_rank))
-
-
-def _reaching(table: pa.Table, rank_config: RankConfig, min_score: float) -> pa.Table:
-    return table.filter(pa.array(reaching(table[value_column(rank_config)], rank_config, min_score)))
+def _no_row() -> ConfigError:
+    return ConfigError("select selects no row; loosen its rule")

@@ -1,7 +1,7 @@
-"""Which rows of a finished run each arm of a comparison trains on, and a folder of them that a fine-tune reads.
+"""Which rows of a finished run each arm of a comparison trains on, written as examples that a fine-tune reads.
 
-The driver holds ids, keys and lengths of about as many rows as are wanted, never a text: one scan finds a sample of the
-order's keys, a second one the rows above the key where enough of them are sure to be.
+The driver holds ids, keys and lengths of about as many rows as are wanted, never a text. One scan samples the keys of
+the order, which gives a key that enough rows are almost surely at or before; a second scan finds those rows.
 """
 
 import dataclasses
@@ -20,47 +20,43 @@ import ray
 
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import ENTRY, collect, entries_of
+from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
-from davir_ray.formulas.hashing import drawn, seed_from
+from davir_ray.formulas.hashing import sample_rows, seed_from
 from davir_ray.formulas.length_matching import length_bins, matched_draw
 from davir_ray.formulas.shares import proportional
-from davir_ray.run.files import (
-    in_folder,
-    read_parquet,
-    total_rows,
-    write_parquet,
-)
+from davir_ray.run.files import in_folder, read_parquet, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
 from davir_ray.stages.rank import key_columns, order_keys
+from davir_ray.stages.select.candidates import Candidates
+from davir_ray.stages.select.choice import Choice
 from davir_ray.stages.select.duplicates import files_with_duplicates
-from davir_ray.stages.select.rule import choose, read_ranked
+from davir_ray.stages.select.limits import limits_by_file
 
 log = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
 _SAMPLED_KEYS = 20_000
-"""Of all rows: enough that the key of a cut is known to within a hundredth of the rows."""
+"""Rows in the sample: enough that the key of a cut is known to within a hundredth of the rows."""
 
-_GREATEST_KEY = 2**64 - 1
+_MAX_KEY = 2**64 - 1
 
 _MATCHING_POOL = 2
 _MATCHING_ROWS = 500
-"""Rows of a range of lengths that are looked at for each that is wanted, and on top: to change places among."""
+"""Matching draws from this many rows of a range of lengths for each wanted row, and this many on top."""
 
 _ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
 _FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
-_WRITTEN = pa.schema([*ENTRY, *((name, pa.int64()) for name in ("found", "tokens", "trainable"))])
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a comparison takes its rows from."""
+    """The ranked and selected run whose rows a comparison trains on."""
 
     place: Run
     rank: RankConfig
@@ -68,7 +64,7 @@ class FinishedRun:
 
     @property
     def repeats(self) -> dict[str, int]:
-        """How often a row of each source stands in the mixture; empty where there is none."""
+        """How often the mixture repeats the rows of each source; empty without a mixture."""
         return {part.source: part.repeat for part in self.select.mixture}
 
     @property
@@ -77,19 +73,19 @@ class FinishedRun:
         return {part.source for part in self.select.mixture if part.all}
 
     def selection(self, size: int | None) -> pa.Table:
-        """Group, example_id and scored tokens of the rows that the run's rule takes at a size; None: at its own.
+        """Group, example_id and scored tokens of the rows that the run's rule selects at a size; None: at its own.
 
-        A group is what the arms take equally many rows of: a source of a mixture, else the whole. At another size the
-        filters and the balance stay, and a mixture's cut parts, like quotas, grow or shrink together. ConfigError if
-        there are not so many rows.
+        Every arm takes equally many rows of a group, which is a source of a mixture, else the whole. At another size
+        the filters and the balance stay; quotas, and those parts of a mixture that do not take a whole source, grow or
+        shrink in proportion. ConfigError if there are too few rows.
         """
         config = self.select if size is None else self._resized(size)
         files = self.place.require("rank").files_in("ranked")
         duplicates = files_with_duplicates(self.place, self.place.require("select"))
-        choice, _ = choose(self.place, self.rank, config, files, duplicates)
-        needed = [entry for entry in files if entry.name in choice.limits]
-        ranked = Shards(needed, partial(read_ranked, self.place / "ranked", self.rank))
-        return collect(ranked, partial(_selected_rows, choice=choice), _ROWS)
+        candidates = Candidates(run=self.place, rank_config=self.rank, config=config, duplicates=duplicates)
+        pools, _ = candidates.count(files)
+        choice = Choice(candidates, limits_by_file(pools, config))
+        return collect(choice.shards(files), partial(_rows, by_source=bool(config.mixture)), _ROWS)
 
     def _resized(self, size: int) -> SelectConfig:
         """The rule for another number of rows."""
@@ -114,12 +110,12 @@ class FinishedRun:
         return dataclasses.replace(config, **free | {"top_k": size})
 
     def size_of(self, selection: pa.Table) -> int:
-        """Rows of a selection as sizes count them: of a mixture without the sources that are taken whole."""
+        """Rows of a selection as sizes count them, which is without the sources that a mixture takes whole."""
         cut = [group for group in selection["group"].to_pylist() if group not in self.taken_whole]
         return len(cut) or selection.num_rows
 
     def rows_of(self, arm: str, selection: pa.Table, seed: int) -> Ints:
-        """Ids of the rows of an arm beside a selection: of each group as many."""
+        """Ids of the rows that an arm trains on: as many of each group as the selection has."""
         whole = pc.is_in(selection["group"], value_set=pa.array(sorted(self.taken_whole), pa.string()))
         kept, cut = selection.filter(whole), selection.filter(pc.invert(whole))
         if arm != "selection":
@@ -137,7 +133,7 @@ class FinishedRun:
         return dataclasses.replace(self.rank, lowest=not self.rank.lowest, most=None)
 
     def _best(self, cut: pa.Table, order: RankConfig) -> pa.Table:
-        """The first rows of the order: of each group as many as there are in `cut`."""
+        """The first rows of each group in the order, as many as there are in `cut`."""
         wanted = _counts(cut["group"].to_pylist())
         found = self._first(order, wanted, None)
         tables = []
@@ -150,7 +146,7 @@ class FinishedRun:
         return pa.concat_tables([_FOUND.empty_table(), *tables])
 
     def _matched(self, cut: pa.Table, seed: int) -> pa.Table:
-        """Drawn rows with the lengths of those in `cut`."""
+        """Rows drawn at random with the lengths of those in `cut`."""
         edges = self.select.length_edges
         tokens, groups = np.asarray(cut["tokens"]).astype(np.int64), cut["group"].to_pylist()
         labels = _labelled(groups, tokens, edges)
@@ -171,9 +167,9 @@ class FinishedRun:
         return pa.concat_tables(tables)
 
     def _first(self, order: RankConfig, wanted: Mapping[str, int], edges: list[int] | None) -> pa.Table:
-        """At least the first so many rows of each group in an order, all of them where it has fewer, in the order.
+        """At least the first `wanted` rows of each group in an order, sorted; all rows of a group that has fewer.
 
-        With edges the groups are cut by ranges of length.
+        With edges, each group is split by ranges of length.
         """
         files = self.place.require("score").files_in("scores")
         columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
@@ -184,23 +180,23 @@ class FinishedRun:
         last = _cuts(sample, wanted, share)
         found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         there = _counts(found["group"].to_pylist())
-        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _GREATEST_KEY}
+        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _MAX_KEY}
         if short:  # the sample was an unlucky one
-            last |= dict.fromkeys(short, _GREATEST_KEY)
+            last |= dict.fromkeys(short, _MAX_KEY)
             found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
 
 
 @dataclass(frozen=True)
 class _Grouping:
-    """The group of each row of scores, and its place in an order."""
+    """Assigns each row of scores a group and its key in an order."""
 
     order: RankConfig
     by_source: bool
     edges: list[int] | None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Group, key, example_id and tokens of the rows that have a place."""
+        """Group, key, example_id and tokens of the rows that can be ranked."""
         rankable, keys, ids = order_keys(table, self.order)
         table = table.filter(pa.array(rankable))
         groups = table["source"].to_pylist() if self.by_source else [""] * table.num_rows
@@ -220,32 +216,29 @@ def _counts(names: list[str]) -> dict[str, int]:
 
 
 def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
-    """Share out in proportion, beyond the pools if it must be."""
+    """Shares of a total in proportion to the pools, which may be smaller than the total."""
     times = -(-total // sum(pools.values()))
     return proportional(total, {name: pool * times for name, pool in pools.items()})
 
 
-def _selected_rows(table: pa.Table, choice: Any) -> pa.Table:
-    selected = choice.selected(table, table["name"][0].as_py())
-    rows = table.filter(pa.array(selected))
-    groups = rows["source"] if choice.config.mixture else pa.array([""] * rows.num_rows, pa.string())
-    return pa.table([groups, rows["example_id"], rows["num_response_tokens"]], names=_ROWS.names)
+def _rows(selected: pa.Table, by_source: bool) -> pa.Table:
+    groups = selected["source"] if by_source else pa.array([""] * selected.num_rows, pa.string())
+    return pa.table([groups, selected["example_id"], selected["num_response_tokens"]], names=_ROWS.names)
 
 
 def _sampled_keys(table: pa.Table, grouping: _Grouping, share: float) -> pa.Table:
-    found = grouping(table)
-    return found.filter(pa.array(drawn(np.asarray(found["example_id"]), share, "row sets"))).select(_KEYS.names)
+    return grouping(sample_rows(table, share, "row sets")).select(_KEYS.names)
 
 
 def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str, int]:
-    """A key for each group that enough of its rows lie at or before; the greatest where the sample is too small."""
+    """For each group a key that enough of its rows are at or before; the largest key where the sample is too small."""
     groups, keys = np.array(sample["group"].to_pylist(), dtype=np.str_), np.asarray(sample["key"])
     cuts = {}
     for group, rows in wanted.items():
         there, expected = np.sort(keys[groups == group]), rows * share
-        # Five standard deviations of the number of sampled rows among those that are wanted.
+        # Five standard deviations above the expected number of sampled rows among the wanted ones.
         place = int(expected if share == 1 else expected + 5 * expected**0.5 + 25)
-        cuts[group] = int(there[place]) if place < len(there) else _GREATEST_KEY
+        cuts[group] = int(there[place]) if place < len(there) else _MAX_KEY
     return cuts
 
 
@@ -259,10 +252,10 @@ def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -
 
 
 def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
-    """Write the examples with these ids, each as often as the mixture says, as a run that is prepared.
+    """Write the examples with these ids, each repeated as the mixture says, as a prepared run.
 
-    None: every example of the mixture's sources. `trainable` counts the rows in which something precedes what is
-    scored, as it must.
+    With None, these are all examples of the mixture's sources. `trainable` counts the rows whose first scored token has
+    one before it, which training needs.
     """
     fingerprint = {
         "scores": finished.place.require("score").content,
@@ -274,42 +267,38 @@ def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     place.clear("prepare")
     shards = Shards(
         finished.place.require("prepare").files_in("examples"),
-        partial(_write_part, finished.place / "examples", place / "examples", finished.repeats, ray.put(ids)),
+        partial(_read_chosen, finished.place / "examples", list(finished.repeats), ray.put(ids)),
     )
-    written = collect(shards, _as_it_is, _WRITTEN).sort_by("name").to_pylist()
-    entries, num_found = entries_of(written), sum(row["found"] for row in written)
+    written = write_shards(shards, partial(_write_repeated, place / "examples", finished.repeats))
+    entries, num_found = [one.entry for one in written], sum(one.facts["found"] for one in written)
     if ids is not None and num_found != len(ids):
         raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
-    num_rows, tokens = total_rows(entries), sum(row["tokens"] for row in written)
-    counts = {"read": num_rows, "prepared": num_rows, "rejected": 0, "num_response_tokens": tokens}
-    counts["trainable"] = sum(row["trainable"] for row in written)
+    num_rows = total_rows(entries)
+    counts = {"read": num_rows, "prepared": num_rows, "rejected": 0}
+    counts |= {name: sum(one.facts[name] for one in written) for name in ("num_response_tokens", "trainable")}
     return place.commit(
         Manifest(stage="prepare", fingerprint=fingerprint, counts=counts, files=in_folder("examples", entries))
     )
 
 
-def _write_part(source: Location, target: Location, repeats: dict[str, int], ids: Any, name: str) -> pa.Table:
-    """Write what a shard has of the chosen rows; returns the entry of the file, or nothing."""
-    chosen: Ints | None = ray.get(ids)
-    there = read_parquet(source / name, ["example_id", "source"])
-    if chosen is None:
-        wanted = np.asarray(pc.is_in(there["source"], value_set=pa.array(list(repeats), pa.string())))
+def _read_chosen(folder: Location, sources: list[str], ids: ray.ObjectRef[Ints | None], name: str) -> pa.Table:
+    """The examples of a shard with these ids, else of these sources; a shard that has none is not read whole."""
+    there, wanted = read_parquet(folder / name, ["example_id", "source"]), ray.get(ids)
+    if wanted is None:
+        chosen = pc.is_in(there["source"], value_set=pa.array(sources, pa.string()))
     else:
-        wanted = np.isin(np.asarray(there["example_id"]), chosen)
-    at = np.flatnonzero(wanted)
-    if not len(at):
-        return _WRITTEN.empty_table()
-    table = read_parquet(source / name).take(pa.array(at))
-    times = np.array([repeats.get(row, 1) for row in table["source"].to_pylist()], dtype=np.int64)
-    table = table.take(pa.array(np.repeat(np.arange(table.num_rows), times))).cast(EXAMPLES)
-    entry = dataclasses.asdict(write_parquet(target / name, table))
-    counted = {
-        "found": len(at),
-        "tokens": int(pc.sum(table["num_response_tokens"]).as_py()),
+        chosen = pa.array(np.isin(np.asarray(there["example_id"]), wanted))
+    return read_parquet(folder / name).filter(chosen) if pc.any(chosen).as_py() else EXAMPLES.empty_table()
+
+
+def _write_repeated(folder: Location, repeats: dict[str, int], name: str, chosen: pa.Table) -> Written | None:
+    if not chosen.num_rows:
+        return None
+    times = np.array([repeats.get(source, 1) for source in chosen["source"].to_pylist()], dtype=np.int64)
+    table = chosen.take(pa.array(np.repeat(np.arange(chosen.num_rows), times))).cast(EXAMPLES)
+    facts = {
+        "found": chosen.num_rows,
+        "num_response_tokens": int(pc.sum(table["num_response_tokens"]).as_py()),
         "trainable": int((np.asarray(pc.list_element(table["response_spans"], 0)) > 0).sum()),
     }
-    return pa.Table.from_pylist([entry | counted], _WRITTEN)
-
-
-def _as_it_is(table: pa.Table) -> pa.Table:
-    return table
+    return Written(write_parquet(folder / name, table), facts)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from davir_ray.compare.answers import ANSWERS_VERSION, as_text, flexible_answer, strict_answer
 from davir_ray.compare.generation import generated_from
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row
+from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import IntegrityError
 from davir_ray.run.files import in_folder, read_parquet, write_parquet
 from davir_ray.run.folder import Run
@@ -25,7 +25,6 @@ _GOLD = ["example_id", "response", "record", "response_spans"]
 COUNTED = ("expected", "strict", "flexible")
 _ASKED = ["source", "response", "record", "response_spans"]
 _EXPECTED = pa.schema([("expected", pa.int64())])
-_SUMMARY = pa.schema([*ENTRY, ("source", pa.string()), *((name, pa.int64()) for name in COUNTED)])
 
 
 def match(run: Run, *, examples: Run | None = None) -> Manifest:
@@ -42,15 +41,14 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
         return done
     run.clear("match")
     shards = Shards(generated.files_in("generations"), partial(_read, run, source))
-    found = collect(shards, partial(_write, run / "matches"), _SUMMARY).sort_by("name").to_pylist()
-    entries = entries_of(found)
+    written = write_shards(shards, partial(_write, run / "matches"))
     by_source: dict[str, dict[str, int]] = {}
-    for row in found:
-        sums = by_source.setdefault(row["source"], dict.fromkeys(("examples", *COUNTED), 0))
+    for one in written:
+        sums = by_source.setdefault(one.facts["source"], dict.fromkeys(("examples", *COUNTED), 0))
         for name in sums:
-            sums[name] += row["rows" if name == "examples" else name]
+            sums[name] += one.facts[name]
     counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
-    files, seconds = in_folder("matches", entries), time.monotonic() - started
+    files, seconds = in_folder("matches", [one.entry for one in written]), time.monotonic() - started
     return run.commit(
         Manifest(
             stage="match",
@@ -113,17 +111,16 @@ def _expected(example: dict[str, Any]) -> Any:
 
 
 def _read(run: Run, source: Run, name: str) -> pa.Table:
-    table = matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD))
-    return table.append_column("shard", pa.repeat(name, table.num_rows))
+    return matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD))
 
 
-def _write(folder: Location, table: pa.Table) -> pa.Table:
-    """Write a shard's matches; returns its entry with what is counted."""
-    name = table["shard"][0].as_py()
-    entry = write_parquet(folder / name, table.select(MATCHES.names))
-    row = entry_row(entry).append_column("source", table["source"].slice(0, 1))
-    expected = table["expected"].is_valid()
-    sums = {"expected": expected} | {name: table[name].fill_null(False) for name in ("strict", "flexible")}
-    for column in COUNTED:
-        row = row.append_column(column, pa.array([sum(sums[column].to_pylist())], pa.int64()))
-    return row
+def _write(folder: Location, name: str, table: pa.Table) -> Written:
+    """Write the matches of a shard, which are of one source."""
+    facts = {
+        "source": table["source"][0].as_py(),
+        "examples": table.num_rows,
+        "expected": table.num_rows - table["expected"].null_count,
+        "strict": sum(table["strict"].fill_null(False).to_pylist()),
+        "flexible": sum(table["flexible"].fill_null(False).to_pylist()),
+    }
+    return Written(write_parquet(folder / name, table), facts)

@@ -18,13 +18,7 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.engine.progress import Told
 from davir_ray.errors import IntegrityError
-from davir_ray.run.files import (
-    FINGERPRINT_KEY,
-    FileEntry,
-    digest,
-    read_parquet,
-    write_parquet,
-)
+from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, read_parquet, write_parquet
 from davir_ray.run.location import Location
 
 _READ_CPUS = 0.5
@@ -32,40 +26,43 @@ _READ_CPUS = 0.5
 
 _TASKS_PER_CPU = 4
 _TASK_BYTES = 32 * 2**20
-"""Of a task that reads several shards, on disk: a few times as much in memory."""
+"""Bytes on disk that a task with several shards reads at most; they are a few times as many in memory."""
 
 NAMED = ["shard", "shard_rows"]
 """Constant columns that tell the sink which shard a block is, and how many rows it must have."""
 
-
 NUMERICS_KEY = b"davir_numerics"
-"""In the footer of a file: the arithmetic that made it, as JSON."""
-
+"""Key in the footer of a file of scores: the arithmetic that made it, as JSON."""
 
 _SEAL_KEY = b"davir_seal"
 
 
 class Shards(Datasource):  # type: ignore[misc]
-    """Named shards of a run; `read(name)` gives the table of one. One read task, and one block, is one shard."""
+    """Named shards of a run; `read(name)` gives the table of one. One read task makes one block.
 
-    def __init__(self, shards: list[FileEntry], read: Callable[[str], pa.Table]) -> None:
+    A block is one shard, unless tasks may read several.
+    """
+
+    def __init__(
+        self, shards: list[FileEntry], read: Callable[[str], pa.Table], *, max_shards_per_task: int = 1
+    ) -> None:
         super().__init__()
-        self._tasks = [[shard] for shard in shards]
+        self._shards = shards
         self._read = read
+        self._tasks = _grouped(shards, max_shards_per_task)
 
-    def then(self, change: Callable[[pa.Table], pa.Table], num_cpus: float) -> "Shards":
-        """The shards with `change` done to the table of each as it is read, several to a task and block.
+    def then(self, change: Callable[[str, pa.Table], pa.Table], num_cpus: float) -> "Shards":
+        """The shards, each changed by `change(name, table)` in the task that reads it, several to a task and block.
 
         A task costs about as much as reading 2 MB, so there are no more of them than keep the cluster busy.
         """
-        changed = Shards([], partial(_read_then, self._read, change))
-        shards = [shard for task in self._tasks for shard in task]
-        changed._tasks = _grouped(shards, max(1, int(len(shards) / (_TASKS_PER_CPU * num_cpus))))
-        return changed
+        read = self._read
+        max_shards = max(1, int(len(self._shards) / (_TASKS_PER_CPU * num_cpus)))
+        return Shards(self._shards, lambda name: change(name, read(name)), max_shards_per_task=max_shards)
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes on disk, as a lower bound."""
-        return sum(shard.bytes for task in self._tasks for shard in task)
+        return sum(shard.bytes for shard in self._shards)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
@@ -90,12 +87,12 @@ class Shards(Datasource):  # type: ignore[misc]
         return {"num_cpus": _READ_CPUS, "override_num_blocks": len(self._tasks)}
 
 
-def _grouped(shards: list[FileEntry], most: int) -> list[list[FileEntry]]:
-    """Runs of neighbours, at most so many and so many bytes."""
+def _grouped(shards: list[FileEntry], max_shards: int) -> list[list[FileEntry]]:
+    """Neighbouring shards in groups of at most `max_shards` and, where there are several, _TASK_BYTES."""
     groups: list[list[FileEntry]] = []
     size = 0
     for shard in shards:
-        if not groups or len(groups[-1]) == most or size + shard.bytes > _TASK_BYTES:
+        if not groups or len(groups[-1]) == max_shards or size + shard.bytes > _TASK_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(shard)
@@ -107,17 +104,13 @@ def _read_all(read: Callable[[str], pa.Table], names: list[str]) -> Iterable[pa.
     return [pa.concat_tables([read(name) for name in names])]
 
 
-def _read_then(read: Callable[[str], pa.Table], change: Callable[[pa.Table], pa.Table], name: str) -> pa.Table:
-    return change(read(name))
-
-
 def read_columns(folder: Location, columns: list[str] | None, name: str) -> pa.Table:
-    """Columns of one shard; None: all."""
+    """The columns of one shard; None: all of them."""
     return read_parquet(folder / name, columns)
 
 
 def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
-    """The shard's columns, and the NAMED ones."""
+    """The columns of one shard, and the NAMED ones."""
     table = read_columns(folder, columns, name)
     for column, value in zip(NAMED, (name, table.num_rows), strict=True):
         table = table.append_column(column, pa.repeat(value, table.num_rows))
@@ -126,7 +119,7 @@ def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
 
 @dataclass(frozen=True)
 class CommittedShard:
-    """What one write task committed."""
+    """A shard that a write task committed."""
 
     entry: FileEntry
     statuses: dict[str, int]
@@ -134,20 +127,20 @@ class CommittedShard:
 
 
 class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
-    """Writes each block, which must be a whole shard, into a folder under the shard's name."""
+    """Writes each block, which must be a whole shard, into a folder under the shard's name, and reports its counts."""
 
     def __init__(
         self,
         folder: Location,
         schema: pa.Schema,
         fingerprint: str,
-        tell: Callable[[str, Told], None],
+        report: Callable[[str, Told], None],
         count_tokens: Callable[[pa.Table], int],
     ) -> None:
         self.shards: list[CommittedShard] = []
         self._folder = folder
         self._schema = schema
-        self._report = tell
+        self._report = report
         self._count_tokens = count_tokens
         self._fingerprint = fingerprint
 
@@ -165,14 +158,10 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
         numerics = str(block["numerics"][0])
         footer = sealed({FINGERPRINT_KEY: self._fingerprint.encode(), NUMERICS_KEY: numerics.encode()})
         entry = write_parquet(self._folder / names.pop(), table, footer)
-        shard = CommittedShard(entry, count_statuses(table), numerics)
-        self._tell(shard, table)
-        return shard
-
-    def _tell(self, shard: CommittedShard, table: pa.Table) -> None:
-        rows = table.num_rows
-        unscored = rows - shard.statuses.get("ok", 0)
-        self._report(shard.entry.name, Told(rows, rows, self._count_tokens(table), unscored=unscored))
+        statuses = count_statuses(table)
+        unscored = table.num_rows - statuses.get("ok", 0)
+        self._report(entry.name, Told(table.num_rows, table.num_rows, self._count_tokens(table), unscored=unscored))
+        return CommittedShard(entry, statuses, numerics)
 
     def on_write_complete(self, write_result: WriteResult[list[CommittedShard]]) -> None:
         """Keep what the write tasks committed."""
@@ -180,7 +169,7 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
 
 
 def sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """The entries of a footer, and a digest of them: page checksums leave the footer out."""
+    """The entries of a footer with a digest of them, since page checksums leave the footer out."""
     texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, NUMERICS_KEY)]
     return {**footer, _SEAL_KEY: digest(texts).encode()}
 

@@ -1,10 +1,12 @@
-"""How rows meet: a small table from every shard in the driver, or the rows of a group in one task.
+"""Operations over all shards: collect a small table of each, write a file of each, or bring rows of groups together.
 
-Only what a shard's task lets through is moved; the driver sees summaries and the names of files.
+Only what a shard's task returns is moved; the driver sees summaries and the entries of files.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -14,19 +16,36 @@ from davir_ray.engine.connect import num_cpus, own_errors, whole_block_context
 from davir_ray.engine.shards import Shards
 from davir_ray.run.files import FileEntry
 
-_MOST_PARTITIONS = 200
+_MAX_PARTITIONS = 200
 """Ray's default, which costs seconds where there are only a few groups."""
 
-ENTRY = pa.schema([("name", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
+_WRITTEN = pa.schema(
+    [
+        ("name", pa.string()),
+        ("rows", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("facts", pa.string()),
+    ]
+)
+"""A Written as a row, its facts as JSON. The name is null where a task had nothing to write."""
 
 Change = Callable[[pa.Table], pa.Table]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that a task wrote, and what the task counted in it."""
+
+    entry: FileEntry
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Round:
     """Rows with the same number in `column` come together, in any order, and `work` makes a small table of them.
 
-    It must not be empty: an empty block comes back without its columns (2.60).
+    That table must not be empty: an empty block comes back without its columns (2.60).
     """
 
     column: str
@@ -35,48 +54,73 @@ class Round:
 
 
 def collect(shards: Shards, summarise: Change, schema: pa.Schema) -> pa.Table:
-    """A small table from each shard, with this schema, together in the driver."""
-    shards = shards.then(summarise, num_cpus())
+    """Bring a small table of each shard, with this schema, into the driver; returns them as one."""
+    return _in_driver(shards.then(lambda _, table: summarise(table), num_cpus()), schema)
+
+
+def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None]) -> list[Written]:
+    """Write a file of each shard in the task that reads it; returns what was written, by name.
+
+    `write(name, rows)` writes the file of one shard; it returns None where it has nothing to write.
+    """
+    shards = shards.then(lambda name, table: _to_row(write(name, table)), num_cpus())
+    return _from_rows(_in_driver(shards, _WRITTEN).to_pylist())
+
+
+def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
+    """Bring rows together, in one round or several; returns the rows that the last round made.
+
+    `assign` adds the first round's column to the table of a shard, and drops what is not needed.
+    """
+    shards = shards.then(lambda _, table: assign(table), num_cpus())
+    with own_errors(), ray.data.DataContext.current(whole_block_context()):
+        dataset = ray.data.read_datasource(shards, **shards.read_options)
+        for each in rounds:
+            grouped = dataset.groupby(each.column, num_partitions=min(each.num_groups, _MAX_PARTITIONS))
+            dataset = grouped.map_groups(each.work, batch_format="pyarrow")
+        return list(dataset.take_all())
+
+
+def exchange(
+    shards: Shards,
+    assign: Change,
+    num_bins: int,
+    write: Callable[[int, pa.Table], FileEntry],
+    rounds_before: Sequence[Round] = (),
+) -> list[FileEntry]:
+    """Bring the rows of each bin together and write them as one file; returns the entries by name.
+
+    `assign`, or the last of the rounds before, adds the column `bin`; rows of a bin below 0 are not written.
+    `write(number, rows)` gets a bin whole, in any order. It writes the file itself, for a Datasink would not see bins:
+    blocks after map_groups may be split, merged or empty (2.60).
+    """
+    rows = regroup(shards, assign, *rounds_before, Round("bin", num_bins, partial(_write_bin, write)))
+    return [written.entry for written in _from_rows(rows)]
+
+
+def _in_driver(shards: Shards, schema: pa.Schema) -> pa.Table:
     with own_errors():
         tables = ray.get(ray.data.read_datasource(shards, **shards.read_options).to_arrow_refs())
     # An empty block comes back without its columns (2.60).
     return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 
 
-def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
-    """Bring rows together, once or in several rounds; returns the rows that the last round made.
-
-    `assign` adds the first round's column to the table of a shard, and drops what is not needed.
-    """
-    shards = shards.then(assign, num_cpus())
-    with own_errors(), ray.data.DataContext.current(whole_block_context()):
-        dataset = ray.data.read_datasource(shards, **shards.read_options)
-        for each in rounds:
-            grouped = dataset.groupby(each.column, num_partitions=min(each.num_groups, _MOST_PARTITIONS))
-            dataset = grouped.map_groups(each.work, batch_format="pyarrow")
-        return list(dataset.take_all())
+def _write_bin(write: Callable[[int, pa.Table], FileEntry], rows: pa.Table) -> pa.Table:
+    number = int(rows["bin"][0].as_py())
+    return _to_row(Written(write(number, rows)) if number >= 0 else None)
 
 
-def exchange(shards: Shards, assign: Change, num_bins: int, write: Change) -> list[FileEntry]:
-    """Bring the rows of each bin together to be written as one file.
-
-    `assign` adds the column `bin`; `write` gets a bin whole and returns `entry_row` of its file. It writes the file
-    itself, for a Datasink would not see bins: blocks after map_groups may be split, merged or empty (2.60).
-    """
-    rows = regroup(shards, assign, Round("bin", num_bins, write))
-    return sorted((FileEntry(**row) for row in rows), key=lambda entry: entry.name)
+def _to_row(written: Written | None) -> pa.Table:
+    if written is None:
+        return pa.Table.from_pylist([dict.fromkeys(_WRITTEN.names)], _WRITTEN)
+    entry = {name: getattr(written.entry, name) for name in _WRITTEN.names[:-1]}
+    return pa.Table.from_pylist([entry | {"facts": json.dumps(written.facts)}], _WRITTEN)
 
 
-def entry_row(entry: FileEntry) -> pa.Table:
-    """A file's entry as a row that `exchange` understands."""
-    return pa.table({name: [value] for name, value in asdict(entry).items() if name in ENTRY.names}, ENTRY)
-
-
-def entries_of(rows: list[dict[str, Any]]) -> list[FileEntry]:
-    """Of rows that hold the columns of ENTRY beside others."""
-    return [FileEntry(**{name: row[name] for name in ENTRY.names}) for row in rows]
-
-
-def table_of(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table."""
-    return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)
+def _from_rows(rows: list[dict[str, Any]]) -> list[Written]:
+    written = [
+        Written(FileEntry(**{name: row[name] for name in _WRITTEN.names[:-1]}), json.loads(row["facts"]))
+        for row in rows
+        if row["name"] is not None
+    ]
+    return sorted(written, key=lambda one: one.entry.name)

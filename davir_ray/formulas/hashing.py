@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Keys = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.int64]
@@ -24,6 +25,11 @@ def drawn(example_ids: Ids, share: float, purpose: str) -> npt.NDArray[np.bool_]
     """Which rows belong to a random sample of about this share; it depends on their ids and the purpose alone."""
     limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
     return np.asarray(random_keys(example_ids, seed_from(purpose)) <= limit)
+
+
+def sample_rows(table: pa.Table, share: float, purpose: str, id_column: str = "example_id") -> pa.Table:
+    """The rows of a table that belong to the sample of this share."""
+    return table.filter(pa.array(drawn(np.asarray(table[id_column]), share, purpose)))
 
 
 def hash_parts(hashes: Ids, num_parts: int) -> npt.NDArray[np.int64]:

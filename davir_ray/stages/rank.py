@@ -1,14 +1,13 @@
 """rank: scores/ → ranked/, an exact total order in files, rank 1 first.
 
-No global sort: a sample of composite keys gives boundaries, one scan gives the exact count of each bin, then only bins
-that are needed are exchanged, and each is sorted and written by one task that knows its first rank. Any number of ties,
-shards and workers gives the same ranks, and the driver holds a few numbers for each bin.
+There is no global sort. A sample of composite keys gives the boundaries of bins, one scan gives the exact count of each
+bin, then only the bins that are needed are exchanged, and each is sorted and written by one task that knows its first
+rank. Any number of ties, shards and workers gives the same ranks, and the driver holds a few numbers for each bin.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,17 +19,11 @@ import pyarrow.compute as pc
 from davir_ray import __version__
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect, entry_row, exchange
+from davir_ray.engine.shuffle import collect, exchange
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
-from davir_ray.run.files import (
-    FINGERPRINT_KEY,
-    FileEntry,
-    digest,
-    in_folder,
-    write_parquet,
-)
+from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, in_folder, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
@@ -47,24 +40,31 @@ _SAMPLES_PER_BIN = 200
 _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
 _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
 
-Collect = Callable[[Callable[[pa.Table], pa.Table], pa.Schema], pa.Table]
-"""Makes a small table, with a schema, of each part of the rows; returns them together."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Bins of the order: their boundaries and exact counts."""
+class Bins:
+    """Consecutive ranges of an order; each but the first begins at a boundary, which is a composite key."""
 
     config: RankConfig
     boundary_keys: hashing.Keys
     boundary_ids: hashing.Ids
-    counts: npt.NDArray[np.int64]
-    id_column: str = "example_id"
-    """Column that breaks ties."""
 
-    def first_rank(self, number: int) -> int:
-        """Rank of the first row of a bin."""
-        return 1 + int(self.counts[:number].sum())
+    def __len__(self) -> int:
+        return len(self.boundary_keys) + 1
+
+    def numbers(self, keys: hashing.Keys, ids: hashing.Ids) -> npt.NDArray[np.int64]:
+        """The bin of each composite key, from 0."""
+        return ranking.bins(keys, ids, self.boundary_keys, self.boundary_ids)
+
+    def assign(self, table: pa.Table, last_bin: int) -> pa.Table:
+        """The rankable rows of the bins up to `last_bin`, with their bin in the column `bin`."""
+        rankable, keys, ids = order_keys(table, self.config)
+        numbers = self.numbers(keys, ids)
+        needed = rankable.copy()
+        needed[rankable] = numbers <= last_bin
+        if not needed.all():  # else the table need not be copied
+            table = table.filter(pa.array(needed))
+        return table.append_column("bin", pa.array(numbers[numbers <= last_bin], pa.int64()))
 
 
 def rank(run: Run, config: RankConfig) -> Manifest:
@@ -74,30 +74,102 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     fingerprint = {"scores": scored.content, **asdict(config)}
     if done := run.completed("rank", fingerprint):
         return done
-    cut = cut_into_bins(run, config, scored.files_in("scores"))
-    if not cut.counts.sum():
+    shards = scored.files_in("scores")
+    bins = find_bins(run, config, shards)
+    rows_by_bin = count_bins(run, bins, shards)
+    num_rankable = int(rows_by_bin.sum())
+    if not num_rankable:
         raise DataError(f"no example can be ranked by {config.order}; statuses: {scored.counts}")
-    last_rank = min(config.most or cut.counts.sum(), cut.counts.sum())
-    last_bin = int(np.searchsorted(np.cumsum(cut.counts), last_rank))
+    last_rank = min(config.most or num_rankable, num_rankable)
+    last_bin = int(np.searchsorted(np.cumsum(rows_by_bin), last_rank))
+    num_examples = scored.counts["examples"]
     log.info(
-        "rank: %d of %d rows by %s, in %d of %d bins",
-        last_rank, scored.counts["examples"], config.order, last_bin + 1, len(cut.counts),
-    )  # fmt: skip
-    run.clear("rank")
-    files = exchange(
-        Shards(scored.files_in("scores"), partial(read_columns, run / "scores", None)),
-        partial(assign_bins, cut=cut, last_bin=last_bin),
-        last_bin + 1,
-        BinWriter(run / "ranked", cut, last_rank, file_metadata(run, config, digest(fingerprint))).write,
+        "rank: %d of %d rows by %s, in %d of %d bins", last_rank, num_examples, config.order, last_bin + 1, len(bins)
     )
-    manifest = _manifest(files, cut, last_rank, fingerprint, scored, time.monotonic() - started)
-    return run.commit(manifest)
+    run.clear("rank")
+    metadata = file_metadata(run, config, fingerprint)
+    files = exchange(
+        Shards(shards, partial(read_columns, run / "scores", None)),
+        partial(bins.assign, last_bin=last_bin),
+        last_bin + 1,
+        partial(
+            write_bin,
+            folder=run / "ranked",
+            config=config,
+            rows_by_bin=rows_by_bin,
+            last_rank=last_rank,
+            metadata=metadata,
+        ),
+    )
+    if total_rows(files) != last_rank:
+        raise IntegrityError(f"{last_rank} rows were to be ranked but {total_rows(files)} were written")
+    counts = {
+        "examples": num_examples,
+        "rankable": num_rankable,
+        "unranked": num_examples - num_rankable,
+        "ranked": last_rank,
+    }
+    details, seconds = {"rows_by_bin": rows_by_bin.tolist()}, time.monotonic() - started
+    return run.commit(
+        Manifest(
+            stage="rank",
+            fingerprint=fingerprint,
+            counts=counts,
+            files=in_folder("ranked", files),
+            details=details,
+            seconds=seconds,
+        )
+    )
+
+
+def find_bins(run: Run, config: RankConfig, shards: list[FileEntry]) -> Bins:
+    """Cut the order of scores/ into bins of about BIN_ROWS, by a sample of the keys."""
+    num_rows = total_rows(shards)
+    num_bins = -(-num_rows // BIN_ROWS)
+    keys, ids = np.empty(0, np.uint64), np.empty(0, np.int64)
+    if num_bins > 1:
+        share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
+        sample = collect(_keys(run, config, shards), partial(_sample, config=config, share=share), _SAMPLED)
+        keys, ids = ranking.boundaries(np.asarray(sample["key"]), np.asarray(sample["example_id"]), num_bins)
+    return Bins(config=config, boundary_keys=keys, boundary_ids=ids)
+
+
+def count_bins(run: Run, bins: Bins, shards: list[FileEntry]) -> npt.NDArray[np.int64]:
+    """The exact number of rows of each bin of scores/."""
+    counted = collect(_keys(run, bins.config, shards), partial(_count, bins=bins), _COUNTED)
+    rows_by_bin = np.zeros(len(bins), np.int64)
+    np.add.at(rows_by_bin, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
+    return rows_by_bin
+
+
+def write_bin(
+    number: int,
+    rows: pa.Table,
+    *,
+    folder: Location,
+    config: RankConfig,
+    rows_by_bin: npt.NDArray[np.int64],
+    last_rank: int,
+    metadata: dict[bytes, bytes],
+) -> FileEntry:
+    """Sort one bin, give its rows their ranks, and write the file of those up to `last_rank`."""
+    if rows.num_rows != rows_by_bin[number]:
+        raise IntegrityError(f"bin {number} was counted at {rows_by_bin[number]} rows and came with {rows.num_rows}")
+    _, keys, ids = order_keys(rows, config)
+    by_rank = ranking.order(keys, ids)
+    if (np.diff(ids[by_rank]) == 0).any():
+        raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
+    first_rank = 1 + int(rows_by_bin[:number].sum())
+    ranks = np.arange(first_rank, first_rank + rows.num_rows)
+    table = rows.take(pa.array(by_rank)).append_column("rank", pa.array(ranks, pa.int64()))
+    table = table.slice(0, last_rank - first_rank + 1).select(RANKED.names).cast(RANKED)
+    return write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
 
 
 def order_keys(
     table: pa.Table, config: RankConfig, id_column: str = "example_id"
 ) -> tuple[npt.NDArray[np.bool_], hashing.Keys, hashing.Ids]:
-    """Which rows are rankable, and the composite keys of those: rows without a value, or with NaN, have no rank."""
+    """Which rows are rankable, and the composite keys of those; rows without a value, or with NaN, have no rank."""
     ids = np.asarray(pc.fill_null(table[id_column], 0))  # null where the row has no value either
     values = table[value_column(config)].to_numpy().astype(np.float64)
     rankable = ~np.isnan(values)
@@ -109,120 +181,36 @@ def order_keys(
 
 
 def key_columns(config: RankConfig, id_column: str = "example_id") -> list[str]:
-    """What the order compares."""
+    """The columns that `order_keys` reads."""
     status = ["status"] if config.order in ("random", "length") else []
     return [id_column, value_column(config), *status]
 
 
 def value_column(config: RankConfig) -> str:
-    """The column that the order compares; a random order compares none, its rows are told by length."""
+    """The column whose values are ranked; for a random order, which has none, the length stands in."""
     return "num_response_tokens" if config.order in ("length", "random") else config.order
 
 
-def cut_into_bins(run: Run, config: RankConfig, shards: list[FileEntry], bin_rows: int = BIN_ROWS) -> Cut:
-    """The bins of scores/."""
-    keys = Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
-    num_rows = sum(shard.rows for shard in shards)
-    return cut_rows(partial(collect, keys), num_rows, config, bin_rows)
-
-
-def cut_rows(
-    collected: Collect, num_rows: int, config: RankConfig, bin_rows: int, id_column: str = "example_id"
-) -> Cut:
-    """Boundaries from a sample, then the exact count of each bin."""
-    num_bins = -(-num_rows // bin_rows)
-    boundary_keys, boundary_ids = np.empty(0, np.uint64), np.empty(0, np.int64)
-    if num_bins > 1:
-        share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
-        sample = collected(partial(_sample, config=config, id_column=id_column, share=share), _SAMPLED)
-        sampled = np.asarray(sample["key"]), np.asarray(sample["example_id"])
-        boundary_keys, boundary_ids = ranking.boundaries(*sampled, num_bins)
-    counts = np.zeros(len(boundary_keys) + 1, np.int64)
-    cut = Cut(config=config, boundary_keys=boundary_keys, boundary_ids=boundary_ids, counts=counts, id_column=id_column)
-    counted = collected(partial(_count, cut=cut), _COUNTED)
-    np.add.at(counts, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
-    return replace(cut, counts=counts)
-
-
-class BinWriter:
-    """Sorts one bin, gives its rows their ranks and writes its file; returns the file's entry as a row."""
-
-    def __init__(self, folder: Location, cut: Cut, last_rank: int, metadata: dict[bytes, bytes]) -> None:
-        self._folder = folder
-        self._cut = cut
-        self._last_rank = last_rank
-        self._metadata = metadata
-
-    def write(self, group: pa.Table) -> pa.Table:
-        """Write one bin, given whole and in any order."""
-        number = int(group["bin"][0].as_py())
-        by_rank, ids, ranks = ranked_bin(group, self._cut, number)
-        if (np.diff(ids[by_rank]) == 0).any():
-            raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
-        table = group.take(pa.array(by_rank)).append_column("rank", pa.array(ranks, pa.int64()))
-        table = table.slice(0, self._last_rank - int(ranks[0]) + 1).select(RANKED.names).cast(RANKED)
-        entry = write_parquet(self._folder / f"part-{number:05d}.parquet", table, self._metadata)
-        return entry_row(entry)
-
-
-def ranked_bin(
-    group: pa.Table, cut: Cut, number: int
-) -> tuple[npt.NDArray[np.intp], hashing.Ids, npt.NDArray[np.int64]]:
-    """Row indices of a bin from best to worst, the ids by row, and the ranks; IntegrityError if it is not whole."""
-    if group.num_rows != cut.counts[number]:
-        raise IntegrityError(f"bin {number} was counted at {cut.counts[number]} rows and came with {group.num_rows}")
-    _, keys, ids = order_keys(group, cut.config, cut.id_column)
-    first = cut.first_rank(number)
-    return ranking.order(keys, ids), ids, np.arange(first, first + group.num_rows)
-
-
-def file_metadata(run: Run, config: RankConfig, mark: str) -> dict[bytes, bytes]:
-    """What each file of ranked/ and selected/ says of itself."""
+def file_metadata(run: Run, config: RankConfig, fingerprint: dict[str, Any]) -> dict[bytes, bytes]:
+    """Parquet metadata that each file of ranked/ and selected/ carries."""
     return {
-        FINGERPRINT_KEY: mark.encode(),
+        FINGERPRINT_KEY: digest(fingerprint).encode(),
         b"davir_ray.run": str(run).encode(),
         b"davir_ray.order": config.order.encode(),
         b"davir_ray.version": __version__.encode(),
     }
 
 
-def _sample(table: pa.Table, *, config: RankConfig, id_column: str, share: float) -> pa.Table:
-    """Keys of a share of the rows, drawn by hash, so that every run draws the same."""
-    _, keys, ids = order_keys(table, config, id_column)
-    drawn = hashing.drawn(ids, share, "boundaries")
-    return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
+def _keys(run: Run, config: RankConfig, shards: list[FileEntry]) -> Shards:
+    return Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
 
 
-def _count(table: pa.Table, *, cut: Cut) -> pa.Table:
-    _, keys, ids = order_keys(table, cut.config, cut.id_column)
-    numbers, rows = np.unique(ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids), return_counts=True)
+def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
+    _, keys, ids = order_keys(hashing.sample_rows(table, share, "boundaries"), config)
+    return pa.table({"key": keys, "example_id": ids})
+
+
+def _count(table: pa.Table, *, bins: Bins) -> pa.Table:
+    _, keys, ids = order_keys(table, bins.config)
+    numbers, rows = np.unique(bins.numbers(keys, ids), return_counts=True)
     return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})
-
-
-def assign_bins(table: pa.Table, cut: Cut, last_bin: int, column: str = "bin") -> pa.Table:
-    """Rankable rows of the needed bins, with their bin in `column`."""
-    rankable, keys, ids = order_keys(table, cut.config, cut.id_column)
-    numbers = ranking.bins(keys, ids, cut.boundary_keys, cut.boundary_ids)
-    needed = rankable.copy()
-    needed[rankable] = numbers <= last_bin
-    if not needed.all():  # else the table need not be copied
-        table = table.filter(pa.array(needed))
-    return table.append_column(column, pa.array(numbers[numbers <= last_bin], pa.int64()))
-
-
-def _manifest(
-    files: list[FileEntry], cut: Cut, last_rank: int, fingerprint: dict[str, Any], scored: Manifest, seconds: float
-) -> Manifest:
-    ranked, rankable = sum(entry.rows for entry in files), int(cut.counts.sum())
-    if ranked != last_rank:
-        raise IntegrityError(f"{last_rank} rows were to be ranked but {ranked} were written")
-    num_examples = scored.counts["examples"]
-    counts = {"examples": num_examples, "rankable": rankable, "unranked": num_examples - rankable, "ranked": ranked}
-    return Manifest(
-        stage="rank",
-        fingerprint=fingerprint,
-        counts=counts,
-        files=in_folder("ranked", files),
-        details={"rows_by_bin": cut.counts.tolist()},
-        seconds=seconds,
-    )

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from davir_ray.config.run import RunConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
-from davir_ray.formulas.hashing import drawn
+from davir_ray.formulas.hashing import sample_rows
 from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.run.files import FileEntry, read_parquet, write_file
@@ -106,11 +106,8 @@ def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
 def sampled(shards: Shards, schema: pa.Schema, share: float) -> pa.Table:
     """Rows drawn by the hash of their id, the schema's first column, in the order of the ids."""
     id_column = schema.names[0]
-    return collect(shards, partial(_draw, id_column=id_column, share=share), schema).sort_by(id_column)
-
-
-def _draw(table: pa.Table, id_column: str, share: float) -> pa.Table:
-    return table.filter(pa.array(drawn(np.asarray(table[id_column]), share, "report")))
+    draw = partial(sample_rows, share=share, purpose="report", id_column=id_column)
+    return collect(shards, draw, schema).sort_by(id_column)
 
 
 def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:

@@ -18,7 +18,7 @@ from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
-from davir_ray.formulas.hashing import drawn, random_keys, seed_from
+from davir_ray.formulas.hashing import random_keys, sample_rows, seed_from
 from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import local_device
@@ -132,9 +132,8 @@ def _unchanged(table: pa.Table) -> pa.Table:
 
 
 def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.Table:
-    table = read_parquet(folder / name, ["example_id", "status"])
+    table = sample_rows(read_parquet(folder / name, ["example_id", "status"]), share, purpose)
     ids = np.asarray(table["example_id"])[np.asarray(table["status"]) == Status.OK]
-    ids = ids[drawn(ids, share, purpose)]
     return pa.table({"name": [name] * len(ids), "example_id": ids}, schema=_DRAWN)
 
 

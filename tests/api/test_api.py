@@ -23,7 +23,6 @@ import davir_ray
 from davir_ray import api
 from davir_ray.api import ranking as row_ranking
 from davir_ray.api import scoring as row_scoring
-from davir_ray.api import selection as row_selection
 from davir_ray.api.scoring import ScoreRows
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
@@ -129,7 +128,7 @@ def test_scores_have_the_bits_of_the_job(
 def test_datasets_go_in_and_come_out_in_their_order(
     scored: ray.data.Dataset, rows: list[dict[str, Any]], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(row_scoring, "BLOCK_ROWS", 10)
     features = datasets.Features(
         mine=datasets.Value("int16"), prompt=datasets.Value("string"), response=datasets.Value("large_string"),
         tags=datasets.List(datasets.ClassLabel(names=["a"])),
@@ -336,7 +335,9 @@ def test_every_argument_changes_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Rows are scored by the pool's own worker, in this process."""
-    monkeypatch.setattr(api, "_score_here", lambda dataset, scoring: ScoreRows(scoring, None)(dataset.data.table))
+    monkeypatch.setattr(
+        row_scoring, "_score_here", lambda dataset, scoring: ScoreRows(scoring, None)(dataset.data.table)
+    )
     dataset = datasets.Dataset.from_dict(EVERY_COLUMN)
     given: dict[str, Any] = {}
     if function is davir_ray.score:
@@ -394,6 +395,7 @@ def made_scores(seed: int = 0) -> pa.Table:
         status[at] = "ok" if value is not None else "empty_response"
     hashes = draw.integers(0, 2**62, NUM_ROWS) * 2 + 1
     hashes[100:110] = hashes[100]
+    hashes[120:140] = hashes[120]  # in two blocks of seven
     known = [value is not None for value in davir]
     return pa.table(
         {
@@ -421,9 +423,8 @@ def expected_order(table: pa.Table, lowest: bool = False) -> list[int]:
 
 @pytest.fixture
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bins and stretches so small that a few hundred rows fall into many."""
+    """Bins so small that a few hundred rows fall into many."""
     monkeypatch.setattr(row_ranking, "BIN_ROWS", 40)
-    monkeypatch.setattr(row_selection, "STRETCH", 40)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The ranking in many bins is the order of one plain sort, whatever the values, ties and shards."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -22,11 +21,11 @@ import pytest
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.errors import DataError, IntegrityError
-from davir_ray.run.files import read_parquet
+from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
-from davir_ray.stages.rank import BinWriter, assign_bins, cut_into_bins, exchange, rank
+from davir_ray.stages.rank import count_bins, exchange, find_bins, rank, write_bin
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
@@ -39,7 +38,7 @@ ROWS = 300
 @pytest.fixture
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bins so small that a few hundred rows fall into many."""
-    monkeypatch.setattr(ranking, "cut_into_bins", partial(cut_into_bins, bin_rows=BIN_ROWS))
+    monkeypatch.setattr(ranking, "BIN_ROWS", BIN_ROWS)
     monkeypatch.setattr(ranking, "_SAMPLES_PER_BIN", 10)
 
 
@@ -192,26 +191,29 @@ def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: i
     run = make_scores(np.arange(100, dtype=float))
     scored = run.manifest("score")
     assert scored is not None
-    cut = cut_into_bins(run, RankConfig(), scored.files_in("scores"), BIN_ROWS)
-    assert len(cut.counts) > 1
-    counts = cut.counts.copy()
-    counts[1] += wrong
-    cut = dataclasses.replace(cut, counts=counts)
+    shards = scored.files_in("scores")
+    bins = find_bins(run, RankConfig(), shards)
+    rows_by_bin = count_bins(run, bins, shards)
+    assert len(rows_by_bin) == len(bins) > 1
+    rows_by_bin[1] += wrong
+    options = {"folder": run / "ranked", "config": RankConfig(), "last_rank": 100, "metadata": {}}
     with pytest.raises(IntegrityError, match="bin 1 was counted"):
         exchange(
-            Shards(scored.files_in("scores"), partial(read_scores, run)),
-            partial(assign_bins, cut=cut, last_bin=len(counts) - 1),
-            len(counts),
-            BinWriter(run / "ranked", cut, 100, {}).write,
+            Shards(shards, partial(read_scores, run)),
+            partial(bins.assign, last_bin=len(bins) - 1),
+            len(bins),
+            partial(write_bin, rows_by_bin=rows_by_bin, **options),
         )
 
 
-def write_once_killed(group: pa.Table, write: Callable[[pa.Table], pa.Table], mark: Path) -> pa.Table:
+def write_once_killed(
+    number: int, rows: pa.Table, write: Callable[[int, pa.Table], FileEntry], mark: Path
+) -> FileEntry:
     """The first process that gets here says who it is and waits to be killed."""
     if not mark.exists():
         mark.write_text(str(os.getpid()))
         time.sleep(60)
-    return write(group)
+    return write(number, rows)
 
 
 def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores, tmp_path: Path) -> None:
@@ -245,17 +247,17 @@ def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores
 RANK_ALONE = """
 import json
 import sys
-from functools import partial
 import ray
 from davir_ray.config.selection import RankConfig, SelectConfig
-from davir_ray.stages import ranking, selection
-from davir_ray.run.location import Location
+from davir_ray.run.folder import Run
+from davir_ray.stages import rank
+from davir_ray.stages.select import plan, rule
 ray.init(logging_level="ERROR", **json.loads(sys.argv[2]))
-ranking.cut_into_bins = partial(ranking.cut_into_bins, bin_rows=40)
-selection.BIN_ROWS = 15
+rank.BIN_ROWS = 40
+plan.BIN_ROWS = 15
 run = Run.at(sys.argv[1])
-ranking.rank(run, RankConfig())
-selection.select(run, RankConfig(), SelectConfig(top_fraction=0.4, drop_duplicates=True, balance=["length"]))
+rank.rank(run, RankConfig())
+rule.select(run, RankConfig(), SelectConfig(top_fraction=0.4, drop_duplicates=True, balance=["length"]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Exact duplicates in a ranking: of rows with the same prompt and response all but the highest-ranked."""
+"""Exact duplicates in a ranking: among rows with the same prompt and response, all but the highest-ranked."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import Round, entry_row, regroup
+from davir_ray.engine.shuffle import Round, exchange
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
@@ -16,34 +16,34 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
 FOLDER = "duplicates"
-"""Ranks that are duplicates of a higher one, a file for each file of ranked/ that has any. The manifest of the
-selection says which: one that is not there is lost, and does not mean that there are none."""
+"""Folder of the ranks of duplicates, in a file for each file of ranked/ that has any. The manifest of the selection
+names these files, so one that is missing is known to be lost."""
 
 _ROWS_PER_PART = 2_000_000
 """Rows that one task compares; 32 MB."""
 
-_NONE = pa.table({"rank": pa.array([-1], pa.int64()), "file": pa.array([-1], pa.int64())})
-"""Stands for no duplicate: a round's answer must not be empty."""
+_NONE = pa.table({"rank": pa.array([-1], pa.int64()), "bin": pa.array([-1], pa.int64())})
+"""Stands for no duplicate: a round must not return an empty table."""
 
 
 def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
-    """Write the ranks of duplicates; returns the files. Rows are brought together by hash, then ranks by file."""
+    """Write the ranks of duplicates; returns the files. Rows come together by hash, then ranks by file of ranked/."""
     num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
     first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
     names = [entry.name for entry in files]
-    rows = regroup(
+    return exchange(
         Shards(files, partial(read_columns, run / "ranked", ["content_hash", "rank"])),
         partial(_assign_part, num_parts=num_parts),
-        Round("part", num_parts, partial(_later_copies, first_ranks=first_ranks)),
-        Round("file", len(files), partial(_write, folder=run / FOLDER, names=names)),
+        len(files),
+        partial(_write, folder=run / FOLDER, names=names),
+        rounds_before=[Round("part", num_parts, partial(_later_copies, first_ranks=first_ranks))],
     )
-    return sorted((FileEntry(**row) for row in rows if row["rows"]), key=lambda entry: entry.name)
 
 
 def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
-    """Files of ranked/ that have duplicates, of a complete selection. IntegrityError if one is known to be lost.
+    """Names of the files of ranked/ that have duplicates, by a complete selection.
 
-    Older manifests count the duplicates and do not name their files.
+    Older manifests count the duplicates without naming their files; IntegrityError if some of those are lost.
     """
     entries, counted = selected.files_in(FOLDER), selected.counts.get("duplicates", 0)
     if entries or not counted:
@@ -58,7 +58,7 @@ def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
 
 
 def read_duplicates(run: Run, name: str) -> npt.NDArray[np.int64]:
-    """Ranks of duplicates in a file of ranked/ that has any."""
+    """The ranks of the duplicates in a file of ranked/ that has any."""
     return np.asarray(read_parquet(run / FOLDER / name)["rank"])
 
 
@@ -67,19 +67,16 @@ def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
 
 
 def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Table:
-    """Ranks whose hash a smaller rank has too, and the file each is in."""
+    """Ranks whose hash a smaller rank has too, and the number of the file of ranked/ that each is in."""
     hashes, ranks = np.asarray(group["content_hash"]), np.asarray(group["rank"])
     order = np.lexsort((ranks, hashes))
     repeated = ranks[order][1:][hashes[order][1:] == hashes[order][:-1]]
     if not len(repeated):
         return _NONE
     file = np.searchsorted(first_ranks, repeated, side="right") - 1
-    return pa.table({"rank": pa.array(repeated, pa.int64()), "file": pa.array(file, pa.int64())})
+    return pa.table({"rank": pa.array(repeated, pa.int64()), "bin": pa.array(file, pa.int64())})
 
 
-def _write(group: pa.Table, folder: Location, names: list[str]) -> pa.Table:
-    number = int(group["file"][0].as_py())
-    if number < 0:
-        return entry_row(FileEntry(name="", rows=0, bytes=0, sha256=""))
-    ranks = pa.array(np.sort(np.asarray(group["rank"])), pa.int64())
-    return entry_row(write_parquet(folder / names[number], pa.table({"rank": ranks})))
+def _write(number: int, rows: pa.Table, folder: Location, names: list[str]) -> FileEntry:
+    ranks = pa.array(np.sort(np.asarray(rows["rank"])), pa.int64())
+    return write_parquet(folder / names[number], pa.table({"rank": ranks}))

@@ -1,22 +1,16 @@
-"""What becomes of selected/ for a trainer: a mixture, repeated and shuffled, and JSON lines."""
+"""The forms of selected/ that a trainer reads: mixture/, repeated and shuffled, and jsonl/."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from davir_ray.config.selection import SelectConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import ENTRY, collect, entries_of, entry_row, exchange
+from davir_ray.engine.shuffle import Written, exchange, write_shards
 from davir_ray.formulas.hashing import random_keys, seed_from
-from davir_ray.run.files import (
-    FINGERPRINT_KEY,
-    FileEntry,
-    read_parquet,
-    total_rows,
-    write_file,
-    write_parquet,
-)
+from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, total_rows, write_file, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.schema import SELECTED
@@ -25,10 +19,12 @@ BIN_ROWS = 50_000
 """Rows with their text that one task shuffles and writes; about 100 MB."""
 
 
-def write_mixture(run: Run, files: list[FileEntry], config: SelectConfig, mark: str) -> list[FileEntry]:
-    """Write mixture/: each selected row as often as its source's part says, in an order drawn by the seed.
+def write_mixture(
+    run: Run, files: list[FileEntry], config: SelectConfig, fingerprint: dict[str, Any]
+) -> list[FileEntry]:
+    """Write mixture/: each selected row as often as its source's part says, in a random order.
 
-    A copy's place depends on (seed, example_id, number of the copy) alone, so a repetition gives the same bytes.
+    A copy's place depends on (seed, example_id, number of the copy) alone, so the same mixture has the same bytes.
     """
     repeats = {part.source: part.repeat for part in config.mixture}
     num_bins = -(-total_rows(files) * max(repeats.values()) // BIN_ROWS)
@@ -36,12 +32,12 @@ def write_mixture(run: Run, files: list[FileEntry], config: SelectConfig, mark: 
         Shards(files, partial(read_columns, run / "selected", None)),
         partial(_repeat, repeats=repeats, seed=config.shuffle_seed, num_bins=num_bins),
         num_bins,
-        partial(_write_bin, folder=run / "mixture", metadata={FINGERPRINT_KEY: mark.encode()}),
+        partial(_write_bin, folder=run / "mixture", metadata={FINGERPRINT_KEY: digest(fingerprint).encode()}),
     )
 
 
 def _repeat(table: pa.Table, repeats: dict[str, int], seed: int, num_bins: int) -> pa.Table:
-    """Every copy of every row, with its place in the shuffled order and the bin of that place."""
+    """Every copy of every row, with its place in the random order and the bin of that place."""
     times = np.array([repeats[source] for source in table["source"].to_pylist()], dtype=np.int64)
     rows = np.repeat(np.arange(table.num_rows), times)
     copies = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
@@ -54,28 +50,19 @@ def _repeat(table: pa.Table, repeats: dict[str, int], seed: int, num_bins: int) 
     return table.append_column("copy", pa.array(copies, pa.int64())).append_column("bin", pa.array(numbers, pa.int64()))
 
 
-def _write_bin(group: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> pa.Table:
-    number = int(group["bin"][0].as_py())
-    # Two places may be equal only by chance; the id and the copy then decide, as they do in every run.
-    by_place = np.lexsort(tuple(np.asarray(group[name]) for name in ("copy", "example_id", "place")))
-    table = group.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
-    entry = write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
-    return entry_row(entry)
+def _write_bin(number: int, rows: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> FileEntry:
+    # Two places are equal only by chance; then the id and the copy decide, in every run alike.
+    by_place = np.lexsort(tuple(np.asarray(rows[name]) for name in ("copy", "example_id", "place")))
+    table = rows.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
+    return write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
 
 
 def write_jsonl(run: Run, folder: str, files: list[FileEntry]) -> list[FileEntry]:
-    """Write jsonl/: the source records of a folder's rows, a line each, file by file in the same order."""
-    shards = Shards(files, partial(_read_records, run / folder))
-    entries = collect(shards, partial(_write_lines, folder=run / "jsonl"), ENTRY).sort_by("name").to_pylist()
-    return entries_of(entries)
+    """Write jsonl/: the source records of the rows of a folder, one a line, in the same order and file by file."""
+    records = Shards(files, partial(read_columns, run / folder, ["record"]))
+    return [written.entry for written in write_shards(records, partial(_write_lines, run / "jsonl"))]
 
 
-def _read_records(folder: Location, name: str) -> pa.Table:
-    table = read_parquet(folder / name, ["record"])
-    return table.append_column("name", pa.repeat(name, table.num_rows))
-
-
-def _write_lines(table: pa.Table, folder: Location) -> pa.Table:
-    name = table["name"][0].as_py().replace(".parquet", ".jsonl")
+def _write_lines(folder: Location, name: str, table: pa.Table) -> Written:
     content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
-    return entry_row(write_file(folder / name, content, table.num_rows))
+    return Written(write_file(folder / name.replace(".parquet", ".jsonl"), content, table.num_rows))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
-from davir_ray.stages.rank import cut_into_bins, rank
+from davir_ray.stages.rank import rank
 from davir_ray.stages.select import mixture as mixing
-from davir_ray.stages.select import rule as selection
+from davir_ray.stages.select import plan
 from davir_ray.stages.select.rule import select
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
@@ -38,9 +37,9 @@ SOURCES = ("org/alpaca", "gsm8k", "third")
 @pytest.fixture
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many files of ranked/, selected/ and mixture/, cut at different places."""
-    monkeypatch.setattr(ranking, "cut_into_bins", partial(cut_into_bins, bin_rows=35))
+    monkeypatch.setattr(ranking, "BIN_ROWS", 35)
     monkeypatch.setattr(ranking, "_SAMPLES_PER_BIN", 12)
-    monkeypatch.setattr(selection, "BIN_ROWS", 11)
+    monkeypatch.setattr(plan, "BIN_ROWS", 11)
     monkeypatch.setattr(mixing, "BIN_ROWS", 40)
 
 
@@ -109,6 +108,17 @@ def test_of_duplicates_the_highest_ranked_stays(run: Run) -> None:
         [pq.read_table(run.folder.path + f"/{entry.name}").to_pandas() for entry in duplicates_of(manifest)]
     )
     assert sorted(written["rank"]) == ranked["rank"][ranked.duplicated("content_hash")].tolist()
+
+
+def test_a_row_that_two_filters_leave_out_counts_for_the_first(run: Run) -> None:
+    ranked = table_of(run, "ranked")
+    duplicate, short = ranked.duplicated("content_hash"), ranked["num_response_tokens"] < 200
+    assert (duplicate & short).any()
+    manifest = select(run, RankConfig(), SelectConfig(top_k=20, drop_duplicates=True, min_response_tokens=200))
+    assert manifest.counts["duplicates"] == duplicate.sum()
+    assert manifest.counts["too_short"] == (short & ~duplicate).sum()
+    assert manifest.counts["eligible"] == (~short & ~duplicate).sum()
+    check(run, manifest, ranked[~short & ~duplicate][:20])
 
 
 def test_a_duplicates_file_that_is_lost_or_damaged_is_noticed(run: Run) -> None:

@@ -1,7 +1,6 @@
 """Each rule takes the prefix of the ranking that it means, and refuses what it cannot mean."""
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,8 +14,8 @@ from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SELECTED
 from davir_ray.stages import rank as ranking
-from davir_ray.stages.rank import cut_into_bins, rank
-from davir_ray.stages.select import rule as selection
+from davir_ray.stages.rank import rank
+from davir_ray.stages.select import plan
 from davir_ray.stages.select.rule import select
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
@@ -28,8 +27,8 @@ BY_DAVIR = RankConfig()
 @pytest.fixture
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many files of ranked/ and, cut elsewhere, of selected/."""
-    monkeypatch.setattr(ranking, "cut_into_bins", partial(cut_into_bins, bin_rows=15))
-    monkeypatch.setattr(selection, "BIN_ROWS", 11)
+    monkeypatch.setattr(ranking, "BIN_ROWS", 15)
+    monkeypatch.setattr(plan, "BIN_ROWS", 11)
 
 
 def ranked_run(make_scores: MakeScores, rows: int = 100, config: RankConfig = BY_DAVIR, **columns: object) -> Run:

@@ -1,0 +1,61 @@
+"""Both kinds of dataset that the API takes: what is checked of them, and how their rows are read and run."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import datasets
+import pyarrow as pa
+import ray.data
+
+from davir_ray.engine.connect import own_errors, whole_block_context
+from davir_ray.errors import ConfigError
+
+Rows = TypeVar("Rows", ray.data.Dataset, datasets.Dataset)
+
+
+def check_dataset(dataset: Any) -> None:
+    """ConfigError for anything else than the two kinds of dataset."""
+    if not isinstance(dataset, ray.data.Dataset | datasets.Dataset):
+        kind = type(dataset)
+        raise ConfigError(
+            f"the dataset is a {kind.__module__}.{kind.__name__}; it must be a ray.data.Dataset or a datasets.Dataset "
+            "(of a DatasetDict, one split)"
+        )
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """ConfigError if an argument is not one of its choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def read_here(dataset: datasets.Dataset | ray.data.Dataset, names: Iterable[str]) -> pa.Table:
+    """Columns of all rows, as a table in this process."""
+    chosen = dataset.select_columns(list(names))
+    if isinstance(chosen, datasets.Dataset):
+        return chosen.with_format("arrow")[:]
+    return pa.concat_tables(ray.get(chosen.to_arrow_refs()))
+
+
+def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:
+    """Run a dataset, unless it has been materialised; returns its blocks in Ray's object store.
+
+    Empty ones are left out: they may come without their columns (2.60).
+    """
+    with own_errors():
+        refs = dataset.to_arrow_refs()
+    num_rows = ray.get([_num_rows.remote(ref) for ref in refs])
+    return [ref for ref, rows in zip(refs, num_rows, strict=True) if rows]
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Keep the blocks of datasets made meanwhile in order, and never split one."""
+    context = whole_block_context()
+    context.execution_options.preserve_order = True
+    with ray.data.DataContext.current(context):
+        yield
+
+
+_num_rows: Any = ray.remote(lambda table: table.num_rows)

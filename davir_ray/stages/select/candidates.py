@@ -1,0 +1,133 @@
+"""Which rows of ranked/ may be selected, and how many of each group there are in each file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.engine.shards import Shards
+from davir_ray.engine.shuffle import collect
+from davir_ray.run.files import FileEntry, read_parquet
+from davir_ray.run.folder import Run
+from davir_ray.stages.rank import key_columns, value_column
+from davir_ray.stages.select.duplicates import read_duplicates
+
+_ELIGIBLE = "eligible"
+_COUNTED = pa.schema(
+    [
+        ("file", pa.string()),
+        ("outcome", pa.string()),
+        ("group", pa.string()),
+        ("rows", pa.int64()),
+        ("tokens", pa.int64()),
+    ]
+)
+
+Filter = Callable[[pa.Table], npt.NDArray[np.bool_]]
+"""Says of each row whether it is left out."""
+
+
+class Pool(NamedTuple):
+    """The rows of one file of ranked/ that may be selected and are of one group."""
+
+    file: str
+    group: str
+    rows: int
+    tokens: int
+    """Scored tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The rows of ranked/ with their groups, and the filters that say which of them may be selected."""
+
+    run: Run
+    rank_config: RankConfig
+    config: SelectConfig
+    duplicates: frozenset[str]
+    """Files of ranked/ that have any."""
+
+    def read(self, file: str) -> pa.Table:
+        """The columns of a file of ranked/ that a selection depends on, and its name in the column `file`."""
+        columns = {"rank", "source", "num_response_tokens", *key_columns(self.rank_config)}
+        table = read_parquet(self.run / "ranked" / file, sorted(columns))
+        return table.append_column("file", pa.repeat(file, table.num_rows))
+
+    @property
+    def filters(self) -> dict[str, Filter]:
+        """The filters that the configuration asks for, by the reason that they give."""
+        filters: dict[str, Filter] = {}
+        shortest, longest = self.config.min_response_tokens, self.config.max_response_tokens
+        min_score = self.config.min_score
+        if self.config.drop_duplicates:
+            filters["duplicates"] = self._is_duplicate
+        if shortest is not None:
+            filters["too_short"] = lambda table: np.asarray(table["num_response_tokens"]) < shortest
+        if longest is not None:
+            filters["too_long"] = lambda table: np.asarray(table["num_response_tokens"]) > longest
+        if min_score is not None:
+            filters["beyond_min_score"] = lambda table: ~reaches(table, self.rank_config, min_score)
+        return filters
+
+    def outcomes(self, table: pa.Table) -> npt.NDArray[np.object_]:
+        """For each row of a file "eligible", or the reason of the first filter that leaves it out."""
+        outcomes = np.full(table.num_rows, _ELIGIBLE, dtype=object)
+        for reason, leaves_out in reversed(self.filters.items()):
+            outcomes[leaves_out(table)] = reason
+        return outcomes
+
+    def eligible(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Whether each row of a file may be selected."""
+        return np.asarray(self.outcomes(table) == _ELIGIBLE)
+
+    def groups(self, table: pa.Table) -> npt.NDArray[np.str_]:
+        """The group of each row; without balance, quotas or mixture all rows are of one."""
+        parts = [self._labels(table, by) for by in (["source"] if self.config.mixture else self.config.balance)]
+        if not parts:
+            return np.full(table.num_rows, "", dtype=np.str_)
+        return parts[0] if len(parts) == 1 else np.char.add(np.char.add(parts[0], "/"), parts[1])
+
+    def count(self, files: list[FileEntry]) -> tuple[list[Pool], dict[str, int]]:
+        """The pools in rank order, and how many rows each filter leaves out."""
+        counted = collect(Shards(files, self.read), partial(_count_file, candidates=self), _COUNTED)
+        pools, left_out = [], dict.fromkeys(self.filters, 0)
+        for row in counted.sort_by("file").to_pylist():
+            outcome = row.pop("outcome")
+            if outcome == _ELIGIBLE:
+                pools.append(Pool(**row))
+            else:
+                left_out[outcome] += row["rows"]
+        return pools, left_out
+
+    def _is_duplicate(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        file = table["file"][0].as_py()
+        known = read_duplicates(self.run, file) if file in self.duplicates else np.empty(0, np.int64)
+        return np.isin(np.asarray(table["rank"]), known)
+
+    def _labels(self, table: pa.Table, by: str) -> npt.NDArray[np.str_]:
+        if by == "source":
+            return np.asarray(table["source"].to_pylist(), dtype=np.str_)
+        labels, tokens = np.array(self.config.length_ranges), np.asarray(table["num_response_tokens"])
+        return labels[np.searchsorted(self.config.length_edges, tokens, side="right")]
+
+
+def reaches(table: pa.Table, rank_config: RankConfig, min_score: float) -> npt.NDArray[np.bool_]:
+    """Rows whose value is at least this, or at most where the lowest come first; rows without a value do not."""
+    values = table[value_column(rank_config)].to_numpy().astype(np.float64)
+    return np.asarray(values <= min_score if rank_config.lowest else values >= min_score)
+
+
+def _count_file(table: pa.Table, candidates: Candidates) -> pa.Table:
+    rows = {
+        "file": table["file"],
+        "outcome": pa.array(candidates.outcomes(table), pa.string()),
+        "group": candidates.groups(table),
+        "tokens": table["num_response_tokens"],
+    }
+    counted = pa.table(rows).group_by(["file", "outcome", "group"]).aggregate([([], "count_all"), ("tokens", "sum")])
+    return counted.rename_columns(_COUNTED.names)
