@@ -12,7 +12,7 @@ from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
-from davir_ray.engine.progress import Tally
+from davir_ray.engine.progress import ProgressCounter
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
@@ -87,8 +87,8 @@ def generated_from(run: Run, examples: Run) -> tuple[Manifest, Manifest]:
 class GenerateShard(ShardWorker):
     """Actor that runs a Generator on blocks that are whole shards."""
 
-    def __init__(self, tally: Tally, **generator: Any) -> None:
-        super().__init__("generate", tally, INPUT_COLUMNS, partial(Generator, **generator))
+    def __init__(self, counter: ProgressCounter, **generator: Any) -> None:
+        super().__init__("generate", counter, INPUT_COLUMNS, partial(Generator, **generator))
 
 
 def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:

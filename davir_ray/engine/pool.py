@@ -28,7 +28,7 @@ from davir_ray.engine.connect import (
     whole_block_context,
 )
 from davir_ray.engine.console import configure_worker_logging
-from davir_ray.engine.progress import Sums, Tally, tallied
+from davir_ray.engine.progress import ProgressCounter, Totals, tracked
 from davir_ray.engine.shards import (
     NAMED,
     NUMERICS_KEY,
@@ -79,10 +79,10 @@ class Stream:
         # Longest first, so that the pool does not end on one long shard.
         pending = sorted((shard for shard in self.shards if shard.name not in done), key=lambda shard: -shard.bytes)
         log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
-        with tallied(self.run, self._progress(committed)) as tally:
-            new = self._send(pending, worker, arguments, config, tally) if pending else []
-            sums = tally.sums()
-        return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), sums)
+        with tracked(self.run, self._progress(committed)) as counter:
+            new = self._send(pending, worker, arguments, config, counter) if pending else []
+            totals = counter.totals()
+        return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), totals)
 
     def _committed(self) -> list[CommittedShard]:
         """Shards that earlier attempts with the same settings have done; a damaged one is done again.
@@ -121,7 +121,7 @@ class Stream:
         worker: type,
         arguments: dict[str, Any],
         config: ScoreConfig,
-        tally: Tally,
+        counter: ProgressCounter,
     ) -> list[CommittedShard]:
         """Read each shard, give it whole to an actor, write its file."""
         num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
@@ -129,7 +129,7 @@ class Stream:
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
         source = Shards(pending, partial(read_named, self.examples / "examples", self.columns))
         fingerprint = json.dumps(self.fingerprint)
-        sink = ShardSink(self.run / self.folder, self.schema, fingerprint, tally.tell, self.count_tokens)
+        sink = ShardSink(self.run / self.folder, self.schema, fingerprint, counter.report, self.count_tokens)
         context = whole_block_context(config.no_progress_timeout_s)
         with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
             (
@@ -137,7 +137,7 @@ class Stream:
                 # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
                 .map_batches_internal(
                     worker,
-                    fn_constructor_kwargs=arguments | {"tally": tally},
+                    fn_constructor_kwargs=arguments | {"counter": counter},
                     batch_size=None,
                     batch_format="pyarrow",
                     compute=ray.data.ActorPoolStrategy(
@@ -164,8 +164,8 @@ class Stream:
         numerics = sorted({shard.numerics for shard in filled.shards})
         counts = {"examples": num_rows, done: statuses["ok"], **dict(sorted(statuses.items()))}
         details = {"numerics": [json.loads(text) for text in numerics]} | details
-        if filled.sums is not None:
-            details |= {"throughput": filled.sums.throughput, "retries": filled.sums.retries}
+        if filled.totals is not None:
+            details |= {"throughput": filled.totals.throughput, "retries": filled.totals.retries}
         return Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
@@ -181,7 +181,7 @@ class Filled(NamedTuple):
     shards: list[CommittedShard]
     num_new: int
     """Shards done by this driver."""
-    sums: Sums | None
+    totals: Totals | None
 
 
 class Described(NamedTuple):
@@ -222,9 +222,9 @@ class Model(Protocol):
 class ShardWorker:
     """Actor: works on blocks that are whole shards."""
 
-    def __init__(self, stage: str, tally: Tally, columns: list[str], load: Callable[[], Model]) -> None:
+    def __init__(self, stage: str, counter: ProgressCounter, columns: list[str], load: Callable[[], Model]) -> None:
         configure_worker_logging()
-        self._stage, self._tally, self._columns = stage, tally, columns
+        self._stage, self._counter, self._columns = stage, counter, columns
         self._model = load()
         self._numerics = json.dumps(self._model.numerics)
         log.info("%s: an actor is ready on node %s", stage, ray.get_runtime_context().get_node_id()[:8])
@@ -232,7 +232,7 @@ class ShardWorker:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Columns of examples in; columns of the stage out, with the shard's name and the numerics."""
         started, shard = time.monotonic(), str(block["shard"][0])
-        self._tally.begin(shard)
+        self._counter.begin(shard)
         done = self._model(block.select(self._columns))
         log.debug("%s: %s, %d rows, %.1f s", self._stage, shard, block.num_rows, time.monotonic() - started)
         for name in NAMED:

@@ -1,4 +1,4 @@
-"""Progress of a stage: workers tell an actor what they did, the driver asks it every few seconds and tells the user."""
+"""Progress of a stage: workers report to an actor, the driver asks it every few seconds and shows the user."""
 
 import logging
 import sys
@@ -21,208 +21,209 @@ from davir_ray.terminal import Bar
 log = logging.getLogger(__name__)
 
 EVERY_S = 5.0
-"""Seconds between two writes of progress.json, and between two lines where something was done."""
+"""Seconds between two writes of progress.json, and between two log lines while there is something new."""
 
-_STILL_S = 30.0
-"""Seconds between two lines while nothing is done, and between two lines of a training."""
+_IDLE_S = 30.0
+"""Seconds between two log lines while nothing is new, and between two of a training."""
 
-_MOST_POINTS = 200
+_MAX_POINTS = 200
 _ASK_S = 10.0
-_HEARD_S = 1.0
+_REPORT_S = 1.0
 
 
-class Told(NamedTuple):
-    """What a worker has done of one shard, task or step; told again, the last word counts."""
+class WorkDone(NamedTuple):
+    """What a worker has done of one shard, task or training so far; a later report replaces an earlier one."""
 
     done: int
-    """In the stage's unit."""
+    """Amount done, in the stage's unit."""
     rows: int = 0
     tokens: int = 0
     rejects: int = 0
     unscored: int = 0
     before: int = 0
-    """Done by an earlier attempt, in the stage's unit: it counts as done, and for no rate."""
+    """Amount that an earlier attempt did, in the stage's unit: it counts as done, but not for any rate."""
 
 
-_COUNTED = ("rows", "tokens", "rejects", "unscored", "retries")
-"""Ray's metrics of a stage."""
+_METRICS = ("rows", "tokens", "rejects", "unscored", "retries")
+"""Metrics that Ray exports for a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
-    """What all workers have told."""
+class Totals:
+    """The sum of all workers' reports."""
 
-    told: Told
+    work: WorkDone
     retries: int
     throughput: dict[str, list[float]]
     """Cumulative tokens at seconds since the stage began, at most some hundred points."""
     total: int | None
+    """Amount that there is to do, in the stage's unit; None where it is not known."""
 
 
-class _Counts:
-    """The actor. What is told twice counts once: a worker that is lost may have told of what it did not commit."""
+class _CounterActor:
+    """Sums the workers' reports. A shard that is reported twice counts once: a lost worker's shard is done again."""
 
     def __init__(self, stage: str, total: int | None) -> None:
         self._total = total
-        self._told: dict[str, Told] = {}
+        self._work: dict[str, WorkDone] = {}
         self._begun = set[str]()
         self._retries = 0
         self._points: list[tuple[float, int]] = []
         self._last = (0.0, 0)
-        self._num_told, self._every = 0, 1
+        self._num_reports, self._every = 0, 1
         self._tokens = 0
         self._started = time.monotonic()
         self._metrics = {
             name: Metric(f"davir_ray_{name}", f"{name} of a stage of davir_ray", tag_keys=("stage",))
-            for name in _COUNTED
+            for name in _METRICS
         }
         for metric in self._metrics.values():
             metric.set_default_tags({"stage": stage})
 
     def begin(self, key: str) -> None:
-        """A worker begins this piece of work."""
+        """Note that a worker begins this piece of work."""
         if key in self._begun:
             self._retries += 1
             self._metrics["retries"].inc(1)
         self._begun.add(key)
 
-    def tell(self, key: str, told: Told, total: int | None) -> None:
-        """A worker has done so much of this piece of work."""
-        before = self._told.get(key, Told(0))
-        self._told[key] = told
+    def report(self, key: str, work: WorkDone, total: int | None) -> None:
+        """Note how much of this piece of work is done."""
+        before = self._work.get(key, WorkDone(0))
+        self._work[key] = work
         self._total = total or self._total
-        for name in _COUNTED:
-            if (more := getattr(told, name, 0) - getattr(before, name, 0)) > 0:
+        for name in _METRICS:
+            if (more := getattr(work, name, 0) - getattr(before, name, 0)) > 0:
                 self._metrics[name].inc(more)
-        self._tokens += told.tokens - before.tokens
+        self._tokens += work.tokens - before.tokens
         self._last = (time.monotonic() - self._started, self._tokens)
-        if self._num_told % self._every == 0:
+        if self._num_reports % self._every == 0:
             self._points.append(self._last)
-        self._num_told += 1
-        if len(self._points) > _MOST_POINTS:  # evenly thinned over the whole stage
+        self._num_reports += 1
+        if len(self._points) > _MAX_POINTS:  # thinned evenly over the whole stage
             self._points, self._every = self._points[::2], 2 * self._every
 
-    def sums(self) -> Sums:
-        """All that was told."""
-        told = Told(*(sum(column) for column in zip(Told(0), *self._told.values(), strict=True)))
+    def totals(self) -> Totals:
+        """The sum of all reports."""
+        work = WorkDone(*(sum(column) for column in zip(WorkDone(0), *self._work.values(), strict=True)))
         points = self._points if not self._points or self._points[-1] == self._last else [*self._points, self._last]
         throughput = {"seconds": [at for at, _ in points], "tokens": [float(tokens) for _, tokens in points]}
-        return Sums(told=told, retries=self._retries, throughput=throughput, total=self._total)
+        return Totals(work=work, retries=self._retries, throughput=throughput, total=self._total)
 
 
-class Tally:
-    """What workers hold: they tell and go on. A lost word only makes the progress wrong."""
+class ProgressCounter:
+    """A handle to the actor, for workers and the driver. A report that is lost only makes the progress inexact."""
 
     def __init__(self, stage: str, total: int | None) -> None:
-        # Beside the driver, so that it is not lost with a worker's node.
+        # On the driver's node, so that it is not lost with a worker's node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_Counts)
+        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_CounterActor)
         self._actor: Any = actor.remote(stage, total)
 
     def begin(self, key: str) -> None:
-        """A piece of work begins; one that has begun before is a retry."""
+        """Report that a piece of work begins; if it has begun before, this is a retry."""
         self._actor.begin.remote(key)
 
-    def tell(self, key: str, told: Told, total: int | None = None) -> None:
-        """So much of this piece of work is done; `total` where the driver cannot know the stage's."""
-        # So that the last word is heard before the stage ends; a tally that does not answer holds nobody up.
-        ray.wait([self._actor.tell.remote(key, told, total)], timeout=_HEARD_S)
+    def report(self, key: str, work: WorkDone, total: int | None = None) -> None:
+        """Report how much of a piece of work is done, and `total` where the driver cannot know the stage's."""
+        # Waits, so that the last report arrives before the stage ends, but not long for an actor that does not answer.
+        ray.wait([self._actor.report.remote(key, work, total)], timeout=_REPORT_S)
 
-    def sums(self) -> Sums | None:
-        """All that was told; None if the actor does not answer."""
+    def totals(self) -> Totals | None:
+        """The sum of all reports; None if the actor does not answer."""
         try:
-            answer: Sums = ray.get(self._actor.sums.remote(), timeout=_ASK_S)
+            answer: Totals = ray.get(self._actor.totals.remote(), timeout=_ASK_S)
         except RayError:
             return None
         return answer
 
     def end(self) -> None:
-        """Ends the actor, once it has heard what was told: with handles in Ray Data's operators it outlives its stage.
+        """End the actor after the reports that are on their way: handles in Ray Data's operators keep it alive.
 
-        Not ray.kill, which would lose what its metrics counted last.
+        Not by ray.kill, which would lose what its metrics counted last.
         """
         self._actor.__ray_terminate__.remote()
 
 
 @contextmanager
-def tallied(run: Run, start: Progress) -> Iterator[Tally]:
-    """A tally for a stage; while the block runs its sums go to progress.json, and to a bar or lines for the user.
+def tracked(run: Run, start: Progress) -> Iterator[ProgressCounter]:
+    """A counter for a stage; during the block its totals go to progress.json, and to a bar or log lines.
 
     `start` names the stage, its unit and total, and holds what was done before.
     """
-    tally = Tally(start.stage, start.total)
-    teller = _Teller(run, start, tally)
-    teller.start()
+    counter = ProgressCounter(start.stage, start.total)
+    display = _Display(run, start, counter)
+    display.start()
     try:
-        yield tally
+        yield counter
     except BaseException:
-        teller.stop()
+        display.stop()
         raise
     else:
-        teller.finish()
+        display.finish()
     finally:
-        tally.end()
+        counter.end()
 
 
-class _Teller:
-    """Asks the tally every few seconds and tells the user."""
+class _Display:
+    """Asks the counter every few seconds, and shows the user what it answers."""
 
-    def __init__(self, run: Run, start: Progress, tally: Tally) -> None:
-        self._run, self._first, self._tally = run, start, tally
+    def __init__(self, run: Run, start: Progress, counter: ProgressCounter) -> None:
+        self._run, self._first, self._counter = run, start, counter
         self._pace = Pace()
         self._started = time.monotonic()
-        self._told_done, self._told_at = -1, 0.0
+        self._logged_done, self._logged_at = -1, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
         self._bar = Bar(start) if sys.stderr.isatty() else None
 
     def start(self) -> None:
-        """Begin to tell."""
-        self._tell(self._first)
+        """Begin to show progress."""
+        self._show(self._first)
         self._thread.start()
 
     def _repeat(self) -> None:
         while not self._ended.wait(EVERY_S):
-            self._ask()
+            self._update()
 
     def stop(self) -> None:
-        """Tell no more: the run may be another driver's by now, or its store away."""
+        """Show nothing more: the run may be another driver's by now, or its store unreachable."""
         self._ended.set()
         self._thread.join(EVERY_S)
         if self._bar is not None:
             self._bar.close()
 
     def finish(self) -> None:
-        """The last word."""
+        """Show the final totals."""
         self._ended.set()
         self._thread.join()
-        self._ask()
+        self._update()
         self.stop()
 
-    def _ask(self) -> None:
-        sums = self._tally.sums()
-        if sums is None or (self._ended.is_set() and self._thread.is_alive()):
+    def _update(self) -> None:
+        totals = self._counter.totals()
+        if totals is None or (self._ended.is_set() and self._thread.is_alive()):
             return
-        first, told, now = self._first, sums.told, time.monotonic()
-        done = first.done + told.before + told.done
-        self._pace.add(now, told.done, told.tokens)
-        self._tell(
+        first, work, now = self._first, totals.work, time.monotonic()
+        done = first.done + work.before + work.done
+        self._pace.add(now, work.done, work.tokens)
+        self._show(
             replace(
                 first,
                 done=done,
-                total=sums.total,
-                rows=first.rows + told.rows,
-                tokens=told.tokens,
+                total=totals.total,
+                rows=first.rows + work.rows,
+                tokens=work.tokens,
                 tokens_per_second=self._pace.tokens_per_second,
                 seconds=now - self._started,
-                seconds_left=self._pace.seconds_left(None if sums.total is None else sums.total - done),
-                rejects=first.rejects + told.rejects,
-                unscored=first.unscored + told.unscored,
-                retries=sums.retries,
+                seconds_left=self._pace.seconds_left(None if totals.total is None else totals.total - done),
+                rejects=first.rejects + work.rejects,
+                unscored=first.unscored + work.unscored,
+                retries=totals.retries,
             )
         )
 
-    def _tell(self, progress: Progress) -> None:
+    def _show(self, progress: Progress) -> None:
         if self._bar is None:
             self._log(progress)
         else:
@@ -231,8 +232,8 @@ class _Teller:
 
     def _log(self, progress: Progress) -> None:
         now = time.monotonic()
-        # Of a training the first worker logs the steps; these lines add the time that is left.
-        is_news = progress.done != self._told_done and progress.unit != "steps"
-        if is_news or now - self._told_at > _STILL_S:
+        # The first worker of a training logs its steps itself; these lines add the time that is left.
+        is_new = progress.done != self._logged_done and progress.unit != "steps"
+        if is_new or now - self._logged_at > _IDLE_S:
             log.info("%s", progress)
-            self._told_done, self._told_at = progress.done, now
+            self._logged_done, self._logged_at = progress.done, now

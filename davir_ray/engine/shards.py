@@ -16,7 +16,7 @@ from ray.data import DataContext
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
-from davir_ray.engine.progress import Told
+from davir_ray.engine.progress import WorkDone
 from davir_ray.errors import IntegrityError
 from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, read_parquet, write_parquet
 from davir_ray.run.location import Location
@@ -134,7 +134,7 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
         folder: Location,
         schema: pa.Schema,
         fingerprint: str,
-        report: Callable[[str, Told], None],
+        report: Callable[[str, WorkDone], None],
         count_tokens: Callable[[pa.Table], int],
     ) -> None:
         self.shards: list[CommittedShard] = []
@@ -160,7 +160,7 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
         entry = write_parquet(self._folder / names.pop(), table, footer)
         statuses = count_statuses(table)
         unscored = table.num_rows - statuses.get("ok", 0)
-        self._report(entry.name, Told(table.num_rows, table.num_rows, self._count_tokens(table), unscored=unscored))
+        self._report(entry.name, WorkDone(table.num_rows, table.num_rows, self._count_tokens(table), unscored=unscored))
         return CommittedShard(entry, statuses, numerics)
 
     def on_write_complete(self, write_result: WriteResult[list[CommittedShard]]) -> None:

@@ -1,6 +1,10 @@
-"""What a run would do: the first records as examples, and the rate that its devices are reckoned to sustain."""
+"""dry run: what a job would do and take, without a weight loaded or a file written.
+
+The first records are prepared and shown; tokens, shards, disk, device-hours and their price are estimated from them.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,8 +26,25 @@ from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.stages.estimate import CPU_SHARE, GPU_SHARE, PEAK_TFLOPS, DataSize, estimate, told
 from davir_ray.stages.prepare import UNLIMITED, Preparation, are_pairs
+
+PEAK_TFLOPS = {
+    "V100": 125.0, "T4": 65.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0,
+    "A100": 312.0, "A100-40G": 312.0, "A100-80G": 312.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0, "B200": 2250.0,
+}  # fmt: skip
+"""Dense bfloat16 (V100, T4: float16) TFLOP/s by NVIDIA's data sheets, by Ray's name of the accelerator."""
+
+GPU_SHARE = 0.35
+"""Share of the peak that packed forward passes of models with billions of parameters are assumed to reach."""
+
+CPU_SHARE = 0.7
+"""Share of a matrix product's rate on one thread; 0.77 was measured (benchmarks/RESULTS.md)."""
+
+_ADAM_BYTES = 12
+"""Bytes of a trained parameter in a checkpoint: its float32 value and Adam's two moments."""
+
+_GRADIENT_BYTES = 4
+"""Bytes of a trained parameter's gradient in memory: float32."""
 
 
 def foresee(
@@ -35,7 +56,7 @@ def foresee(
 ) -> list[str]:
     """Lines that say what a job would do: the first examples, what they will take, the pool. Nothing is written.
 
-    `training` is None where nothing is trained; what lies where the job writes (`written`) is no data.
+    `training` is None where nothing is trained; files where the job writes (`written`) are not read as data.
     """
     lines, data = preview(config.all_sources(), preparation, written=written)
     run.check_claim()
@@ -45,15 +66,27 @@ def foresee(
     rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
     found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
-    lines += told(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
+    lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
     return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """The size of the sources, estimated from their first rows."""
+
+    num_rows: int
+    num_examples: int
+    num_tokens: int
+    """Prompt and response tokens of all examples, end tokens included."""
+    num_scored: int
+    """Response tokens of all examples."""
+
+
 class Preview(NamedTuple):
-    """What the first records become."""
+    """The result of preparing the first records."""
 
     lines: list[str]
-    """For the user: examples with the scored tokens between ⟦ and ⟧, and bad rows."""
+    """Lines for the user: examples with the scored tokens between ⟦ and ⟧, and bad rows."""
     data: DataSize
 
 
@@ -64,7 +97,7 @@ def preview(
     num_shown: int = 3,
     written: Sequence[Location] = (),
 ) -> Preview:
-    """Prepare the first records of each source, without Ray; what lies where the job writes (`written`) is no data."""
+    """Prepare the first records of each source, without Ray; files where the job writes (`written`) are not read."""
     tokenizer = preparation.base.tokenizer()
     reader = preparation.reader(sources)
     lines, sizes = [], []
@@ -83,7 +116,7 @@ def preview(
 
 
 def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
-    """From each source's rows, rows for each that was read, and the examples that were read."""
+    """The size of all sources, from the number of rows, the rows that each read one stands for, and what was read."""
     columns = ("num_prompt_tokens", "num_response_tokens")
     prompt, scored = (sum(scale * sum(row[name] for row in rows) for _, scale, rows in sizes) for name in columns)
     return DataSize(
@@ -102,7 +135,7 @@ def _marked(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: list[int]) 
 
 
 def device_rate(config: EstimateConfig) -> tuple[float, str]:
-    """TFLOP/s that one device is reckoned to sustain, and where the number comes from."""
+    """TFLOP/s that one device is assumed to sustain, and where the number comes from."""
     if config.device_tflops is not None:
         return config.device_tflops, "as given"
     names = accelerators()
@@ -117,3 +150,108 @@ def device_rate(config: EstimateConfig) -> tuple[float, str]:
         )
     of_a_thread = gemm_flops(torch.float32, torch.device("cpu")) / 1e12  # of CPU time, so of one thread
     return CPU_SHARE * of_a_thread, f"{CPU_SHARE:.0%} of a matrix product here; a device is one CPU thread"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will take, about."""
+
+    data: DataSize
+    num_shards: int
+    finetune_flops: float
+    score_flops: float
+    checkpoint_bytes: float
+    """Bytes at one time at most: the last checkpoint and the one being written."""
+    reference_bytes: float
+    device_bytes: float
+    """Weights, gradients and moments on each fine-tuning device, activations not counted; 0 without a fine-tune."""
+
+    def device_hours(self, tflops: float) -> tuple[float, float]:
+        """Device-hours of the fine-tune and of scoring, on devices that sustain this rate."""
+        return self.finetune_flops / tflops / 3.6e15, self.score_flops / tflops / 3.6e15
+
+
+def estimate(
+    size: ModelSize, data: DataSize, shard_rows: int, finetune: FinetuneConfig | None, examples_per_unit: int = 1
+) -> Estimate:
+    """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair."""
+    mean_length = data.num_tokens / max(1, data.num_examples)
+    forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
+    num_shards = -(-data.num_examples // shard_rows)
+    if finetune is None:
+        return Estimate(
+            data=data,
+            num_shards=num_shards,
+            finetune_flops=0.0,
+            score_flops=2 * forward,
+            checkpoint_bytes=0.0,
+            reference_bytes=0.0,
+            device_bytes=0.0,
+        )
+    if finetune.lora_rank is None:
+        trained, passes = size.num_parameters, 3
+    else:  # the frozen weights get no gradient of their own
+        trained, passes = finetune.lora_rank * size.linear_edges, 2
+    passes += finetune.gradient_checkpointing
+    epochs = float(finetune.epochs)
+    if finetune.max_steps is not None:
+        epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
+    return Estimate(
+        data=data,
+        num_shards=num_shards,
+        finetune_flops=epochs * passes * forward,
+        score_flops=2 * forward,
+        checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
+        reference_bytes=4.0 * trained,
+        device_bytes=_device_bytes(size, finetune, trained),
+    )
+
+
+def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> float:
+    """Bytes that the fine-tune holds on a device apart from activations, at most: a frozen base may be in bfloat16.
+
+    With sharding, a device also gathers the embeddings and two layers at a time, the next one while one runs; where
+    these are trained, also their gradients before they are summed over the devices.
+    """
+    state = (_ADAM_BYTES + _GRADIENT_BYTES) * trained
+    if finetune.lora_rank is not None:
+        state += 4 * size.num_parameters
+    if finetune.strategy == "ddp":
+        return float(state)
+    gathered = size.num_parameters - size.num_body + 2 * size.num_body / size.num_layers
+    return state / finetune.num_workers + gathered * (4 if finetune.lora_rank is not None else 4 + _GRADIENT_BYTES)
+
+
+def estimate_lines(found: Estimate, tflops: float, how: str, num_devices: int, price: float | None) -> list[str]:
+    """The estimate in lines for the user. `how` says where the rate comes from; `price` is that of a device-hour."""
+    data = found.data
+    training, scoring = found.device_hours(tflops)
+    total = training + scoring
+    lines = [
+        "estimate, from the first rows:",
+        f"  data: {data.num_rows:,} rows, {data.num_examples:,} examples, {data.num_tokens:,} tokens "
+        f"({data.num_scored:,} scored), {found.num_shards:,} shards",
+        f"  disk: {_bytes(found.checkpoint_bytes)} for checkpoints while fine-tuning, "
+        f"{_bytes(found.reference_bytes)} for the reference",
+        f"  compute: {total:.3g} device-hours ({training:.3g} fine-tune, {scoring:.3g} score) at {tflops:.3g} TFLOP/s "
+        f"a device ({how})",
+        f"  time to score: {_duration(scoring / max(1, num_devices))} on {num_devices} actors",
+    ]
+    if found.device_bytes:
+        lines.append(f"  memory: {_bytes(found.device_bytes)} of a device while fine-tuning, and activations")
+    if price is not None:
+        lines.append(f"  cost: {total * price:.2f} at {price:g} a device-hour")
+    return lines
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.3g} hours"
+    return f"{hours * 60:.2g} minutes" if hours * 60 >= 1 else f"{hours * 3600:.2g} seconds"

@@ -23,7 +23,7 @@ import torch
 from ray.train.torch import get_device, prepare_model
 
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.progress import Tally, Told, tallied
+from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.ray_train import run_on_workers
 from davir_ray.errors import ConfigError, IntegrityError, UserError
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint
@@ -138,10 +138,10 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
         checkpoints.remove()
     run.note_attempt("checkpoints", fingerprint)
     try:
-        with tallied(run, Progress(stage=stage, unit="steps", rejects=rejects)) as tally:
+        with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
             # The fingerprint names Ray Train's folder: the same training continues, another begins anew.
             name = digest(fingerprint)[:16]
-            result = run_on_workers(partial(_train, training, tally), training.config, checkpoints, name)
+            result = run_on_workers(partial(_train, training, counter), training.config, checkpoints, name)
     except UserError:
         run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
         raise
@@ -169,7 +169,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 # --- a worker --------------------------------------------------------------------------------------------------------
 
 
-def _train(training: Training, tally: Tally) -> dict[str, Any]:
+def _train(training: Training, counter: ProgressCounter) -> dict[str, Any]:
     """Train to the end; rank 0 writes the model.
 
     As long as steps follow, a DavirError must be raised on every rank: a rank that stops alone leaves the others
@@ -187,7 +187,7 @@ def _train(training: Training, tally: Tally) -> dict[str, Any]:
                 state = opened.enter_context(checkpoint.as_directory())
             together(partial(_continue, trainer, Path(state), checkpoint.path))
     is_first = ray.train.get_context().get_world_rank() == 0
-    _take_steps(training, trainer, tally, is_first=is_first)
+    _take_steps(training, trainer, counter, is_first=is_first)
     files = _export(training, trainer, training.folder, is_first=is_first)  # not `together`: no step follows
     return {
         **trainer.summary(_MAX_CURVE_POINTS),
@@ -218,18 +218,18 @@ def _continue(trainer: Trainer, state: Path, uri: str) -> None:
         raise ConfigError(f"the checkpoint {uri} cannot be continued from: {error}, or {anew}") from error
 
 
-def _take_steps(training: Training, trainer: Trainer, tally: Tally, *, is_first: bool) -> None:
+def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, *, is_first: bool) -> None:
     """Take the remaining steps; after each, export the epoch, save a checkpoint and log if it is time to."""
     config, before, num_tokens = training.config, trainer.step, 0
     if is_first:
-        tally.begin("steps")
-        tally.tell("steps", Told(0, before=before))
+        counter.begin("steps")
+        counter.report("steps", WorkDone(0, before=before))
     for report in trainer.steps():
         is_last = report.step == report.total_steps
         num_tokens += report.num_tokens
         if is_first:
-            told = Told(report.step - before, tokens=num_tokens, before=before)
-            tally.tell("steps", told, report.total_steps)
+            work = WorkDone(report.step - before, tokens=num_tokens, before=before)
+            counter.report("steps", work, report.total_steps)
         if config.export_epochs and report.ends_epoch:
             name = f"{training.folder}_epochs/{report.epoch}"
             together(partial(_export, training, trainer, name, is_first=is_first))

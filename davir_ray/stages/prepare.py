@@ -18,7 +18,7 @@ from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
 from davir_ray.engine.connect import actor_cpus, own_errors, pool_size
 from davir_ray.engine.console import configure_worker_logging
-from davir_ray.engine.progress import Tally, Told, tallied
+from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import tokenizer_digest
@@ -67,7 +67,7 @@ class Preparation:
         tokenizer = self.base.tokenizer()
         formats = {source.format for source in sources}
         has_template = (self.chat_template or tokenizer.chat_template) is not None
-        # Pairs of strings need none; messages do, and a base without one is told here.
+        # Pairs of strings need none; messages do, and a base without one is refused here.
         uses_chat = "messages" in formats or ("preference" in formats and has_template)
         chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
         encoder = Encoder(tokenizer, self.config.max_tokens)
@@ -106,7 +106,7 @@ class Work:
     tasks: list[Task]
     preparation: Preparation
     limits: _Limits
-    tally: Tally
+    counter: ProgressCounter
 
 
 def prepare(
@@ -137,10 +137,9 @@ def prepare(
     limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
     try:
         total = limits.total_bytes if preparation.limit is None else None  # with a limit the end is not known
-        with tallied(run, _before(done, total)) as tally:
-            report = _run(
-                Work(run=run, reports=reports, tasks=tasks, preparation=preparation, limits=limits, tally=tally), done
-            )
+        with tracked(run, _before(done, total)) as counter:
+            work = Work(run=run, reports=reports, tasks=tasks, preparation=preparation, limits=limits, counter=counter)
+            report = _run(work, done)
         _check_counts(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
         run.note_attempt(TASKS, fingerprint, binding=False)  # the user is about to correct the data
@@ -306,24 +305,25 @@ class Preparer:
         task, reader = work.tasks[row["item"]], self._reader
         reader.bytes_read = 0
         reader.replaced.clear()
-        work.tally.begin(str(task.number))
+        work.counter.begin(str(task.number))
         writer = ShardWriter(work.run.folder, task.number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:
                 writer.report.num_bytes = reader.bytes_read
-                self._tell(task.number, writer.report)
+                self._report(task.number, writer.report)
                 self._stop_early(writer)
         report = writer.finish()
         report.num_bytes = reader.bytes_read
         report.replaced = reader.replaced
-        self._tell(task.number, report)
+        self._report(task.number, report)
         text = report.to_json()
         (work.reports / f"{task.number:05d}.json").write_text(text)
         return [{"number": task.number, "report": text}]
 
-    def _tell(self, number: int, report: TaskReport) -> None:
-        self._work.tally.tell(str(number), Told(report.num_bytes, rows=report.num_read, rejects=report.reasons.total()))
+    def _report(self, number: int, report: TaskReport) -> None:
+        done = WorkDone(report.num_bytes, rows=report.num_read, rejects=report.reasons.total())
+        self._work.counter.report(str(number), done)
 
     def _stop_early(self, writer: ShardWriter) -> None:
         """DataError as soon as too many rows are bad, before a large file is read to its end for nothing."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
-from davir_ray.engine.progress import Tally
+from davir_ray.engine.progress import ProgressCounter
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, regroup
 from davir_ray.errors import ConfigError, IntegrityError
@@ -110,8 +110,8 @@ def _score(
 class ScoreShard(ShardWorker):
     """Actor: a Scorer for blocks that are whole shards."""
 
-    def __init__(self, tally: Tally, **scorer: Any) -> None:
-        super().__init__("score", tally, INPUT_COLUMNS, partial(Scorer, **scorer))
+    def __init__(self, counter: ProgressCounter, **scorer: Any) -> None:
+        super().__init__("score", counter, INPUT_COLUMNS, partial(Scorer, **scorer))
 
 
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:

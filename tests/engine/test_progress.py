@@ -1,4 +1,4 @@
-"""The tally: what is told twice counts once, what is begun twice is a retry, and the file follows."""
+"""Progress: a piece reported twice counts once, one begun twice is a retry, and the file follows."""
 
 import sys
 import time
@@ -9,50 +9,50 @@ import numpy as np
 import pytest
 
 from davir_ray.engine import progress as module
-from davir_ray.engine.progress import Sums, Tally, Told, tallied
+from davir_ray.engine.progress import ProgressCounter, Totals, WorkDone, tracked
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import PROGRESS_FILE, Progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def sums_of(tally: Tally, condition: Any) -> Sums:
-    """What was told, once it is so: words are sent, not answered."""
+def totals_of(counter: ProgressCounter, condition: Any) -> Totals:
+    """The totals once they meet the condition: reports are sent, not answered."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        sums = tally.sums()
-        if sums is not None and condition(sums):
-            return sums
+        totals = counter.totals()
+        if totals is not None and condition(totals):
+            return totals
         time.sleep(0.05)
-    raise AssertionError(f"never came: {sums}")
+    raise AssertionError(f"never came: {totals}")
 
 
-def test_what_is_told_again_counts_once_and_what_begins_again_is_a_retry() -> None:
-    tally = Tally("score", 30)
+def test_a_second_report_replaces_the_first_and_a_second_start_is_a_retry() -> None:
+    counter = ProgressCounter("score", 30)
     for key in ("a", "b", "a", "c", "a"):
-        tally.begin(key)
-    tally.tell("a", Told(5, rows=5, tokens=70))
-    tally.tell("b", Told(10, rows=10, tokens=30, unscored=2))
-    tally.tell("a", Told(7, rows=7, tokens=100, rejects=1))
-    sums = sums_of(tally, lambda sums: sums.told.done == 17)
-    assert sums.told == Told(17, rows=17, tokens=130, rejects=1, unscored=2)
-    assert sums.retries == 2
-    assert sums.total == 30
-    assert sums.throughput["tokens"] == [70, 100, 130]
-    assert sums.throughput["seconds"] == sorted(sums.throughput["seconds"])
+        counter.begin(key)
+    counter.report("a", WorkDone(5, rows=5, tokens=70))
+    counter.report("b", WorkDone(10, rows=10, tokens=30, unscored=2))
+    counter.report("a", WorkDone(7, rows=7, tokens=100, rejects=1))
+    totals = totals_of(counter, lambda totals: totals.work.done == 17)
+    assert totals.work == WorkDone(17, rows=17, tokens=130, rejects=1, unscored=2)
+    assert totals.retries == 2
+    assert totals.total == 30
+    assert totals.throughput["tokens"] == [70, 100, 130]
+    assert totals.throughput["seconds"] == sorted(totals.throughput["seconds"])
 
 
 def test_a_total_may_come_from_a_worker() -> None:
-    tally = Tally("finetune", None)
-    tally.tell("steps", Told(3, tokens=9), total=12)
-    assert sums_of(tally, lambda sums: sums.told.done == 3).total == 12
+    counter = ProgressCounter("finetune", None)
+    counter.report("steps", WorkDone(3, tokens=9), total=12)
+    assert totals_of(counter, lambda totals: totals.work.done == 3).total == 12
 
 
 def test_the_throughput_of_a_long_stage_stays_short() -> None:
-    tally = Tally("score", None)
+    counter = ProgressCounter("score", None)
     for shard in range(1000):
-        tally.tell(str(shard), Told(1, tokens=1))
-    throughput = sums_of(tally, lambda sums: sums.told.done == 1000).throughput
+        counter.report(str(shard), WorkDone(1, tokens=1))
+    throughput = totals_of(counter, lambda totals: totals.work.done == 1000).throughput
     assert 50 < len(throughput["tokens"]) <= 200
     assert throughput["tokens"][-1] == 1000
     steps = np.diff(throughput["tokens"])[:-1]
@@ -63,15 +63,15 @@ def test_the_throughput_of_a_long_stage_stays_short() -> None:
 def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY_S", 0.1)
     run = Run.at(tmp_path)
-    with tallied(run, Progress(stage="score", unit="rows", done=40, total=100, rejects=3)) as tally:
+    with tracked(run, Progress(stage="score", unit="rows", done=40, total=100, rejects=3)) as counter:
         first = Progress.read(run.folder)
         assert first is not None
         assert (first.done, first.tokens_per_second) == (40, None)
-        tally.tell("a", Told(10, rows=10, tokens=500))
-        sums_of(tally, lambda sums: sums.told.done == 10)
+        counter.report("a", WorkDone(10, rows=10, tokens=500))
+        totals_of(counter, lambda totals: totals.work.done == 10)
         time.sleep(0.5)
-        tally.tell("b", Told(20, rows=20, tokens=1000, unscored=1, before=2))
-        sums_of(tally, lambda sums: sums.told.done == 30)
+        counter.report("b", WorkDone(20, rows=20, tokens=1000, unscored=1, before=2))
+        totals_of(counter, lambda totals: totals.work.done == 30)
     last = Progress.read(run.folder)
     assert last is not None
     assert (last.done, last.total, last.tokens, last.rejects, last.unscored) == (72, 100, 1500, 3, 1)
@@ -79,7 +79,7 @@ def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert last.tokens_per_second > 0
     assert last.seconds_left is not None
     assert (last.state, last.stage) == ("running", "score")
-    assert tally.sums() is None, "a long driver would gather an actor of every stage"
+    assert counter.totals() is None, "a long driver would gather an actor of every stage"
 
 
 def test_a_terminal_shows_a_bar(
@@ -88,9 +88,9 @@ def test_a_terminal_shows_a_bar(
     monkeypatch.setattr(module, "EVERY_S", 0.1)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with tallied(Run.at(tmp_path), Progress(stage="score", unit="rows", done=40, total=100, rejects=3)) as tally:
-        tally.tell("a", Told(60, rows=60, tokens=500))
-        sums_of(tally, lambda sums: sums.told.done == 60)
+    with tracked(Run.at(tmp_path), Progress(stage="score", unit="rows", done=40, total=100, rejects=3)) as counter:
+        counter.report("a", WorkDone(60, rows=60, tokens=500))
+        totals_of(counter, lambda totals: totals.work.done == 60)
         time.sleep(0.5)
     shown = capsys.readouterr().err
     assert "| 40 of 100 rows (40%), 3 rejects\r" in shown
@@ -107,8 +107,8 @@ def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pyt
 
 
 def interrupted(run: Run) -> None:
-    with tallied(run, Progress(stage="score", unit="rows", total=100)) as tally:
-        tally.tell("a", Told(10))
+    with tracked(run, Progress(stage="score", unit="rows", total=100)) as counter:
+        counter.report("a", WorkDone(10))
         module.EVERY_S = 3600.0
         time.sleep(1)
         place = run / PROGRESS_FILE

@@ -33,7 +33,7 @@ from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine import ray_train
 from davir_ray.engine.connect import own_interrupts
-from davir_ray.engine.progress import Tally
+from davir_ray.engine.progress import ProgressCounter
 from davir_ray.errors import ClusterError, ModelError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
@@ -216,7 +216,7 @@ def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_fold
 def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
 
-    def train_worker(of_run: Training, tally: Tally) -> dict[str, Any]:
+    def train_worker(of_run: Training, counter: ProgressCounter) -> dict[str, Any]:
         import ray.train
 
         from davir_ray.stages import finetune as training
@@ -226,7 +226,7 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
         found["device"] = str(training.get_device())
         (folder / f"placed-{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(found))
         training.get_device = lambda: torch.device("cpu")
-        return training._train(of_run, tally)
+        return training._train(of_run, counter)
 
     training._train = train_worker
     ray_train.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
@@ -267,14 +267,14 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
 ) -> None:
     run, pids = tmp_path / "run", tmp_path / "pids"
 
-    def train_worker(of_run: Training, tally: Tally) -> dict[str, Any]:
+    def train_worker(of_run: Training, counter: ProgressCounter) -> dict[str, Any]:
         import ray.train
 
         from davir_ray.stages.finetune import _train  # in the worker nothing is patched
 
         with open(pids, "a") as file:
             file.write(f"{os.getpid()} {ray.train.get_checkpoint() is not None}\n")
-        return _train(of_run, tally)
+        return _train(of_run, counter)
 
     def kill() -> None:
         wait_for_checkpoint(run)

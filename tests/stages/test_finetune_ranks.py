@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.progress import Told
+from davir_ray.engine.progress import WorkDone
 from davir_ray.errors import DavirError, IntegrityError, ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
@@ -61,12 +61,12 @@ class WithoutTokenizer(Checkpoint):
 
 
 class NobodyListens:
-    """Stands for the tally, an actor of Ray."""
+    """Stands for the counter, an actor of Ray."""
 
     def begin(self, key: str) -> None:
         """Nothing."""
 
-    def tell(self, key: str, told: Told, total: int | None = None) -> None:
+    def tell(self, key: str, told: WorkDone, total: int | None = None) -> None:
         """Nothing."""
 
 

@@ -17,7 +17,7 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.engine.connect import pool_size, whole_block_context
 from davir_ray.engine.pool import describe
-from davir_ray.engine.progress import Told
+from davir_ray.engine.progress import WorkDone
 from davir_ray.engine.shards import Shards, ShardSink, num_tokens
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def test_bits_are_equal_for_any_number_of_actors_and_close_for_any_shards(
         np.testing.assert_allclose(one[column], other[column], rtol=1e-6, atol=1e-6 * one["base_nll"].max())
 
 
-def unheard(shard: str, told: Told) -> None:
+def unheard(shard: str, told: WorkDone) -> None:
     """Nobody listens."""
 
 
@@ -100,11 +100,11 @@ def block(rows: int, shard: str, shard_rows: int) -> pa.Table:
 
 def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
     run = Run.at(tmp_path)
-    told = dict[str, Told]()
+    told = dict[str, WorkDone]()
     shards = ShardSink(run / "scores", SCORES, "mark", told.__setitem__, num_tokens).write(
         [block(3, "part-7.parquet", 3)], None
     )
-    assert told == {"part-7.parquet": Told(3, rows=3, tokens=21, unscored=1)}
+    assert told == {"part-7.parquet": WorkDone(3, rows=3, tokens=21, unscored=1)}
     assert [(shard.entry.name, shard.entry.rows, shard.statuses) for shard in shards] == [
         ("part-7.parquet", 3, {"ok": 2, "zero_base_nll": 1})
     ]

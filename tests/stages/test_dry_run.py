@@ -19,8 +19,7 @@ from davir_ray.data.files import list_files
 from davir_ray.data.records import estimate_rows
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import ModelSize
-from davir_ray.stages.dry_run import preview
-from davir_ray.stages.estimate import DataSize, Estimate, estimate, told
+from davir_ray.stages.dry_run import DataSize, Estimate, estimate, estimate_lines, preview
 from davir_ray.stages.prepare import Preparation
 
 DATA = DataSize(num_rows=1000, num_examples=900, num_tokens=90_000, num_scored=30_000)
@@ -97,7 +96,7 @@ def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
         device_bytes=7e9,
     )
     assert found.device_hours(100) == (10, 20)
-    text = "\n".join(told(found, 100, "as given", 10, 2.5))
+    text = "\n".join(estimate_lines(found, 100, "as given", 10, 2.5))
     for part in (
         "1,000 rows",
         "3 shards",
@@ -109,7 +108,7 @@ def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
         "7 GB of",
     ):
         assert part in text
-    assert "cost" not in "\n".join(told(found, 100, "as given", 10, None))
+    assert "cost" not in "\n".join(estimate_lines(found, 100, "as given", 10, None))
 
 
 def write_rows(folder: Path, num_files: int, rows_a_file: int) -> None:
