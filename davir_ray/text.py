@@ -23,9 +23,9 @@ def decoded(content: bytes) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def one_line(error: BaseException, most: int | None = None) -> str:
-    """The message of an error in one line, cut to `most` characters; the error's type where the message is empty."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(error: BaseException, max_length: int | None = None) -> str:
+    """The message of an error in one line, cut to `max_length` characters; the error's type where the message is empty."""
+    return " ".join(str(error).split())[:max_length] or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -180,9 +180,9 @@ def _score_on_ray(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: in
     """
     config = scoring.config
     planned = plan_pool(config)
-    least = 1 if config.num_actors is None and config.autoscale is None else planned.min_size
+    min_size = 1 if config.num_actors is None and config.autoscale is None else planned.min_size
     if num_blocks is None:
-        pool = ray.data.ActorPoolStrategy(min_size=least, max_size=planned.max_size)
+        pool = ray.data.ActorPoolStrategy(min_size=min_size, max_size=planned.max_size)
     else:
         pool = ray.data.ActorPoolStrategy(size=max(1, min(planned.initial_size, num_blocks)))
     # Also keeps Ray from fusing what comes before into the actors, where it would not overlap with scoring (2.60).

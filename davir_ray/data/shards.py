@@ -72,12 +72,12 @@ class TaskReport:
         `total_bytes`, those of all sources, are given while reading goes on: then the rows must be too many even for
         twice the number of rows expected from the bytes read so far.
         """
-        most = max_bad_fraction * self.num_read
+        allowed = max_bad_fraction * self.num_read
         if total_bytes is not None:
             if self.num_bytes < _LEAST_BYTES:
                 return
-            most *= 2 * total_bytes / self.num_bytes
-        if self.reasons.total() <= most:
+            allowed *= 2 * total_bytes / self.num_bytes
+        if self.reasons.total() <= allowed:
             return
         so_far = "" if total_bytes is None else f"the first {self.num_bytes / total_bytes:.0%} of the data, "
         raise DataError(

@@ -113,16 +113,21 @@ class Measure:
     """Name in the head of a table's column."""
     unit: str
     lower_is_better: bool
-    most: float | None
+    max_value: float | None
     """Largest possible value; None: no limit."""
 
     def clipped(self, interval: Interval) -> Interval:
         """An interval of this measure, cut to the values that are possible."""
-        return interval.clipped(0.0, math.inf if self.most is None else self.most)
+        return interval.clipped(0.0, math.inf if self.max_value is None else self.max_value)
 
 
 LOSS = Measure(
-    name="loss", title="Held-out loss", short="loss", unit="nats per response token", lower_is_better=True, most=None
+    name="loss",
+    title="Held-out loss",
+    short="loss",
+    unit="nats per response token",
+    lower_is_better=True,
+    max_value=None,
 )
 STRICT = Measure(
     name="exact_match",
@@ -130,7 +135,7 @@ STRICT = Measure(
     short="strict exact match",
     unit="share of the questions",
     lower_is_better=False,
-    most=1,
+    max_value=1,
 )
 FLEXIBLE = replace(
     STRICT, name="exact_match_flexible", title="Exact match of the last number", short="flexible exact match"
