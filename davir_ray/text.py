@@ -24,7 +24,7 @@ def decoded(content: bytes) -> str:
 
 
 def one_line(error: BaseException, max_length: int | None = None) -> str:
-    """The message of an error in one line, cut to `max_length` characters; the error's type where the message is empty."""
+    """The message of an error in one line of at most `max_length` characters; its type where the message is empty."""
     return " ".join(str(error).split())[:max_length] or type(error).__name__
 
 
