@@ -12,7 +12,7 @@ import ray.data
 
 from davir_ray.api.rows import Rows, check_choice, check_dataset, in_order, read_here, run_blocks
 from davir_ray.config.selection import Order, RankConfig
-from davir_ray.errors import ConfigError, DataError
+from davir_ray.errors import ConfigError, DataError, IntegrityError
 from davir_ray.formulas import order as ranking
 from davir_ray.stages.rank import key_columns, order_keys
 
@@ -62,11 +62,15 @@ def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Data
         rows = ray.data.from_arrow_refs(blocks)
         _check_columns(rows.schema().names, config)
         ranks = _ranks(read_here(rows, key_columns(config, _TIES)), config)
+        num_ranked = int(ranks.max())
         ranked = rows.zip(ray.data.from_arrow(pa.table({"rank": ranks})))
         ranked = ranked.map_batches(_ranked_rows, batch_size=None, batch_format="pyarrow")
-        ranked = ranked.sort("rank", boundaries=list(range(BIN_ROWS + 1, int(ranks.max()) + 1, BIN_ROWS)))
+        ranked = ranked.sort("rank", boundaries=list(range(BIN_ROWS + 1, num_ranked + 1, BIN_ROWS)))
         blocks = run_blocks(ranked)
-    return ray.data.from_arrow_refs(blocks)
+    result = ray.data.from_arrow_refs(blocks)
+    if result.count() != num_ranked:
+        raise IntegrityError(f"{num_ranked} rows were to be ranked but {result.count()} are")
+    return result
 
 
 def _check_columns(names: Iterable[str], config: RankConfig) -> None:
