@@ -10,8 +10,8 @@ A dataset of Ray Data gives one of Ray Data. A `datasets.Dataset` gives a `datas
 scored on Ray, and ranked and selected in this process.
 
 `score` is lazy for Ray Data. `rank` runs the dataset, once, and keeps the rows with all their columns in Ray's object
-store, which spills to disk; of each row only the value and a hash come to this process. A million rows of instructions
-are a few GB; drop columns that you do not need, and for a corpus use the jobs (jobs/score.py), which work through files
+store, which spills to disk; this process holds a few numbers for each 50,000 rows. A million rows of instructions are a
+few GB; drop columns that you do not need, and for a corpus use the jobs (jobs/score.py), which work through files
 and can be continued.
 
 The scores are those of the jobs, by the same workers: nats, summed over the scored tokens, the end-of-sequence token

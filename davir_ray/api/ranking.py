@@ -1,23 +1,26 @@
 """rank: an exact order of rows that are in no files."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import get_args
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
+from ray.data.block import BlockAccessor
 
-from davir_ray.api.rows import Rows, check_choice, check_dataset, in_order, read_here, run_blocks
+from davir_ray.api.rows import Rows, check_choice, check_dataset, collect_blocks, in_order, read_here, run_blocks
 from davir_ray.config.selection import Order, RankConfig
 from davir_ray.errors import ConfigError, DataError, IntegrityError
 from davir_ray.formulas import order as ranking
-from davir_ray.stages.rank import key_columns, order_keys
+from davir_ray.stages.rank import Bins, count_bins, find_bins, key_columns, order_keys
 
 BIN_ROWS = 50_000
 """Rows, with all their columns, that one task sorts."""
+
+_BIN = "davir_ray_bin"
 
 _TIES = "content_hash"
 """Column that breaks ties; the rows of a dataset have no example_id."""
@@ -52,7 +55,7 @@ def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: in
 
 
 def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Dataset:
-    """The ranks are found in this process, from the columns that the order depends on; rows are sorted in tasks."""
+    """The order is cut into bins, which tasks sort; this process holds a few numbers for each bin."""
     if (schema := dataset.schema(fetch_if_missing=False)) is not None:
         _check_columns(schema.names, config)  # known before anything runs
     blocks = run_blocks(dataset)
@@ -61,11 +64,20 @@ def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Data
     with in_order():
         rows = ray.data.from_arrow_refs(blocks)
         _check_columns(rows.schema().names, config)
-        ranks = _ranks(read_here(rows, key_columns(config, _TIES)), config)
-        num_ranked = int(ranks.max())
-        ranked = rows.zip(ray.data.from_arrow(pa.table({"rank": ranks})))
-        ranked = ranked.map_batches(_ranked_rows, batch_size=None, batch_format="pyarrow")
-        ranked = ranked.sort("rank", boundaries=list(range(BIN_ROWS + 1, num_ranked + 1, BIN_ROWS)))
+        collected = partial(collect_blocks, rows, key_columns(config, _TIES))
+        bins = find_bins(collected, rows.count(), config, BIN_ROWS, _TIES)
+        rows_by_bin = count_bins(collected, bins)
+        num_ranked = int(rows_by_bin.sum())
+        if not num_ranked:
+            raise _no_value(config)
+        first_ranks = 1 + np.cumsum(rows_by_bin) - rows_by_bin
+        ranked = (
+            rows.map_batches(partial(_assign_bins, bins=bins), batch_size=None, batch_format="pyarrow")
+            .sort(_BIN, boundaries=list(range(1, max(2, len(bins)))))
+            .map_batches(
+                partial(_rank_bin, bins=bins, first_ranks=first_ranks), batch_size=None, batch_format="pyarrow"
+            )
+        )
         blocks = run_blocks(ranked)
     result = ray.data.from_arrow_refs(blocks)
     if result.count() != num_ranked:
@@ -89,11 +101,26 @@ def _ranks(table: pa.Table, config: RankConfig) -> npt.NDArray[np.int64]:
     """The rank of each row, 0 for one without a value. DataError if no row has one."""
     rankable, keys, ids = order_keys(table, config, _TIES)
     if not rankable.any():
-        raise DataError(f"no row can be ranked by {config.order}; the column status says why")
+        raise _no_value(config)
     ranks = np.zeros(table.num_rows, np.int64)
     ranks[np.flatnonzero(rankable)[ranking.order(keys, ids)]] = np.arange(1, len(ids) + 1)
     return ranks
 
 
-def _ranked_rows(block: pa.Table) -> pa.Table:
-    return block.filter(pc.greater(block["rank"], 0)) if block.num_rows else block
+def _no_value(config: RankConfig) -> DataError:
+    return DataError(f"no row can be ranked by {config.order}; the column status says why")
+
+
+def _assign_bins(block: pa.Table, bins: Bins) -> pa.Table:
+    return bins.assign(block, len(bins) - 1, _BIN) if block.num_rows else block
+
+
+def _rank_bin(block: pa.Table, bins: Bins, first_ranks: npt.NDArray[np.int64]) -> pa.Table:
+    """Sort a block that is a whole bin, and give its rows their ranks."""
+    if not block.num_rows:
+        return block
+    first_rank = int(first_ranks[block[_BIN][0].as_py()])
+    _, keys, ids = order_keys(block, bins.config, _TIES)
+    # Ray's take, which also knows its own types of columns.
+    rows = BlockAccessor.for_block(block.drop_columns([_BIN])).take(ranking.order(keys, ids))
+    return rows.append_column("rank", pa.array(np.arange(first_rank, first_rank + block.num_rows), pa.int64()))

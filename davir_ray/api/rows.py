@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray.data
 
 from davir_ray.engine.connect import own_errors, whole_block_context
+from davir_ray.engine.shuffle import Change
 from davir_ray.errors import ConfigError
 
 Rows = TypeVar("Rows", ray.data.Dataset, datasets.Dataset)
@@ -30,12 +31,23 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
-def read_here(dataset: datasets.Dataset | ray.data.Dataset, names: Iterable[str]) -> pa.Table:
+def read_here(dataset: datasets.Dataset, names: Iterable[str]) -> pa.Table:
     """Columns of all rows, as a table in this process."""
-    chosen = dataset.select_columns(list(names))
-    if isinstance(chosen, datasets.Dataset):
-        return chosen.with_format("arrow")[:]
-    return pa.concat_tables(ray.get(chosen.to_arrow_refs()))
+    table: pa.Table = dataset.select_columns(list(names)).with_format("arrow")[:]
+    return table
+
+
+def collect_blocks(rows: ray.data.Dataset, names: Iterable[str], summarise: Change, schema: pa.Schema) -> pa.Table:
+    """Bring a small table, with this schema, of some columns of each block into the driver; returns them as one."""
+
+    def summary(block: pa.Table) -> pa.Table:
+        return summarise(block) if block.num_rows else schema.empty_table()
+
+    summaries = rows.select_columns(list(names)).map_batches(summary, batch_size=None, batch_format="pyarrow")
+    with own_errors():
+        tables = ray.get(summaries.to_arrow_refs())
+    # An empty block comes back without its columns (2.60).
+    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 
 
 def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:

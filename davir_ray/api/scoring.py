@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from davir_ray.api.rows import Rows, check_choice, check_dataset, read_here
+from davir_ray.api.rows import Rows, check_choice, check_dataset
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Format, Source, check_chat_template
@@ -213,7 +213,8 @@ def _score_here(dataset: datasets.Dataset, scoring: RowScoring) -> datasets.Data
         context.execution_no_progress_timeout_s = scoring.config.no_progress_timeout_s
         with own_errors("ScoreConfig.no_progress_timeout_s"), ray.data.DataContext.current(context):
             scored = _score_on_ray(ray.data.from_arrow_refs(refs), scoring, len(refs))
-            scores = read_here(scored, scores.column_names).sort_by(_ROW)
+            tables = ray.get(scored.select_columns(scores.column_names).to_arrow_refs())
+            scores = pa.concat_tables(tables).sort_by(_ROW)
     if not np.array_equal(scores[_ROW], np.arange(len(dataset))):
         raise IntegrityError(f"{len(dataset)} rows were to be scored but {scores.num_rows} came back")
     added = datasets.Dataset(scores.drop_columns([_ROW]))

@@ -7,6 +7,7 @@ rank. Any number of ties, shards and workers gives the same ranks, and the drive
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from davir_ray import __version__
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect, exchange
+from davir_ray.engine.shuffle import Change, collect, exchange
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
@@ -41,6 +42,10 @@ _SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.in
 _COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
 
 
+Collect = Callable[[Change, pa.Schema], pa.Table]
+"""Makes a small table, with this schema, of each part of the rows; returns these tables as one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bins:
     """Consecutive ranges of an order; each but the first begins at a boundary, which is a composite key."""
@@ -48,6 +53,8 @@ class Bins:
     config: RankConfig
     boundary_keys: hashing.Keys
     boundary_ids: hashing.Ids
+    id_column: str = "example_id"
+    """The column that breaks ties."""
 
     def __len__(self) -> int:
         return len(self.boundary_keys) + 1
@@ -56,15 +63,15 @@ class Bins:
         """The bin of each composite key, from 0."""
         return ranking.bins(keys, ids, self.boundary_keys, self.boundary_ids)
 
-    def assign(self, table: pa.Table, last_bin: int) -> pa.Table:
-        """The rankable rows of the bins up to `last_bin`, with their bin in the column `bin`."""
-        rankable, keys, ids = order_keys(table, self.config)
+    def assign(self, table: pa.Table, last_bin: int, column: str = "bin") -> pa.Table:
+        """The rankable rows of the bins up to `last_bin`, with their bin in an additional column."""
+        rankable, keys, ids = order_keys(table, self.config, self.id_column)
         numbers = self.numbers(keys, ids)
         needed = rankable.copy()
         needed[rankable] = numbers <= last_bin
         if not needed.all():  # else the table need not be copied
             table = table.filter(pa.array(needed))
-        return table.append_column("bin", pa.array(numbers[numbers <= last_bin], pa.int64()))
+        return table.append_column(column, pa.array(numbers[numbers <= last_bin], pa.int64()))
 
 
 def rank(run: Run, config: RankConfig) -> Manifest:
@@ -75,8 +82,9 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     if done := run.completed("rank", fingerprint):
         return done
     shards = scored.files_in("scores")
-    bins = find_bins(run, config, shards)
-    rows_by_bin = count_bins(run, bins, shards)
+    keys = Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
+    bins = find_bins(partial(collect, keys), total_rows(shards), config, BIN_ROWS)
+    rows_by_bin = count_bins(partial(collect, keys), bins)
     num_rankable = int(rows_by_bin.sum())
     if not num_rankable:
         raise DataError(f"no example can be ranked by {config.order}; statuses: {scored.counts}")
@@ -122,21 +130,22 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     )
 
 
-def find_bins(run: Run, config: RankConfig, shards: list[FileEntry]) -> Bins:
-    """Cut the order of scores/ into bins of about BIN_ROWS, by a sample of the keys."""
-    num_rows = total_rows(shards)
-    num_bins = -(-num_rows // BIN_ROWS)
+def find_bins(
+    collected: Collect, num_rows: int, config: RankConfig, bin_rows: int, id_column: str = "example_id"
+) -> Bins:
+    """Cut an order into bins of about so many rows, by a sample of the keys."""
+    num_bins = -(-num_rows // bin_rows)
     keys, ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
-        sample = collect(_keys(run, config, shards), partial(_sample, config=config, share=share), _SAMPLED)
+        sample = collected(partial(_sample, config=config, id_column=id_column, share=share), _SAMPLED)
         keys, ids = ranking.boundaries(np.asarray(sample["key"]), np.asarray(sample["example_id"]), num_bins)
-    return Bins(config=config, boundary_keys=keys, boundary_ids=ids)
+    return Bins(config=config, boundary_keys=keys, boundary_ids=ids, id_column=id_column)
 
 
-def count_bins(run: Run, bins: Bins, shards: list[FileEntry]) -> npt.NDArray[np.int64]:
-    """The exact number of rows of each bin of scores/."""
-    counted = collect(_keys(run, bins.config, shards), partial(_count, bins=bins), _COUNTED)
+def count_bins(collected: Collect, bins: Bins) -> npt.NDArray[np.int64]:
+    """The exact number of rankable rows of each bin."""
+    counted = collected(partial(_count, bins=bins), _COUNTED)
     rows_by_bin = np.zeros(len(bins), np.int64)
     np.add.at(rows_by_bin, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
     return rows_by_bin
@@ -201,16 +210,14 @@ def file_metadata(run: Run, config: RankConfig, fingerprint: dict[str, Any]) -> 
     }
 
 
-def _keys(run: Run, config: RankConfig, shards: list[FileEntry]) -> Shards:
-    return Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
-
-
-def _sample(table: pa.Table, *, config: RankConfig, share: float) -> pa.Table:
-    _, keys, ids = order_keys(hashing.sample_rows(table, share, "boundaries"), config)
+def _sample(table: pa.Table, *, config: RankConfig, id_column: str, share: float) -> pa.Table:
+    _, keys, ids = order_keys(table, config, id_column)
+    drawn = hashing.drawn(ids, share, "boundaries")
+    keys, ids = keys[drawn], ids[drawn]
     return pa.table({"key": keys, "example_id": ids})
 
 
 def _count(table: pa.Table, *, bins: Bins) -> pa.Table:
-    _, keys, ids = order_keys(table, bins.config)
+    _, keys, ids = order_keys(table, bins.config, bins.id_column)
     numbers, rows = np.unique(bins.numbers(keys, ids), return_counts=True)
     return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})

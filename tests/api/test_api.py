@@ -23,6 +23,7 @@ import davir_ray
 from davir_ray import api
 from davir_ray.api import ranking as row_ranking
 from davir_ray.api import scoring as row_scoring
+from davir_ray.api import selection as row_selection
 from davir_ray.api.scoring import ScoreRows
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
@@ -423,8 +424,9 @@ def expected_order(table: pa.Table, lowest: bool = False) -> list[int]:
 
 @pytest.fixture
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bins so small that a few hundred rows fall into many."""
+    """Bins and stretches so small that a few hundred rows fall into many."""
     monkeypatch.setattr(row_ranking, "BIN_ROWS", 40)
+    monkeypatch.setattr(row_selection, "STRETCH", 40)
 
 
 @pytest.fixture(scope="module")

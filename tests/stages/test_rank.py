@@ -20,6 +20,7 @@ import pytest
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
+from davir_ray.engine.shuffle import collect
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
@@ -192,8 +193,9 @@ def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: i
     scored = run.manifest("score")
     assert scored is not None
     shards = scored.files_in("scores")
-    bins = find_bins(run, RankConfig(), shards)
-    rows_by_bin = count_bins(run, bins, shards)
+    collected = partial(collect, Shards(shards, partial(read_scores, run)))
+    bins = find_bins(collected, 100, RankConfig(), BIN_ROWS)
+    rows_by_bin = count_bins(collected, bins)
     assert len(rows_by_bin) == len(bins) > 1
     rows_by_bin[1] += wrong
     options = {"folder": run / "ranked", "config": RankConfig(), "last_rank": 100, "metadata": {}}
