@@ -1,10 +1,12 @@
-"""A Ray cluster of two nodes on this machine, to see what a run does on a cluster before there is one.
+"""A Ray cluster of two nodes on this machine, for trying a run on a cluster without having one.
 
-    python cluster/local_two_nodes.py                        stays until it is interrupted; says how to submit
+    python cluster/local_two_nodes.py                        runs until it is interrupted; prints how to submit
     python cluster/local_two_nodes.py COMMAND [ARGUMENT ...] runs the command against the cluster, then ends it
 
-It listens on 127.0.0.1 alone, on free ports, asks for a token of its own, keeps everything in a temporary folder that
-it removes, and ends only what it has started. Its exit status is the command's. Needs `pip install -e ".[cluster]"`.
+It listens only on 127.0.0.1, on free ports, requires a token that it generates, keeps everything in a temporary folder
+that it removes, and ends only what it has started. Its exit status is the command's.
+
+Needs `pip install -e ".[cluster]"`.
 """
 
 import argparse
@@ -21,13 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Of each node. Ray's default is 30 % of the machine for each."""
+"""Bytes of each node's object store. Ray's default is 30 % of the machine's memory for each node."""
 
 SUBMIT = "ray job submit --working-dir . -- python jobs/score.py --config RUN.yaml --output /DIR --output_is_shared"
 
 
 def main() -> int:
-    """Start the cluster, and run the command or wait for the end."""
+    """Start the cluster, and run the command or wait to be interrupted."""
     options = arguments()
     signal.signal(signal.SIGTERM, end)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -41,7 +43,7 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    """Options, then the command."""
+    """Parse the options and the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_cpus", type=int, default=2, help="CPUs that each node counts, real or not")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="command to run against the cluster")
@@ -49,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Set the environment of the nodes, and return that of whoever submits; before Ray is imported, which reads it."""
+    """Set the environment of the nodes, and return that of clients; must run before Ray is imported, which reads it."""
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -66,7 +68,7 @@ def prepare(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def cluster(folder: str, num_cpus: int, client: dict[str, str]) -> Iterator[None]:
-    """Two nodes for a block."""
+    """Run the two nodes for the duration of a block."""
     from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
@@ -83,8 +85,8 @@ def cluster(folder: str, num_cpus: int, client: dict[str, str]) -> Iterator[None
         nodes.add_node(**node, **head, temp_dir=folder)
         # With one folder for both, the working directory of a job that ran on one was deleted by the other (2.60).
         nodes.add_node(**node, temp_dir=f"{folder}/2")
-        signal.signal(signal.SIGTERM, end)  # Ray has put its own in the place, which ends one node of the two
-        # `ray start` does this too. Without, a submitted job connects to any Ray that it finds on this machine (2.60).
+        signal.signal(signal.SIGTERM, end)  # Ray has set its own, which ends only one of the nodes
+        # `ray start` does this too. Without it, a submitted job connects to any Ray that it finds here (2.60).
         write_ray_address(nodes.address, folder)
         os.environ["RAY_ADDRESS"] = nodes.address
         yield
@@ -93,20 +95,20 @@ def cluster(folder: str, num_cpus: int, client: dict[str, str]) -> Iterator[None
 
 
 def how_to_submit(client: dict[str, str]) -> str:
-    """What to type in another terminal."""
+    """What to type in another terminal to submit a job."""
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in client.items())
     return f"Two nodes are up. In another terminal:\n\n    export {exports}\n    {SUBMIT}\n\nCtrl-C ends them."
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that no process listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 
 
 def end(*_: object) -> None:
-    """Leave every block on the way out."""
+    """Exit through the open `with` blocks, which clean up."""
     sys.exit(0)
 
 

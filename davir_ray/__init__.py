@@ -9,11 +9,11 @@
     pairs ─prepare─► examples ─freeze─► frozen ─align─► policy ─score─► scores ─► margins ─► report      (align/)
 
 Every arrow is a stage (stages/): it reads files with a schema, writes files with a schema into its own folders of the
-run, and writes its manifest last. pipeline.py reads the chain aloud; formulas/ is the paper; run/ is the folder of a
-run; engine/ is what is generic on Ray; models/ is one process with torch.
+run, and writes its manifest last. pipeline.py calls the stages in order. formulas/ has the paper's equations, run/
+manages the folder of a run, engine/ has the Ray code that stages share, and models/ runs torch in one process.
 
-In a pipeline of Ray Data or `datasets`: `davir_ray.score`, `davir_ray.rank`, `davir_ray.select` (api/).
-They are imported on first use, so that code that needs no Ray does not import it.
+For rows of Ray Data or `datasets` there are `davir_ray.score`, `davir_ray.rank` and `davir_ray.select` (api/). They are
+imported on first use, so that code without Ray does not import it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -48,10 +48,10 @@ def exit_status(job: Callable[[], None]) -> int:
     """Run a job and return 0; where it fails, print one line on standard error and return another status.
 
     2 is for the user's mistake, 1 for storage that failed and for a damaged file, 130 for Ctrl-C, as in shells. Any
-    other error is a defect and shows its traceback. What the job prints reaches a terminal of any encoding, and
-    control characters in the data never act on it.
+    other error is a defect and shows its traceback. In what the job prints, control characters of the data and
+    characters that the terminal cannot encode are escaped.
     """
-    _keep_standard_error_apart()
+    _duplicate_standard_error()
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("davir_ray").setLevel(logging.INFO)
     name = os.path.basename(sys.argv[0])
@@ -68,8 +68,8 @@ def exit_status(job: Callable[[], None]) -> int:
     return 0
 
 
-def _keep_standard_error_apart() -> None:
-    """Let Python write to a copy of file descriptor 2, so that what native code writes there can be sent elsewhere.
+def _duplicate_standard_error() -> None:
+    """Let Python write to a copy of file descriptor 2, so that what native code writes to 2 can be redirected.
 
     A job without standard output or error, such as a daemon's, writes to the null device.
     """
@@ -88,7 +88,7 @@ def show_debug() -> None:
 
 
 def parse_as(settings: type[T] | Mapping[str, type[T]], argv: Sequence[str], description: str = "") -> T:
-    """The validated settings of a command line; ConfigError for anything misspelt, out of range or repeated.
+    """The validated settings of a command line; raises ConfigError for options misspelt, out of range or repeated.
 
     A selection rule on the command line replaces the rule of the file. --help and --print_config print and exit with
     status 0.
@@ -113,11 +113,11 @@ def parse_as(settings: type[T] | Mapping[str, type[T]], argv: Sequence[str], des
 
 
 def _command(names: Mapping[str, Any], first: Sequence[str], description: str) -> str:
-    """The command that the first word of a command line names."""
+    """The command that a command line begins with."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
     )
-    parser.add_argument("command", choices=names, help="What to run; its own options follow, --help lists them.")
+    parser.add_argument("command", choices=names, help="What to run; its own options follow, and --help lists them.")
     if not first:
         raise ConfigError(f"no command is given; give one of {', '.join(names)}")
     try:
@@ -127,9 +127,10 @@ def _command(names: Mapping[str, Any], first: Sequence[str], description: str) -
 
 
 def parse_rank(argv: Sequence[str], description: str = "") -> RankOptions:
-    """The options of jobs/rank.py: changes of a finished run's rank and select settings.
+    """The options of jobs/rank.py: changes to a finished run's rank and select settings.
 
-    ConfigError for anything misspelt, repeated, or of another job. --config may be the file of the run.
+    Raises ConfigError for options that are misspelt, repeated, or only of other jobs. --config may be the file that the
+    run was scored with.
     """
     words, _ = _split_config(argv)
     _refuse_other_options(words)
@@ -140,7 +141,7 @@ def parse_rank(argv: Sequence[str], description: str = "") -> RankOptions:
 
 
 def _refuse_other_options(words: Sequence[str]) -> None:
-    """Refuse options of jobs/score.py only, and those that append to a list: the rest of the list is in the run."""
+    """Refuse options that only jobs/score.py has, and those that append to a list, which only the run knows."""
     others = {field.name for field in dataclasses.fields(RunConfig)} - {*RankOptions.OPTIONS}
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         if option.removeprefix("--").split(".")[0].rstrip("+") in others:
@@ -171,7 +172,7 @@ def _parse_words(parser: ArgumentParser, argv: Sequence[str], *, defaults: bool 
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The command line without its --config, and the file named there."""
+    """The command line without --config, and the file that --config names."""
     rest, file = [], None
     words = iter(argv)
     for word in words:
@@ -190,7 +191,7 @@ def _readable_config(file: str | None) -> Iterator[None]:
     if file is None or "://" not in file:
         yield
         return
-    from davir_ray.run.access import check_readable  # late: only here does the command line need a store
+    from davir_ray.run.access import check_readable  # only here does the command line need a store
     from davir_ray.run.storage_errors import user_errors
 
     check_readable([(file, ConfigError)])

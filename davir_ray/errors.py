@@ -8,7 +8,7 @@
     │   ├── OutputError      the output holds another run, or cannot be written
     │   ├── ClusterError     the cluster does not have what the settings ask for
     │   └── TrainingError    the fine-tune diverged
-    ├── ProgressError        nothing has finished for so long that the run counts as stuck: exit status 1
+    ├── ProgressError        nothing finished within the time limit, so the run counts as stuck: exit status 1
     ├── StorageError         disk or network failed during a run, which the same command continues: exit status 1
     └── IntegrityError       row counts do not reconcile, or a committed file is damaged: exit status 1
 
@@ -50,7 +50,7 @@ class TrainingError(UserError):
 
 
 class ProgressError(DavirError):
-    """Nothing has finished for so long that the run counts as stuck."""
+    """Nothing finished within the time limit, so the run counts as stuck."""
 
 
 class StorageError(DavirError):

@@ -1,4 +1,4 @@
-"""What a job begins with: settings, places, tokenizers and templates, checked before anything takes time."""
+"""The checks at the start of a job: settings, paths, tokenizers and templates, before any slow work begins."""
 
 import logging
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Preparation]:
-    """Find what can be wrong with the settings, before Ray starts or a weight is loaded.
+    """Check the settings and everything they name, before Ray starts or weights are loaded.
 
-    `models` are others than the base that must be readable.
+    `models` are models besides the base that must be readable.
     """
     warn_without_effect(config)
     run = Run.at(config.output or "", overwrite=config.overwrite)
@@ -47,13 +47,13 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
 
 
 def warn_without_effect(config: OutputConfig) -> None:
-    """Name settings that change nothing: a file that serves several commands may well have some."""
+    """Warn about settings without effect; they are no error, because one file may serve several commands."""
     if unused := config.without_effect():
         log.warning("without effect: %s", "; ".join(f"{name} ({why})" for name, why in unused.items()))
 
 
 def read_template(file: str | None) -> str | None:
-    """The text of a chat template's file; ConfigError if it cannot be read."""
+    """The text of a chat template's file; raises ConfigError if it cannot be read."""
     if file is None:
         return None
     with user_errors(f"chat_template {file}", ConfigError):
@@ -72,15 +72,15 @@ def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation) -> M
 
 
 def written_by(run: Run, score: ScoreConfig) -> list[Location]:
-    """The places that a job writes: no data of its own, though they may lie in a data folder."""
+    """The locations that a job writes to; they may be inside a data folder, and are never read as data."""
     return [run.folder, *([Location.of(score.base_cache)] if score.base_cache else [])]
 
 
 def check_base(preparation: Preparation, sources: list[Source]) -> None:
     """Check the base against the settings and the sources.
 
-    ModelError if it is an adapter, lacks the chat template it needs or has tokens without an embedding; ConfigError if
-    it has fewer positions than prepare.max_tokens.
+    Raises ModelError if the base is an adapter, lacks a chat template that is needed or has tokens without an
+    embedding, and ConfigError if it has fewer positions than prepare.max_tokens.
     """
     base, max_tokens = preparation.base, preparation.config.max_tokens
     if base.is_adapter:
@@ -95,9 +95,9 @@ def check_base(preparation: Preparation, sources: list[Source]) -> None:
 
 
 def check_reference(reference: Checkpoint, preparation: Preparation, sources: list[Source]) -> None:
-    """ModelError unless the reference belongs to the base and was trained on text encoded alike."""
+    """Raise ModelError unless the reference belongs to the base and was trained on text encoded in the same way."""
     base = preparation.base
-    if reference.is_adapter:  # it reads with the base's embeddings
+    if reference.is_adapter:  # it uses the base's embeddings
         reference.check_adapter(base)
     else:
         ours, theirs = base.tokenizer(), reference.tokenizer()
@@ -106,16 +106,17 @@ def check_reference(reference: Checkpoint, preparation: Preparation, sources: li
     spec = reference.spec()
     if spec is not None and (changed := differences(spec, scoring_spec(preparation, sources))):
         raise ModelError(
-            f"{reference.uri} was fine-tuned on text encoded otherwise ({'; '.join(changed)}); use the same settings"
+            f"{reference.uri} was fine-tuned on text that was encoded differently ({'; '.join(changed)}); "
+            "use the same settings"
         )
 
 
 def _check_embedding_rows(model: Checkpoint, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
-    """ModelError unless the model has an embedding row for each token of these tokenizers, by checkpoint."""
+    """Raise ModelError unless the model has an embedding row for each token; keys are the tokenizers' checkpoints."""
     limit = num_ids(model)
     for uri, tokenizer in tokenizers.items():
         roles = tokenizer.special_tokens_map
-        # A processor of images or sound writes these, no text does; gemma-3-1b has one and no row for it.
+        # An image, audio or video processor inserts these, text never has them; gemma-3-1b has one without a row.
         placeholders = {str(roles.get(f"{kind}_token")) for kind in ("image", "audio", "video")}
         beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= limit and token not in placeholders}
         if beyond:
@@ -123,8 +124,8 @@ def _check_embedding_rows(model: Checkpoint, tokenizers: dict[str, PreTrainedTok
             more = f" and {len(beyond) - 1} more beyond them" if len(beyond) > 1 else ""
             raise ModelError(
                 f"the tokenizer of {uri} has the token {beyond[first]!r} with the id {first}{more}, but {model.uri} "
-                f"has {limit} embedding rows; resize it (model.resize_token_embeddings({max(beyond) + 1})) and save it "
-                "once it is trained with them, or remove these tokens from the tokenizer"
+                f"has {limit} embedding rows; resize it (model.resize_token_embeddings({max(beyond) + 1})), train it "
+                "and save it, or remove these tokens from the tokenizer"
             )
 
 
@@ -135,10 +136,10 @@ def last_config(run: Run) -> RunConfig:
     except FileNotFoundError as error:
         raise OutputError(f"{run} has no {CONFIG_FILE}; run jobs/score.py with this --output again") from error
     except ConfigError as error:
-        raise OutputError(f"{run} is not of jobs/score.py, or of another version of it: {error}") from error
+        raise OutputError(f"{run} was not written by jobs/score.py, or by another version of it: {error}") from error
 
 
 def scored_with(run: Run, role: str, uri: str, trust_remote_code: bool) -> Checkpoint:
-    """The base or reference that a finished run was scored with: from the hub, the same commit."""
+    """The base or reference that a finished run was scored with; a model of the hub at the same commit."""
     commit = run.require("score").fingerprint[role].get("commit")
     return Checkpoint.find(f"{uri.partition('@')[0]}@{commit}" if commit else uri, trust_remote_code)

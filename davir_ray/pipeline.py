@@ -1,4 +1,4 @@
-"""The main job, read aloud: prepare, finetune, score, rank, select, report."""
+"""The main job from start to end: prepare, finetune, score, rank, select, report."""
 
 import logging
 from typing import Any
@@ -13,7 +13,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
-from davir_ray.stages.dry_run import foresee
+from davir_ray.stages.dry_run import describe_run
 from davir_ray.stages.finetune import finetune
 from davir_ray.stages.prepare import Preparation, scoring_spec
 from davir_ray.stages.rank import rank
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def run_all(config: RunConfig) -> Run:
-    """From raw data to a ranked, selected set and its report; stages that are complete are skipped."""
+    """Run the chain from raw data to a ranked, selected set and its report; complete stages are skipped."""
     config.require_input()
     config.select.require_rule()
     run, preparation = check_inputs(config, config.reference)
@@ -44,7 +44,7 @@ def run_all(config: RunConfig) -> Run:
 
 
 def finetune_only(config: RunConfig) -> Run:
-    """Prepare and fine-tune. What jobs/score.py does afterwards is not looked at."""
+    """Prepare and fine-tune; the settings of later stages are not used."""
     if config.dry_run:
         raise ConfigError("--dry_run is an option of jobs/score.py, which takes the same options; nothing was done")
     if config.reference is not None:
@@ -59,7 +59,7 @@ def finetune_only(config: RunConfig) -> Run:
 
 
 def rank_only(options: RankOptions) -> Run:
-    """Rank and select again from the scores of a finished run, by its own settings with some of them changed."""
+    """Rank and select again from the scores of a finished run, with its settings as changed by the options."""
     run = Run.at(options.output)
     probe_output(run.folder)
     scored = run.require("score").counts["scored"]
@@ -72,21 +72,21 @@ def rank_only(options: RankOptions) -> Run:
 
 
 def dry_run(config: RunConfig) -> list[str]:
-    """Check settings, files, tokenizers and the cluster without loading a weight; returns lines for the user."""
+    """Check settings, files, tokenizers and the cluster without loading weights; returns lines for the user."""
     config.require_input()
     config.select.require_rule()
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     with connected_to(run, is_shared=config.output_is_shared):
         training = None if reference else config.finetune
-        lines = foresee(run, config, preparation, training, written_by(run, config.score))
+        lines = describe_run(run, config, preparation, training, written_by(run, config.score))
     return [*lines, f"reference: {reference.uri if reference else 'fine-tuned in this run'}"]
 
 
 def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: bool = False) -> Verification:
     """Check the files of a finished run, and score random rows again one at a time.
 
-    Code that comes with a model is run only if this command says so, whatever the run's configuration does.
+    Code that comes with a model is run only with `trust_remote_code`, whatever the run's configuration says.
     """
     run = Run.at(output)
     check_readable([(str(run), OutputError)])
@@ -109,7 +109,7 @@ def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> No
 
 
 def _tokenizer(run: Run, config: RunConfig, trust_remote_code: bool) -> Any:
-    """The base's tokenizer, to spell tokens in the report; None if it cannot be loaded any more."""
+    """The base's tokenizer, for the tokens that the report shows; None if it can no longer be loaded."""
     try:
         return scored_with(run, "base", config.base or "", trust_remote_code).tokenizer()
     except ModelError as error:
@@ -118,7 +118,7 @@ def _tokenizer(run: Run, config: RunConfig, trust_remote_code: bool) -> Any:
 
 
 def _given_reference(config: RunConfig, preparation: Preparation) -> Checkpoint | None:
-    """The reference that the user gives, once it is known to belong to the base."""
+    """The user's reference, after checking that it belongs to the base; None if the run fine-tunes one."""
     if config.reference is None:
         return None
     reference = Checkpoint.find(config.reference, config.trust_remote_code)

@@ -1,7 +1,7 @@
-"""Every column that a stage writes: name, Arrow type, unit and meaning; and every reason of a reject and every status.
+"""Every column that a stage writes, with its Arrow type, unit and meaning; every reject reason and every status.
 
 The stages exchange Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
-`GENERATIONS`, `MATCHES`), so this file is the contract between them, and with readers of the output.
+`GENERATIONS`, `MATCHES`), so this file is the contract between stages, and with readers of the output.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 
 class RejectReason(StrEnum):
-    """Why a row of the input is not an example. `detail` in rejects/ has the particulars."""
+    """Why a row of the input did not become an example; the column `detail` of rejects/ says more."""
 
     BROKEN_JSON = "broken_json"  # the line or array element is not JSON
     INVALID_TEXT = "invalid_text"  # not UTF-8, or with a lone surrogate
@@ -79,7 +79,7 @@ _LOSSES = [
     Column("reference_nll", pa.float64(), "nats, summed over the scored tokens, under the reference"),
     Column("davir", pa.float64(), "(base_nll - reference_nll) / base_nll; null unless status is ok"),
     Column("rho_sum", pa.float64(), "base_nll - reference_nll, nats"),
-    Column("rho_mean", pa.float64(), "(base_nll - reference_nll) / num_response_tokens, nats a token"),
+    Column("rho_mean", pa.float64(), "(base_nll - reference_nll) / num_response_tokens, nats per token"),
     _STATUS,
 ]
 _TOKEN_LOSSES = [
@@ -117,7 +117,7 @@ _MARGINS = [
 _RANK = [Column("rank", pa.int64(), "1 = best by the chosen order, ties by ascending example_id")]
 _REJECT = [
     Column("reason", pa.string(), "why the row was rejected (see RejectReason)"),
-    Column("detail", pa.string(), "the particulars, for correcting the data"),
+    Column("detail", pa.string(), "details that help to correct the data"),
 ]
 
 _GENERATED = [

@@ -20,10 +20,10 @@ class LogHandler(logging.Handler):
         self.setFormatter(PrintableFormatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; an error in doing so is reported as logging does, and does not end the job."""
+        """Write one record; an error while writing goes to logging's error handler and does not end the job."""
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:  # noqa: BLE001  # as every handler of the standard library
+        except Exception:  # noqa: BLE001  # like every handler of the standard library
             self.handleError(record)
 
 

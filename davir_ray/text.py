@@ -29,20 +29,20 @@ def one_line(error: BaseException, max_length: int | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for characters that would control a terminal or reverse a line; \\n and \\t stay.
+    """Escape the characters of a text that would control a terminal or reorder a line, except \\n and \\t.
 
     Data may contain escape sequences, which a terminal would execute.
     """
-    return text if text.isprintable() else "".join(map(_shown, text))
+    return text if text.isprintable() else "".join(map(_escaped, text))
 
 
-def _shown(character: str) -> str:
-    if character in "\n\t" or character in _JOINERS or unicodedata.category(character) not in _ACTING:
+def _escaped(character: str) -> str:
+    if character in "\n\t" or character in _JOINERS or unicodedata.category(character) not in _UNSAFE_CATEGORIES:
         return character
     return character.encode("unicode_escape").decode()
 
 
-_ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories: controls, formats (such as writing direction), lone surrogates, line and paragraph separators."""
 
 

@@ -1,4 +1,4 @@
-"""Measure davir_ray against the machine it runs on, and against other ways of doing the same in the same process.
+"""Benchmark davir_ray against the peak of its machine, and against other implementations in the same process.
 
     python jobs/benchmark.py likelihood [--json FILE]                  the scoring kernel: speed, memory, exactness
     python jobs/benchmark.py ranking --rows 10000000 [--json FILE]     the exact ranking: speed, memory, balance
@@ -36,7 +36,7 @@ RUN: dict[type[Any], Callable[[Any], dict[str, Any]]] = {
 def main(settings: Any) -> None:
     """Run the benchmark of these settings and print its result."""
     if settings.json is not None and not Path(settings.json).absolute().parent.is_dir():
-        raise ConfigError(f"json is {settings.json}, whose folder does not exist; make it first")
+        raise ConfigError(f"json is {settings.json}, whose folder does not exist; create it first")
     text = json.dumps(RUN[type(settings)](settings), indent=1)
     print(text)
     if settings.json is not None:

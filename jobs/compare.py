@@ -14,7 +14,8 @@ from davir_ray.config.compare import CompareConfig
 
 def main(config: CompareConfig) -> None:
     """Run the comparison and print where the result is."""
-    from davir_ray.compare.job import compare  # late: a mistake in the options is reported before torch and Ray load
+    # Imported here, so that a mistake in the options is reported before torch and Ray load.
+    from davir_ray.compare.job import compare
 
     output = compare(config)
     print(f"table: {output / 'results.parquet'}\npage:  {output / 'comparison.html'}")

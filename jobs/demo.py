@@ -1,4 +1,4 @@
-"""A demonstration with known truth: does DavIR find the examples that a model can learn from?
+"""A demonstration on data with a known answer: does DavIR find the examples that a model can learn from?
 
     python jobs/demo.py [--output DIR]
 
@@ -23,8 +23,9 @@ class DemoOptions:
 
 
 def main(options: DemoOptions) -> None:
-    """Run the demo and print how the selection compares with the truth."""
-    from davir_ray.demo.run import run_demo  # late: a mistake in the options is reported before torch and Ray load
+    """Run the demo and print how the selection compares with the known answer."""
+    # Imported here, so that a mistake in the options is reported before torch and Ray load.
+    from davir_ray.demo.run import run_demo
 
     print(run_demo(Path(options.output)))
 

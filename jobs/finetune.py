@@ -15,7 +15,8 @@ from davir_ray.config.run import RunConfig
 
 def main(config: RunConfig) -> None:
     """Prepare, fine-tune, and print where the reference is."""
-    from davir_ray.pipeline import finetune_only  # late: a mistake in the options is reported before torch and Ray load
+    # Imported here, so that a mistake in the options is reported before torch and Ray load.
+    from davir_ray.pipeline import finetune_only
 
     run = finetune_only(config)
     print(f"reference: {run / 'reference'}")

@@ -14,10 +14,8 @@ from davir_ray.config.run import RunConfig
 
 def main(config: RunConfig) -> None:
     """Run the chain and print where the result is; with --dry_run, only print what would be done."""
-    from davir_ray.pipeline import (  # late: a mistake in the options is reported before torch and Ray load
-        dry_run,
-        run_all,
-    )
+    # Imported here, so that a mistake in the options is reported before torch and Ray load.
+    from davir_ray.pipeline import dry_run, run_all
 
     if config.dry_run:
         print("\n".join(dry_run(config)))

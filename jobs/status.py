@@ -1,7 +1,9 @@
-"""Where a run stands, from any machine that can read its output. Needs no cluster and writes nothing.
+"""How far a run is, from any machine that can read its output.
 
-python jobs/status.py --output s3://bucket/run1
-python jobs/status.py --output s3://bucket/run1 --json
+    python jobs/status.py --output s3://bucket/run1
+    python jobs/status.py --output s3://bucket/run1 --json
+
+Needs no cluster and writes nothing.
 """
 
 import sys
@@ -22,7 +24,7 @@ class StatusOptions:
 
 def main(options: StatusOptions) -> None:
     """Print the status of the run."""
-    from davir_ray.run.status import status  # late: --help need not wait for it
+    from davir_ray.run.status import status  # imported here, so that --help is fast
 
     found = status(options.output)
     print(found.to_json() if options.json else "\n".join(found.lines()))

@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/verify.py --output s3://bucket/run1 [--rows 200] [--seed 0]
 
-Ends with status 1 if a file was changed, or a stored loss differs from what the models give.
+Ends with status 1 if a file has changed, or a stored loss differs from what the models compute.
 """
 
 import sys
@@ -21,7 +21,7 @@ class VerifyOptions:
     rows: int = 200
     """Rows to score again, chosen at random."""
     seed: int = 0
-    """Seed of the choice."""
+    """Seed of the random choice."""
     trust_remote_code: bool = False
     """Run Python code that comes with the run's models."""
 
@@ -30,8 +30,9 @@ class VerifyOptions:
 
 
 def main(options: VerifyOptions) -> None:
-    """Verify the run and print what was found."""
-    from davir_ray.pipeline import verify_only  # late: a mistake in the options is reported before torch and Ray load
+    """Verify the run and print the result."""
+    # Imported here, so that a mistake in the options is reported before torch and Ray load.
+    from davir_ray.pipeline import verify_only
 
     code = options.trust_remote_code
     print("\n".join(verify_only(options.output, options.rows, options.seed, trust_remote_code=code).lines()))

@@ -189,7 +189,7 @@ def test_a_store_that_dies_while_shards_are_written(
     committed = (run / "scores").listed()
     assert len(committed) >= 3
     if status != 0:
-        assert "The same command goes on where this run stopped" in first.output
+        assert "The same command continues where this run stopped" in first.output
         again = Driver("score.py", wanted, tmp_path / "again.log", ceph_store.environment, ray_address)
         assert again.finish() == 0, again.output
     assert_left_as_it_was(Run(run), committed)

@@ -488,7 +488,7 @@ def test_verify_finds_a_score_that_the_models_do_not_give(copied: RunConfig) -> 
     scored = manifest(copied.output, "score")
     files = [replace(entry, name=f"scores/{name}") if file.name.endswith(name) else file for file in scored.files]
     replace(scored, files=files).commit(Run.at(str(copied.output)).folder)
-    with pytest.raises(IntegrityError, match=r"stored losses of example \d+ differ by [\d.]+ nats a token"):
+    with pytest.raises(IntegrityError, match=r"stored losses of example \d+ differ by [\d.]+ nats per token"):
         verify_only(str(copied.output), 300, 0)
 
 

@@ -14,7 +14,7 @@ from davir_ray.inputs import check_inputs, prepare_inputs, written_by
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
-from davir_ray.stages.dry_run import foresee
+from davir_ray.stages.dry_run import describe_run
 from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.score import freeze, score
 
@@ -55,4 +55,4 @@ def dry_run(config: AlignRunConfig) -> list[str]:
     run, preparation = check_inputs(config)
     finished_runs(config.beside)
     with connected_to(run, is_shared=config.output_is_shared):
-        return foresee(run, config, preparation, config.finetune, written_by(run, config.score))
+        return describe_run(run, config, preparation, config.finetune, written_by(run, config.score))

@@ -33,7 +33,7 @@ class AlignConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignRunConfig(InputConfig):
-    """Train a policy on preference pairs by DavIR-DPO, or by a loss that it is compared with."""
+    """Train a policy on preference pairs with DavIR-DPO, or with a loss that it is compared with."""
 
     prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(max_tokens=1024))
     """How raw records become tokenised pairs."""
@@ -58,5 +58,5 @@ class AlignRunConfig(InputConfig):
         for source in self.all_sources():
             if source.format != "preference":
                 raise ConfigError(
-                    f"source {source.name!r} has the format {source.format}; pairs to align with have preference"
+                    f"source {source.name!r} has the format {source.format}; jobs/align.py needs the format preference"
                 )

@@ -27,7 +27,7 @@ def changed(settings: Any, default: Any = None, prefix: str = "") -> list[str]:
 
 
 def check_no_secret(field_name: str, uri: str | None) -> None:
-    """Refuse credentials in a URI, which is written to config.yaml and to messages."""
+    """Refuse credentials in a URI, because URIs are written to config.yaml and to messages."""
     if uri and re.match(r"\w+://[^/]*:[^/]*@", uri):
         without = re.sub(r"//.*@", "//…@", uri)
-        raise ConfigError(f"{field_name} is {without!r}, with a password in it; give credentials by the environment")
+        raise ConfigError(f"{field_name} is {without!r}, with a password in it; give credentials in the environment")

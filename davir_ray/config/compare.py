@@ -29,8 +29,8 @@ class TrialName(NamedTuple):
         return f"{self.arm}-{self.rows}-{self.reading}-seed{self.seed}"
 
 
-_OWN_OF_RECIPE = ("seed", "max_steps", "export_epochs")
-"""Settings of a fine-tune that the comparison chooses itself."""
+_SET_BY_COMPARISON = ("seed", "max_steps", "export_epochs")
+"""Settings of a fine-tune that the comparison sets itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class CompareConfig(OutputConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with the run's base, whatever the run's own configuration says."""
     max_bad_fraction: float = 0.01
-    """Largest share of rejected held-out rows; above it the job stops with the reasons counted."""
+    """Maximum share of rejected held-out rows; above it the job stops and reports the reasons with their counts."""
     arms: list[ArmName] = field(
         default_factory=lambda: ["selection", "random", "random_matched", "lowest", "rho", "full"]
     )
@@ -68,7 +68,7 @@ class CompareConfig(OutputConfig):
     """How long each arm is trained: for the recipe's number of epochs, or for as many optimiser steps as every prepared
     example takes in that number of epochs."""
     seeds: int = 3
-    """Models of each arm, each with its own data order and, where rows are drawn, its own draw."""
+    """Number of models to train for each arm, each with its own data order and, where rows are drawn, its own draw."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Fields of finetune that differ from the run's own, such as {epochs: 1}."""
     measures: list[MeasureName] = field(default_factory=lambda: ["loss"])
@@ -78,12 +78,12 @@ class CompareConfig(OutputConfig):
     """How answers are generated for exact_match and for the instructions."""
     instructions: str | None = None
     """A list of instructions (JSON, JSON lines or Parquet with `instruction` and perhaps `input`) that each model
-    answers into a file for alpaca_eval. No judge is called. None: none."""
+    answers into a file for alpaca_eval. No judge is called. None: no instructions."""
     instructions_chat: bool | None = None
-    """Give each instruction as a user's turn in the chat template, not in Stanford Alpaca's prompt. None: if all data
-    of the run are messages."""
+    """Give each instruction as a user's turn in the chat template, not in Stanford Alpaca's prompt. None: true if all
+    data of the run are messages."""
     arms_at_once: int | None = None
-    """Most arms to train at the same time. None: as many as the cluster has room for."""
+    """Maximum number of arms to train at the same time. None: as many as the cluster has room for."""
     keep_models: bool = False
     """Keep each arm's model in its folder after it has been measured."""
 
@@ -130,7 +130,7 @@ class CompareConfig(OutputConfig):
                 raise ConfigError(
                     f"recipe has {name!r}, which is not a field of finetune; see --finetune of jobs/score.py"
                 )
-            if name in _OWN_OF_RECIPE:
+            if name in _SET_BY_COMPARISON:
                 raise ConfigError(f"recipe has {name!r}, which the comparison sets itself; leave it out")
         try:
             FinetuneConfig(**self.recipe)
@@ -144,7 +144,7 @@ class CompareConfig(OutputConfig):
         return [Source(name=self.heldout_format, path=self.heldout, format=self.heldout_format)]
 
     def require(self) -> None:
-        """Raise ConfigError for the first of output, run and held-out data that is not given."""
+        """Raise ConfigError if output, run or held-out data is not given."""
         self.require_output()
         if not self.run:
             raise ConfigError("no run is given; add --run DIR, the output of a finished jobs/score.py")

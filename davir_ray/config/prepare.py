@@ -10,11 +10,11 @@ class PrepareConfig:
     """How raw records become tokenised examples."""
 
     max_tokens: int = 512
-    """Limit of tokens of prompt and response together. A longer response loses its tail; a prompt that leaves no room
-    for one is rejected."""
+    """Maximum number of tokens of prompt and response together. A longer response loses its tail; a prompt that leaves
+    no room for one is rejected."""
     shard_rows: int = 4096
-    """Maximum number of rows in a shard, the unit of work, commit and resume. Grows with the corpus, to at most about
-    20,000 shards."""
+    """Maximum number of rows in a shard, the unit of work, commit and resume. A very large corpus gets larger shards,
+    so that there are about 20,000 of them at most."""
 
     def __post_init__(self) -> None:
         check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")

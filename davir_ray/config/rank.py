@@ -1,4 +1,4 @@
-"""The options of jobs/rank.py: changes of a finished run's own rank and select settings."""
+"""The options of jobs/rank.py: changes to a finished run's own rank and select settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from davir_ray.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """What the command line and its --config say."""
+    """The options of jobs/rank.py, from the command line and its --config."""
 
     OPTIONS: ClassVar = ("output", "output_is_shared", "trust_remote_code", "rank", "select")
     """The fields of RunConfig that are options."""
@@ -31,13 +31,13 @@ class RankOptions:
     changes: dict[str, Any] = field(default_factory=dict)
     """New values of fields of rank and select, by dotted name."""
     stated: dict[str, Any] = field(default_factory=dict)
-    """Values that --config has for other fields, by dotted name; they must be the run's, or it belongs to another."""
+    """Values that --config has for other fields, by dotted name; they must equal the run's own."""
     on_command_line: tuple[str, ...] = ()
     """Dotted names of the fields given on the command line itself."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any], on_command_line: Mapping[str, Any]) -> Self:
-        """The options from the values by dotted name: all that are given, and those on the command line itself."""
+        """The options from values by dotted name: `given` has those of --config, too."""
         if not given.get("output"):
             raise ConfigError("no output is given; add --output DIR, the folder of a finished run of jobs/score.py")
         changes = {name: value for name, value in given.items() if name.split(".")[0] in ("rank", "select")}
@@ -61,7 +61,7 @@ class RankOptions:
         )
 
     def applied_to(self, own: RunConfig) -> RunConfig:
-        """The run's own configuration with the changes; ConfigError where they contradict it."""
+        """The run's own configuration with the changes; raises ConfigError if they contradict it."""
         values = dataclasses.asdict(own)
         self._check_stated(values)
         if rules := rules_in(self.changes, "select."):
@@ -72,22 +72,22 @@ class RankOptions:
         values["output_is_shared"] |= self.output_is_shared
         config = load(RunConfig, yaml.safe_dump(values))
         refuse_without_effect(config, self.on_command_line)
-        least, same_order = config.select.min_score, (own.rank.order, own.rank.lowest)
+        min_score, own_order = config.select.min_score, (own.rank.order, own.rank.lowest)
         if (
-            least is not None
+            min_score is not None
             and "select.min_score" not in self.changes
-            and same_order != (config.rank.order, config.rank.lowest)
+            and own_order != (config.rank.order, config.rank.lowest)
         ):
             raise ConfigError(
-                f"select.min_score is {least}, the run's own for another order ({own.rank.order}); give a rule for the "
-                f"order {config.rank.order}"
+                f"select.min_score is {min_score}, which the run has for another order ({own.rank.order}); give a rule "
+                f"for the order {config.rank.order}"
             )
         return config
 
     def _check_stated(self, own: dict[str, Any]) -> None:
-        """ConfigError where the file and the run differ in a field that ranking again cannot change."""
+        """Raise ConfigError if the file and the run differ in a field that ranking again cannot change."""
         for name, value in self.stated.items():
-            if name in ("overwrite", "dry_run") and not value:  # a switch of one command: off, it asks for nothing
+            if name in ("overwrite", "dry_run") and not value:  # switched off, they request nothing
                 continue
             for place in value if isinstance(value, list) else [value]:
                 if isinstance(place, str):
@@ -100,5 +100,5 @@ class RankOptions:
             if value != in_run:
                 raise ConfigError(
                     f"{name} is {value!r} in the configuration file but {in_run!r} in the run {self.output}; ranking "
-                    "again changes rank and select only: correct the file, or score with it by jobs/score.py"
+                    "again can change only rank and select: correct the file, or use it with jobs/score.py"
                 )

@@ -1,7 +1,7 @@
 """The configuration of the main job: frozen, validated when it is made, every field with its unit and what None means.
 
 A YAML file and dotted options on the command line set the same fields (see cli.py). A stage receives its own section,
-never the whole.
+never the whole configuration.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class GenerateConfig:
     """Greedy generation by a pool of actors; its size and precision are those of score."""
 
     max_new_tokens: int = 512
-    """Limit of tokens of a generated text; a text that reaches it counts as unfinished."""
+    """Maximum number of tokens of a generated text; a text that reaches it counts as unfinished."""
     tokens_per_batch: int | None = None
     """Token budget of one batch, prompts and new tokens together; halved automatically when the device runs out of
     memory. None: by device."""
@@ -55,7 +55,7 @@ class OutputConfig:
     """Where a job writes."""
 
     output: str | None = None
-    """Folder of the run: a local path or s3://…; made if absent, continued if it holds the same run."""
+    """Folder of the run: a local path or s3://…; created if it does not exist, continued if it holds the same run."""
     output_is_shared: bool = False
     """The local output is on a file system that every node sees; needed where the cluster has several nodes."""
     overwrite: bool = False
@@ -65,12 +65,12 @@ class OutputConfig:
         check_no_secret("output", self.output)
 
     def require_output(self) -> None:
-        """Raise ConfigError where no output is given."""
+        """Raise ConfigError if no output is given."""
         if not self.output:
             raise ConfigError("no output is given; add --output DIR (a local path or s3://…)")
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that were changed but have no effect with the others as they are: why, by dotted name."""
+        """The reason for each changed setting that has no effect, given the other settings, by dotted name."""
         return {
             name: reason
             for name in changed(self)
@@ -79,7 +79,7 @@ class OutputConfig:
         }
 
     def reasons_without_effect(self) -> dict[str, str | None]:
-        """Sections and fields that may have no effect, with the reason where they have none."""
+        """For each section or field that other settings can disable, the reason if they do, else None."""
         return {}
 
 
@@ -100,7 +100,7 @@ class InputConfig(OutputConfig):
     keep_record: bool = True
     """Keep the source row as JSON in examples and selected."""
     max_bad_fraction: float = 0.01
-    """Largest share of rejected rows; above it the run stops with the reasons counted."""
+    """Maximum share of rejected rows; above it the run stops and reports the reasons with their counts."""
     limit: int | None = None
     """Read at most this many records from each source, for a trial. None: all."""
     trust_remote_code: bool = False
@@ -132,7 +132,7 @@ class InputConfig(OutputConfig):
             check_no_secret("data", path)
         names = [source.name for source in self.sources]
         for name in names:
-            check(names.count(name) == 1, "source name", name, "unique: example_id is made of it")
+            check(names.count(name) == 1, "source name", name, "unique, because example_id depends on it")
 
     def all_sources(self) -> list[Source]:
         """The sources, with --data and --format as one source named after its format."""
@@ -141,7 +141,7 @@ class InputConfig(OutputConfig):
         return [Source(name=self.format, path=self.data, format=self.format)]
 
     def require_input(self) -> None:
-        """Raise ConfigError where output, base or data is missing, or an option does not fit the others."""
+        """Raise ConfigError if output, base or data is missing, or an option does not fit the others."""
         self.require_output()
         if not self.base:
             raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")

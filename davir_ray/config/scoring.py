@@ -16,7 +16,7 @@ class ScoreConfig:
     num_actors: int | None = None
     """Actors in the pool. None: as many as the cluster has room for, with one CPU left for reading and writing."""
     autoscale: list[int] | None = None
-    """[least, most] actors, instead of num_actors: the pool starts with as many as fit, requests more nodes from the
+    """[min, max] actors, instead of num_actors: the pool starts with as many as fit, requests more nodes from the
     cluster's autoscaler, and grows as they join. Where no node has a GPU yet, give num_gpus. None: a pool of fixed
     size."""
     num_cpus: float = 1.0
@@ -37,7 +37,7 @@ class ScoreConfig:
         check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
         if self.autoscale is not None:
             ascending = len(self.autoscale) == 2 and 1 <= self.autoscale[0] <= self.autoscale[1]
-            check(ascending, "score.autoscale", self.autoscale, "[least, most], two ascending numbers from 1")
+            check(ascending, "score.autoscale", self.autoscale, "[min, max], two ascending numbers from 1")
             if self.num_actors is not None:
                 raise ConfigError("both score.num_actors and score.autoscale are given; give one of the two")
         check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")

@@ -72,7 +72,7 @@ class SelectConfig:
     top_tokens: int | None = None
     """The longest prefix of the ranking with at most this many scored tokens."""
     min_score: float | None = None
-    """Every row whose ordering key is at least this (at most, with rank.lowest)."""
+    """Every row whose value in rank.order is at least this (at most, with rank.lowest)."""
     min_response_tokens: int | None = None
     """Filter: at least this many scored tokens in a response."""
     max_response_tokens: int | None = None
@@ -99,8 +99,9 @@ class SelectConfig:
         check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
-        least, most = self.min_response_tokens, self.max_response_tokens
-        check(least is None or most is None or least <= most, "select.min_response_tokens", least, f"at most {most}")
+        shortest, longest = self.min_response_tokens, self.max_response_tokens
+        fits = shortest is None or longest is None or shortest <= longest
+        check(fits, "select.min_response_tokens", shortest, f"at most {longest}")
         edges = self.length_edges
         ascending = all(a < b for a, b in pairwise([0, *edges]))
         check(bool(edges) and ascending, "select.length_edges", edges, "ascending numbers above 0")
@@ -117,10 +118,10 @@ class SelectConfig:
             check(names.count(name) == 1, "source in select.mixture", name, "given once")
 
     def check_fits(self, rank: RankConfig, sources: Sequence[str]) -> None:
-        """ConfigError where the rule contradicts the ranking, or names none of the sources (none: not known yet)."""
+        """Raise ConfigError if the rule contradicts the ranking or names a source not in `sources`, if known."""
         if self.min_score is not None and rank.order == "random":
             raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
-        if rank.most is not None and self.rules:  # what lies beyond the first ranks is unknown
+        if rank.most is not None and self.rules:  # the rows beyond rank.most are unknown
             if not (self.quotas or (self.top_k is not None and not self.balance)):
                 raise ConfigError(
                     f"rank.most is {rank.most}, but select.{self.rules[0]} may need every rank; leave rank.most out "
@@ -137,7 +138,7 @@ class SelectConfig:
                 raise ConfigError(f"select names the source {name!r}; the sources are {', '.join(sources)}")
 
     def require_rule(self) -> None:
-        """Raise ConfigError where no rule is given, or one names a range of lengths that does not exist."""
+        """Raise ConfigError if no rule is given, or one names a range of lengths that does not exist."""
         if not self.rules:
             rules = ", ".join(f"--select.{rule}" for rule in SELECT_RULES)
             raise ConfigError(
@@ -172,12 +173,12 @@ class SelectConfig:
 
 
 def rules_in(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the selection rules that are set among values by name; `prefix` stands before the names there."""
+    """Names of the selection rules that are set in `values`, whose keys begin with `prefix`."""
     return [rule for rule in SELECT_RULES if values.get(f"{prefix}{rule}") not in (None, {}, [])]
 
 
 def keep_rules(select: MutableMapping[str, Any], rules: Collection[str]) -> None:
-    """Reset all rules but these among the fields of a selection."""
+    """Reset the selection rules other than these to their defaults."""
     unset = SelectConfig()
     for rule in set(SELECT_RULES) - set(rules):
         select[rule] = getattr(unset, rule)

@@ -8,7 +8,7 @@ from davir_ray.config.checks import check, check_no_secret
 from davir_ray.errors import ConfigError
 
 Format = Literal["alpaca", "gsm8k", "prompt_response", "messages", "preference"]
-"""Formats of a record; data/formats.py has what each of them does."""
+"""Formats of a record; data/formats.py defines what each of them does."""
 
 COLUMN_OPTIONS: dict[Format, tuple[str, ...]] = {
     "prompt_response": ("prompt_column", "response_column"),
@@ -51,7 +51,7 @@ class Source:
             check_no_secret(option, path)
 
     def check_columns(self) -> None:
-        """Raise ConfigError where a column is named that the format does not read."""
+        """Raise ConfigError if a column is named that the format does not read."""
         defaults = {field.name: field.default for field in fields(self) if field.name.endswith("_column")}
         for name, default in defaults.items():
             value = getattr(self, name)
@@ -68,7 +68,7 @@ class Source:
 
 
 def check_chat_template(chat_template: str | None, formats: Iterable[Format]) -> None:
-    """Raise ConfigError where a chat template is given but none of the formats uses one."""
+    """Raise ConfigError if a chat template is given but none of the formats uses one."""
     if chat_template is not None and not {"messages", "preference"} & set(formats):
         raise ConfigError(
             "chat_template is given, but only the format messages is rendered with one, and preference where its "

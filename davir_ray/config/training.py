@@ -13,8 +13,8 @@ class FinetuneConfig:
     epochs: int = 3
     """Passes over the examples."""
     max_steps: int | None = None
-    """Optimiser steps, instead of epochs: as many passes as they need, the last one incomplete. None: epochs
-    decides."""
+    """Number of optimiser steps, instead of epochs: as many passes as they need, the last one incomplete. None: train
+    for epochs."""
     batch_size: int = 128
     """Examples in a global batch, over all workers; each batch is one optimiser step."""
     learning_rate: float = 2e-5
@@ -41,7 +41,7 @@ class FinetuneConfig:
     num_cpus: int = 1
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None
-    """Give each worker one GPU. None: if the cluster has any."""
+    """Give each worker one GPU. None: true if the cluster has any."""
     checkpoint_every_steps: int = 200
     """Steps between checkpoints; after a worker or the driver was killed, training continues from the last."""
     max_failures: int = 3

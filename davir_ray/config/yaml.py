@@ -1,4 +1,4 @@
-"""Settings as YAML and as options: how a file is read strictly, and how the resolved configuration is written."""
+"""Settings as YAML and as command-line options: parsing files strictly, and writing the resolved configuration."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from davir_ray.text import decoded, one_line
 T = TypeVar("T")
 """The settings of a job: a frozen dataclass, validated when it is made."""
 
-_OF_EVERY_JOB = ("help", "config", "print_config", "debug")
+_COMMON_OPTIONS = ("help", "config", "print_config", "debug")
 
 
 def dump(config: Any) -> str:
@@ -75,9 +75,9 @@ def new_parser(settings: type[Any], description: str, shown: Collection[str] = (
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # let `--overwrite` mean `--overwrite true`
             action.nargs, action.const = "?", True
-        if isinstance(action.metavar, str):  # jsonargparse begins it with a control character to take back a space
+        if isinstance(action.metavar, str):  # jsonargparse puts a backspace in front of it
             action.metavar = action.metavar.lstrip("\b")
-        if shown and action.dest.split(".")[0] not in (*shown, *_OF_EVERY_JOB):
+        if shown and action.dest.split(".")[0] not in (*shown, *_COMMON_OPTIONS):
             action.help = argparse.SUPPRESS
     return parser
 
@@ -86,7 +86,7 @@ _PLAIN_YAML = get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """The content of a file or of an option's value; ConfigError where a key is repeated, as the last would count."""
+    """Parse a file or an option's value; raises ConfigError if a key is repeated, as only the last would count."""
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "", {})
     except RecursionError as error:
@@ -95,7 +95,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
-    """Refuse a repeated key, also where it is `a.b` once and `b` of `a` once; `lines` has each dotted key's line."""
+    """Refuse a repeated key, also one written both as `a.b` and as `b` within `a`; `lines`: where each key was seen."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_repeated_keys(item, "", {})
@@ -112,7 +112,7 @@ def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, lines: dict[str, 
 
 
 def instantiate(settings: type[T], parser: ArgumentParser, values: Namespace) -> T:
-    """The settings that parsed values describe; ConfigError where a section is left empty."""
+    """The settings that parsed values describe; raises ConfigError if a section is left empty."""
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
     for field in fields:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -132,7 +132,7 @@ def refuse_without_effect(config: OutputConfig, given: Iterable[str]) -> None:
 
 def flat(values: Namespace) -> dict[str, Any]:
     """The values of settings by dotted name, nested ones as plain dictionaries."""
-    return {name: _plain(value) for name, value in values.items(branches=False) if name not in _OF_EVERY_JOB}
+    return {name: _plain(value) for name, value in values.items(branches=False) if name not in _COMMON_OPTIONS}
 
 
 def _plain(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What is generic on Ray: connecting, shards through a pool of actors, rows that meet."""
+"""The Ray code that stages share: connecting, actor pools over shards, shuffles, training workers, progress."""

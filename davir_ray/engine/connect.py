@@ -39,7 +39,7 @@ _SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 """An empty frame of HTTP/2 settings."""
 
 _CONNECT_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
-"""Environment variable: how often Ray tries to connect to a cluster, a second apart where it refuses (2.60)."""
+"""Environment variable: attempts that Ray makes, one second apart, to connect to a cluster that refuses (2.60)."""
 
 _MIN_FREE_BYTES = 2**20
 """Free disk space without which Ray does not start."""
@@ -47,12 +47,12 @@ _MIN_FREE_BYTES = 2**20
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Connect to Ray for a block; a connection that is there already is used, and stays.
+    """Connect to Ray for a block; an existing connection is used, and stays open.
 
-    Ray is shut down with the block, so that the workers' output ends there and the reason of a failure is the last
-    line; Ray's own handler at exit would end a complete job with status 1 where a node died on the way (2.60). Within
-    the block, what is printed on standard output is logged: Ray prints warnings there, and a job's standard output is
-    its result alone.
+    Ray is shut down at the end of the block, so that no output of workers follows the reason of a failure, which is
+    then the last line. Ray's own exit handler would end a complete job with status 1 if a node died during it (2.60).
+    Within the block, what is printed on standard output is logged instead: Ray prints warnings there, but a job's
+    standard output is only for its result.
     """
     quieten()
     if ray.is_initialized():
@@ -69,7 +69,7 @@ def connected() -> Iterator[None]:
 
 @contextmanager
 def connected_to(run: Run, *, is_shared: bool) -> Iterator[None]:
-    """Connect to Ray for a block that writes a run; ConfigError if not every node sees its folder."""
+    """Connect to Ray for a block that writes a run; raises ConfigError if some node cannot see its folder."""
     with connected():
         if run.folder.is_local and num_nodes() > 1 and not is_shared:
             raise ConfigError(
@@ -80,16 +80,17 @@ def connected_to(run: Run, *, is_shared: bool) -> Iterator[None]:
 
 
 def ensure_started() -> None:
-    """Connect to Ray as the jobs do, unless that has been done; the connection stays until the process ends."""
+    """Connect to Ray as the jobs do, unless connected already; the connection lasts until the process ends."""
     if not ray.is_initialized():
         _start()
 
 
 def _start() -> None:
-    """Connect to the cluster of RAY_ADDRESS or of the submitted job, else start Ray here; ClusterError if that fails.
+    """Connect to the cluster of RAY_ADDRESS or of the submitted job, or start Ray here if neither is set.
 
-    A local start never joins another cluster that happens to run on this machine. It counts one CPU more than the
-    machine has: tasks that read and write wait for storage most of the time, and should not take a CPU from the actors.
+    Raises ClusterError if that fails. A local start never joins another cluster that happens to run on this machine. It
+    counts one CPU more than the machine has: tasks that read and write wait for storage most of the time, and should
+    not take a CPU from the actors.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address != "local" and (address or os.environ.get(SUBMITTED_JOB)):
@@ -101,7 +102,7 @@ def _start() -> None:
     folder = _temporary_folder()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_MIN_FREE_BYTES))  # on a full disk Ray would wait for itself for a minute
+            file.write(bytes(_MIN_FREE_BYTES))  # on a full disk ray.init would hang for a minute
         ray.init(
             "local",
             num_cpus=(os.cpu_count() or 1) + 1,
@@ -109,11 +110,11 @@ def _start() -> None:
             logging_level=logging.WARNING,
             runtime_env={"worker_process_setup_hook": _prepare_helpers},
         )
-    except Exception as error:  # Ray raises plain ones, too
+    except Exception as error:  # Ray also raises plain Exceptions
         raise ClusterError(
-            f"Ray cannot be started here: {one_line(error)}. Its files and sockets are in {folder}, the value of "
-            "RAY_TMPDIR, else of TMPDIR, else /tmp: a short path, writable, with space; its token is below HOME, now "
-            f"{os.environ.get('HOME')}: writable"
+            f"Ray cannot be started here: {one_line(error)}. It needs a folder for its files and sockets with a short "
+            f"path, write access and free space (now {folder}, from RAY_TMPDIR, else TMPDIR, else /tmp), and write "
+            f"access to HOME for its token (now {os.environ.get('HOME')})"
         ) from error
 
 
@@ -126,9 +127,9 @@ def _temporary_folder() -> str:
 
 
 def _prepare_helpers() -> None:
-    """Point Ray Train's cleaner to this Ray, whichever others run on the machine, and silence its warning.
+    """Point Ray Train's placement group cleaner to this Ray, even if others run on the machine, and silence it.
 
-    It warns every second that it cannot reach the dashboard, which a local start does without.
+    It would warn every second that it cannot reach the dashboard, which a local start does not have.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
@@ -147,16 +148,17 @@ def _connect(address: str) -> None:
         found = services.canonicalize_bootstrap_address(address or None)
         if found is not None:
             _check_answer(found)
-        # Ray Train's cleaner would ask any cluster of its machine, and take the training for one that has ended.
+        # Without the address, Ray Train's cleaner may ask another cluster on its machine, and conclude that the
+        # training has ended.
         wanted = {"RAY_ADDRESS": found, LOG_LEVEL: "DEBUG" if shows_all() else None}
         given = (json.loads(os.environ.get(SUBMITTED_JOB) or "{}").get("runtime_env") or {}).get("env_vars") or {}
         variables = {name: value for name, value in wanted.items() if value and name not in given}
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables} if variables else None)
-    except Exception as error:  # Ray raises plain ones, too
+    except Exception as error:  # Ray also raises plain Exceptions
         message = f"RAY_ADDRESS is {address}, and the Ray there cannot be used: "
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             mode = os.environ.get("RAY_AUTH_MODE", "not set")
-            message += f"it wants a valid token. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
+            message += f"it requires a valid token. Set RAY_AUTH_MODE=token (it is {mode}) and RAY_AUTH_TOKEN, or "
             raise ClusterError(f"{message}RAY_AUTH_TOKEN_PATH to its file") from error
         message += f"{one_line(error)}. Start that cluster, correct the address, or unset it to start Ray here"
         raise ClusterError(message) from error
@@ -166,7 +168,7 @@ def _connect(address: str) -> None:
 
 
 def _check_answer(address: str) -> None:
-    """OSError if no gRPC server, as Ray's is, listens there: one answers anything with its HTTP/2 settings."""
+    """Raise OSError unless a gRPC server such as Ray's listens there: it answers anything with HTTP/2 settings."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0") != "0":
@@ -178,9 +180,9 @@ def _check_answer(address: str) -> None:
 
 @contextmanager
 def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
-    """Raise an error of ours that a worker raised as itself, without Ray's wrappers around it.
+    """Raise a DavirError of a worker as itself, without Ray's wrappers around it.
 
-    A run that makes no progress ends with ProgressError; `limit` names the setting that says after how long.
+    A run that makes no progress raises ProgressError; `limit` is the name of the setting that sets the time limit.
     """
     try:
         yield
@@ -204,8 +206,9 @@ def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
 def own_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt for a Ctrl-C in a training, and restore the signal's handler after it.
 
-    Ray Train turns Ctrl-C into an exit with status 0, and leaves its handler behind (2.60), which goes on taking Ctrl-C
-    for a wish to end the training and keeps its controller alive: 0.7 GB with its helpers as long as the driver lives.
+    Ray Train turns Ctrl-C into an exit with status 0, and does not remove its handler (2.60). That would still treat a
+    later Ctrl-C as a request to end the training, and it keeps the controller alive: 0.7 GB with its helpers for as
+    long as the driver lives.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -239,7 +242,7 @@ def accelerators() -> list[str]:
 
 
 def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
-    """The size of a pool: as wanted, else as many actors as fit the cluster. ClusterError if they do not fit."""
+    """The size of a pool: `wanted`, else as many actors as fit the cluster; raises ClusterError if they do not fit."""
     room = room_for(num_cpus, num_gpus)
     if room < max(1, wanted or 1):
         resources = ray.cluster_resources()
@@ -257,30 +260,30 @@ def actor_cpus(num_cpus: float) -> float:
 
 
 def room_for(num_cpus: float, num_gpus: float) -> int:
-    """How many actors of this size fit the present nodes, with room for a task of `side_cpus` left on one of them.
+    """The number of actors of this size that fit the nodes, with room left on one of them for a task of `side_cpus`.
 
-    An actor pool that takes all CPUs starves reads and writes, and the run hangs without an error (tried on 2.60).
+    An actor pool that takes all CPUs starves reads and writes, and the run hangs without an error (seen with 2.60).
     """
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {name: size for name, size in (("CPU", num_cpus), ("GPU", num_gpus)) if size}
     rooms = [min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items()) for node in nodes]
     left = [node.get("CPU", 0.0) - num_cpus * room for node, room in zip(nodes, rooms, strict=True)]
     is_full = max(left, default=0.0) < side_cpus(num_cpus)
-    return sum(rooms) - is_full  # the place of one actor is enough
+    return sum(rooms) - is_full  # leaving out one actor makes enough room
 
 
 def side_cpus(num_cpus: float) -> float:
-    """CPUs of a task that writes while actors of this size work: it fits where one of them would.
+    """CPUs of a task that writes next to actors of this size: at most those of one actor, so that it fits.
 
-    A task that reads takes half of them: with equal CPUs Ray fuses reading into the actor, and nothing overlaps.
+    A task that reads takes half as many: with equal CPUs Ray fuses reading into the actor, and nothing overlaps.
     """
     return min(1.0, num_cpus)
 
 
 def whole_block_context(no_progress_timeout_s: int | None = None) -> DataContext:
-    """A context in which a block is never split, and a run without progress ends; None: after Ray Data's own limit.
+    """A context in which a block is never split, and a run without progress for this long ends.
 
-    Ray splits blocks above 1.5 x target_max_block_size, and a shard must stay one block.
+    None is Ray Data's own limit. Ray splits blocks above 1.5 x target_max_block_size, and a shard must stay one block.
     """
     context = DataContext.get_current().copy()
     context.target_max_block_size = None

@@ -1,7 +1,7 @@
-"""What a driver shows of Ray's output: its workers' log lines and news of nodes. The rest stays in Ray's log files.
+"""What a driver shows of Ray's output: its workers' log lines and messages about nodes. The rest stays in Ray's logs.
 
-Left alone, Ray (2.60) prints every line of every worker with the process in front, and its C++ core writes to standard
-error: a hundred lines or so in a run of a minute, which say nothing about it and break the progress bars.
+By default Ray (2.60) prints every line of every worker with the process in front, and its C++ core writes to standard
+error: about a hundred lines in a run of a minute, which say nothing about the run and break the progress bars.
 """
 
 import faulthandler
@@ -27,7 +27,7 @@ LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
 """Environment variable of the workers: DEBUG makes them log every shard."""
 
 _MARK = "davir_ray|"
-"""Begins each log line of a worker, before its level: the driver tells it by this from whatever else is printed."""
+"""Prefix of each log line of a worker, before its level, by which the driver recognises it in the output."""
 
 _MAX_REMEMBERED = 1000
 
@@ -59,7 +59,7 @@ def shows_all() -> bool:
 
 
 class LogStream(io.TextIOBase):
-    """Replaces standard output: each line that Ray or a library prints there is logged, which leaves the bars whole."""
+    """Replaces standard output: each line that Ray or a library prints there is logged, so that no bar is broken."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -73,10 +73,10 @@ class LogStream(io.TextIOBase):
 
 
 class WorkerLines:
-    """Logs news of nodes and our workers' log lines, each once, however many workers log the same.
+    """Logs messages about nodes and our workers' log lines, each once even if several workers log the same.
 
-    On a terminal a bar replaces lines at INFO. With --debug every line that any process prints is logged, after the
-    name of the process.
+    On a terminal a bar replaces lines at INFO. With --debug every line that any process prints is logged, with the name
+    of the process in front.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def quiet_ray() -> Iterator[None]:
-    """In a connected driver, show only those of Ray's messages that concern the run for a block; with --debug all."""
+    """During the block show only those messages of a connected Ray that concern the run, or all with --debug."""
     _log_through_the_job()
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     dispatcher = global_worker_stdstream_dispatcher
@@ -131,7 +131,7 @@ def quiet_ray() -> Iterator[None]:
 
 
 def _log_through_the_job() -> None:
-    """Let Ray's Python code log through the job's handlers, which leave the bars whole, instead of its own."""
+    """Let Ray's Python code log through the job's handlers, which do not break the bars, instead of its own."""
     for name in ("ray", "ray.data", "ray.train"):
         logger = logging.getLogger(name)
         logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, PlainRayHandler)]
@@ -156,15 +156,15 @@ with open(sys.argv[1], "ab", buffering=0) as file:
             sys.stderr.buffer.write(b"Ray: " + found[1].strip() + b"\n")
             sys.stderr.buffer.flush()
 """
-"""Runs as its own process: Ray's C++ core ends a driver that loses its cluster, right after a line that says so."""
+"""Code of a separate process, because Ray's C++ core ends a driver that loses its cluster right after saying so."""
 
 
 @contextmanager
 def _native_errors_in_log_file() -> Iterator[None]:
-    """Send what is written to file descriptor 2, which Python does not use (see exit_status), to a file in Ray's logs.
+    """Send what native code writes to file descriptor 2 to a file in Ray's logs; Python writes elsewhere (see cli.py).
 
-    Nothing else keeps the messages that Ray's C++ core logs for its developers off a driver's terminal (2.60); only
-    those about a lost cluster, and about its own end, are shown. Where Python writes to that descriptor, as in a
+    There is no other way to keep the messages for developers of Ray's C++ core off a driver's terminal (2.60). Those
+    about a lost cluster and about its own end are still shown. Where Python writes to that descriptor, as in a
     notebook, or the file cannot be made, nothing changes.
     """
     sieve = _start_sieve()
@@ -185,7 +185,7 @@ def _native_errors_in_log_file() -> Iterator[None]:
 
 
 def _start_sieve() -> "subprocess.Popen[bytes] | None":
-    """The process that reads what is written to descriptor 2; None where that must stay what it is."""
+    """The process that reads what is written to descriptor 2; None if the descriptor must not be redirected."""
     node = ray._private.worker._global_node
     try:
         if node is None or sys.stderr.fileno() == 2:

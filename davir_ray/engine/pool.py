@@ -1,7 +1,7 @@
-"""Shards of examples through a pool of Ray actors, into a folder of files with the same names.
+"""A stage that sends shards of examples through a pool of Ray actors and writes a file for each, as scoring does.
 
-The shard is the unit of work, commit and resume: a shard whose file is there is done. Scoring and generation are such
-streams.
+The shard is the unit of work, commit and resume: a shard whose file exists is done. Scoring and generation are such
+stages.
 """
 
 import json
@@ -53,27 +53,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """A stage that makes a file of each shard: of the same name, in a folder of the run, a row for each example."""
+    """A stage that makes one file of each shard, with the same name and one row for each example."""
 
     stage: str
     run: Run
     folder: str
-    """Folder of the run that the files go to."""
+    """Folder of the run that the files are written to."""
     schema: pa.Schema
     """Schema of the files; one of the columns is `status`."""
     fingerprint: dict[str, Any]
-    """What the content depends on; it stands in the footer of every file."""
+    """What the content depends on; it is in the footer of every file."""
     examples: Run
-    """The run whose examples are read; it may be another one."""
+    """The run whose examples are read; it may be another one than `run`."""
     shards: list[FileEntry]
-    """The shards of the examples that are to be worked on."""
+    """The shards of examples to process."""
     columns: list[str]
-    """Columns of the examples that the workers are given."""
+    """Columns of the examples that are sent to the workers."""
     count_tokens: Callable[[pa.Table], int] = num_tokens
-    """Counts the tokens behind the rows of a file, for the rates of the progress."""
+    """Counts the tokens that the rows of a file took, for the progress."""
 
     def fill(self, worker: type, arguments: dict[str, Any], config: ScoreConfig) -> "Filled":
-        """Do every shard that no earlier attempt did; `arguments` are those of the worker's class."""
+        """Process every shard that no earlier attempt did; `arguments` go to the constructor of `worker`."""
         committed = self._committed()
         done = {shard.entry.name for shard in committed}
         # Longest first, so that the pool does not end on one long shard.
@@ -85,9 +85,9 @@ class Stream:
         return Filled(sorted(committed + new, key=lambda shard: shard.entry.name), len(new), totals)
 
     def _committed(self) -> list[CommittedShard]:
-        """Shards that earlier attempts with the same settings have done; a damaged one is done again.
+        """The shards that earlier attempts have done, without damaged ones, which are done again.
 
-        OutputError names what differs if they were done with other settings, unless they may be overwritten.
+        If they were done with other settings they are removed with --overwrite; else OutputError names what differs.
         """
         folder = self.run / self.folder
         rows = {shard.name: shard.rows for shard in self.shards}
@@ -103,7 +103,7 @@ class Stream:
         raise self.run.other_attempt(self.stage, list(dict.fromkeys(changed)))
 
     def _progress(self, committed: list[CommittedShard]) -> Progress:
-        """Where the stage begins: with what an earlier attempt committed."""
+        """The progress at the start: what earlier attempts committed."""
         rows = total_rows([shard.entry for shard in committed])
         return Progress(
             stage=self.stage,
@@ -123,7 +123,7 @@ class Stream:
         config: ScoreConfig,
         counter: ProgressCounter,
     ) -> list[CommittedShard]:
-        """Read each shard, give it whole to an actor, write its file."""
+        """Read each shard, send it whole to an actor, and write its file; returns the new shards."""
         num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
         pool = plan_pool(config).at_most(len(pending))
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
@@ -151,7 +151,10 @@ class Stream:
         return sink.shards
 
     def manifest(self, filled: "Filled", done: str, details: dict[str, Any]) -> Manifest:
-        """The manifest of the stage; `done` names the count of good rows. IntegrityError if rows were lost."""
+        """The manifest of the stage, with `done` as the name of the count of ok rows.
+
+        Raises IntegrityError if rows were lost.
+        """
         num_rows = total_rows(self.shards)
         statuses = Counter[str]()
         for shard in filled.shards:
@@ -176,7 +179,7 @@ class Stream:
 
 
 class Filled(NamedTuple):
-    """The committed shards of a stage, by name."""
+    """The result of a stage: its committed shards, sorted by name."""
 
     shards: list[CommittedShard]
     num_new: int
@@ -185,14 +188,14 @@ class Filled(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A committed shard, and the fingerprint it was made under."""
+    """A committed shard, and the fingerprint it was made with."""
 
     committed: CommittedShard
     fingerprint: dict[str, Any]
 
 
 def describe(place: Location, schema: pa.Schema, num_rows: int | None) -> Described | None:
-    """What was committed there; None if it is damaged, or not the whole shard, and must be done again."""
+    """The shard committed in a file; None if the file is damaged or lacks rows, so that it must be done again."""
     try:
         entry, table = committed_parquet(place)
         metadata = table.schema.metadata or {}
@@ -209,18 +212,18 @@ def describe(place: Location, schema: pa.Schema, num_rows: int | None) -> Descri
 
 
 class Model(Protocol):
-    """What an actor holds: a model in one process, columns in, columns out."""
+    """The model in an actor, called with columns of examples; it returns columns of the stage."""
 
     numerics: dict[str, Any]
-    """The arithmetic, as JSON-ready values."""
+    """The arithmetic used, such as types and versions, as JSON-ready values."""
 
     def __call__(self, examples: pa.Table) -> pa.Table:
-        """A row for each row, in the same order."""
+        """Return one row for each example, in the same order."""
         ...
 
 
 class ShardWorker:
-    """Actor: works on blocks that are whole shards."""
+    """Actor: runs a model on blocks, each of which is a whole shard."""
 
     def __init__(self, stage: str, counter: ProgressCounter, columns: list[str], load: Callable[[], Model]) -> None:
         configure_worker_logging()
@@ -248,7 +251,7 @@ class Pool(NamedTuple):
     initial_size: int
 
     def at_most(self, num_shards: int) -> "Pool":
-        """No more of them than there are shards."""
+        """The pool with no more actors than there are shards."""
         return Pool(*(min(size, num_shards) for size in self))
 
     def __str__(self) -> str:
@@ -257,9 +260,9 @@ class Pool(NamedTuple):
 
 
 def plan_pool(config: ScoreConfig) -> Pool:
-    """The pool that the settings mean on this cluster; it begins at full size, because loading models takes long.
+    """The pool that the settings give on this cluster; it starts at full size, because loading models takes long.
 
-    ClusterError if it does not fit; a pool that grows may wait for nodes that are not there yet.
+    Raises ClusterError if it does not fit; a pool that grows may wait for nodes that have not joined yet.
     """
     num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
     if config.autoscale is None:
@@ -267,7 +270,7 @@ def plan_pool(config: ScoreConfig) -> Pool:
         return Pool(size, size, size)
     min_size, max_size = config.autoscale
     room = room_for(num_cpus, num_gpus)
-    # Where there is no room yet, waiting actors bring the nodes.
+    # Without room yet, pending actors make the autoscaler add nodes.
     initial_size = min(max_size, room) if room > 0 else min_size
     return Pool(min(min_size, initial_size), max_size, initial_size)
 

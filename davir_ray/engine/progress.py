@@ -1,4 +1,4 @@
-"""Progress of a stage: workers report to an actor, the driver asks it every few seconds and shows the user."""
+"""Progress of a stage: workers report to an actor, and the driver shows the user its totals every few seconds."""
 
 import logging
 import sys
@@ -27,8 +27,13 @@ _IDLE_S = 30.0
 """Seconds between two log lines while nothing is new, and between two of a training."""
 
 _MAX_POINTS = 200
+"""Maximum number of points of the throughput curve."""
+
 _ASK_S = 10.0
+"""Seconds that the driver waits for the totals."""
+
 _REPORT_S = 1.0
+"""Seconds that a worker waits for its report to arrive."""
 
 
 class WorkDone(NamedTuple):
@@ -55,9 +60,9 @@ class Totals:
     work: WorkDone
     retries: int
     throughput: dict[str, list[float]]
-    """Cumulative tokens at seconds since the stage began, at most some hundred points."""
+    """Cumulative tokens at seconds since the stage began, at about _MAX_POINTS points at most."""
     total: int | None
-    """Amount that there is to do, in the stage's unit; None where it is not known."""
+    """Amount to do in all, in the stage's unit; None while it is not known."""
 
 
 class _CounterActor:
@@ -81,14 +86,14 @@ class _CounterActor:
             metric.set_default_tags({"stage": stage})
 
     def begin(self, key: str) -> None:
-        """Note that a worker begins this piece of work."""
+        """Record that a worker begins this piece of work."""
         if key in self._begun:
             self._retries += 1
             self._metrics["retries"].inc(1)
         self._begun.add(key)
 
     def report(self, key: str, work: WorkDone, total: int | None) -> None:
-        """Note how much of this piece of work is done."""
+        """Record how much of this piece of work is done."""
         before = self._work.get(key, WorkDone(0))
         self._work[key] = work
         self._total = total or self._total
@@ -126,7 +131,7 @@ class ProgressCounter:
 
     def report(self, key: str, work: WorkDone, total: int | None = None) -> None:
         """Report how much of a piece of work is done, and `total` where the driver cannot know the stage's."""
-        # Waits, so that the last report arrives before the stage ends, but not long for an actor that does not answer.
+        # Waits, so that the last report arrives before the stage ends, but only briefly for an actor without answer.
         ray.wait([self._actor.report.remote(key, work, total)], timeout=_REPORT_S)
 
     def totals(self) -> Totals | None:
@@ -138,9 +143,9 @@ class ProgressCounter:
         return answer
 
     def end(self) -> None:
-        """End the actor after the reports that are on their way: handles in Ray Data's operators keep it alive.
+        """End the actor after the pending reports; handles in Ray Data's operators would keep it alive.
 
-        Not by ray.kill, which would lose what its metrics counted last.
+        ray.kill would lose what its metrics counted last.
         """
         self._actor.__ray_terminate__.remote()
 
@@ -232,7 +237,7 @@ class _Display:
 
     def _log(self, progress: Progress) -> None:
         now = time.monotonic()
-        # The first worker of a training logs its steps itself; these lines add the time that is left.
+        # The first worker of a training logs its steps itself; these lines add the remaining time.
         is_new = progress.done != self._logged_done and progress.unit != "steps"
         if is_new or now - self._logged_at > _IDLE_S:
             log.info("%s", progress)

@@ -1,4 +1,4 @@
-"""Ray Train: a function on a group of training workers, continued from a checkpoint after a worker or driver died."""
+"""Running a function on Ray Train's workers; it continues from a checkpoint after a worker or the driver died."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ from davir_ray.run.storage_errors import storage_errors
 log = logging.getLogger(__name__)
 
 _OUTCOME = "outcome.json"
-"""What rank 0 returned, or the DavirError that ended training. A worker does not raise it: Ray Train would believe that
-the worker was lost, and start training again."""
+"""What rank 0 returned, or the DavirError that ended training. A worker does not raise it, because Ray Train
+would treat the worker as lost and start training again."""
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of checkpoints."""
@@ -82,7 +82,7 @@ def run_on_workers(
             trainer.fit()
     except ray.train.ControllerError as error:  # the controller writes Ray Train's list of checkpoints to the storage
         failure = error.controller_failure
-        if isinstance(failure, TimeoutError | ConnectionError):  # of the cluster; a store's have classes of their own
+        if isinstance(failure, TimeoutError | ConnectionError):  # the cluster's; a store's have other classes
             raise
         with storage_errors(storage):
             raise failure from error
@@ -93,13 +93,13 @@ def run_on_workers(
 
 
 def _run(settings: dict[str, Any]) -> None:
-    """Run on every worker; rank 0 writes the outcome for the driver."""
+    """Do the work on one worker; rank 0 writes the outcome for the driver."""
     configure_worker_logging()
     try:
         outcome = settings["work"]()
-    except StorageError:  # perhaps of one rank only: Ray Train ends the others, and restarts them all up to its limit
+    except StorageError:  # on one rank, perhaps: Ray Train ends the others, and restarts all up to max_failures times
         raise
-    except DavirError as error:  # of the model, a checkpoint or the loss, the same on every rank: all of them end here
+    except DavirError as error:  # from the model, a checkpoint or the loss, so on every rank: all of them end here
         outcome = {"error": type(error).__name__, "message": str(error)}
     if ray.train.get_context().get_world_rank() == 0:
         settings["outcome"].write_text(json.dumps(outcome))
@@ -119,5 +119,5 @@ def _remove_torn_state(folder: Location) -> None:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        log.warning("%s was left half-written by a driver that died; training starts anew", folder)
+        log.warning("%s was left half-written by a driver that died; training starts over", folder)
         folder.remove()

@@ -1,7 +1,7 @@
 """Shards as blocks: a Ray Data source in which one read task is one shard, and a sink in which one block is one file.
 
-What runs in reading and writing tasks lives here, apart from the models: a process that only moves columns need not
-import torch, which costs seconds.
+The code of reading and writing tasks is here, apart from the models, so that a process that only moves columns need not
+import torch, which takes seconds.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ _READ_CPUS = 0.5
 
 _TASKS_PER_CPU = 4
 _TASK_BYTES = 32 * 2**20
-"""Bytes on disk that a task with several shards reads at most; they are a few times as many in memory."""
+"""Maximum bytes on disk that a task with several shards reads; they take a few times as many in memory."""
 
 NAMED = ["shard", "shard_rows"]
 """Constant columns that tell the sink which shard a block is, and how many rows it must have."""
@@ -54,20 +54,20 @@ class Shards(Datasource):  # type: ignore[misc]
     def then(self, change: Callable[[str, pa.Table], pa.Table], num_cpus: float) -> "Shards":
         """The shards, each changed by `change(name, table)` in the task that reads it, several to a task and block.
 
-        A task costs about as much as reading 2 MB, so there are no more of them than keep the cluster busy.
+        A task costs about as much as reading 2 MB, so there are only as many as keep the cluster busy.
         """
         read = self._read
         max_shards = max(1, int(len(self._shards) / (_TASKS_PER_CPU * num_cpus)))
         return Shards(self._shards, lambda name: change(name, read(name)), max_shards_per_task=max_shards)
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes on disk, as a lower bound."""
+        """The bytes on disk, a lower bound of those in memory."""
         return sum(shard.bytes for shard in self._shards)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """The tasks, whatever parallelism is asked for."""
+        """The tasks, independent of the requested parallelism."""
         return [
             ReadTask(
                 partial(_read_all, self._read, [shard.name for shard in task]),
@@ -145,7 +145,7 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
         self._fingerprint = fingerprint
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[CommittedShard]:
-        """Commit each block under its shard's name; IntegrityError if a block is not the whole shard."""
+        """Commit each block under its shard's name; raises IntegrityError if a block is not the whole shard."""
         return [self._write_shard(BlockAccessor.for_block(block).to_arrow()) for block in blocks]
 
     def _write_shard(self, block: pa.Table) -> CommittedShard:
@@ -169,7 +169,7 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
 
 
 def sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """The entries of a footer with a digest of them, since page checksums leave the footer out."""
+    """Add a digest of a footer's entries to it, because page checksums do not cover the footer."""
     texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, NUMERICS_KEY)]
     return {**footer, _SEAL_KEY: digest(texts).encode()}
 
@@ -180,5 +180,5 @@ def num_tokens(table: pa.Table) -> int:
 
 
 def count_statuses(table: pa.Table) -> dict[str, int]:
-    """Rows by status."""
+    """The number of rows of each status."""
     return dict(Counter(table["status"].to_pylist()))

@@ -1,4 +1,4 @@
-"""Operations over all shards: collect a small table of each, write a file of each, or bring rows of groups together.
+"""Operations over all shards: collect a small table from each, write a file for each, or group rows across shards.
 
 Only what a shard's task returns is moved; the driver sees summaries and the entries of files.
 """
@@ -28,7 +28,7 @@ _WRITTEN = pa.schema(
         ("facts", pa.string()),
     ]
 )
-"""A Written as a row, its facts as JSON. The name is null where a task had nothing to write."""
+"""The schema of a Written as a row, with its facts as JSON. The name is null if a task had nothing to write."""
 
 Change = Callable[[pa.Table], pa.Table]
 
@@ -43,7 +43,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Round:
-    """Rows with the same number in `column` come together, in any order, and `work` makes a small table of them.
+    """One shuffle: groups rows by the number in `column`, in any order; `work` makes a small table of each group.
 
     That table must not be empty: an empty block comes back without its columns (2.60).
     """
@@ -54,12 +54,12 @@ class Round:
 
 
 def collect(shards: Shards, summarise: Change, schema: pa.Schema) -> pa.Table:
-    """Bring a small table of each shard, with this schema, into the driver; returns them as one."""
+    """Make a small table of each shard, with this schema; returns them as one table in the driver."""
     return _in_driver(shards.then(lambda _, table: summarise(table), num_cpus()), schema)
 
 
 def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None]) -> list[Written]:
-    """Write a file of each shard in the task that reads it; returns what was written, by name.
+    """Write a file for each shard in the task that reads it; returns what was written, sorted by name.
 
     `write(name, rows)` writes the file of one shard; it returns None where it has nothing to write.
     """
@@ -68,7 +68,7 @@ def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None
 
 
 def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
-    """Bring rows together, in one round or several; returns the rows that the last round made.
+    """Group rows across shards, in one round or several; returns the rows that the last round made.
 
     `assign` adds the first round's column to the table of a shard, and drops what is not needed.
     """
@@ -88,11 +88,11 @@ def exchange(
     write: Callable[[int, pa.Table], FileEntry],
     rounds_before: Sequence[Round] = (),
 ) -> list[FileEntry]:
-    """Bring the rows of each bin together and write them as one file; returns the entries by name.
+    """Group the rows by bin and write each bin as one file; returns the entries, sorted by name.
 
     `assign`, or the last of the rounds before, adds the column `bin`; rows of a bin below 0 are not written.
-    `write(number, rows)` gets a bin whole, in any order. It writes the file itself, for a Datasink would not see bins:
-    blocks after map_groups may be split, merged or empty (2.60).
+    `write(number, rows)` gets a whole bin, in any order. It writes the file itself, because a Datasink would not see
+    bins: blocks after map_groups may be split, merged or empty (2.60).
     """
     rows = regroup(shards, assign, *rounds_before, Round("bin", num_bins, partial(_write_bin, write)))
     return [written.entry for written in _from_rows(rows)]

@@ -34,7 +34,7 @@ INPUT_COLUMNS = [
     "example_id", "content_hash", "source", "num_prompt_tokens", "num_response_tokens", "truncated",
     "input_ids", "response_spans",
 ]  # fmt: skip
-"""Columns of examples that scoring reads; the text stays where it is."""
+"""Columns of examples that scoring reads; the text is not needed."""
 
 _PASSED_ON = INPUT_COLUMNS[:6]
 
@@ -47,17 +47,17 @@ TokenNlls = list[npt.NDArray[np.float32] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSettings:
-    """Settings that the scores depend on, besides the models."""
+    """Settings that the scores depend on, apart from the models."""
 
     precision: str = "auto"
     tokens_per_pack: int | None = None
     num_threads: int = 1
-    """Threads that the process computes with on a CPU; another number may change the last bits."""
+    """Number of CPU threads that the process computes with; another number may change the last bits."""
     keep_token_nll: str = "none"
     """Rows whose token losses are kept: 'all', 'none', or a 'sample' of the share sample_share."""
     sample_share: float = 0.0
     autocast: str = "float32"
-    """The precision of the fine-tune whose arithmetic scoring repeats; float32: arithmetic in the weights' type."""
+    """Precision of the fine-tune whose autocast scoring repeats; float32: no autocast."""
 
 
 class Scorer:
@@ -118,7 +118,7 @@ class Scorer:
         return self._score_table(examples, index, base, reference)
 
     def _attach(self, adapter: Checkpoint) -> Likelihood:
-        """Attach an adapter to the base. ModelError unless switching it changes no bit of either model's losses."""
+        """Attach an adapter to the base; raises ModelError if switching it changes a bit of either's losses."""
         before = probe(self._base)
         adapter.attach_to(self._base.model)
         switched_on = probe(self._base)
@@ -166,7 +166,7 @@ class Scorer:
         lengths = np.array([len(input_ids) for input_ids, _ in sequences], dtype=np.int64)
         arithmetic = torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
         with arithmetic, adapter_switched_off(likelihood.model) if switched_off else nullcontext():
-            # Losses stay on the device until every pass has begun: while a GPU computes one, the next is laid out.
+            # Losses stay on the device until every pass has begun: while a GPU computes one, the next is prepared.
             passes = list(self._budget.run(forward, np.arange(len(sequences)), lengths, ids))
         nlls: TokenNlls = [None] * len(sequences)
         for rows, (nll_R, num_scored) in passes:

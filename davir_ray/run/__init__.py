@@ -1,1 +1,1 @@
-"""The folder of a run: its files, its one driver, its complete stages and its progress. No Ray here."""
+"""The folder of a run: its files, its only driver, its complete stages and its progress. No Ray here."""

@@ -1,4 +1,4 @@
-"""Probes before any work: whether inputs can be read and the output can be written, and if not, what to change."""
+"""Probes before any work: whether the inputs can be read and the output be written, and what to change if not."""
 
 import threading
 import uuid
@@ -20,7 +20,7 @@ _QUICK = {"connect_timeout": 3, "read_timeout": 4, "retries": {"mode": "standard
 
 
 def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:
-    """List the bucket of each input URI once; a failure is raised in the class that the URI is paired with.
+    """List the bucket of each input URI once; a failure is raised as the error class that the URI is paired with.
 
     Only a store's answer to a listing distinguishes wrong credentials from a missing permission: its answer about a
     single file has no body.
@@ -35,7 +35,7 @@ def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:
 
 
 def probe_output(run: Location) -> None:
-    """Write, list, read and delete a small file in the output; OutputError says which step failed and what to change.
+    """Write, list, read and delete a small file in the output; raises OutputError that names the step that failed.
 
     Nothing is left behind: a folder that did not exist is removed again.
     """
@@ -77,7 +77,7 @@ def _list(uri: str) -> None:
 
 
 def _quick(place: Location) -> Location:
-    """The same place through a file system that gives up soon."""
+    """The same location, through a file system with short timeouts and few retries."""
     if "s3" not in place.fs.protocol:
         return place
     options: dict[str, Any] = {**place.fs.storage_options, "config_kwargs": _QUICK, "skip_instance_cache": True}
@@ -87,7 +87,7 @@ def _quick(place: Location) -> Location:
 
 
 def in_time(work: Callable[[], object]) -> None:
-    """Call `work`; TimeoutError if it takes longer than PROBE_S."""
+    """Call `work`; raises TimeoutError if it takes longer than PROBE_S."""
     raised: list[BaseException] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Files of a run: their digests, their entries in manifests, and Parquet with page checksums, refused where damaged."""
+"""Files of a run: their digests, their entries in manifests, and Parquet with page checksums, refused if damaged."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ recognises its own files."""
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One complete file of a stage. In a manifest its name is the path from the run's folder."""
+    """One complete file of a stage. In a manifest its name is the path relative to the run's folder."""
 
     name: str
     rows: int
@@ -74,7 +74,7 @@ def put_folder(place: Location, local: Path, last: Collection[str] = ()) -> list
     """Replace a folder by the files of a local folder; returns the entries of what was written.
 
     A local target is filled under a temporary name and renamed. In object storage the files named in `last` are
-    uploaded after the others, so that a reader who waits for one of them never sees half a folder.
+    uploaded after the others, so that a reader who waits for one of them never sees an incomplete folder.
     """
     files = sorted(path for path in local.rglob("*") if path.is_file())
     entries = [
@@ -109,9 +109,9 @@ def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes]
 
 
 def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
-    """Read the named columns of a Parquet file, or all. IntegrityError if it is missing or what is read is damaged."""
+    """Read the named columns of a Parquet file, or all. Raises IntegrityError if it is missing or damaged."""
     try:
-        with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
+        with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _damage_refused(place):
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
             if columns is not None and set(table.column_names) != set(columns):
                 raise pa.ArrowInvalid(f"its columns are {table.column_names}")
@@ -121,19 +121,19 @@ def read_parquet(place: Location, columns: list[str] | None = None) -> pa.Table:
 
 
 def parquet_rows(place: Location) -> int:
-    """Number of rows of a Parquet file, from its footer. IntegrityError if the footer is damaged."""
-    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _sound(place):
+    """Number of rows of a Parquet file, from its footer. Raises IntegrityError if the footer is damaged."""
+    with storage_errors(place, may_be_absent=True), place.fs.open(place.path, "rb") as file, _damage_refused(place):
         return int(pq.ParquetFile(file).metadata.num_rows)
 
 
 def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
-    """Entry and table of a file that an earlier attempt wrote. IntegrityError if its data are damaged.
+    """Entry and table of a file that an earlier attempt wrote. Raises IntegrityError if its data are damaged.
 
     Page checksums do not cover the footer's statistics and metadata: a stage that keeps something there adds a checksum
     of its own.
     """
     content = place.read_bytes()
-    with _sound(place):
+    with _damage_refused(place):
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
     return FileEntry(
         name=place.name, rows=table.num_rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
@@ -141,9 +141,10 @@ def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
 
 
 @contextmanager
-def _sound(place: Location) -> Iterator[None]:
-    """Turn errors of damaged content into IntegrityError, not those of failing storage: Arrow's errors have no errno, a
-    file system's have one.
+def _damage_refused(place: Location) -> Iterator[None]:
+    """Turn errors that mean damaged content into IntegrityError, and let those of failing storage pass.
+
+    The errno tells them apart: Arrow's errors have none, a file system's have one.
     """
     try:
         yield
@@ -157,7 +158,7 @@ def _sound(place: Location) -> Iterator[None]:
 
 
 def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:
-    """Entries as a manifest lists them, by the path from the run's folder."""
+    """Entries as a manifest lists them, named by the path relative to the run's folder."""
     return [replace(entry, name=f"{folder}/{entry.name}") for entry in entries]
 
 

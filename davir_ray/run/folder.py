@@ -1,6 +1,6 @@
-"""The folder of a run, as one object that stages are given: its files, its complete stages, and its one driver.
+"""The folder of a run, as one object that stages are given: its files, its complete stages, and its only driver.
 
-A stage that is complete under an equal fingerprint is skipped. Under a different one it is redone if it takes seconds;
+A stage that is complete under the same fingerprint is skipped. Under a different one it is redone if it takes seconds;
 if it takes hours it is redone only with --overwrite, and refused without.
 """
 
@@ -28,7 +28,7 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets in the entry point of a submitted job."""
 
 _MAX_DIFFERENCES = 5
-"""Differences that one message lists."""
+"""Maximum number of differences that one message lists."""
 
 _ATTEMPT = "attempt.json"
 """File with the fingerprint of an unfinished stage, in a folder of the stage."""
@@ -44,7 +44,7 @@ class Run:
 
     @classmethod
     def at(cls, output: str | Path, *, overwrite: bool = False) -> Self:
-        """The run in an output, a local path or a URI; ConfigError for a path that a submitted job would lose."""
+        """The run in a local path or a URI; raises ConfigError for a path in the folder of a submitted job."""
         output = str(output)
         if os.environ.get(SUBMITTED_JOB) and "://" not in output and not Path(output).is_absolute():
             raise ConfigError(
@@ -72,7 +72,7 @@ class Run:
         return Manifest.read(self.folder, stage)
 
     def require(self, stage: str) -> Manifest:
-        """The manifest of an earlier stage; OutputError, which says what to run first, if it is not complete."""
+        """The manifest of an earlier stage; raises OutputError, saying what to run first, if it is not complete."""
         manifest = self.manifest(stage)
         if manifest is None:
             raise OutputError(f"{self} has no complete {stage} stage; run jobs/score.py with this --output first")
@@ -81,8 +81,9 @@ class Run:
     def completed(self, stage: str, fingerprint: dict[str, Any]) -> Manifest | None:
         """The manifest of a stage that is complete under this fingerprint, with unchanged files; None if it must run.
 
-        A stage that took hours and differs is cleared here together with the stages that follow it, or OutputError
-        lists what differs. A stage that takes seconds clears its folders itself when it begins to write.
+        A stage that took hours and differs is cleared here together with the stages that follow it, if --overwrite is
+        set; otherwise OutputError lists what differs. A stage that takes seconds clears its folders itself when it
+        begins to write.
         """
         manifest = self.manifest(stage)
         takes_hours = STAGES[stage].takes_hours
@@ -90,7 +91,7 @@ class Run:
             later = [name for name in from_stage(stage)[1:] if STAGES[name].takes_hours and self.manifest(name)]
             if not takes_hours or not later:
                 return None
-            problem, changed = "holds another run", [f"its manifest is missing, but {later[0]} is complete"]
+            problem, changed = "holds another run", [f"its manifest, which is missing although {later[0]} is complete"]
         elif changed := differences(manifest.fingerprint, json.loads(json.dumps(fingerprint))):
             problem = "holds another run"
         elif changed := manifest.damage(self.folder):
@@ -112,11 +113,11 @@ class Run:
         return None
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Complete a stage by writing its manifest; IntegrityError if a file is missing or has another size."""
+        """Complete a stage by writing its manifest; raises IntegrityError if a file is missing or has another size."""
         return manifest.commit(self.folder)
 
     def uncommit(self, stage: str) -> None:
-        """Remove the manifest of a stage, if there is one: it counts as complete no more."""
+        """Remove the manifest of a stage, if there is one, so that the stage no longer counts as complete."""
         manifest_file(self.folder, stage).remove()
 
     def clear(self, stage: str) -> None:
@@ -132,15 +133,15 @@ class Run:
     def note_attempt(self, folder: str, fingerprint: dict[str, Any], *, binding: bool = True) -> None:
         """Record the fingerprint of an attempt at a stage, in one of its folders.
 
-        An attempt that is not `binding`, as one that failed by the user's mistake, may be followed by one of another
-        fingerprint without --overwrite.
+        An attempt that is not `binding`, such as one that failed because of the user's mistake, may be followed by one
+        with another fingerprint without --overwrite.
         """
         (self / folder / _ATTEMPT).write_text(json.dumps({"fingerprint": fingerprint, "binding": binding}))
 
     def continues_attempt(self, stage: str, folder: str, fingerprint: dict[str, Any]) -> bool:
         """Whether the last attempt at a stage had the same fingerprint, so that its files may be used.
 
-        OutputError lists what differs, unless the attempt was not binding or may be overwritten.
+        If it had another one, OutputError lists what differs, unless the attempt was not binding or may be overwritten.
         """
         try:
             noted = json.loads((self / folder / _ATTEMPT).read_bytes())
@@ -153,7 +154,7 @@ class Run:
         return not changed
 
     def other_attempt(self, stage: str, changed: list[str]) -> OutputError:
-        """The error for an unfinished stage of another fingerprint."""
+        """The error for an unfinished stage with another fingerprint."""
         return OutputError(
             f"{self} holds an unfinished {stage} with other settings or inputs ({_listed(changed)}). "
             "Add --overwrite to start it over, or choose another --output"
@@ -163,10 +164,10 @@ class Run:
 
     @contextmanager
     def writing(self, config: str) -> Iterator[None]:
-        """Hold the run as its one driver for a block; `config` is the resolved configuration of the command.
+        """Hold the run as its only driver during the block; `config` is the resolved configuration of the command.
 
         Unfinished files of drivers that died are removed first; at the end progress.json says how the block ended.
-        OutputError if the folder holds something other than a run, or another driver holds it.
+        Raises OutputError if the folder holds something other than a run, or another driver holds it.
         """
         self.check_claim()
         with Lease(self.folder), self._outcome():
@@ -177,7 +178,7 @@ class Run:
             yield
 
     def check_claim(self) -> bool:
-        """Whether the folder is a run already; OutputError if it holds other files, which a stage might delete."""
+        """Whether the folder is a run already; raises OutputError if it has other files, which a stage might delete."""
         config = self / CONFIG_FILE
         with user_errors(self, OutputError):
             if config.exists():
@@ -191,7 +192,7 @@ class Run:
         return False
 
     def remember(self, config: str) -> None:
-        """Write the resolved configuration of a command, once no stage can refuse it any more."""
+        """Write the resolved configuration of a command, to be called when no stage can refuse it any more."""
         (self / CONFIG_FILE).write_text(CONFIG_HEAD + config)
 
     def write_progress(self, progress: Progress) -> None:
@@ -200,7 +201,7 @@ class Run:
 
     @contextmanager
     def _outcome(self) -> Iterator[None]:
-        """Write to progress.json how the run ended. An interrupt, a refusal or a lost lease leaves it as it is."""
+        """Write to progress.json how the run ended, except after an interrupt, a refusal or the loss of the lease."""
         try:
             yield
         except OutputError:  # a refusal: the run that the folder holds did not fail

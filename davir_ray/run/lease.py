@@ -1,14 +1,14 @@
-"""One driver a run: a lease in the output names the process that writes there, and a heartbeat shows that it is alive.
+"""One driver per run: a lease in the output names the process that writes there; a heartbeat shows that it is alive.
 
 On the same machine a dead process is recognised at once. Clocks of different machines differ, so times are never
 compared: a driver that finds another machine's lease watches whether its heartbeat changes, and never overwrites the
 lease while it does.
 
-Of drivers that start at the same moment one goes on. If the store refuses to create a file twice, that decides.
-Otherwise the last to write wins: every driver waits until all writes that count have ended, then reads the lease again.
-A write, of a new lease or of a heartbeat, that took longer than that is undone; the driver that holds the run writes
-its own lease again at its next heartbeat. One case is not covered: a store that carries out a write after its client
-gave up on it. The heartbeat then ends one of the two drivers within BEAT_S.
+If several drivers start at the same moment, one continues. Where the store refuses to create a file twice, that is the
+first to create the lease. Elsewhere it is the last to write it: every driver waits as long as a write may take (see
+_SETTLE_S), then reads the lease again. A write of a new lease or of a heartbeat that took longer is undone; the driver
+that holds the run writes its own lease again at its next heartbeat. One case is not covered: a store that carries out a
+write after its client gave up on it. The heartbeat then ends one of the two drivers within BEAT_S.
 """
 
 import _thread
@@ -40,17 +40,16 @@ BEAT_S = 10.0
 """Seconds between heartbeats."""
 
 MISSED_BEATS = 4
-"""Number of heartbeats that must be missing before the holder counts as dead."""
+"""Number of missed heartbeats after which the holder counts as dead."""
 
 _SETTLE_S = 1.0
-"""Seconds within which a driver that sees no lease must have written its own, or the write does not count. After the
-same time again the driver reads the lease to see whose it is.
-"""
+"""Seconds in which a driver that sees no lease must write its own; a slower write does not count. The driver then waits
+as long again and reads the lease to see whose it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that holds the lease. A lease that cannot be read has a holder with the default values."""
+    """The process that holds the lease. For a lease that cannot be read, all fields have their defaults."""
 
     token: str = ""
     host: str = "?"
@@ -112,13 +111,13 @@ def _machine() -> str:
 
 
 class Lease:
-    """Context manager that holds a run's lease. OutputError if another driver holds the lease or takes it over."""
+    """Context manager that holds a run's lease; raises OutputError if another driver holds it or takes it over."""
 
     def __init__(self, run: Location) -> None:
         self._place = run / LEASE_FILE
         self._holder = Holder.of_this_process()
         self._ended = threading.Event()
-        self._lost_to: str | None = None
+        self._loss: str | None = None
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
@@ -132,14 +131,14 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._heart.join()
-        if self._lost_to is not None:
-            raise OutputError(f"{self._place.parent} was taken over by {self._lost_to}; this run ends here") from error
+        if self._loss is not None:
+            raise OutputError(f"{self._place.parent} {self._loss}; this run ends here") from error
         with suppress(StorageError):  # a lease that is left behind has no heartbeat
             if self._is_ours():
                 self._place.remove()
 
     def _acquire(self) -> None:
-        """Write the lease, after waiting until another holder is dead; OutputError if it is alive or is faster."""
+        """Write the lease, after waiting for another holder to be dead; raises OutputError if it is alive or faster."""
         taken_over = False
         while True:
             begun = time.monotonic()
@@ -170,14 +169,14 @@ class Lease:
             taken_over = False
 
     def _undo(self) -> None:
-        """Remove a lease that was written too late, and give a driver that held it the time to write its own again."""
-        log.warning("the lease %s was written too slowly to know whose it is; trying again", self._place)
+        """Remove a lease that was written too late, and wait long enough for its holder to write its own again."""
+        log.warning("writing the lease %s took too long to know who holds it; trying again", self._place)
         if self._is_ours():
             self._place.remove()
         time.sleep(BEAT_S + _SETTLE_S)
 
     def _wait_for_end_of(self, holder: Holder) -> None:
-        """Return when its heartbeat has not changed for so long that it counts as dead. OutputError if it changes."""
+        """Return once the holder counts as dead; raises OutputError if its heartbeat changes."""
         if holder.is_here():
             raise _refusal(self._place, holder)
         patience = BEAT_S * MISSED_BEATS
@@ -196,12 +195,12 @@ class Lease:
         while not self._ended.wait(BEAT_S):
             begun = time.monotonic()
             if _is_overdue(renewed):
-                self._lose(f"a driver that may take it for dead: its heartbeat failed: {problem}")
+                self._lose(f"may have been taken over by another driver, because the heartbeat failed: {problem}")
                 return
             try:
                 found = Holder.read(self._place)
                 if found is not None and found.token != self._holder.token:
-                    self._lose(str(found))
+                    self._lose(f"was taken over by {found}")
                     return
                 seen = time.monotonic()
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
@@ -210,15 +209,15 @@ class Lease:
                 # write came later, that driver may be at work already.
                 if _is_overdue(renewed) and time.monotonic() - seen > _SETTLE_S:
                     self._place.remove()
-                    self._lose("a driver that may take it for dead: its heartbeat came too late")
+                    self._lose("may have been taken over by another driver, because the heartbeat came too late")
                     return
                 renewed = begun
             except Exception as error:  # noqa: BLE001  # of any store's library; the next heartbeat tries again
                 problem = explain(error, self._place)
                 log.warning("the lease %s could not be renewed: %s", self._place, problem)
 
-    def _lose(self, to: str) -> None:
-        self._lost_to = to
+    def _lose(self, how: str) -> None:
+        self._loss = how
         _thread.interrupt_main()
 
     def _is_ours(self) -> bool:
@@ -230,7 +229,7 @@ class Lease:
 
 
 def _is_overdue(renewed: float) -> bool:
-    """Whether a heartbeat that was last written then may by now look dead to another driver."""
+    """Whether another driver may take this one for dead, whose last heartbeat was written at `renewed`."""
     return time.monotonic() - renewed > BEAT_S * (MISSED_BEATS - 1)
 
 

@@ -52,7 +52,7 @@ class LinkedFileSystem(LocalFileSystem):  # type: ignore[misc]
     """The local file system, with links followed in listings, too; fsspec reports them as `other` there.
 
     Linked folders are entered, except where a link points to a folder above it, which would be listed without end. A
-    folder that cannot be listed is an error unless it is hidden; fsspec takes it for empty.
+    folder that cannot be listed is an error unless it is hidden; fsspec treats it as empty.
     """
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
@@ -83,8 +83,9 @@ def _raise_unless_absent(error: OSError) -> None:
 
 
 def file_system(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URI, and the path in it: fsspec's, but S3 with more retries for a throttling store,
-    and the local one with links followed.
+    """The file system of a path or URI, and the path in it.
+
+    It is fsspec's, but S3 has more retries for a store that throttles, and the local one follows links.
     """
     more_retries = uri.startswith(_S3) and not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys()
     fs, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if more_retries else {}))
@@ -161,12 +162,12 @@ class Location:
         return {name: file_info(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
 
     def read_bytes(self) -> bytes:
-        """The whole file. FileNotFoundError if it is not there."""
+        """The whole file; raises FileNotFoundError if it does not exist."""
         with storage_errors(self, may_be_absent=True):
             return bytes(self.fs.cat_file(self.path))
 
     def read_text(self) -> str:
-        """The whole file as text, decoded as a person may have saved it. FileNotFoundError if it is not there."""
+        """The text of the file, in any encoding of `decoded`; raises FileNotFoundError if it does not exist."""
         return decoded(self.read_bytes())
 
     def write_bytes(self, content: bytes) -> None:
@@ -218,7 +219,7 @@ class Location:
 
 
 def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Apply `work` to every item, in threads; results in order. For requests to a store."""
+    """Apply `work` to every item in threads, for requests to a store; returns the results in order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, items))
 
@@ -226,8 +227,8 @@ def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Resu
 def remove_leftovers(folder: Location) -> None:
     """Delete unfinished files of drivers that died, in a folder and below it; nobody else may be writing there.
 
-    Linked folders are not entered: another run may be writing to them. In object storage parts of incomplete uploads
-    are deleted: no listing of objects shows them, but they are paid for.
+    Linked folders are not entered: another run may be writing to them. In object storage, parts of incomplete uploads
+    are deleted: no listing of objects shows them, but they cost money.
     """
     if folder.is_local:
         with storage_errors(folder):
@@ -239,8 +240,8 @@ def remove_leftovers(folder: Location) -> None:
         try:
             found = folder.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
             for upload in found.get("Uploads", []):
-                log.info("removing parts of %s, left by an upload that died", upload["Key"])
+                log.info("removing parts of %s, left by an incomplete upload", upload["Key"])
                 upload_id = upload["UploadId"]
                 folder.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload_id)
         except STORE_ERRORS as error:  # listing uploads needs a permission that a run can do without
-            log.warning("%s: parts of uploads that died, if there are any, stay: %s", folder, error)
+            log.warning("%s: parts of incomplete uploads, if there are any, stay: %s", folder, error)

@@ -27,7 +27,7 @@ class Manifest:
 
     stage: str
     fingerprint: dict[str, Any]
-    """Everything the content depends on, by name: compared when the stage is asked for again."""
+    """Everything the content depends on, by name: compared when the stage is to run again."""
     counts: dict[str, int]
     files: list[FileEntry]
     details: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Manifest:
     def commit(self, run: Location) -> Self:
         """Complete the stage: check the size of every file, then write the manifest; returns it with the files' marks.
 
-        IntegrityError if a file is missing or has another size than was written.
+        Raises IntegrityError if a file is missing or its size is not the one that was written.
         """
         there = _listed(run, self.files)
         for entry, found in _other_sizes(self.files, there):
@@ -85,7 +85,7 @@ class Manifest:
 
     @classmethod
     def read(cls, run: Location, stage: str) -> Self | None:
-        """The manifest of a stage; None if the stage is not complete. IntegrityError if the file is damaged."""
+        """The manifest of a stage; None if it is not complete. Raises IntegrityError if the file is damaged."""
         place = manifest_file(run, stage)
         try:
             text = place.read_bytes()
@@ -102,7 +102,7 @@ class Manifest:
 
 
 def _other_sizes(files: Iterable[FileEntry], there: Mapping[str, FileInfo]) -> Iterator[tuple[FileEntry, int | str]]:
-    """Files whose size is not the one they were written with; yields each with its size now, or "missing"."""
+    """Yield each file whose size has changed since it was written, with its size now or "missing"."""
     for entry in files:
         found = there.get(entry.name)
         if found is None or found.bytes != entry.bytes:
@@ -110,14 +110,14 @@ def _other_sizes(files: Iterable[FileEntry], there: Mapping[str, FileInfo]) -> I
 
 
 def _may_have_changed(entry: FileEntry, now: FileInfo | None, trust_marks: bool) -> bool:
-    """Whether a file has the size it was written with, and only reading it shows whether its content has changed."""
+    """Whether a file of unchanged size must be read to know if its content has changed."""
     if now is None or now.bytes != entry.bytes:
         return False
     return not trust_marks or now.mark is None or now.mark != entry.mark
 
 
 def _listed(run: Location, files: Iterable[FileEntry]) -> dict[str, FileInfo]:
-    """The files that are now in the folders of these, by their path from the run's folder; one listing a folder."""
+    """The files now in the folders of `files`, by path relative to the run's folder; lists each folder once."""
     there: dict[str, FileInfo] = {}
     for name in sorted({posixpath.dirname(entry.name) for entry in files}):
         folder = run / name if name else run

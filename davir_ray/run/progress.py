@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 PROGRESS_FILE = "progress.json"
 
 WINDOW_S = 60.0
-"""Seconds that a rate is an average over: the pace of an hour ago says little about the end of a run."""
+"""Seconds that a rate is averaged over: the pace of an hour ago says little about the end of a run."""
 
 MIN_CHANGES = 5
-"""Changes that a rate is taken from at least, even if older: a shard may take longer than WINDOW_S."""
+"""Minimum number of changes that a rate is computed from, even if older: a shard may take longer than WINDOW_S."""
 
 State = Literal["running", "complete", "failed"]
 
 _not_writable: set[str] = set()
-"""Runs whose progress.json could not be written, which has been logged."""
+"""Runs for which it has been logged that progress.json cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Progress:
     """Unit of `done` and `total`: bytes (prepare), steps (finetune), rows (score); empty for short stages."""
     done: int = 0
     total: int | None = None
-    """How much there is to do; None while that is not known."""
+    """Amount to do in all; None while it is not known."""
     rows: int = 0
     """Rows of the sources read so far (prepare), or scored so far (score)."""
     tokens: int = 0
@@ -142,14 +142,14 @@ class Pace:
         self._now = 0.0
 
     def add(self, at: float, done: int, tokens: int) -> None:
-        """Add what is done at a moment, in seconds of a monotonic clock."""
+        """Record what is done at the time `at`, in seconds of a monotonic clock."""
         self._now = at
         last = self._changes[-1] if self._changes else None
         if last is not None and (done < last.done or tokens < last.tokens):  # a lost worker's work is repeated
             self._changes.clear()
         if last is None or (done, tokens) != (last.done, last.tokens):
             self._changes.append(_Sample(at, done, tokens))
-        if len(self._changes) == 3 and self._changes[0].done == 0:  # until the first change models were loaded
+        if len(self._changes) == 3 and self._changes[0].done == 0:  # before the first change, models were being loaded
             self._changes.popleft()
         while len(self._changes) > MIN_CHANGES and self._changes[1].at <= at - WINDOW_S:
             self._changes.popleft()
@@ -164,9 +164,8 @@ class Pace:
         if num_left is None or not self._changes:
             return None
         rate = self._per_second(self._changes[-1].done - self._changes[0].done)
-        return (
-            max(0, num_left) / rate if rate else None
-        )  # it can be negative: some bytes of Parquet files are read twice
+        # `num_left` can be negative: some bytes of Parquet files are read twice.
+        return max(0, num_left) / rate if rate else None
 
     def _per_second(self, count: int) -> float | None:
         first, last = self._changes[0], self._changes[-1]

@@ -51,7 +51,7 @@ class RunStatus:
         if self.state == "failed" and self.progress is not None:
             return f"failed: {self.progress.error}"
         if self.state == "stopped":
-            return "stopped: no driver holds the run; the same command goes on where it stopped"
+            return "stopped: no driver holds the run; the same command continues where it stopped"
         if self.state == "complete":
             return "complete"
         heartbeat = "" if self.silent_s is None else f", last heartbeat {duration(self.silent_s)} ago"
@@ -59,7 +59,7 @@ class RunStatus:
 
 
 def status(output: str) -> RunStatus:
-    """The status of a run; OutputError if the output holds no run or cannot be read."""
+    """The status of a run; raises OutputError if the output holds no run or cannot be read."""
     with user_errors(output, OutputError):
         run = Location.of(output)
     check_readable([(output, OutputError)])

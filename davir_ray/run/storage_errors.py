@@ -1,8 +1,8 @@
 """Errors of file systems, translated where the call is made into one line that says what to change.
 
 Wrong credentials, a missing bucket, a missing permission and throttling look alike in a traceback, and different people
-have to fix them. Only calls of a file system stand inside `storage_errors` and `user_errors`: any other error keeps its
-traceback.
+have to fix them. Put only calls of a file system inside `storage_errors` and `user_errors`, so that any other error
+keeps its traceback.
 """
 
 import errno
@@ -21,10 +21,10 @@ else:
     STORE_ERRORS = (OSError, BotoCoreError, ClientError, TransportError)
 
 LOCATION_ERRORS: tuple[type[Exception], ...] = (*STORE_ERRORS, StorageError, ValueError, ImportError)
-"""What a path may raise that was not tried before: its protocol may be unknown, or need a package that is missing."""
+"""What the first use of a path may raise: its protocol may be unknown, or need a package that is missing."""
 
-CONTINUES = "The same command goes on where this run stopped"
-"""Last sentence of an error that a user need not do anything about but try again."""
+CONTINUES = "The same command continues where this run stopped"
+"""Last sentence of an error after which the user only needs to try again."""
 
 _CREDENTIALS = "wrong credentials: the store does not accept them ({code}); check the access key, secret and clock"
 _PERMISSION = "missing permission: the credentials are valid but may not do this ({code}); ask for access"
@@ -63,7 +63,7 @@ _NAMES = {
 }
 _FULL = "no space is left there; free some or choose another place"
 _LOCAL_PERMISSION = "missing permission: this user may not do this there; change its access or choose another place"
-_NUMBERS = {
+_ERRNOS = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EROFS: "it is read-only; choose another place",
@@ -86,8 +86,8 @@ def explain(error: BaseException, place: object = "") -> str:
             return _REASONS[code].format(code=code, bucket=bucket)
         if type(cause).__name__ in _NAMES:
             return _NAMES[type(cause).__name__].format(error=one_line(cause, 300))
-        if isinstance(cause, OSError) and cause.errno in _NUMBERS:
-            return _NUMBERS[cause.errno]
+        if isinstance(cause, OSError) and cause.errno in _ERRNOS:
+            return _ERRNOS[cause.errno]
     if isinstance(error, FileNotFoundError):
         return "it does not exist; correct the path or restore it"
     if isinstance(error, UnicodeDecodeError):
@@ -109,7 +109,7 @@ def _code(error: BaseException) -> str | None:
 
 @contextmanager
 def storage_errors(place: object, *, may_be_absent: bool = False) -> Iterator[None]:
-    """Turn what a file system raises into a StorageError, but FileNotFoundError stays where a file may be absent."""
+    """Turn what a file system raises into a StorageError, except FileNotFoundError with `may_be_absent`."""
     try:
         yield
     except STORE_ERRORS as error:

@@ -1,6 +1,6 @@
-"""dry run: what a job would do and take, without a weight loaded or a file written.
+"""dry run: what a job would do and what it would take, without loading weights or writing files.
 
-The first records are prepared and shown; tokens, shards, disk, device-hours and their price are estimated from them.
+The first records are prepared and shown; tokens, shards, disk, device-hours and their cost are estimated from them.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ GPU_SHARE = 0.35
 """Share of the peak that packed forward passes of models with billions of parameters are assumed to reach."""
 
 CPU_SHARE = 0.7
-"""Share of a matrix product's rate on one thread; 0.77 was measured (benchmarks/RESULTS.md)."""
+"""Share of a matrix product's rate that a CPU is assumed to sustain; 0.77 was measured (benchmarks/RESULTS.md)."""
 
 _ADAM_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: its float32 value and Adam's two moments."""
@@ -47,16 +47,16 @@ _GRADIENT_BYTES = 4
 """Bytes of a trained parameter's gradient in memory: float32."""
 
 
-def foresee(
+def describe_run(
     run: Run,
     config: InputConfig,
     preparation: Preparation,
     training: FinetuneConfig | None,
     written: Sequence[Location],
 ) -> list[str]:
-    """Lines that say what a job would do: the first examples, what they will take, the pool. Nothing is written.
+    """Lines for the user about what a job would do: the first examples, the estimate, the pool. Nothing is written.
 
-    `training` is None where nothing is trained; files where the job writes (`written`) are not read as data.
+    `training` is None if nothing is trained; files where the job writes (`written`) are not read as data.
     """
     lines, data = preview(config.all_sources(), preparation, written=written)
     run.check_claim()
@@ -116,7 +116,7 @@ def preview(
 
 
 def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
-    """The size of all sources, from the number of rows, the rows that each read one stands for, and what was read."""
+    """The size of all sources; `sizes` has the number of rows of each, the rows per row read, and what was read."""
     columns = ("num_prompt_tokens", "num_response_tokens")
     prompt, scored = (sum(scale * sum(row[name] for row in rows) for _, scale, rows in sizes) for name in columns)
     return DataSize(
@@ -128,7 +128,7 @@ def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
 
 
 def _marked(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: list[int]) -> str:
-    """The tokens as text, the scored ones between ⟦ and ⟧."""
+    """The tokens as text, with the scored ones between ⟦ and ⟧."""
     edges = [0, *spans, len(input_ids)]
     pieces = [tokenizer.decode(input_ids[start:end]) for start, end in pairwise(edges)]
     return "".join(f"⟦{piece}⟧" if number % 2 else piece for number, piece in enumerate(pieces))
@@ -146,25 +146,25 @@ def device_rate(config: EstimateConfig) -> tuple[float, str]:
     if has_gpu():
         raise ConfigError(
             f"the rate of the cluster's GPUs ({', '.join(names) or 'unnamed'}) is not known; "
-            "give --estimate.device_tflops, what one sustains"
+            "give --estimate.device_tflops, the rate that one sustains"
         )
-    of_a_thread = gemm_flops(torch.float32, torch.device("cpu")) / 1e12  # of CPU time, so of one thread
+    of_a_thread = gemm_flops(torch.float32, torch.device("cpu")) / 1e12  # per second of CPU time, so of one thread
     return CPU_SHARE * of_a_thread, f"{CPU_SHARE:.0%} of a matrix product here; a device is one CPU thread"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will take, about."""
+    """What a run will take, approximately."""
 
     data: DataSize
     num_shards: int
     finetune_flops: float
     score_flops: float
     checkpoint_bytes: float
-    """Bytes at one time at most: the last checkpoint and the one being written."""
+    """Maximum bytes at any time: the last checkpoint and the one being written."""
     reference_bytes: float
     device_bytes: float
-    """Weights, gradients and moments on each fine-tuning device, activations not counted; 0 without a fine-tune."""
+    """Weights, gradients and moments on each fine-tuning device, without activations; 0 without a fine-tune."""
 
     def device_hours(self, tflops: float) -> tuple[float, float]:
         """Device-hours of the fine-tune and of scoring, on devices that sustain this rate."""
@@ -208,10 +208,10 @@ def estimate(
 
 
 def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> float:
-    """Bytes that the fine-tune holds on a device apart from activations, at most: a frozen base may be in bfloat16.
+    """The maximum bytes that the fine-tune holds on a device, without activations; a frozen base may take fewer.
 
-    With sharding, a device also gathers the embeddings and two layers at a time, the next one while one runs; where
-    these are trained, also their gradients before they are summed over the devices.
+    With sharding, a device also gathers the embeddings and two layers at a time, one that runs and the next; if these
+    are trained, it also holds their gradients until they are summed over the devices.
     """
     state = (_ADAM_BYTES + _GRADIENT_BYTES) * trained
     if finetune.lora_rank is not None:
@@ -223,7 +223,7 @@ def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> fl
 
 
 def estimate_lines(found: Estimate, tflops: float, how: str, num_devices: int, price: float | None) -> list[str]:
-    """The estimate in lines for the user. `how` says where the rate comes from; `price` is that of a device-hour."""
+    """Lines for the user; `how` says where the rate comes from, and `price` is the price of a device-hour."""
     data = found.data
     training, scoring = found.device_hours(tflops)
     total = training + scoring
@@ -238,7 +238,7 @@ def estimate_lines(found: Estimate, tflops: float, how: str, num_devices: int, p
         f"  time to score: {_duration(scoring / max(1, num_devices))} on {num_devices} actors",
     ]
     if found.device_bytes:
-        lines.append(f"  memory: {_bytes(found.device_bytes)} of a device while fine-tuning, and activations")
+        lines.append(f"  memory: {_bytes(found.device_bytes)} of a device while fine-tuning, plus activations")
     if price is not None:
         lines.append(f"  cost: {total * price:.2f} at {price:g} a device-hour")
     return lines

@@ -43,7 +43,7 @@ from davir_ray.run.storage_errors import storage_errors
 log = logging.getLogger(__name__)
 
 _NUM_LOGGED = 50
-"""About how many steps of a training are logged."""
+"""Approximate number of steps of a training that are logged."""
 
 _MAX_CURVE_POINTS = 500
 """Maximum number of points of a loss curve in the manifest."""
@@ -58,19 +58,19 @@ _NOT_CONTENT = (
     "checkpoint_every_steps",
     "max_failures",
 )
-"""Settings that change how the reference is computed but not, beyond rounding, what it is."""
+"""Settings that change how the reference is computed, but not the result, except for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is trained, on what, and where the model is written; every worker gets one."""
+    """A training: the model, the data, the recipe and where the result is written; every worker gets a copy."""
 
     stage: str
     run: Run
     base: Checkpoint
     config: FinetuneConfig
     objective: Callable[[], Objective]
-    """Reads what is trained on; called in each worker."""
+    """Reads the training data; called in each worker."""
     spec: dict[str, Any]
     """The scoring spec that is saved with the model."""
     folder: str
@@ -115,7 +115,7 @@ def _read_examples(folder: Location, shards: list[str]) -> TrainingSet:
 
 
 def recipe_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What a trained model depends on besides the base and the data, for a fingerprint."""
+    """What a trained model depends on apart from the base and the data, for a fingerprint."""
     return {"recipe": what_matters(config), "numerics": NUMERICS_VERSION}
 
 
@@ -125,21 +125,21 @@ def what_matters(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects: int) -> Manifest:
-    """Train on an objective, whose rows are called `unit`, and commit the model, unless that is already done.
+    """Train on an objective and commit the model, unless that is already done; `unit` names its rows.
 
     A training that an earlier attempt began is continued.
     """
     started = time.monotonic()
     run, stage, checkpoints = training.run, training.stage, training.run / "checkpoints"
     if done := run.completed(stage, fingerprint):
-        checkpoints.remove()  # left behind if the driver died just after the manifest
+        checkpoints.remove()  # left behind if the driver died just after writing the manifest
         return done
     if not run.continues_attempt(stage, "checkpoints", fingerprint):
         checkpoints.remove()
     run.note_attempt("checkpoints", fingerprint)
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
-            # The fingerprint names Ray Train's folder: the same training continues, another begins anew.
+            # The fingerprint names Ray Train's folder: the same training continues, another one starts over.
             name = digest(fingerprint)[:16]
             result = run_on_workers(partial(_train, training, counter), training.config, checkpoints, name)
     except UserError:
@@ -161,7 +161,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
         seconds=time.monotonic() - started,
     )
     manifest = run.commit(manifest)
-    # They are three times the model's size, and serve only a training that was not finished.
+    # Checkpoints have three times the model's size, and only an unfinished training needs them.
     checkpoints.remove()
     return manifest
 
@@ -172,8 +172,8 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 def _train(training: Training, counter: ProgressCounter) -> dict[str, Any]:
     """Train to the end; rank 0 writes the model.
 
-    As long as steps follow, a DavirError must be raised on every rank: a rank that stops alone leaves the others
-    waiting. So whatever may fail on a single rank, such as reading and writing, is done `together`.
+    Until the last step, a DavirError must be raised on every rank: if one rank stopped alone, the others would wait for
+    it. So whatever may fail on a single rank, such as reading and writing, is done `together`.
     """
     config = training.config
     if not torch.cuda.is_available():
@@ -198,7 +198,7 @@ def _train(training: Training, counter: ProgressCounter) -> dict[str, Any]:
 
 
 def _load(training: Training) -> Any:
-    """The base, ready to be trained, and spread over the workers as the strategy says."""
+    """The base, ready to be trained, and distributed over the workers as the strategy says."""
     config, device = training.config, get_device()
     dtype = resolve_dtype(weights_precision(config), device)
     make = partial(trainable, training.base, config, dtype, dropout=training.dropout)
@@ -209,17 +209,17 @@ def _load(training: Training) -> Any:
 
 def _continue(trainer: Trainer, state: Path, uri: str) -> None:
     """Continue from a checkpoint of Ray Train, a copy of which is in `state`."""
-    anew = f"delete the folder {posixpath.dirname(uri)} to train from the start"
+    start_over = f"delete the folder {posixpath.dirname(uri)} to train from the start"
     try:
         trainer.load_state(state)
     except IntegrityError as error:
-        raise IntegrityError(f"the checkpoint {uri} is damaged ({error}); {anew}") from error
+        raise IntegrityError(f"the checkpoint {uri} is damaged ({error}); {start_over}") from error
     except ConfigError as error:
-        raise ConfigError(f"the checkpoint {uri} cannot be continued from: {error}, or {anew}") from error
+        raise ConfigError(f"the checkpoint {uri} cannot be continued from: {error}, or {start_over}") from error
 
 
 def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, *, is_first: bool) -> None:
-    """Take the remaining steps; after each, export the epoch, save a checkpoint and log if it is time to."""
+    """Take the remaining steps; after each, export the epoch, save a checkpoint and log, when due."""
     config, before, num_tokens = training.config, trainer.step, 0
     if is_first:
         counter.begin("steps")
@@ -257,7 +257,7 @@ def _save_checkpoint(training: Training, trainer: Trainer, report: StepReport, *
 
 
 def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:
-    """Write the model as a Hugging Face folder of the run, whole or not at all; returns its files.
+    """Write the model as a Hugging Face folder in the run, completely or not at all; returns its files.
 
     Called on every rank, because sharded weights must be gathered; rank 0 writes.
     """

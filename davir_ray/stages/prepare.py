@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
 PREPARE_VERSION = 2
-"""Increased by a change that may make other examples of the same records; part of the stage's fingerprint."""
+"""To be increased with any change that may make other examples of the same records; part of the fingerprint."""
 
 TASKS = "prepare_tasks"
 """Folder of the reports of finished tasks while the stage runs; a restarted driver does not repeat these tasks."""
 
 UNLIMITED = 2**62
-"""More rows or bytes than any source has."""
+"""A number above the rows or bytes of any source."""
 
 _MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
@@ -51,7 +51,7 @@ _BYTES_PER_ROW = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Everything that the content of examples/ depends on besides the sources."""
+    """Everything that the content of examples/ depends on, apart from the sources."""
 
     base: Checkpoint
     config: PrepareConfig
@@ -63,11 +63,11 @@ class Preparation:
     """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
 
     def reader(self, sources: list[Source]) -> ExampleReader:
-        """What turns records of these sources into examples."""
+        """The reader that turns records of these sources into examples."""
         tokenizer = self.base.tokenizer()
         formats = {source.format for source in sources}
         has_template = (self.chat_template or tokenizer.chat_template) is not None
-        # Pairs of strings need none; messages do, and a base without one is refused here.
+        # Pairs of strings need no template; messages do, and a base without one is refused here.
         uses_chat = "messages" in formats or ("preference" in formats and has_template)
         chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
         encoder = Encoder(tokenizer, self.config.max_tokens)
@@ -75,13 +75,13 @@ class Preparation:
 
 
 def are_pairs(sources: list[Source]) -> bool:
-    """Whether each record of the sources becomes two examples, which stand one after the other."""
+    """Whether each record of the sources becomes two examples, one after the other."""
     return any(source.format == "preference" for source in sources)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a worker: slices of one source are prepared into shards named by the task's number."""
+    """One call of a worker: it prepares slices of one source into shards named by the task's number."""
 
     number: int
     source: Source
@@ -89,7 +89,7 @@ class Task:
 
 
 class _Limits(NamedTuple):
-    """The limits beyond which prepare ends with an error."""
+    """The limit of bad rows, and what is needed to check it early."""
 
     max_bad_fraction: float
     total_bytes: int
@@ -98,7 +98,7 @@ class _Limits(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a worker is given."""
+    """The arguments of a worker."""
 
     run: Run
     reports: Location
@@ -125,7 +125,7 @@ def prepare(
     files = {source.name: list_files(source, [run.folder, *written]) for source in sources}
     fingerprint = _fingerprint(sources, files, preparation)
     if complete := run.completed("prepare", fingerprint):
-        (run / TASKS).remove()  # a driver may have died between the manifest and this
+        (run / TASKS).remove()  # a driver may have died after writing the manifest and before this
         return complete
     reports = run / TASKS / digest(fingerprint)[:16]
     if not run.continues_attempt("prepare", TASKS, fingerprint):
@@ -133,7 +133,7 @@ def prepare(
     run.note_attempt(TASKS, fingerprint)
     done = _finished(run, reports)
     tasks, num_files = _plan(sources, files, preparation), sum(map(len, files.values()))
-    log.info("prepare: tasks: %d, of them done before: %d, input files: %d", len(tasks), len(done), num_files)
+    log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), num_files)
     limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
     try:
         total = limits.total_bytes if preparation.limit is None else None  # with a limit the end is not known
@@ -150,7 +150,7 @@ def prepare(
 
 
 def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
-    """Progress at the start: what an earlier attempt finished."""
+    """The progress at the start: what an earlier attempt finished."""
     return Progress(
         stage="prepare",
         unit="bytes",
@@ -162,7 +162,7 @@ def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
 
 
 def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
-    """By number, the reports of tasks that an earlier attempt finished and whose files are as they were written."""
+    """Reports of the tasks that an earlier attempt finished and whose files are unchanged, by number."""
     found = {}
     for name in reports.names(".json"):
         try:
@@ -289,7 +289,7 @@ def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> 
 
 
 class Preparer:
-    """Worker: prepares one task at a time; writes its shards and, last, its report."""
+    """Worker: prepares one task at a time; it writes the task's shards and, last, its report."""
 
     def __init__(self, work: Work) -> None:
         configure_worker_logging()
@@ -326,7 +326,7 @@ class Preparer:
         self._work.counter.report(str(number), done)
 
     def _stop_early(self, writer: ShardWriter) -> None:
-        """DataError as soon as too many rows are bad, before a large file is read to its end for nothing."""
+        """Raise DataError as soon as too many rows are bad, instead of reading a large file to its end."""
         limits = self._work.limits
         try:
             writer.report.check_rejects(limits.max_bad_fraction, limits.total_bytes)

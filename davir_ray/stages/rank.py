@@ -2,7 +2,7 @@
 
 There is no global sort. A sample of composite keys gives the boundaries of bins, one scan gives the exact count of each
 bin, then only the bins that are needed are exchanged, and each is sorted and written by one task that knows its first
-rank. Any number of ties, shards and workers gives the same ranks, and the driver holds a few numbers for each bin.
+rank. The ranks are the same for any number of ties, shards and workers, and the driver holds a few numbers per bin.
 """
 
 import logging
@@ -163,7 +163,7 @@ def write_bin(
 ) -> FileEntry:
     """Sort one bin, give its rows their ranks, and write the file of those up to `last_rank`."""
     if rows.num_rows != rows_by_bin[number]:
-        raise IntegrityError(f"bin {number} was counted at {rows_by_bin[number]} rows and came with {rows.num_rows}")
+        raise IntegrityError(f"bin {number} was counted at {rows_by_bin[number]} rows but has {rows.num_rows}")
     _, keys, ids = order_keys(rows, config)
     by_rank = ranking.order(keys, ids)
     if (np.diff(ids[by_rank]) == 0).any():
@@ -178,8 +178,8 @@ def write_bin(
 def order_keys(
     table: pa.Table, config: RankConfig, id_column: str = "example_id"
 ) -> tuple[npt.NDArray[np.bool_], hashing.Keys, hashing.Ids]:
-    """Which rows are rankable, and the composite keys of those; rows without a value, or with NaN, have no rank."""
-    ids = np.asarray(pc.fill_null(table[id_column], 0))  # null where the row has no value either
+    """Whether each row is rankable (its value is neither null nor NaN), and the keys and ids of those that are."""
+    ids = np.asarray(pc.fill_null(table[id_column], 0))  # an id is null only where the value is null, too
     values = table[value_column(config)].to_numpy().astype(np.float64)
     rankable = ~np.isnan(values)
     if config.order in ("random", "length"):
@@ -196,7 +196,7 @@ def key_columns(config: RankConfig, id_column: str = "example_id") -> list[str]:
 
 
 def value_column(config: RankConfig) -> str:
-    """The column whose values are ranked; for a random order, which has none, the length stands in."""
+    """The column whose values are ranked; for a random order, which has none, the length is used."""
     return "num_response_tokens" if config.order in ("length", "random") else config.order
 
 

@@ -29,20 +29,20 @@ from davir_ray.schema import EXAMPLES, RANKED, REJECTS, SCORES, RejectReason
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 200_000
-"""Rows that the figures are computed from; a larger run is sampled by hash, and the page says so."""
+"""Maximum number of rows that the figures are computed from; a larger run is sampled by hash, and the page says so."""
 
 _REJECTS_PER_REASON = 50
 _MAX_REJECT_FILES = 100
-"""Files of rejects/ that are read to show every reason; one that is in later files only is shown without rows."""
+"""Maximum number of files of rejects/ that are read; a reason that occurs only in later ones is shown without rows."""
 
 _SCORE_COLUMNS = [name for name in SCORES.names if not name.endswith("_token_nll")]
 
 _SHOWN = 20
-"""Examples shown at each place of the ranking: the best, the middle, the worst."""
+"""Number of examples shown at each place of the ranking: the best, the middle, the worst."""
 
 _SHOWN_WITH_TOKENS = 4
 _MAX_RANKED_FILES = 8
-"""Files of ranked/ read around each place for examples with token losses: enough for a sample of 1 row in 400,000."""
+"""Maximum files of ranked/ read around each place for token losses: enough for a sample of 1 row in 400,000."""
 
 _TOKEN_LOSSES = ("base_token_nll", "reference_token_nll")
 _TEXT_COLUMNS = ["example_id", "prompt", "response", "input_ids", "response_spans"]
@@ -54,8 +54,8 @@ Rows = list[dict[str, Any]]
 def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write the page and the same facts as JSON; returns the facts. Always redone, as it takes seconds.
 
-    With the base's tokenizer the page shows the tokens of examples whose token losses were kept. `planted` is what the
-    demo knows of its own data.
+    With the base's tokenizer the page shows the tokens of examples whose token losses were kept. `planted` is the
+    known truth about the demo's data.
     """
     started = time.monotonic()
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]

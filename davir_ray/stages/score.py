@@ -32,7 +32,7 @@ from davir_ray.run.storage_errors import user_errors
 from davir_ray.schema import SCORES
 
 _SAMPLED_ROWS = 200
-"""Rows whose token losses are kept with keep_token_nll sample, at least."""
+"""Minimum number of rows whose token losses are kept with keep_token_nll sample."""
 
 _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""
@@ -47,7 +47,7 @@ def score(
     keep_token_nll: str = "sample",
     examples: Run | None = None,
 ) -> Manifest:
-    """Score every example with both models; rows of scores/ stand in the order of examples/.
+    """Score every example with both models; rows of scores/ are in the order of examples/.
 
     `examples` is the run that holds the examples; None: this one.
     """
@@ -58,10 +58,10 @@ def score(
 
 
 def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:
-    """The losses of every example under the base alone, the frozen policy: frozen/ has the columns of scores/.
+    """Compute the losses of every example under the base alone, the frozen policy; frozen/ has the columns of scores/.
 
-    They are computed in the arithmetic of the training, so that the policy begins where the frozen one is: bfloat16
-    moves the log-probability of a response by tenths of a nat.
+    They are computed in the arithmetic of the training, so that the policy starts equal to the frozen one: bfloat16
+    shifts the log-probability of a response by tenths of a nat.
     """
     config = replace(config, precision=weights_precision(training))
     return _score(
@@ -84,7 +84,7 @@ def _score(
 ) -> Manifest:
     started = time.monotonic()
     prepared = examples.require("prepare")
-    # Twice the wanted rows in expectation: a draw by hash may fall short of its mean, and at least 200 are promised.
+    # Twice the wanted rows in expectation: a sample by hash may be smaller than its mean, and 200 are guaranteed.
     sample_share = min(1.0, 2 * _SAMPLED_ROWS / prepared.counts["prepared"])
     settings = replace(scorer_settings(config, keep_token_nll, sample_share), autocast=autocast)
     fingerprint = _fingerprint(base, reference, prepared, settings, on_gpus=bool(num_gpus_of(config)))
@@ -108,7 +108,7 @@ def _score(
 
 
 class ScoreShard(ShardWorker):
-    """Actor: a Scorer for blocks that are whole shards."""
+    """Actor: runs a Scorer on blocks, each of which is a whole shard."""
 
     def __init__(self, counter: ProgressCounter, **scorer: Any) -> None:
         super().__init__("score", counter, INPUT_COLUMNS, partial(Scorer, **scorer))
@@ -140,21 +140,21 @@ def _fingerprint(
         "settings": kept,
         "numerics": NUMERICS_VERSION,
     }
-    # Scores without this entry were computed without these modules, and must not pass for complete.
+    # Scores without this entry were computed without these modules, and must not count as complete.
     if reference is not None and (modules := reference.modules_to_save()):
         fingerprint["modules_to_save"] = modules
     return fingerprint
 
 
 def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
-    """The cache of base losses that the settings name; ConfigError if it cannot be written."""
+    """The cache of base losses that the settings name; raises ConfigError if it cannot be written."""
     if config.base_cache is None:
         return None
     folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
     identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
     with user_errors(config.base_cache, ConfigError):
         cache = BaseCache(Location.of(folder), identity)
-        # An error now rather than a warning for each shard.
+        # Fail now rather than warn for each shard.
         probe = cache.folder / f"probe-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.remove()
@@ -162,7 +162,7 @@ def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
 
 
 def check_ids(folder: Location, shards: list[FileEntry]) -> None:
-    """IntegrityError if two rows have the same example_id: no order by score and id is total then, no join exact."""
+    """Raise IntegrityError if two rows have the same example_id, which the ranking and joins need to be unique."""
     num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
     found = regroup(
         Shards(shards, partial(read_columns, folder, ["example_id"])),

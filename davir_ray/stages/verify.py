@@ -1,4 +1,4 @@
-"""verify: are the files of a run as they were written, and does a plain loop compute the same scores?"""
+"""verify: are the files of a run unchanged, and does a plain loop compute the same scores?"""
 
 import gc
 import logging
@@ -33,9 +33,9 @@ from davir_ray.schema import EXAMPLES, SCORES, Status
 log = logging.getLogger(__name__)
 
 _TOLERANCE = {"float64": 2e-3, "float32": 2e-3, "bfloat16": 0.3}
-"""Nats a token by which a stored loss may differ from the plain one, by the dtype of the stored one.
+"""Nats per token by which a stored loss may differ from the plain one, by the dtype of the stored one.
 
-Correct float32 losses were seen to differ by at most 7e-5; one wrong token or mask makes whole nats."""
+Correct float32 losses differed by at most 7e-5; one wrong token or mask makes a difference of whole nats."""
 
 _SCORE_COLUMNS = ["example_id", "num_response_tokens", "base_nll", "reference_nll", "davir"]
 _TOKEN_COLUMNS = ["input_ids", "response_spans"]
@@ -48,34 +48,34 @@ class Verification:
     """The result of scoring some rows again, one at a time in float32."""
 
     num_files: int
-    """Files that are as their manifests describe them."""
+    """Files that match their manifests."""
     num_rows: int
     precision: str
     """Dtype in which the stored scores were computed."""
     largest_davir_difference: float
     largest_nll_difference: float
-    """Nats a token, the larger of both models."""
+    """Nats per token, the larger of both models."""
     rank_correlation: float
     """Spearman's correlation of stored and plain scores."""
     top_k: int
-    """How many of these rows the run's selected share means, at least one."""
+    """Number of these rows that the run's selected share amounts to, at least 1."""
     overlap: float
     """Share of the top k rows by stored scores that are also in the top k by plain ones."""
 
     def lines(self) -> list[str]:
-        """For the user."""
+        """Lines for the user."""
         return [
-            f"files: {self.num_files} as they were written",
+            f"files: {self.num_files}, unchanged since they were written",
             f"scores: {self.num_rows} rows, stored in {self.precision}, computed again one at a time in float32",
             f"  largest difference: davir {self.largest_davir_difference:.3g}, "
-            f"loss {self.largest_nll_difference:.3g} nats a token",
+            f"loss {self.largest_nll_difference:.3g} nats per token",
             f"  rank correlation (Spearman): {self.rank_correlation:.6f}",
             f"  overlap of the top {self.top_k}: {self.overlap:.1%}",
         ]
 
 
 def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, seed: int) -> Verification:
-    """Check every committed file, and score some rows again. IntegrityError names what does not agree."""
+    """Check every committed file, and score some rows again; raises IntegrityError that names what differs."""
     num_files = _check_files(run)
     scored = run.require("score")
     _check_models(scored, base, reference)
@@ -88,18 +88,20 @@ def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, see
 
 
 def _check_files(run: Run) -> int:
-    """The number of files of all complete stages; IntegrityError names the damaged ones.
+    """The number of files of all complete stages; raises IntegrityError that names damaged ones.
 
     Local files are read, because their modification time says nothing about a failing disk. In a store the etag is
     enough, which depends on the content.
     """
-    run.require("prepare")  # without its manifest its files would go unchecked
+    run.require("prepare")  # without the manifest, its files would not be checked
     manifests = [manifest for stage in STAGES if (manifest := run.manifest(stage))]
     damaged = [
         line for manifest in manifests for line in manifest.damage(run.folder, trust_marks=not run.folder.is_local)
     ]
     if damaged:
-        raise IntegrityError(f"{len(damaged)} files of {run} are not as they were written: {'; '.join(damaged[:5])}")
+        raise IntegrityError(
+            f"{len(damaged)} files of {run} have changed since they were written: {'; '.join(damaged[:5])}"
+        )
     return sum(len(manifest.files) for manifest in manifests)
 
 
@@ -112,7 +114,7 @@ def _check_models(scored: Manifest, base: Checkpoint, reference: Checkpoint) -> 
 def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     """Random rows that have a score, with their tokens; the choice depends on the seed only."""
     files, purpose = scored.files_in("scores"), f"verify {seed}"
-    # Three times as many in expectation: a draw by hash may fall short of its mean.
+    # Three times as many in expectation: a sample by hash may be smaller than its mean.
     share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
     shards = Shards(files, partial(_read_drawn, run / "scores", share, purpose))
     found = collect(shards, _unchanged, _DRAWN)
@@ -198,7 +200,7 @@ def _compare(
     if not worst.max() <= _TOLERANCE[precision]:
         row = rows.slice(int(worst.argmax()), 1).to_pylist()[0]
         raise IntegrityError(
-            f"the stored losses of example {row['example_id']} differ by {worst.max():.3g} nats a token from a plain "
+            f"the stored losses of example {row['example_id']} differ by {worst.max():.3g} nats per token from a plain "
             f"loop in float32 (more than {_TOLERANCE[precision]} for {precision}); {'; '.join(result.lines()[2:])}"
         )
     return result

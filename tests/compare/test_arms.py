@@ -147,7 +147,7 @@ def test_duplicates_that_are_lost_are_not_taken_for_none(make_scores: Any) -> No
         manifest.write(run.place.folder)
         assert sorted(run.selection(None)["example_id"].to_pylist()) == sorted(ids_of(run.place, "selected"))
     (run.place / "duplicates" / (run.place / "duplicates").names()[0]).remove()
-    with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates where the selection counted \d+"):
+    with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates, but the selection counted \d+"):
         run.selection(None)
     selected.write(run.place.folder)
     with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing"):

@@ -130,7 +130,7 @@ def test_an_output_is_asked_for() -> None:
 
 def test_a_score_of_another_order_is_not_compared_with_the_runs_min_score() -> None:
     own = RunConfig(select=SelectConfig(min_score=0.5))
-    with pytest.raises(ConfigError, match=r"min_score is 0\.5, the run's own for another order \(davir\)"):
+    with pytest.raises(ConfigError, match=r"min_score is 0\.5, which the run has for another order \(davir\)"):
         applied("--rank.order", "length", own=own)
     with pytest.raises(ConfigError, match="min_score"):
         applied("--rank.lowest", own=own)

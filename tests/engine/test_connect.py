@@ -176,11 +176,10 @@ def test_a_ray_that_cannot_be_started_names_the_variable(tmp_path: Path) -> None
     home, unusable, tmpdir, ray_tmpdir = refused(
         "HOME=/proc/nothing", "RAY_TMPDIR=/proc/nothing", f"TMPDIR={long}", f"RAY_TMPDIR={long}"
     )
-    assert "HOME, now /proc/nothing" in home
-    assert "/proc/nothing, the value of RAY_TMPDIR" in unusable
+    assert "HOME for its token (now /proc/nothing)" in home
+    assert "(now /proc/nothing, from RAY_TMPDIR" in unusable
     assert all(
-        "AF_UNIX" in line and f"{long}, the value of RAY_TMPDIR, else of TMPDIR" in line
-        for line in (tmpdir, ray_tmpdir)
+        "AF_UNIX" in line and f"(now {long}, from RAY_TMPDIR, else TMPDIR" in line for line in (tmpdir, ray_tmpdir)
     )
 
 

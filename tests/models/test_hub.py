@@ -378,7 +378,7 @@ def test_a_worker_that_cannot_reach_the_hub_ends_the_run_so_that_it_can_go_on(
     hub.publish("org/tiny", base_folder)
     checkpoint = Checkpoint.find("org/tiny")
     hub.close()
-    with pytest.raises(StorageError, match=r"gives no answer.*The same command goes on"):
+    with pytest.raises(StorageError, match=r"gives no answer.*The same command continues"):
         checkpoint.model(torch.float32, CPU)
 
 

@@ -57,7 +57,7 @@ def test_an_error_stays_itself_and_is_in_the_progress(
 
 
 def test_a_disk_that_fails_is_a_storage_error(local: Location) -> None:
-    with pytest.raises(StorageError, match="The same command goes on"), Run(local).writing(dump(RunConfig())):
+    with pytest.raises(StorageError, match="The same command continues"), Run(local).writing(dump(RunConfig())):
         (local / "config.yaml" / "below").write_bytes(b"x")
     progress = Progress.read(local)
     assert progress is not None

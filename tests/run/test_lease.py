@@ -160,7 +160,7 @@ def test_who_loses_the_lease_stops_and_leaves_the_others(run: Location) -> None:
             leave(run)
             doze(30)
 
-    with pytest.raises(OutputError, match=r"taken over by process \d+ on node7"):
+    with pytest.raises(OutputError, match=r"was taken over by process \d+ on node7"):
         lose()
     holder = Holder.read(run / LEASE_FILE)
     assert holder is not None
@@ -212,7 +212,7 @@ def test_who_cannot_renew_the_lease_stops_before_another_may_take_it(
             monkeypatch.setattr(Location, "write_bytes", fail)
             doze(30)
 
-    with pytest.raises(OutputError, match="taken over by a driver that may take it for dead"):
+    with pytest.raises(OutputError, match="may have been taken over by another driver, because the heartbeat failed"):
         hold()
 
 
@@ -351,7 +351,7 @@ def test_a_heartbeat_that_is_written_too_late_takes_nothing_from_who_took_over(t
 
     thread = threading.Thread(target=take_over)
     thread.start()
-    with pytest.raises(OutputError, match=r"taken over by .*its heartbeat came too late"):
+    with pytest.raises(OutputError, match=r"taken over by .*the heartbeat came too late"):
         hold()
     thread.join()
     tokens = [found.token for found in held if found is not None]

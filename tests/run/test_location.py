@@ -366,14 +366,14 @@ def test_a_disk_that_fails_is_a_storage_error(call: str, local: Location, folder
     if call in ("exists", "remove"):
         assert not CALLS[call](local / "a", folder)
         return
-    with pytest.raises(StorageError, match=rf"{local}/a: .*(Not a dir|File ex).*The same command goes on") as caught:
+    with pytest.raises(StorageError, match=rf"{local}/a: .*(Not a dir|File ex).*The same command continues") as caught:
         CALLS[call](local / "a", folder)
     assert isinstance(caught.value.__cause__, NotADirectoryError | FileExistsError)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_store_that_is_away_is_a_storage_error(call: str, unreachable: Location, folder: Path) -> None:
-    with pytest.raises(StorageError, match=r"s3://bucket/run/a: unreachable: .*The same command goes on") as caught:
+    with pytest.raises(StorageError, match=r"s3://bucket/run/a: unreachable: .*The same command continues") as caught:
         CALLS[call](unreachable, folder)
     assert isinstance(caught.value.__cause__, BotoCoreError)
 
@@ -398,7 +398,7 @@ def test_a_file_that_is_not_there_is_not_found(call: str, place: Location, folde
 
 def test_leftovers_in_a_store_that_is_away_stay(unreachable: Location, caplog: pytest.LogCaptureFixture) -> None:
     remove_leftovers(unreachable)
-    assert "parts of uploads that died, if there are any, stay" in caplog.text
+    assert "parts of incomplete uploads, if there are any, stay" in caplog.text
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

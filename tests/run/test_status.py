@@ -63,7 +63,7 @@ def test_a_driver_that_is_silent_may_have_died(local: Location) -> None:
 def test_a_run_without_a_driver_is_stopped_whatever_the_file_says(local: Location) -> None:
     prepared(local)
     assert status(local.path).state == "stopped"
-    assert "the same command goes on" in status(local.path).lines()[-1]
+    assert "the same command continues" in status(local.path).lines()[-1]
 
 
 def test_a_lease_of_a_dead_process_is_no_driver(local: Location) -> None:

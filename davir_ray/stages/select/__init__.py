@@ -1,1 +1,1 @@
-"""select: which rows of ranked/ are taken, and what is written of them."""
+"""select: which rows of ranked/ are selected, and the files that they are written to."""

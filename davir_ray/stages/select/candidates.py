@@ -29,11 +29,11 @@ _COUNTED = pa.schema(
 )
 
 Filter = Callable[[pa.Table], npt.NDArray[np.bool_]]
-"""Says of each row whether it is left out."""
+"""Returns for each row whether it is left out."""
 
 
 class Pool(NamedTuple):
-    """The rows of one file of ranked/ that may be selected and are of one group."""
+    """The rows of one group, in one file of ranked/, that may be selected."""
 
     file: str
     group: str
@@ -50,7 +50,7 @@ class Candidates:
     rank_config: RankConfig
     config: SelectConfig
     duplicates: frozenset[str]
-    """Files of ranked/ that have any."""
+    """Files of ranked/ that contain duplicates."""
 
     def read(self, file: str) -> pa.Table:
         """The columns of a file of ranked/ that a selection depends on, and its name in the column `file`."""
@@ -60,7 +60,7 @@ class Candidates:
 
     @property
     def filters(self) -> dict[str, Filter]:
-        """The filters that the configuration asks for, by the reason that they give."""
+        """The filters that the configuration asks for, by the reason for leaving a row out."""
         filters: dict[str, Filter] = {}
         shortest, longest = self.config.min_response_tokens, self.config.max_response_tokens
         min_score = self.config.min_score
@@ -86,7 +86,7 @@ class Candidates:
         return np.asarray(self.outcomes(table) == _ELIGIBLE)
 
     def groups(self, table: pa.Table) -> npt.NDArray[np.str_]:
-        """The group of each row; without balance, quotas or mixture all rows are of one."""
+        """The group of each row; without balance, quotas or mixture all rows are in one group."""
         parts = [self._labels(table, by) for by in (["source"] if self.config.mixture else self.config.balance)]
         if not parts:
             return np.full(table.num_rows, "", dtype=np.str_)
@@ -117,7 +117,7 @@ class Candidates:
 
 
 def reaches(table: pa.Table, rank_config: RankConfig, min_score: float) -> npt.NDArray[np.bool_]:
-    """Rows whose value is at least this, or at most where the lowest come first; rows without a value do not."""
+    """Whether each row's value is at least `min_score`, or at most if the lowest come first; false without a value."""
     values = table[value_column(rank_config)].to_numpy().astype(np.float64)
     return np.asarray(values <= min_score if rank_config.lowest else values >= min_score)
 

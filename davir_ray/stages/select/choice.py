@@ -19,7 +19,7 @@ class Choice:
 
     candidates: Candidates
     limits: dict[str, Limits]
-    """Limits by file of ranked/; a file that is not in it gives nothing."""
+    """Limits by file of ranked/; no row of another file is selected."""
 
     def selected(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Whether each row of a file, as the candidates read it, is selected."""
@@ -32,7 +32,7 @@ class Choice:
         return selected
 
     def shards(self, files: list[FileEntry]) -> Shards:
-        """The selected rows of these files of ranked/; those that give none are not read."""
+        """The selected rows of these files of ranked/; files without selected rows are not read."""
         return Shards([entry for entry in files if entry.name in self.limits], self.read)
 
     def read(self, file: str) -> pa.Table:

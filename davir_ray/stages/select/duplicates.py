@@ -16,8 +16,8 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
 FOLDER = "duplicates"
-"""Folder of the ranks of duplicates, in a file for each file of ranked/ that has any. The manifest of the selection
-names these files, so one that is missing is known to be lost."""
+"""Folder of the ranks of duplicates, with a file for each file of ranked/ that has any. The manifest of the selection
+lists these files, so that a missing one is noticed."""
 
 _ROWS_PER_PART = 2_000_000
 """Rows that one task compares; 32 MB."""
@@ -27,7 +27,7 @@ _NONE = pa.table({"rank": pa.array([-1], pa.int64()), "bin": pa.array([-1], pa.i
 
 
 def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
-    """Write the ranks of duplicates; returns the files. Rows come together by hash, then ranks by file of ranked/."""
+    """Write the ranks of duplicates; returns the files. Rows are grouped by hash, then ranks by file of ranked/."""
     num_parts = 1 + sum(entry.rows for entry in files) // _ROWS_PER_PART
     first_ranks = 1 + np.cumsum([0, *(entry.rows for entry in files)])[:-1]
     names = [entry.name for entry in files]
@@ -43,7 +43,7 @@ def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
 def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
     """Names of the files of ranked/ that have duplicates, by a complete selection.
 
-    Older manifests count the duplicates without naming their files; IntegrityError if some of those are lost.
+    Older manifests count the duplicates without listing their files; raises IntegrityError if some of those are lost.
     """
     entries, counted = selected.files_in(FOLDER), selected.counts.get("duplicates", 0)
     if entries or not counted:
@@ -52,7 +52,7 @@ def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
     found = sum(len(read_duplicates(run, name)) for name in names)
     if found != counted:
         raise IntegrityError(
-            f"{run / FOLDER} holds {found} duplicates where the selection counted {counted}; run jobs/rank.py again"
+            f"{run / FOLDER} holds {found} duplicates, but the selection counted {counted}; run jobs/rank.py again"
         )
     return frozenset(names)
 
@@ -67,7 +67,7 @@ def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
 
 
 def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Table:
-    """Ranks whose hash a smaller rank has too, and the number of the file of ranked/ that each is in."""
+    """Ranks whose hash also occurs at a smaller rank, and the number of the file of ranked/ that each is in."""
     hashes, ranks = np.asarray(group["content_hash"]), np.asarray(group["rank"])
     order = np.lexsort((ranks, hashes))
     repeated = ranks[order][1:][hashes[order][1:] == hashes[order][:-1]]

@@ -1,4 +1,4 @@
-"""What the rule takes of each group, and so how much of it each file of ranked/ may give."""
+"""How much the rule takes from each group, and how much of that comes from each file of ranked/."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ Limits = dict[str, Limit]
 
 
 def limits_by_file(pools: Iterable[Pool], config: SelectConfig) -> dict[str, Limits]:
-    """How much each file may give of each group, from the pools in rank order.
+    """The limit of each group in each file, from the pools in rank order.
 
-    ConfigError if the rule asks for more than there is, or leaves nothing.
+    Raises ConfigError if the rule asks for more rows than there are, or leaves none.
     """
     by_group: dict[str, list[Pool]] = defaultdict(list)
     for pool in pools:
@@ -32,7 +32,7 @@ def limits_by_file(pools: Iterable[Pool], config: SelectConfig) -> dict[str, Lim
 
 
 def _limits_by_group(rows: dict[str, int], tokens: dict[str, int], config: SelectConfig) -> Limits:
-    """What the rule takes of each group, given the rows and scored tokens of each that may be selected."""
+    """How much the rule takes from each group, given the rows and scored tokens of each that may be selected."""
     if config.quotas:
         for group, quota in config.quotas.items():
             _check_enough(f"select.quotas of {group!r}", quota, rows.get(group, 0))
@@ -56,7 +56,7 @@ def _limits_by_group(rows: dict[str, int], tokens: dict[str, int], config: Selec
 
 
 def _limit_of_part(part: Part, num_rows: int) -> Limit:
-    """What a part of a mixture takes of the rows of its source that may be selected."""
+    """How much a part of a mixture takes from the rows of its source that may be selected."""
     rule = f"select.mixture of {part.source!r}:"
     if not num_rows:
         raise ConfigError(

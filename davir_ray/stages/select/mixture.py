@@ -51,7 +51,7 @@ def _repeat(table: pa.Table, repeats: dict[str, int], seed: int, num_bins: int) 
 
 
 def _write_bin(number: int, rows: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> FileEntry:
-    # Two places are equal only by chance; then the id and the copy decide, in every run alike.
+    # Two places are equal only by chance; then the id and the copy decide, in the same way in every run.
     by_place = np.lexsort(tuple(np.asarray(rows[name]) for name in ("copy", "example_id", "place")))
     table = rows.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
     return write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)

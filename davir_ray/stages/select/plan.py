@@ -33,24 +33,24 @@ _PIECES = pa.schema(
         ("last_id", pa.int64()),
     ]
 )
-"""Selected rows of one stretch that are of one group and one source, with the first and the last composite key."""
+"""The selected rows of one stretch, group and source: their counts, and the first and last composite key."""
 
 CompositeKey = tuple[int, int]
 """Ordering key and example_id: ascending, the best row first."""
 
 
 class Stretch(NamedTuple):
-    """Consecutive selected rows of one file of ranked/: what one file of selected/ holds."""
+    """Consecutive selected rows of one file of ranked/, which become one file of selected/."""
 
     file: str
     start: int
-    """The place of its first row among the selected rows of the file."""
+    """Index of its first row among the selected rows of the file."""
     rows: int
     first: CompositeKey
 
 
 class Total(NamedTuple):
-    """What is selected of a group or a source."""
+    """The selected rows of a group or a source."""
 
     rows: int
     tokens: int
@@ -68,7 +68,7 @@ class Plan:
 
     @classmethod
     def of(cls, choice: Choice, files: list[FileEntry]) -> Self:
-        """Plan the files by one scan of the selected rows. ConfigError if there is none."""
+        """Plan the files by one scan of the selected rows; raises ConfigError if there are none."""
         cut = partial(_cut_into_pieces, candidates=choice.candidates, stretch_rows=BIN_ROWS)
         pieces = collect(choice.shards(files), cut, _PIECES)
         if not pieces.num_rows:
@@ -83,7 +83,7 @@ class Plan:
         return sum(stretch.rows for stretch in self.stretches)
 
     def bins(self, config: RankConfig) -> Bins:
-        """The stretches as bins of the order: each begins where its first row stands."""
+        """The stretches as bins of the order: each begins at its first row."""
         keys, ids = zip(*(stretch.first for stretch in self.stretches), strict=True)
         return Bins(
             config=config, boundary_keys=np.array(keys[1:], np.uint64), boundary_ids=np.array(ids[1:], np.int64)

@@ -1,8 +1,8 @@
-"""select: ranked/ + text → selected/, by one rule, after filters, within groups where the rows are shared out.
+"""select: ranked/ + text → selected/, by filters and then one rule, applied to each group if there are groups.
 
-The files of ranked/ stand in rank order, so what is taken of a group is a prefix of it. One scan counts the rows of
-each group in each file, from which the driver computes how much each file may give; a second scan finds the selected
-rows, and only those are exchanged with their text. The result is exact for any number of files and workers.
+The files of ranked/ are in rank order, so the selected rows of a group are a prefix of it. One scan counts the rows of
+each group in each file, from which the driver computes a limit for each file; a second scan finds the selected rows,
+and only those are exchanged with their text. The result is exact for any number of files and workers.
 """
 
 import logging
@@ -39,7 +39,7 @@ _TEXT_COLUMNS = ["prompt", "response", "record", "source_file", "source_row"]
 
 
 def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
-    """Write the rows that the rule takes of those that may be selected, text included, in rank order."""
+    """Apply the filters and the rule, and write the selected rows in rank order, with their text."""
     started = time.monotonic()
     ranked, scored = run.require("rank"), run.require("score")
     fingerprint = {"ranked": ranked.content, "rule": asdict(config)}
@@ -91,7 +91,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
 
 
 def check_count(config: SelectConfig, num_rows: int, what: str) -> None:
-    """Raise ConfigError if more rows are to be selected than there are: known before any model is loaded."""
+    """Raise ConfigError if more rows are to be selected than there are; this is checked before any model is loaded."""
     wanted = {"select.top_k": config.top_k or 0, "the sum of select.quotas": sum(config.quotas.values())}
     for name, rows in wanted.items():
         if rows > num_rows:
@@ -128,7 +128,7 @@ def _read_with_text(candidates: Candidates, plan: Plan, name: str) -> pa.Table:
 def _write_stretch(
     number: int, with_text: pa.Table, choice: Choice, plan: Plan, metadata: dict[bytes, bytes]
 ) -> FileEntry:
-    """Write one file of selected/: the rows of a stretch of ranked/, with the text that came for them."""
+    """Write one file of selected/: the rows of a stretch of ranked/, with their text."""
     stretch = plan.stretches[number]
     ranked = choice.read(stretch.file).slice(stretch.start, stretch.rows)
     at = pc.index_in(ranked["example_id"], value_set=with_text["example_id"].combine_chunks())
@@ -142,7 +142,7 @@ def _write_stretch(
 
 
 def _group_details(plan: Plan, pools: list[Pool]) -> list[dict[str, Any]]:
-    """For each group the rows that could be selected, and the rows and scored tokens that are."""
+    """For each group the number of rows that may be selected, and of rows and scored tokens that are."""
     eligible = Counter[str]()
     for pool in pools:
         eligible[pool.group] += pool.rows
@@ -155,7 +155,7 @@ def _group_details(plan: Plan, pools: list[Pool]) -> list[dict[str, Any]]:
 
 
 def _source_details(plan: Plan, config: SelectConfig) -> list[dict[str, Any]]:
-    """For each source the rows and scored tokens that are selected, and how often a mixture repeats them."""
+    """For each source the number of selected rows and scored tokens, and how often a mixture repeats them."""
     repeats = {part.source: part.repeat for part in config.mixture}
     return [
         {"source": name, "rows": total.rows, "tokens": total.tokens, "repeat": repeats.get(name, 1)}
@@ -164,7 +164,7 @@ def _source_details(plan: Plan, config: SelectConfig) -> list[dict[str, Any]]:
 
 
 def _cut_value(candidates: Candidates, last: FileEntry) -> float | None:
-    """The value of the last selected row; None where no one cut of the ranking made the selection."""
+    """The value of the last selected row; None for a random order, or if each group was cut at a value of its own."""
     config, rank_config = candidates.config, candidates.rank_config
     if rank_config.order == "random" or config.balance or config.mixture:
         return None
