@@ -1,6 +1,6 @@
-"""select: a cut of ranked rows that are in no files, by the rules of the job.
+"""select: the best rows of a ranked dataset, by the rules of the select stage.
 
-Rows may have been left out since they were ranked: a rule counts those that are there, in rank order.
+Rows may have been filtered out since they were ranked: a rule counts the remaining rows, in rank order.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,12 +31,12 @@ def select(
     order: Order = "davir",
     lowest: bool = False,
 ) -> Rows:
-    """Take the best rows by exactly one rule, with the jobs' meaning; they stay in rank order.
+    """Take the best rows by exactly one rule, with the same meaning as in the jobs; they stay in rank order.
 
-    A rule counts the rows that are there: those filtered out since `rank` do not count.
+    A rule counts only the rows of this dataset, not those filtered out since `rank`.
 
     Args:
-        ranked: What `rank` returned. A dataset of Ray Data runs now, unless it has.
+        ranked: The result of `rank`. A dataset of Ray Data is executed now, unless it has been materialised.
         top_k: Number of rows.
         top_fraction: This share of the rows: floor of the exact decimal times the rows, at least 1.
         top_tokens: The longest prefix whose scored tokens fit.
@@ -45,7 +45,8 @@ def select(
         lowest: Whether the lowest value came first; only min_score needs it.
 
     Raises:
-        ConfigError: No rule, more than one, a value out of range, fewer rows than top_k, or no row left.
+        ConfigError: No rule or several rules are given, a value is out of range, there are fewer rows than top_k, or
+            no row is selected.
     """
     check_dataset(ranked)
     check_choice("order", order, get_args(Order))
@@ -73,7 +74,7 @@ def select(
 def _select_on_ray(
     dataset: ray.data.Dataset, columns: list[str], rank_config: RankConfig, config: SelectConfig
 ) -> ray.data.Dataset:
-    """Where the rule cuts is found in this process, from ranks and tokens; rows are taken in tasks."""
+    """Compute the cut in this process, from ranks and tokens; filter the rows in tasks."""
     blocks = run_blocks(dataset)
     if not blocks:
         raise _no_row()
@@ -99,7 +100,7 @@ def _check_columns(names: Iterable[str], needed: list[str]) -> None:
 def _rule(
     dataset: Rows, columns: list[str], rank_config: RankConfig, config: SelectConfig
 ) -> Callable[[pa.Table], npt.NDArray[np.bool_]]:
-    """A test that says of each row of a table whether the rule takes it from this dataset."""
+    """A function that tests for each row of a table whether the rule selects it from this dataset."""
     if (min_score := config.min_score) is not None:
         return lambda table: reaches(table, rank_config, min_score)
     last_rank = _last_rank(read_here(dataset, columns), config)
@@ -107,7 +108,7 @@ def _rule(
 
 
 def _last_rank(table: pa.Table, config: SelectConfig) -> int:
-    """The rank of the last row that the rule takes; 0 if it takes none. ConfigError if a rank stands twice."""
+    """The rank of the last row that the rule takes; 0 if it takes none. ConfigError if a rank occurs twice."""
     ranks = np.asarray(table["rank"])
     tokens = np.zeros(len(ranks), np.int64)
     if config.top_tokens is not None:

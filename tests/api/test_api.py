@@ -371,7 +371,7 @@ def test_every_argument_changes_the_result(
         ({"messages_column": "conversation"}, "messages_column .* the format prompt_response does not read it"),
         ({"format": "alpaca", "prompt_column": "question"}, "prompt_column .* the format alpaca does not read it"),
         ({"chat_template": CHAT.format(":")}, "chat_template is given"),
-        ({"base": Checkpoint(uri="/m"), "trust_remote_code": True}, "give it to Checkpoint.find for /m"),
+        ({"base": Checkpoint(uri="/m"), "trust_remote_code": True}, "for /m, pass it to Checkpoint.find"),
     ],
 )
 def test_an_argument_without_effect_is_refused(models: dict[str, Any], options: dict[str, Any], told: str) -> None:
