@@ -197,7 +197,7 @@ def test_five_lines_of_the_docstring(rows: list[dict[str, Any]], models: dict[st
         ({"format": "parquet"}, ConfigError, "format is 'parquet'"),
         ({"response_column": "answer"}, ConfigError, "needs the column 'answer'"),
         ({"max_tokens": 4096}, ConfigError, "has 1024 positions"),
-        ({"base": "/nowhere"}, ModelError, "is no folder"),
+        ({"base": "/nowhere"}, ModelError, "is not a folder"),
         ({"config": ScoreConfig(num_actors=99)}, Exception, "do not fit"),
         ({"format": "messages", "messages_column": "tags"}, ModelError, "no chat template"),
     ],
