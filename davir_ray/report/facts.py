@@ -47,8 +47,8 @@ _LEFT_OUT = {
 class ReportInputs:
     """What the facts are computed from.
 
-    Counts of the manifests that are used (a missing one is shown as not recorded): prepare: read, prepared, rejected, and
-    each reject reason under its own name; score: scored, and each status under its own name; rank: ranked; select:
+    Counts of the manifests that are used (a missing one is shown as not recorded): prepare: read, prepared, rejected,
+    and each reject reason under its own name; score: scored, and each status under its own name; rank: ranked; select:
     selected, and the rows that each filter left out. Their details: finetune: loss_by_step, a list of (step, nats per
     token); score: throughput, cumulative tokens at seconds since the start of the stage; select: cut, the ordering key
     of the last selected row, groups and sources.
