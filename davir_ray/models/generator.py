@@ -44,7 +44,7 @@ class GeneratorSettings:
     precision: str = "auto"
     tokens_per_batch: int | None = None
     num_threads: int = 1
-    """Number of CPU threads of the process; another number may change the last bits."""
+    """Number of CPU threads that the process computes with; another number may change the last bits."""
     turn_end: int | None = None
     """A token that ends a text in addition to the checkpoint's: the one that the chat template writes after a turn."""
 

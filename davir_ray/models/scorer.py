@@ -52,7 +52,7 @@ class ScorerSettings:
     precision: str = "auto"
     tokens_per_pack: int | None = None
     num_threads: int = 1
-    """Number of CPU threads of the process; another number may change the last bits."""
+    """Number of CPU threads that the process computes with; another number may change the last bits."""
     keep_token_nll: str = "none"
     """Rows whose token losses are kept: 'all', 'none', or a 'sample' of the share sample_share."""
     sample_share: float = 0.0
