@@ -192,7 +192,7 @@ def test_a_path_without_data_is_one_line(good: dict[str, str], fails: Fails, ray
 
 
 def test_a_base_that_is_none_is_one_line(good: dict[str, str], fails: Fails, no_ray: None, tmp_path: Path) -> None:
-    assert "is no folder" in fails(words(good | {"--base": str(tmp_path / "none")}))
+    assert "is not a folder" in fails(words(good | {"--base": str(tmp_path / "none")}))
     assert "no config.json" in fails(words(good | {"--base": str(tmp_path)}))
 
 
@@ -220,7 +220,7 @@ def test_a_mistyped_folder_is_one_line(
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "models/lama is no folder (models has llama)" in fails(words(good | {"--base": "models/lama"}))
+    assert "models/lama is not a folder (models has llama)" in fails(words(good | {"--base": "models/lama"}))
 
 
 def test_a_pickled_base_is_refused(

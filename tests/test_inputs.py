@@ -147,7 +147,7 @@ def test_an_adapter_of_a_resized_base_needs_that_base(
         model.resize_token_embeddings(rows)
         get_peft_model(model, LoraConfig(r=2, **ADAPTERS[name])).save_pretrained(tmp_path / f"{rows}")
     check(base_folder, tmp_path / "1024")
-    told = rf"1026 has (lm_head|model\.embed_tokens)\S* of shape .*1026.*, but {base_folder} of \[1024, 64\]"
+    told = rf"1026 has (lm_head|model\.embed_tokens)\S* of shape .*1026.*, but {base_folder} has \[1024, 64\]"
     with pytest.raises(ModelError, match=told):
         check(base_folder, tmp_path / "1026")
     model = LlamaForCausalLM.from_pretrained(folder)

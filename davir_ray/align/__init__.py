@@ -1,1 +1,1 @@
-"""Direct preference optimisation, plain and normalised: an application of the stages."""
+"""Preference training by DavIR-DPO and the losses it is compared with, built from the stages of a run."""

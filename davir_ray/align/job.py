@@ -1,4 +1,4 @@
-"""Preference training, read aloud: prepare, freeze, align, score, margins, report."""
+"""The job of preference training: prepare, freeze, align, score, margins, report."""
 
 from dataclasses import replace
 
@@ -19,8 +19,8 @@ from davir_ray.stages.prepare import scoring_spec
 from davir_ray.stages.score import freeze, score
 
 FROZEN_CACHE = "frozen_cache"
-"""Folder in the run, until it is scored, with the frozen policy's token losses: scoring the trained policy reads them
-instead of computing them again, if training and scoring use the same arithmetic."""
+"""Folder in the run with the frozen policy's token losses, deleted once the trained policy has been scored. Scoring
+reads them instead of computing them again, if training and scoring use the same arithmetic."""
 
 
 def run_alignment(config: AlignRunConfig) -> Run:

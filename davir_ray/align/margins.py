@@ -1,6 +1,6 @@
 """margins: pairs + the losses of both policies → margins/, a row for each pair: log-probabilities, rewards, loss.
 
-The stage takes seconds, so it is redone without a flag. Every number in the report is a mean or a correlation over
+The stage takes seconds, so it is redone without --overwrite. Every number in the report is a mean or a correlation over
 these rows.
 """
 
@@ -60,7 +60,7 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
 
 
 def _read(run: Run, name: str) -> pa.Table:
-    """Examples and their losses under both policies, in the same order."""
+    """The examples of a shard with their losses under both policies."""
     examples, scores = read_parquet(run / "examples" / name, _EXAMPLES), read_parquet(run / "scores" / name, _SCORES)
     if not examples["example_id"].equals(scores["example_id"]):
         raise IntegrityError(f"examples/{name} and scores/{name} do not hold the same rows")
@@ -76,7 +76,7 @@ def _write(folder: Location, measure: partial[pa.Table], name: str, table: pa.Ta
 
 
 def _measure(name: str, table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.Table:
-    """MARGINS of the pairs whose two rows stand one after the other."""
+    """The MARGINS table of a shard of pairs, in which the two rows of a pair are adjacent."""
     chosen, rejected = table.take(np.arange(0, table.num_rows, 2)), table.take(np.arange(1, table.num_rows, 2))
     roles = set(chosen["role"].to_pylist()), set(rejected["role"].to_pylist())
     if roles != ({Role.CHOSEN}, {Role.REJECTED}) or not chosen["pair_id"].equals(rejected["pair_id"]):
@@ -86,7 +86,9 @@ def _measure(name: str, table: pa.Table, *, loss: str, beta: float, held_out: fl
     )
     num_tokens = [np.array(side["num_response_tokens"]) for side in (chosen, rejected)]
     found = pair_loss(loss, logprobs, torch.tensor(num_tokens[0]), torch.tensor(num_tokens[1]), beta)
-    status = [_worse(*both) for both in zip(chosen["status"].to_pylist(), rejected["status"].to_pylist(), strict=True)]
+    status = [
+        _pair_status(*both) for both in zip(chosen["status"].to_pylist(), rejected["status"].to_pylist(), strict=True)
+    ]
     unknown = np.array([one != Status.OK for one in status])
     values = {
         "frozen_chosen": logprobs.frozen_chosen_N,
@@ -114,7 +116,7 @@ def _logprobs(table: pa.Table, column: str) -> torch.Tensor:
     return torch.from_numpy(-np.array(table[column].to_numpy(zero_copy_only=False), dtype=np.float64))
 
 
-def _worse(chosen: str, rejected: str) -> str:
+def _pair_status(chosen: str, rejected: str) -> str:
     """The status of a pair: ok, or why it has no margin. A response with zero_base_nll has a reward, which is 0."""
     faults = [one for one in (chosen, rejected) if one not in (Status.OK, Status.ZERO_BASE_NLL)]
     return faults[0] if faults else Status.OK

@@ -1,4 +1,4 @@
-"""Finished trainings on the same pairs, which a preference training is compared with in its report."""
+"""Finished preference trainings on the same pairs, with which the report compares this one."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from davir_ray.run.storage_errors import user_errors
 
 
 def finished_runs(places: Sequence[str]) -> list[Run]:
-    """The runs in these folders; ConfigError if one cannot be read or is no finished preference training."""
+    """The runs in these folders; ConfigError if one cannot be read or is not a finished preference training."""
     check_readable([(place, ConfigError) for place in places])
     runs = []
     for place in places:
@@ -27,7 +27,7 @@ def finished_runs(places: Sequence[str]) -> list[Run]:
 
 
 def check_comparable(run: Run, others: Sequence[Run], *, is_shared: bool) -> None:
-    """ConfigError if one of the others was trained on other pairs, or lies in a local folder that other nodes lack.
+    """ConfigError if one of the others was trained on other pairs, or is in a local folder that other nodes lack.
 
     The run's own prepare stage must be complete.
     """

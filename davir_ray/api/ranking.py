@@ -1,4 +1,4 @@
-"""rank: an exact order of rows that are in no files."""
+"""rank: the exact ranking of the rows of a dataset."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -18,7 +18,7 @@ from davir_ray.formulas import order as ranking
 from davir_ray.stages.rank import Bins, count_bins, find_bins, key_columns, order_keys
 
 BIN_ROWS = 50_000
-"""Rows, with all their columns, that one task sorts."""
+"""Number of rows, with all their columns, that one task sorts."""
 
 _BIN = "davir_ray_bin"
 
@@ -27,20 +27,20 @@ _TIES = "content_hash"
 
 
 def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: int = 0) -> Rows:
-    """Add `rank`, 1 for the best, to the rows that have a value, in rank order; the others are left out.
+    """Add `rank`, 1 for the best, to the rows that have a value, and sort by it; the other rows are left out.
 
     The order is exact and total: by value, then by ascending content_hash, then, for rows with the same prompt and
     response, by their place in the dataset. Rows whose value is null or NaN have no rank; -0.0 equals 0.0. In the
     orders length and random, rows whose status is ok have one.
 
     Args:
-        scored: What `score` returned. A dataset of Ray Data runs now, once.
+        scored: The result of `score`. A dataset of Ray Data is executed now, once.
         order: The column to rank by (length: num_response_tokens), or random.
         lowest: Whether the lowest value comes first.
         seed: Seed of the random order.
 
     Raises:
-        ConfigError: A setting, a column that is absent, or a column `rank` that is there already.
+        ConfigError: A setting is invalid, a column is missing, or there is already a column `rank`.
         DataError: No row has a value.
     """
     check_dataset(scored)
@@ -55,7 +55,7 @@ def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: in
 
 
 def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Dataset:
-    """The order is cut into bins, which tasks sort; this process holds a few numbers for each bin."""
+    """Cut the order into bins, which tasks sort; this process holds a few numbers for each bin."""
     if (schema := dataset.schema(fetch_if_missing=False)) is not None:
         _check_columns(schema.names, config)  # known before anything runs
     blocks = run_blocks(dataset)
@@ -86,7 +86,7 @@ def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Data
 
 
 def _check_columns(names: Iterable[str], config: RankConfig) -> None:
-    """ConfigError if a column that the order needs is absent, or there is a rank."""
+    """ConfigError if a column that the order needs is missing, or there is already a column rank."""
     there = set(names)
     for name in key_columns(config, _TIES):
         if name not in there:

@@ -1,4 +1,4 @@
-"""Both kinds of dataset that the API takes: what is checked of them, and how their rows are read and run."""
+"""The two kinds of dataset that the API accepts: their checks, and how their rows are read and executed."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ Rows = TypeVar("Rows", ray.data.Dataset, datasets.Dataset)
 
 
 def check_dataset(dataset: Any) -> None:
-    """ConfigError for anything else than the two kinds of dataset."""
+    """ConfigError unless this is one of the two kinds of dataset."""
     if not isinstance(dataset, ray.data.Dataset | datasets.Dataset):
         kind = type(dataset)
         raise ConfigError(
@@ -51,9 +51,9 @@ def collect_blocks(rows: ray.data.Dataset, names: Iterable[str], summarise: Chan
 
 
 def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:
-    """Run a dataset, unless it has been materialised; returns its blocks in Ray's object store.
+    """Execute a dataset, unless it has been materialised; returns its blocks in Ray's object store.
 
-    Empty ones are left out: they may come without their columns (2.60).
+    Empty blocks are left out: they may lack their columns (Ray 2.60).
     """
     with own_errors():
         refs = dataset.to_arrow_refs()
@@ -63,7 +63,7 @@ def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """Keep the blocks of datasets made meanwhile in order, and never split one."""
+    """Keep the blocks of datasets that are made in this context in order, and never split a block."""
     context = whole_block_context()
     context.execution_options.preserve_order = True
     with ray.data.DataContext.current(context):

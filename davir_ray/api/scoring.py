@@ -36,13 +36,14 @@ from davir_ray.text import decoded
 log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 1024
-"""Most rows that a call of an actor scores: the same for any pool, since the last bits of a score depend on it."""
+"""Maximum number of rows that one call of an actor scores: the same for any pool, as the last bits of a score depend on
+it."""
 
 _EXAMPLES = pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS])
 _TOKEN_LOSSES = ["base_token_nll", "reference_token_nll"]
 _NOT_ADDED = ["example_id", "source"]
 _ROW = "davir_ray_row"
-"""Column of a row's place in a `datasets.Dataset`, while its scores are computed in any order."""
+"""Temporary column with a row's index in a `datasets.Dataset`: scores are computed in any order."""
 
 
 def score(
@@ -89,10 +90,10 @@ def score(
         trust_remote_code: Run Python code that comes with a hub checkpoint.
 
     Raises:
-        ConfigError: A setting, also one that the format does not read; a column that is absent, or has the name of a
-            score column.
+        ConfigError: A setting is invalid or not used by the format; a column is missing, or has the name of a score
+            column.
         ModelError: A model cannot be used, or the two do not belong together.
-        ClusterError: The cluster does not hold the actors that are asked for.
+        ClusterError: The requested actors do not fit the cluster.
     """
     check_dataset(dataset)
     check_choice("format", format, tuple(name for name in get_args(Format) if name != "preference"))
@@ -106,7 +107,7 @@ def score(
     )
     source.check_columns()
     if chat_template is not None:
-        chat_template = decoded(chat_template.encode())  # as of a file
+        chat_template = decoded(chat_template.encode())  # as if read from a file
     check_chat_template(chat_template, [format])
     base, reference = (_checkpoint(model, trust_remote_code) for model in (base, reference))
     preparation = Preparation(
@@ -134,7 +135,7 @@ def _checkpoint(model: str | Checkpoint, trust_remote_code: bool) -> Checkpoint:
     if not isinstance(model, Checkpoint):
         return Checkpoint.find(model, trust_remote_code)
     if trust_remote_code and not model.trust_remote_code:
-        raise ConfigError(f"trust_remote_code is of models by name; give it to Checkpoint.find for {model.uri}, too")
+        raise ConfigError(f"trust_remote_code is for models given by name; for {model.uri}, pass it to Checkpoint.find")
     return model
 
 
@@ -174,9 +175,9 @@ class RowScoring:
 
 
 def _score_on_ray(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: int | None = None) -> ray.data.Dataset:
-    """The dataset's rows with score columns, once it runs; ClusterError if the pool does not fit the cluster.
+    """Add the score columns when the dataset is executed; ClusterError if the pool does not fit the cluster.
 
-    A pool that is not given a size grows with what there is to do: other steps of the pipeline need room, too.
+    A pool without a given size starts with one actor and grows with its work: other steps of the pipeline need room.
     """
     config = scoring.config
     planned = plan_pool(config)
@@ -199,7 +200,7 @@ def _score_on_ray(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: in
 
 
 def _score_here(dataset: datasets.Dataset, scoring: RowScoring) -> datasets.Dataset:
-    """Only the columns of the format go to the workers; the score columns are put next to the dataset's own."""
+    """Send only the format's columns to the workers, and add the score columns to the dataset."""
     names = [name for name in columns(scoring.source) if name in dataset.column_names]
     chosen, starts = dataset.select_columns(names).with_format("arrow"), range(0, len(dataset), BLOCK_ROWS)
     places = [pa.array(range(start, min(start + BLOCK_ROWS, len(dataset))), pa.int64()) for start in starts]

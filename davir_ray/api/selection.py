@@ -1,6 +1,6 @@
-"""select: a cut of ranked rows that are in no files, by the rules of the job.
+"""select: the best rows of a ranked dataset, by the rules of the select stage.
 
-Rows may have been left out since they were ranked: a rule counts those that are there, in rank order.
+Rows may have been filtered out since they were ranked: a rule counts the remaining rows, in rank order.
 """
 
 from collections.abc import Iterable
@@ -38,12 +38,12 @@ def select(
     order: Order = "davir",
     lowest: bool = False,
 ) -> Rows:
-    """Take the best rows by exactly one rule, with the jobs' meaning; they stay in rank order.
+    """Take the best rows by exactly one rule, with the same meaning as in the jobs; they stay in rank order.
 
-    A rule counts the rows that are there: those filtered out since `rank` do not count.
+    A rule counts only the rows of this dataset, not those filtered out since `rank`.
 
     Args:
-        ranked: What `rank` returned. A dataset of Ray Data runs now, unless it has.
+        ranked: The result of `rank`. A dataset of Ray Data is executed now, unless it has been materialised.
         top_k: Number of rows.
         top_fraction: This share of the rows: floor of the exact decimal times the rows, at least 1.
         top_tokens: The longest prefix whose scored tokens fit.
@@ -52,7 +52,8 @@ def select(
         lowest: Whether the lowest value came first; only min_score needs it.
 
     Raises:
-        ConfigError: No rule, more than one, a value out of range, fewer rows than top_k, or no row left.
+        ConfigError: No rule or several rules are given, a value is out of range, there are fewer rows than top_k, or
+            no row is selected.
     """
     check_dataset(ranked)
     check_choice("order", order, get_args(Order))
@@ -84,7 +85,7 @@ def select(
 def _select_on_ray(
     dataset: ray.data.Dataset, columns: list[str], rank_config: RankConfig, config: SelectConfig
 ) -> ray.data.Dataset:
-    """Tasks take the rows; this process holds a few numbers for each stretch of ranks."""
+    """Filter the rows in tasks; this process holds a few numbers for each stretch of ranks."""
     blocks = run_blocks(dataset)
     if not blocks:
         raise _no_row()

@@ -37,8 +37,8 @@ _TEST_FILE = "hh_harmless_pairs_1k.jsonl.gz"
 class AlignmentBenchmark:
     """Compare forward and backward over a batch of pairs with TRL's DPOTrainer: time, and memory beyond the model's.
 
-    TRL is measured twice: given the frozen policy's log-probabilities, as ours gets them from the freeze stage, and
-    computing them in each step, which is its default. Without options: a Llama of hidden size 256, 4 layers and a
+    TRL is measured twice: given the frozen policy's log-probabilities, as ours is by the freeze stage, and computing
+    them in each step, which is its default. Without options: a Llama of hidden size 256, 4 layers and a
     vocabulary of 32,000 with random weights, float32, one thread.
     """
 
@@ -55,7 +55,7 @@ class AlignmentBenchmark:
     num_threads: int = 1
     """Number of threads on a CPU. CPU times are easiest to compare with one."""
     repeats: int = 3
-    """Number of runs of each way, taking turns; medians are reported."""
+    """Number of runs of each method; the methods take turns, and medians are reported."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_size", "num_threads", "repeats"):
@@ -63,14 +63,14 @@ class AlignmentBenchmark:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-Way = Callable[[], list[float]]
+Method = Callable[[], list[float]]
 """Runs forward and backward over all batches; returns the loss of each."""
 
 
 def run(settings: AlignmentBenchmark) -> dict[str, Any]:
-    """Run all ways in turn; returns the contents of the JSON file. Raises ConfigError if TRL is not installed."""
+    """Run all methods in turn; returns the contents of the JSON file. Raises ConfigError if TRL is not installed."""
     try:
-        import trl  # noqa: F401 - only here, and not a dependency
+        import trl  # noqa: F401 - an optional dependency, only needed here
     except ModuleNotFoundError as error:
         raise ConfigError("TRL is not installed; install davir_ray[test]") from error
     torch.set_num_threads(settings.num_threads)
@@ -80,14 +80,14 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
     tokenizer = trained_tokenizer(data, int(model.config.get_text_config().vocab_size))
     examples = _load_pairs(data, settings, tokenizer)
     frozen, frozen_model = _frozen(model, examples), plain_copy(model, "sdpa", torch.float32)
-    _move(model)
+    _perturb(model)
     objective = PairSet.of([(examples, frozen)], AlignConfig(loss="dpo", beta=0.1))
     starts = range(0, len(objective), settings.batch_size)
     batches = [np.arange(at, min(at + settings.batch_size, len(objective))) for at in starts]
-    ways: dict[str, Way] = {"davir_ray": _ours(model, objective, batches)}
-    ways |= _trl(model, frozen_model, tokenizer, examples, objective, batches)
-    losses = {name: way() for name, way in ways.items()}  # the first run also allocates the gradients
-    seconds, memory = in_turn(ways, settings.repeats, device)
+    methods: dict[str, Method] = {"davir_ray": _ours(model, objective, batches)}
+    methods |= _trl(model, frozen_model, tokenizer, examples, objective, batches)
+    losses = {name: method() for name, method in methods.items()}  # the first run also allocates the gradients
+    seconds, memory = in_turn(methods, settings.repeats, device)
     lengths = objective.lengths
     return {
         "settings": asdict(settings),
@@ -117,7 +117,7 @@ def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.T
 
 @torch.inference_mode()
 def _frozen(model: PreTrainedModel, examples: pa.Table) -> pa.Table:
-    """The frozen policy's losses: those of the model before `_move`."""
+    """The frozen policy's losses: those of the model before `_perturb`."""
     objective = PairSet.of([(examples, _losses(examples, [1.0] * examples.num_rows))], AlignConfig(loss="dpo"))
     likelihood = Likelihood(model)
     nlls = [
@@ -128,8 +128,8 @@ def _frozen(model: PreTrainedModel, examples: pa.Table) -> pa.Table:
 
 
 @torch.no_grad()
-def _move(model: PreTrainedModel) -> None:
-    """Move the policy away from the frozen one, where every loss is log 2, whether a way is right or wrong."""
+def _perturb(model: PreTrainedModel) -> None:
+    """Change the policy: while it equals the frozen one, every loss is log 2, even in a wrong implementation."""
     generator = torch.Generator(model.device).manual_seed(0)
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).normal_(generator=generator)
@@ -141,18 +141,18 @@ def _losses(examples: pa.Table, nlls: list[float]) -> pa.Table:
     return pa.table({"example_id": examples["example_id"], "base_nll": nlls, "status": status})
 
 
-def _ours(model: PreTrainedModel, objective: PairSet, batches: list[np.ndarray[Any, Any]]) -> Way:
+def _ours(model: PreTrainedModel, objective: PairSet, batches: list[np.ndarray[Any, Any]]) -> Method:
     trainer = Trainer(Likelihood(model), objective, FinetuneConfig(gradient_checkpointing=False, precision="float32"))
     trainer.likelihood.train()
 
-    def way() -> list[float]:
+    def method() -> list[float]:
         found = []
         for rows in batches:
             model.zero_grad(set_to_none=False)
             found.append(trainer.backward(rows)[0])
         return found
 
-    return way
+    return method
 
 
 def _trl(
@@ -162,7 +162,7 @@ def _trl(
     examples: pa.Table,
     objective: PairSet,
     batches: list[np.ndarray[Any, Any]],
-) -> dict[str, Way]:
+) -> dict[str, Method]:
     """TRL's loss and backward on its own padded batches of the same tokens, without and with the frozen forward."""
     rows = examples.to_pylist()
     pairs = [_for_trl(*rows[2 * at : 2 * at + 2]) for at in range(len(objective))]
@@ -174,7 +174,7 @@ def _trl(
         for rows in batches
     ]
 
-    def way(*, given: bool) -> list[float]:
+    def method(*, given: bool) -> list[float]:
         found = []
         for rows, batch in zip(batches, collated, strict=True):
             trainer.model.zero_grad(set_to_none=False)
@@ -185,7 +185,7 @@ def _trl(
             found.append(float(loss.detach()))
         return found
 
-    return {"trl": lambda: way(given=True), "trl_with_frozen_forward": lambda: way(given=False)}
+    return {"trl": lambda: method(given=True), "trl_with_frozen_forward": lambda: method(given=False)}
 
 
 def _for_trl(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, list[int]]:

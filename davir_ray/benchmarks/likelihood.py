@@ -1,4 +1,4 @@
-"""The likelihood kernel compared with the machine's peak and with other ways to score the same rows, in one process."""
+"""The likelihood kernel compared with the machine's peak and with other scoring methods, in one process."""
 
 import copy
 import logging
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodBenchmark:
-    """Measure the likelihood kernel: share of the machine's matrix rate, ratios to other ways, the Ray pipeline.
+    """Measure the likelihood kernel: its share of the machine's matrix rate, its speed and memory relative to other
+    methods, and the efficiency of the Ray pipeline.
 
     Without options: 512 rows of Alpaca, a Llama of hidden size 256, 4 layers and a vocabulary of 32,000 with random
     weights, float32, one thread.
@@ -60,13 +61,13 @@ class LikelihoodBenchmark:
     num_threads: int = 1
     """Number of threads on a CPU. CPU times are easiest to compare with one."""
     repeats: int = 3
-    """Number of runs of each way, taking turns; medians are reported."""
+    """Number of runs of each method; the methods take turns, and medians are reported."""
     rivals: bool = True
-    """Also run the other ways. Without it only the kernel runs: for models whose full logits do not fit."""
+    """Also run the other methods. If false, only the kernel runs, for models whose full logits do not fit in memory."""
     reference_rows: int = 64
-    """Number of rows, of all lengths, that are compared with a float64 model; 0: none."""
+    """Number of rows, of all lengths, whose losses are compared with a float64 model's; 0: none."""
     training_rows: int = 64
-    """Number of rows in the training step that is compared; 0: none."""
+    """Number of rows in the training step that is compared with padded batches; 0: none."""
     pipeline_shards: int = 8
     """Number of shards, of `rows` rows each, to run through the Ray pipeline; 0: none. Eight take over two minutes."""
 
@@ -85,11 +86,13 @@ class LikelihoodBenchmark:
                 f"lengths contains {min(self.lengths)}; a sequence needs at least 2 tokens to have one to score"
             )
         if self.pipeline_shards == 1:
-            raise ConfigError("pipeline_shards is 1; the first shard warms up, so give at least 2, or 0 for none")
+            raise ConfigError(
+                "pipeline_shards is 1; the first shard warms up, so give at least 2, or 0 to skip the pipeline"
+            )
 
 
 Results = dict[str, Any]
-Way = Callable[[Sequence[Example]], list[float]]
+Method = Callable[[Sequence[Example]], list[float]]
 """Returns the summed NLL of each example."""
 
 
@@ -117,7 +120,7 @@ def run(settings: LikelihoodBenchmark) -> Results:
         "machine": describe_machine(device, dtype),
         "attention": self_check(likelihood),
     }
-    results |= _compare_ways(settings, likelihood, examples)
+    results |= _compare_methods(settings, likelihood, examples)
     if settings.reference_rows:
         results |= _compare_with_float64(settings, likelihood, examples)
     if settings.training_rows:
@@ -128,7 +131,7 @@ def run(settings: LikelihoodBenchmark) -> Results:
 
 
 def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None) -> list[float]:
-    """Our way: the summed NLL of each example, in the order given."""
+    """Our method: the summed NLL of each example, in the order given."""
     budget = tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
     sums = np.empty(len(examples))
@@ -140,22 +143,22 @@ def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per
 
 
 @torch.inference_mode()
-def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
-    """Run every way on the same rows: ratios of time and memory, and the kernel's rate."""
+def _compare_methods(settings: LikelihoodBenchmark, likelihood: Likelihood, examples: Sequence[Example]) -> Results:
+    """Run every method on the same rows: ratios of time and memory, and the kernel's rate."""
     model = likelihood.model
-    ways: dict[str, Way] = {"davir_ray": lambda rows: score_packed(likelihood, rows, settings.tokens_per_pack)}
+    methods: dict[str, Method] = {"davir_ray": lambda rows: score_packed(likelihood, rows, settings.tokens_per_pack)}
     if settings.rivals:
         plain = plain_copy(model, "sdpa" if model._supports_sdpa else "eager", model.dtype)
-        ways |= {
+        methods |= {
             "naive": lambda rows: rivals.padded(plain, rows),
             "one_at_a_time": lambda rows: rivals.one_at_a_time(plain, rows),
             "lm_eval": lambda rows: rivals.lm_eval(plain, rows),
         }
-    for way in ways.values():
-        way(examples[: rivals.BATCH])  # loads kernels and libraries
+    for method in methods.values():
+        method(examples[: rivals.BATCH])  # loads kernels and libraries
     rates: list[float] = []
     seconds, memory = in_turn(
-        {name: partial(way, examples) for name, way in ways.items()},
+        {name: partial(method, examples) for name, method in methods.items()},
         settings.repeats,
         model.device,
         before_each_turn=lambda: rates.append(gemm_flops(model.dtype, model.device)),
@@ -171,7 +174,7 @@ def _compare_ways(settings: LikelihoodBenchmark, likelihood: Likelihood, example
         "extra_memory_mib": memory,
     }
     if settings.rivals:
-        results |= {f"speedup_vs_{name}": seconds[name] / ours for name in ways if name != "davir_ray"}
+        results |= {f"speedup_vs_{name}": seconds[name] / ours for name in methods if name != "davir_ray"}
         results["extra_memory_ratio"] = memory["davir_ray"] / memory["naive"]
         results["mfu_of_naive"] = flops / seconds["naive"] / gemm
     return results

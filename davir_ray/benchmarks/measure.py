@@ -25,21 +25,21 @@ _CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def in_turn(
-    ways: Mapping[str, Callable[[], object]],
+    methods: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
     before_each_turn: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds and median extra memory (MiB) of each way.
+    """Median seconds and median extra memory (MiB) of each method.
 
-    The ways take turns, so that a slow phase of the machine affects all of them.
+    The methods take turns, so that a slow phase of the machine affects all of them.
     """
-    spent: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, list[float]] = {name: [] for name in ways}
+    spent: dict[str, list[float]] = {name: [] for name in methods}
+    peaks: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats):
         before_each_turn()
-        for name, way in ways.items():
-            taken, peak = with_peak(way, device)
+        for name, method in methods.items():
+            taken, peak = with_peak(method, device)
             spent[name].append(taken)
             peaks[name].append(peak)
             log.info("benchmark: turn %d of %d, %s: %.2f s, %.0f MiB", turn + 1, repeats, name, taken, peak)
@@ -101,7 +101,7 @@ def _active_parameters(model: PreTrainedModel) -> float:
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     routed: float = config.num_experts_per_tok / num_experts if num_experts else 1.0
-    decoder = model.get_decoder()  # of a multimodal model the language model
+    decoder = model.get_decoder()  # for a multimodal model, its language model
     embeddings = {id(module.weight) for module in decoder.modules() if isinstance(module, torch.nn.Embedding)}
     return sum(
         float(parameter.numel()) * (routed if parameter.ndim == 3 else 1.0)

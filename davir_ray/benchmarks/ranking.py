@@ -49,11 +49,11 @@ class RankingBenchmark:
     shard_rows: int = 50_000
     """Number of rows in a file of scores."""
     fraction: float = 0.06
-    """Share of the rows that the short ranking keeps."""
+    """Share of the rows that the partial ranking keeps."""
     values: Literal["distinct", "tied"] = "distinct"
     """Values of the scores: normally distributed, or one of a hundred."""
     baselines: bool = True
-    """Also run Ray Data's sort. Without it only ours runs: for sizes that the sort cannot handle."""
+    """Also run Ray Data's sort. If false, only our ranking runs, for sizes that the sort cannot handle."""
     folder: str | None = None
     """Folder in which the files are written; they are removed at the end. None: a temporary folder."""
 
@@ -66,7 +66,7 @@ class RankingBenchmark:
 
 
 def run(settings: RankingBenchmark) -> dict[str, Any]:
-    """Generate scores, rank the first ones and all, sort the same, and compare every rank with a sort in NumPy."""
+    """Generate scores, rank the first 6 % and all of them, sort them with Ray Data, and check every rank with NumPy."""
     with connected():
         return _run(settings)
 
@@ -205,7 +205,7 @@ def _timed(job: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextmanager
 def _watched() -> Iterator[dict[str, float]]:
-    """Peak memory in MiB, set at the end: `driver`, beyond its memory before, and `worker`, of the largest one."""
+    """Measure peak memory in MiB: `driver`, above its memory at the start, and `worker`, of the largest worker."""
     peaks = {"driver": 0.0, "worker": 0.0}
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Other ways to score the same rows: each returns the summed response NLL of each example, in nats."""
+"""Other scoring methods for the same rows: each returns the summed response NLL of each example, in nats."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _IGNORED = -100
 
 
 def padded(model: PreTrainedModel, examples: Sequence[Example]) -> list[float]:
-    """The naive way: padded batches of 8 in dataset order, full logits, cross entropy over all positions."""
+    """The naive method: padded batches of 8 in dataset order, full logits, cross entropy over all positions."""
     sums: list[float] = []
     for start in range(0, len(examples), BATCH):
         sums += padded_batch(model, examples[start : start + BATCH]).tolist()
@@ -40,7 +40,7 @@ def padded_batch(model: PreTrainedModel, batch: Sequence[Example]) -> torch.Tens
 
 
 def one_at_a_time(model: PreTrainedModel, examples: Sequence[Example]) -> list[float]:
-    """The way of Cherry_LLM and Superfiltering: one example at a time, with `labels=`, fetching each mean loss."""
+    """The method of Cherry_LLM and Superfiltering: one example at a time, with `labels=`, fetching each mean loss."""
     sums = []
     for example in examples:
         ids_1T = torch.from_numpy(example.input_ids).long()[None].to(model.device)
@@ -53,9 +53,9 @@ def one_at_a_time(model: PreTrainedModel, examples: Sequence[Example]) -> list[f
 
 
 def lm_eval(model: PreTrainedModel, examples: Sequence[Example]) -> list[float]:
-    """The way of lm-evaluation-harness (hf): longest first, batches of 8, log_softmax of full logits, a greedy check.
+    """The method of lm-evaluation-harness (hf): longest first, batches of 8, log_softmax of full logits, greedy check.
 
-    It scores one span: of several, the text from the start of the first to the end of the last.
+    It scores one span: from several, it makes one that reaches from the start of the first to the end of the last.
     """
     sums = [0.0] * len(examples)
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].input_ids))

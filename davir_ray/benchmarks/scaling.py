@@ -44,7 +44,7 @@ _TIMEOUT_S = 300.0
 class ScalingBenchmark:
     """Measure the scoring stage with 1, 2 and 4 actors over the same shards, and the time to the first scored shard.
 
-    It runs on the cluster of RAY_ADDRESS or of the submitted job, else on a local Ray, which it starts before the
+    It runs on the cluster of RAY_ADDRESS or of the submitted job, else on a local Ray that it starts before the
     measurement.
     """
 
@@ -72,7 +72,8 @@ class ScalingBenchmark:
     num_gpus: float | None = None
     """Number of GPUs for each actor, as in scoring."""
     first_shards: int = 3
-    """How often to time the command, with a tiny model, until its first scored shard; the median counts. 0: never."""
+    """Number of times to measure the time until a command with a tiny model has scored its first shard; the median is
+    reported. 0: never."""
     folder: str | None = None
     """Folder for the files, which are removed at the end; every node must see it. None: a temporary folder."""
 
@@ -189,7 +190,7 @@ def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -
             process.kill()
             process.wait()
             raise ProgressError(
-                f"the timed command scored nothing; the end of its output: {log_file.read_text()[-500:]}"
+                f"the timed command scored no shard; the end of its output: {log_file.read_text()[-500:]}"
             )
         time.sleep(0.02)
     seconds = time.monotonic() - started

@@ -1,1 +1,1 @@
-"""Does the selection train a better model? An application of the stages."""
+"""The comparison of trained models: does the selection train a better model than other sets of rows?"""

@@ -10,12 +10,12 @@ The harness's strict-match is the regex `#### (\-?[0-9\.\,]+)`, its flexible-ext
 read with its braces matched, as in Minerva's evaluation (Lewkowycz et al. 2022, appendix D; minerva_math in the
 harness), and numbers are compared as numbers: 18.00 = 18 and 1/2 = 0.5, where the harness compares different texts.
 
-- Of several marks the last one counts: models correct themselves.
+- If there are several marks, the last one counts: models correct themselves.
 - A line that begins with "Question:" ends the text, like the harness's stop word: a model may go on to ask itself
   another question.
-- Of a calculation that is marked or stated the result counts: 25 in "20 apples + 5 apples = 25 apples".
+- If a calculation is marked or stated, its result counts: 25 in "20 apples + 5 apples = 25 apples".
 - Units, currencies and percent signs are ignored: 50% is 50.
-- Anything but a single plain number (3:45, 5-6, 2^10, 1e5) is no answer, rather than a part of it.
+- Anything but a single plain number (3:45, 5-6, 2^10, 1e5) is not an answer, and neither is a part of it.
 
 The package math-verify extracts other numbers from about a third of the cases in this module's tests ("50%", "1/2",
 "#### 18 since x = 9", "-$7.25") and would add sympy and an ANTLR parser, so it is not used.
@@ -27,10 +27,10 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 
 ANSWERS_VERSION = 2
-"""To be increased whenever a change here may extract another answer from the same text."""
+"""Increased when a change here may extract another answer from the same text; part of the stage's fingerprint."""
 
 _MAX_DIGITS = 1000
-"""Longer numbers are no answers: models that repeat themselves write them, and Python refuses to convert them."""
+"""Longer numbers are not answers: models that repeat themselves write them, and Python refuses to convert them."""
 
 _NEXT_QUESTION = re.compile(r"(?<=\S)\s*^[ \t]*Question:", re.MULTILINE)
 
@@ -82,7 +82,7 @@ def strict_answer(text: str) -> Fraction | None:
     text = _of_first_question(text)
     for mark in reversed(list(_MARK.finditer(text))):
         rest = text[mark.end() :]
-        if mark.group() == "####":  # a Markdown heading ("#### 3. Add up") is no answer
+        if mark.group() == "####":  # a Markdown heading ("#### 3. Add up") is not an answer
             found = _leading(_simplified(rest.lstrip(" \t").partition("\n")[0]), may_be_heading=True)
         else:
             found = _in_box(rest)
@@ -143,7 +143,7 @@ def _simplified(text: str) -> str:
 
 
 def _leading(text: str, *, may_be_heading: bool = False) -> Fraction | None:
-    """The number that a simplified text begins with, after a name or a calculation of it."""
+    """The number that a simplified text begins with, after a name (x =) or a calculation."""
     while lead := _LEAD.match(text):
         text = text[lead.end() :]
     match = _AT_START.match(text)

@@ -1,7 +1,7 @@
 """Which rows of a finished run each arm of a comparison trains on, written as examples that a fine-tune reads.
 
-The driver holds ids, keys and lengths of about as many rows as are wanted, never a text. One scan samples the keys of
-the order, which gives a key that enough rows are almost surely at or before; a second scan finds those rows.
+The driver holds ids, keys and lengths of little more than the wanted rows, never a text. A first scan samples the keys
+of the order and gives a cut before which there are almost surely enough rows; a second scan collects the rows up to it.
 """
 
 import dataclasses
@@ -41,13 +41,14 @@ log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 _SAMPLED_KEYS = 20_000
-"""Rows in the sample: enough that the key of a cut is known to within a hundredth of the rows."""
+"""Number of rows in the sample: enough to know the place of a cut to within a hundredth of the rows."""
 
 _MAX_KEY = 2**64 - 1
 
 _MATCHING_POOL = 2
 _MATCHING_ROWS = 500
-"""Matching draws from this many rows of a range of lengths for each wanted row, and this many on top."""
+"""In each range of lengths, matching draws from a pool of _MATCHING_POOL rows for each wanted row, plus
+_MATCHING_ROWS."""
 
 _ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
@@ -75,9 +76,9 @@ class FinishedRun:
     def selection(self, size: int | None) -> pa.Table:
         """Group, example_id and scored tokens of the rows that the run's rule selects at a size; None: at its own.
 
-        Every arm takes equally many rows of a group, which is a source of a mixture, else the whole. At another size
-        the filters and the balance stay; quotas, and those parts of a mixture that do not take a whole source, grow or
-        shrink in proportion. ConfigError if there are too few rows.
+        Every arm takes the same number of rows from a group: a group is a source if there is a mixture, else all rows
+        are one group. At another size, the filters and the balance stay, and quotas and the parts of a mixture that do
+        not take a whole source are scaled in proportion. ConfigError if there are too few rows.
         """
         config = self.select if size is None else self._resized(size)
         files = self.place.require("rank").files_in("ranked")
@@ -110,12 +111,12 @@ class FinishedRun:
         return dataclasses.replace(config, **free | {"top_k": size})
 
     def size_of(self, selection: pa.Table) -> int:
-        """Rows of a selection as sizes count them, which is without the sources that a mixture takes whole."""
+        """Number of rows of a selection as `sizes` counts them: without the sources that a mixture takes whole."""
         cut = [group for group in selection["group"].to_pylist() if group not in self.taken_whole]
         return len(cut) or selection.num_rows
 
     def rows_of(self, arm: str, selection: pa.Table, seed: int) -> Ints:
-        """Ids of the rows that an arm trains on: as many of each group as the selection has."""
+        """Ids of the rows that an arm trains on: from each group, as many as the selection has."""
         whole = pc.is_in(selection["group"], value_set=pa.array(sorted(self.taken_whole), pa.string()))
         kept, cut = selection.filter(whole), selection.filter(pc.invert(whole))
         if arm != "selection":
@@ -169,7 +170,7 @@ class FinishedRun:
     def _first(self, order: RankConfig, wanted: Mapping[str, int], edges: list[int] | None) -> pa.Table:
         """At least the first `wanted` rows of each group in an order, sorted; all rows of a group that has fewer.
 
-        With edges, each group is split by ranges of length.
+        With `edges`, each group is split into ranges of length.
         """
         files = self.place.require("score").files_in("scores")
         columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
@@ -181,7 +182,7 @@ class FinishedRun:
         found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         there = _counts(found["group"].to_pylist())
         short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _MAX_KEY}
-        if short:  # the sample was an unlucky one
+        if short:  # the sample put the cut too low
             last |= dict.fromkeys(short, _MAX_KEY)
             found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
         return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
@@ -251,38 +252,38 @@ def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -
     return found.filter(pa.array(wanted))
 
 
-def write_set(place: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
+def write_set(run: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     """Write the examples with these ids, each repeated as the mixture says, as a prepared run.
 
-    With None, these are all examples of the mixture's sources. `trainable` counts the rows whose first scored token has
-    one before it, which training needs.
+    If `ids` is None, these are all examples of the mixture's sources. `trainable` counts the rows whose first scored
+    token has a token before it, as training requires.
     """
     fingerprint = {
         "scores": finished.place.require("score").content,
         "ids": "all" if ids is None else sha256(ids.tobytes()).hexdigest(),
         "repeats": finished.repeats,
     }
-    if done := place.completed("prepare", fingerprint):
+    if done := run.completed("prepare", fingerprint):
         return done
-    place.clear("prepare")
+    run.clear("prepare")
     shards = Shards(
         finished.place.require("prepare").files_in("examples"),
         partial(_read_chosen, finished.place / "examples", list(finished.repeats), ray.put(ids)),
     )
-    written = write_shards(shards, partial(_write_repeated, place / "examples", finished.repeats))
+    written = write_shards(shards, partial(_write_repeated, run / "examples", finished.repeats))
     entries, num_found = [one.entry for one in written], sum(one.facts["found"] for one in written)
     if ids is not None and num_found != len(ids):
         raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
     num_rows = total_rows(entries)
     counts = {"read": num_rows, "prepared": num_rows, "rejected": 0}
     counts |= {name: sum(one.facts[name] for one in written) for name in ("num_response_tokens", "trainable")}
-    return place.commit(
+    return run.commit(
         Manifest(stage="prepare", fingerprint=fingerprint, counts=counts, files=in_folder("examples", entries))
     )
 
 
 def _read_chosen(folder: Location, sources: list[str], ids: ray.ObjectRef[Ints | None], name: str) -> pa.Table:
-    """The examples of a shard with these ids, else of these sources; a shard that has none is not read whole."""
+    """The examples of a shard with these ids or, without ids, of these sources; text is read only if there are any."""
     there, wanted = read_parquet(folder / name, ["example_id", "source"]), ray.get(ids)
     if wanted is None:
         chosen = pc.is_in(there["source"], value_set=pa.array(sources, pa.string()))

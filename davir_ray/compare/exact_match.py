@@ -1,6 +1,6 @@
-"""match: generations + examples → matches/: does a generated text give the same number for an answer as the response?
+"""match: generations + examples → matches/: does a generated text give the same number as the response?
 
-The stage takes seconds, and is redone when the parsing of answers changes; the generations are kept.
+The stage takes seconds and is redone when the parsing of answers changes; the generations are kept.
 """
 
 import json
@@ -23,15 +23,15 @@ from davir_ray.schema import MATCHES, Status
 
 _GOLD = ["example_id", "response", "record", "response_spans"]
 COUNTED = ("expected", "strict", "flexible")
-_ASKED = ["source", "response", "record", "response_spans"]
+_EXPECTED_COLUMNS = ["source", "response", "record", "response_spans"]
 _EXPECTED = pa.schema([("expected", pa.int64())])
 
 
 def match(run: Run, *, examples: Run | None = None) -> Manifest:
     """Compare the answers in generated texts with those in the responses, as numbers, strictly and flexibly parsed.
 
-    `examples` is the run with the examples whose prompts were continued (None: this one). The manifest counts the rows
-    that have an expected answer and those that match it; its details hold the same counts by source.
+    `examples` is the run that holds the examples whose prompts were continued (None: this one). The manifest counts the
+    rows that have an expected answer and those that match it; its details hold the same counts by source.
     """
     started = time.monotonic()
     source = examples or run
@@ -63,7 +63,9 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
 
 def num_expected(run: Run, sources: list[str]) -> int:
     """Number of prepared examples with an expected answer, in these sources or in all if none is named."""
-    shards = Shards(run.require("prepare").files_in("examples"), partial(read_columns, run / "examples", _ASKED))
+    shards = Shards(
+        run.require("prepare").files_in("examples"), partial(read_columns, run / "examples", _EXPECTED_COLUMNS)
+    )
     counted = collect(shards, partial(_count_expected, sources=sources), _EXPECTED)
     return sum(counted["expected"].to_pylist())
 
@@ -99,8 +101,8 @@ def _compare(generated: dict[str, Any], example: dict[str, Any]) -> dict[str, An
 def _expected(example: dict[str, Any]) -> Any:
     """The answer that the response marks, else the number in the record's column `answer`, else None.
 
-    None for a conversation with several scored turns: the generated text answers the first turn, the response's answer
-    is in the last.
+    None for a conversation with several scored turns: the generated text replies to the first turn, but the answer is
+    in the last.
     """
     if len(example["response_spans"]) > 2:
         return None

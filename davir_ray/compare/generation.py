@@ -37,7 +37,7 @@ def generate(
 
     `examples` is the run that holds the examples (None: this one); `base` is the model that an adapter was trained on;
     `chat_template` is the text of the template that the examples were rendered with (None: the tokenizer's).
-    ModelError for an adapter without its base, ConfigError if a source that is asked for has no examples.
+    ModelError for an adapter without its base, ConfigError if one of the configured sources has no examples.
     """
     started = time.monotonic()
     holder = examples or run

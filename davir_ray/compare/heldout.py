@@ -1,4 +1,4 @@
-"""Held-out data: which of its rows may be measured on, and the models' losses and answers on them."""
+"""Held-out data: which rows may be used for measuring, and the models' losses and answers on them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,7 @@ class Losses:
 
 
 def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
-    """Content hashes of held-out rows that are also rows of the run, and may have been trained on."""
+    """Content hashes of held-out rows that are also rows of the run, so that they may have been trained on."""
     return np.unique(_hashes(run, np.unique(_hashes(heldout, None))))
 
 
@@ -56,8 +56,8 @@ def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
         if leaked[sources == source].all():
             raise DataError(
                 f"all {int((sources == source).sum())} held-out rows of {source} are in the run's training pool; give "
-                "data that the run has not seen (a data set's folder or hub name is read at its split `train`; another "
-                "is chosen by `split` of heldout_sources)"
+                "data that the run has not seen (the folder or hub name of a data set is read from its split `train`; "
+                "to read another, set `split` in heldout_sources)"
             )
 
 

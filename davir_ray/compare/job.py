@@ -1,16 +1,16 @@
-"""A comparison, read aloud: does the run's selection train a better model than other sets of rows do?
+"""The job of a comparison: does the run's selection train a better model than other sets of rows do?
 
 finished run ─► sets of rows ─► a fine-tune for each arm, size, schedule and seed ─► held-out measures ─► table and page
 
 <output>/
   heldout/            the held-out data, prepared as the run's data were
   sets/               the rows of each arm; the full set is the run's own examples
-  instructions/       the list of instructions, if one is given
-  arms/               a folder for each fine-tune: its manifests, scores/ of the held-out examples, and if asked for
+  instructions/       the instructions to answer, if a list is given
+  arms/               a folder for each fine-tune: its manifests, scores/ of the held-out examples and, on request,
                       their generations/ and matches/, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
   left_out.parquet    held-out rows that are in the run's training pool
-  comparison.json, comparison.html, results.parquet, comparison.parquet, and manifests/compare.json of these
+  comparison.json, comparison.html, results.parquet, comparison.parquet, and their manifest manifests/compare.json
 """
 
 import dataclasses
@@ -105,24 +105,26 @@ def compare(config: CompareConfig) -> Run:
 
 
 def _check_output(run: Run, output: Run) -> None:
-    """A comparison needs a folder of its own: stages of a run would take its files for theirs."""
+    """OutputError unless the comparison has its own folder: stages of a run would take its files for theirs."""
     if str(output) == str(run) or set((output / "manifests").names()) - {"compare.json"}:
         raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
 
 
 def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
-    """The run, after a check that it was selected from and trained as its configuration says."""
+    """The run, after checking that it was ranked, selected and trained as its configuration says."""
     for stage, own in (("rank", run_config.rank), ("select", run_config.select)):
         made_with = run.require(stage).fingerprint
         now = json.loads(json.dumps(dataclasses.asdict(own)))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
-            raise OutputError(f"{run} was not {stage}ed with what its config.yaml says; run jobs/rank.py with it again")
+            raise OutputError(
+                f"{run} was not {stage}ed with the settings in its config.yaml; run jobs/rank.py with them"
+            )
     trained = None if run_config.reference else run.require("finetune")
     changed = differences(trained.fingerprint["recipe"], what_matters(run_config.finetune)) if trained else []
     if changed:
         raise OutputError(
             f"the reference of {run} was trained with another recipe than its config.yaml says "
-            f"({'; '.join(changed)}); run jobs/score.py with what it was made with, which skips what is complete"
+            f"({'; '.join(changed)}); run jobs/score.py with the original settings, which skips what is complete"
         )
     return FinishedRun(run, run_config.rank, run_config.select)
 
@@ -157,7 +159,7 @@ def _preparation(run: Run, run_config: RunConfig, config: CompareConfig) -> Prep
     if not (spec["chat_template"] and own["chat_template"]):  # one of the two data sets has no messages
         own["chat_template"] = spec["chat_template"]
     if changed := differences(spec, own):
-        raise ModelError(f"{base.uri} encodes text otherwise than when {run} was made ({'; '.join(changed)})")
+        raise ModelError(f"{base.uri} does not encode text as it did when {run} was made ({'; '.join(changed)})")
     return preparation
 
 
@@ -175,7 +177,7 @@ def _instructions(config: CompareConfig, run_config: RunConfig, preparation: Pre
 
 
 def _leave_out(run: Run, heldout: Run, output: Run) -> npt.NDArray[np.int64]:
-    """Content hashes of the held-out rows that the models may have been trained on, also written to a file."""
+    """Write the content hashes of the held-out rows that the models may have been trained on, and return them."""
     hashes = in_training_pool(run, heldout)
     if len(hashes):
         log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
@@ -184,7 +186,7 @@ def _leave_out(run: Run, heldout: Run, output: Run) -> npt.NDArray[np.int64]:
 
 
 def _check_answers(heldout: Run, sources: list[str]) -> None:
-    """ConfigError if no held-out response has an answer that a generated one can be compared with."""
+    """ConfigError if no held-out response has an answer to compare generated ones with."""
     if not num_expected(heldout, sources):
         raise ConfigError(
             "measures has exact_match, but no held-out response of "
@@ -194,7 +196,7 @@ def _check_answers(heldout: Run, sources: list[str]) -> None:
 
 
 def _write_progress(output: Run, done: int, total: int) -> None:
-    """Write how many fine-tunes are complete; the comparison is not, until its report is written again."""
+    """Write how many fine-tunes are complete; the comparison is incomplete until its report is written again."""
     output.uncommit("compare")
     output.write_progress(Progress(stage="compare", unit="arms", done=done, total=total))
 
@@ -203,7 +205,7 @@ def _trials(
     config: CompareConfig, finished: FinishedRun, recipe: FinetuneConfig, settings: TrialSettings, output: Run
 ) -> list[Trial]:
     """Every fine-tune of the comparison, after its rows are written; the first seed of all arms comes first."""
-    full = finished.place  # of a run with a mixture not every example, but the sources and repeats of the mixture
+    full = finished.place  # with a mixture not every example, but its sources and repeats
     if finished.repeats and ("full" in config.arms or "steps" in config.readings):
         full = output.within("sets/full")
         write_set(full, finished, None)
@@ -234,13 +236,13 @@ def _trials(
 
 
 def _selections(finished: FinishedRun, sizes: list[int]) -> Iterator[tuple[int, pa.Table]]:
-    """Each size, or the run's own if none is given, with the rows that the run's rule takes at it."""
+    """Each size (the run's own if none is given) with the rows that the run's rule selects at this size."""
     own = finished.selection(None)
     own_size = finished.size_of(own)
     for size in sizes or [own_size]:
         selection = own if size == own_size else finished.selection(size)
         if (possible := finished.size_of(selection)) != size:
-            raise ConfigError(f"sizes has {size}, but the run's rule can take {possible} rows only; leave it out")
+            raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
         yield size, selection
 
 

@@ -89,7 +89,7 @@ def _check_complete(generated: Manifest) -> None:
 
 
 def _rows(run: Run, source: Run, shards: list[FileEntry]) -> Iterator[dict[str, Any]]:
-    """Text and record of each instruction, in the order of the list, which shards by name and rows within them have."""
+    """Text and record of each instruction, in the order of the list: that of the shards' names and the rows in them."""
     for start in range(0, len(shards), _READ_AT_A_TIME):
         names = [shard.name for shard in shards[start : start + _READ_AT_A_TIME]]
         for rows in each(partial(_shard_rows, run, source), names):

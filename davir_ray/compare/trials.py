@@ -83,7 +83,7 @@ class Trial:
     settings: TrialSettings
 
     def trained_with(self) -> dict[str, Any]:
-        """The part of the fingerprint that the model depends on."""
+        """The part of the fingerprint that determines the model."""
         return {
             "base": self.settings.base_digest,
             "examples": self.examples.require("prepare").content,
@@ -106,8 +106,8 @@ class Trial:
     def completed(self) -> Manifest | None:
         """The manifest of the trial if it has been measured, else None.
 
-        A trial that is damaged or was made with other settings is cleared here if it may be overwritten; else it is an
-        OutputError.
+        A trial that is damaged or was made with other settings is cleared here if it may be overwritten; otherwise an
+        OutputError is raised.
         """
         manifest = self.run.manifest("trial")
         if manifest is None:
@@ -119,7 +119,7 @@ class Trial:
         redone = "measure" if has_model else "train"
         if not self.run.overwrite:
             raise OutputError(
-                f"{self.run} was made with something else ({listed}). Add --overwrite to {redone} it again, or choose "
+                f"{self.run} was made with other settings ({listed}). Add --overwrite to {redone} it again, or choose "
                 "another --output"
             )
         log.info("%s differs (%s); to %s again", self.name, listed, redone)
@@ -129,14 +129,14 @@ class Trial:
         return None
 
     def _has_model(self, measured: Manifest) -> bool:
-        """Whether the measured model was kept, is undamaged, and was trained as is asked for now."""
+        """Whether the measured model was kept, is undamaged, and was trained with the current settings."""
         trained = self.run.manifest("finetune")
         wanted = json.loads(json.dumps(self.trained_with()))
         same = {name: measured.fingerprint.get(name) for name in wanted} == wanted
         return same and trained is not None and not trained.damage(self.run.folder)
 
     def train_and_measure(self) -> Manifest:
-        """Fine-tune the base on the rows, measure it on the held-out examples, delete the model."""
+        """Fine-tune the base on the rows, measure it on the held-out examples, and delete the model unless kept."""
         settings = self.settings
         trained = finetune(self.run, settings.base, self.recipe, settings.spec, examples=self.examples)
         model = Checkpoint.find(str(self.run / "reference"), settings.base.trust_remote_code)
@@ -162,7 +162,7 @@ class Trial:
         return manifest
 
     def _matches(self, model: Checkpoint) -> list[FileEntry]:
-        """Generate answers to the held-out prompts and compare them, if that is asked for; returns the files."""
+        """Generate answers to the held-out prompts and compare them, if the settings ask for it; returns the files."""
         settings = self.settings
         if not settings.matches:
             return []
@@ -186,7 +186,7 @@ class Trial:
         )  # fmt: skip
 
     def drop_model(self, manifest: Manifest) -> None:
-        """Delete the model of a trial that has been measured, unless its command asked to keep it."""
+        """Delete the model of a trial that has been measured, unless the trial was made with keep_models."""
         if not manifest.details["keep_model"]:
             (self.run / "reference").remove()
 
@@ -221,15 +221,15 @@ def _run_trial(trial: Trial) -> None:
 def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], None]) -> None:
     """Run the trials that are not complete, `at_once` in parallel; calls `on_progress` with the number complete.
 
-    If a fine-tune itself fails (it diverges), the others are run to their end; then TrainingError names it and says how
-    to leave it out. Any other error stops all of them.
+    If a fine-tune diverges, the others still run to the end; then a TrainingError names it and says how to leave it
+    out. Any other error stops all trials.
     """
     pending = []
     for trial in trials:
         if (manifest := trial.completed()) is None:
             pending.append(trial)
         else:
-            trial.drop_model(manifest)  # a driver may have died just before it did
+            trial.drop_model(manifest)  # the previous driver may have died before it deleted the model
     done = len(trials) - len(pending)
     log.info("compare: %d arms to train and measure, %d done, %d at a time", len(pending), done, at_once)
     on_progress(done)
@@ -261,7 +261,7 @@ def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], N
 
 
 def _failure(ended: Any, trial: Trial) -> TrainingError | None:
-    """The error of a fine-tune that failed itself, None if it did not; any other error is raised, with the name."""
+    """The error of a fine-tune that diverged, None if it did not; any other error is raised with the trial's name."""
     try:
         with own_errors():
             ray.get(ended)
@@ -283,9 +283,9 @@ def _cancel(tasks: list[Any]) -> None:
 def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None) -> tuple[int, ScoreConfig]:
     """How many trials run in parallel, and the scoring pool of each.
 
-    As many trials run as the cluster can hold training workers for, one CPU kept free for reading and writing. Each
-    trial's scoring pool is its share of the cluster: larger pools would leave no CPU to read with. ConfigError if more
-    trials are wanted.
+    The number of trials is limited by the training workers that fit the cluster, with one CPU kept free for reading and
+    writing. Each trial's scoring pool is its share of the cluster: larger pools would leave no CPU for reading.
+    ConfigError if more trials are wanted.
     """
     use_gpu = has_gpu() if recipe.use_gpu is None else recipe.use_gpu
     training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // recipe.num_workers

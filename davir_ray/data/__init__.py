@@ -1,1 +1,1 @@
-"""Rows: from files to records, texts, tokens and packs. Never a model, never Ray."""
+"""Rows: from files to records, texts, tokens and shards; no model and no Ray."""

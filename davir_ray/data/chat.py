@@ -14,12 +14,12 @@ from davir_ray.data.rendered import Rendered, RowError, Segment, shorten
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
 
-# The date that chat templates get as today's, so that the same data renders alike every day. It is the default date of
-# Llama 3's own template.
+# The date that chat templates see as today's, so that the same data is rendered alike on any day. It is the default
+# date in Llama 3's own template.
 TODAY = datetime(2024, 7, 26)
 
-# The public render_jinja_template replaces the function strftime_now by a string (transformers 5.23), so it cannot give
-# a date to a template that asks for the time. Its two private parts, which are used here, accept the function.
+# The public render_jinja_template replaces the function strftime_now by a string (transformers 5.23), so a
+# template that calls it gets no date. Its two private parts, which are used here, accept a function.
 _JINJA: Any = chat_template_utils
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -129,7 +129,7 @@ class ChatTemplate:
             content_end, marker_end = self._turn_end(through, len(before))
             if text.startswith(through[:marker_end]):
                 yield len(before), marker_end
-            elif text.startswith(through[:content_end]):  # the template ends only the last turn
+            elif text.startswith(through[:content_end]):  # the template writes an end marker after the last turn only
                 yield len(before), content_end
             else:
                 raise _not_a_prefix(f"what follows message {index}", through[:content_end], text)
@@ -220,7 +220,7 @@ def _wrong_message(seen: str) -> RowError:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a message, names of fields included, as a template may write any of them."""
+    """Every string in a message, including names of fields: a template may write any of them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -250,7 +250,7 @@ def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
 
 
 def _check_replies_are_scored(messages: Sequence[Message], segments: Sequence[Segment]) -> None:
-    """Raise RowError where `response` is not what is scored: a template may drop, rewrite or not mark a turn."""
+    """Raise RowError unless every reply is scored unchanged: a template may drop, rewrite or not mark a turn."""
     scored = "".join(segment.text for segment in segments if segment.scored)
     at = 0
     for number, reply in enumerate(_replies(messages), start=1):

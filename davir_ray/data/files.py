@@ -47,7 +47,7 @@ _ACCEPTED = ".parquet, .jsonl, .ndjson and .json, the last three also with .gz o
 CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 BUFFER_BYTES = 1 << 18
 
-_MAGIC = re.compile(r"[*?\[]")
+_WILDCARD = re.compile(r"[*?\[]")
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -121,7 +121,7 @@ class _Stored(io.RawIOBase):
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """The files that one path of a source means."""
+    """The files that one path of a source refers to."""
 
     fs: Any
     root: str
@@ -134,13 +134,13 @@ class _Found:
 def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceFile]:
     """The files of a source, sorted by relative path.
 
-    A path is relative to the given folder, to the fixed part of a glob, to the folder of a file; for a list, to the
-    common part of these; for a hub name, to the repository.
+    Relative paths begin at the given folder, at the fixed part of a glob, or at the folder of a file; for a list, at
+    the common part of these; for a hub name, at the repository.
 
-    Skipped in folders and globs are names that begin with a dot or an underscore and everything in the places `written`
-    by this job; skipped with a warning are other extensions, outputs of other runs, and the JSON files of models. A
-    link counts as its target, under the link's own path; a link to a folder that contains it is not followed, with a
-    warning. Raises DataError where nothing is found, for a broken link, and for a path in a place that is written.
+    In folders and globs, names that begin with a dot or an underscore and everything in the places `written` by this
+    job are skipped; other extensions, outputs of other runs and the JSON files of models are skipped with a warning. A
+    link counts as its target, under the link's own path; a link to a folder that contains it is skipped with a
+    warning. Raises DataError if nothing is found, for a broken link, and for a path in a place that this job writes.
     """
     paths = source.paths
     if isinstance(source.path, str) and _looks_like_hub_name(source.path):
@@ -168,13 +168,13 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
 
 
 def _find(path: str, split: str, written: list[Location]) -> _Found:
-    """The files that one path means: a file, a folder, a folder written by `datasets`, or a glob."""
+    """The files that one path refers to: a file, a folder, a folder written by `datasets`, or a glob."""
     absolute = path if "://" in path else os.path.abspath(os.path.expanduser(path))
     try:
         fs, stripped = file_system(absolute)
         fs.invalidate_cache()  # a notebook may have written files since fsspec listed the folder
         is_there = fs.exists(stripped)
-        if not (is_there or _MAGIC.search(stripped)):
+        if not (is_there or _WILDCARD.search(stripped)):
             if fs.lexists(stripped):
                 raise _dangling(stripped)
             raise DataError(f"{path} does not exist; give a file, a folder, a glob or a hub name that does")
@@ -201,7 +201,7 @@ def _find(path: str, split: str, written: list[Location]) -> _Found:
 
 def _dangling(path: str) -> DataError:
     return DataError(
-        f"{path} is a link to {os.readlink(path)}, which does not exist or cannot be read; restore that or remove the "
+        f"{path} is a link to {os.readlink(path)}, which does not exist or cannot be read; restore it or remove the "
         "link"
     )
 
@@ -211,15 +211,15 @@ def _find_glob(fs: Any, pattern: str, written: list[Location]) -> _Found:
     infos: dict[str, Any] = {}
     for path, info in fs.glob(pattern, detail=True).items():
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
-    # A pattern without ** reaches folders of one depth only, so what it finds is enough to know them by.
+    # A pattern without ** matches at one depth only, so what it finds is enough to recognise runs and models.
     around = fs.find(root, detail=True) if "**" in pattern else infos
     data = _data_among(fs, root, infos, around, written)
     return _Found(fs=fs, root=root, sizes=_keep_readable(root, data, pattern))
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder up to which a glob has no pattern."""
-    return posixpath.dirname(_MAGIC.split(pattern)[0])
+    """The folder of a glob before its first wildcard."""
+    return posixpath.dirname(_WILDCARD.split(pattern)[0])
 
 
 def _real(fs: Any, path: str) -> str:
@@ -247,8 +247,8 @@ def _data_among(
 ) -> dict[str, Any]:
     """The files that may be data: without the output of this job or of another run, and without the JSON of models.
 
-    Whether a folder is a run or a model is known from all files `around`. Raises DataError where the root is a run, or
-    nothing is left.
+    All files `around` decide whether a folder is a run or a model. Raises DataError if the root is a run or nothing is
+    left.
     """
     infos, around = _visible(infos, root), _visible(around, root)
     runs, models = _outputs_among(fs, around), _models_among(around)
@@ -349,7 +349,7 @@ def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -
 
 
 def _check_revisions(paths: Iterable[str]) -> None:
-    """Raise DataError where the hub's cache of a data set has several revisions, each with every row."""
+    """Raise DataError if the hub's cache of a data set has several revisions, each of which has every row."""
     revisions: dict[str, set[str]] = {}
     for match in filter(None, map(_REVISION.search, paths)):
         revisions.setdefault(match["cache"], set()).add(match["revision"])
@@ -425,16 +425,16 @@ def _layout(path: str) -> Layout | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an error, for one line of a message or for a UTF-8 column."""
+    """Type and first line of an error, as valid UTF-8 for a message or a column."""
     line = (str(error).strip().splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {line}".encode(errors="backslashreplace").decode()
 
 
 def plan_tasks(files: Iterable[SourceFile], target_bytes: int) -> list[list[Slice]]:
-    """Consecutive slices in tasks of about `target_bytes` on storage; depends on the files and the target only.
+    """Group consecutive slices into tasks of about `target_bytes` of storage; depends on files and target only.
 
-    Only Parquet files are cut, between row groups, so a task exceeds the target where a single text file or row group
-    does. A Parquet footer that cannot be read is left for read_records to report.
+    Only Parquet files are cut, between row groups, so a task exceeds the target if a single text file or row group
+    does. If a Parquet footer cannot be read, read_records reports it.
     """
     return _grouped([sized for file in files for sized in _cut(file, target_bytes)], target_bytes)
 

@@ -60,10 +60,10 @@ def _messages(fields: Fields, source: Source, chat: ChatTemplate | None) -> tupl
 
 @dataclass(frozen=True, kw_only=True)
 class FormatSpec:
-    """All that the code knows of a format."""
+    """Everything that the code knows about a format."""
 
     render: Callable[[Fields, Source, ChatTemplate | None], tuple[Rendered, ...]]
-    """From a record to the text of its example, or of the two examples of a pair."""
+    """Function from a record to the text of its example, or of the two examples of a pair."""
     columns: dict[str, bool]
     """Columns that are read, and whether every row must have them; a name that ends in _column is the field of Source
     that names the column."""
@@ -110,10 +110,10 @@ def rendering(source: Source) -> list[str]:
 
 
 def render_prompt(fields: Fields, source: Source, chat: ChatTemplate | None) -> tuple[Rendered]:
-    """The prompt alone of a record that has `instruction`, perhaps `input`, and no response; nothing is scored.
+    """Only the prompt of a record with `instruction`, possibly `input`, and no response; nothing is scored.
 
-    In the format alpaca it is Stanford Alpaca's prompt; in the format messages a user's turn, the input below the
-    instruction, and what the chat template writes before a reply. Raises RowError.
+    In the format alpaca it is Stanford Alpaca's prompt; in the format messages it is a user's turn with the input
+    below the instruction, followed by what the chat template writes before a reply. Raises RowError.
     """
     is_templated = source.format == "messages"
     if is_templated:

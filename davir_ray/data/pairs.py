@@ -5,9 +5,9 @@
     chosen, rejected             lists of messages, with the prompt's turns in both, in a column `prompt` (a string, or
                                  messages), or in both places; rendered by the chat template
 
-The common beginning of the two is the prompt and is not scored; of what follows, every assistant turn is. Two
-conversations must first differ in an assistant's turn: where a user's turn differs, they answer different questions
-and have no common prompt. Nor do responses of which only one repeats the prompt.
+The common beginning of the two is the prompt and is not scored; after it, every assistant turn is scored. Two
+conversations must first differ in an assistant's turn: if they differ in a user's turn, they answer different questions
+and have no common prompt. Two responses of which only one repeats the prompt have no common prompt either.
 """
 
 import re
@@ -24,9 +24,9 @@ ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
 
 _MARKS = re.compile(f"({HUMAN_MARK}|{ASSISTANT_MARK})")
 
-_LEAST_REPEATED = 8
-"""A shorter prompt, in characters without white space, counts as not repeated: an answer may begin with the same words
-("The", "I am")."""
+_MIN_REPEATED_CHARACTERS = 8
+"""A prompt with fewer characters, white space not counted, is never taken as repeated: a response may begin with the
+same words ("The", "I am") by chance."""
 
 
 RenderedPair = tuple[Rendered, Rendered]
@@ -90,7 +90,7 @@ def _repeats(response: str, prompt: str) -> bool:
 
 def _repeated_once(prompt: str, chosen: str, rejected: str, source: Source) -> tuple[str, str, str]:
     """The prompt and what follows it in both responses, which may repeat it."""
-    if len("".join(prompt.split())) < _LEAST_REPEATED:
+    if len("".join(prompt.split())) < _MIN_REPEATED_CHARACTERS:
         return prompt, chosen, rejected
     match _repeats(chosen, prompt), _repeats(rejected, prompt):
         case False, False:
@@ -124,15 +124,15 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
         same = _num_equal(chosen, rejected)
         then = [shorten(text[same:], 30) for text in (chosen, rejected)]
         raise _no_common_prompt(
-            f"there is no prompt apart from the responses, and of two dialogues the first {same} characters are the "
-            f"same, then come {then[0]!r} and {then[1]!r}; the first turn that differs must be an {ASSISTANT_MARK!r} "
-            "turn in both, and differ by more than white space"
+            f"there is no prompt apart from the responses, and the two dialogues share only their first {same} "
+            f"characters, followed by {then[0]!r} and {then[1]!r}; the first turn that differs must be an "
+            f"{ASSISTANT_MARK!r} turn in both, and differ by more than white space"
         )
     return len("".join(one[:shared]))
 
 
 def _differ_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
-    """Whether the texts are equal there but for white space, and more follows, which would then be all that differs."""
+    """Whether the texts at this index differ only in white space, while more text follows that really differs."""
     return len({text[at].strip() for text in texts}) == 1 and any(len(text) > at + 1 for text in texts)
 
 
@@ -175,7 +175,7 @@ def _of_messages(
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
-    """The messages of the prompt's column; none where it is blank, or repeats a shared message of the user."""
+    """The messages of the prompt's column; none if it is blank, or repeats a user's message that both share."""
     if isinstance(prompt, list):
         return messages_of(prompt, name)
     if not isinstance(prompt, str | None):
@@ -197,8 +197,8 @@ def _whole(given: list[Message], messages: list[Message], name: str) -> list[Mes
     if given and messages and messages[0]["role"] != "assistant":
         first, last = (shorten(message["content"], 30) for message in (messages[0], given[-1]))
         raise _no_common_prompt(
-            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {first!r}, that does not repeat the "
-            f"prompt, whose last message is {last!r}"
+            f"{name!r} begins with a message of the role {messages[0]['role']!r}, {first!r}, which does not repeat the "
+            f"prompt; the last message of the prompt is {last!r}"
         )
     return [*given, *messages]
 
@@ -215,7 +215,7 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
     contents = [[message["content"] for message in messages] for messages in (one, other)]
     if seen != ["assistant", "assistant"] or _differ_in_space(contents, shared):
         raise _no_common_prompt(
-            f"of two conversations the first {shared} messages are the same, then come {seen[0]} and {seen[1]}; the "
+            f"the two conversations share their first {shared} messages, followed by {seen[0]} and {seen[1]}; the "
             "first message that differs must be the assistant's in both, and differ by more than white space"
         )
     if all(message["role"] == "assistant" for message in one[:shared]):

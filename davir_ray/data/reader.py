@@ -30,7 +30,7 @@ ExampleRows = tuple[ExampleRow, ...]
 BATCH_ROWS = 512
 
 NOT_FINITE, BYTES = "not_finite_to_null", "bytes_to_base64"
-"""Names of the counts of values that `record` cannot keep: JSON has no NaN, no infinity and no bytes."""
+"""Names under which values are counted that `record` cannot keep: JSON has no NaN, no infinity and no bytes."""
 
 
 def stable_id(*parts: str | int) -> int:
@@ -51,9 +51,9 @@ class ExampleReader:
         self._chat = chat
         self._keep_record = keep_record
         self.bytes_read = 0
-        """Bytes read of the sources, as they are stored."""
+        """Number of bytes read from the sources, as stored."""
         self.replaced: Counter[str] = Counter()
-        """Values of the records that were replaced in their JSON: NOT_FINITE and BYTES."""
+        """Number of values that were replaced in the JSON of the records: NOT_FINITE and BYTES."""
 
     def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRows | Reject]:
         """Every record of the slices, at most `limit`, exactly once and in order."""

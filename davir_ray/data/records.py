@@ -31,12 +31,12 @@ from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.schema import RejectReason
 
 _SAMPLED_FILES = 8
-"""Number of files that are sampled for an estimate, evenly spaced over the sorted list."""
+"""Number of files that are sampled for an estimate, evenly spaced in the sorted list."""
 _SAMPLED_BYTES = 4 * 2**20
-"""Bytes of a text file that are read for an estimate, as it is stored."""
+"""Number of stored bytes of a text file that are read for an estimate."""
 
 _BATCH_ROWS = 256
-"""Rows of a columnar file that are Python objects at one time; a row may have megabytes."""
+"""Number of rows of a columnar file that are Python objects at a time; a row may take megabytes."""
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -81,12 +81,12 @@ _Row = dict[str, Any] | _Bad | None
 
 
 def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Record | Reject]:
-    """The rows of a slice in order: each row that is not blank is given once, as a Record or as a Reject.
+    """The rows of a slice in order; each row that is not blank is yielded once, as a Record or a Reject.
 
     The file is streamed, except that a JSON array is kept in memory as text. `count` receives the number of bytes of
-    each read from storage, still compressed. Where the content is damaged, the rows before are kept and one
-    unreadable_file has the row at which reading stopped. Raises DataError for a file that no longer exists or cannot
-    be opened, StorageError where the storage fails.
+    each read from storage, still compressed. If the content is damaged, the rows before the damage are kept,
+    and one reject (unreadable_file) names the row at which reading stopped. Raises DataError for a file that no longer
+    exists or cannot be opened, StorageError if the storage fails.
     """
     file = piece.file
     row = 0
@@ -222,7 +222,7 @@ def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
 
 
 def _plain_rows(batch: Any) -> list[_Row]:
-    """The rows of an Arrow batch as Python values; a value that Python cannot express spoils only its row."""
+    """The rows of an Arrow batch as Python values; a value that Python cannot express affects only its row."""
     json_fields = [field for field in batch.schema if _JSON in str(field.type)]
     try:
         rows: list[_Row] = batch.to_pylist()
@@ -252,7 +252,7 @@ def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:
 
 
 def _decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value of an Arrow type, decoded where it is JSON, as which `datasets` (5) stores values of mixed types."""
+    """A value of an Arrow type, its JSON decoded: `datasets` (5) stores values of mixed types as JSON."""
     if value is not None and isinstance(kind, pa.JsonType):
         found = json.loads(value)
         _check_text(found, value)
@@ -267,7 +267,7 @@ def _decoded(value: Any, kind: pa.DataType) -> Any:
 
 
 def estimate_rows(files: Sequence[SourceFile]) -> int:
-    """About how many rows the files hold: exact for a few that are small or Parquet, else in proportion to bytes."""
+    """Estimated number of rows in the files: exact for a few small or Parquet files, else in proportion to bytes."""
     count = min(_SAMPLED_FILES, len(files))
     sample = [_rows_and_bytes(files[number * len(files) // count]) for number in range(count)]
     rows, num_bytes = sum(rows for rows, _ in sample), sum(read for _, read in sample)
@@ -275,11 +275,11 @@ def estimate_rows(files: Sequence[SourceFile]) -> int:
 
 
 def _rows_and_bytes(file: SourceFile) -> tuple[int, int]:
-    """Rows in the first part of a file, and the bytes of that part; of a Parquet file the whole, by its footer."""
+    """Numbers of rows and bytes in the first part of a file; for Parquet, in the whole file, by its footer."""
     if file.layout == "parquet":
         try:
             return parquet_rows(Location.of(file.uri)), file.num_bytes
-        except IntegrityError:  # a run rejects it as one row
+        except IntegrityError:  # a run counts the file as one reject
             return 1, file.num_bytes
     rows, read = 0, 0
 

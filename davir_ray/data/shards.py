@@ -20,11 +20,11 @@ _SHARD_CHARACTERS = 256 * 2**20
 
 _REJECT_ROWS = 20_000
 
-_LEAST_BYTES = 16 * 2**20
+_MIN_BYTES = 16 * 2**20
 """Fewer bytes say little about the rest of the data: buffers are ahead of the rows by up to a megabyte."""
 
 COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
-"""Columns whose sums are in a report."""
+"""Columns whose sums a report contains."""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class TaskReport:
 
     num_read: int = 0
     num_bytes: int = 0
-    """Bytes of the sources read so far, as they are stored."""
+    """Number of bytes read from the sources so far, as stored."""
     files: list[FileEntry] = field(default_factory=list)
     """Files written; each name begins with its folder, examples/ or rejects/."""
     reasons: Counter[str] = field(default_factory=Counter)
@@ -69,12 +69,12 @@ class TaskReport:
     def check_rejects(self, max_bad_fraction: float, total_bytes: int | None = None) -> None:
         """Raise DataError with a count of the reasons if too many rows are bad.
 
-        `total_bytes`, those of all sources, are given while reading goes on: then the rows must be too many even for
-        twice the number of rows expected from the bytes read so far.
+        While reading is in progress, `total_bytes` is the size of all sources. The error is then raised only if the bad
+        rows exceed the allowed share of twice the total number of rows estimated from the bytes read so far.
         """
         allowed = max_bad_fraction * self.num_read
         if total_bytes is not None:
-            if self.num_bytes < _LEAST_BYTES:
+            if self.num_bytes < _MIN_BYTES:
                 return
             allowed *= 2 * total_bytes / self.num_bytes
         if self.reasons.total() <= allowed:

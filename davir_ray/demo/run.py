@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 NOTE = (
     "The learnable class should dominate the selection. Noisy answers about homes gain a little because the fine-tune "
     "learns that such answers can be wrong. Duplicated noise gains by being memorised, more with every epoch (over 8 "
-    "epochs its share of a selection rose from 1 to 46 %); the score cannot tell that from learning."
+    "epochs its share of a selection rose from 1 to 46 %); the score cannot distinguish this from learning."
 )
 
 
@@ -47,7 +47,7 @@ def run_demo(output: Path, seed: int = 0) -> str:
         with _pretraining_progress() as show:
             pretrain(base, pretraining_texts(seed), seed, show)
     config = demo_config(data, base, output / "run")
-    with connected():  # one Ray for the run and for writing its report again, now with the planted truth
+    with connected():  # one Ray session for the run and for rewriting its report with the planted truth
         run = run_all(config)
         shares = shares_of_run(run, rows, seed)
         report(
@@ -82,7 +82,7 @@ def _pretraining_progress() -> Iterator[Callable[[StepReport], None]]:
         if bar is not None:
             bar.show(Progress(stage=stage, unit=unit, done=step.step, total=step.total_steps))
         elif step.step % 50 == 0 or step.step == step.total_steps:
-            log.info("%s: step %d of %d, loss %.3f nats a token", stage, step.step, step.total_steps, step.loss)
+            log.info("%s: step %d of %d, loss %.3f nats per token", stage, step.step, step.total_steps, step.loss)
 
     try:
         yield show

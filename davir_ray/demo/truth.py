@@ -1,4 +1,4 @@
-"""The planted truth compared with a selection: the shares of the classes in it and in a random selection."""
+"""A selection compared with the planted truth: the shares of the classes in it and in a random selection."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A random draw with the lengths of a selection: as many rows in each range of lengths, as many tokens in total."""
+"""A random draw that matches a selection in the number of rows in each range of lengths and in total tokens."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +8,8 @@ from davir_ray.formulas.hashing import Keys
 Ints = npt.NDArray[np.int64]
 
 _MAX_PASSES = 20
-"""Passes over the rows of a range. Every swap reduces the difference; one or two passes usually remove it."""
+"""Maximum number of passes over the rows of a range. Every swap reduces the difference; one or two passes usually
+remove it."""
 
 
 def length_bins(lengths: Ints, edges: list[int]) -> Ints:
@@ -19,9 +20,9 @@ def length_bins(lengths: Ints, edges: list[int]) -> Ints:
 def matched_draw(keys: Keys, lengths: Ints, wanted: Ints, edges: list[int]) -> Ints:
     """Rows drawn from a pool with these lengths, in the order of their random keys, to match the wanted lengths.
 
-    From each range of lengths as many rows are drawn as are wanted. Then drawn rows are swapped for others of their
-    range until the number of tokens is as wanted, or as close as swaps get. The result depends on the keys, not on the
-    order of the pool. Raises ValueError if a range of the pool has fewer rows than are wanted.
+    From each range of lengths, the wanted number of rows is drawn. Then drawn rows are swapped for others of their
+    range until the total number of tokens matches, or is as close as swaps can bring it. The result depends on the
+    keys, not on the order of the pool. Raises ValueError if a range of the pool has fewer rows than are wanted.
     """
     bins, wanted_bins = length_bins(lengths, edges), length_bins(wanted, edges)
     drawn: list[Ints] = []

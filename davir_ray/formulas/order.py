@@ -15,7 +15,7 @@ _SIGN = np.uint64(1) << np.uint64(63)
 def value_keys(values: npt.NDArray[np.float64], *, lowest: bool = False) -> Keys:
     """Keys that ascend as the values descend, or with `lowest` as they ascend; -0.0 equals 0.0.
 
-    Read as integers, the bits of IEEE 754 doubles have the order of the numbers, infinities included, once the sign is
+    Interpreted as integers, the bits of IEEE 754 doubles sort like the numbers, infinities included, once the sign is
     handled. Raises ValueError for NaN.
     """
     if np.isnan(values).any():

@@ -7,7 +7,7 @@ sources of variance, and both are included:
 - The choice of held-out examples. They are resampled (bootstrap), with the same draws for all arms, so that the arms
   stay paired.
 - The seeds. Three seeds cannot be resampled: the percentiles of a bootstrap of three numbers are their minimum and
-  maximum, an interval that contains the mean in three cases of four only. Their part is drawn from Student's t instead,
+  maximum, an interval that contains the mean in only three of four cases. Their part is drawn from Student's t instead,
   with their standard error and the degrees of freedom of Welch and Satterthwaite: about S - 1 where the seeds vary more
   than the examples.
 
@@ -30,10 +30,10 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 NUM_REPLICATES = 4000
-"""Number of bootstrap replicates: with these the ends of an interval vary by about 2 % of its width."""
+"""Number of bootstrap replicates: enough for the ends of an interval to vary by only about 2 % of its width."""
 
 _MAX_COUNTS = 2**22
-"""Number of counts in memory at a time while examples are resampled."""
+"""Maximum number of counts in memory at a time while examples are resampled."""
 
 
 class Interval(NamedTuple):
@@ -63,9 +63,9 @@ class Outcome:
     weights_E: Floats
     """Weights of the examples, the same for every arm."""
     draws_rows: bool = False
-    """Each seed was trained on rows drawn for it."""
+    """Whether each seed was trained on rows drawn for it."""
     takes_all: bool = False
-    """The arm was trained on every row, so no other draw is possible."""
+    """Whether the arm was trained on every row, so that no other draw is possible."""
 
     @property
     def num_seeds(self) -> int:
@@ -96,9 +96,9 @@ class Difference:
     mean: float
     interval: Interval
     p: float
-    """p-value of equal arms, from the variance of examples and seeds; with one seed from the examples alone."""
+    """p-value for equal arms, from the variance over examples and seeds; with one seed, over examples alone."""
     p_examples: float
-    """p-value of equal models: a paired t-test over the examples, for these very models."""
+    """p-value for equal models: a paired t-test over the examples, for these particular models."""
 
 
 class Panel:

@@ -1,1 +1,1 @@
-"""One process and its models: checkpoints, packed attention, the likelihood kernel, scoring and fine-tuning; no Ray."""
+"""Models in one process, without Ray: checkpoints, packed attention, the likelihood kernel, scoring and fine-tuning."""

@@ -26,22 +26,25 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "reference"
 _MERGE = "merge it into a model (peft's merge_and_unload) and give that"
 
-_DESCRIBES = {
+_DESCRIPTIVE = {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out",
 }  # fmt: skip
-_TAKEN = {
-    "LORA": _DESCRIBES | {
+_SUPPORTED = {
+    "LORA": _DESCRIPTIVE | {
         "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform",
         "layers_pattern", "lora_bias", "ensure_weight_tying", "eva_config",
     },
-    "IA3": _DESCRIBES | {"feedforward_modules", "init_ia3_weights"},
+    "IA3": _DESCRIPTIVE | {"feedforward_modules", "init_ia3_weights"},
 }  # fmt: skip
-"""Kinds of adapters that are known to give peft's losses and to leave the base unchanged when switched off, with the
-settings that may have any value. Any other setting must have peft's default."""
+"""The kinds of adapters that are known to give peft's losses and to leave the base unchanged when switched off, with
+their settings that may have any value. All other settings must have peft's defaults."""
 
-_ALSO_TAKEN = {"task_type": (None, "CAUSAL_LM"), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
-"""Further values that settings may have. Other initialisations of an adapter rewrite the base's weights."""
+_SUPPORTED_VALUES = {
+    "task_type": (None, "CAUSAL_LM"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+"""Further values that these settings may have. Other initialisations of an adapter rewrite the base's weights."""
 
 
 def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> None:
@@ -92,7 +95,9 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     settings = read_settings(Path(folder))
     check_kind(settings, folder)
     named = settings.get("base_model_name_or_path")
-    if named and Path(named).name != Path(model.name_or_path).name:  # one of the same shape would give nonsense
+    if (
+        named and Path(named).name != Path(model.name_or_path).name
+    ):  # another base of the same shape would give meaningless losses
         log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)
     before = {name: _Weight.of(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
@@ -132,19 +137,19 @@ def adapter_switched_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_kind(settings: dict[str, Any], uri: str) -> None:
-    """Raise ModelError unless an adapter with these settings gives the losses of peft and can be switched off."""
+    """Raise ModelError unless an adapter with these settings gives peft's losses and can be switched off."""
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = str(settings.get("peft_type", "unknown"))
-    if kind not in _TAKEN:
+    if kind not in _SUPPORTED:
         raise ModelError(
-            f"the adapter {uri} is of the kind {kind}, and only {', '.join(_TAKEN)} are supported; {_MERGE}"
+            f"the adapter {uri} is of the kind {kind}, and only {', '.join(_SUPPORTED)} are supported; {_MERGE}"
         )
     defaults = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().to_dict()
     for name, value in settings.items():
         switched_off = (defaults[name],) if name in defaults else (None, False)
-        if name in _TAKEN[kind] or value in _ALSO_TAKEN.get(name, switched_off):
+        if name in _SUPPORTED[kind] or value in _SUPPORTED_VALUES.get(name, switched_off):
             continue
         raise ModelError(f"the adapter {uri} has {name}: {json.dumps(value)}, which is not supported; {_MERGE}")
 
@@ -168,13 +173,13 @@ def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None
             fits = bool(part) or shape == expected
         if not fits:
             raise ModelError(
-                f"the adapter {folder} has {name} of shape {list(shape)}, but {base} of {list(expected)}; give the "
+                f"the adapter {folder} has {name} of shape {list(shape)}, but {base} has {list(expected)}; give the "
                 "base that it was trained on, with the embeddings resized as they were then"
             )
 
 
 class _Weight(NamedTuple):
-    """A weight of the base, with what shows whether it was written to."""
+    """A weight of the base, with the address and version that show whether it was written to."""
 
     parameter: torch.nn.Parameter
     address: int

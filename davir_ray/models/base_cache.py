@@ -26,10 +26,10 @@ Nlls = list[npt.NDArray[np.floating[Any]]]
 
 @dataclass(frozen=True)
 class BaseCache:
-    """A folder of token losses: <model and numerics>/<content of the shard>.parquet, one row an example.
+    """A folder of token losses: <model and numerics>/<content of the shard>.parquet, one row for each example.
 
-    A hit is bitwise identical to what would be computed: the first part of the name is a digest of everything but the
-    examples that the losses depend on, the second a digest of the examples' ids, tokens and spans in order.
+    A hit is bitwise identical to what would be computed: the first part of the name is a digest of everything that
+    the losses depend on except the examples, the second a digest of the examples' ids, tokens and spans in order.
     """
 
     folder: Location

@@ -39,11 +39,11 @@ from davir_ray.run.storage_errors import user_errors
 from davir_ray.text import BYTE_ORDER_MARK
 
 SPEC_FILE = "scoring_spec.json"
-"""Travels with a reference: how its examples were rendered and tokenised, so that scoring cannot differ silently."""
+"""Saved with a reference: how its examples were rendered and tokenised, so that scoring cannot silently differ."""
 
 _WEIGHTS = ".safetensors"
 CONFIGS = ("config.json", ADAPTER_CONFIG)
-"""A folder without either of these is no checkpoint."""
+"""A folder with neither of these is not a checkpoint."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -56,12 +56,12 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safete
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint by name. Each process that loads it finds the files for itself, so it can be sent to other nodes."""
+    """A checkpoint by name. Each process that loads it locates the files itself, so it can be sent to other nodes."""
 
     uri: str
     """A local folder as an absolute path, a folder in object storage, or a hub name without its revision."""
     revision: str | None = None
-    """The commit of a hub name, so that every worker loads the same."""
+    """The commit of a hub name, so that every worker loads the same files."""
     trust_remote_code: bool = False
     is_adapter: bool = False
     """A folder with a peft adapter and no weights of its own."""
@@ -84,7 +84,7 @@ class Checkpoint:
         if os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             if path.is_symlink() and not path.exists():
                 raise ModelError(
-                    f"{path} is a link to {path.readlink()}, which is not there; correct the path or the link"
+                    f"{path} is a link to {path.readlink()}, which does not exist; correct the path or the link"
                 )
             folder = path.resolve()
             return cls._checked(str(folder), _names_in(folder), trust_remote_code)
@@ -143,7 +143,7 @@ class Checkpoint:
         )
         absent = (
             f"{self.uri} has no tokenizer (tokenizer.json, or the vocabulary that it is made from); copy the "
-            "tokenizer's files of the model that it was trained from into it"
+            "tokenizer files of the model that it was trained from into it"
         )
         try:
             tokenizer = self._load(AutoTokenizer)
@@ -158,7 +158,7 @@ class Checkpoint:
             raise ModelError(absent)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ModelError(f"{self.uri} has no tokenizer that transformers can load")
-        # transformers keeps the byte-order mark of a template's file, and would begin every conversation with it.
+        # transformers keeps the byte-order mark of a template file, with which every conversation would then begin.
         templates = tokenizer.chat_template
         if isinstance(templates, str):
             tokenizer.chat_template = templates.removeprefix(BYTE_ORDER_MARK)
@@ -197,7 +197,7 @@ class Checkpoint:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         except (ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"{self.uri} is no causal language model: {' '.join(str(error).split())}") from error
+            raise ModelError(f"{self.uri} is not a causal language model: {' '.join(str(error).split())}") from error
         assert isinstance(model, PreTrainedModel)
         return model
 
@@ -218,7 +218,7 @@ class Checkpoint:
             attach_adapter(base, str(self._folder(weights=True)))
 
     def as_peft(self, base: PreTrainedModel) -> PreTrainedModel:
-        """The base with this adapter on it, by peft's own loading, to check `attach_to` against: they share no code."""
+        """The base with this adapter, loaded by peft itself, to check `attach_to`: the two share no code."""
         from peft import PeftModel  # imported late: scoring full references does not need peft
 
         with quiet(), warnings.catch_warnings():
@@ -228,7 +228,7 @@ class Checkpoint:
     def weights_digest(self) -> dict[str, str]:
         """What identifies the model: the commit of a hub name, else digests of configuration, weights and code.
 
-        ModelError if a file of the weights is missing: other models would have the same digests.
+        ModelError if a weights file is missing, as different models would then have the same digests.
         """
         if self.is_hub_name:
             return {"commit": str(self.revision)}
@@ -273,7 +273,7 @@ class Checkpoint:
             folder = Path(self.uri)
             if not folder.is_dir():
                 raise ModelError(
-                    f"{folder} is no folder on {host()}; put it there on every node, or give s3://… or a hub name"
+                    f"{folder} is not a folder on {host()}; put it there on every node, or give s3://… or a hub name"
                 )
             return folder
         folder = self._fetch([file for file in self.files if _is_description(file.name, self.trust_remote_code)])
@@ -313,7 +313,7 @@ class Checkpoint:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch off the progress bars of loads and saves: each of many actors would draw its own."""
+    """Switch off transformers' progress bars for the block: each of many actors would draw its own."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -326,14 +326,16 @@ def quiet() -> Iterator[None]:
 def _names_in(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise ModelError(
-            f"{folder} is no folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model"
+            f"{folder} is not a folder; name a checkpoint folder, an s3:// folder or a hub name such as org/model"
         )
     names = {path.name for path in folder.iterdir()}
     for name in sorted(names):
-        if (_is_read(name) or not Path(name).suffix) and not (folder / name).exists():  # without one it may be a folder
+        if (_is_read(name) or not Path(name).suffix) and not (
+            folder / name
+        ).exists():  # a name without a suffix may be a folder
             raise ModelError(
-                f"{folder / name} is a link to {os.readlink(folder / name)}, which is not there or may not be read; "
-                "restore that, or download or copy the model again"
+                f"{folder / name} is a link to {os.readlink(folder / name)}, which does not exist or cannot be read; "
+                "restore it, or download or copy the model again"
             )
     return names
 
@@ -341,16 +343,16 @@ def _names_in(folder: Path) -> set[str]:
 def _look_up_first(path: Path) -> None:
     """Ask the hub, for a few seconds at most, for a name that may be a mistyped folder.
 
-    ModelError, which names both possibilities, if the hub does not have it.
+    If the hub does not have it, ModelError names both possibilities.
     """
     name = path.as_posix()
     try:
         in_time(partial(resolve, name, None))
     except (ModelError, TimeoutError) as error:
         siblings = sorted(one.name for one in path.parent.iterdir() if one.is_dir())
-        there = f"has {', '.join(siblings[:10])}" if siblings else "has no folder"
+        there = f"has {', '.join(siblings[:10])}" if siblings else "has no folders"
         raise ModelError(
-            f"{path.absolute()} is no folder ({path.parent} {there}), and as the name of a model of the hub: "
+            f"{path.absolute()} is not a folder ({path.parent} {there}), and as a hub name: "
             f"{f'no answer in {PROBE_S:g} seconds' if isinstance(error, TimeoutError) else error}"
         ) from error
 
@@ -364,7 +366,7 @@ def _check_names(uri: str, names: set[str]) -> None:
         raise ModelError(f"{uri} has both the weights of a model and {ADAPTER_CONFIG}; keep one of them in a folder")
     if "config.json" not in names:
         inside = " (in the hub's cache: snapshots/REVISION)" if "snapshots" in names else ""
-        raise ModelError(f"{uri} has no config.json, so it is no checkpoint; name the folder that holds it{inside}")
+        raise ModelError(f"{uri} has no config.json, so it is not a checkpoint; name the folder that holds it{inside}")
     if not any(name.endswith(_WEIGHTS) for name in names):
         raise ModelError(f"{uri} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
 

@@ -1,4 +1,4 @@
-"""The device of this process: which it is, in which types it computes, and how fast it multiplies."""
+"""The device of this process: CPU or GPU, its types of computation, and its speed of matrix products."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that a precision setting means on this device. auto: bfloat16 on a GPU that has it, else float32."""
+    """The type of a precision setting on this device. auto: bfloat16 on a GPU that supports it, else float32."""
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[precision]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

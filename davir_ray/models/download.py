@@ -1,7 +1,7 @@
 """Files of a remote checkpoint: one copy of each on a node, made under a lock.
 
 A file appears under its final name only when it is complete. So an interrupted copy continues with the files that are
-missing, and a worker that finds every file in its full size makes no request.
+missing, and a worker that finds every file at its full size sends no request.
 """
 
 import errno
@@ -45,7 +45,7 @@ def store_files(place: Location) -> tuple[RemoteFile, ...]:
 
 
 def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: list[RemoteFile]) -> Path:
-    """Copy the wanted files of a folder to this node's cache, and return the folder there.
+    """Copy the wanted files of a folder to this node's cache; returns the folder in the cache.
 
     ModelError if the cache cannot hold them or they changed since they were listed; StorageError if the store fails.
     """
@@ -59,7 +59,7 @@ def fetch_from_store(place: Location, files: tuple[RemoteFile, ...], wanted: lis
             each(partial(_copy, place, folder), missing)
             _check_unchanged(place, folder, missing)
 
-    bring(str(place), folder, wanted, folder.with_suffix(".lock"), copy)
+    download_missing(str(place), folder, wanted, folder.with_suffix(".lock"), copy)
     return folder
 
 
@@ -76,28 +76,30 @@ def _copy_of(files: tuple[RemoteFile, ...]) -> Path:
     return cache / digest([(file.name, file.digest) for file in files])[:32]
 
 
-def bring(
+def download_missing(
     uri: str, folder: Path, wanted: list[RemoteFile], lock: Path, download: Callable[[list[RemoteFile]], None]
 ) -> None:
     """Call `download` for the files that this folder lacks, if any, in one process of the node at a time.
 
     ModelError if the disk has no room, or this user may not write to it.
     """
-    if not lacking(folder, wanted):
+    if not missing_files(folder, wanted):
         return
-    with _alone(uri, lock):
-        missing = lacking(folder, wanted)
+    with _node_lock(uri, lock):
+        missing = missing_files(folder, wanted)
         if not missing:
             return
         num_bytes = sum(file.bytes for file in missing)
         _check_room(uri, lock.parent, num_bytes)
         log.info("%s: downloading %d files, %.3g MB, to %s", uri, len(missing), num_bytes / 1e6, host())
         download(missing)
-        if still := lacking(folder, wanted):
-            raise ModelError(f"{uri}: {still[0].name} did not arrive complete in {folder} on {host()}; try again")
+        if still := missing_files(folder, wanted):
+            raise ModelError(
+                f"{uri}: {still[0].name} is incomplete in {folder} on {host()} after the download; try again"
+            )
 
 
-def lacking(folder: Path, files: Iterable[RemoteFile]) -> list[RemoteFile]:
+def missing_files(folder: Path, files: Iterable[RemoteFile]) -> list[RemoteFile]:
     """Files that the folder does not hold in their full length."""
     return [file for file in files if not _is_whole(folder / file.name, file.bytes)]
 
@@ -115,11 +117,11 @@ def _is_whole(path: Path, num_bytes: int) -> bool:
 
 
 @contextmanager
-def _alone(uri: str, lock: Path) -> Iterator[None]:
-    """Hold a lock of this node for the block; a process that dies releases its own. ModelError if there is none."""
+def _node_lock(uri: str, lock: Path) -> Iterator[None]:
+    """Hold a node-wide lock for the block; it is released if the process dies. ModelError if it cannot be created."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock, mode=0o664)  # a cache that several users share
+        held = FileLock(lock, mode=0o664)  # several users may share the cache
         try:
             held.acquire(timeout=0)
         except Timeout:
@@ -138,7 +140,7 @@ def _check_room(uri: str, folder: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise ModelError(
             f"{uri} needs {num_bytes / 1e9:.3g} GB in {folder} on {host()}, which has {free / 1e9:.3g} GB free; free "
-            "some, or name another disk (DAVIR_RAY_CACHE for s3://, HF_HOME for the hub)"
+            "some space, or name another disk (DAVIR_RAY_CACHE for s3://, HF_HOME for the hub)"
         )
 
 
@@ -155,7 +157,7 @@ def _copy(place: Location, folder: Path, file: RemoteFile) -> None:
 
 
 def _check_unchanged(place: Location, folder: Path, copied: list[RemoteFile]) -> None:
-    """Raise ModelError unless what was copied is what was listed; other nodes may have copied it earlier."""
+    """Raise ModelError if the store's files changed since they were listed; other nodes may have older copies."""
     now = {name: f"{found.bytes}-{found.mark}" for name, found in place.listed().items() if found.mark}
     for file in copied:
         if now.get(file.name, file.digest) != file.digest or not _is_whole(folder / file.name, file.bytes):

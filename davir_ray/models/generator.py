@@ -44,7 +44,7 @@ class GeneratorSettings:
     precision: str = "auto"
     tokens_per_batch: int | None = None
     num_threads: int = 1
-    """Threads that the process computes with on a CPU; another number may change the last bits."""
+    """Number of CPU threads that the process computes with; another number may change the last bits."""
     turn_end: int | None = None
     """A token that ends a text in addition to the checkpoint's: the one that the chat template writes after a turn."""
 
@@ -53,7 +53,7 @@ class Generated(NamedTuple):
     """The continuation of one prompt."""
 
     tokens: list[int]
-    """New tokens, without the one that ended it."""
+    """New tokens, without the end-of-sequence token."""
     finished: bool
     """Whether an end-of-sequence token ended it, rather than the limit."""
 
@@ -62,8 +62,8 @@ class Generator:
     """Holds a model, or a base with an adapter on it, and continues the prompts of tables of examples.
 
     Decoding is greedy: each step takes the token with the largest logit, whatever the checkpoint's generation settings
-    say about sampling, penalties or lengths. Of two logits that differ by a rounding error either may win; batches
-    depend on the table and the settings alone, so the same table gives the same texts.
+    say about sampling, penalties or lengths. If two logits differ only by a rounding error, either may be taken;
+    batches depend on the table and the settings alone, so the same table gives the same texts.
     """
 
     def __init__(self, model: Checkpoint, settings: GeneratorSettings, base: Checkpoint | None = None) -> None:

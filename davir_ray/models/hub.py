@@ -30,7 +30,7 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from huggingface_hub.file_download import repo_folder_name
 
 from davir_ray.errors import DavirError, ModelError, StorageError
-from davir_ray.models.download import RemoteFile, bring, host
+from davir_ray.models.download import RemoteFile, download_missing, host
 from davir_ray.run.storage_errors import CONTINUES, explain
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,10 @@ _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @cache
 def resolve(name: str, revision: str | None) -> str:
-    """The commit of a branch, a tag, or (None) the default branch; a process asks once, so that it stays the same.
+    """The commit of a branch, a tag, or (None) the default branch; each process resolves it once, so it stays the same.
 
-    A full commit hash stands for itself. If the hub cannot be reached it is the last commit that this node knows.
-    ModelError if there is none.
+    A full commit hash is returned unchanged. If the hub cannot be reached, the last commit that this node knows is
+    used; ModelError if there is none.
     """
     if not _NAME.fullmatch(name):
         raise ModelError(f"{name!r} is neither a folder here nor a hub name such as org/model or org/model@revision")
@@ -55,9 +55,9 @@ def resolve(name: str, revision: str | None) -> str:
 
 
 def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
-    """All files of a commit, by the hub or by the list in the cache. ModelError if neither is available.
+    """All files of a commit, from the hub or from the list in the cache. ModelError if neither is available.
 
-    An older huggingface_hub left no list in the cache: if the hub cannot be reached, it is the files in the cache.
+    Older versions of huggingface_hub left no list: without it and without the hub, these are the files in the cache.
     """
     try:
         return _cached_list(name, commit)
@@ -71,7 +71,7 @@ def repository_files(name: str, commit: str) -> tuple[RemoteFile, ...]:
         paths = [path for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
         if lost := [path for path in paths if not path.exists()]:
             raise ModelError(
-                f"{lost[0]} is a link to {lost[0].readlink()}, which is not there; download {name} again"
+                f"{lost[0]} is a link to {lost[0].readlink()}, which does not exist; download {name} again"
             ) from error
         return tuple(RemoteFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
 
@@ -92,16 +92,16 @@ def fetch_from_hub(name: str, commit: str, wanted: list[RemoteFile]) -> Path:
                     hf_hub_download(name, file.name, revision=commit, force_download=True)
             snapshot_download(name, revision=commit, allow_patterns=[glob.escape(file.name) for file in missing])
 
-    bring(name, folder, wanted, lock, download)
+    download_missing(name, folder, wanted, lock, download)
     return folder
 
 
 @contextmanager
-def without_asking() -> Iterator[None]:
+def hub_offline() -> Iterator[None]:
     """Set HF_HUB_OFFLINE for the block, in which an adapter is saved.
 
-    peft (0.21) would ask the hub whether the base has another vocabulary, which it never has. Unlike huggingface_hub it
-    reads the variable each time.
+    peft (0.21) would ask the hub whether the vocabulary of the base was changed, which never happens here. Unlike
+    huggingface_hub, it reads the variable each time.
     """
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -121,7 +121,7 @@ def _cached_list(name: str, commit: str) -> tuple[RemoteFile, ...]:
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None, failed: type[DavirError]) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a one-line error, of the class `failed` if the hub gives no answer."""
+    """Turn errors of huggingface_hub into one-line errors, of the class `failed` if the hub does not answer."""
     try:
         yield
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -133,13 +133,13 @@ def _hub_errors(name: str, revision: str | None, failed: type[DavirError]) -> It
                 f"{name} cannot be used: the hub does not accept the token ({status}); set HF_TOKEN, where driver and "
                 "workers see it, to one that may read this model"
             ) from error
-        reason = "throttled (429); try later" if status == 429 else f"the hub fails ({status})"
+        reason = "throttled (429); try later" if status == 429 else f"the hub failed ({status})"
         raise failed(f"{name} on {host()}: {reason}{_after(failed)}") from error
     except _UNREACHABLE as error:
-        place = f"is no folder on {host()}, and" if failed is ModelError else f"on {host()}:"
+        place = f"is not a folder on {host()}, and" if failed is ModelError else f"on {host()}:"
         raise failed(f"{name} {place} {_absence(revision, error)}{_after(failed)}") from error
     except OSError as error:
-        if error.errno is None:  # of huggingface_hub itself: a file did not arrive as announced
+        if error.errno is None:  # raised by huggingface_hub itself: a file was not received as announced
             raise failed(f"{name} on {host()}: {' '.join(str(error).split())[:300]}{_after(failed)}") from error
         raise ModelError(f"{name} cannot be kept in {constants.HF_HUB_CACHE} on {host()}: {explain(error)}") from error
 
@@ -153,16 +153,16 @@ def _refusal(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"it has no revision {revision!r}; give a branch, a tag or a full commit hash after the @"
     if isinstance(error, HFValidationError):
-        return f"it is no hub name ({' '.join(str(error).split())[:200]}); give a folder or org/model"
+        return f"it is not a hub name ({' '.join(str(error).split())[:200]}); give a folder or org/model"
     access = "with the token of HF_TOKEN" if os.environ.get("HF_TOKEN") else "without a token"
     return (
-        f"it is no folder here, and the hub shows no such model {access}; correct the name or, if it is private, set "
-        "HF_TOKEN to a token that may read it"
+        f"it is not a folder here, and the hub shows no such model {access}; correct the name or, if it is private, "
+        "set HF_TOKEN to a token that may read it"
     )
 
 
 def _absence(revision: str | None, error: Exception) -> str:
-    """The reason where the hub gives no answer and the cache has no copy."""
+    """The reason for an error if the hub does not answer and the cache has no copy."""
     wanted = f"revision {revision}" if revision else "the default branch"
     lacks = f"the cache {constants.HF_HUB_CACHE} has no complete copy of {wanted}"
     if constants.HF_HUB_OFFLINE:

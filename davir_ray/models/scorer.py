@@ -143,7 +143,7 @@ class Scorer:
             return list(kept)
         nlls = self._token_nlls(self._base, sequences, ids, switched_off=True)
         complete = [nll for nll in nlls if nll is not None]
-        if complete and len(complete) == len(nlls):  # what does not fit this device may fit another
+        if complete and len(complete) == len(nlls):  # an example that does not fit this device may fit another
             self._cache.write(place, complete)
         return nlls
 
@@ -211,7 +211,7 @@ class Scorer:
 
 
 def is_sampled(example_id: int, share: float) -> bool:
-    """Whether a row belongs to a sample of this share. It depends on the id alone, so every run draws the same rows."""
+    """Whether a row is in a sample of this share. It depends on the id alone, so every run draws the same rows."""
     return seed_from("token_nll", example_id) < share * 2**63
 
 
@@ -250,13 +250,13 @@ def _sums(nlls: TokenNlls, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np
         found = Status.OK if np.isfinite(total) else Status.NON_FINITE_NLL
         totals.append(total)
         statuses.append(Status.OUT_OF_MEMORY if nll is None else found)
-    # The last is what the index -1 points to.
+    # Index -1 selects this last element.
     totals.append(np.nan)
     statuses.append(Status.NO_PREDICTOR)
     return np.array(totals)[index], np.array(statuses, dtype=object)[index]
 
 
 def _nullable(values: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_]) -> pa.Array:
-    """Null where not valid: a score is never made up."""
+    """The values, null where they are not valid or NaN: a score is never made up."""
     array = pa.array(values, pa.float64(), mask=~np.asarray(valid, dtype=bool))
     return pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)

@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration alone: for an estimate before a run."""
+"""The size of a model, from its configuration alone, for estimates before a run."""
 
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class ModelSize:
 def num_ids(checkpoint: Checkpoint) -> int:
     """Number of token ids that both the embedding and the head have a row for; it may exceed the tokenizer's.
 
-    It is that of the configuration: weights of another shape are refused when they are loaded.
+    The configuration determines it: weights of another shape are refused when they are loaded.
     """
     model = checkpoint.skeleton()
     try:

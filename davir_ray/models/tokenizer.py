@@ -1,4 +1,4 @@
-"""Tokenizers: what identifies one, and whether two of them encode text alike."""
+"""Tokenizers: a digest that identifies one, and a check that two of them encode text alike."""
 
 import json
 
@@ -21,7 +21,7 @@ def check_same_encoding(
     if _encoding(base) != _encoding(reference) or _added_words(base) != _added_words(reference):
         raise ModelError(
             f"{names[0]} and {names[1]} do not encode alike (vocabulary, merges or normalisation differ), so their "
-            "losses are not of the same tokens; give a reference that was fine-tuned from this base"
+            "losses are over different tokens; give a reference that was fine-tuned from this base"
         )
     for token in ("bos_token", "eos_token"):
         ours, theirs = getattr(base, token), getattr(reference, token)

@@ -1,4 +1,4 @@
-"""The report of one run: manifests and tables in, an HTML page and the same facts as JSON out.
+"""The report of a run: from manifests and tables to an HTML page and the same facts as JSON.
 
     ReportInputs ─facts.summarise─► facts (report.json) ─page.render_page─► report.html
                       │                                      ├─ charts.py draws the SVGs
@@ -6,7 +6,7 @@
                       └─ prose.py: findings, fixed texts
 
 alignment.py and comparison.py do both steps for their own pages, with the same charts and templates. Nothing here reads
-or writes files or knows of a cluster; the callers gather the inputs and write both results.
+or writes files or uses a cluster; the callers collect the inputs and write both results.
 """
 
 from davir_ray.report.facts import ReportInputs, summarise

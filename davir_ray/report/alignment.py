@@ -23,17 +23,17 @@ from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 
 PAPER = {"dpo": 0.38, "ipo": -0.10, "davir_dpo": 0.07}
-"""Pearson correlation of the margin with the difference in response length that the paper reports for each loss; it
-does not state its data and recipe."""
+"""Pearson correlation of the margin with the difference in response length, as the paper reports it for each loss,
+without stating data or recipe."""
 
 NAMES = {"davir_dpo": "DavIR-DPO", "dpo": "DPO", "ipo": "IPO", "dpo_norm": "length-normalised DPO"}
 
 LIMITS = [
     "Accuracies and margins are those of the implicit reward: they show that the policy has moved towards the chosen "
     "responses, not that a person would prefer what it writes.",
-    "On pairs that were trained on they include what was memorised; held-out pairs show what generalises.",
-    "The paper’s correlations are for another model, data and recipe, which it does not state. Nor does it state which "
-    "margin it means: that of the loss, or the plain difference of log-ratios.",
+    "On the training pairs they include memorisation; held-out pairs show what generalises.",
+    "The paper’s correlations are for another model, data and recipe, which it does not state. Nor does it state "
+    "whether its margin is that of the loss or the plain difference of log-ratios.",
     "Intervals treat the pairs as independent and describe one training: another seed gives another policy.",
 ]
 
@@ -59,7 +59,7 @@ _MEANS = (
 
 _LEVEL = 0.95
 _NEAR_CERTAIN_NATS = 1.0
-"""DavIR-DPO divides by the frozen loss: below this, rounding errors weigh heavily."""
+"""DavIR-DPO divides by the frozen loss: below this value, rounding errors have a large effect."""
 
 _NUM_BANDS = 12
 _MIN_BAND_PAIRS = 10
@@ -148,7 +148,7 @@ def _part(table: pa.Table) -> dict[str, Any]:
 
 
 def _correlations(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Pearson with Fisher's 95 % interval, and Spearman; None where one of the two does not vary."""
+    """Pearson correlation with Fisher's 95 % interval, and Spearman; None if one of the two does not vary."""
     if len(margin) < 4 or np.ptp(margin) == 0 or np.ptp(difference) == 0:
         return {"pearson": None, "pearson_interval": None, "spearman": None}
     pearson = stats.pearsonr(difference, margin)
@@ -190,7 +190,7 @@ class Trained:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the policy depends on, its seed included: equal for a training and its repetition.
+        """Everything that the policy depends on, including the seed: equal for a training and its repetition.
 
         A default beta is replaced by its value, except that of DavIR-DPO, which is derived from the frozen losses.
         """
@@ -209,8 +209,8 @@ class Trained:
 def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
     """A row for each setting, in order of appearance: means over its seeds with their 95 % intervals.
 
-    A training that occurs twice counts once. Each measure is {"mean", "interval"}, the interval by Student's t over the
-    seeds. With one seed there is no interval; where a seed lacks the measure there is neither.
+    A training that occurs twice counts once. Each measure is {"mean", "interval"}, with the interval by Student's t
+    over the seeds; the interval is None for one seed, and both are None if a seed lacks the measure.
     """
     once: dict[str, Trained] = {}
     for one in trained:
@@ -267,9 +267,9 @@ def render_alignment(facts: dict[str, Any]) -> str:
         "loss": charts.step_curve(facts["curves"]["loss"], "loss", "loss", "Training loss by step."),
         "accuracy": charts.step_curve(
             facts["curves"]["accuracy"],
-            "accuracy of rewards",
+            "reward accuracy",
             "accuracy",
-            "Accuracy of the rewards by step.",
+            "Reward accuracy by step.",
         ),
         "length": charts.margin_band(shown["band"]) if shown and shown["band"] else None,
     }

@@ -1,7 +1,7 @@
 """The charts of the pages as inline SVG, drawn from the facts: the same facts give the same bytes.
 
 No text from the data enters a chart. Colours are placeholders that become CSS variables of the page, so that one SVG
-serves both light and dark mode. A chart is about as wide as the page shows it, so that its text keeps its size.
+serves both light and dark mode. A chart is drawn about as wide as the page shows it, so that its text keeps its size.
 """
 
 import io
@@ -27,8 +27,8 @@ _CSS_COLOURS = {
     BASE: "var(--base)",
     REFERENCE: "var(--reference)",
 }
-_STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
-    "svg.fonttype": "none",  # keep text as text: it takes the page's font, can be searched and read by a screen reader
+_STYLE: Any = {  # matplotlib's stubs require literal types for the keys
+    "svg.fonttype": "none",  # keep text as text: it uses the page's font and can be searched and read aloud
     "svg.hashsalt": "davir_ray",
     "font.size": 12,
     "text.color": INK,
@@ -51,10 +51,10 @@ _STYLE: Any = {  # the stubs of matplotlib want a literal type of each key
     "grid.linewidth": 1,
 }
 WIDE, TALL, NARROW = (380, 250), (380, 295), (315, 265)
-"""Sizes in pixels: on a desktop two of the first ones stand in a row, or three of the last."""
+"""Sizes in pixels: a desktop page shows two WIDE or TALL charts in a row, or three NARROW ones."""
 _TIME_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 _HUGE = 1e7
-"""Ticks from here on are written as powers of ten: their digits would not fit."""
+"""Ticks from this value on are written as powers of ten: their digits would not fit."""
 
 
 def training_curve(training: dict[str, Any]) -> Markup:

@@ -43,17 +43,17 @@ READING_MEANING = {
     "repeated",
 }
 LIMITS = [
-    "It shows the effect of these rows on this base, with this recipe, on this held-out data. A small base is not a "
-    "large one: what a small model learns first, a large one may know already.",
-    "A loss is not a judgement: a lower loss on held-out answers means that such answers became likelier, not that a "
-    "person would prefer what the model writes.",
+    "The comparison shows the effect of these rows on this base, with this recipe, on this held-out data. Results on a "
+    "small base need not hold for a large one, which may already know what a small model learns first.",
+    "A loss is not a judgement: a lower loss on held-out answers means that such answers became likelier, not that "
+    "a person would prefer what the model writes.",
     "With few seeds the spread between models is uncertain. Intervals and p-values account for it by Student’s t with "
-    "one degree of freedom less than seeds, so with two or three seeds only large differences are detected; that none "
-    "is detected does not mean that there is none.",
+    "one degree of freedom less than seeds, so with two or three seeds only large differences are detected; if none is "
+    "detected, there may still be one.",
     "The selection is one set of rows. Against arms that are drawn, the question is whether it does better than one "
     "more draw would. With another reference or another pool, other rows would have been selected.",
     "p (these models) accounts for the held-out examples alone: it says whether these very models differ, not whether "
-    "newly trained ones would.",
+    "newly trained models would.",
     "Held-out rows that occur word for word in the run’s training pool are left out. Paraphrases and near copies are "
     "not found.",
 ]
@@ -110,11 +110,11 @@ class Measure:
     name: str
     title: str
     short: str
-    """Name in the head of a table's column."""
+    """Name in the header of a table column."""
     unit: str
     lower_is_better: bool
     max_value: float | None
-    """Largest possible value; None: no limit."""
+    """Largest possible value. None: no limit."""
 
     def clipped(self, interval: Interval) -> Interval:
         """An interval of this measure, cut to the values that are possible."""
@@ -257,7 +257,7 @@ def render_comparison(facts: dict[str, Any]) -> str:
 
 
 def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
-    """The facts of each arm, size and reading: means over its seeds, and the ranges of the seeds."""
+    """The facts of each arm, size and reading: means and ranges over its seeds."""
     seeds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for name, facts in inputs.trials.items():
         seeds.setdefault((name.arm, name.rows, name.reading), []).append(asdict(facts))
@@ -271,7 +271,7 @@ def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
 
 
 def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.bool_]]]:
-    """All sources together, and each of them where there are several; with the examples that belong to it."""
+    """All sources together, and each source if there are several, with a mask of its examples."""
     yield None, np.ones(len(measured.sources), bool)
     names = np.unique(measured.sources)
     for name in names if len(names) > 1 else ():
@@ -393,7 +393,7 @@ def _columns(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each arm, and the untrained base, with every measure on every source; empty where that is a single value."""
+    """Each arm, and the untrained base, with every measure on every source; empty if that is a single column."""
     columns = _columns(facts)
     if len(columns) < 2:
         return []
@@ -458,7 +458,7 @@ def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) -> str:
-    """The result of a test in a word; empty where only one model of each arm was trained."""
+    """The result of a test in words; empty if only one model of each arm was trained."""
     if test is None or test["p_holm"] is None or seeds < 2:
         return ""
     if test["p_holm"] >= SIGNIFICANT:
@@ -467,7 +467,7 @@ def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) ->
 
 
 def p_value(p: float | None) -> str:
-    """A p-value as text; below 0.001 its digits mean little."""
+    """A p-value as text; the exact value is not meaningful below 0.001."""
     if p is None:
         return NOT_DEFINED
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,4 +1,4 @@
-"""The scored rows in figures: DavIR and losses, scores against length, and the selection compared with the pool.
+"""Statistics of the scored rows: DavIR and losses, scores against length, and the selection compared with the pool.
 
 The pool is every row that has a score; the selection is the part of it that was selected.
 """
@@ -32,7 +32,7 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 HISTOGRAM_BINS = 48
 LENGTH_BINS, VALUE_BINS, BAND_BINS = 28, 26, 12
 MIN_BAND_ROWS = 10
-"""With fewer rows the 10th and 90th percentile of a range of lengths mean nothing."""
+"""With fewer rows, the 10th and 90th percentiles of a range of lengths are meaningless."""
 
 NUM_DECILES = 10
 SHORT_RESPONSE_TOKENS = 4
@@ -132,7 +132,7 @@ def _edges_at_cut(low: float, high: float, cut: float | None) -> Floats:
 
 
 def _drawn_range(values: Floats) -> tuple[float, float]:
-    """The range of all values, or where a tail is far longer than the bulk, the bulk with a margin."""
+    """The range of all values, or, if a tail is far longer than the bulk, the range of the bulk with a margin."""
     if not values.size:
         return 0.0, 1.0
     first, last = np.percentile(values, [0.5, 99.5])
@@ -194,7 +194,7 @@ def _percentile_band(length: Ints, values: Floats) -> list[dict[str, Any]]:
 
 
 def composition(scored: Scored, is_sample: bool) -> dict[str, Any]:
-    """The shares of the pool and of the selection that each source, decile of length and suspicious group has."""
+    """The share of the pool and of the selection that falls in each source, length decile and suspicious group."""
     return {
         "num_all": scored.length.size,
         "num_selected": int(scored.selected.sum()),

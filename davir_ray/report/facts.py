@@ -26,14 +26,14 @@ ROWS_PER_REASON = 5
 MAX_DETAIL_CHARS = 300
 MAX_CURVE_POINTS = 500
 MAX_RATES = 60
-"""Intervals of the throughput: in shorter ones, two shards that end together would look like a burst."""
+"""Maximum number of throughput intervals: in shorter ones, shards that end together would look like a burst."""
 
 LARGEST_EXACT_INT = 2**53
 """JavaScript and many JSON readers round larger integers."""
 
 _STAGES = ("prepare", "finetune", "score", "rank", "select")
 _CURVES = ("loss_by_step", "throughput")
-"""Details of a manifest that the page draws and does not list."""
+"""Details of a manifest that the page draws instead of listing them."""
 
 _LEFT_OUT = {
     "duplicates": "same prompt and response as a higher-ranked row",
@@ -47,8 +47,8 @@ _LEFT_OUT = {
 class ReportInputs:
     """What the facts are computed from.
 
-    The manifests' counts that are used (a missing one is shown as not recorded): prepare: read, prepared, rejected, and
-    each reject reason under its own name; score: scored, and each status under its own name; rank: ranked; select:
+    Counts of the manifests that are used (a missing one is shown as not recorded): prepare: read, prepared, rejected,
+    and each reject reason under its own name; score: scored, and each status under its own name; rank: ranked; select:
     selected, and the rows that each filter left out. Their details: finetune: loss_by_step, a list of (step, nats per
     token); score: throughput, cumulative tokens at seconds since the start of the stage; select: cut, the ordering key
     of the last selected row, groups and sources.
@@ -142,14 +142,14 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
 def _row_counts(
     headline: dict[str, Any], rejects: list[dict[str, Any]], statuses: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Equations that hold when every row of the input ends in exactly one place.
+    """Equations that hold if every row of the input is counted in exactly one place.
 
-    `balanced` says whether the two sides reconcile; it is None where a count is not recorded.
+    `balanced` says whether the two sides are equal; it is None if a count is not recorded.
     """
     without_score = [row["count"] for row in statuses if row["status"] != Status.OK]
     reasons = [row["count"] for row in rejects]
     if headline["rejected"] and not reasons:
-        reasons = [None]  # neither counts by reason nor any of the rows are known
+        reasons = [None]  # neither counts by reason nor rejected rows are recorded
     equations = []
     for left_text, right_text, parts in (
         ("read", "prepared + rejected", [headline["prepared"], headline["rejected"]]),

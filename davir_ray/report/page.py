@@ -18,7 +18,7 @@ MAX_SOURCES_SHOWN = 12
 SHADE_STEPS = (0.1, 0.5, 1.0, 2.0, 4.0)
 """Nats: the shade of a token is the number of these that the change of its loss reaches."""
 
-# They keep the page of the largest run small enough for an e-mail; report.json has everything.
+# These limits keep the page of the largest run small enough to e-mail; report.json has everything.
 MAX_TOKENS_SHOWN = 512
 MAX_TEXT_CHARS = 3000
 MAX_CARDS = 4
@@ -114,7 +114,7 @@ def _tiles(facts: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _bands(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Examples of the best, middle and worst ranks, each once: as cards where token losses were kept, else listed."""
+    """Examples of the best, middle and worst ranks, each once: as cards if token losses were kept, else in a list."""
     shown: set[str] = set()
     bands = []
     for title, place, rows in (
@@ -147,7 +147,7 @@ def decimal(value: float | None, places: int = 3) -> str:
 
 
 def share(value: float | None, places: int = 1) -> str:
-    """A fraction of 1 in per cent."""
+    """A fraction of 1 as a percentage."""
     return NOT_DEFINED if value is None else f"{100 * value:.{places}f} %"
 
 
@@ -157,7 +157,7 @@ def rank_name(row: dict[str, Any]) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text, shortened to its start if it is too long for a page."""
+    """A text, cut after its beginning if it is too long for a page."""
     if len(text) <= MAX_TEXT_CHARS:
         return text
     return f"{text[:MAX_TEXT_CHARS]}… ({len(text) - MAX_TEXT_CHARS:,} more characters)"

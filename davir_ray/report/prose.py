@@ -1,4 +1,4 @@
-"""What a run's page says in words: its findings, the selection rule, and fixed texts on the score and its limits."""
+"""The text of a run's page: its findings, the selection rule, and fixed texts about the score and its limits."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ REASON_MEANING: dict[str, str] = {
     RejectReason.INVALID_TEXT: "not UTF-8, or contains a lone surrogate",
     RejectReason.NOT_AN_OBJECT: "JSON, but not an object with named fields",
     RejectReason.MISSING_COLUMN: "a column of the format is missing or null",
-    RejectReason.WRONG_TYPE: "a column does not have the type of the format",
+    RejectReason.WRONG_TYPE: "a column does not have the type that the format needs",
     RejectReason.EMPTY_RESPONSE: "nothing to score: empty or white space only",
     RejectReason.PROMPT_TOO_LONG: "the prompt alone fills the token limit",
     RejectReason.SPECIAL_TOKEN_IN_TEXT: "the text spells a special token that cannot be encoded as text",
     RejectReason.NO_COMMON_PROMPT: "the two responses of the pair do not follow the same prompt",
     RejectReason.EQUAL_RESPONSES: "the chosen and the rejected response of the pair are equal",
-    RejectReason.BAD_CONVERSATION: "the chat template refuses the messages, or no assistant turn is found",
-    RejectReason.EMPTY_FILE: "a file of no bytes",
+    RejectReason.BAD_CONVERSATION: "the chat template rejects the messages, or no assistant turn is found",
+    RejectReason.EMPTY_FILE: "an empty file",
     RejectReason.UNREADABLE_FILE: "reading stopped at this row; the rest of the file is lost",
 }
 STATUS_MEANING: dict[str, str] = {
@@ -49,7 +49,7 @@ LIMITS = [
     "The paper does not state whether it is scored; here it is.",
 ]
 
-# These thresholds are ours; they decide what the page marks and nothing else.
+# These thresholds are our own; they only decide what the page marks for a closer look.
 STRONG_CORRELATION = 0.5
 LARGE_RATIO = 2.0
 SMALLEST_SHARE = 0.01
@@ -83,7 +83,7 @@ def rule_text(name: str | None, value: Any, order: str, lowest: bool, balance: l
 
 
 def findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a reader should know first: sentences, with `look` where something deserves a second look."""
+    """What a reader should know first: sentences, with `look` if something deserves a closer look."""
     found = [
         _row_counts(facts["books"]),
         _rejects(facts["headline"], facts["rejects"]),
@@ -116,7 +116,7 @@ def _rejects(headline: dict[str, Any], rejects: list[dict[str, Any]]) -> dict[st
 
 
 def _losses(per_token: dict[str, float | None]) -> dict[str, Any] | None:
-    """A reference that is no better than the base has learned nothing that a score could show."""
+    """The losses of both models; if the reference is no better than the base, the scores carry no information."""
     base, reference = per_token["base"], per_token["reference"]
     if base is None or reference is None:
         return None
@@ -144,7 +144,7 @@ def _median_length(composition: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _favoured_group(group: dict[str, Any]) -> dict[str, Any] | None:
-    """Only a group that the selection clearly favours is worth a line."""
+    """A finding about a group that the selection clearly favours; None for any other group."""
     pool, chosen = group["share_of_all"], group["share_of_selected"]
     if pool is None or chosen is None or chosen < SMALLEST_SHARE or chosen < LARGE_RATIO * pool:
         return None

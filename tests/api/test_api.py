@@ -198,7 +198,7 @@ def test_five_lines_of_the_docstring(rows: list[dict[str, Any]], models: dict[st
         ({"format": "parquet"}, ConfigError, "format is 'parquet'"),
         ({"response_column": "answer"}, ConfigError, "needs the column 'answer'"),
         ({"max_tokens": 4096}, ConfigError, "has 1024 positions"),
-        ({"base": "/nowhere"}, ModelError, "is no folder"),
+        ({"base": "/nowhere"}, ModelError, "is not a folder"),
         ({"config": ScoreConfig(num_actors=99)}, Exception, "do not fit"),
         ({"format": "messages", "messages_column": "tags"}, ModelError, "no chat template"),
     ],
@@ -372,7 +372,7 @@ def test_every_argument_changes_the_result(
         ({"messages_column": "conversation"}, "messages_column .* the format prompt_response does not read it"),
         ({"format": "alpaca", "prompt_column": "question"}, "prompt_column .* the format alpaca does not read it"),
         ({"chat_template": CHAT.format(":")}, "chat_template is given"),
-        ({"base": Checkpoint(uri="/m"), "trust_remote_code": True}, "give it to Checkpoint.find for /m"),
+        ({"base": Checkpoint(uri="/m"), "trust_remote_code": True}, "for /m, pass it to Checkpoint.find"),
     ],
 )
 def test_an_argument_without_effect_is_refused(models: dict[str, Any], options: dict[str, Any], told: str) -> None:

@@ -76,5 +76,5 @@ def test_without_sizes_the_runs_own_is_taken_and_one_that_cannot_be_reached_is_r
 ) -> None:
     (trial,) = trials(finished, {}, monkeypatch, arms=["selection"], seeds=1, readings=["epochs"])
     assert str(trial.name) == f"selection-{OWN_SIZE}-epochs-seed0"
-    with pytest.raises(ConfigError, match="sizes has 60, but the run's rule can take 50 rows only"):
+    with pytest.raises(ConfigError, match="sizes has 60, but the run's rule can take only 50 rows"):
         trials(finished, {}, monkeypatch, arms=["selection"], seeds=1, sizes=[60])

@@ -52,13 +52,13 @@ def test_a_folder_of_pickled_weights_is_refused(folder: Path, pickled: str) -> N
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no folder"):
+    with pytest.raises(ModelError, match="is not a folder"):
         Checkpoint.find(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/nowhere-at-all", "a/b/c"])
 def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name: str) -> None:
-    with pytest.raises(ModelError, match="is no folder"):
+    with pytest.raises(ModelError, match="is not a folder"):
         Checkpoint.find(name)
 
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_without_some_weights_is_refused_instead_of_filled_at_rando
 def test_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.txt"
     file.write_text("no model")
-    with pytest.raises(ModelError, match="is no folder"):
+    with pytest.raises(ModelError, match="is not a folder"):
         Checkpoint.find(str(file))
 
 
@@ -310,7 +310,7 @@ def test_a_link_to_nothing_in_a_checkpoint_is_named(folder: Path, tmp_path: Path
     linked = links_to(folder, tmp_path / "linked")
     (linked / name).unlink(missing_ok=True)
     (linked / name).symlink_to("../../blobs/gone")
-    with pytest.raises(ModelError, match=rf"linked/{name} is a link to \.\./\.\./blobs/gone, which is not there"):
+    with pytest.raises(ModelError, match=rf"linked/{name} is a link to \.\./\.\./blobs/gone, which does not exist"):
         Checkpoint.find(str(linked))
     (linked / name).unlink()
     (linked / "pytorch_model.bin").symlink_to("../../blobs/gone")  # never read
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_is_a_link_to_nothing_is_named(tmp_path: Path, monkeyp
     (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "link"), "./link", "link"):
-        with pytest.raises(ModelError, match="link is a link to nowhere, which is not there"):
+        with pytest.raises(ModelError, match="link is a link to nowhere, which does not exist"):
             Checkpoint.find(name)
 
 
@@ -371,7 +371,7 @@ def test_a_folder_without_a_tokenizer_is_named_and_none_is_made_up(folder: Path,
         (folder / "tokenizer_config.json").write_text(keep)
     if family == "gpt2":
         GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
-    with pytest.raises(ModelError, match=rf"{folder} has no tokenizer .*; copy the tokenizer's files of the model"):
+    with pytest.raises(ModelError, match=rf"{folder} has no tokenizer .*; copy the tokenizer files of the model"):
         Checkpoint.find(str(folder)).tokenizer()
 
 

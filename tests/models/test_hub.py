@@ -150,7 +150,7 @@ def test_an_adapter_of_the_hub_is_attached_to_a_base_of_the_hub(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapted.peft_config["default"].base_model_name_or_path = "org/tiny"
-    with hub_module.without_asking():
+    with hub_module.hub_offline():
         adapted.save_pretrained(tmp_path / "adapter")
     hub.publish("org/tiny", base_folder)
     # Some trainers leave the base's configuration with the adapter.
@@ -337,14 +337,14 @@ def nothing(_: HubServer, __: pytest.MonkeyPatch) -> None:
     [
         ("org/tiny", gate, "gated; ask for access at http://127.0.0.1.*/org/tiny and set HF_TOKEN"),
         ("org/tiny", hide, "shows no such model without a token; .*if it is private, set HF_TOKEN"),
-        ("org/nobody", nothing, "is no folder here, and the hub shows no such model"),
+        ("org/nobody", nothing, "is not a folder here, and the hub shows no such model"),
         ("org/tiny", give_a_wrong_token, "does not accept the token .401.; set HF_TOKEN"),
         ("org/tiny@v9", nothing, "no revision 'v9'; give a branch, a tag"),
         ("org/tiny", take_away, "gives no answer .ConnectError.*; check the network and HF_ENDPOINT"),
         ("org/tiny", go_offline, "HF_HUB_OFFLINE is set and the cache .* has no complete copy of the default branch"),
         ("org/tiny@" + "0" * 40, go_offline, "HF_HUB_OFFLINE is set"),
         ("no such name", nothing, "neither a folder here nor a hub name such as org/model"),
-        ("org/ti..ny", nothing, "no hub name"),
+        ("org/ti..ny", nothing, "not a hub name"),
     ],
 )  # fmt: skip
 def test_what_the_hub_refuses_is_told_in_one_line(
@@ -428,7 +428,7 @@ def test_a_snapshot_of_the_cache_is_a_folder_of_links(hub: HubServer, base_folde
     with pytest.raises(ModelError, match=r"no config\.json.*in the hub's cache: snapshots/REVISION"):
         Checkpoint.find(str(snapshot.parents[1]))
     (snapshot / "model.safetensors").resolve().unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors is a link to \.\./\.\./blobs/.*, which is not there"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is a link to \.\./\.\./blobs/.*, which does not exist"):
         Checkpoint.find(str(snapshot))
     assert_same(weights_of(Checkpoint.find("org/tiny")), weights_of(base_folder))  # downloaded again
 
@@ -439,13 +439,14 @@ def test_a_mistyped_folder_is_named_as_one_and_soon(
     hub.publish("org/tiny", base_folder)
     (tmp_path / "org" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=rf"^{tmp_path}/org/mien is no folder .org has mine., .*shows no such model"):
+    told = rf"^{tmp_path}/org/mien is not a folder .org has mine., .*shows no such model"
+    with pytest.raises(ModelError, match=told):
         Checkpoint.find("org/mien")
     assert Checkpoint.find("org/tiny").is_hub_name  # the hub's, whatever else is in a folder of that name
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr("davir_ray.run.access.PROBE_S", 0.5)
-        with pytest.raises(ModelError, match=r"org/other is no folder .org has mine., .*no answer in"):
+        with pytest.raises(ModelError, match=r"org/other is not a folder .org has mine., .*no answer in"):
             Checkpoint.find("org/other")
 
 
@@ -459,12 +460,12 @@ def test_a_full_disk_is_told_before_the_download(
         return SimpleNamespace(free=1000)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(ModelError, match=r"needs .* GB in .* free some, or name another disk"):
+    with pytest.raises(ModelError, match=r"needs .* GB in .* free some space, or name another disk"):
         checkpoint.model(torch.float32, CPU)
     assert hub.fetched()["org/tiny/model.safetensors"] == 0
 
 
-@pytest.mark.parametrize(("status", "message"), [(503, "gives no answer|the hub fails"), (429, "throttled")])
+@pytest.mark.parametrize(("status", "message"), [(503, "gives no answer|the hub failed"), (429, "throttled")])
 def test_a_hub_that_fails_is_named(hub: HubServer, base_folder: Path, status: int, message: str) -> None:
     hub.publish("org/tiny", base_folder)
     hub.failing = status

@@ -130,7 +130,7 @@ class Likelihood(torch.nn.Module):
         ModelError for a sequence whose rotary frequencies would depend on the sequences that ran before it.
         """
         if self._rope_types and max(pack.sequence_lengths) > self._rope_length:
-            # transformers takes the frequencies of a whole call from the longest sequence.
+            # transformers chooses the frequencies for a whole call by its longest sequence.
             if "dynamic" in self._rope_types:
                 raise ModelError(
                     f"a sequence has {max(pack.sequence_lengths)} tokens, but dynamic rotary embedding is exact up to "

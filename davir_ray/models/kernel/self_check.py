@@ -27,7 +27,7 @@ _LONGEST_CHECK = 1100
 def self_check(likelihood: Likelihood) -> str:
     """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before scoring.
 
-    Returns how the model will be run: 'packed', or 'padded' with the name of its attention, and a warning, if packing
+    Returns how the model will be run: 'packed', or, with a warning, 'padded' and the name of its attention if packing
     is not exact (attention sinks, ALiBi, linear attention). ModelError if padded losses differ, too, because the head
     does something unknown, or if the model is not causal.
     """
@@ -59,7 +59,7 @@ def self_check(likelihood: Likelihood) -> str:
 
 
 def probe(likelihood: Likelihood) -> torch.Tensor:
-    """Losses of the check's sequences: if they are bitwise equal before and after, the model has not changed."""
+    """Losses of the check's sequences: if they are bitwise equal before and after a step, the step changed nothing."""
     with torch.inference_mode():
         return torch.as_tensor(likelihood(Pack.of(_check_examples(likelihood.model)))).cpu()
 

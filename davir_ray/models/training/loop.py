@@ -2,8 +2,8 @@
 
 The plan is a pure function of (seed, epoch) and the examples: which examples form each global batch, and how they are
 packed. Each rank takes its share of a batch's packs. The loss is the sum of response NLLs over the global batch divided
-by the number of its response tokens, so neither gradient accumulation nor uneven packs change it. To resume, a step
-number is enough.
+by the number of its response tokens, so neither gradient accumulation nor uneven packs change it. A step
+number is enough to resume.
 """
 
 import logging
@@ -29,7 +29,7 @@ from davir_ray.models.device import uses_autocast
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.training.examples import Objective
-from davir_ray.models.training.parallel import Position, Weights, spread_of
+from davir_ray.models.training.parallel import Position, Weights, strategy_of
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class Trainer:
         self, module: Likelihood | DistributedDataParallel, objective: Objective, config: FinetuneConfig
     ) -> None:
         self._module = module
-        self._spread = spread_of(module)
-        self._spread.check_lengths(objective.longest)
+        self._strategy = strategy_of(module)
+        self._strategy.check_lengths(objective.longest)
         self._objective = objective
         self._config = config
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -126,13 +126,13 @@ class Trainer:
 
     @property
     def likelihood(self) -> Likelihood:
-        """The module without its data-parallel wrapping."""
-        return self._spread.likelihood
+        """The module without its data-parallel wrapper."""
+        return self._strategy.likelihood
 
     @property
     def every_rank_saves(self) -> bool:
         """Whether `save_state` is called on every rank, each for its part, and not on rank 0 alone."""
-        return self._spread.every_rank_saves
+        return self._strategy.every_rank_saves
 
     def steps(self) -> Iterator[StepReport]:
         """Take the steps after the current position; a step is taken when the caller asks for its report.
@@ -182,24 +182,24 @@ class Trainer:
 
     def save_state(self, folder: Path) -> None:
         """Write trained weights, optimiser and position, for `load_state`."""
-        self._spread.save(folder, self._optimizer, Position(self._step, self._history))
+        self._strategy.save(folder, self._optimizer, Position(self._step, self._history))
 
     def load_state(self, folder: Path) -> None:
         """Continue after the step of a saved state; called on every rank. IntegrityError if the state is damaged."""
-        position = self._spread.load(folder, self._optimizer)
+        position = self._strategy.load(folder, self._optimizer)
         self._step, self._history = position.step, position.history
         log.info("continuing after step %d of %d", self._step, self._total)
 
     def gathered_weights(self) -> Weights | None:
         """The weights for `save_reference`; called on every rank. None: the model's own."""
-        return self._spread.gathered()
+        return self._strategy.gathered()
 
     def _train_batch(self, batch: Batch) -> tuple[list[float], float]:
         """Take one optimiser step; returns the global batch's measures, the loss first, and the gradient's norm."""
         config = self._config
         torch.manual_seed(seed_from("dropout", config.seed, batch.step, self._rank))
         measured = self.backward(batch.rows)
-        norm = self._spread.clip_gradients(config.max_grad_norm)
+        norm = self._strategy.clip_gradients(config.max_grad_norm)
         if not math.isfinite(measured[0]) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss is {measured[0]} and the gradient's norm {norm} at step {batch.step}; "
@@ -223,10 +223,10 @@ class Trainer:
         turns = math.ceil(len(packs) / self._world_size)
         for turn in range(turns):
             mine = turn * self._world_size + self._rank
-            # A rank without a pack in the last turn repeats the first with weight 0: all must run as many passes.
+            # A rank without a pack in the last turn repeats the first pack with weight 0: ranks must run equally often.
             share = 1.0 if mine < len(packs) else 0.0
             packed = rows[packs[mine if share else 0]]
-            self._spread.exchange_gradients(turn == turns - 1)
+            self._strategy.exchange_gradients(turn == turns - 1)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 nll_R: torch.Tensor = self._module(objective.pack(packed))
             sums_K = share * objective.sums(nll_R, packed)

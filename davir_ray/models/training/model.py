@@ -1,4 +1,4 @@
-"""The model of a fine-tune: a checkpoint made ready to be trained, and written as a checkpoint again."""
+"""The model of a fine-tune: a checkpoint prepared for training, and saved as a checkpoint again."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import Checkpoint, quiet
-from davir_ray.models.hub import without_asking
+from davir_ray.models.hub import hub_offline
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.self_check import self_check
 from davir_ray.models.training.parallel import Weights
@@ -18,7 +18,7 @@ from davir_ray.models.training.parallel import Weights
 def trainable(
     base: Checkpoint, config: FinetuneConfig, dtype: torch.dtype, device: torch.device, *, dropout: bool
 ) -> Likelihood:
-    """The base, checked, with a new adapter if the settings ask for one, and frozen where text does not reach."""
+    """The base, checked, with a new adapter if configured; modules that text does not reach are frozen."""
     likelihood = Likelihood(base.model(dtype, device))
     self_check(likelihood)
     if not dropout:
@@ -59,6 +59,6 @@ def save_reference(likelihood: Likelihood, tokenizer: Any, folder: Path, weights
     if weights is None and getattr(likelihood.model, "_hf_peft_config_loaded", False):
         # If the adapter is on the head or an embedding, peft would also save the base's own weights of it.
         weights = {name: value for name, value in likelihood.model.state_dict().items() if ".base_layer." not in name}
-    with quiet(), without_asking():
+    with quiet(), hub_offline():
         likelihood.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)

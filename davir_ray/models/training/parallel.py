@@ -1,6 +1,6 @@
-"""How a fine-tune's model is spread over its ranks: replicated on each of them (ddp), or sharded over them (fsdp).
+"""How a fine-tune's model is distributed over its ranks: replicated on each (ddp), or sharded over all (fsdp).
 
-Both take the same steps; the loop in loop.py calls methods for the few things that differ. With sharding (FSDP2), a
+Both take the same steps; the loop in loop.py calls methods for the few things that differ. With sharding (FSDP2), each
 rank holds its rows of every weight, gradient and moment, and gathers the weights of one decoder layer at a time.
 Embedding, head and last norm stay gathered during a whole pass: the likelihood kernel uses the head in chunks, also in
 the backward pass, and head and embedding may be one weight.
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Position:
-    """How far a training has come."""
+    """The progress of a training, saved with its state."""
 
     step: int
     history: list[list[float]]
@@ -180,8 +180,8 @@ class Sharded:
         return Position(int(index["step"]), list(index["history"]))
 
 
-def spread_of(module: Likelihood | DistributedDataParallel) -> Replicated | Sharded:
-    """How this module is spread over the ranks."""
+def strategy_of(module: Likelihood | DistributedDataParallel) -> Replicated | Sharded:
+    """The strategy by which this module is distributed over the ranks."""
     if isinstance(module, FSDPModule) and isinstance(module, Likelihood):
         return Sharded(module)
     return Replicated(module)
@@ -259,7 +259,7 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterat
 
 
 def _from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, on every rank; a DavirError is raised on all of them, too."""
+    """Return on every rank what `make` returns on rank 0; a DavirError is raised on every rank, too."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -273,10 +273,10 @@ def _from_first(make: Callable[[], Any]) -> Any:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do work on each rank and return its result. A DavirError on one rank is raised on all.
+    """Call `work` on each rank and return its result; a DavirError on one rank is raised on all.
 
-    A rank whose disk is full, say, would leave the others waiting for it forever. If the work itself waits for other
-    ranks, one rank alone must not raise such an error before that.
+    Otherwise the other ranks would wait forever for a rank whose disk is full, for example. If the work itself waits
+    for other ranks, no rank may raise such an error alone before that point.
     """
     problem, done = None, None
     try:
