@@ -163,9 +163,8 @@ def _parse_words(parser: ArgumentParser, argv: Sequence[str], *, defaults: bool 
         raise ConfigError(one_line(error)) from error
     except UnicodeDecodeError as error:  # a section's file, as in --finetune FILE; it may also be named in --config
         files = [path for path in (word.rpartition("=")[2] for word in argv) if os.path.isfile(path)]
-        raise ConfigError(
-            f"{' or '.join(files)}, or a file named there, is not UTF-8 text ({error}); save it as UTF-8"
-        ) from error
+        named = " or ".join([*files, "a file that the command line or its --config names"])
+        raise ConfigError(f"{named} is not UTF-8 text ({error}); save it as UTF-8") from error
     if values.get("debug"):
         show_debug()
     return values

@@ -77,9 +77,8 @@ def dry_run(config: RunConfig) -> list[str]:
     config.select.require_rule()
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
-    with connected_to(run, is_shared=config.output_is_shared):
-        training = None if reference else config.finetune
-        lines = describe_run(run, config, preparation, training, written_by(run, config.score))
+    training = None if reference else config.finetune
+    lines = describe_run(run, config, preparation, training, written_by(run, config.score))
     return [*lines, f"reference: {reference.uri if reference else 'fine-tuned in this run'}"]
 
 

@@ -54,5 +54,4 @@ def dry_run(config: AlignRunConfig) -> list[str]:
     config.require_input()
     run, preparation = check_inputs(config)
     finished_runs(config.beside)
-    with connected_to(run, is_shared=config.output_is_shared):
-        return describe_run(run, config, preparation, config.finetune, written_by(run, config.score))
+    return describe_run(run, config, preparation, config.finetune, written_by(run, config.score))

@@ -59,7 +59,7 @@ _FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
 class FinishedRun:
     """The ranked and selected run whose rows a comparison trains on."""
 
-    place: Run
+    run: Run
     rank: RankConfig
     select: SelectConfig
 
@@ -81,9 +81,9 @@ class FinishedRun:
         not take a whole source are scaled in proportion. ConfigError if there are too few rows.
         """
         config = self.select if size is None else self._resized(size)
-        files = self.place.require("rank").files_in("ranked")
-        duplicates = files_with_duplicates(self.place, self.place.require("select"))
-        candidates = Candidates(run=self.place, rank_config=self.rank, config=config, duplicates=duplicates)
+        files = self.run.require("rank").files_in("ranked")
+        duplicates = files_with_duplicates(self.run, self.run.require("select"))
+        candidates = Candidates(run=self.run, rank_config=self.rank, config=config, duplicates=duplicates)
         pools, _ = candidates.count(files)
         choice = Choice(candidates, limits_by_file(pools, config))
         return collect(choice.shards(files), partial(_rows, by_source=bool(config.mixture)), _ROWS)
@@ -172,9 +172,9 @@ class FinishedRun:
 
         With `edges`, each group is split into ranges of length.
         """
-        files = self.place.require("score").files_in("scores")
+        files = self.run.require("score").files_in("scores")
         columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
-        scores = Shards(files, partial(read_columns, self.place / "scores", columns))
+        scores = Shards(files, partial(read_columns, self.run / "scores", columns))
         grouping = _Grouping(order, bool(self.select.mixture), edges)
         share = min(1.0, _SAMPLED_KEYS / total_rows(files))
         sample = collect(scores, partial(_sampled_keys, grouping=grouping, share=share), _KEYS)
@@ -259,7 +259,7 @@ def write_set(run: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
     token has a token before it, as training requires.
     """
     fingerprint = {
-        "scores": finished.place.require("score").content,
+        "scores": finished.run.require("score").content,
         "ids": "all" if ids is None else sha256(ids.tobytes()).hexdigest(),
         "repeats": finished.repeats,
     }
@@ -267,13 +267,13 @@ def write_set(run: Run, finished: FinishedRun, ids: Ints | None) -> Manifest:
         return done
     run.clear("prepare")
     shards = Shards(
-        finished.place.require("prepare").files_in("examples"),
-        partial(_read_chosen, finished.place / "examples", list(finished.repeats), ray.put(ids)),
+        finished.run.require("prepare").files_in("examples"),
+        partial(_read_chosen, finished.run / "examples", list(finished.repeats), ray.put(ids)),
     )
     written = write_shards(shards, partial(_write_repeated, run / "examples", finished.repeats))
     entries, num_found = [one.entry for one in written], sum(one.facts["found"] for one in written)
     if ids is not None and num_found != len(ids):
-        raise IntegrityError(f"{len(ids)} rows of {finished.place} were chosen, {num_found} were found; run it again")
+        raise IntegrityError(f"{len(ids)} rows of {finished.run} were chosen, {num_found} were found; run it again")
     num_rows = total_rows(entries)
     counts = {"read": num_rows, "prepared": num_rows, "rejected": 0}
     counts |= {name: sum(one.facts[name] for one in written) for name in ("num_response_tokens", "trainable")}

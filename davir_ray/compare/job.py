@@ -205,13 +205,14 @@ def _trials(
     config: CompareConfig, finished: FinishedRun, recipe: FinetuneConfig, settings: TrialSettings, output: Run
 ) -> list[Trial]:
     """Every fine-tune of the comparison, after its rows are written; the first seed of all arms comes first."""
-    full = finished.place  # with a mixture not every example, but its sources and repeats
+    selections = list(_selections(finished, config.sizes))
+    full = finished.run  # with a mixture not every example, but its sources and repeats
     if finished.repeats and ("full" in config.arms or "steps" in config.readings):
         full = output.within("sets/full")
         write_set(full, finished, None)
     full_steps = num_steps(_num_trainable(full, finished), recipe.batch_size, recipe.epochs)
     trials: dict[TrialName, Trial] = {}
-    for size, selection in _selections(finished, config.sizes):
+    for size, selection in selections:
         sets: dict[str, Run] = {}  # finding the rows of a set takes scans of the run
         for seed, arm in product(range(config.seeds), config.arms):
             if arm == "full":  # both schedules are the same
@@ -251,4 +252,4 @@ def _num_trainable(full: Run, finished: FinishedRun) -> int:
     counts = full.require("prepare").counts
     if "trainable" in counts:  # a set that `write_set` wrote
         return counts["trainable"]
-    return counts["prepared"] - finished.place.require("score").counts.get(Status.NO_PREDICTOR, 0)
+    return counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)

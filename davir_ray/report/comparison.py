@@ -113,12 +113,12 @@ class Measure:
     """Name in the header of a table column."""
     unit: str
     lower_is_better: bool
-    max_value: float | None
+    most: float | None
     """Largest possible value. None: no limit."""
 
     def clipped(self, interval: Interval) -> Interval:
         """An interval of this measure, cut to the values that are possible."""
-        return interval.clipped(0.0, math.inf if self.max_value is None else self.max_value)
+        return interval.clipped(0.0, math.inf if self.most is None else self.most)
 
 
 LOSS = Measure(
@@ -127,7 +127,7 @@ LOSS = Measure(
     short="loss",
     unit="nats per response token",
     lower_is_better=True,
-    max_value=None,
+    most=None,
 )
 STRICT = Measure(
     name="exact_match",
@@ -135,7 +135,7 @@ STRICT = Measure(
     short="strict exact match",
     unit="share of the questions",
     lower_is_better=False,
-    max_value=1,
+    most=1,
 )
 FLEXIBLE = replace(
     STRICT, name="exact_match_flexible", title="Exact match of the last number", short="flexible exact match"

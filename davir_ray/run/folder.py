@@ -46,7 +46,7 @@ class Run:
     def at(cls, output: str | Path, *, overwrite: bool = False) -> Self:
         """The run in a local path or a URI; raises ConfigError for a path in the folder of a submitted job."""
         output = str(output)
-        if os.environ.get(SUBMITTED_JOB) and "://" not in output and not Path(output).is_absolute():
+        if os.environ.get(SUBMITTED_JOB) and "://" not in output and not Path(output).expanduser().is_absolute():
             raise ConfigError(
                 f"output {output!r} is relative, and would be deleted with the submitted job's folder; "
                 "give s3://… or an absolute path"

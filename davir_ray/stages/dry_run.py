@@ -18,7 +18,7 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.reader import ExampleRow
 from davir_ray.data.records import Reject, estimate_rows
-from davir_ray.engine.connect import accelerators, has_gpu
+from davir_ray.engine.connect import accelerators, connected_to, has_gpu
 from davir_ray.engine.pool import plan_pool
 from davir_ray.engine.ray_train import check_workers
 from davir_ray.errors import ConfigError
@@ -59,11 +59,12 @@ def describe_run(
     `training` is None if nothing is trained; files where the job writes (`written`) are not read as data.
     """
     lines, data = preview(config.all_sources(), preparation, written=written)
-    run.check_claim()
-    if training is not None:
-        check_workers(training)
-    pool = plan_pool(config.score)
-    rate = device_rate(config.estimate)
+    with connected_to(run, is_shared=config.output_is_shared):
+        run.check_claim()
+        if training is not None:
+            check_workers(training)
+        pool = plan_pool(config.score)
+        rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
     found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
     lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)

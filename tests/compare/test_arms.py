@@ -65,7 +65,7 @@ def test_each_arm_gets_its_rows(make_scores: Any, sampled: int, monkeypatch: pyt
     run = finished(make_scores, SelectConfig(top_k=60))
     selection = run.selection(None)
     chosen = {arm: run.rows_of(arm, selection, 0).tolist() for arm in ("selection", "lowest", "rho", "random")}
-    assert set(chosen["selection"]) == set(ids_of(run.place, "selected")) == best(DAVIR, 60)
+    assert set(chosen["selection"]) == set(ids_of(run.run, "selected")) == best(DAVIR, 60)
     assert set(chosen["lowest"]) == best(-DAVIR, 60)
     assert set(chosen["rho"]) == best(RHO, 60)
     assert len(set(chosen["random"])) == 60
@@ -105,7 +105,7 @@ def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any
     assert run.size_of(larger) == 70
     assert best(DAVIR, 70, alpaca) <= set(run.rows_of("selection", larger, 0).tolist())
 
-    place = run.place.within("set")
+    place = run.run.within("set")
     ids = run.rows_of("random", selection, 0)
     manifest = write_set(place, run, ids)
     written = ids_of(place, "examples")
@@ -119,9 +119,9 @@ def test_a_mixture_keeps_its_parts_in_every_arm_and_its_repeats(make_scores: Any
 
 def test_the_full_set_of_a_mixture_has_all_of_its_sources_as_often_as_it_takes_them(make_scores: Any) -> None:
     run = finished(make_scores, SelectConfig(mixture=[Part(source="gsm8k", top_k=5, repeat=3)]))
-    manifest = write_set(run.place.within("set"), run, None)
+    manifest = write_set(run.run.within("set"), run, None)
     gsm8k = np.flatnonzero(SOURCES == "gsm8k").tolist()
-    assert sorted(ids_of(run.place.within("set"), "examples")) == sorted(gsm8k * 3)
+    assert sorted(ids_of(run.run.within("set"), "examples")) == sorted(gsm8k * 3)
     assert manifest.counts["prepared"] == 3 * len(gsm8k)
     assert manifest.counts["trainable"] == 0  # in these constructed examples nothing precedes what is scored
 
@@ -139,17 +139,17 @@ def test_duplicates_that_are_lost_are_not_taken_for_none(make_scores: Any) -> No
     """By a comparison with a run, whose manifest may be of a version that did not name their files."""
     config = SelectConfig(top_k=50, drop_duplicates=True)
     run = finished(make_scores, config, content_hash=np.arange(ROWS) % 300)
-    selected = run.place.manifest("select")
+    selected = run.run.manifest("select")
     assert selected is not None
     older = replace(selected, files=[entry for entry in selected.files if not entry.name.startswith("duplicates/")])
     assert len(older.files) < len(selected.files)
     for manifest in (selected, older):
-        manifest.write(run.place.folder)
-        assert sorted(run.selection(None)["example_id"].to_pylist()) == sorted(ids_of(run.place, "selected"))
-    (run.place / "duplicates" / (run.place / "duplicates").names()[0]).remove()
+        manifest.write(run.run.folder)
+        assert sorted(run.selection(None)["example_id"].to_pylist()) == sorted(ids_of(run.run, "selected"))
+    (run.run / "duplicates" / (run.run / "duplicates").names()[0]).remove()
     with pytest.raises(IntegrityError, match=r"duplicates holds \d+ duplicates, but the selection counted \d+"):
         run.selection(None)
-    selected.write(run.place.folder)
+    selected.write(run.run.folder)
     with pytest.raises(IntegrityError, match=r"duplicates/\S+ is missing"):
         run.selection(None)
 

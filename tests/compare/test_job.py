@@ -39,7 +39,7 @@ def trials(finished: FinishedRun, written: dict[str, Any], monkeypatch: pytest.M
 
     monkeypatch.setattr(job, "write_set", write_set)
     recipe = FinetuneConfig(batch_size=BATCH, epochs=2)
-    output = Run.at(f"{finished.place}/../out")
+    output = Run.at(f"{finished.run}/../out")
     return job._trials(CompareConfig(**settings), finished, recipe, None, output)  # type: ignore[arg-type]
 
 
@@ -64,7 +64,7 @@ def test_every_arm_size_schedule_and_seed_is_trained_once_on_its_own_rows(
         assert trial.recipe.seed == seed
         assert trial.recipe.max_steps == (2 * (ROWS - UNTRAINABLE) // BATCH if schedule == "steps" else None)
         if arm == "full":
-            assert trial.examples == finished.place
+            assert trial.examples == finished.run
         else:
             of_seed = seed if arm == "random" else 0
             assert written[trial.examples.folder.name] == (arm, rows, of_seed)
