@@ -16,7 +16,7 @@ from object_store.stores import Store, ceph, require_ceph
 from ray.cluster_utils import Cluster
 
 from davir_ray.run.folder import Run
-from davir_ray.run.location import TEMPORARY, Location, Stored
+from davir_ray.run.location import TEMPORARY, Location, FileInfo
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +121,7 @@ def kill_at(
         assert_left_as_it_was(run, committed)
 
 
-def assert_left_as_it_was(run: Run, committed: dict[str, Stored]) -> None:
+def assert_left_as_it_was(run: Run, committed: dict[str, FileInfo]) -> None:
     """What was committed before is there, and was not written again."""
     after = (run / "scores").listed()
     assert {name: after[name] for name in committed} == committed
