@@ -382,7 +382,7 @@ def test_the_file_of_a_section_that_is_not_utf_8_is_named(tmp_path: Path) -> Non
     section.write_bytes("epochs: 2".encode("utf-16"))
     file.write_text(f"finetune: {section}")
     for argv in (["--finetune", str(section)], [f"--finetune={section}"]):
-        with pytest.raises(ConfigError, match=r"finetune\.yaml, .* is not UTF-8 text .*; save it as UTF-8"):
+        with pytest.raises(ConfigError, match=r"finetune\.yaml or .* is not UTF-8 text .*; save it as UTF-8"):
             parse_as(RunConfig, argv)
     with pytest.raises(ConfigError, match=r"run\.yaml or a file that .* names is not UTF-8 text"):
         parse_as(RunConfig, ["--config", str(file)])
