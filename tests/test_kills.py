@@ -16,7 +16,7 @@ from object_store.stores import Store, ceph, require_ceph
 from ray.cluster_utils import Cluster
 
 from davir_ray.run.folder import Run
-from davir_ray.run.location import TEMPORARY, Location, FileInfo
+from davir_ray.run.location import TEMPORARY, FileInfo, Location
 
 pytestmark = pytest.mark.slow
 

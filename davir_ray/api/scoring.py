@@ -25,12 +25,12 @@ from davir_ray.engine.connect import actor_cpus, ensure_started, own_errors
 from davir_ray.engine.pool import num_gpus_of, plan_pool
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.inputs import check_base, check_reference
-from davir_ray.models.base_cache import BaseCache
+from davir_ray.models.base_cache import BaseCache, base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.schema import EXAMPLES, SCORES
 from davir_ray.stages.prepare import Preparation
-from davir_ray.stages.score import base_cache, scorer_settings
+from davir_ray.stages.score import scorer_settings
 from davir_ray.text import decoded
 
 log = logging.getLogger(__name__)

@@ -2,16 +2,21 @@
 
 import hashlib
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.errors import IntegrityError, OutputError
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.packing import Spans, scored_positions
+from davir_ray.models.tokenizer import tokenizer_digest
 from davir_ray.run.files import digest, read_parquet, write_parquet
 from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import user_errors
@@ -83,3 +88,18 @@ class BaseCache:
 
 def _checksum(values: npt.NDArray[np.floating[Any]]) -> bytes:
     return hashlib.sha256(values.tobytes()).hexdigest().encode()
+
+
+def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
+    """The cache of base losses that the settings name; raises ConfigError if it cannot be written."""
+    if config.base_cache is None:
+        return None
+    folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
+    identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
+    with user_errors(config.base_cache, ConfigError):
+        cache = BaseCache(Location.of(folder), identity)
+        # Fail now rather than warn for each shard.
+        probe = cache.folder / f"probe-{uuid.uuid4().hex}"
+        probe.write_text("")
+        probe.remove()
+        return cache

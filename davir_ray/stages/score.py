@@ -1,10 +1,8 @@
 """score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors."""
 
 import time
-import uuid
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +14,17 @@ from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
 from davir_ray.engine.progress import ProgressCounter
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, regroup
-from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.errors import IntegrityError
 from davir_ray.formulas.hashing import hash_parts
-from davir_ray.models.base_cache import BaseCache
+from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.models.tokenizer import tokenizer_digest
-from davir_ray.run.files import FileEntry, digest
+from davir_ray.run.files import FileEntry
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.run.storage_errors import user_errors
 from davir_ray.schema import SCORES
 
 _SAMPLED_ROWS = 200
@@ -144,21 +140,6 @@ def _fingerprint(
     if reference is not None and (modules := reference.modules_to_save()):
         fingerprint["modules_to_save"] = modules
     return fingerprint
-
-
-def base_cache(base: Checkpoint, config: ScoreConfig) -> BaseCache | None:
-    """The cache of base losses that the settings name; raises ConfigError if it cannot be written."""
-    if config.base_cache is None:
-        return None
-    folder = config.base_cache if "://" in config.base_cache else Path(config.base_cache).expanduser().resolve()
-    identity = digest([base.weights_digest(), tokenizer_digest(base.tokenizer())])
-    with user_errors(config.base_cache, ConfigError):
-        cache = BaseCache(Location.of(folder), identity)
-        # Fail now rather than warn for each shard.
-        probe = cache.folder / f"probe-{uuid.uuid4().hex}"
-        probe.write_text("")
-        probe.remove()
-        return cache
 
 
 def check_ids(folder: Location, shards: list[FileEntry]) -> None:

@@ -12,13 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.models.base_cache import BaseCache
+from davir_ray.models.base_cache import BaseCache, base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.run.location import Location
 from davir_ray.schema import EXAMPLES
-from davir_ray.stages.score import base_cache
 
 SETTINGS = ScorerSettings(keep_token_nll="all")
 Counted = Callable[[Scorer, pa.Table], tuple[pa.Table, int]]
