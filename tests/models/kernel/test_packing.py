@@ -48,3 +48,8 @@ def test_no_rows_give_no_packs() -> None:
 def test_examples_longer_than_the_budget_stand_alone() -> None:
     packs = pack(np.array([50, 3, 60, 3]), np.arange(4), 10)
     assert [rows.tolist() for rows in packs] == [[1, 3], [0], [2]]
+
+
+def test_a_pack_may_hold_as_many_tokens_as_the_budget() -> None:
+    packs = pack(np.array([3, 3, 4]), np.arange(3), 6)
+    assert [rows.tolist() for rows in packs] == [[0, 1], [2]]
