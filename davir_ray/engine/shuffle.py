@@ -58,6 +58,11 @@ def collect(shards: Shards, summarise: Change, schema: pa.Schema) -> pa.Table:
     return _in_driver(shards.then(lambda _, table: summarise(table), num_cpus()), schema)
 
 
+def gather(shards: Shards, schema: pa.Schema) -> pa.Table:
+    """Bring the rows of every shard, as they are read, into the driver; returns them as one table."""
+    return collect(shards, lambda table: table, schema)
+
+
 def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None]) -> list[Written]:
     """Write a file for each shard in the task that reads it; returns what was written, sorted by name.
 

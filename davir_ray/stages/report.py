@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from davir_ray.config.run import RunConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect
+from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
 from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.report import ReportInputs, render_page, summarise
@@ -190,7 +190,7 @@ def _nearest(table: pa.Table, rank: int, num_rows: int) -> pa.Table:
 def _texts(run: Run, examples: list[FileEntry], ids: list[int]) -> dict[int, dict[str, Any]]:
     """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
     shards = Shards(examples, partial(_read_texts, run / "examples", sorted(set(ids))))
-    return {row.pop("example_id"): row for row in collect(shards, _unchanged, _TEXTS).to_pylist()}
+    return {row.pop("example_id"): row for row in gather(shards, _TEXTS).to_pylist()}
 
 
 def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
@@ -199,10 +199,6 @@ def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
     if not pc.any(wanted).as_py():
         return _TEXTS.empty_table()
     return read_parquet(folder / name, _TEXT_COLUMNS).filter(wanted)
-
-
-def _unchanged(table: pa.Table) -> pa.Table:
-    return table
 
 
 def _with_tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from davir_ray.engine.connect import has_gpu, own_errors
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.shards import Shards
-from davir_ray.engine.shuffle import collect
+from davir_ray.engine.shuffle import gather
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
 from davir_ray.formulas.hashing import random_keys, sample_rows, seed_from
 from davir_ray.formulas.scores import Floats, davir
@@ -117,7 +117,7 @@ def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     # Three times as many in expectation: a sample by hash may be smaller than its mean.
     share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
     shards = Shards(files, partial(_read_drawn, run / "scores", share, purpose))
-    found = collect(shards, _unchanged, _DRAWN)
+    found = gather(shards, _DRAWN)
     keys = random_keys(np.asarray(found["example_id"]), seed_from(purpose))
     chosen = found.take(pa.array(np.argsort(keys)[:num_rows]))
     if chosen.num_rows == 0:
@@ -126,11 +126,7 @@ def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     for row in chosen.to_pylist():
         wanted.setdefault(row["name"], []).append(row["example_id"])
     needed = Shards([entry for entry in files if entry.name in wanted], partial(_read_rows, run, wanted))
-    return collect(needed, _unchanged, _SCORED).sort_by("example_id")
-
-
-def _unchanged(table: pa.Table) -> pa.Table:
-    return table
+    return gather(needed, _SCORED).sort_by("example_id")
 
 
 def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.Table:
