@@ -18,13 +18,13 @@ from davir_ray.terminal import Bar
 
 def job() -> None:
     log = logging.getLogger("davir_ray.stages")
-    bar = Bar(Progress("finetune", unit="steps"))
+    bar = Bar(Progress(stage="finetune", unit="steps"))
     log.warning("the first line")
     million = 10**6
-    bar.show(Progress("finetune", unit="steps", done=2 * million, total=9 * million, seconds_left=3e5, retries=12,
+    bar.show(Progress(stage="finetune", unit="steps", done=2 * million, total=9 * million, seconds_left=3e5, retries=12,
                       tokens_per_second=1e6))
     log.warning("the second line")
-    bar.show(Progress("finetune", unit="steps", done=9 * million, total=9 * million, retries=12, tokens_per_second=1e6))
+    bar.show(Progress(stage="finetune", unit="steps", done=9 * million, total=9 * million, retries=12, tokens_per_second=1e6))
     bar.close()
     log.info("the last line")
 

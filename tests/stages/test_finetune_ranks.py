@@ -66,7 +66,7 @@ class NobodyListens:
     def begin(self, key: str) -> None:
         """Nothing."""
 
-    def tell(self, key: str, told: WorkDone, total: int | None = None) -> None:
+    def report(self, key: str, work: WorkDone, total: int | None = None) -> None:
         """Nothing."""
 
 
