@@ -24,7 +24,8 @@ def job() -> None:
     bar.show(Progress(stage="finetune", unit="steps", done=2 * million, total=9 * million, seconds_left=3e5, retries=12,
                       tokens_per_second=1e6))
     log.warning("the second line")
-    bar.show(Progress(stage="finetune", unit="steps", done=9 * million, total=9 * million, retries=12, tokens_per_second=1e6))
+    bar.show(Progress(stage="finetune", unit="steps", done=9 * million, total=9 * million, retries=12,
+                      tokens_per_second=1e6))
     bar.close()
     log.info("the last line")
 
