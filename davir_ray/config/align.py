@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from davir_ray.config.checks import check, check_no_secret
+from davir_ray.config.checks import check_fields, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import InputConfig
 from davir_ray.config.scoring import ScoreConfig
@@ -26,9 +26,8 @@ class AlignConfig:
     """Share of the prompts, drawn by hash, whose pairs are held out of training and measured separately."""
 
     def __post_init__(self) -> None:
-        check(self.beta is None or self.beta > 0, "align.beta", self.beta, "above 0")
-        heldout = self.heldout_fraction
-        check(0 <= heldout < 1, "align.heldout_fraction", heldout, "from 0 to below 1")
+        check_fields(self, "align.", ["beta"], lambda beta: beta > 0, "above 0")
+        check_fields(self, "align.", ["heldout_fraction"], lambda share: 0 <= share < 1, "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,7 @@ class AlignRunConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for place in self.beside:
-            check_no_secret("beside", place)
+        check_no_secret("beside", self.beside)
         for source in self.all_sources():
             if source.format != "preference":
                 raise ConfigError(

@@ -1,6 +1,7 @@
 """Checks that the sections of a configuration share."""
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,6 +12,13 @@ def check(condition: bool, field_name: str, value: object, need: str) -> None:
     """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field_name} is {value!r}; it must be {need}")
+
+
+def check_fields(settings: Any, section: str, names: Iterable[str], holds: Callable[[Any], bool], need: str) -> None:
+    """Raise ConfigError unless each of these fields is None or has a value for which the condition holds."""
+    for name in names:
+        value = getattr(settings, name)
+        check(value is None or holds(value), f"{section}{name}", value, need)
 
 
 def changed(settings: Any, default: Any = None, prefix: str = "") -> list[str]:
@@ -26,8 +34,9 @@ def changed(settings: Any, default: Any = None, prefix: str = "") -> list[str]:
     return names
 
 
-def check_no_secret(field_name: str, uri: str | None) -> None:
-    """Refuse credentials in a URI, because URIs are written to config.yaml and to messages."""
-    if uri and re.match(r"\w+://[^/]*:[^/]*@", uri):
-        without = re.sub(r"//.*@", "//…@", uri)
-        raise ConfigError(f"{field_name} is {without!r}, with a password in it; give credentials in the environment")
+def check_no_secret(field_name: str, uris: str | Iterable[str] | None) -> None:
+    """Refuse credentials in a URI or in one of several: URIs are written to config.yaml and to messages."""
+    for uri in [uris] if isinstance(uris, str) else uris or []:
+        if re.match(r"\w+://[^/]*:[^/]*@", uri):
+            hidden = re.sub(r"//.*@", "//…@", uri)
+            raise ConfigError(f"{field_name} is {hidden!r}, with a password in it; give credentials in the environment")

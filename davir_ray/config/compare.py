@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from davir_ray.config.checks import check, check_no_secret
+from davir_ray.config.checks import check, check_fields, check_no_secret
 from davir_ray.config.run import GenerateConfig, OutputConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.config.training import FinetuneConfig
@@ -89,22 +89,16 @@ class CompareConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, uri in (("run", self.run), ("instructions", self.instructions)):
-            check_no_secret(name, uri)
-        for path in [self.heldout] if isinstance(self.heldout, str) else self.heldout or []:
-            check_no_secret("heldout", path)
+        for name in ("run", "instructions", "heldout"):
+            check_no_secret(name, getattr(self, name))
         self._check_heldout()
-        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        limits = {"heldout_limit": self.heldout_limit, "arms_at_once": self.arms_at_once, "seeds": self.seeds}
-        for name, value in limits.items():
-            check(value is None or value >= 1, name, value, "at least 1")
+        check_fields(self, "", ["max_bad_fraction"], lambda share: 0 <= share <= 1, "from 0 to 1")
+        check_fields(self, "", ["heldout_limit", "arms_at_once", "seeds"], lambda count: count >= 1, "at least 1")
         for rows in self.sizes:
             check(rows >= 1, "a size", rows, "at least 1")
-        for name in ("arms", "readings", "measures"):
-            check(bool(getattr(self, name)), name, getattr(self, name), "at least one")
-        for name in ("arms", "readings", "measures", "sizes"):
-            values = getattr(self, name)
-            check(len(set(values)) == len(values), name, values, "without repetition")
+        lists = ("arms", "readings", "measures")
+        check_fields(self, "", lists, bool, "at least one")
+        check_fields(self, "", [*lists, "sizes"], lambda values: len(set(values)) == len(values), "without repetition")
         self._check_recipe()
 
     def _check_heldout(self) -> None:

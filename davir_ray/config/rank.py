@@ -89,9 +89,9 @@ class RankOptions:
         for name, value in self.stated.items():
             if name in ("overwrite", "dry_run") and not value:  # switched off, they request nothing
                 continue
-            for place in value if isinstance(value, list) else [value]:
-                if isinstance(place, str):
-                    check_no_secret(name, place)
+            check_no_secret(
+                name, [uri for uri in (value if isinstance(value, list) else [value]) if isinstance(uri, str)]
+            )
             if name == "sources":
                 value = [dataclasses.asdict(Source(**source)) for source in value]
             in_run: Any = own

@@ -7,7 +7,7 @@ never the whole configuration.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from davir_ray.config.checks import changed, check, check_no_secret
+from davir_ray.config.checks import changed, check, check_fields, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.selection import RankConfig, SelectConfig
@@ -29,9 +29,7 @@ class GenerateConfig:
     """Generate for the examples of these sources only. Empty: all."""
 
     def __post_init__(self) -> None:
-        check(self.max_new_tokens >= 1, "generate.max_new_tokens", self.max_new_tokens, "at least 1")
-        batch = self.tokens_per_batch
-        check(batch is None or batch >= 1, "generate.tokens_per_batch", batch, "at least 1")
+        check_fields(self, "generate.", ["max_new_tokens", "tokens_per_batch"], lambda count: count >= 1, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +43,8 @@ class EstimateConfig:
     """Price of a device for an hour, in your currency. None: no cost is given."""
 
     def __post_init__(self) -> None:
-        for name in ("device_tflops", "price_per_device_hour"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"estimate.{name}", value, "above 0")
+        names = ("device_tflops", "price_per_device_hour")
+        check_fields(self, "estimate.", names, lambda value: value > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +115,16 @@ class InputConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "from 0 to 1")
-        check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        check_fields(self, "", ["max_bad_fraction"], lambda share: 0 <= share <= 1, "from 0 to 1")
+        check_fields(self, "", ["limit"], lambda count: count >= 1, "at least 1")
         if self.data is not None and self.sources:
             raise ConfigError("both data and sources are given; give exactly one of the two")
         if (self.data is None) != (self.format is None):
             given, absent = ("format", "data") if self.data is None else ("data", "format")
             raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
-        places = {"base": self.base, "chat_template": self.chat_template, "score.base_cache": self.score.base_cache}
-        for name, uri in places.items():
-            check_no_secret(name, uri)
-        for path in [self.data] if isinstance(self.data, str) else self.data or []:
-            check_no_secret("data", path)
+        for name in ("base", "chat_template", "data"):
+            check_no_secret(name, getattr(self, name))
+        check_no_secret("score.base_cache", self.score.base_cache)
         names = [source.name for source in self.sources]
         for name in names:
             check(names.count(name) == 1, "source name", name, "unique, because example_id depends on it")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from davir_ray.config.checks import check
+from davir_ray.config.checks import check, check_fields
 from davir_ray.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
@@ -34,14 +34,12 @@ class ScoreConfig:
     """Seconds without a finished task after which the run fails instead of hanging."""
 
     def __post_init__(self) -> None:
-        check(self.num_actors is None or self.num_actors >= 1, "score.num_actors", self.num_actors, "at least 1")
+        counts = ("num_actors", "tokens_per_pack", "no_progress_timeout_s")
+        check_fields(self, "score.", counts, lambda count: count >= 1, "at least 1")
+        check_fields(self, "score.", ["num_cpus"], lambda count: count > 0, "above 0")
+        check_fields(self, "score.", ["num_gpus"], lambda count: count >= 0, "0 or more")
         if self.autoscale is not None:
             ascending = len(self.autoscale) == 2 and 1 <= self.autoscale[0] <= self.autoscale[1]
             check(ascending, "score.autoscale", self.autoscale, "[min, max], two ascending numbers from 1")
             if self.num_actors is not None:
                 raise ConfigError("both score.num_actors and score.autoscale are given; give one of the two")
-        check(self.num_cpus > 0, "score.num_cpus", self.num_cpus, "above 0")
-        check(self.num_gpus is None or self.num_gpus >= 0, "score.num_gpus", self.num_gpus, "0 or more")
-        packed = self.tokens_per_pack
-        check(packed is None or packed >= 1, "score.tokens_per_pack", packed, "at least 1")
-        check(self.no_progress_timeout_s >= 1, "score.no_progress_timeout_s", self.no_progress_timeout_s, "at least 1")

@@ -7,7 +7,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any, Literal
 
-from davir_ray.config.checks import check
+from davir_ray.config.checks import check, check_fields
 from davir_ray.errors import ConfigError
 
 Order = Literal["davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "length", "random"]
@@ -29,7 +29,7 @@ class RankConfig:
     """Number of ranks to write; the rest of a large corpus is never moved. None: every rank."""
 
     def __post_init__(self) -> None:
-        check(self.most is None or self.most >= 1, "rank.most", self.most, "at least 1")
+        check_fields(self, "rank.", ["most"], lambda count: count >= 1, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         _check_sizes("select.", self)
-        check(self.min_score is None or not math.isnan(self.min_score), "select.min_score", self.min_score, "a number")
+        check_fields(self, "select.", ["min_score"], lambda score: not math.isnan(score), "a number")
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
         shortest, longest = self.min_response_tokens, self.max_response_tokens
@@ -190,7 +190,5 @@ def count_from_fraction(fraction: float, num_rows: int) -> int:
 
 
 def _check_sizes(where: str, config: Part | SelectConfig) -> None:
-    check(config.top_k is None or config.top_k >= 1, f"{where}top_k", config.top_k, "at least 1")
-    check(config.top_tokens is None or config.top_tokens >= 1, f"{where}top_tokens", config.top_tokens, "at least 1")
-    fraction = config.top_fraction
-    check(fraction is None or 0 < fraction <= 1, f"{where}top_fraction", fraction, "above 0 and at most 1")
+    check_fields(config, where, ["top_k", "top_tokens"], lambda count: count >= 1, "at least 1")
+    check_fields(config, where, ["top_fraction"], lambda share: 0 < share <= 1, "above 0 and at most 1")

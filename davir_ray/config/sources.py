@@ -47,8 +47,7 @@ class Source:
         check(bool(self.name.strip()), "source name", self.name, "a non-empty name")
         option = f"path of source {self.name!r}"
         check(bool(self.paths) and all(path.strip() for path in self.paths), option, self.path, "a path")
-        for path in self.paths:
-            check_no_secret(option, path)
+        check_no_secret(option, self.paths)
 
     def check_columns(self) -> None:
         """Raise ConfigError if a column is named that the format does not read."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from davir_ray.config.checks import check
+from davir_ray.config.checks import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,11 @@ class FinetuneConfig:
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_pack", "max_steps", "lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"finetune.{name}", value, "at least 1")
-        for name in ("epochs", "batch_size", "num_workers", "num_cpus", "checkpoint_every_steps"):
-            check(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            check(getattr(self, name) > 0, f"finetune.{name}", getattr(self, name), "above 0")
-        check(0 <= self.lora_dropout < 1, "finetune.lora_dropout", self.lora_dropout, "from 0 to below 1")
-        check(0 <= self.warmup_ratio < 1, "finetune.warmup_ratio", self.warmup_ratio, "from 0 to below 1")
-        check(self.weight_decay >= 0, "finetune.weight_decay", self.weight_decay, "0 or more")
-        check(self.seed >= 0, "finetune.seed", self.seed, "0 or more")
-        check(self.max_failures >= 0, "finetune.max_failures", self.max_failures, "0 or more")
+        counts = "epochs max_steps batch_size tokens_per_pack num_workers num_cpus checkpoint_every_steps"
+        for names, holds, need in (
+            (f"{counts} lora_rank lora_alpha", lambda count: count >= 1, "at least 1"),
+            ("learning_rate max_grad_norm", lambda value: value > 0, "above 0"),
+            ("lora_dropout warmup_ratio", lambda share: 0 <= share < 1, "from 0 to below 1"),
+            ("weight_decay seed max_failures", lambda value: value >= 0, "0 or more"),
+        ):
+            check_fields(self, "finetune.", names.split(), holds, need)
