@@ -9,8 +9,11 @@ from typing import Any
 BYTE_ORDER_MARK = "\ufeff"
 """The character that some editors put at the beginning of a file."""
 
-_JOINERS = "\u200c\u200d"
-"""Invisible characters that scripts and emoji need; they cannot hide or reorder text."""
+_SAFE = set("\n\t\u200c\u200d")
+"""The last two are invisible joiners that scripts and emoji need; they cannot hide or reorder text."""
+
+_UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories: controls, formats (such as writing direction), lone surrogates, line and paragraph separators."""
 
 
 def decoded(content: bytes) -> str:
@@ -28,22 +31,20 @@ def one_line(error: BaseException, max_length: int | None = None) -> str:
     return " ".join(str(error).split())[:max_length] or type(error).__name__
 
 
+def shorten(text: str, length: int = 60) -> str:
+    """The text, cut to this length with an ellipsis at the end where it is longer."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def printable(text: str) -> str:
     """Escape the characters of a text that would control a terminal or reorder a line, except \\n and \\t.
 
     Data may contain escape sequences, which a terminal would execute.
     """
-    return text if text.isprintable() else "".join(map(_escaped, text))
-
-
-def _escaped(character: str) -> str:
-    if character in "\n\t" or character in _JOINERS or unicodedata.category(character) not in _UNSAFE_CATEGORIES:
-        return character
-    return character.encode("unicode_escape").decode()
-
-
-_UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories: controls, formats (such as writing direction), lone surrogates, line and paragraph separators."""
+    if text.isprintable():
+        return text
+    unsafe = [one for one in set(text) - _SAFE if unicodedata.category(one) in _UNSAFE_CATEGORIES]
+    return text.translate({ord(one): one.encode("unicode_escape").decode() for one in unsafe})
 
 
 class PrintableFormatter(logging.Formatter):

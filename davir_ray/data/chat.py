@@ -10,9 +10,10 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from davir_ray.data.rendered import Rendered, RowError, Segment, shorten
+from davir_ray.data.rendered import Rendered, RowError, Segment
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
+from davir_ray.text import shorten
 
 # The date that chat templates see as today's, so that the same data is rendered alike on any day. It is the default
 # date in Llama 3's own template.

@@ -17,8 +17,9 @@ from typing import Any
 
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate, Message, messages_of, render_turns
-from davir_ray.data.rendered import Rendered, RowError, Segment, column, shorten
+from davir_ray.data.rendered import Rendered, RowError, Segment, column
 from davir_ray.schema import RejectReason, Role
+from davir_ray.text import shorten
 
 ASSISTANT_MARK, HUMAN_MARK = "\n\nAssistant:", "\n\nHuman:"
 

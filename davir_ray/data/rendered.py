@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from davir_ray.schema import RejectReason
+from davir_ray.text import shorten
 
 
 class Segment(NamedTuple):
@@ -46,8 +47,3 @@ def column(fields: Mapping[str, Any], name: str) -> Any:
         seen = ", ".join(sorted(fields)) or "none"
         raise RowError(RejectReason.MISSING_COLUMN, f"column {name!r} {fault}; columns seen: {shorten(seen, 200)}")
     return fields[name]
-
-
-def shorten(text: str, length: int = 60) -> str:
-    """The text, cut to this length with an ellipsis at the end where it is longer."""
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.formulas.hashing import seed_from
+from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,8 @@ def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> No
     try:
         model.add_adapter(lora, adapter_name=_NAME)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"finetune.lora_targets {config.lora_targets!r} does not suit this model: {reason}"
-        ) from error
+        targets = f"finetune.lora_targets {config.lora_targets!r}"
+        raise ConfigError(f"{targets} does not suit this model: {one_line(error)}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -95,15 +94,14 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     settings = read_settings(Path(folder))
     check_kind(settings, folder)
     named = settings.get("base_model_name_or_path")
-    if (
-        named and Path(named).name != Path(model.name_or_path).name
-    ):  # another base of the same shape would give meaningless losses
+    # Another base of the same shape would give meaningless losses.
+    if named and Path(named).name != Path(model.name_or_path).name:
         log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)
     before = {name: _Weight.of(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         info = model.load_adapter(folder, adapter_name=_NAME)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the adapter {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        raise ModelError(f"the adapter {folder} cannot be loaded: {one_line(error, 400)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := getattr(info, problem):
             raise ModelError(

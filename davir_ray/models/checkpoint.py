@@ -36,7 +36,7 @@ from davir_ray.run.access import PROBE_S, in_time
 from davir_ray.run.files import file_digest
 from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.run.storage_errors import user_errors
-from davir_ray.text import BYTE_ORDER_MARK
+from davir_ray.text import BYTE_ORDER_MARK, one_line
 
 SPEC_FILE = "scoring_spec.json"
 """Saved with a reference: how its examples were rendered and tokenised, so that scoring cannot silently differ."""
@@ -75,44 +75,28 @@ class Checkpoint:
         ModelError if it is none of these, or lacks what is needed to load it.
         """
         is_hub, uri = uri.startswith("hf://"), uri.removeprefix("hf://").removeprefix("file://")
+        path = Path(uri).expanduser()
+        name, _, revision = uri.partition("@")
+        commit: str | None = None
+        files: tuple[RemoteFile, ...] = ()
         if "://" in uri:
             with user_errors(uri, ModelError):
                 files = store_files(Location.of(uri))
-            return cls._checked(uri, {file.name for file in files}, trust_remote_code, files=files)
-        path = Path(uri).expanduser()
-        name, _, revision = uri.partition("@")
-        if os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            names = {file.name for file in files}
+        elif os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             if path.is_symlink() and not path.exists():
                 raise ModelError(
                     f"{path} is a link to {path.readlink()}, which does not exist; correct the path or the link"
                 )
-            folder = path.resolve()
-            return cls._checked(str(folder), _names_in(folder), trust_remote_code)
-        if path.parent != Path() and path.parent.is_dir() and not (is_hub or revision):
-            _look_up_first(path)
-        commit = resolve(name, revision or None)
-        files = repository_files(name, commit)
-        return cls._checked(name, {file.name for file in files}, trust_remote_code, revision=commit, files=files)
-
-    @classmethod
-    def _checked(
-        cls,
-        uri: str,
-        names: set[str],
-        trust_remote_code: bool,
-        *,
-        revision: str | None = None,
-        files: tuple[RemoteFile, ...] = (),
-    ) -> "Checkpoint":
-        """The checkpoint at a location that holds files of these names. ModelError if it cannot be loaded from them."""
-        _check_names(uri, names)
-        found = cls(
-            uri=uri,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            is_adapter=_is_adapter(names),
-            files=files,
-        )
+            uri, names = str(path.resolve()), _names_in(path.resolve())
+        else:
+            if path.parent != Path() and path.parent.is_dir() and not (is_hub or revision):
+                _look_up_first(path)
+            uri, commit = name, resolve(name, revision or None)
+            files = repository_files(name, commit)
+            names = {file.name for file in files}
+        is_adapter = _is_adapter(uri, names)
+        found = cls(uri=uri, revision=commit, trust_remote_code=trust_remote_code, is_adapter=is_adapter, files=files)
         found._check_files()
         return found
 
@@ -120,9 +104,9 @@ class Checkpoint:
         """Raise ModelError, now rather than in every worker, if weights are missing or a file is a Git LFS pointer."""
         folder = self._folder()
         if not self.is_hub_name:  # the hub has no pointers: it lists the files themselves
-            sizes = {file.name: file.bytes for file in self.files if _is_read(file.name)}
+            sizes = {file.name: file.bytes for file in self.files}
             sizes = sizes or {name: (folder / name).stat().st_size for name in _names_in(folder) if _is_read(name)}
-            for name in (name for name, num_bytes in sizes.items() if num_bytes < LFS_POINTER_BYTES):
+            for name in (name for name, size in sizes.items() if size < LFS_POINTER_BYTES and _is_read(name)):
                 here = folder / name
                 with user_errors(self.uri, ModelError):
                     content = Location.of(here if here.exists() else f"{self.uri}/{name}").read_bytes()
@@ -197,7 +181,7 @@ class Checkpoint:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         except (ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"{self.uri} is not a causal language model: {' '.join(str(error).split())}") from error
+            raise ModelError(f"{self.uri} is not a causal language model: {one_line(error)}") from error
         assert isinstance(model, PreTrainedModel)
         return model
 
@@ -259,7 +243,7 @@ class Checkpoint:
             with quiet():
                 return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except _LOAD_ERRORS as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             if not self.trust_remote_code and "trust_remote_code" in reason:
                 raise ModelError(
                     f"{self.uri} needs Python code that comes with it; read it, then add --trust_remote_code "
@@ -330,9 +314,8 @@ def _names_in(folder: Path) -> set[str]:
         )
     names = {path.name for path in folder.iterdir()}
     for name in sorted(names):
-        if (_is_read(name) or not Path(name).suffix) and not (
-            folder / name
-        ).exists():  # a name without a suffix may be a folder
+        # A name without a suffix may be a folder.
+        if (_is_read(name) or not Path(name).suffix) and not (folder / name).exists():
             raise ModelError(
                 f"{folder / name} is a link to {os.readlink(folder / name)}, which does not exist or cannot be read; "
                 "restore it, or download or copy the model again"
@@ -357,11 +340,12 @@ def _look_up_first(path: Path) -> None:
         ) from error
 
 
-def _check_names(uri: str, names: set[str]) -> None:
-    if _is_adapter(names):
+def _is_adapter(uri: str, names: set[str]) -> bool:
+    """Whether files of these names are an adapter, rather than a whole model. ModelError if they are neither."""
+    if ADAPTER_CONFIG in names and names.isdisjoint({_SINGLE, _INDEX}):
         if ADAPTER_WEIGHTS not in names:
             raise ModelError(f"{uri} has no {ADAPTER_WEIGHTS}; pickled weights are refused, save it with safetensors")
-        return
+        return True
     if ADAPTER_CONFIG in names:  # transformers would load the adapter on the base that it names, and ignore the weights
         raise ModelError(f"{uri} has both the weights of a model and {ADAPTER_CONFIG}; keep one of them in a folder")
     if "config.json" not in names:
@@ -369,10 +353,7 @@ def _check_names(uri: str, names: set[str]) -> None:
         raise ModelError(f"{uri} has no config.json, so it is not a checkpoint; name the folder that holds it{inside}")
     if not any(name.endswith(_WEIGHTS) for name in names):
         raise ModelError(f"{uri} has no *{_WEIGHTS} file; pickled weights are refused, save it with safetensors")
-
-
-def _is_adapter(names: set[str]) -> bool:
-    return ADAPTER_CONFIG in names and not names & {_SINGLE, _INDEX}
+    return False
 
 
 def _is_content(name: str) -> bool:

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import device_name, local_device, resolve_dtype
+from davir_ray.models.device import arithmetic, local_device, resolve_dtype
 from davir_ray.models.memory import TokenBudget
+from davir_ray.models.scorer import tokenised
 from davir_ray.schema import GENERATIONS, Status
 
 log = logging.getLogger(__name__)
@@ -86,12 +86,7 @@ class Generator:
         self._budget = TokenBudget(settings.tokens_per_batch or TOKENS_PER_BATCH[device.type])
         self.numerics = {
             "version": GENERATION_VERSION,
-            "device": device.type,
-            "device_name": device_name(device),
-            "weights": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **arithmetic(dtype, device),
             "attention": self._model.config._attn_implementation,
             "stops_at": self.stops_at,
         }
@@ -182,7 +177,4 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, stops_at: list[int]) -> int:
 
 def prompts_of(examples: pa.Table) -> list[Prompt]:
     """The tokens of each example before its first scored token; all of them if none is scored."""
-    ids, spans = (examples[name].combine_chunks() for name in ("input_ids", "response_spans"))
-    values, edges = np.asarray(ids.values), np.asarray(ids.offsets)
-    ends = [span[0] if span else None for span in spans.to_pylist()]
-    return [values[edges[row] : edges[row + 1]][:end] for row, end in enumerate(ends)]
+    return [input_ids[: spans[0]] if spans else input_ids for input_ids, spans in tokenised(examples)]

@@ -32,6 +32,7 @@ from huggingface_hub.file_download import repo_folder_name
 from davir_ray.errors import DavirError, ModelError, StorageError
 from davir_ray.models.download import RemoteFile, download_missing, host
 from davir_ray.run.storage_errors import CONTINUES, explain
+from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _cached_list(name: str, commit: str) -> tuple[RemoteFile, ...]:
 @contextmanager
 def _hub_errors(name: str, revision: str | None, failed: type[DavirError]) -> Iterator[None]:
     """Turn errors of huggingface_hub into one-line errors, of the class `failed` if the hub does not answer."""
+    after = f". {CONTINUES}" if failed is StorageError else ""
     try:
         yield
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -134,27 +136,28 @@ def _hub_errors(name: str, revision: str | None, failed: type[DavirError]) -> It
                 "workers see it, to one that may read this model"
             ) from error
         reason = "throttled (429); try later" if status == 429 else f"the hub failed ({status})"
-        raise failed(f"{name} on {host()}: {reason}{_after(failed)}") from error
+        raise failed(f"{name} on {host()}: {reason}{after}") from error
     except _UNREACHABLE as error:
         place = f"is not a folder on {host()}, and" if failed is ModelError else f"on {host()}:"
-        raise failed(f"{name} {place} {_absence(revision, error)}{_after(failed)}") from error
+        raise failed(f"{name} {place} {_absence(revision, error)}{after}") from error
     except OSError as error:
         if error.errno is None:  # raised by huggingface_hub itself: a file was not received as announced
-            raise failed(f"{name} on {host()}: {' '.join(str(error).split())[:300]}{_after(failed)}") from error
+            raise failed(f"{name} on {host()}: {one_line(error, 300)}{after}") from error
         raise ModelError(f"{name} cannot be kept in {constants.HF_HUB_CACHE} on {host()}: {explain(error)}") from error
 
 
 def _refusal(name: str, revision: str | None, error: Exception) -> str:
-    if isinstance(error, GatedRepoError):
-        return (
-            f"it is gated; ask for access at {constants.ENDPOINT}/{name} and set HF_TOKEN, where driver and workers "
-            "see it, to a token of the account that has it"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"it has no revision {revision!r}; give a branch, a tag or a full commit hash after the @"
-    if isinstance(error, HFValidationError):
-        return f"it is not a hub name ({' '.join(str(error).split())[:200]}); give a folder or org/model"
     access = "with the token of HF_TOKEN" if os.environ.get("HF_TOKEN") else "without a token"
+    match error:
+        case GatedRepoError():
+            return (
+                f"it is gated; ask for access at {constants.ENDPOINT}/{name} and set HF_TOKEN, where driver and "
+                "workers see it, to a token of the account that has it"
+            )
+        case RevisionNotFoundError():
+            return f"it has no revision {revision!r}; give a branch, a tag or a full commit hash after the @"
+        case HFValidationError():
+            return f"it is not a hub name ({one_line(error, 200)}); give a folder or org/model"
     return (
         f"it is not a folder here, and the hub shows no such model {access}; correct the name or, if it is private, "
         "set HF_TOKEN to a token that may read it"
@@ -172,7 +175,3 @@ def _absence(revision: str | None, error: Exception) -> str:
         last = last.__cause__  # type: ignore[assignment]
     reason = " ".join(f"{type(last).__name__}: {last}".split())[:200]
     return f"the hub {constants.ENDPOINT} gives no answer ({reason}) and {lacks}; check the network and HF_ENDPOINT"
-
-
-def _after(failed: type[DavirError]) -> str:
-    return f". {CONTINUES}" if failed is StorageError else ""

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import transformers
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
@@ -22,7 +21,7 @@ from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import device_name, local_device, resolve_dtype, uses_autocast
+from davir_ray.models.device import arithmetic, local_device, resolve_dtype, uses_autocast
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.self_check import probe, self_check
 from davir_ray.models.memory import TokenBudget
@@ -83,24 +82,18 @@ class Scorer:
         self._base = Likelihood(base.model(dtype, device))
         base_attention = self_check(self._base)
         self._reference: Likelihood | None = None
-        if reference is not None and reference.is_adapter:
-            self._reference = self._attach(reference)
-        elif reference is not None:
-            self._reference = Likelihood(reference.model(dtype, device))
+        if reference is not None:
+            adapted = reference.is_adapter
+            self._reference = self._attach(reference) if adapted else Likelihood(reference.model(dtype, device))
         reference_attention = base_attention if self._reference is None else self_check(self._reference)
         if self._reference is self._base:  # one model with an adapter: its last check holds for both
             base_attention = reference_attention
         self._base_numerics = {
             "version": NUMERICS_VERSION,
-            "device": device.type,
-            "device_name": device_name(device),
-            "weights": str(dtype).removeprefix("torch."),
+            **arithmetic(dtype, device),
             "autocast": self._autocast,
             "logits": str(torch.promote_types(dtype, torch.float32)).removeprefix("torch."),
             "sums": "float64",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
             "base_attention": base_attention,
         }
         fell_back = {base_attention, reference_attention} != {"packed"}
@@ -109,7 +102,7 @@ class Scorer:
 
     def __call__(self, examples: pa.Table) -> pa.Table:
         """Score a table with INPUT_COLUMNS; returns the columns of SCORES, in the same row order."""
-        sequences = list(_sequences(examples))
+        sequences = list(tokenised(examples))
         rows, index = _distinct(sequences)
         ids = np.asarray(examples["example_id"])[rows]
         distinct = [sequences[row] for row in rows]
@@ -123,14 +116,13 @@ class Scorer:
         adapter.attach_to(self._base.model)
         switched_on = probe(self._base)
         with adapter_switched_off(self._base.model):
-            if not torch.equal(probe(self._base), before):
-                raise ModelError(
-                    f"{adapter.uri} changes the losses of the base even when it is switched off; merge it into a model"
-                )
+            switched_off = probe(self._base)
+        if not torch.equal(switched_off, before):
+            fault = "changes the losses of the base even when it is switched off"
+            raise ModelError(f"{adapter.uri} {fault}; merge it into a model")
         if not torch.equal(probe(self._base), switched_on):
-            raise ModelError(
-                f"{adapter.uri} gives other losses after it was switched off and on; merge it into a model"
-            )
+            fault = "gives other losses after it was switched off and on"
+            raise ModelError(f"{adapter.uri} {fault}; merge it into a model")
         return self._base
 
     def _base_token_nlls(self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]) -> TokenNlls:
@@ -215,7 +207,7 @@ def is_sampled(example_id: int, share: float) -> bool:
     return seed_from("token_nll", example_id) < share * 2**63
 
 
-def _sequences(examples: pa.Table) -> Iterator[Tokenised]:
+def tokenised(examples: pa.Table) -> Iterator[Tokenised]:
     """(input_ids, response_spans) of each row; the ids are views."""
     ids, spans = (examples[name].combine_chunks() for name in ("input_ids", "response_spans"))
     values, edges = np.asarray(ids.values), np.asarray(ids.offsets)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from davir_ray.errors import IntegrityError
 from davir_ray.run.location import TEMPORARY, Location, file_info
 from davir_ray.run.storage_errors import storage_errors
+from davir_ray.text import one_line
 
 FINGERPRINT_KEY = b"davir_ray.fingerprint"
 """Key in a Parquet file's metadata of the fingerprint that the file was written under, by which a resumed stage
@@ -153,8 +154,8 @@ def _damage_refused(place: Location) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise IntegrityError(f"{place} is damaged ({reason}); delete it and its stage's manifest to redo it") from error
+        redo = "delete it and its stage's manifest to redo it"
+        raise IntegrityError(f"{place} is damaged ({one_line(error, 200)}); {redo}") from error
 
 
 def in_folder(folder: str, entries: Iterable[FileEntry]) -> list[FileEntry]:

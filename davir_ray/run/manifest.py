@@ -11,6 +11,7 @@ from typing import Any, Self
 from davir_ray.errors import IntegrityError
 from davir_ray.run.files import FileEntry, content_digest, digest
 from davir_ray.run.location import FileInfo, Location, each
+from davir_ray.text import shorten
 
 CONFIG_FILE = "config.yaml"
 CONFIG_HEAD = (
@@ -138,13 +139,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            lines.append(f"{prefix}{name}: {_shorten(before)} → {_shorten(after)}")
+            before, after = (shorten(json.dumps(value, ensure_ascii=False)) for value in (before, after))
+            lines.append(f"{prefix}{name}: {before} → {after}")
     return lines
-
-
-def _shorten(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def library_versions() -> dict[str, str]:

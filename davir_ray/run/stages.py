@@ -22,60 +22,42 @@ class Stage:
     flag."""
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            name="prepare",
-            writes=("examples", "rejects", "prepare_tasks"),
-            shown_counts=("prepared", "rejected"),
-            takes_hours=True,
-        ),
-        Stage(
-            name="freeze",
-            writes=("frozen", "frozen_cache"),
-            reads=("prepare",),
-            shown_counts=("scored",),
-            takes_hours=True,
-        ),
-        Stage(
-            name="align",
-            writes=("checkpoints", "policy", "policy_epochs"),
-            reads=("freeze",),
-            shown_counts=("pairs", "steps"),
-            takes_hours=True,
-        ),
-        Stage(
-            name="finetune",
-            writes=("checkpoints", "reference", "reference_epochs"),
-            reads=("prepare",),
-            shown_counts=("steps",),
-            takes_hours=True,
-        ),
-        Stage(
-            name="score",
-            writes=("scores",),
-            reads=("prepare", "align", "finetune"),
-            shown_counts=("scored",),
-            takes_hours=True,
-        ),
-        Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
-        Stage(name="rank", writes=("ranked",), reads=("score",), shown_counts=("ranked",)),
-        Stage(
-            name="select",
-            writes=("selected", "duplicates", "mixture", "jsonl"),
-            reads=("rank",),
-            shown_counts=("selected",),
-        ),
-        Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select")),
-        # The following are stages of a comparison, or of one of its fine-tunes.
-        Stage(name="generate", writes=("generations",), reads=("prepare",), takes_hours=True),
-        Stage(name="match", writes=("matches",), reads=("generate",)),
-        Stage(name="outputs", writes=("outputs.json",), reads=("generate",)),
-        Stage(name="trial"),
-        Stage(name="compare", shown_counts=("arms",)),
-    )
-}
+_STAGES = (
+    Stage(
+        name="prepare", writes=("examples", "rejects", "prepare_tasks"), shown_counts=("prepared", "rejected"),
+        takes_hours=True,
+    ),
+    Stage(
+        name="freeze", writes=("frozen", "frozen_cache"), reads=("prepare",), shown_counts=("scored",), takes_hours=True
+    ),
+    Stage(
+        name="align", writes=("checkpoints", "policy", "policy_epochs"), reads=("freeze",),
+        shown_counts=("pairs", "steps"), takes_hours=True,
+    ),
+    Stage(
+        name="finetune", writes=("checkpoints", "reference", "reference_epochs"), reads=("prepare",),
+        shown_counts=("steps",), takes_hours=True,
+    ),
+    Stage(
+        name="score", writes=("scores",), reads=("prepare", "align", "finetune"), shown_counts=("scored",),
+        takes_hours=True,
+    ),
+    Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
+    Stage(name="rank", writes=("ranked",), reads=("score",), shown_counts=("ranked",)),
+    Stage(
+        name="select", writes=("selected", "duplicates", "mixture", "jsonl"), reads=("rank",),
+        shown_counts=("selected",),
+    ),
+    Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select")),
+    # The following are stages of a comparison, or of one of its fine-tunes.
+    Stage(name="generate", writes=("generations",), reads=("prepare",), takes_hours=True),
+    Stage(name="match", writes=("matches",), reads=("generate",)),
+    Stage(name="outputs", writes=("outputs.json",), reads=("generate",)),
+    Stage(name="trial"),
+    Stage(name="compare", shown_counts=("arms",)),
+)  # fmt: skip
+
+STAGES = {stage.name: stage for stage in _STAGES}
 
 
 def from_stage(name: str) -> list[str]:

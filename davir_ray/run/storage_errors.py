@@ -31,23 +31,13 @@ _PERMISSION = "missing permission: the credentials are valid but may not do this
 _THROTTLED = "throttled: the store answers that there are too many requests ({code}); try later or with fewer actors"
 _REGION = "the bucket is in another region ({code}); set AWS_REGION to it"
 _REASONS = {
-    "InvalidAccessKeyId": _CREDENTIALS,
-    "SignatureDoesNotMatch": _CREDENTIALS,
-    "ExpiredToken": _CREDENTIALS,
-    "InvalidToken": _CREDENTIALS,
-    "InvalidClientTokenId": _CREDENTIALS,
-    "RequestTimeTooSkewed": _CREDENTIALS,
-    "AccessDenied": _PERMISSION,
-    "AllAccessDisabled": _PERMISSION,
+    **dict.fromkeys(["InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"], _CREDENTIALS),
+    **dict.fromkeys(["ExpiredToken", "InvalidToken", "InvalidClientTokenId"], _CREDENTIALS),
+    **dict.fromkeys(["AccessDenied", "AllAccessDisabled"], _PERMISSION),
     "403": "refused ({code}): wrong credentials or missing permission; check both",
     "NoSuchBucket": "missing bucket: {bucket} does not exist; create it or correct its name",
-    "SlowDown": _THROTTLED,
-    "ServiceUnavailable": _THROTTLED,
-    "503": _THROTTLED,
-    "429": _THROTTLED,
-    "TooManyRequests": _THROTTLED,
-    "PermanentRedirect": _REGION,
-    "AuthorizationHeaderMalformed": _REGION,
+    **dict.fromkeys(["SlowDown", "ServiceUnavailable", "503", "429", "TooManyRequests"], _THROTTLED),
+    **dict.fromkeys(["PermanentRedirect", "AuthorizationHeaderMalformed"], _REGION),
     "IllegalLocationConstraintException": _REGION,
 }
 _UNREACHABLE = "unreachable: {error}; check AWS_ENDPOINT_URL and the network"
@@ -80,31 +70,22 @@ def explain(error: BaseException, place: object = "") -> str:
             return str(error)
         error = error.__cause__
     bucket = str(place).partition("://")[2].split("/")[0] or "the bucket"
-    for cause in _causes(error):
-        code = _code(cause)
+    cause: BaseException | None = error
+    while cause is not None:  # s3fs keeps the store's own answer in what its error was raised from
+        response = getattr(cause, "response", None)
+        code = str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
         if code in _REASONS:
             return _REASONS[code].format(code=code, bucket=bucket)
         if type(cause).__name__ in _NAMES:
             return _NAMES[type(cause).__name__].format(error=one_line(cause, 300))
         if isinstance(cause, OSError) and cause.errno in _ERRNOS:
             return _ERRNOS[cause.errno]
+        cause = cause.__cause__
     if isinstance(error, FileNotFoundError):
         return "it does not exist; correct the path or restore it"
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text ({error}); save it as UTF-8"
     return f"{type(error).__name__}: {one_line(error, 300)}; check path and access"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those it was raised from: s3fs keeps the store's own answer there."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _code(error: BaseException) -> str | None:
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
 
 
 @contextmanager

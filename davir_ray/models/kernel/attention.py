@@ -9,7 +9,8 @@ transformers 5.23 if use_cache is left on or a mask is passed; this does not rel
 
 import inspect
 import logging
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def packed_attention(
         # Rotary embedding leaves queries and keys in float32 where values are in the autocast type.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     batch, _heads, num_tokens, _dim = query.shape
+    attend = partial(_attend, scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap)
     if sequence_lengths is None:
-        return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).contiguous(), None
+        return attend(query, key, value).transpose(1, 2).contiguous(), None
     if batch != 1 or sum(sequence_lengths) != num_tokens:
         raise ValueError(f"a pack is one row of {sum(sequence_lengths)} tokens; got {batch} rows of {num_tokens}")
     flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout
@@ -57,9 +59,10 @@ def packed_attention(
         return _attend_cuda(query, key, value, sequence_edges, max(sequence_lengths), scaling, sliding_window), None
     outputs = []
     for start, count, length in equal_runs(sequence_lengths):
-        q, k, v = (_stack(x[0, :, start : start + count * length], count) for x in (query, key, value))
-        out = _attend(q, k, v, scaling, dropout, sliding_window, softcap)
-        outputs.append(out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3]))
+        end = start + count * length
+        # [heads, count * length, D] → [count, heads, length, D]
+        parts = (x[0, :, start:end].reshape(len(x[0]), count, length, -1).transpose(0, 1) for x in (query, key, value))
+        outputs.append(attend(*parts).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
@@ -67,20 +70,11 @@ def equal_runs(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Adjacent sequences of equal length as (first token, number of sequences, length)."""
     runs: list[tuple[int, int, int]] = []
     position = 0
-    for length in lengths:
-        if runs and runs[-1][2] == length:
-            start, count, _ = runs[-1]
-            runs[-1] = (start, count + 1, length)
-        else:
-            runs.append((position, 1, length))
-        position += length
+    for length, equal in groupby(lengths):
+        count = len(list(equal))
+        runs.append((position, count, length))
+        position += count * length
     return runs
-
-
-def _stack(x: torch.Tensor, count: int) -> torch.Tensor:
-    """[heads, count * length, D] → [count, heads, length, D]."""
-    heads, num_tokens, dim = x.shape
-    return x.reshape(heads, count, num_tokens // count, dim).transpose(0, 1)
 
 
 def _attend(

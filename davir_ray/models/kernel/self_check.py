@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from davir_ray.errors import ModelError
 from davir_ray.models.kernel.likelihood import Likelihood, Pack, active_head
 from davir_ray.models.kernel.packing import Spans, scored_positions
+from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +111,7 @@ def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: S
         with torch.inference_mode(), _logits_in_float32(model):
             logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
     except RuntimeError as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot run in {model.dtype}: {' '.join(str(error).split())}"
-        ) from error
+        raise ModelError(f"{type(model).__name__} cannot run in {model.dtype}: {one_line(error)}") from error
     finally:
         _use_attention(model, before)
     scored = torch.from_numpy(scored_positions(spans))

@@ -53,12 +53,8 @@ def plan(num_examples: int, batch_size: int, epochs: int, seed: int, max_steps: 
         order = np.random.default_rng([seed, epoch]).permutation(num_examples)
         for start in range(0, num_examples, batch_size):
             step += 1
-            yield Batch(
-                step=step,
-                epoch=epoch,
-                rows=order[start : start + batch_size],
-                ends_epoch=start + batch_size >= num_examples,
-            )
+            end = start + batch_size
+            yield Batch(step=step, epoch=epoch, rows=order[start:end], ends_epoch=end >= num_examples)
             if step == last:
                 return
 

@@ -51,14 +51,8 @@ class PairSet:
     beta: float
 
     measures: ClassVar[tuple[str, ...]] = (
-        "loss",
-        "accuracy",
-        "margin",
-        "chosen_reward",
-        "rejected_reward",
-        "chosen_logprob",
-        "rejected_logprob",
-    )
+        "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob",
+    )  # fmt: skip
 
     @classmethod
     def of(cls, shards: Iterable[tuple[pa.Table, pa.Table]], config: AlignConfig) -> Self:
@@ -67,8 +61,7 @@ class PairSet:
         Held-out pairs, and pairs of which a response has no frozen log-probability, are left out. DataError if none is
         left.
         """
-        parts = [_usable(examples, frozen, config.heldout_fraction) for examples, frozen in shards]
-        table = pa.concat_tables(parts)
+        table = pa.concat_tables([_usable(examples, frozen, config.heldout_fraction) for examples, frozen in shards])
         if not table.num_rows:
             raise DataError("no pair can be trained on: none has frozen log-probabilities, or all are held out")
         logprobs = -np.asarray(table["base_nll"])
@@ -121,15 +114,8 @@ class PairSet:
         logprobs = PairLogprobs(policy[::2], policy[1::2], frozen[::2], frozen[1::2])
         found = pair_loss(self.loss, logprobs, num_tokens[::2], num_tokens[1::2], self.beta)
         margin_N = found.chosen_reward_N - found.rejected_reward_N
-        measured = (
-            found.loss_N,
-            (margin_N > 0).double(),
-            margin_N,
-            found.chosen_reward_N,
-            found.rejected_reward_N,
-            logprobs.policy_chosen_N,
-            logprobs.policy_rejected_N,
-        )
+        rewards, policies = (found.chosen_reward_N, found.rejected_reward_N), (policy[::2], policy[1::2])
+        measured = (found.loss_N, (margin_N > 0).double(), margin_N, *rewards, *policies)
         return torch.stack([values_N.sum() for values_N in measured])
 
     def _order(self, both: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

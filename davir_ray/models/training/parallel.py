@@ -94,7 +94,7 @@ class Replicated:
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
         """Load a saved state. IntegrityError if it is damaged, ConfigError if it is of the other strategy."""
         _check_strategy(folder, SHARDS_FILE, "fsdp")
-        _check(folder, STATE_FILE, _written_checksum(folder))
+        _check(folder, STATE_FILE)
         model = self.likelihood.model
         state = torch.load(folder / STATE_FILE, map_location=model.device, weights_only=True)
         if set(state["model"]) != model.state_dict().keys() - _frozen(model):
@@ -260,15 +260,8 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterat
 
 def _from_first(make: Callable[[], Any]) -> Any:
     """Return on every rank what `make` returns on rank 0; a DavirError is raised on every rank, too."""
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = make()
-        except DavirError as error:
-            box[0] = error
+    box = [together(lambda: make() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box)
-    if isinstance(box[0], DavirError):
-        raise box[0]
     return box[0]
 
 
@@ -300,25 +293,20 @@ def _from_all(own: Any) -> list[Any]:
 def _verified_index(folder: Path) -> dict[str, Any]:
     """The index of a sharded state, after it and this rank's share of the files were verified."""
     _check_strategy(folder, STATE_FILE, "ddp")
-    _check(folder, SHARDS_FILE, _written_checksum(folder))
+    _check(folder, SHARDS_FILE)
     index: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_bytes())
     for name in sorted(index["files"])[dist.get_rank() :: dist.get_world_size()]:
         _check(folder, name, index["files"][name])
     return index
 
 
-def _check(folder: Path, name: str, checksum: str) -> None:
-    if not (folder / name).is_file():
-        raise IntegrityError(f"{name} is missing")
-    if _checksum(folder / name) != checksum:
+def _check(folder: Path, name: str, checksum: str | None = None) -> None:
+    """Raise IntegrityError unless a file has this checksum; None: the one in the folder's checksum file."""
+    for needed in (name,) if checksum else (_CHECKSUM_FILE, name):
+        if not (folder / needed).is_file():
+            raise IntegrityError(f"{needed} is missing")
+    if _checksum(folder / name) != (checksum or (folder / _CHECKSUM_FILE).read_text(errors="replace")):
         raise IntegrityError(f"{name} does not match its checksum")
-
-
-def _written_checksum(folder: Path) -> str:
-    try:
-        return (folder / _CHECKSUM_FILE).read_text(errors="replace")
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{_CHECKSUM_FILE} is missing") from error
 
 
 def _check_strategy(folder: Path, others: str, strategy: str) -> None:
