@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -47,7 +48,7 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         """Compile the template once, so that a broken one is found before any row."""
         try:
-            self._compiled()
+            _JINJA._compile_jinja_template(self.template)
         except TemplateSyntaxError as error:
             raise ModelError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); correct it, or give "
@@ -86,7 +87,7 @@ class ChatTemplate:
         if not _GENERATION_MARK.search(self.template):
             spans = list(self._turn_spans(messages, text))
         if given:
-            start = self._end_of(messages[:given], text)
+            start = self._prompt_end(messages[:given], text, f"the first {given} messages")
             spans = [(max(start, first), end) for first, end in spans if end > start]
         segments = tuple(_cut(text, spans))
         _check_replies_are_scored(messages[given:], segments)
@@ -105,11 +106,11 @@ class ChatTemplate:
         content_end, marker_end = self._turn_end(text, 0)
         return text[content_end:marker_end] or None
 
-    def _end_of(self, messages: Sequence[Message], text: str) -> int:
-        """Where the first messages end in the text of the whole conversation."""
+    def _prompt_end(self, messages: Sequence[Message], text: str, where: str) -> int:
+        """Where the assistant's turn after these messages begins in the text of a longer conversation."""
         before = self.prompt(messages)
         if not text.startswith(before):
-            raise _not_a_prefix(f"the first {len(messages)} messages", before, text)
+            raise _not_a_prefix(where, before, text)
         return len(before)
 
     @cached_property
@@ -123,15 +124,13 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.prompt(messages[:index])
             through, _ = self._render(messages[: index + 1])
-            if not through.startswith(before):
-                raise _not_a_prefix(f"message {index}", before, through)
-            content_end, marker_end = self._turn_end(through, len(before))
+            start = self._prompt_end(messages[:index], through, f"message {index}")
+            content_end, marker_end = self._turn_end(through, start)
             if text.startswith(through[:marker_end]):
-                yield len(before), marker_end
+                yield start, marker_end
             elif text.startswith(through[:content_end]):  # the template writes an end marker after the last turn only
-                yield len(before), content_end
+                yield start, content_end
             else:
                 raise _not_a_prefix(f"what follows message {index}", through[:content_end], text)
 
@@ -146,14 +145,11 @@ class ChatTemplate:
             return len(text), len(text)
         return markers[-1].start(), markers[-1].end()
 
-    def _compiled(self) -> Any:
-        return _JINJA._compile_jinja_template(self.template)
-
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The rendered text and the spans inside generation marks."""
         try:
             text, spans = _JINJA._render_with_assistant_indices(
-                self._compiled(),
+                _JINJA._compile_jinja_template(self.template),
                 list(messages),
                 None,
                 None,
@@ -265,10 +261,14 @@ def _check_replies_are_scored(messages: Sequence[Message], segments: Sequence[Se
         at = found + len(reply.strip())
 
 
+def num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Number of items at the beginning that are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def _not_a_prefix(where: str, start: str, whole: str) -> RowError:
     """The error where a conversation does not continue its rendered beginning, with the first difference."""
-    same = (one == other for one, other in zip(start, whole, strict=False))
-    at = next((index for index, equal in enumerate(same) if not equal), min(len(start), len(whole)))
+    at = num_equal(start, whole)
     detail = (
         f"the chat template writes the conversation before {where} differently when it continues "
         f"({shorten(start[at:], 30)!r} becomes {shorten(whole[at:], 30)!r}), so the assistant's text cannot be found; "

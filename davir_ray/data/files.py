@@ -142,21 +142,33 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
     link counts as its target, under the link's own path; a link to a folder that contains it is skipped with a
     warning. Raises DataError if nothing is found, for a broken link, and for a path in a place that this job writes.
     """
-    paths = source.paths
-    if isinstance(source.path, str) and _looks_like_hub_name(source.path):
+    path = source.path
+    if isinstance(path, str) and _HUB_NAME.fullmatch(path) and _layout(path) is None and not os.path.lexists(path):
         files = _hub_files(source)
     else:
         outputs = [Location(place.fs, _real(place.fs, place.path)) for place in written]
-        found = [_find(path, source.split, outputs) for path in paths]
+        found = [_find(path, source.split, outputs) for path in source.paths]
         if any(one.fs != found[0].fs for one in found):
-            raise DataError(f"source {source.name!r} lists several file systems ({paths}); make one source of each")
+            raise DataError(
+                f"source {source.name!r} lists several file systems ({source.paths}); make one source of each"
+            )
         if source.split != DEFAULT_SPLIT and not any(one.has_splits for one in found):
             raise DataError(
                 f"split of source {source.name!r} is {source.split!r}, but {source.path} has no splits; leave it out, "
                 "or give the files of that split"
             )
         root = found[0].root if len(found) == 1 else posixpath.commonpath([one.root for one in found])
-        files = [_source_file(source, one, path, root) for one in found for path in one.sizes]
+        files = [
+            SourceFile(
+                source=source.name,
+                uri=path if isinstance(one.fs, LocalFileSystem) else one.fs.unstrip_protocol(path),
+                relative_path=_relative(path, root),
+                layout="arrow" if one.is_datasets_folder else _layout(path) or "jsonl",
+                num_bytes=num_bytes,
+            )
+            for one in found
+            for path, num_bytes in one.sizes.items()
+        ]
     for file in files:
         try:
             file.uri.encode()
@@ -350,28 +362,13 @@ def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -
 
 def _check_revisions(paths: Iterable[str]) -> None:
     """Raise DataError if the hub's cache of a data set has several revisions, each of which has every row."""
-    revisions: dict[str, set[str]] = {}
+    revisions: dict[str, set[str]] = defaultdict(set)
     for match in filter(None, map(_REVISION.search, paths)):
-        revisions.setdefault(match["cache"], set()).add(match["revision"])
+        revisions[match["cache"]].add(match["revision"])
     for cache, found in revisions.items():
         if len(found) > 1:
             names = ", ".join(sorted(found))
             raise DataError(f"{cache} has {len(found)} revisions ({names}); give {cache}/snapshots/REVISION")
-
-
-def _source_file(source: Source, found: _Found, path: str, root: str) -> SourceFile:
-    is_local = isinstance(found.fs, LocalFileSystem)
-    return SourceFile(
-        source=source.name,
-        uri=path if is_local else found.fs.unstrip_protocol(path),
-        relative_path=_relative(path, root),
-        layout="arrow" if found.is_datasets_folder else _layout(path) or "jsonl",
-        num_bytes=found.sizes[path],
-    )
-
-
-def _looks_like_hub_name(path: str) -> bool:
-    return bool(_HUB_NAME.fullmatch(path)) and _layout(path) is None and not os.path.lexists(path)
 
 
 def _hub_files(source: Source) -> list[SourceFile]:
@@ -382,10 +379,8 @@ def _hub_files(source: Source) -> list[SourceFile]:
 
         data_files = datasets.load_dataset_builder(name).config.data_files or {}
         uris = {str(split): [str(uri) for uri in files] for split, files in data_files.items()}
-        sizes = {}
-        for uri in uris.get(source.split, []):
-            fs, path = file_system(uri)
-            sizes[uri] = _size(fs.info(path))
+        places = {uri: file_system(uri) for uri in uris.get(source.split, [])}
+        sizes = {uri: _size(fs.info(path)) for uri, (fs, path) in places.items()}
     except Exception as error:  # a missing library, no network, no such data set, a configuration to choose
         raise DataError(
             f"{name} neither exists here nor loads from the hub ({first_line(error)}); correct the path, or name the "

@@ -11,12 +11,11 @@ and have no common prompt. Two responses of which only one repeats the prompt ha
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from davir_ray.config.sources import Source
-from davir_ray.data.chat import ChatTemplate, Message, messages_of, render_turns
+from davir_ray.data.chat import ChatTemplate, Message, messages_of, num_equal, render_turns
 from davir_ray.data.rendered import Rendered, RowError, Segment, column
 from davir_ray.schema import RejectReason, Role
 from davir_ray.text import shorten
@@ -50,18 +49,15 @@ def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | 
         seen = f"{type(chosen).__name__} and {type(rejected).__name__}"
         detail = f"{source.chosen_column!r} and {source.rejected_column!r} hold {seen}; expected two strings, or lists"
         raise RowError(RejectReason.WRONG_TYPE, detail)
-    _check_pair(*pair)
-    return pair
-
-
-def _check_pair(chosen: Rendered, rejected: Rendered) -> None:
-    for role, rendered in zip(Role, (chosen, rejected), strict=True):
-        if not rendered.response.strip():
+    responses = [rendered.response.strip() for rendered in pair]
+    for role, response in zip(Role, responses, strict=True):
+        if not response:
             raise RowError(RejectReason.EMPTY_RESPONSE, f"the {role} response is empty or white space only")
-    if chosen.response.strip() == rejected.response.strip():
+    if responses[0] == responses[1]:
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected response are the same")
-    if chosen.prompt != rejected.prompt:
+    if pair[0].prompt != pair[1].prompt:
         raise _no_common_prompt("the chat template renders their common messages differently")
+    return pair
 
 
 def _no_common_prompt(detail: str) -> RowError:
@@ -73,7 +69,7 @@ def _of_strings(prompt: Any, chosen: str, rejected: str, source: Source) -> Rend
         raise RowError(RejectReason.WRONG_TYPE, f"the prompt is of type {type(prompt).__name__}; expected a string")
     if not prompt or not prompt.strip() or _are_dialogues_of(prompt, chosen, rejected):
         end = _end_of_prompt(chosen, rejected)
-        return _dialogue(chosen, end), _dialogue(rejected, end)
+        return _joined(chosen[:end], _turns(chosen[end:])), _joined(rejected[:end], _turns(rejected[end:]))
     prompt, chosen, rejected = _repeated_once(prompt, chosen, rejected, source)
     return _joined(prompt, [Segment(chosen, True)]), _joined(prompt, [Segment(rejected, True)])
 
@@ -93,23 +89,19 @@ def _repeated_once(prompt: str, chosen: str, rejected: str, source: Source) -> t
     """The prompt and what follows it in both responses, which may repeat it."""
     if len("".join(prompt.split())) < _MIN_REPEATED_CHARACTERS:
         return prompt, chosen, rejected
-    match _repeats(chosen, prompt), _repeats(rejected, prompt):
-        case False, False:
-            return prompt, chosen, rejected
-        case True, False:
-            raise _repeated_by_one(source.chosen_column, source.rejected_column, source)
-        case False, True:
-            raise _repeated_by_one(source.rejected_column, source.chosen_column, source)
+    by_chosen, by_rejected = _repeats(chosen, prompt), _repeats(rejected, prompt)
+    if by_chosen != by_rejected:
+        columns = (source.chosen_column, source.rejected_column)
+        one, other = columns if by_chosen else reversed(columns)
+        raise _no_common_prompt(
+            f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in "
+            "both or in neither"
+        )
+    if not by_chosen:
+        return prompt, chosen, rejected
     if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
         prompt, chosen, rejected = prompt.strip(), chosen.lstrip(), rejected.lstrip()
     return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
-
-
-def _repeated_by_one(one: str, other: str, source: Source) -> RowError:
-    return _no_common_prompt(
-        f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in both "
-        "or in neither"
-    )
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:
@@ -118,11 +110,11 @@ def _end_of_prompt(chosen: str, rejected: str) -> int:
     Raises RowError: equal_responses, no_common_prompt.
     """
     one, other = _MARKS.split(chosen), _MARKS.split(rejected)  # text, mark, text, …, mark, text
-    shared = _num_equal(one, other)
+    shared = num_equal(one, other)
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected dialogue are the same")
     if one[:shared][-1:] != [ASSISTANT_MARK] or _differ_in_space([one, other], shared):
-        same = _num_equal(chosen, rejected)
+        same = num_equal(chosen, rejected)
         then = [shorten(text[same:], 30) for text in (chosen, rejected)]
         raise _no_common_prompt(
             f"there is no prompt apart from the responses, and the two dialogues share only their first {same} "
@@ -137,14 +129,10 @@ def _differ_in_space(texts: Sequence[Sequence[str]], at: int) -> bool:
     return len({text[at].strip() for text in texts}) == 1 and any(len(text) > at + 1 for text in texts)
 
 
-def _dialogue(text: str, start: int) -> Rendered:
-    """A dialogue whose prompt is the text before `start`."""
-    return _joined(text[:start], list(_turns(text[start:])))
-
-
-def _joined(prompt: str, rest: list[Segment]) -> Rendered:
-    response = "\n\n".join(segment.text for segment in rest if segment.scored)
-    return Rendered(prompt=prompt, response=response, segments=(Segment(prompt, False), *rest))
+def _joined(prompt: str, rest: Iterable[Segment]) -> Rendered:
+    segments = (Segment(prompt, False), *rest)
+    response = "\n\n".join(segment.text for segment in segments if segment.scored)
+    return Rendered(prompt=prompt, response=response, segments=segments)
 
 
 def _turns(text: str) -> Iterator[Segment]:
@@ -169,7 +157,7 @@ def _of_messages(
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
     names = (source.chosen_column, source.rejected_column)
     one, other = messages_of(chosen, names[0]), messages_of(rejected, names[1])
-    given = _given(prompt, one[: _num_equal(one, other)], source.prompt_column)
+    given = _given(prompt, one[: num_equal(one, other)], source.prompt_column)
     one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
     shared = _num_shared(one, other)
     return render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared)
@@ -209,7 +197,7 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
 
     Raises RowError: equal_responses, no_common_prompt.
     """
-    shared = _num_equal(one, other)
+    shared = num_equal(one, other)
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected conversation are the same")
     seen = [messages[shared]["role"] if len(messages) > shared else "the end" for messages in (one, other)]
@@ -225,8 +213,3 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
             "then differ in an assistant's message"
         )
     return shared
-
-
-def _num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Number of items at the beginning that are equal."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

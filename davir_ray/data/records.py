@@ -232,18 +232,15 @@ def _plain_rows(batch: Any) -> list[_Row]:
 
 
 def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
+    reason = RejectReason.WRONG_TYPE  # a date that Python cannot express
     try:
-        row: dict[str, Any] = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, OverflowError) as error:  # a date that Python cannot express
-        return _Bad(RejectReason.WRONG_TYPE, str(error)[:300])
-    try:
+        (row,) = batch.to_pylist()
+        reason = RejectReason.BROKEN_JSON
         return _with_json(row, json_fields)
-    except UnicodeEncodeError as error:
+    except UnicodeError as error:
         return _Bad(RejectReason.INVALID_TEXT, str(error)[:300])
-    except (ValueError, RecursionError) as error:
-        return _Bad(RejectReason.BROKEN_JSON, str(error)[:300])
+    except (ValueError, OverflowError, RecursionError) as error:
+        return _Bad(reason, str(error)[:300])
 
 
 def _with_json(row: Any, fields: Iterable[pa.Field]) -> dict[str, Any]:

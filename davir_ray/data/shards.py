@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import pyarrow as pa
@@ -153,5 +153,4 @@ class ShardWriter:
         self._rejects = []
 
     def _write(self, name: str, table: pa.Table) -> None:
-        entry = write_parquet(self._run / name, table)
-        self.report.files.append(FileEntry(name=name, rows=entry.rows, bytes=entry.bytes, sha256=entry.sha256))
+        self.report.files.append(replace(write_parquet(self._run / name, table), name=name))

@@ -45,7 +45,7 @@ class Encoder:
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        self._special_ids = np.array(sorted(set(tokenizer.all_special_ids) - unknown), dtype=np.int32)
+        self._special_ids = set(tokenizer.all_special_ids) - unknown
 
     def encode(self, examples: Sequence[Rendered]) -> list[Encoded | RowError]:
         """Encode examples; a RowError takes the place of one that must be rejected.
@@ -99,9 +99,8 @@ class Encoder:
 
     def _special_token(self, parts: list[tuple[list[int], bool]]) -> RowError | None:
         for ids, _ in parts:
-            found = np.intersect1d(np.array(ids, dtype=np.int32), self._special_ids)
-            if len(found):
-                token = self._tokenizer.convert_ids_to_tokens(int(found[0]))
+            if found := self._special_ids.intersection(ids):
+                token = self._tokenizer.convert_ids_to_tokens(min(found))
                 detail = f"the text contains the special token {token!r}, which this tokenizer cannot encode as text"
                 return RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, detail)
         return None

@@ -68,7 +68,11 @@ def _local_digest(path: str, *_: int) -> str:
 def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:
     """Write a whole file, atomically; returns its entry."""
     place.write_bytes(content)
-    return FileEntry(name=place.name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return _entry(place.name, content, rows)
+
+
+def _entry(name: str, content: bytes, rows: int) -> FileEntry:
+    return FileEntry(name=name, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def put_folder(place: Location, local: Path, last: Collection[str] = ()) -> list[FileEntry]:
@@ -136,9 +140,7 @@ def committed_parquet(place: Location) -> tuple[FileEntry, pa.Table]:
     content = place.read_bytes()
     with _damage_refused(place):
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
-    return FileEntry(
-        name=place.name, rows=table.num_rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-    ), table
+    return _entry(place.name, content, table.num_rows), table
 
 
 @contextmanager

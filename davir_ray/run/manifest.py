@@ -53,8 +53,13 @@ class Manifest:
         its content is read.
         """
         there = _listed(run, self.files)
-        lines = [f"{entry.name}: {entry.bytes} bytes → {found}" for entry, found in _other_sizes(self.files, there)]
-        doubtful = [entry for entry in self.files if _may_have_changed(entry, there.get(entry.name), trust_marks)]
+        resized = {entry.name: f"{entry.bytes} bytes → {found}" for entry, found in _other_sizes(self.files, there)}
+        lines = [f"{name}: {change}" for name, change in resized.items()]
+        doubtful = [
+            entry
+            for entry in self.files
+            if entry.name not in resized and not (trust_marks and entry.mark and entry.mark == there[entry.name].mark)
+        ]
         digests = each(lambda entry: content_digest(run / entry.name), doubtful)
         lines += [
             f"{entry.name}: sha256 {entry.sha256[:12]}… → {found[:12]}…"
@@ -108,13 +113,6 @@ def _other_sizes(files: Iterable[FileEntry], there: Mapping[str, FileInfo]) -> I
         found = there.get(entry.name)
         if found is None or found.bytes != entry.bytes:
             yield entry, "missing" if found is None else found.bytes
-
-
-def _may_have_changed(entry: FileEntry, now: FileInfo | None, trust_marks: bool) -> bool:
-    """Whether a file of unchanged size must be read to know if its content has changed."""
-    if now is None or now.bytes != entry.bytes:
-        return False
-    return not trust_marks or now.mark is None or now.mark != entry.mark
 
 
 def _listed(run: Location, files: Iterable[FileEntry]) -> dict[str, FileInfo]:
