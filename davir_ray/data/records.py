@@ -2,7 +2,6 @@
 
 import codecs
 import io
-import itertools
 import json
 import posixpath
 import re
@@ -107,8 +106,7 @@ def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Re
 
 def table_records(table: Any) -> Iterator[Record | Reject]:
     """The rows of an Arrow table in order, each once; `source_file` is empty."""
-    batches = itertools.chain.from_iterable(map(_plain_rows, table.to_batches(_BATCH_ROWS)))
-    for row, value in enumerate(batches):
+    for row, value in enumerate(_plain_rows(table.to_batches(_BATCH_ROWS))):
         if isinstance(value, _Bad):
             yield value.at("", row)
         elif value is not None:
@@ -125,7 +123,8 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     if layout == "parquet":
         return _parquet_rows(stream, piece.row_groups)
     if layout == "arrow":
-        return 0, itertools.chain.from_iterable(map(_plain_rows, _arrow_batches(stream)))
+        starts = ((batch, range(0, batch.num_rows, _BATCH_ROWS)) for batch in pa.ipc.open_stream(stream))
+        return 0, _plain_rows(batch.slice(start, _BATCH_ROWS) for batch, rows in starts for start in rows)
     text = _decompressed(stream, uri)
     if not text.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes when decompressed")])
@@ -212,23 +211,22 @@ def _parquet_rows(stream: io.BufferedReader, row_groups: range | None) -> tuple[
     groups = range(footer.num_row_groups) if row_groups is None else row_groups
     first = sum(footer.row_group(index).num_rows for index in range(groups.start))
     # One row group at a time: a batch over two of them would be lost whole if the second is damaged.
-    batches = (batch for index in groups for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[index]))
-    return first, itertools.chain.from_iterable(map(_plain_rows, batches))
+    return first, _plain_rows(
+        batch for index in groups for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[index])
+    )
 
 
-def _arrow_batches(stream: io.BufferedReader) -> Iterator[Any]:
-    for batch in pa.ipc.open_stream(stream):
-        yield from (batch.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS))
-
-
-def _plain_rows(batch: Any) -> list[_Row]:
-    """The rows of an Arrow batch as Python values; a value that Python cannot express affects only its row."""
-    json_fields = [field for field in batch.schema if _JSON in str(field.type)]
-    try:
-        rows: list[_Row] = batch.to_pylist()
-        return [_with_json(row, json_fields) for row in rows] if json_fields else rows
-    except (ValueError, OverflowError, RecursionError):
-        return [_plain_row(batch.slice(index, 1), json_fields) for index in range(batch.num_rows)]
+def _plain_rows(batches: Iterable[Any]) -> Iterator[_Row]:
+    """The rows of Arrow batches as Python values; a value that Python cannot express affects only its row."""
+    for batch in batches:
+        json_fields = [field for field in batch.schema if _JSON in str(field.type)]
+        try:
+            rows: list[_Row] = batch.to_pylist()
+            if json_fields:
+                rows = [_with_json(row, json_fields) for row in rows]
+        except (ValueError, OverflowError, RecursionError):
+            rows = [_plain_row(batch.slice(index, 1), json_fields) for index in range(batch.num_rows)]
+        yield from rows
 
 
 def _plain_row(batch: Any, json_fields: list[pa.Field]) -> _Row:
