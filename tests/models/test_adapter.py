@@ -14,6 +14,7 @@ import torch
 from peft import EvaConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
+from scoring_tables import scoring_table
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from davir_ray.compare.generation import _check_model
@@ -25,12 +26,11 @@ from davir_ray.models import checkpoint, scorer
 from davir_ray.models.adapter import _SUPPORTED, _SUPPORTED_VALUES, adapter_switched_off, add_adapter
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import Likelihood, active_head
-from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.models.scorer import Scorer, ScorerSettings
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import Trainer
 from davir_ray.models.training.model import save_reference
 from davir_ray.run.manifest import Manifest
-from davir_ray.schema import EXAMPLES
 from davir_ray.stages.prepare import Preparation
 from davir_ray.stages.verify import _compare, plain_losses
 
@@ -42,23 +42,12 @@ SETTINGS = ScorerSettings(keep_token_nll="all")
 
 def draw_table(count: int = 12) -> pa.Table:
     draw = np.random.default_rng(3)
-    rows = []
-    for row in range(count):
+    examples = []
+    for _ in range(count):
         length = int(draw.integers(6, 60))
         prompt = int(draw.integers(1, length - 1))
-        rows.append(
-            {
-                "example_id": row,
-                "content_hash": row,
-                "source": "drawn",
-                "num_prompt_tokens": prompt,
-                "num_response_tokens": length - prompt,
-                "truncated": False,
-                "input_ids": draw.integers(3, 700, length).tolist(),
-                "response_spans": [prompt, length],
-            }
-        )
-    return pa.Table.from_pylist(rows, pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS]))
+        examples.append((draw.integers(3, 700, length), [prompt, length]))
+    return scoring_table(examples)
 
 
 def load(folder: Path) -> PreTrainedModel:

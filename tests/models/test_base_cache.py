@@ -9,35 +9,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scoring_tables import scoring_table
 from transformers import AutoModelForCausalLM
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.models.base_cache import BaseCache, base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
-from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.models.scorer import Scorer, ScorerSettings
 from davir_ray.run.location import Location
-from davir_ray.schema import EXAMPLES
 
 SETTINGS = ScorerSettings(keep_token_nll="all")
 Counted = Callable[[Scorer, pa.Table], tuple[pa.Table, int]]
 
 
 def table_of(lengths: list[int], first_id: int = 0, first_token: int = 3) -> pa.Table:
-    rows = [
-        {
-            "example_id": first_id + row,
-            "content_hash": row,
-            "source": "drawn",
-            "num_prompt_tokens": 2,
-            "num_response_tokens": length - 2,
-            "truncated": False,
-            "input_ids": [first_token, *range(4, length + 3)],
-            "response_spans": [2, length],
-        }
-        for row, length in enumerate(lengths)
-    ]
-    return pa.Table.from_pylist(rows, pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS]))
+    return scoring_table([([first_token, *range(4, length + 3)], [2, length]) for length in lengths], first_id)
 
 
 TABLE = table_of([5, 9, 30, 4])

@@ -1,6 +1,6 @@
 """The scorer: one row for every example whatever it is, the same scores however they are packed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
+from scoring_tables import scoring_table
 from transformers import AutoModelForCausalLM
 
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, Likelihood, Pack
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings, is_sampled
-from davir_ray.schema import EXAMPLES, SCORES
+from davir_ray.schema import SCORES
 
 RARE = 700
 """A token that only the examples of one test hold."""
@@ -23,13 +24,6 @@ SCORED = ["base_nll", "reference_nll", "davir", "rho_sum", "rho_mean", "status"]
 
 Sequence = tuple[npt.NDArray[np.int32], list[int]]
 MakeScorer = Callable[..., Scorer]
-
-
-@pytest.fixture(autouse=True)
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +47,6 @@ def draw_sequences(count: int = 40, seed: int = 0) -> list[Sequence]:
     return sequences
 
 
-def table_of(sequences: list[Sequence], first_id: int = 0) -> pa.Table:
-    counts = [sum(spans[1::2]) - sum(spans[::2]) for _, spans in sequences]
-    rows = [
-        {
-            "example_id": (first_id + row) * 7919 % 10007,
-            "content_hash": row,
-            "source": "drawn",
-            "num_prompt_tokens": len(ids) - count,
-            "num_response_tokens": count,
-            "truncated": row % 5 == 0,
-            "input_ids": ids.tolist(),
-            "response_spans": spans,
-        }
-        for row, ((ids, spans), count) in enumerate(zip(sequences, counts, strict=True))
-    ]
-    return pa.Table.from_pylist(rows, pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS]))
-
-
 def one_at_a_time(folder: Path, sequences: list[Sequence], attention: str = "eager") -> npt.NDArray[np.float64]:
     """Summed nats by a float64 copy, one example at a time, in a Python loop."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float64).eval()
@@ -92,7 +68,7 @@ def test_scores_are_those_of_a_float64_loop_over_the_models_own_forward(
     make_scorer: MakeScorer, base_folder: Path, reference_folder: Path
 ) -> None:
     sequences = draw_sequences()
-    scores = make_scorer()(table_of(sequences))
+    scores = make_scorer()(scoring_table(sequences))
     base, reference = one_at_a_time(base_folder, sequences), one_at_a_time(reference_folder, sequences)
     tokens = values(scores, "num_response_tokens")
     np.testing.assert_allclose(values(scores, "base_nll"), base, rtol=1e-5)
@@ -104,13 +80,13 @@ def test_scores_are_those_of_a_float64_loop_over_the_models_own_forward(
 
 def test_float64_scores_are_exact(make_scorer: MakeScorer, base_folder: Path) -> None:
     sequences = draw_sequences(count=8)
-    scores = make_scorer(precision="float64")(table_of(sequences))
+    scores = make_scorer(precision="float64")(scoring_table(sequences))
     # Not eager: that takes its softmax in float32, even in a float64 model.
     np.testing.assert_allclose(values(scores, "base_nll"), one_at_a_time(base_folder, sequences, "sdpa"), rtol=1e-10)
 
 
 def test_the_columns_agree_with_each_other(make_scorer: MakeScorer) -> None:
-    scores = make_scorer()(table_of(draw_sequences()))
+    scores = make_scorer()(scoring_table(draw_sequences()))
     base, reference = values(scores, "base_nll"), values(scores, "reference_nll")
     np.testing.assert_array_equal(values(scores, "davir"), (base - reference) / base)
     np.testing.assert_array_equal(values(scores, "rho_sum"), base - reference)
@@ -133,7 +109,7 @@ def test_every_example_has_one_row_in_its_place(make_scorer: MakeScorer) -> None
         (twin.copy(), [4, 20]),
         (np.array([9, 9], np.int32), []),
     ]
-    table = table_of(sequences)
+    table = scoring_table(sequences)
     scores = make_scorer(tokens_per_pack=256)(table)
     assert scores.schema.equals(SCORES)
     for name in INPUT_COLUMNS[:6]:
@@ -149,13 +125,13 @@ def test_every_example_has_one_row_in_its_place(make_scorer: MakeScorer) -> None
 
 @pytest.mark.parametrize("sequences", [[], [(np.array([5, 6], np.int32), [0, 2])]])
 def test_a_table_with_nothing_to_score_keeps_its_rows(make_scorer: MakeScorer, sequences: list[Sequence]) -> None:
-    scores = make_scorer()(table_of(sequences))
+    scores = make_scorer()(scoring_table(sequences))
     assert scores.schema.equals(SCORES)
     assert scores["status"].to_pylist() == ["no_predictor"] * len(sequences)
 
 
 def test_no_token_budget_changes_a_score(make_scorer: MakeScorer) -> None:
-    table = table_of(draw_sequences())
+    table = scoring_table(draw_sequences())
     expected = make_scorer(tokens_per_pack=1)(table)
     for budget in (256, 1024, 4096):
         scores = make_scorer(tokens_per_pack=budget)(table)
@@ -165,7 +141,7 @@ def test_no_token_budget_changes_a_score(make_scorer: MakeScorer) -> None:
 
 
 def test_the_order_of_the_rows_changes_no_bit(make_scorer: MakeScorer) -> None:
-    table = table_of(draw_sequences())
+    table = scoring_table(draw_sequences())
     scorer = make_scorer(tokens_per_pack=512, keep_token_nll="all")
     order = np.random.default_rng(9).permutation(table.num_rows)
     shuffled = scorer(table.take(order))
@@ -173,7 +149,7 @@ def test_the_order_of_the_rows_changes_no_bit(make_scorer: MakeScorer) -> None:
 
 
 def test_slices_and_chunks_of_a_table_are_read_in_place(make_scorer: MakeScorer) -> None:
-    table = table_of(draw_sequences(count=12))
+    table = scoring_table(draw_sequences(count=12))
     scorer = make_scorer(tokens_per_pack=1)
     whole = scorer(table)
     assert scorer(table.slice(3, 5)).equals(whole.slice(3, 5))
@@ -187,10 +163,10 @@ def test_a_loss_that_is_not_finite_gives_a_status_and_nulls(make_scorer: MakeSco
     rare: Sequence = (np.array([5, RARE, 6, 7], np.int32), [2, 4])
     sequences = [rare, *[(draw.integers(3, RARE, 9, dtype=np.int32), [3, 9]) for _ in range(3)]]
     scorer = make_scorer()
-    clean = scorer(table_of(sequences)).to_pylist()
+    clean = scorer(scoring_table(sequences)).to_pylist()
     with torch.no_grad():
         getattr(scorer, which).model.get_input_embeddings().weight[RARE] = poison
-    first, *others = scorer(table_of(sequences)).to_pylist()
+    first, *others = scorer(scoring_table(sequences)).to_pylist()
     assert first["status"] == "non_finite_nll"
     assert first["davir"] is first["rho_sum"] is first["rho_mean"] is None
     assert (first["base_nll"] is None, first["reference_nll"] is None) == (which == "_base", which == "_reference")
@@ -202,7 +178,7 @@ def test_a_base_loss_of_zero_gives_a_status_and_no_made_up_score(
 ) -> None:
     scorer = make_scorer()
     monkeypatch.setattr(Likelihood, "forward", lambda _self, pack: torch.zeros(sum(pack.num_scored)))
-    for row in scorer(table_of(draw_sequences(count=5))).to_pylist():
+    for row in scorer(scoring_table(draw_sequences(count=5))).to_pylist():
         assert row["status"] == "zero_base_nll"
         assert row["davir"] is None
         assert row["base_nll"] == row["reference_nll"] == row["rho_sum"] == row["rho_mean"] == 0
@@ -222,7 +198,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[Pack], bool]) 
 def test_a_pack_that_does_not_fit_is_halved_until_it_does(
     make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = table_of(draw_sequences())
+    table = scoring_table(draw_sequences())
     scorer = make_scorer()
     expected = scorer(table)
     limit_memory(monkeypatch, lambda pack: len(pack.sequence_lengths) <= 3)
@@ -245,10 +221,10 @@ def test_a_budget_that_was_too_large_once_is_not_tried_again(
 
     scorer = make_scorer(tokens_per_pack=1000)
     limit_memory(monkeypatch, fits)
-    scorer(table_of(draw_sequences()))
+    scorer(scoring_table(draw_sequences()))
     assert refused
     refused.clear()
-    scorer(table_of(draw_sequences(seed=1)))
+    scorer(scoring_table(draw_sequences(seed=1)))
     assert not refused
 
 
@@ -259,14 +235,14 @@ def test_an_example_that_does_not_fit_alone_is_named_and_costs_no_other(
     longest = max(len(ids) for ids, _ in sequences)
     scorer = make_scorer(keep_token_nll="all")
     limit_memory(monkeypatch, lambda pack: max(pack.sequence_lengths) < longest)
-    for (ids, _), row in zip(sequences, scorer(table_of(sequences)).to_pylist(), strict=True):
+    for (ids, _), row in zip(sequences, scorer(scoring_table(sequences)).to_pylist(), strict=True):
         assert row["status"] == ("out_of_memory" if len(ids) == longest else "ok")
         assert (row["base_nll"] is None) == (row["davir"] is None) == (len(ids) == longest)
         assert (row["base_token_nll"] is None) == (len(ids) == longest)
 
 
 def test_kept_token_losses_are_as_many_as_tokens_and_sum_to_the_loss(make_scorer: MakeScorer) -> None:
-    for row in make_scorer(keep_token_nll="all")(table_of(draw_sequences())).to_pylist():
+    for row in make_scorer(keep_token_nll="all")(scoring_table(draw_sequences())).to_pylist():
         for model in ("base", "reference"):
             kept = row[f"{model}_token_nll"]
             assert len(kept) == row["num_response_tokens"]
@@ -274,12 +250,12 @@ def test_kept_token_losses_are_as_many_as_tokens_and_sum_to_the_loss(make_scorer
 
 
 def test_no_token_losses_are_kept_unless_wanted(make_scorer: MakeScorer) -> None:
-    scores = make_scorer(keep_token_nll="none", sample_share=1.0)(table_of(draw_sequences(count=5)))
+    scores = make_scorer(keep_token_nll="none", sample_share=1.0)(scoring_table(draw_sequences(count=5)))
     assert scores["base_token_nll"].null_count == scores["reference_token_nll"].null_count == 5
 
 
 def test_a_sample_keeps_the_same_rows_in_every_run(make_scorer: MakeScorer) -> None:
-    table = table_of(draw_sequences())
+    table = scoring_table(draw_sequences())
     settings = {"keep_token_nll": "sample", "sample_share": 0.4}
     kept = [make_scorer(**settings)(part) for part in (table, table.slice(0, 17), table.slice(17))]
     ids = [set(scores.filter(scores["base_token_nll"].is_valid())["example_id"].to_pylist()) for scores in kept]
@@ -299,7 +275,7 @@ def test_a_sample_has_about_the_wanted_share_and_grows_with_it() -> None:
 
 def test_equal_models_score_zero(base_folder: Path) -> None:
     base = Checkpoint.find(str(base_folder))
-    scores = Scorer(base, base, ScorerSettings())(table_of(draw_sequences(count=8)))
+    scores = Scorer(base, base, ScorerSettings())(scoring_table(draw_sequences(count=8)))
     assert scores["davir"].to_pylist() == [0.0] * 8
 
 

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -62,14 +61,6 @@ UNPACKABLE: dict[str, dict[str, Any]] = {
 }
 
 Example = tuple[npt.NDArray[np.int32], tuple[int, ...]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(family: str) -> PretrainedConfig:

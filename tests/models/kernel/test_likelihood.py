@@ -1,7 +1,6 @@
 """The likelihood kernel: which rows the head sees, gradients, and models that must be refused."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,6 @@ CHUNK_ROWS = 256
 """The head's most rows at once, on a CPU."""
 
 Example = tuple[npt.NDArray[np.int32], tuple[int, ...]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_llama(cls: type[LlamaForCausalLM] = LlamaForCausalLM, **settings: Any) -> LlamaForCausalLM:
