@@ -59,11 +59,11 @@ class FinetuneConfig:
     """Also write the model after each epoch, to reference_epochs/<epoch>/."""
 
     def __post_init__(self) -> None:
-        counts = "epochs max_steps batch_size tokens_per_pack num_workers num_cpus checkpoint_every_steps"
-        for names, holds, need in (
-            (f"{counts} lora_rank lora_alpha", lambda count: count >= 1, "at least 1"),
-            ("learning_rate max_grad_norm", lambda value: value > 0, "above 0"),
-            ("lora_dropout warmup_ratio", lambda share: 0 <= share < 1, "from 0 to below 1"),
-            ("weight_decay seed max_failures", lambda value: value >= 0, "0 or more"),
-        ):
-            check_fields(self, "finetune.", names.split(), holds, need)
+        counts = ["epochs", "max_steps", "batch_size", "tokens_per_pack", "num_workers", "num_cpus"]
+        counts += ["checkpoint_every_steps", "lora_rank", "lora_alpha"]
+        check_fields(self, "finetune.", counts, lambda count: count >= 1, "at least 1")
+        above_0, shares = ["learning_rate", "max_grad_norm"], ["lora_dropout", "warmup_ratio"]
+        check_fields(self, "finetune.", above_0, lambda value: value > 0, "above 0")
+        check_fields(self, "finetune.", shares, lambda share: 0 <= share < 1, "from 0 to below 1")
+        from_0 = ["weight_decay", "seed", "max_failures"]
+        check_fields(self, "finetune.", from_0, lambda value: value >= 0, "0 or more")

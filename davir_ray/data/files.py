@@ -108,7 +108,7 @@ class _Stored(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._file.read(len(buffer))
-        except Exception as error:  # whatever the file system's library raises
+        except Exception as error:  # each file system has a library with errors of its own (httpx, aiohttp, botocore)
             raise StorageError(f"{self._uri}: {explain(error, self._uri)}") from error
         buffer[: len(data)] = data
         self._count(len(data))
