@@ -24,7 +24,7 @@ ABOVE: dict[str, set[str]] = {
     "terminal": {"run", "text"},
     "cli": {"errors", "text", "config", "run", "terminal"},
     "formulas": set(),
-    "data": {"errors", "schema", "config", "run"},
+    "data": {"errors", "schema", "text", "config", "run"},
     "models": {"errors", "schema", "text", "config", "run", "data", "formulas"},
     "report": {"errors", "schema", "config", "run", "data", "formulas"},
     "engine": {"errors", "schema", "text", "config", "run", "terminal"},
