@@ -11,10 +11,10 @@ that holds the run writes its own lease again at its next heartbeat. One case is
 write after its client gave up on it. The heartbeat then ends one of the two drivers within BEAT_S.
 """
 
-import _thread
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -117,17 +117,24 @@ class Lease:
         self._holder = Holder.of_this_process()
         self._ended = threading.Event()
         self._loss: str | None = None
+        self._is_deaf = False
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
         with user_errors(self._place, OutputError):
             self._acquire()
+        self._is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if self._is_deaf and threading.current_thread() is threading.main_thread():
+            # A shell script's background process ignores SIGINT, and with it the interrupt that a loss causes.
+            signal.signal(signal.SIGINT, self._stop_if_lost)
         self._heart.start()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._ended.set()
         self._heart.join()
+        if self._is_deaf and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self._loss is not None:
             raise OutputError(f"{self._place.parent} {self._loss}; this run ends here") from error
         with suppress(StorageError):  # a lease that is left behind has no heartbeat
@@ -215,7 +222,12 @@ class Lease:
 
     def _lose(self, how: str) -> None:
         self._loss = how
-        _thread.interrupt_main()
+        # A signal to the thread itself, which ends a wait; _thread.interrupt_main would take effect only after it.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _stop_if_lost(self, *_signal: object) -> None:
+        if self._loss is not None:
+            raise KeyboardInterrupt
 
     def _is_ours(self) -> bool:
         holder = Holder.read(self._place)

@@ -23,8 +23,18 @@ from davir_ray.run import lease as module
 from davir_ray.run.lease import LEASE_FILE, Holder, Lease
 from davir_ray.run.location import Location
 
-HOLD = "import sys, time\nfrom davir_ray.run.lease import Lease\nfrom davir_ray.run.location import Location\n"
-HOLD += "with Lease(Location.of(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+HOLD = """
+import signal, sys, time
+from davir_ray.run import lease
+from davir_ray.run.location import Location
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[2]))
+lease.BEAT_S = 0.2
+with lease.Lease(Location.of(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+    print("slept", flush=True)
+"""
+"""Hold a lease, with this handler of SIGINT; a process has SIG_IGN where a shell script starts it in the background."""
 
 
 @pytest.fixture
@@ -40,19 +50,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SETTLE_S", 0.3)
 
 
-def start_holder(run: Location) -> subprocess.Popen[str]:
+def start_holder(run: Location, handler: str = "default_int_handler") -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(davir_ray.__file__).parent.parent)}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+        [sys.executable, "-c", HOLD, str(run), handler], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
-
-
-def doze(seconds: float) -> None:
-    """A sleep that an interrupt by another thread ends."""
-    wait_until(lambda: False, seconds)
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 30) -> None:
@@ -155,13 +161,17 @@ def test_a_held_lease_has_a_heartbeat(run: Location) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_who_loses_the_lease_stops_and_leaves_the_others(run: Location) -> None:
+    slept = []
+
     def lose() -> None:
         with Lease(run):
             leave(run)
-            doze(30)
+            time.sleep(30)
+            slept.append(30)
 
     with pytest.raises(OutputError, match=r"was taken over by process \d+ on node7"):
         lose()
+    assert not slept
     holder = Holder.read(run / LEASE_FILE)
     assert holder is not None
     assert holder.host == "node7"
@@ -169,7 +179,7 @@ def test_who_loses_the_lease_stops_and_leaves_the_others(run: Location) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_of_many_that_take_over_a_dead_drivers_run_one_gets_it(run: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._thread, "interrupt_main", lambda: None)  # the holders here are no main threads
+    monkeypatch.setattr(module.signal, "pthread_kill", lambda *_: None)  # the holders here are no main threads
     leave(run)
     held, refused = [], []
 
@@ -204,23 +214,38 @@ def test_a_lease_whose_answer_was_lost_is_ones_own(run: Location, monkeypatch: p
 def test_who_cannot_renew_the_lease_stops_before_another_may_take_it(
     run: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slept = []
+
     def fail(*_: object) -> None:
         raise OSError(errno.EBUSY, "SlowDown")
 
     def hold() -> None:
         with Lease(run):
             monkeypatch.setattr(Location, "write_bytes", fail)
-            doze(30)
+            time.sleep(30)
+            slept.append(30)
 
     with pytest.raises(OutputError, match="may have been taken over by another driver, because the heartbeat failed"):
         hold()
+    assert not slept
 
 
 def test_an_interrupt_ends_the_lease(run: Location) -> None:
     process = start_holder(run)
     process.send_signal(signal.SIGINT)
-    process.wait()
+    assert process.communicate()[0] == ""
     assert not (run / LEASE_FILE).exists()
+
+
+def test_a_background_process_ignores_interrupts_but_stops_when_it_loses_the_lease(run: Location) -> None:
+    process = start_holder(run, "SIG_IGN")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    leave(run)
+    printed, error = process.communicate()
+    assert printed == ""
+    assert "was taken over by process" in error
 
 
 def test_an_end_before_the_loss_is_noticed_leaves_the_others_lease(run: Location) -> None:
@@ -347,7 +372,7 @@ def test_a_heartbeat_that_is_written_too_late_takes_nothing_from_who_took_over(t
         run = twice()
         with Lease(run):
             run.fs.before_write = lambda: (hangs.set(), taken_over.wait())
-            doze(30)
+            time.sleep(30)
 
     thread = threading.Thread(target=take_over)
     thread.start()
