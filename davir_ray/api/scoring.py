@@ -21,8 +21,8 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Format, Source, check_chat_template
 from davir_ray.data.formats import columns
 from davir_ray.data.records import Record, Reject, table_records
-from davir_ray.engine.connect import actor_cpus, ensure_started, own_errors
-from davir_ray.engine.pool import num_gpus_of, plan_pool
+from davir_ray.engine.connect import ensure_started, own_errors
+from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.inputs import check_base, check_reference
 from davir_ray.models.base_cache import BaseCache, base_cache

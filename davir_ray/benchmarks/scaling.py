@@ -20,7 +20,8 @@ from davir_ray.benchmarks.pipeline import save_pair, write_shards
 from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
 from davir_ray.config.scoring import Precision, ScoreConfig
 from davir_ray.config.sources import Format
-from davir_ray.engine.connect import connected, has_gpu
+from davir_ray.engine.connect import connected
+from davir_ray.engine.resources import has_gpu
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.folder import Run

@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.data.chat import ChatTemplate
-from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
+from davir_ray.engine.pool import ShardWorker, Stream
 from davir_ray.engine.progress import ProgressCounter
+from davir_ray.engine.resources import num_gpus_of
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
@@ -69,10 +70,11 @@ def generate(
         examples=holder,
         shards=_of_sources(holder, prepared.files_in("examples"), config.sources),
         columns=INPUT_COLUMNS,
+        ok_count="generated",
+        new_detail="shards_done_by_this_driver",
         count_tokens=_num_new_tokens,
     )
-    filled = stream.fill(GenerateShard, {"model": model, "settings": settings, "base": base}, pool)
-    manifest = stream.manifest(filled, "generated", {"shards_done_by_this_driver": filled.num_new})
+    manifest = stream.fill(GenerateShard, {"model": model, "settings": settings, "base": base}, pool)
     return run.commit(replace(manifest, seconds=time.monotonic() - started))
 
 

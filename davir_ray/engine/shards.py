@@ -117,13 +117,14 @@ def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
     return table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommittedShard:
-    """A shard that a write task committed."""
+    """A shard that a write task committed; the last two are JSON from the file's footer."""
 
     entry: FileEntry
     statuses: dict[str, int]
     numerics: str
+    fingerprint: str
 
 
 class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
@@ -161,7 +162,7 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
         statuses = count_statuses(table)
         unscored = table.num_rows - statuses.get("ok", 0)
         self._report(entry.name, WorkDone(table.num_rows, table.num_rows, self._count_tokens(table), unscored=unscored))
-        return CommittedShard(entry, statuses, numerics)
+        return CommittedShard(entry=entry, statuses=statuses, numerics=numerics, fingerprint=self._fingerprint)
 
     def on_write_complete(self, write_result: WriteResult[list[CommittedShard]]) -> None:
         """Keep what the write tasks committed."""

@@ -5,30 +5,23 @@ Only what a shard's task returns is moved; the driver sees summaries and the ent
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray.data
 
-from davir_ray.engine.connect import num_cpus, own_errors, whole_block_context
+from davir_ray.engine.connect import own_errors, whole_block_context
+from davir_ray.engine.resources import num_cpus
 from davir_ray.engine.shards import Shards
 from davir_ray.run.files import FileEntry
 
 _MAX_PARTITIONS = 200
 """Ray's default, which costs seconds where there are only a few groups."""
 
-_WRITTEN = pa.schema(
-    [
-        ("name", pa.string()),
-        ("rows", pa.int64()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("facts", pa.string()),
-    ]
-)
-"""The schema of a Written as a row, with its facts as JSON. The name is null if a task had nothing to write."""
+_WRITTEN = pa.schema([("written", pa.string())])
+"""A Written as JSON; null if a task had nothing to write."""
 
 Change = Callable[[pa.Table], pa.Table]
 
@@ -116,16 +109,10 @@ def _write_bin(write: Callable[[int, pa.Table], FileEntry], rows: pa.Table) -> p
 
 
 def _to_row(written: Written | None) -> pa.Table:
-    if written is None:
-        return pa.Table.from_pylist([dict.fromkeys(_WRITTEN.names)], _WRITTEN)
-    entry = {name: getattr(written.entry, name) for name in _WRITTEN.names[:-1]}
-    return pa.Table.from_pylist([entry | {"facts": json.dumps(written.facts)}], _WRITTEN)
+    return pa.table([[None if written is None else json.dumps(asdict(written))]], _WRITTEN)
 
 
 def _from_rows(rows: list[dict[str, Any]]) -> list[Written]:
-    written = [
-        Written(FileEntry(**{name: row[name] for name in _WRITTEN.names[:-1]}), json.loads(row["facts"]))
-        for row in rows
-        if row["name"] is not None
-    ]
+    found = [json.loads(row["written"]) for row in rows if row["written"] is not None]
+    written = [Written(FileEntry(**one["entry"]), one["facts"]) for one in found]
     return sorted(written, key=lambda one: one.entry.name)

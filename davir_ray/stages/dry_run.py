@@ -18,9 +18,9 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.reader import ExampleRow
 from davir_ray.data.records import Reject, estimate_rows
-from davir_ray.engine.connect import accelerators, connected_to, has_gpu
-from davir_ray.engine.pool import plan_pool
+from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
+from davir_ray.engine.resources import accelerators, has_gpu, plan_pool
 from davir_ray.errors import ConfigError
 from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize

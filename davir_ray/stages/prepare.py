@@ -16,9 +16,10 @@ from davir_ray.data.formats import rendering
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
-from davir_ray.engine.connect import actor_cpus, own_errors, pool_size
+from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
+from davir_ray.engine.resources import actor_cpus, pool_size
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import tokenizer_digest
