@@ -36,15 +36,14 @@ def compare(
     base, reference = save_pair(folder, model)
     run = Run.at(folder / "run")
     write_shards(run, examples, num_shards)
-    bare = _bare_seconds(base, reference, examples, precision, tokens_per_pack, turns=max(2, num_shards // 4))
+    settings = ScorerSettings(precision=precision, tokens_per_pack=tokens_per_pack, keep_token_nll="none")
+    bare = _bare_seconds(Scorer(base, reference, settings), examples, turns=max(2, num_shards // 4))
     config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
     with connected():
         started = time.monotonic()
         score(run, base, reference, config, keep_token_nll="none")
         whole = time.monotonic() - started
-    # From the first file to the last, so that the start of the actor and the loading of the models do not count.
-    written = sorted(path.stat().st_mtime for path in (folder / "run" / "scores").glob("*.parquet"))
-    warm = (written[-1] - written[0]) / (len(written) - 1)
+    warm = warm_seconds_per_shard(run, num_actors=1)
     return {
         "pipeline_efficiency": bare / warm,
         "pipeline_seconds_per_shard": warm,
@@ -80,18 +79,14 @@ def save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpo
     return Checkpoint.find(str(folder / "base")), Checkpoint.find(str(folder / "reference"))
 
 
-def _bare_seconds(
-    base: Checkpoint,
-    reference: Checkpoint,
-    examples: Sequence[Example],
-    precision: Precision,
-    tokens_per_pack: int | None,
-    turns: int,
-) -> float:
+def warm_seconds_per_shard(run: Run, num_actors: int) -> float:
+    """Seconds per file of scores/ from the moment when every actor has written one, so without starts and loading."""
+    written = sorted(path.stat().st_mtime for path in Path(run.folder.path, "scores").glob("*.parquet"))
+    return (written[-1] - written[num_actors - 1]) / (len(written) - num_actors)
+
+
+def _bare_seconds(scorer: Scorer, examples: Sequence[Example], turns: int) -> float:
     """Median wall seconds per shard, without the first."""
-    scorer = Scorer(
-        base, reference, ScorerSettings(precision=precision, tokens_per_pack=tokens_per_pack, keep_token_nll="none")
-    )
     table = as_shard(examples, 0).select(INPUT_COLUMNS)
     taken = []
     for turn in range(turns + 1):

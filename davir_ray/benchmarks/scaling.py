@@ -16,8 +16,9 @@ from typing import Any
 import ray
 import torch
 
-from davir_ray.benchmarks.pipeline import save_pair, write_shards
-from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
+from davir_ray.benchmarks.pipeline import save_pair, warm_seconds_per_shard, write_shards
+from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, num_tokens, trained_tokenizer
+from davir_ray.config.checks import check
 from davir_ray.config.scoring import Precision, ScoreConfig
 from davir_ray.config.sources import Format
 from davir_ray.engine.connect import connected
@@ -81,11 +82,9 @@ class ScalingBenchmark:
     def __post_init__(self) -> None:
         if self.model is not None and self.random_init is not None:
             raise ConfigError("both model and random_init are given; give at most one of the two")
-        if not self.actors or min(self.actors) < 1:
-            raise ConfigError(f"actors is {self.actors}; it must be a list of numbers, each at least 1")
+        check(min(self.actors, default=0) >= 1, "actors", self.actors, "a list of numbers, each at least 1")
         for name, minimum in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+            check(getattr(self, name) >= minimum, name, getattr(self, name), f"at least {minimum}")
 
 
 def run(settings: ScalingBenchmark) -> dict[str, Any]:
@@ -100,23 +99,19 @@ def run(settings: ScalingBenchmark) -> dict[str, Any]:
         with connected():
             rates = _rates(Path(folder), pair, examples, settings)
             tiny = _tiny_pair(Path(folder))
-            first = [_first_shard_seconds(*tiny, turn) for turn in range(settings.first_shards)]
+            first = [_first_shard_seconds(tiny, turn) for turn in range(settings.first_shards)]
             machine = {"cpus": os.cpu_count(), "cluster": ray.cluster_resources(), "has_gpu": has_gpu()}
     fewest = min(rates)
     alone = rates[fewest] / fewest
     return {
         "settings": asdict(settings),
         "machine": machine,
-        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": _num_tokens(examples)},
+        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": num_tokens(examples)},
         "tokens_per_second": {str(n): rate for n, rate in rates.items()},
         "scaling_efficiency": {str(n): rate / (n * alone) for n, rate in rates.items()},
         "seconds_to_first_shard": median(first) if first else None,
         "seconds_to_first_shard_each": first,
     }
-
-
-def _num_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in examples)
 
 
 def _rates(
@@ -153,14 +148,12 @@ def _rate(
         precision=settings.precision,
     )
     score(run, *pair, config, keep_token_nll="none")
-    written = sorted(path.stat().st_mtime for path in Path(run.folder.path, "scores").glob("*.parquet"))
-    warm = written[num_actors - 1 :]
-    rate = _num_tokens(examples) * (len(warm) - 1) / (warm[-1] - warm[0])
+    rate = num_tokens(examples) / warm_seconds_per_shard(run, num_actors)
     log.info("benchmark: %d actors, %.0f tokens/s", num_actors, rate)
     return rate
 
 
-def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
+def _tiny_pair(parent: Path) -> Path:
     """A new folder with a base, a reference, their tokenizer, and the few rows that the timed command scores."""
     folder = parent / "tiny"
     folder.mkdir()
@@ -169,17 +162,16 @@ def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
     tokenizer = trained_tokenizer(str(rows), 512)
     shape = {**SMALL_LLAMA, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
     model, _ = load_model(None, json.dumps(shape), torch.float32, torch.device("cpu"))
-    pair = save_pair(folder, model)
-    for checkpoint in pair:
+    for checkpoint in save_pair(folder, model):
         tokenizer.save_pretrained(checkpoint.uri)
-    return folder, Path(pair[0].uri), Path(pair[1].uri)
+    return folder
 
 
-def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -> float:
+def _first_shard_seconds(folder: Path, turn: int) -> float:
     """Seconds from the start of a command in a new process to its first file in scores/, on a running cluster."""
     output = folder / f"first-{turn}"
-    options = {"data": folder / _ROWS, "format": "prompt_response", "base": base, "reference": reference}
-    options |= {"output": output, "score.num_actors": 1, "select.top_k": 1, "output_is_shared": "true"}
+    options = {"data": folder / _ROWS, "format": "prompt_response", "output": output, "output_is_shared": "true"}
+    options |= {"base": folder / "base", "reference": folder / "reference", "score.num_actors": 1, "select.top_k": 1}
     command = [sys.executable, "-c", _COMMAND, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     started = time.monotonic()
