@@ -244,7 +244,12 @@ class ScoreRows:
             column = pc.coalesce(rows[name], reasons) if name == "status" else rows[name]
             block = block.append_column(name, column)
         if rejects:
-            _warn(rejects, len(items))
+            counts = Counter(reject.reason for reject in rejects)
+            log.warning(
+                "%d of %d rows of a block cannot be scored (%s); the first: %s",
+                len(rejects), len(items), ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items())),
+                rejects[0].detail[:200],
+            )  # fmt: skip
         return block
 
     def _records(self, block: pa.Table) -> Iterator[Record | Reject]:
@@ -259,9 +264,3 @@ class ScoreRows:
             return SCORES.empty_table()
         rows = [{**example, "example_id": example["content_hash"]} for example in examples]
         return self._scorer(pa.Table.from_pylist(rows, _EXAMPLES))
-
-
-def _warn(rejects: list[Reject], num_rows: int) -> None:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(r.reason for r in rejects).items()))
-    first = rejects[0].detail[:200]
-    log.warning("%d of %d rows of a block cannot be scored (%s); the first: %s", len(rejects), num_rows, reasons, first)

@@ -71,21 +71,25 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         source = "mixture" if config.mixture else "selected"
         written["jsonl"] = write_jsonl(run, source, written[source])
 
-    num_eligible = sum(count.rows for count in eligible)
-    counts = {"ranked": ranked.counts["ranked"], "eligible": num_eligible, **left_out, "selected": plan.num_rows}
-    details = {
-        "cut": _cut_value(candidates, selected[-1]),
-        "groups": _group_details(plan, eligible),
-        "sources": _source_details(plan, config),
-    }
-    entries = [entry for folder, found in written.items() for entry in in_folder(folder, found)]
-    seconds = time.monotonic() - started
-    manifest = run.commit(
-        Manifest(
-            stage="select", fingerprint=fingerprint, counts=counts, files=entries, details=details, seconds=seconds
-        )
+    num_ranked, num_eligible = ranked.counts["ranked"], sum(count.rows for count in eligible)
+    repeats = {part.source: part.repeat for part in config.mixture}
+    manifest = Manifest(
+        stage="select",
+        fingerprint=fingerprint,
+        counts={"ranked": num_ranked, "eligible": num_eligible, **left_out, "selected": plan.num_rows},
+        files=[entry for folder, found in written.items() for entry in in_folder(folder, found)],
+        details={
+            "cut": _cut_value(candidates, selected[-1]),
+            "groups": _group_details(plan, eligible),
+            "sources": [
+                {"source": name, "rows": total.rows, "tokens": total.tokens, "repeat": repeats.get(name, 1)}
+                for name, total in sorted(plan.sources.items())
+            ],
+        },
+        seconds=time.monotonic() - started,
     )
-    log.info("select: %d of %d ranked rows", plan.num_rows, ranked.counts["ranked"])
+    manifest = run.commit(manifest)
+    log.info("select: %d of %d ranked rows", plan.num_rows, num_ranked)
     return manifest
 
 
@@ -149,15 +153,6 @@ def _group_details(plan: Plan, counts: list[GroupCount]) -> list[dict[str, Any]]
     return [
         {"group": group, "eligible": eligible[group], "selected": total.rows, "tokens": total.tokens}
         for group, total in totals.items()
-    ]
-
-
-def _source_details(plan: Plan, config: SelectConfig) -> list[dict[str, Any]]:
-    """For each source the number of selected rows and scored tokens, and how often a mixture repeats them."""
-    repeats = {part.source: part.repeat for part in config.mixture}
-    return [
-        {"source": name, "rows": total.rows, "tokens": total.tokens, "repeat": repeats.get(name, 1)}
-        for name, total in sorted(plan.sources.items())
     ]
 
 
