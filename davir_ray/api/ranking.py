@@ -72,7 +72,11 @@ def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Data
             raise _no_value(config)
         first_ranks = 1 + np.cumsum(rows_by_bin) - rows_by_bin
         ranked = (
-            rows.map_batches(partial(_assign_bins, bins=bins), batch_size=None, batch_format="pyarrow")
+            rows.map_batches(
+                lambda block: bins.assign(block, len(bins) - 1, _BIN) if block.num_rows else block,
+                batch_size=None,
+                batch_format="pyarrow",
+            )
             .sort(_BIN, boundaries=list(range(1, max(2, len(bins)))))
             .map_batches(
                 partial(_rank_bin, bins=bins, first_ranks=first_ranks), batch_size=None, batch_format="pyarrow"
@@ -109,10 +113,6 @@ def _ranks(table: pa.Table, config: RankConfig) -> npt.NDArray[np.int64]:
 
 def _no_value(config: RankConfig) -> DataError:
     return DataError(f"no row can be ranked by {config.order}; the column status says why")
-
-
-def _assign_bins(block: pa.Table, bins: Bins) -> pa.Table:
-    return bins.assign(block, len(bins) - 1, _BIN) if block.num_rows else block
 
 
 def _rank_bin(block: pa.Table, bins: Bins, first_ranks: npt.NDArray[np.int64]) -> pa.Table:

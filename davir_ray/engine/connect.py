@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 
 import ray
 import ray.train
@@ -100,8 +100,9 @@ def _start() -> None:
     log.info("starting Ray on this machine")
     if shows_all():
         os.environ.setdefault(LOG_LEVEL, "DEBUG")
-    folder = _temporary_folder()
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
     try:
+        os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_MIN_FREE_BYTES))  # on a full disk ray.init would hang for a minute
         ray.init(
@@ -117,14 +118,6 @@ def _start() -> None:
             f"path, write access and free space (now {folder}, from RAY_TMPDIR, else TMPDIR, else /tmp), and write "
             f"access to HOME for its token (now {os.environ.get('HOME')})"
         ) from error
-
-
-def _temporary_folder() -> str:
-    """The folder where a Ray that is started here keeps its files."""
-    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
-    with suppress(OSError):  # the error is raised where the folder is used
-        os.makedirs(folder, exist_ok=True)
-    return folder
 
 
 def _prepare_helpers() -> None:
