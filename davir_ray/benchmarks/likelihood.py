@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from davir_ray.benchmarks import pipeline, rivals
+from davir_ray.benchmarks import rivals, scaling
 from davir_ray.benchmarks.measure import describe_machine, in_turn, useful_flops
 from davir_ray.benchmarks.workload import Example, load_examples, load_model, num_tokens, plain_copy
 from davir_ray.config.checks import check
@@ -126,7 +126,7 @@ def run(settings: LikelihoodBenchmark) -> Results:
         results |= _compare_training(settings, likelihood, examples[: settings.training_rows])
     if settings.pipeline_shards:
         with tempfile.TemporaryDirectory() as folder:
-            results |= pipeline.compare(
+            results |= scaling.compare_with_scorer(
                 Path(folder), model, examples, settings.pipeline_shards, settings.precision, settings.tokens_per_pack
             )
     return results

@@ -44,6 +44,17 @@ from davir_ray.text import one_line
 log = logging.getLogger(__name__)
 
 
+class Model(Protocol):
+    """The model in an actor, called with columns of examples; it returns columns of the stage."""
+
+    numerics: dict[str, Any]
+    """The arithmetic used, such as types and versions, as JSON-ready values."""
+
+    def __call__(self, examples: pa.Table) -> pa.Table:
+        """Return one row for each example, in the same order."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """A stage that makes one file of each shard, with the same name and one row for each example."""
@@ -69,8 +80,8 @@ class Stream:
     count_tokens: Callable[[pa.Table], int] = num_tokens
     """Counts the tokens that the rows of a file took, for the progress."""
 
-    def fill(self, worker: type, arguments: dict[str, Any], config: ScoreConfig) -> Manifest:
-        """Process every shard that no earlier attempt did; `arguments` go to the constructor of `worker`.
+    def fill(self, load: Callable[[], Model], config: ScoreConfig) -> Manifest:
+        """Process every shard that no earlier attempt did, with the model that each actor gets from `load`.
 
         Returns the manifest, which is not committed yet. Raises IntegrityError if rows were lost.
         """
@@ -90,7 +101,7 @@ class Stream:
             unscored=rows_before - sum(shard.statuses.get("ok", 0) for shard in committed),
         )
         with tracked(self.run, start) as counter:
-            new = self._send(pending, worker, arguments, config, counter) if pending else []
+            new = self._send(pending, load, config, counter) if pending else []
             totals = counter.totals()
         shards = sorted(committed + new, key=lambda shard: shard.entry.name)
         entries = [shard.entry for shard in shards]
@@ -132,12 +143,7 @@ class Stream:
         raise self.run.other_attempt(self.stage, list(dict.fromkeys(changed)))
 
     def _send(
-        self,
-        pending: list[FileEntry],
-        worker: type,
-        arguments: dict[str, Any],
-        config: ScoreConfig,
-        counter: ProgressCounter,
+        self, pending: list[FileEntry], load: Callable[[], Model], config: ScoreConfig, counter: ProgressCounter
     ) -> list[CommittedShard]:
         """Read each shard, send it whole to an actor, and write its file; returns the new shards."""
         num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
@@ -152,8 +158,8 @@ class Stream:
                 ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(num_cpus) / 2})
                 # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
                 .map_batches_internal(
-                    worker,
-                    fn_constructor_kwargs=arguments | {"counter": counter},
+                    ShardWorker,
+                    fn_constructor_args=(self.stage, counter, self.columns, load),
                     batch_size=None,
                     batch_format="pyarrow",
                     compute=ray.data.ActorPoolStrategy(
@@ -183,17 +189,6 @@ def committed_shard(place: Location, schema: pa.Schema, num_rows: int | None) ->
     except (IntegrityError, KeyError, ValueError) as error:
         log.warning("%s is damaged (%s) and is done again", place, one_line(error))
         return None
-
-
-class Model(Protocol):
-    """The model in an actor, called with columns of examples; it returns columns of the stage."""
-
-    numerics: dict[str, Any]
-    """The arithmetic used, such as types and versions, as JSON-ready values."""
-
-    def __call__(self, examples: pa.Table) -> pa.Table:
-        """Return one row for each example, in the same order."""
-        ...
 
 
 class ShardWorker:

@@ -48,7 +48,8 @@ class Round:
 
 def collect(shards: Shards, summarise: Change, schema: pa.Schema) -> pa.Table:
     """Make a small table of each shard, with this schema; returns them as one table in the driver."""
-    return _in_driver(shards.then(lambda _, table: summarise(table), num_cpus()), schema)
+    shards = shards.then(lambda _, table: summarise(table), num_cpus())
+    return in_driver(ray.data.read_datasource(shards, **shards.read_options), schema)
 
 
 def gather(shards: Shards, schema: pa.Schema) -> pa.Table:
@@ -62,7 +63,7 @@ def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None
     `write(name, rows)` writes the file of one shard; it returns None where it has nothing to write.
     """
     shards = shards.then(lambda name, table: _to_row(write(name, table)), num_cpus())
-    return _from_rows(_in_driver(shards, _WRITTEN).to_pylist())
+    return _from_rows(in_driver(ray.data.read_datasource(shards, **shards.read_options), _WRITTEN).to_pylist())
 
 
 def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
@@ -96,9 +97,10 @@ def exchange(
     return [written.entry for written in _from_rows(rows)]
 
 
-def _in_driver(shards: Shards, schema: pa.Schema) -> pa.Table:
+def in_driver(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
+    """Execute a dataset of small tables with this schema; returns them as one table in the driver."""
     with own_errors():
-        tables = ray.get(ray.data.read_datasource(shards, **shards.read_options).to_arrow_refs())
+        tables = ray.get(dataset.to_arrow_refs())
     # An empty block comes back without its columns (2.60).
     return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 

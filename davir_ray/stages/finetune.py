@@ -83,12 +83,7 @@ class Training:
 
 
 def finetune(
-    run: Run,
-    base: Checkpoint,
-    config: FinetuneConfig,
-    spec: dict[str, Any],
-    *,
-    examples: Run | None = None,
+    run: Run, base: Checkpoint, config: FinetuneConfig, spec: dict[str, Any], *, examples: Run | None = None
 ) -> Manifest:
     """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec.
 

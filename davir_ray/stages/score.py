@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.pool import ShardWorker, Stream
-from davir_ray.engine.progress import ProgressCounter
+from davir_ray.engine.pool import Stream
 from davir_ray.engine.resources import num_gpus_of
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, regroup
@@ -73,8 +72,7 @@ def score(
         ok_count="scored",
         new_detail="shards_scored_by_this_driver",
     )
-    scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
-    manifest = stream.fill(ScoreShard, scorer, config)
+    manifest = stream.fill(partial(Scorer, base, reference, settings, base_cache(base, config)), config)
     check_ids(run / folder, manifest.files_in(folder))
     return run.commit(replace(manifest, seconds=time.monotonic() - started))
 
@@ -89,13 +87,6 @@ def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneCo
     return score(
         run, base, None, config, keep_token_nll="none", stage="freeze", folder="frozen", autocast=training.precision
     )
-
-
-class ScoreShard(ShardWorker):
-    """Actor: runs a Scorer on blocks, each of which is a whole shard."""
-
-    def __init__(self, counter: ProgressCounter, **scorer: Any) -> None:
-        super().__init__("score", counter, INPUT_COLUMNS, partial(Scorer, **scorer))
 
 
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:
