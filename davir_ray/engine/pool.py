@@ -22,24 +22,13 @@ from davir_ray.engine.connect import own_errors, whole_block_context
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, tracked
 from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool, side_cpus
-from davir_ray.engine.shards import (
-    NAMED,
-    NUMERICS_KEY,
-    CommittedShard,
-    Shards,
-    ShardSink,
-    count_statuses,
-    num_tokens,
-    read_named,
-    sealed,
-)
+from davir_ray.engine.shards import NAMED, CommittedShard, Shards, ShardSink, committed_shard, num_tokens, read_named
 from davir_ray.errors import IntegrityError
-from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, committed_parquet, in_folder, total_rows
+from davir_ray.run.files import FileEntry, in_folder, total_rows
 from davir_ray.run.folder import Run
-from davir_ray.run.location import Location, each
+from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
-from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -171,24 +160,6 @@ class Stream:
                 .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(num_cpus)})
             )
         return sink.shards
-
-
-def committed_shard(place: Location, schema: pa.Schema, num_rows: int | None) -> CommittedShard | None:
-    """The shard committed in a file; None if the file is damaged or lacks rows, so that it must be done again."""
-    try:
-        entry, table = committed_parquet(place)
-        metadata = table.schema.metadata or {}
-        if not table.schema.equals(schema) or num_rows not in (None, table.num_rows) or sealed(metadata) != metadata:
-            raise IntegrityError(f"{table.num_rows} rows")
-        return CommittedShard(
-            entry=entry,
-            statuses=count_statuses(table),
-            numerics=metadata[NUMERICS_KEY].decode(),
-            fingerprint=metadata[FINGERPRINT_KEY].decode(),
-        )
-    except (IntegrityError, KeyError, ValueError) as error:
-        log.warning("%s is damaged (%s) and is done again", place, one_line(error))
-        return None
 
 
 class ShardWorker:

@@ -16,10 +16,9 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.engine.connect import whole_block_context
-from davir_ray.engine.pool import committed_shard
 from davir_ray.engine.progress import WorkDone
 from davir_ray.engine.resources import pool_size
-from davir_ray.engine.shards import Shards, ShardSink, num_tokens
+from davir_ray.engine.shards import Shards, ShardSink, committed_shard, num_tokens
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
