@@ -132,12 +132,12 @@ def _write_range(
     number: int, with_text: pa.Table, choice: Choice, plan: Plan, metadata: dict[bytes, bytes]
 ) -> FileEntry:
     """Write one file of selected/: a range of the selected rows of ranked/, with their text."""
-    rows = plan.ranges[number]
-    ranked = choice.read(rows.file).slice(rows.start, rows.rows)
+    wanted = plan.ranges[number]
+    ranked = choice.read(wanted.file).slice(wanted.start, wanted.rows)
     at = pc.index_in(ranked["example_id"], value_set=with_text["example_id"].combine_chunks())
-    if at.null_count or ranked.num_rows != rows.rows:
+    if at.null_count or ranked.num_rows != wanted.rows:
         raise IntegrityError(
-            f"{rows.rows} rows of ranked/{rows.file} are selected, of which {at.null_count} came without text; "
+            f"{wanted.rows} rows of ranked/{wanted.file} are selected, of which {at.null_count} came without text; "
             "rank again"
         )
     table = with_text.take(at).append_column("rank", ranked["rank"]).select(SELECTED.names).cast(SELECTED)
