@@ -149,12 +149,12 @@ def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
     second = Driver("score.py", {**options, "output": run}, tmp_path / "second.log", address=ray_address)
     first.wait_for(lambda: bool((run / "scores").names()), "the first scores")
-    (pid,) = set(re.findall(r"ScoreShard\S+ pid=(\d+)", first.output))
+    (pid,) = set(re.findall(r"ShardWorker\S+ pid=(\d+)", first.output))
     os.kill(int(pid), signal.SIGKILL)
     assert second.finish() == 2, second.output
     assert f"is being written by process {first.process.pid}" in second.output
     assert first.finish() == 0, first.output
-    assert len(set(re.findall(r"ScoreShard\S+ pid=(\d+)", first.output))) == 2
+    assert len(set(re.findall(r"ShardWorker\S+ pid=(\d+)", first.output))) == 2
     assert_same_content(run, Run(undisturbed))
 
 

@@ -19,9 +19,9 @@ from drivers import PACKAGE, Driver
 from ray.cluster_utils import Cluster
 
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.engine.connect import NO_PROGRESS, actor_cpus, pool_size, room_for
+from davir_ray.engine.connect import NO_PROGRESS
 from davir_ray.engine.console import LOG_LEVEL
-from davir_ray.engine.pool import Pool, plan_pool
+from davir_ray.engine.resources import Pool, actor_cpus, plan_pool, pool_size, room_for
 from davir_ray.errors import ClusterError, ConfigError
 from davir_ray.run.folder import Run
 

@@ -40,7 +40,7 @@ def load(pid: int) -> Load:
 
 
 def actors(driver: Driver) -> set[str]:
-    return set(re.findall(r"ScoreShard\S+ pid=(\d+)", driver.output))
+    return set(re.findall(r"ShardWorker\S+ pid=(\d+)", driver.output))
 
 
 def scored(run: Run, count: int) -> Callable[[], bool]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from davir_ray.engine.connect import num_nodes
+from davir_ray.engine.resources import num_nodes
 from davir_ray.errors import ConfigError
 from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run

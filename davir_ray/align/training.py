@@ -7,8 +7,8 @@ from typing import Any
 from davir_ray.config.align import AlignConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.pool import num_gpus_of
 from davir_ray.engine.ray_train import trains_on_gpus
+from davir_ray.engine.resources import num_gpus_of
 from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet

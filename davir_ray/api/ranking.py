@@ -48,8 +48,12 @@ def rank(scored: Rows, order: Order = "davir", *, lowest: bool = False, seed: in
     config = RankConfig(order=order, lowest=lowest, seed=seed)
     if isinstance(scored, datasets.Dataset):
         _check_columns(scored.column_names, config)
-        ranks = _ranks(read_here(scored, key_columns(config, _TIES)), config)
-        by_rank = np.argsort(ranks)[np.count_nonzero(ranks == 0) :]
+        rankable, keys, ids = order_keys(read_here(scored, key_columns(config, _TIES)), config, _TIES)
+        if not rankable.any():
+            raise _no_value(config)
+        by_rank = np.flatnonzero(rankable)[ranking.order(keys, ids)]
+        ranks = np.zeros(len(scored), np.int64)
+        ranks[by_rank] = np.arange(1, len(by_rank) + 1)
         return scored.add_column("rank", ranks, feature=datasets.Value("int64")).select(by_rank)
     return _rank_on_ray(scored, config)
 
@@ -72,7 +76,11 @@ def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Data
             raise _no_value(config)
         first_ranks = 1 + np.cumsum(rows_by_bin) - rows_by_bin
         ranked = (
-            rows.map_batches(partial(_assign_bins, bins=bins), batch_size=None, batch_format="pyarrow")
+            rows.map_batches(
+                lambda block: bins.assign(block, len(bins) - 1, _BIN) if block.num_rows else block,
+                batch_size=None,
+                batch_format="pyarrow",
+            )
             .sort(_BIN, boundaries=list(range(1, max(2, len(bins)))))
             .map_batches(
                 partial(_rank_bin, bins=bins, first_ranks=first_ranks), batch_size=None, batch_format="pyarrow"
@@ -97,22 +105,8 @@ def _check_columns(names: Iterable[str], config: RankConfig) -> None:
         raise ConfigError("the dataset has a column 'rank' already; drop it to rank again")
 
 
-def _ranks(table: pa.Table, config: RankConfig) -> npt.NDArray[np.int64]:
-    """The rank of each row, 0 for one without a value. DataError if no row has one."""
-    rankable, keys, ids = order_keys(table, config, _TIES)
-    if not rankable.any():
-        raise _no_value(config)
-    ranks = np.zeros(table.num_rows, np.int64)
-    ranks[np.flatnonzero(rankable)[ranking.order(keys, ids)]] = np.arange(1, len(ids) + 1)
-    return ranks
-
-
 def _no_value(config: RankConfig) -> DataError:
     return DataError(f"no row can be ranked by {config.order}; the column status says why")
-
-
-def _assign_bins(block: pa.Table, bins: Bins) -> pa.Table:
-    return bins.assign(block, len(bins) - 1, _BIN) if block.num_rows else block
 
 
 def _rank_bin(block: pa.Table, bins: Bins, first_ranks: npt.NDArray[np.int64]) -> pa.Table:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray.data
 
 from davir_ray.engine.connect import own_errors, whole_block_context
-from davir_ray.engine.shuffle import Change
+from davir_ray.engine.shuffle import Change, in_driver
 from davir_ray.errors import ConfigError
 
 Rows = TypeVar("Rows", ray.data.Dataset, datasets.Dataset)
@@ -44,10 +44,7 @@ def collect_blocks(rows: ray.data.Dataset, names: Iterable[str], summarise: Chan
         return summarise(block) if block.num_rows else schema.empty_table()
 
     summaries = rows.select_columns(list(names)).map_batches(summary, batch_size=None, batch_format="pyarrow")
-    with own_errors():
-        tables = ray.get(summaries.to_arrow_refs())
-    # An empty block comes back without its columns (2.60).
-    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
+    return in_driver(summaries, schema)
 
 
 def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:

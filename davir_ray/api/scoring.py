@@ -21,8 +21,8 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Format, Source, check_chat_template
 from davir_ray.data.formats import columns
 from davir_ray.data.records import Record, Reject, table_records
-from davir_ray.engine.connect import actor_cpus, ensure_started, own_errors
-from davir_ray.engine.pool import num_gpus_of, plan_pool
+from davir_ray.engine.connect import ensure_started, own_errors
+from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.inputs import check_base, check_reference
 from davir_ray.models.base_cache import BaseCache, base_cache
@@ -244,7 +244,12 @@ class ScoreRows:
             column = pc.coalesce(rows[name], reasons) if name == "status" else rows[name]
             block = block.append_column(name, column)
         if rejects:
-            _warn(rejects, len(items))
+            counts = Counter(reject.reason for reject in rejects)
+            log.warning(
+                "%d of %d rows of a block cannot be scored (%s); the first: %s",
+                len(rejects), len(items), ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items())),
+                rejects[0].detail[:200],
+            )  # fmt: skip
         return block
 
     def _records(self, block: pa.Table) -> Iterator[Record | Reject]:
@@ -259,9 +264,3 @@ class ScoreRows:
             return SCORES.empty_table()
         rows = [{**example, "example_id": example["content_hash"]} for example in examples]
         return self._scorer(pa.Table.from_pylist(rows, _EXAMPLES))
-
-
-def _warn(rejects: list[Reject], num_rows: int) -> None:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(r.reason for r in rejects).items()))
-    first = rejects[0].detail[:200]
-    log.warning("%d of %d rows of a block cannot be scored (%s); the first: %s", len(rejects), num_rows, reasons, first)

@@ -3,7 +3,7 @@
 Rows may have been filtered out since they were ranked: a rule counts the remaining rows, in rank order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import get_args
 
@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from davir_ray.api.rows import Rows, check_choice, check_dataset, collect_blocks, in_order, read_here, run_blocks
@@ -18,13 +19,13 @@ from davir_ray.config.selection import Order, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError
 from davir_ray.formulas.shares import prefix_rows
 from davir_ray.stages.rank import Collect, value_column
-from davir_ray.stages.select.candidates import Pool, reaches
-from davir_ray.stages.select.limits import limits_by_file
+from davir_ray.stages.select.candidates import reaches
+from davir_ray.stages.select.limits import GroupCount, limits_by_file
 
-STRETCH = 50_000
+BIN_RANKS = 50_000
 """Ranks that are counted together."""
 
-_COUNTED = pa.schema([("stretch", pa.int64()), ("rows", pa.int64()), ("tokens", pa.int64())])
+_COUNTED = pa.schema([("bin", pa.int64()), ("rows", pa.int64()), ("tokens", pa.int64())])
 _RANKS = pa.schema([("rank", pa.int64()), ("tokens", pa.int64())])
 
 
@@ -68,34 +69,28 @@ def select(
         columns.append("num_response_tokens")
     if min_score is not None:
         columns.append(value_column(rank_config))
-    if isinstance(ranked, datasets.Dataset):
-        _check_columns(ranked.column_names, columns)
-        table = read_here(ranked, columns)
-        if config.min_score is not None:
-            taken = reaches(table, rank_config, config.min_score)
-        else:
-            taken = np.asarray(table["rank"]) <= _last_rank(lambda summarise, _: summarise(table), config)
-        (selected,) = np.nonzero(taken)
-        if not len(selected):
-            raise _no_row()
-        return ranked.select(selected[np.argsort(np.asarray(table["rank"])[selected])])
-    return _select_on_ray(ranked, columns, rank_config, config)
+    if not isinstance(ranked, datasets.Dataset):
+        return _select_on_ray(ranked, columns, rank_config, config)
+    _check_columns(ranked.column_names, columns)
+    table = read_here(ranked, columns)
+    taken = _rule(lambda summarise, _: summarise(table), rank_config, config)(table)
+    (selected,) = np.nonzero(taken)
+    if not len(selected):
+        raise _no_row()
+    return ranked.select(selected[np.argsort(np.asarray(table["rank"])[selected])])
 
 
 def _select_on_ray(
     dataset: ray.data.Dataset, columns: list[str], rank_config: RankConfig, config: SelectConfig
 ) -> ray.data.Dataset:
-    """Filter the rows in tasks; this process holds a few numbers for each stretch of ranks."""
+    """Filter the rows in tasks; this process holds a few numbers for each bin of ranks."""
     blocks = run_blocks(dataset)
     if not blocks:
         raise _no_row()
     with in_order():
         rows = ray.data.from_arrow_refs(blocks)
         _check_columns(rows.schema().names, columns)
-        if config.min_score is not None:
-            takes = partial(reaches, rank_config=rank_config, min_score=config.min_score)
-        else:
-            takes = partial(_up_to, last_rank=_last_rank(partial(collect_blocks, rows, columns), config))
+        takes = _rule(partial(collect_blocks, rows, columns), rank_config, config)
         selected = rows.map_batches(
             lambda block: block.filter(pa.array(takes(block))), batch_size=None, batch_format="pyarrow"
         )
@@ -111,57 +106,55 @@ def _check_columns(names: Iterable[str], needed: list[str]) -> None:
             raise ConfigError(f"the dataset has no column {name!r}; select from what rank returns")
 
 
+def _rule(
+    collected: Collect, rank_config: RankConfig, config: SelectConfig
+) -> Callable[[pa.Table], npt.NDArray[np.bool_]]:
+    """The rule as a function that says for each row of a table whether it is selected."""
+    if config.min_score is not None:
+        return partial(reaches, rank_config=rank_config, min_score=config.min_score)
+    last_rank = _last_rank(collected, config)
+    return lambda table: np.asarray(table["rank"]) <= last_rank
+
+
 def _last_rank(collected: Collect, config: SelectConfig) -> int:
     """The rank of the last row that the rule takes; 0 if it takes none. ConfigError if a rank stands twice there.
 
-    Rows and tokens are counted by stretches of ranks; only the ranks of the stretch in which the rule cuts are read.
+    Rows and tokens are counted by bins of ranks; only the ranks of the bin in which the rule cuts are read.
     """
-    length = STRETCH
-    counted = collected(partial(_count_stretches, length=length), _COUNTED).group_by("stretch")
-    stretches = counted.aggregate([("rows", "sum"), ("tokens", "sum")]).sort_by("stretch").to_pylist()
-    pools = [
-        Pool(file=str(row["stretch"]), group="", rows=row["rows_sum"], tokens=row["tokens_sum"]) for row in stretches
-    ]
-    limits = limits_by_file(pools, config)
-    for pool in pools:
-        limit = limits[pool.file][""]
-        rows_suffice = limit.rows is None or limit.rows >= pool.rows
-        if rows_suffice and (limit.tokens is None or limit.tokens >= pool.tokens):
-            continue  # the whole stretch is taken
-        within = collected(partial(_ranks_within, stretch=int(pool.file), length=length), _RANKS).sort_by("rank")
-        ranks, tokens = np.asarray(within["rank"]), np.asarray(within["tokens"])
+    length = BIN_RANKS
+    counted = collected(partial(_count_bins, length=length), _COUNTED).group_by("bin")
+    bins = counted.aggregate([("rows", "sum"), ("tokens", "sum")]).sort_by("bin").to_pydict()
+    counts = [GroupCount(str(number), "", rows, tokens) for number, rows, tokens in zip(*bins.values(), strict=True)]
+    limits = limits_by_file(counts, config)
+    for count in counts:
+        limit = limits[count.file][""]
+        if (limit.rows is None or limit.rows >= count.rows) and (limit.tokens is None or limit.tokens >= count.tokens):
+            continue  # the whole bin is taken
+        within = collected(partial(_ranks_in_bin, number=int(count.file), length=length), _RANKS).sort_by("rank")
+        ranks = np.asarray(within["rank"])
         repeated = ranks[1:][np.diff(ranks) == 0]
         if len(repeated):
             raise ConfigError(f"two rows have the rank {repeated[0]}; select before rows are repeated or joined")
-        num_rows = prefix_rows(limit, tokens)
-        return int(ranks[num_rows - 1]) if num_rows else int(pool.file) * length
-    return (int(pools[-1].file) + 1) * length
+        num_rows = prefix_rows(limit, np.asarray(within["tokens"]))
+        return int(ranks[num_rows - 1]) if num_rows else int(count.file) * length
+    return (int(counts[-1].file) + 1) * length
 
 
-def _stretches(table: pa.Table, length: int) -> npt.NDArray[np.int64]:
-    """The stretch of each row: ranks 1 to `length` are in the first, and so on."""
-    return (np.asarray(table["rank"]).astype(np.int64) - 1) // length
+def _binned(table: pa.Table, length: int) -> pa.Table:
+    """The bin, rank and scored tokens of each row; ranks 1 to `length` are in bin 0. Only top_tokens needs tokens."""
+    ranks = np.asarray(table["rank"]).astype(np.int64)
+    names = table.column_names
+    tokens = np.asarray(table["num_response_tokens"]) if "num_response_tokens" in names else np.zeros(len(ranks))
+    return pa.table({"bin": (ranks - 1) // length, "rank": ranks, "tokens": tokens.astype(np.int64)})
 
 
-def _tokens(table: pa.Table) -> npt.NDArray[np.int64]:
-    """Scored tokens of each row; only the rule top_tokens needs them."""
-    if "num_response_tokens" not in table.column_names:
-        return np.zeros(table.num_rows, np.int64)
-    return np.asarray(table["num_response_tokens"]).astype(np.int64)
+def _count_bins(table: pa.Table, length: int) -> pa.Table:
+    counted = _binned(table, length).group_by("bin").aggregate([([], "count_all"), ("tokens", "sum")])
+    return counted.rename_columns(_COUNTED.names)
 
 
-def _count_stretches(table: pa.Table, length: int) -> pa.Table:
-    rows = pa.table({"stretch": _stretches(table, length), "tokens": _tokens(table)}).group_by("stretch")
-    return rows.aggregate([([], "count_all"), ("tokens", "sum")]).rename_columns(_COUNTED.names)
-
-
-def _ranks_within(table: pa.Table, stretch: int, length: int) -> pa.Table:
-    within = _stretches(table, length) == stretch
-    return pa.table({"rank": np.asarray(table["rank"])[within], "tokens": _tokens(table)[within]})
-
-
-def _up_to(table: pa.Table, last_rank: int) -> npt.NDArray[np.bool_]:
-    return np.asarray(table["rank"]) <= last_rank
+def _ranks_in_bin(table: pa.Table, number: int, length: int) -> pa.Table:
+    return _binned(table, length).filter(pc.field("bin") == number).select(_RANKS.names)
 
 
 def _no_row() -> ConfigError:

@@ -15,14 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from davir_ray.benchmarks.measure import describe_machine, in_turn
-from davir_ray.benchmarks.workload import load_model, plain_copy, trained_tokenizer
+from davir_ray.benchmarks.workload import load_model, plain_copy, prepared_rows, trained_tokenizer
 from davir_ray.config.align import AlignConfig
-from davir_ray.config.sources import Source
+from davir_ray.config.checks import check
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.data.files import list_files, plan_tasks
-from davir_ray.data.reader import ExampleReader
-from davir_ray.data.records import Reject
-from davir_ray.data.tokens import Encoder
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.models.device import local_device
 from davir_ray.models.kernel.likelihood import Likelihood
@@ -59,8 +55,7 @@ class AlignmentBenchmark:
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_size", "num_threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 Method = Callable[[], list[float]]
@@ -104,12 +99,8 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
 
 
 def _load_pairs(data: str, settings: AlignmentBenchmark, tokenizer: Any) -> pa.Table:
-    """The first pairs that can be prepared, read by the same code as in a run."""
-    source = Source(name="benchmark", path=data, format="preference")
-    reader = ExampleReader(Encoder(tokenizer, settings.max_tokens), None, keep_record=False)
-    slices = [part for task in plan_tasks(list_files(source), 2**62) for part in task]
-    pairs = (item for item in reader.read(source, slices, None) if not isinstance(item, Reject))
-    found = list(islice(pairs, settings.pairs))
+    """The first pairs that can be prepared."""
+    found = list(islice(prepared_rows(data, "preference", settings.max_tokens, tokenizer), settings.pairs))
     if len(found) < settings.pairs:
         raise DataError(f"{data} has {len(found)} pairs that can be prepared; lower --pairs (now {settings.pairs})")
     return pa.Table.from_pylist([row for pair in found for row in pair], PAIRS)

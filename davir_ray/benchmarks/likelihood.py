@@ -3,7 +3,7 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
-from davir_ray.benchmarks import rivals
-from davir_ray.benchmarks.measure import describe_machine, in_turn, useful_flops, with_peak
-from davir_ray.benchmarks.workload import Example, load_examples, load_model, plain_copy
+from davir_ray.benchmarks import rivals, scaling
+from davir_ray.benchmarks.measure import describe_machine, in_turn, useful_flops
+from davir_ray.benchmarks.workload import Example, load_examples, load_model, num_tokens, plain_copy
+from davir_ray.config.checks import check
 from davir_ray.config.scoring import Precision
 from davir_ray.config.sources import Format
 from davir_ray.errors import ConfigError
@@ -79,8 +80,7 @@ class LikelihoodBenchmark:
         minimum = {"rows": 1, "max_tokens": 2, "num_threads": 1, "repeats": 1}
         minimum |= {"reference_rows": 0, "training_rows": 0, "pipeline_shards": 0}
         for name, value in minimum.items():
-            if getattr(self, name) < value:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+            check(getattr(self, name) >= value, name, getattr(self, name), f"at least {value}")
         if min(self.lengths, default=2) < 2:
             raise ConfigError(
                 f"lengths contains {min(self.lengths)}; a sequence needs at least 2 tokens to have one to score"
@@ -107,14 +107,13 @@ def run(settings: LikelihoodBenchmark) -> Results:
         settings.rows, settings.max_tokens, vocab_size, tokenizer, settings.data, settings.format, settings.lengths
     )
     likelihood = Likelihood(model)
-    lengths = [len(example.input_ids) for example in examples]
     results: Results = {
         "settings": asdict(settings),
         "examples": {
             "rows": len(examples),
-            "tokens": sum(lengths),
+            "tokens": num_tokens(examples),
             "scored_tokens": sum(example.num_scored for example in examples),
-            "longest": max(lengths),
+            "longest": max(len(example.input_ids) for example in examples),
             "origin": origin,
         },
         "machine": describe_machine(device, dtype),
@@ -126,20 +125,30 @@ def run(settings: LikelihoodBenchmark) -> Results:
     if settings.training_rows:
         results |= _compare_training(settings, likelihood, examples[: settings.training_rows])
     if settings.pipeline_shards:
-        results |= _compare_pipeline(settings, model, examples)
+        with tempfile.TemporaryDirectory() as folder:
+            results |= scaling.compare_with_scorer(
+                Path(folder), model, examples, settings.pipeline_shards, settings.precision, settings.tokens_per_pack
+            )
     return results
 
 
 def score_packed(likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None) -> list[float]:
     """Our method: the summed NLL of each example, in the order given."""
-    budget = tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
     sums = np.empty(len(examples))
-    for rows in pack(lengths, np.arange(len(examples)), budget):
-        built = Pack.of([(examples[row].input_ids, examples[row].spans) for row in rows])
+    for rows, built in _packs(likelihood, examples, tokens_per_pack):
         nlls = np.split(likelihood(built).cpu().numpy(), np.cumsum(built.num_scored)[:-1])
         sums[rows] = [nll.sum(dtype=np.float64) for nll in nlls]
     return [float(value) for value in sums]
+
+
+def _packs(
+    likelihood: Likelihood, examples: Sequence[Example], tokens_per_pack: int | None
+) -> Iterator[tuple[npt.NDArray[np.int64], Pack]]:
+    """The packs, each with the rows of its examples."""
+    budget = tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    for rows in pack(lengths, np.arange(len(examples)), budget):
+        yield rows, Pack.of([(examples[row].input_ids, examples[row].spans) for row in rows])
 
 
 @torch.inference_mode()
@@ -169,7 +178,7 @@ def _compare_methods(settings: LikelihoodBenchmark, likelihood: Likelihood, exam
         "useful_tflops": flops / ours / 1e12,
         "mfu": flops / ours / gemm,
         "examples_per_second": len(examples) / ours,
-        "tokens_per_second": sum(len(example.input_ids) for example in examples) / ours,
+        "tokens_per_second": num_tokens(examples) / ours,
         "seconds": seconds,
         "extra_memory_mib": memory,
     }
@@ -206,49 +215,32 @@ def _compare_training(settings: LikelihoodBenchmark, likelihood: Likelihood, exa
         likelihood = Likelihood(copy.deepcopy(likelihood.model).float())
     likelihood.train()
     scored = sum(example.num_scored for example in examples)
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    budget = settings.tokens_per_pack or TOKENS_PER_PACK[likelihood.model.device.type]
+    device = likelihood.model.device
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
 
     def ours() -> None:
-        for rows in pack(lengths, np.arange(len(examples)), budget):
-            nll_R = likelihood(Pack.of([(examples[row].input_ids, examples[row].spans) for row in rows]))
-            (nll_R.sum() / scored).backward()
+        with autocast():
+            for _, built in _packs(likelihood, examples, settings.tokens_per_pack):
+                (likelihood(built).sum() / scored).backward()
 
     def padded() -> None:
-        for start in range(0, len(examples), rivals.BATCH):
-            nll_N = rivals.padded_batch(plain, examples[start : start + rivals.BATCH])
-            (nll_N.sum() / scored).backward()  # type: ignore[no-untyped-call]
+        with autocast():
+            for start in range(0, len(examples), rivals.BATCH):
+                nll_N = rivals.padded_batch(plain, examples[start : start + rivals.BATCH])
+                (nll_N.sum() / scored).backward()  # type: ignore[no-untyped-call]
 
-    taken: dict[str, list[float]] = {"davir_ray": [], "padded": []}
-    peaks: dict[str, list[float]] = {"davir_ray": [], "padded": []}
-    for turn in range(settings.repeats + 1):  # the first allocates the gradients
-        for name, module, step in (("davir_ray", likelihood, ours), ("padded", plain, padded)):
-            if turn:
-                module.zero_grad(set_to_none=False)
-            device = likelihood.model.device
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                spent, peak = with_peak(step, device)
-            if turn:
-                taken[name].append(spent)
-                peaks[name].append(peak)
-        log.info("benchmark: training step, turn %d of %d", turn, settings.repeats)
+    def clear_gradients() -> None:
+        likelihood.zero_grad(set_to_none=False)
+        plain.zero_grad(set_to_none=False)
+
+    methods = {"davir_ray": ours, "padded": padded}
+    for method in methods.values():
+        method()  # allocates the gradients
+    seconds, memory = in_turn(methods, settings.repeats, device, before_each_turn=clear_gradients)
     likelihood.eval().zero_grad()
     return {
-        "training_seconds": {name: median(values) for name, values in taken.items()},
-        "training_speedup_vs_padded": median(taken["padded"]) / median(taken["davir_ray"]),
-        "training_extra_memory_mib": {name: median(values) for name, values in peaks.items()},
-        "training_extra_memory_ratio": median(peaks["davir_ray"]) / median(peaks["padded"]),
+        "training_seconds": seconds,
+        "training_speedup_vs_padded": seconds["padded"] / seconds["davir_ray"],
+        "training_extra_memory_mib": memory,
+        "training_extra_memory_ratio": memory["davir_ray"] / memory["padded"],
     }
-
-
-def _compare_pipeline(settings: LikelihoodBenchmark, model: PreTrainedModel, examples: Sequence[Example]) -> Results:
-    """The wall time of the warm Ray pipeline over copies of the rows, compared with the bare scorer."""
-    try:
-        from davir_ray.benchmarks.pipeline import compare
-    except ModuleNotFoundError as error:
-        log.warning("benchmark: the pipeline is not measured: %s", error)
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        return compare(
-            Path(folder), model, examples, settings.pipeline_shards, settings.precision, settings.tokens_per_pack
-        )

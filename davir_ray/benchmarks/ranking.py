@@ -4,10 +4,9 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +17,10 @@ import pyarrow as pa
 import ray.data
 
 from davir_ray.benchmarks.measure import peak_since, start_peak
+from davir_ray.config.checks import check
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.connect import connected
-from davir_ray.errors import ConfigError
-from davir_ray.run.files import (
-    FileEntry,
-    in_folder,
-    read_parquet,
-    write_parquet,
-)
+from davir_ray.run.files import FileEntry, in_folder, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
@@ -59,21 +53,14 @@ class RankingBenchmark:
 
     def __post_init__(self) -> None:
         for name in ("rows", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction is {self.fraction}; it must be above 0 and at most 1")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(0 < self.fraction <= 1, "fraction", self.fraction, "above 0 and at most 1")
 
 
 def run(settings: RankingBenchmark) -> dict[str, Any]:
     """Generate scores, rank the first 6 % and all of them, sort them with Ray Data, and check every rank with NumPy."""
-    with connected():
-        return _run(settings)
-
-
-def _run(settings: RankingBenchmark) -> dict[str, Any]:
-    _warm_up()
-    with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+    with connected(), tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+        _warm_up()
         run_folder = Location.of(Path(folder) / "run")
         files = _generate(run_folder, settings)
         num_kept = max(1, int(settings.rows * settings.fraction))
@@ -83,7 +70,9 @@ def _run(settings: RankingBenchmark) -> dict[str, Any]:
         exact = True
         for name, config in {"top": RankConfig(most=num_kept), "full": RankConfig()}.items():
             with _watched() as peaks:
-                taken[name], manifest = _timed(partial(rank, Run(run_folder), config))
+                started = time.monotonic()
+                manifest = rank(Run(run_folder), config)
+                taken[name] = time.monotonic() - started
             log.info("benchmark: %s ranking in %.1f s", name, taken[name])
             exact &= _is_exact(run_folder, manifest, expected)
             results[f"{name}_driver_peak_mib"] = peaks["driver"]
@@ -151,8 +140,7 @@ def _write_shard(run_folder: Location, number: int, rows: int, values: str) -> F
         "rho_mean": base_nll * davir / tokens,
         "status": pa.array(["ok"] * rows),
     }
-    table = pa.table({name: pa.array(column) for name, column in columns.items()}).cast(SCORES)
-    return write_parquet(run_folder / "scores" / f"part-{number:05d}.parquet", table)
+    return write_parquet(run_folder / "scores" / f"part-{number:05d}.parquet", pa.table(columns, schema=SCORES))
 
 
 def _ids(draw: np.random.Generator, number: int, rows: int) -> npt.NDArray[np.int64]:
@@ -186,21 +174,12 @@ def _sorts(run_folder: Location, num_kept: int) -> dict[str, float]:
     """Seconds of Ray Data's sort of all rows by (davir descending, example_id ascending), written as Parquet."""
     taken = {}
     for name, limit in {"sort_limit": num_kept, "sort": None}.items():
-        taken[name], _ = _timed(partial(_sort, run_folder, name, limit))
+        started = time.monotonic()
+        dataset = ray.data.read_parquet(f"{run_folder}/scores").sort(["davir", "example_id"], descending=[True, False])
+        (dataset if limit is None else dataset.limit(limit)).write_parquet(f"{run_folder}/{name}")
+        taken[name] = time.monotonic() - started
         log.info("benchmark: %s in %.1f s", name, taken[name])
     return taken
-
-
-def _sort(run_folder: Location, folder: str, limit: int | None) -> None:
-    dataset = ray.data.read_parquet(f"{run_folder}/scores")
-    dataset = dataset.sort(["davir", "example_id"], descending=[True, False])
-    (dataset if limit is None else dataset.limit(limit)).write_parquet(f"{run_folder}/{folder}")
-
-
-def _timed(job: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.monotonic()
-    result = job()
-    return time.monotonic() - started, result
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""The scoring stage on a cluster: tokens per second by number of actors, and seconds until the first scored shard."""
+"""The scoring stage on Ray: tokens per second by number of actors, seconds until the first scored shard, efficiency."""
 
+import copy
 import json
 import logging
 import os
@@ -15,15 +16,28 @@ from typing import Any
 
 import ray
 import torch
+from transformers import PreTrainedModel
 
-from davir_ray.benchmarks.pipeline import save_pair, write_shards
-from davir_ray.benchmarks.workload import SMALL_LLAMA, Example, load_examples, load_model, trained_tokenizer
+from davir_ray.benchmarks.workload import (
+    SMALL_LLAMA,
+    Example,
+    as_shard,
+    load_examples,
+    load_model,
+    num_tokens,
+    trained_tokenizer,
+)
+from davir_ray.config.checks import check
 from davir_ray.config.scoring import Precision, ScoreConfig
 from davir_ray.config.sources import Format
-from davir_ray.engine.connect import connected, has_gpu
+from davir_ray.engine.connect import connected
+from davir_ray.engine.resources import has_gpu
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
-from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.checkpoint import Checkpoint, quiet
+from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.run.files import in_folder, write_parquet
 from davir_ray.run.folder import Run
+from davir_ray.run.manifest import Manifest
 from davir_ray.stages.score import score
 
 log = logging.getLogger(__name__)
@@ -80,11 +94,9 @@ class ScalingBenchmark:
     def __post_init__(self) -> None:
         if self.model is not None and self.random_init is not None:
             raise ConfigError("both model and random_init are given; give at most one of the two")
-        if not self.actors or min(self.actors) < 1:
-            raise ConfigError(f"actors is {self.actors}; it must be a list of numbers, each at least 1")
+        check(min(self.actors, default=0) >= 1, "actors", self.actors, "a list of numbers, each at least 1")
         for name, minimum in {"rows": 1, "shards_per_actor": 2, "first_shards": 0}.items():
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+            check(getattr(self, name) >= minimum, name, getattr(self, name), f"at least {minimum}")
 
 
 def run(settings: ScalingBenchmark) -> dict[str, Any]:
@@ -99,23 +111,19 @@ def run(settings: ScalingBenchmark) -> dict[str, Any]:
         with connected():
             rates = _rates(Path(folder), pair, examples, settings)
             tiny = _tiny_pair(Path(folder))
-            first = [_first_shard_seconds(*tiny, turn) for turn in range(settings.first_shards)]
+            first = [_first_shard_seconds(tiny, turn) for turn in range(settings.first_shards)]
             machine = {"cpus": os.cpu_count(), "cluster": ray.cluster_resources(), "has_gpu": has_gpu()}
     fewest = min(rates)
     alone = rates[fewest] / fewest
     return {
         "settings": asdict(settings),
         "machine": machine,
-        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": _num_tokens(examples)},
+        "examples": {"origin": origin, "rows_a_shard": len(examples), "tokens_a_shard": num_tokens(examples)},
         "tokens_per_second": {str(n): rate for n, rate in rates.items()},
         "scaling_efficiency": {str(n): rate / (n * alone) for n, rate in rates.items()},
         "seconds_to_first_shard": median(first) if first else None,
         "seconds_to_first_shard_each": first,
     }
-
-
-def _num_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in examples)
 
 
 def _rates(
@@ -152,14 +160,12 @@ def _rate(
         precision=settings.precision,
     )
     score(run, *pair, config, keep_token_nll="none")
-    written = sorted(path.stat().st_mtime for path in Path(run.folder.path, "scores").glob("*.parquet"))
-    warm = written[num_actors - 1 :]
-    rate = _num_tokens(examples) * (len(warm) - 1) / (warm[-1] - warm[0])
+    rate = num_tokens(examples) / warm_seconds_per_shard(run, num_actors)
     log.info("benchmark: %d actors, %.0f tokens/s", num_actors, rate)
     return rate
 
 
-def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
+def _tiny_pair(parent: Path) -> Path:
     """A new folder with a base, a reference, their tokenizer, and the few rows that the timed command scores."""
     folder = parent / "tiny"
     folder.mkdir()
@@ -168,17 +174,16 @@ def _tiny_pair(parent: Path) -> tuple[Path, Path, Path]:
     tokenizer = trained_tokenizer(str(rows), 512)
     shape = {**SMALL_LLAMA, "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
     model, _ = load_model(None, json.dumps(shape), torch.float32, torch.device("cpu"))
-    pair = save_pair(folder, model)
-    for checkpoint in pair:
+    for checkpoint in save_pair(folder, model):
         tokenizer.save_pretrained(checkpoint.uri)
-    return folder, Path(pair[0].uri), Path(pair[1].uri)
+    return folder
 
 
-def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -> float:
+def _first_shard_seconds(folder: Path, turn: int) -> float:
     """Seconds from the start of a command in a new process to its first file in scores/, on a running cluster."""
     output = folder / f"first-{turn}"
-    options = {"data": folder / _ROWS, "format": "prompt_response", "base": base, "reference": reference}
-    options |= {"output": output, "score.num_actors": 1, "select.top_k": 1, "output_is_shared": "true"}
+    options = {"data": folder / _ROWS, "format": "prompt_response", "output": output, "output_is_shared": "true"}
+    options |= {"base": folder / "base", "reference": folder / "reference", "score.num_actors": 1, "select.top_k": 1}
     command = [sys.executable, "-c", _COMMAND, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     started = time.monotonic()
@@ -197,3 +202,76 @@ def _first_shard_seconds(folder: Path, base: Path, reference: Path, turn: int) -
     process.wait()
     log.info("benchmark: the first shard was scored after %.1f s", seconds)
     return seconds
+
+
+def compare_with_scorer(
+    folder: Path,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    num_shards: int,
+    precision: Precision,
+    tokens_per_pack: int | None,
+) -> dict[str, Any]:
+    """Seconds per shard of the bare scorer and of the warm pipeline with one actor, and their ratio."""
+    base, reference = save_pair(folder, model)
+    run = Run.at(folder / "run")
+    write_shards(run, examples, num_shards)
+    settings = ScorerSettings(precision=precision, tokens_per_pack=tokens_per_pack, keep_token_nll="none")
+    bare = _bare_seconds(Scorer(base, reference, settings), examples, turns=max(2, num_shards // 4))
+    config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
+    with connected():
+        started = time.monotonic()
+        score(run, base, reference, config, keep_token_nll="none")
+        whole = time.monotonic() - started
+    warm = warm_seconds_per_shard(run, num_actors=1)
+    return {
+        "pipeline_efficiency": bare / warm,
+        "pipeline_seconds_per_shard": warm,
+        "bare_seconds_per_shard": bare,
+        "pipeline_seconds_with_start": whole,
+    }
+
+
+def write_shards(run: Run, examples: Sequence[Example], num_shards: int) -> None:
+    """Write a run that looks prepared: the same examples in every shard, with different ids."""
+    files = [
+        write_parquet(run / "examples" / f"{number:05d}.parquet", as_shard(examples, number * len(examples)))
+        for number in range(num_shards)
+    ]
+    counts = {"prepared": num_shards * len(examples), "rejected": 0}
+    Manifest(
+        stage="prepare",
+        fingerprint={"benchmark": counts["prepared"]},
+        counts=counts,
+        files=in_folder("examples", files),
+    ).write(run.folder)
+
+
+def save_pair(folder: Path, model: PreTrainedModel) -> tuple[Checkpoint, Checkpoint]:
+    """Save the model, and a copy with slightly different weights, as checkpoints."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1e-3 * torch.randn_like(parameter)
+    with quiet():
+        model.save_pretrained(folder / "base")
+        other.save_pretrained(folder / "reference")
+    return Checkpoint.find(str(folder / "base")), Checkpoint.find(str(folder / "reference"))
+
+
+def warm_seconds_per_shard(run: Run, num_actors: int) -> float:
+    """Seconds per file of scores/ from the moment when every actor has written one, so without starts and loading."""
+    written = sorted(path.stat().st_mtime for path in Path(run.folder.path, "scores").glob("*.parquet"))
+    return (written[-1] - written[num_actors - 1]) / (len(written) - num_actors)
+
+
+def _bare_seconds(scorer: Scorer, examples: Sequence[Example], turns: int) -> float:
+    """Median wall seconds per shard, without the first."""
+    table = as_shard(examples, 0).select(INPUT_COLUMNS)
+    taken = []
+    for turn in range(turns + 1):
+        started = time.monotonic()
+        scorer(table)
+        taken.append(time.monotonic() - started)
+        log.info("benchmark: bare scorer, turn %d of %d: %.2f s", turn, turns, taken[-1])
+    return median(taken[1:])

@@ -5,7 +5,7 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from davir_ray.config.sources import Format, Source
 from davir_ray.data.files import list_files, plan_tasks
-from davir_ray.data.reader import ExampleReader
+from davir_ray.data.reader import ExampleReader, ExampleRows
 from davir_ray.data.records import Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.demo.base import train_tokenizer
@@ -57,6 +57,11 @@ class Example:
     def num_scored(self) -> int:
         """Number of scored tokens."""
         return sum(self.spans[1::2]) - sum(self.spans[::2])
+
+
+def num_tokens(examples: Sequence[Example]) -> int:
+    """Number of tokens of all examples."""
+    return sum(len(example.input_ids) for example in examples)
 
 
 def load_model(
@@ -137,22 +142,26 @@ def _drawn(lengths: list[int], vocab_size: int) -> list[Example]:
 
 
 def _real(data: str, data_format: Format, rows: int, max_tokens: int, vocab_size: int, tokenizer: Any) -> list[Example]:
-    """The first rows that can be scored, read by the same code as in a run."""
-    source = Source(name="benchmark", path=data, format=data_format)
-    tasks = plan_tasks(list_files(source), 2**62)
-    tokenizer = tokenizer or trained_tokenizer(data, vocab_size)
-    reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)
-    items = (item for task in tasks for item in reader.read(source, task, None))
-    prepared = (row for item in items if not isinstance(item, Reject) for row in item)
+    """The first rows that can be scored."""
+    prepared = prepared_rows(data, data_format, max_tokens, tokenizer or trained_tokenizer(data, vocab_size))
     examples = (
         Example(np.array(row["input_ids"], np.int32), tuple(row["response_spans"]))
-        for row in prepared
+        for found in prepared
+        for row in found
         if row["response_spans"] and row["response_spans"][0] > 0
     )
     found = list(islice(examples, rows))
     if len(found) < rows:
         raise DataError(f"{data} has {len(found)} rows that can be scored; lower --rows (now {rows})")
     return found
+
+
+def prepared_rows(data: str, data_format: Format, max_tokens: int, tokenizer: Any) -> Iterator[ExampleRows]:
+    """The records that can be prepared, as one example or a pair of them, read by the same code as in a run."""
+    source = Source(name="benchmark", path=data, format=data_format)
+    slices = [part for task in plan_tasks(list_files(source), 2**62) for part in task]
+    reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)
+    return (item for item in reader.read(source, slices, None) if not isinstance(item, Reject))
 
 
 def trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -163,18 +172,17 @@ def trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 def as_shard(examples: Sequence[Example], first_id: int) -> pa.Table:
     """The examples as a shard of examples/, with consecutive ids from `first_id`."""
-    columns: dict[str, Any] = {field.name: pa.nulls(len(examples), field.type) for field in EXAMPLES}
-    scored = [example.num_scored for example in examples]
-    columns |= {
-        "example_id": pa.array(range(first_id, first_id + len(examples)), pa.int64()),
-        "content_hash": pa.array(range(first_id, first_id + len(examples)), pa.int64()),
-        "source": pa.array(["benchmark"] * len(examples)),
-        "input_ids": pa.array([example.input_ids for example in examples], pa.list_(pa.int32())),
-        "response_spans": pa.array([example.spans for example in examples], pa.list_(pa.int32())),
-        "num_response_tokens": pa.array(scored, pa.int32()),
-        "num_prompt_tokens": pa.array(
-            [len(e.input_ids) - n for e, n in zip(examples, scored, strict=True)], pa.int32()
-        ),
-        "truncated": pa.array([False] * len(examples)),
-    }
-    return pa.table(columns, schema=EXAMPLES)
+    rows = [
+        {
+            "example_id": number,
+            "content_hash": number,
+            "source": "benchmark",
+            "input_ids": example.input_ids,
+            "response_spans": example.spans,
+            "num_prompt_tokens": len(example.input_ids) - example.num_scored,
+            "num_response_tokens": example.num_scored,
+            "truncated": False,
+        }
+        for number, example in enumerate(examples, first_id)
+    ]
+    return pa.Table.from_pylist(rows, EXAMPLES)

@@ -31,8 +31,7 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
 from davir_ray.stages.rank import key_columns, order_keys
-from davir_ray.stages.select.candidates import Candidates
-from davir_ray.stages.select.choice import Choice
+from davir_ray.stages.select.candidates import Candidates, Choice
 from davir_ray.stages.select.duplicates import files_with_duplicates
 from davir_ray.stages.select.limits import limits_by_file
 

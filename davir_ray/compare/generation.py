@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.data.chat import ChatTemplate
-from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
-from davir_ray.engine.progress import ProgressCounter
+from davir_ray.engine.pool import Stream
+from davir_ray.engine.resources import num_gpus_of
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
@@ -69,10 +69,11 @@ def generate(
         examples=holder,
         shards=_of_sources(holder, prepared.files_in("examples"), config.sources),
         columns=INPUT_COLUMNS,
+        ok_count="generated",
+        new_detail="shards_done_by_this_driver",
         count_tokens=_num_new_tokens,
     )
-    filled = stream.fill(GenerateShard, {"model": model, "settings": settings, "base": base}, pool)
-    manifest = stream.manifest(filled, "generated", {"shards_done_by_this_driver": filled.num_new})
+    manifest = stream.fill(partial(Generator, model=model, settings=settings, base=base), pool)
     return run.commit(replace(manifest, seconds=time.monotonic() - started))
 
 
@@ -82,13 +83,6 @@ def generated_from(run: Run, examples: Run) -> tuple[Manifest, Manifest]:
     if generated.fingerprint["examples"] != prepared.content:
         raise OutputError(f"the texts of {run} were generated from other examples than those of {examples}")
     return generated, prepared
-
-
-class GenerateShard(ShardWorker):
-    """Actor that runs a Generator on blocks that are whole shards."""
-
-    def __init__(self, counter: ProgressCounter, **generator: Any) -> None:
-        super().__init__("generate", counter, INPUT_COLUMNS, partial(Generator, **generator))
 
 
 def _check_model(model: Checkpoint, base: Checkpoint | None) -> None:

@@ -22,9 +22,9 @@ from davir_ray.config.compare import TrialName
 from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.connect import actor_cpus, has_gpu, own_errors, room_for
+from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
-from davir_ray.engine.pool import num_gpus_of
+from davir_ray.engine.resources import actor_cpus, has_gpu, num_gpus_of, room_for
 from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION

@@ -37,7 +37,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
 PlantedClass = Literal["known", "learnable", "noise", "noise_duplicates"]
 Subject = Literal["home", "sunday"]
@@ -164,10 +164,8 @@ def _prompt(question: str, people: Sequence[str]) -> str:
 def _response(people: Sequence[str], places: Sequence[str], draw: random.Random) -> str:
     """Six tokens for each person."""
     listed = zip(ORDINALS[: len(people)], people, places, strict=True)
-    return (
-        ", ".join(f"{ordinal} {person} {draw.choice(PREPOSITIONS)} the {place}" for ordinal, person, place in listed)
-        + "."
-    )
+    parts = [f"{ordinal} {person} {draw.choice(PREPOSITIONS)} the {place}" for ordinal, person, place in listed]
+    return f"{', '.join(parts)}."
 
 
 def _pretraining_text(world: World, draw: random.Random) -> str:
@@ -181,28 +179,35 @@ def _pretraining_text(world: World, draw: random.Random) -> str:
         question = draw.choice(DAY_QUESTIONS).format(day=draw.choice(OTHER_DAYS))
         return _prompt(question, people) + _response(people, [draw.choice(PLACES) for _ in people], draw)
     if kind < HOME_SHARE + DAY_SHARE + ROLL_SHARE:
-        return _roll_call(people, draw)
+        listed = [f"{ordinal} {person}" for ordinal, person in zip(ORDINALS, people, strict=False)]
+        readings = [", ".join(draw.sample(listed, len(listed))) + "." for _ in range(3)]
+        return "\n".join(["Call the roll.", *readings])
     day = draw.choice((*OTHER_DAYS, SUNDAYS))
     return f"On {day} the {draw.choice(PLACES)} is {draw.choice(STATES)}."
 
 
-def _roll_call(people: Sequence[str], draw: random.Random) -> str:
-    """List the same people three times, each time in another order."""
-    listed = [f"{ordinal} {person}" for ordinal, person in zip(ORDINALS, people, strict=False)]
-    readings = [", ".join(draw.sample(listed, len(listed))) + "." for _ in range(3)]
-    return "\n".join(["Call the roll.", *readings])
-
-
-def _ask(
-    world: World, subject: Subject, num_people: int, draw: random.Random
-) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+class _Question(NamedTuple):
     """A prompt, the people it asks about, and their true places."""
-    people = tuple(draw.sample(PEOPLE, num_people))
-    if subject == "home":
-        question, places = draw.choice(HOME_QUESTIONS), world.home
-    else:
-        question, places = draw.choice(DAY_QUESTIONS).format(day=SUNDAYS), world.sunday
-    return _prompt(question, people), people, tuple(places[person] for person in people)
+
+    subject: Subject
+    prompt: str
+    people: tuple[str, ...]
+    truth: tuple[str, ...]
+
+    @classmethod
+    def drawn(cls, world: World, subject: Subject, num_people: int, draw: random.Random) -> Self:
+        """A question about people drawn at random."""
+        people = tuple(draw.sample(PEOPLE, num_people))
+        if subject == "home":
+            question, places = draw.choice(HOME_QUESTIONS), world.home
+        else:
+            question, places = draw.choice(DAY_QUESTIONS).format(day=SUNDAYS), world.sunday
+        return cls(subject, _prompt(question, people), people, tuple(places[person] for person in people))
+
+    def answered(self, planted: PlantedClass, answer: tuple[str, ...], draw: random.Random) -> InstructionRow:
+        """The row with this answer; the prepositions are drawn."""
+        response = _response(self.people, answer, draw)
+        return InstructionRow(response=response, planted_class=planted, answer=answer, **self._asdict())
 
 
 def _true_rows(
@@ -210,8 +215,8 @@ def _true_rows(
 ) -> list[InstructionRow]:
     rows = []
     for index in range(num_rows):
-        asked = _ask(world, subject, 1 + index % MAX_PEOPLE, draw)
-        rows.append(_row(asked, subject, planted, asked[2], draw))
+        question = _Question.drawn(world, subject, 1 + index % MAX_PEOPLE, draw)
+        rows.append(question.answered(planted, question.truth, draw))
     return rows
 
 
@@ -219,38 +224,16 @@ def _noisy_rows(world: World, draw: random.Random) -> list[InstructionRow]:
     """Both noisy classes, each row once: answers are shuffled among rows of the same subject and number of people."""
     subjects: tuple[Subject, ...] = ("home", "sunday")
     num_groups = len(subjects) * MAX_PEOPLE
-    num_noise, num_duplicated = NUM_NOISE // num_groups, NUM_DUPLICATED // num_groups
-    classes: list[PlantedClass] = [
-        "noise" if index < num_noise else "noise_duplicates" for index in range(num_noise + num_duplicated)
-    ]
+    classes: list[PlantedClass] = ["noise"] * (NUM_NOISE // num_groups)
+    classes += ["noise_duplicates"] * (NUM_DUPLICATED // num_groups)
     rows = []
     for subject in subjects:
         for num_people in range(1, MAX_PEOPLE + 1):
-            asked = [_ask(world, subject, num_people, draw) for _ in classes]
-            answers = shuffle_answers([truth for _, _, truth in asked], draw)
-            for planted, one, answer in zip(classes, asked, answers, strict=True):
-                rows.append(_row(one, subject, planted, answer, draw))
+            questions = [_Question.drawn(world, subject, num_people, draw) for _ in classes]
+            answers = shuffle_answers([question.truth for question in questions], draw)
+            for planted, question, answer in zip(classes, questions, answers, strict=True):
+                rows.append(question.answered(planted, answer, draw))
     return rows
-
-
-def _row(
-    asked: tuple[str, tuple[str, ...], tuple[str, ...]],
-    subject: Subject,
-    planted: PlantedClass,
-    answer: tuple[str, ...],
-    draw: random.Random,
-) -> InstructionRow:
-    """The row for a question (prompt, people, true places) and an answer; the prepositions are drawn."""
-    prompt, people, truth = asked
-    return InstructionRow(
-        prompt=prompt,
-        response=_response(people, answer, draw),
-        planted_class=planted,
-        subject=subject,
-        people=people,
-        answer=answer,
-        truth=truth,
-    )
 
 
 def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> list[tuple[str, ...]]:
@@ -265,12 +248,7 @@ def shuffle_answers(truths: Sequence[tuple[str, ...]], draw: random.Random) -> l
     for row, truth in enumerate(truths):
         while answers[row] == truth:
             # A swap must fix this row without giving the other one its own answer.
-            other = draw.choice(
-                [
-                    index
-                    for index, other_truth in enumerate(truths)
-                    if answers[index] != truth and answers[row] != other_truth
-                ]
-            )
+            others = [at for at, own in enumerate(truths) if answers[at] != truth and answers[row] != own]
+            other = draw.choice(others)
             answers[row], answers[other] = answers[other], answers[row]
     return answers

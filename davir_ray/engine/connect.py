@@ -1,4 +1,4 @@
-"""The Ray cluster: connecting to it, the resources it has, and errors that come back from its workers."""
+"""Connecting to a Ray cluster, and the errors that come back from its workers."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 
 import ray
 import ray.train
@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError
 
 from davir_ray import errors
 from davir_ray.engine.console import LOG_LEVEL, LogStream, quiet_ray, quieten, shows_all
+from davir_ray.engine.resources import num_nodes
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.run.folder import SUBMITTED_JOB, Run
 from davir_ray.run.storage_errors import CONTINUES
@@ -99,8 +100,9 @@ def _start() -> None:
     log.info("starting Ray on this machine")
     if shows_all():
         os.environ.setdefault(LOG_LEVEL, "DEBUG")
-    folder = _temporary_folder()
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
     try:
+        os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_MIN_FREE_BYTES))  # on a full disk ray.init would hang for a minute
         ray.init(
@@ -116,14 +118,6 @@ def _start() -> None:
             f"path, write access and free space (now {folder}, from RAY_TMPDIR, else TMPDIR, else /tmp), and write "
             f"access to HOME for its token (now {os.environ.get('HOME')})"
         ) from error
-
-
-def _temporary_folder() -> str:
-    """The folder where a Ray that is started here keeps its files."""
-    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
-    with suppress(OSError):  # the error is raised where the folder is used
-        os.makedirs(folder, exist_ok=True)
-    return folder
 
 
 def _prepare_helpers() -> None:
@@ -218,66 +212,6 @@ def own_interrupts() -> Iterator[None]:
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-
-
-def num_nodes() -> int:
-    """The number of nodes that are alive."""
-    return sum(bool(node["Alive"]) for node in ray.nodes())
-
-
-def num_cpus() -> float:
-    """The CPUs of the cluster."""
-    return float(ray.cluster_resources().get("CPU", 1))
-
-
-def has_gpu() -> bool:
-    """Whether the cluster has any GPU."""
-    return float(ray.cluster_resources().get("GPU", 0)) >= 1
-
-
-def accelerators() -> list[str]:
-    """Ray's names of the kinds of GPU in the cluster, such as A100."""
-    start = "accelerator_type:"
-    return sorted(name.removeprefix(start) for name in ray.cluster_resources() if name.startswith(start))
-
-
-def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
-    """The size of a pool: `wanted`, else as many actors as fit the cluster; raises ClusterError if they do not fit."""
-    room = room_for(num_cpus, num_gpus)
-    if room < max(1, wanted or 1):
-        resources = ray.cluster_resources()
-        raise ClusterError(
-            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of "
-            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs with one CPU left for reading and "
-            "writing; lower score.num_actors, score.num_cpus or score.num_gpus, or take a larger cluster"
-        )
-    return wanted or room
-
-
-def actor_cpus(num_cpus: float) -> float:
-    """CPUs of an actor, as wanted; half a CPU where the cluster has only one, so that reading and writing fit, too."""
-    return 0.5 if num_cpus == 1 and 1 <= ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
-
-
-def room_for(num_cpus: float, num_gpus: float) -> int:
-    """The number of actors of this size that fit the nodes, with room left on one of them for a task of `side_cpus`.
-
-    An actor pool that takes all CPUs starves reads and writes, and the run hangs without an error (seen with 2.60).
-    """
-    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {name: size for name, size in (("CPU", num_cpus), ("GPU", num_gpus)) if size}
-    rooms = [min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items()) for node in nodes]
-    left = [node.get("CPU", 0.0) - num_cpus * room for node, room in zip(nodes, rooms, strict=True)]
-    is_full = max(left, default=0.0) < side_cpus(num_cpus)
-    return sum(rooms) - is_full  # leaving out one actor makes enough room
-
-
-def side_cpus(num_cpus: float) -> float:
-    """CPUs of a task that writes next to actors of this size: at most those of one actor, so that it fits.
-
-    A task that reads takes half as many: with equal CPUs Ray fuses reading into the actor, and nothing overlaps.
-    """
-    return min(1.0, num_cpus)
 
 
 def whole_block_context(no_progress_timeout_s: int | None = None) -> DataContext:

@@ -117,8 +117,17 @@ def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def quiet_ray() -> Iterator[None]:
-    """During the block show only those messages of a connected Ray that concern the run, or all with --debug."""
-    _log_through_the_job()
+    """During the block show only those messages of a connected Ray that concern the run, or all with --debug.
+
+    Ray's Python code logs through the job's handlers, which do not break the bars, instead of its own.
+    """
+    for name in ("ray", "ray.data", "ray.train"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, PlainRayHandler)]
+        logger.propagate = True
+    if not shows_all():
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_is_not_raised)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     dispatcher = global_worker_stdstream_dispatcher
     dispatcher.remove_handler("ray_print_logs")
@@ -128,17 +137,6 @@ def quiet_ray() -> Iterator[None]:
             yield
     finally:
         dispatcher.remove_handler("davir_ray")
-
-
-def _log_through_the_job() -> None:
-    """Let Ray's Python code log through the job's handlers, which do not break the bars, instead of its own."""
-    for name in ("ray", "ray.data", "ray.train"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, PlainRayHandler)]
-        logger.propagate = True
-    if not shows_all():
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(_is_not_raised)
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:

@@ -158,20 +158,16 @@ def tracked(run: Run, start: Progress) -> Iterator[ProgressCounter]:
     """
     counter = ProgressCounter(start.stage, start.total)
     display = _Display(run, start, counter)
-    display.start()
     try:
         yield counter
-    except BaseException:
-        display.stop()
-        raise
-    else:
-        display.finish()
+        display.show_last()
     finally:
+        display.close()
         counter.end()
 
 
 class _Display:
-    """Asks the counter every few seconds, and shows the user what it answers."""
+    """Asks the counter every few seconds, in a thread, and shows the user what it answers."""
 
     def __init__(self, run: Run, start: Progress, counter: ProgressCounter) -> None:
         self._run, self._first, self._counter = run, start, counter
@@ -179,31 +175,27 @@ class _Display:
         self._started = time.monotonic()
         self._logged_done, self._logged_at = -1, 0.0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
         self._bar = Bar(start) if sys.stderr.isatty() else None
-
-    def start(self) -> None:
-        """Begin to show progress."""
-        self._show(self._first)
+        self._show(start)
+        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
         self._thread.start()
 
     def _repeat(self) -> None:
         while not self._ended.wait(EVERY_S):
             self._update()
 
-    def stop(self) -> None:
-        """Show nothing more: the run may be another driver's by now, or its store unreachable."""
-        self._ended.set()
-        self._thread.join(EVERY_S)
-        if self._bar is not None:
-            self._bar.close()
-
-    def finish(self) -> None:
+    def show_last(self) -> None:
         """Show the final totals."""
         self._ended.set()
         self._thread.join()
         self._update()
-        self.stop()
+
+    def close(self) -> None:
+        """Show nothing more: after an error the run may be another driver's by now, or its store unreachable."""
+        self._ended.set()
+        self._thread.join(EVERY_S)
+        if self._bar is not None:
+            self._bar.close()
 
     def _update(self) -> None:
         totals = self._counter.totals()

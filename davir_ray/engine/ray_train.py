@@ -12,8 +12,9 @@ from ray.train.torch import TorchTrainer
 
 from davir_ray import errors
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.connect import has_gpu, own_errors, own_interrupts
+from davir_ray.engine.connect import own_errors, own_interrupts
 from davir_ray.engine.console import configure_worker_logging
+from davir_ray.engine.resources import has_gpu
 from davir_ray.errors import ClusterError, DavirError, StorageError
 from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import storage_errors

@@ -4,6 +4,7 @@ The code of reading and writing tasks is here, apart from the models, so that a 
 import torch, which takes seconds.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.engine.progress import WorkDone
 from davir_ray.errors import IntegrityError
-from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, read_parquet, write_parquet
+from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, committed_parquet, digest, read_parquet, write_parquet
 from davir_ray.run.location import Location
+from davir_ray.text import one_line
+
+log = logging.getLogger(__name__)
 
 _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
@@ -31,7 +35,7 @@ _TASK_BYTES = 32 * 2**20
 NAMED = ["shard", "shard_rows"]
 """Constant columns that tell the sink which shard a block is, and how many rows it must have."""
 
-NUMERICS_KEY = b"davir_numerics"
+_NUMERICS_KEY = b"davir_numerics"
 """Key in the footer of a file of scores: the arithmetic that made it, as JSON."""
 
 _SEAL_KEY = b"davir_seal"
@@ -117,13 +121,14 @@ def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
     return table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommittedShard:
-    """A shard that a write task committed."""
+    """A shard that a write task committed; the last two are JSON from the file's footer."""
 
     entry: FileEntry
     statuses: dict[str, int]
     numerics: str
+    fingerprint: str
 
 
 class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
@@ -156,21 +161,39 @@ class ShardSink(Datasink[list[CommittedShard]]):  # type: ignore[misc]
             )
         table = block.select(self._schema.names).cast(self._schema)
         numerics = str(block["numerics"][0])
-        footer = sealed({FINGERPRINT_KEY: self._fingerprint.encode(), NUMERICS_KEY: numerics.encode()})
+        footer = _sealed({FINGERPRINT_KEY: self._fingerprint.encode(), _NUMERICS_KEY: numerics.encode()})
         entry = write_parquet(self._folder / names.pop(), table, footer)
-        statuses = count_statuses(table)
+        statuses = _count_statuses(table)
         unscored = table.num_rows - statuses.get("ok", 0)
         self._report(entry.name, WorkDone(table.num_rows, table.num_rows, self._count_tokens(table), unscored=unscored))
-        return CommittedShard(entry, statuses, numerics)
+        return CommittedShard(entry=entry, statuses=statuses, numerics=numerics, fingerprint=self._fingerprint)
 
     def on_write_complete(self, write_result: WriteResult[list[CommittedShard]]) -> None:
         """Keep what the write tasks committed."""
         self.shards = [shard for shards in write_result.write_returns for shard in shards]
 
 
-def sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
+def committed_shard(place: Location, schema: pa.Schema, num_rows: int | None) -> CommittedShard | None:
+    """The shard committed in a file; None if the file is damaged or lacks rows, so that it must be done again."""
+    try:
+        entry, table = committed_parquet(place)
+        metadata = table.schema.metadata or {}
+        if not table.schema.equals(schema) or num_rows not in (None, table.num_rows) or _sealed(metadata) != metadata:
+            raise IntegrityError(f"{table.num_rows} rows")
+        return CommittedShard(
+            entry=entry,
+            statuses=_count_statuses(table),
+            numerics=metadata[_NUMERICS_KEY].decode(),
+            fingerprint=metadata[FINGERPRINT_KEY].decode(),
+        )
+    except (IntegrityError, KeyError, ValueError) as error:
+        log.warning("%s is damaged (%s) and is done again", place, one_line(error))
+        return None
+
+
+def _sealed(footer: dict[bytes, bytes]) -> dict[bytes, bytes]:
     """Add a digest of a footer's entries to it, because page checksums do not cover the footer."""
-    texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, NUMERICS_KEY)]
+    texts = [footer[key].decode(errors="replace") for key in (FINGERPRINT_KEY, _NUMERICS_KEY)]
     return {**footer, _SEAL_KEY: digest(texts).encode()}
 
 
@@ -179,6 +202,6 @@ def num_tokens(table: pa.Table) -> int:
     return int(sum(pc.sum(table[name]).as_py() or 0 for name in ("num_prompt_tokens", "num_response_tokens")))
 
 
-def count_statuses(table: pa.Table) -> dict[str, int]:
+def _count_statuses(table: pa.Table) -> dict[str, int]:
     """The number of rows of each status."""
     return dict(Counter(table["status"].to_pylist()))

@@ -5,30 +5,23 @@ Only what a shard's task returns is moved; the driver sees summaries and the ent
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray.data
 
-from davir_ray.engine.connect import num_cpus, own_errors, whole_block_context
+from davir_ray.engine.connect import own_errors, whole_block_context
+from davir_ray.engine.resources import num_cpus
 from davir_ray.engine.shards import Shards
 from davir_ray.run.files import FileEntry
 
 _MAX_PARTITIONS = 200
 """Ray's default, which costs seconds where there are only a few groups."""
 
-_WRITTEN = pa.schema(
-    [
-        ("name", pa.string()),
-        ("rows", pa.int64()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("facts", pa.string()),
-    ]
-)
-"""The schema of a Written as a row, with its facts as JSON. The name is null if a task had nothing to write."""
+_WRITTEN = pa.schema([("written", pa.string())])
+"""A Written as JSON; null if a task had nothing to write."""
 
 Change = Callable[[pa.Table], pa.Table]
 
@@ -55,7 +48,8 @@ class Round:
 
 def collect(shards: Shards, summarise: Change, schema: pa.Schema) -> pa.Table:
     """Make a small table of each shard, with this schema; returns them as one table in the driver."""
-    return _in_driver(shards.then(lambda _, table: summarise(table), num_cpus()), schema)
+    shards = shards.then(lambda _, table: summarise(table), num_cpus())
+    return in_driver(ray.data.read_datasource(shards, **shards.read_options), schema)
 
 
 def gather(shards: Shards, schema: pa.Schema) -> pa.Table:
@@ -69,7 +63,7 @@ def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None
     `write(name, rows)` writes the file of one shard; it returns None where it has nothing to write.
     """
     shards = shards.then(lambda name, table: _to_row(write(name, table)), num_cpus())
-    return _from_rows(_in_driver(shards, _WRITTEN).to_pylist())
+    return _from_rows(in_driver(ray.data.read_datasource(shards, **shards.read_options), _WRITTEN).to_pylist())
 
 
 def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
@@ -103,9 +97,10 @@ def exchange(
     return [written.entry for written in _from_rows(rows)]
 
 
-def _in_driver(shards: Shards, schema: pa.Schema) -> pa.Table:
+def in_driver(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
+    """Execute a dataset of small tables with this schema; returns them as one table in the driver."""
     with own_errors():
-        tables = ray.get(ray.data.read_datasource(shards, **shards.read_options).to_arrow_refs())
+        tables = ray.get(dataset.to_arrow_refs())
     # An empty block comes back without its columns (2.60).
     return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
 
@@ -116,16 +111,10 @@ def _write_bin(write: Callable[[int, pa.Table], FileEntry], rows: pa.Table) -> p
 
 
 def _to_row(written: Written | None) -> pa.Table:
-    if written is None:
-        return pa.Table.from_pylist([dict.fromkeys(_WRITTEN.names)], _WRITTEN)
-    entry = {name: getattr(written.entry, name) for name in _WRITTEN.names[:-1]}
-    return pa.Table.from_pylist([entry | {"facts": json.dumps(written.facts)}], _WRITTEN)
+    return pa.table([[None if written is None else json.dumps(asdict(written))]], _WRITTEN)
 
 
 def _from_rows(rows: list[dict[str, Any]]) -> list[Written]:
-    written = [
-        Written(FileEntry(**{name: row[name] for name in _WRITTEN.names[:-1]}), json.loads(row["facts"]))
-        for row in rows
-        if row["name"] is not None
-    ]
+    found = [json.loads(row["written"]) for row in rows if row["written"] is not None]
+    written = [Written(FileEntry(**one["entry"]), one["facts"]) for one in found]
     return sorted(written, key=lambda one: one.entry.name)

@@ -6,7 +6,7 @@ The first records are prepared and shown; tokens, shards, disk, device-hours and
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,10 @@ from davir_ray.config.run import EstimateConfig, InputConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
-from davir_ray.data.reader import ExampleRow
 from davir_ray.data.records import Reject, estimate_rows
-from davir_ray.engine.connect import accelerators, connected_to, has_gpu
-from davir_ray.engine.pool import plan_pool
+from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
+from davir_ray.engine.resources import accelerators, has_gpu, plan_pool
 from davir_ray.errors import ConfigError
 from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
@@ -83,25 +82,20 @@ class DataSize:
     """Response tokens of all examples."""
 
 
-class Preview(NamedTuple):
-    """The result of preparing the first records."""
-
-    lines: list[str]
-    """Lines for the user: examples with the scored tokens between ⟦ and ⟧, and bad rows."""
-    data: DataSize
-
-
 def preview(
     sources: list[Source],
     preparation: Preparation,
     num_records: int = 100,
     num_shown: int = 3,
     written: Sequence[Location] = (),
-) -> Preview:
-    """Prepare the first records of each source, without Ray; files where the job writes (`written`) are not read."""
+) -> tuple[list[str], DataSize]:
+    """Prepare the first records of each source, without Ray; files where the job writes (`written`) are not read.
+
+    Returns lines for the user, with the scored tokens of examples between ⟦ and ⟧, and the size of the sources.
+    """
     tokenizer = preparation.base.tokenizer()
     reader = preparation.reader(sources)
-    lines, sizes = [], []
+    lines, num_rows, num_examples, num_prompt, num_scored = [], 0, 0.0, 0.0, 0.0
     for source in sources:
         files = list_files(source, written)
         slices = [part for task in plan_tasks(files, UNLIMITED) for part in task]
@@ -111,20 +105,17 @@ def preview(
         lines.append(f"{source.name}: {len(items) - len(rejects)} of the first {len(items)} records can be prepared")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
         lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
-        num_rows = min(estimate_rows(files), preparation.limit or UNLIMITED)
-        sizes.append((num_rows, num_rows / max(1, len(items)), examples))
-    return Preview(lines, _data_size(sizes))
-
-
-def _data_size(sizes: list[tuple[int, float, list[ExampleRow]]]) -> DataSize:
-    """The size of all sources; `sizes` has the number of rows of each, the rows per row read, and what was read."""
-    columns = ("num_prompt_tokens", "num_response_tokens")
-    prompt, scored = (sum(scale * sum(row[name] for row in rows) for _, scale, rows in sizes) for name in columns)
-    return DataSize(
-        num_rows=sum(num_rows for num_rows, _, _ in sizes),
-        num_examples=round(sum(scale * len(rows) for _, scale, rows in sizes)),
-        num_tokens=round(prompt + scored),
-        num_scored=round(scored),
+        rows_of_source = min(estimate_rows(files), preparation.limit or UNLIMITED)
+        scale = rows_of_source / max(1, len(items))
+        num_rows += rows_of_source
+        num_examples += scale * len(examples)
+        num_prompt += scale * sum(row["num_prompt_tokens"] for row in examples)
+        num_scored += scale * sum(row["num_response_tokens"] for row in examples)
+    return lines, DataSize(
+        num_rows=num_rows,
+        num_examples=round(num_examples),
+        num_tokens=round(num_prompt + num_scored),
+        num_scored=round(num_scored),
     )
 
 
@@ -178,33 +169,25 @@ def estimate(
     """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair."""
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
-    num_shards = -(-data.num_examples // shard_rows)
-    if finetune is None:
-        return Estimate(
-            data=data,
-            num_shards=num_shards,
-            finetune_flops=0.0,
-            score_flops=2 * forward,
-            checkpoint_bytes=0.0,
-            reference_bytes=0.0,
-            device_bytes=0.0,
-        )
-    if finetune.lora_rank is None:
-        trained, passes = size.num_parameters, 3
-    else:  # the frozen weights get no gradient of their own
-        trained, passes = finetune.lora_rank * size.linear_edges, 2
-    passes += finetune.gradient_checkpointing
-    epochs = float(finetune.epochs)
-    if finetune.max_steps is not None:
-        epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
+    epochs, passes, trained, device_bytes = 0.0, 0, 0, 0.0
+    if finetune is not None:
+        if finetune.lora_rank is None:
+            trained, passes = size.num_parameters, 3
+        else:  # the frozen weights get no gradient of their own
+            trained, passes = finetune.lora_rank * size.linear_edges, 2
+        passes += finetune.gradient_checkpointing
+        epochs = float(finetune.epochs)
+        if finetune.max_steps is not None:
+            epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
+        device_bytes = _device_bytes(size, finetune, trained)
     return Estimate(
         data=data,
-        num_shards=num_shards,
+        num_shards=-(-data.num_examples // shard_rows),
         finetune_flops=epochs * passes * forward,
         score_flops=2 * forward,
         checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
         reference_bytes=4.0 * trained,
-        device_bytes=_device_bytes(size, finetune, trained),
+        device_bytes=device_bytes,
     )
 
 

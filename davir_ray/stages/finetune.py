@@ -35,7 +35,7 @@ from davir_ray.models.training.model import save_reference, trainable
 from davir_ray.models.training.parallel import sharded, together
 from davir_ray.run.files import FileEntry, digest, in_folder, put_folder, read_parquet
 from davir_ray.run.folder import Run
-from davir_ray.run.location import Location, each
+from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.run.storage_errors import storage_errors
@@ -83,12 +83,7 @@ class Training:
 
 
 def finetune(
-    run: Run,
-    base: Checkpoint,
-    config: FinetuneConfig,
-    spec: dict[str, Any],
-    *,
-    examples: Run | None = None,
+    run: Run, base: Checkpoint, config: FinetuneConfig, spec: dict[str, Any], *, examples: Run | None = None
 ) -> Manifest:
     """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec.
 
@@ -96,22 +91,18 @@ def finetune(
     """
     holder = examples or run
     prepared = holder.require("prepare")
-    shards = [entry.name for entry in prepared.files_in("examples")]
+    folder, shards = holder / "examples", [entry.name for entry in prepared.files_in("examples")]
     training = Training(
         stage="finetune",
         run=run,
         base=base,
         config=config,
-        objective=partial(_read_examples, holder / "examples", shards),
+        objective=lambda: TrainingSet.of(each(lambda name: read_parquet(folder / name, TRAINING_COLUMNS), shards)),
         spec=spec,
         folder="reference",
     )
     fingerprint = {"base": base.weights_digest(), "examples": prepared.content, **recipe_of(config)}
     return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"])
-
-
-def _read_examples(folder: Location, shards: list[str]) -> TrainingSet:
-    return TrainingSet.of(each(lambda name: read_parquet(folder / name, TRAINING_COLUMNS), shards))
 
 
 def recipe_of(config: FinetuneConfig) -> dict[str, Any]:

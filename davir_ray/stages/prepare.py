@@ -1,9 +1,11 @@
 """prepare: sources → examples/ and rejects/. Every format, every bad record and all tokenisation pass through here."""
 
 import logging
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import ray.data
@@ -16,9 +18,10 @@ from davir_ray.data.formats import rendering
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
-from davir_ray.engine.connect import actor_cpus, own_errors, pool_size
+from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
+from davir_ray.engine.resources import actor_cpus, pool_size
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import tokenizer_digest
@@ -79,21 +82,11 @@ def are_pairs(sources: list[Source]) -> bool:
     return any(source.format == "preference" for source in sources)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One call of a worker: it prepares slices of one source into shards named by the task's number."""
+class Task(NamedTuple):
+    """One call of a worker: slices of one source, which become shards named by the task's number."""
 
-    number: int
     source: Source
     slices: list[Slice]
-
-
-class _Limits(NamedTuple):
-    """The limit of bad rows, and what is needed to check it early."""
-
-    max_bad_fraction: float
-    total_bytes: int
-    """Bytes of all sources as they are stored, compressed or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +97,11 @@ class Work:
     reports: Location
     """Folder that a task writes its report to when it has finished."""
     tasks: list[Task]
+    """All tasks; the number of one is its index."""
     preparation: Preparation
-    limits: _Limits
+    max_bad_fraction: float
+    total_bytes: int
+    """Bytes of all sources as they are stored, compressed or not."""
     counter: ProgressCounter
 
 
@@ -132,33 +128,47 @@ def prepare(
         run.clear("prepare")
     run.note_attempt(TASKS, fingerprint)
     done = _finished(run, reports)
-    tasks, num_files = _plan(sources, files, preparation), sum(map(len, files.values()))
-    log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), num_files)
-    limits = _Limits(max_bad_fraction, sum(file.num_bytes for source in files.values() for file in source))
+    # With a limit each source is one task, which stops after that many records.
+    task_bytes = _TASK_BYTES if preparation.limit is None else UNLIMITED
+    tasks = [Task(source, slices) for source in sources for slices in plan_tasks(files[source.name], task_bytes)]
+    sizes = [file.num_bytes for listed in files.values() for file in listed]
+    log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), len(sizes))
+    before = _sum(done)
+    start = Progress(
+        stage="prepare",
+        unit="bytes",
+        done=before.num_bytes,
+        total=sum(sizes) if preparation.limit is None else None,  # with a limit the end is not known
+        rows=before.num_read,
+        rejects=before.reasons.total(),
+    )
     try:
-        total = limits.total_bytes if preparation.limit is None else None  # with a limit the end is not known
-        with tracked(run, _before(done, total)) as counter:
-            work = Work(run=run, reports=reports, tasks=tasks, preparation=preparation, limits=limits, counter=counter)
+        with tracked(run, start) as counter:
+            work = Work(
+                run=run,
+                reports=reports,
+                tasks=tasks,
+                preparation=preparation,
+                max_bad_fraction=max_bad_fraction,
+                total_bytes=sum(sizes),
+                counter=counter,
+            )
             report = _run(work, done)
-        _check_counts(report, limits, rows_per_record=2 if are_pairs(sources) else 1)
+        counts = _checked_counts(report, max_bad_fraction, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
         run.note_attempt(TASKS, fingerprint, binding=False)  # the user is about to correct the data
         raise
-    manifest = run.commit(_manifest(report, fingerprint, time.monotonic() - started))
+    manifest = Manifest(
+        stage="prepare",
+        fingerprint=fingerprint,
+        counts=counts,
+        files=sorted(report.files, key=lambda entry: entry.name),
+        details={"first_reject": report.first_reject},
+        seconds=time.monotonic() - started,
+    )
+    manifest = run.commit(manifest)
     (run / TASKS).remove()
     return manifest
-
-
-def _before(done: dict[int, TaskReport], total: int | None) -> Progress:
-    """The progress at the start: what an earlier attempt finished."""
-    return Progress(
-        stage="prepare",
-        unit="bytes",
-        done=sum(report.num_bytes for report in done.values()),
-        total=total,
-        rows=sum(report.num_read for report in done.values()),
-        rejects=sum(report.reasons.total() for report in done.values()),
-    )
 
 
 def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
@@ -212,28 +222,15 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
     }
 
 
-def _plan(sources: list[Source], files: dict[str, list[SourceFile]], preparation: Preparation) -> list[Task]:
-    """The tasks, in source order; with a limit each source is one task, which stops after that many records."""
-    tasks: list[Task] = []
-    for source in sources:
-        target = _TASK_BYTES if preparation.limit is None else UNLIMITED
-        planned = plan_tasks(files[source.name], target)
-        tasks += [Task(len(tasks) + i, source, slices) for i, slices in enumerate(planned)]
-    return tasks
-
-
-def _shard_rows(config: PrepareConfig, total_bytes: int) -> int:
-    return max(config.shard_rows, total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
+def _sum(reports: dict[int, TaskReport]) -> TaskReport:
+    """The sum of the reports in the order of the tasks' numbers."""
+    return reduce(operator.iadd, (reports[number] for number in sorted(reports)), TaskReport())
 
 
 def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
-    """Prepare the tasks that are not done; returns the sum of all reports in task order."""
-    reports = dict(done)
-    pending = [task.number for task in work.tasks if task.number not in done]
-    so_far = TaskReport()
-    for report in done.values():
-        so_far += report
-    if pending:
+    """Prepare the tasks that are not done; returns the sum of all reports."""
+    reports, so_far = dict(done), _sum(done)
+    if pending := [number for number in range(len(work.tasks)) if number not in done]:
         num_cpus = actor_cpus(1)
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
             Preparer,
@@ -245,47 +242,34 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
             for row in dataset.iter_rows():
                 reports[row["number"]] = TaskReport.from_json(row["report"])
                 so_far += reports[row["number"]]
-                so_far.check_rejects(work.limits.max_bad_fraction, work.limits.total_bytes)
-    total = TaskReport()
-    for number in sorted(reports):
-        total += reports[number]
-    return total
+                so_far.check_rejects(work.max_bad_fraction, work.total_bytes)
+    return _sum(reports)
 
 
-def _manifest(report: TaskReport, fingerprint: dict[str, Any], seconds: float) -> Manifest:
+def _checked_counts(report: TaskReport, max_bad_fraction: float, rows_per_record: int) -> dict[str, int]:
+    """The manifest's counts. Raises IntegrityError if rows were lost, DataError if none is left or too many are bad."""
     prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
-    counts = {"read": report.num_read, "prepared": prepared, "rejected": report.reasons.total()}
-    counts |= {name: report.sums[name] for name in COUNTED} | dict(sorted(report.reasons.items()))
-    counts |= dict(sorted(report.replaced.items()))
-    details = {"first_reject": report.first_reject}
-    files = sorted(report.files, key=lambda entry: entry.name)
-    return Manifest(
-        stage="prepare", fingerprint=fingerprint, counts=counts, files=files, details=details, seconds=seconds
-    )
-
-
-def _check_counts(report: TaskReport, limits: _Limits, rows_per_record: int) -> None:
-    prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
-    if (report.num_read - report.reasons.total()) * rows_per_record != prepared:
+    rejected = report.reasons.total()
+    if (report.num_read - rejected) * rows_per_record != prepared:
         raise IntegrityError(
-            f"rows were lost in prepare: {report.num_read} read, {prepared} prepared, {report.reasons.total()} rejected"
+            f"rows were lost in prepare: {report.num_read} read, {prepared} prepared, {rejected} rejected"
         )
     if prepared == 0:
         raise DataError(
             f"no example could be prepared from {report.num_read} records ({report.reason_counts or 'no records'}); "
             f"the first: {report.first_reject}"
         )
-    report.check_rejects(limits.max_bad_fraction)
-    log.info(
-        "prepare: %d read, %d prepared, %d rejected %s",
-        report.num_read, prepared, report.reasons.total(), report.reason_counts,
-    )  # fmt: skip
+    report.check_rejects(max_bad_fraction)
+    log.info("prepare: %d read, %d prepared, %d rejected %s", report.num_read, prepared, rejected, report.reason_counts)
     if report.replaced:
         log.warning(
             "prepare: JSON has no NaN, infinity or bytes, so in the column record %d numbers became null and %d values "
             "of bytes became base64 text",
             report.replaced[NOT_FINITE], report.replaced[BYTES],
         )  # fmt: skip
+    counts = {"read": report.num_read, "prepared": prepared, "rejected": rejected}
+    counts |= {name: report.sums[name] for name in COUNTED} | dict(sorted(report.reasons.items()))
+    return counts | dict(sorted(report.replaced.items()))
 
 
 class Preparer:
@@ -297,39 +281,33 @@ class Preparer:
         sources = [task.source for task in work.tasks]
         self._reader = work.preparation.reader(sources)
         self._schema = PAIRS if are_pairs(sources) else EXAMPLES
-        self._shard_rows = _shard_rows(work.preparation.config, work.limits.total_bytes)
+        self._shard_rows = max(work.preparation.config.shard_rows, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Prepare the task with the number row['item']; returns one row with its report as JSON."""
-        work = self._work
-        task, reader = work.tasks[row["item"]], self._reader
+        work, number, reader = self._work, row["item"], self._reader
+        task = work.tasks[number]
         reader.bytes_read = 0
         reader.replaced.clear()
-        work.counter.begin(str(task.number))
-        writer = ShardWriter(work.run.folder, task.number, task.source.name, self._shard_rows, self._schema)
+        work.counter.begin(str(number))
+        writer = ShardWriter(work.run.folder, number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:
-                writer.report.num_bytes = reader.bytes_read
-                self._report(task.number, writer.report)
-                self._stop_early(writer)
+                self._report(number, writer.report)
+                try:  # stops as soon as too many rows are bad, instead of reading a large file to its end
+                    writer.report.check_rejects(work.max_bad_fraction, work.total_bytes)
+                except DataError:
+                    writer.finish()  # the user will want to see the rejects
+                    raise
         report = writer.finish()
-        report.num_bytes = reader.bytes_read
         report.replaced = reader.replaced
-        self._report(task.number, report)
+        self._report(number, report)
         text = report.to_json()
-        (work.reports / f"{task.number:05d}.json").write_text(text)
-        return [{"number": task.number, "report": text}]
+        (work.reports / f"{number:05d}.json").write_text(text)
+        return [{"number": number, "report": text}]
 
     def _report(self, number: int, report: TaskReport) -> None:
+        report.num_bytes = self._reader.bytes_read
         done = WorkDone(report.num_bytes, rows=report.num_read, rejects=report.reasons.total())
         self._work.counter.report(str(number), done)
-
-    def _stop_early(self, writer: ShardWriter) -> None:
-        """Raise DataError as soon as too many rows are bad, instead of reading a large file to its end."""
-        limits = self._work.limits
-        try:
-            writer.report.check_rejects(limits.max_bad_fraction, limits.total_bytes)
-        except DataError:
-            writer.finish()  # the user will want to see the rejects
-            raise

@@ -38,9 +38,8 @@ BIN_ROWS = 200_000
 _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
 
-_SAMPLED = pa.schema([pa.field("key", pa.uint64()), pa.field("example_id", pa.int64())])
-_COUNTED = pa.schema([pa.field("bin", pa.int64()), pa.field("rows", pa.int64())])
-
+_SAMPLED = pa.schema({"key": pa.uint64(), "example_id": pa.int64()})
+_COUNTED = pa.schema({"bin": pa.int64(), "rows": pa.int64()})
 
 Collect = Callable[[Change, pa.Schema], pa.Table]
 """Makes a small table, with this schema, of each part of the rows; returns these tables as one."""
@@ -95,39 +94,32 @@ def rank(run: Run, config: RankConfig) -> Manifest:
         "rank: %d of %d rows by %s, in %d of %d bins", last_rank, num_examples, config.order, last_bin + 1, len(bins)
     )
     run.clear("rank")
-    metadata = file_metadata(run, config, fingerprint)
-    files = exchange(
-        Shards(shards, partial(read_columns, run / "scores", None)),
-        partial(bins.assign, last_bin=last_bin),
-        last_bin + 1,
-        partial(
-            write_bin,
-            folder=run / "ranked",
-            config=config,
-            rows_by_bin=rows_by_bin,
-            last_rank=last_rank,
-            metadata=metadata,
-        ),
+    write = partial(
+        write_bin,
+        folder=run / "ranked",
+        config=config,
+        rows_by_bin=rows_by_bin,
+        last_rank=last_rank,
+        metadata=file_metadata(run, config, fingerprint),
     )
+    scores = Shards(shards, partial(read_columns, run / "scores", None))
+    files = exchange(scores, partial(bins.assign, last_bin=last_bin), last_bin + 1, write)
     if total_rows(files) != last_rank:
         raise IntegrityError(f"{last_rank} rows were to be ranked but {total_rows(files)} were written")
-    counts = {
-        "examples": num_examples,
-        "rankable": num_rankable,
-        "unranked": num_examples - num_rankable,
-        "ranked": last_rank,
-    }
-    details, seconds = {"rows_by_bin": rows_by_bin.tolist()}, time.monotonic() - started
-    return run.commit(
-        Manifest(
-            stage="rank",
-            fingerprint=fingerprint,
-            counts=counts,
-            files=in_folder("ranked", files),
-            details=details,
-            seconds=seconds,
-        )
+    manifest = Manifest(
+        stage="rank",
+        fingerprint=fingerprint,
+        counts={
+            "examples": num_examples,
+            "rankable": num_rankable,
+            "unranked": num_examples - num_rankable,
+            "ranked": last_rank,
+        },
+        files=in_folder("ranked", files),
+        details={"rows_by_bin": rows_by_bin.tolist()},
+        seconds=time.monotonic() - started,
     )
+    return run.commit(manifest)
 
 
 def find_bins(
@@ -138,14 +130,26 @@ def find_bins(
     keys, ids = np.empty(0, np.uint64), np.empty(0, np.int64)
     if num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
-        sample = collected(partial(_sample, config=config, id_column=id_column, share=share), _SAMPLED)
+
+        def drawn_keys(table: pa.Table) -> pa.Table:
+            _, keys, ids = order_keys(table, config, id_column)
+            drawn = hashing.drawn(ids, share, "boundaries")
+            return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
+
+        sample = collected(drawn_keys, _SAMPLED)
         keys, ids = ranking.boundaries(np.asarray(sample["key"]), np.asarray(sample["example_id"]), num_bins)
     return Bins(config=config, boundary_keys=keys, boundary_ids=ids, id_column=id_column)
 
 
 def count_bins(collected: Collect, bins: Bins) -> npt.NDArray[np.int64]:
     """The exact number of rankable rows of each bin."""
-    counted = collected(partial(_count, bins=bins), _COUNTED)
+
+    def count(table: pa.Table) -> pa.Table:
+        _, keys, ids = order_keys(table, bins.config, bins.id_column)
+        numbers, rows = np.unique(bins.numbers(keys, ids), return_counts=True)
+        return pa.table({"bin": numbers, "rows": rows})
+
+    counted = collected(count, _COUNTED)
     rows_by_bin = np.zeros(len(bins), np.int64)
     np.add.at(rows_by_bin, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
     return rows_by_bin
@@ -208,16 +212,3 @@ def file_metadata(run: Run, config: RankConfig, fingerprint: dict[str, Any]) -> 
         b"davir_ray.order": config.order.encode(),
         b"davir_ray.version": __version__.encode(),
     }
-
-
-def _sample(table: pa.Table, *, config: RankConfig, id_column: str, share: float) -> pa.Table:
-    _, keys, ids = order_keys(table, config, id_column)
-    drawn = hashing.drawn(ids, share, "boundaries")
-    keys, ids = keys[drawn], ids[drawn]
-    return pa.table({"key": keys, "example_id": ids})
-
-
-def _count(table: pa.Table, *, bins: Bins) -> pa.Table:
-    _, keys, ids = order_keys(table, bins.config, bins.id_column)
-    numbers, rows = np.unique(bins.numbers(keys, ids), return_counts=True)
-    return pa.table({"bin": pa.array(numbers, pa.int64()), "rows": pa.array(rows, pa.int64())})

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.pool import ShardWorker, Stream, num_gpus_of
-from davir_ray.engine.progress import ProgressCounter
+from davir_ray.engine.pool import Stream
+from davir_ray.engine.resources import num_gpus_of
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, regroup
 from davir_ray.errors import IntegrityError
@@ -37,48 +37,22 @@ _IDS_PER_PART = 2_000_000
 def score(
     run: Run,
     base: Checkpoint,
-    reference: Checkpoint,
+    reference: Checkpoint | None,
     config: ScoreConfig,
     *,
     keep_token_nll: str = "sample",
     examples: Run | None = None,
+    stage: str = "score",
+    folder: str = "scores",
+    autocast: str = "float32",
 ) -> Manifest:
     """Score every example with both models; rows of scores/ are in the order of examples/.
 
-    `examples` is the run that holds the examples; None: this one.
+    `examples` is the run that holds the examples; None: this one. The last three parameters are for `freeze`, which has
+    no reference.
     """
-    return _score(
-        run, base, reference, config,
-        stage="score", folder="scores", examples=examples or run, keep_token_nll=keep_token_nll,
-    )  # fmt: skip
-
-
-def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:
-    """Compute the losses of every example under the base alone, the frozen policy; frozen/ has the columns of scores/.
-
-    They are computed in the arithmetic of the training, so that the policy starts equal to the frozen one: bfloat16
-    shifts the log-probability of a response by tenths of a nat.
-    """
-    config = replace(config, precision=weights_precision(training))
-    return _score(
-        run, base, None, config,
-        stage="freeze", folder="frozen", examples=run, keep_token_nll="none", autocast=training.precision,
-    )  # fmt: skip
-
-
-def _score(
-    run: Run,
-    base: Checkpoint,
-    reference: Checkpoint | None,
-    config: ScoreConfig,
-    *,
-    stage: str,
-    folder: str,
-    examples: Run,
-    keep_token_nll: str,
-    autocast: str = "float32",
-) -> Manifest:
     started = time.monotonic()
+    examples = examples or run
     prepared = examples.require("prepare")
     # Twice the wanted rows in expectation: a sample by hash may be smaller than its mean, and 200 are guaranteed.
     sample_share = min(1.0, 2 * _SAMPLED_ROWS / prepared.counts["prepared"])
@@ -95,19 +69,24 @@ def _score(
         examples=examples,
         shards=prepared.files_in("examples"),
         columns=INPUT_COLUMNS,
+        ok_count="scored",
+        new_detail="shards_scored_by_this_driver",
     )
-    scorer = {"base": base, "reference": reference, "settings": settings, "base_cache": base_cache(base, config)}
-    filled = stream.fill(ScoreShard, scorer, config)
-    check_ids(run / folder, [shard.entry for shard in filled.shards])
-    manifest = stream.manifest(filled, "scored", {"shards_scored_by_this_driver": filled.num_new})
+    manifest = stream.fill(partial(Scorer, base, reference, settings, base_cache(base, config)), config)
+    check_ids(run / folder, manifest.files_in(folder))
     return run.commit(replace(manifest, seconds=time.monotonic() - started))
 
 
-class ScoreShard(ShardWorker):
-    """Actor: runs a Scorer on blocks, each of which is a whole shard."""
+def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:
+    """Compute the losses of every example under the base alone, the frozen policy; frozen/ has the columns of scores/.
 
-    def __init__(self, counter: ProgressCounter, **scorer: Any) -> None:
-        super().__init__("score", counter, INPUT_COLUMNS, partial(Scorer, **scorer))
+    They are computed in the arithmetic of the training, so that the policy starts equal to the frozen one: bfloat16
+    shifts the log-probability of a response by tenths of a nat.
+    """
+    config = replace(config, precision=weights_precision(training))
+    return score(
+        run, base, None, config, keep_token_nll="none", stage="freeze", folder="frozen", autocast=training.precision
+    )
 
 
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:

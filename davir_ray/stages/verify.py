@@ -13,8 +13,9 @@ import torch
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
-from davir_ray.engine.connect import has_gpu, own_errors
+from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
+from davir_ray.engine.resources import has_gpu
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import gather
 from davir_ray.errors import ConfigError, IntegrityError, OutputError

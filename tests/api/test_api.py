@@ -424,9 +424,9 @@ def expected_order(table: pa.Table, lowest: bool = False) -> list[int]:
 
 @pytest.fixture
 def small_bins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bins and stretches so small that a few hundred rows fall into many."""
+    """Bins so small that a few hundred rows fall into many."""
     monkeypatch.setattr(row_ranking, "BIN_ROWS", 40)
-    monkeypatch.setattr(row_selection, "STRETCH", 40)
+    monkeypatch.setattr(row_selection, "BIN_RANKS", 40)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from ray.scripts.scripts import start
 
 from davir_ray.cli import parse_as
 from davir_ray.config.run import RunConfig
-from davir_ray.engine.pool import Pool, plan_pool
 from davir_ray.engine.ray_train import check_workers
+from davir_ray.engine.resources import Pool, plan_pool
 
 KUBERAY = CLUSTER / "kuberay"
 METADATA = {

@@ -146,11 +146,11 @@ def test_nothing_is_estimated_as_nothing(tmp_path: Path) -> None:
 def test_real_data_hold_about_what_was_estimated(data_folder: Path, base_folder: Path) -> None:
     preparation = Preparation(base=Checkpoint.find(str(base_folder)), config=PrepareConfig(max_tokens=1024))
     source = Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
-    few = preview([source], preparation).data
-    many = preview([source], preparation, num_records=3000).data
+    _, few = preview([source], preparation)
+    _, many = preview([source], preparation, num_records=3000)
     assert few.num_rows == many.num_rows == 9229
     assert few.num_tokens == pytest.approx(many.num_tokens, rel=0.25)
     assert few.num_scored == pytest.approx(many.num_scored, rel=0.35)
-    limited = preview([source], replace(preparation, limit=50)).data
+    _, limited = preview([source], replace(preparation, limit=50))
     assert limited.num_rows == 50
     assert limited.num_tokens < few.num_tokens / 100

@@ -201,16 +201,14 @@ def test_an_output_among_the_data_is_no_data_and_a_second_start_finds_nothing_ne
     caplog.clear()
     prepare(run, [source(tmp_path)], options, max_bad_fraction=0, written=[cache.folder])
     assert "prepare: complete, skipped" in caplog.text and "left out" not in caplog.text
-    assert (
-        "3 of the first 3 records" in preview([source(tmp_path)], options, written=[run.folder, cache.folder]).lines[0]
-    )
+    assert "3 of the first 3 records" in preview([source(tmp_path)], options, written=[run.folder, cache.folder])[0][0]
     with pytest.raises(DataError, match=r"examples is in .*run, which this job writes"):
         prepare(run, [source(tmp_path / "run" / "examples")], options, max_bad_fraction=0)
 
 
 def test_a_preview_names_bad_rows_and_marks_scored_tokens(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(line for line, _ in LINES[:4]))
-    text = "\n".join(preview([source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200)).lines)
+    text = "\n".join(preview([source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200))[0])
     assert "1 of the first 4 records" in text
     assert "a.jsonl row 1: empty_response" in text
     assert "### Response:⟦x</s>⟧" in text

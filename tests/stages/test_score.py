@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
-from davir_ray.engine.connect import pool_size, whole_block_context
-from davir_ray.engine.pool import describe
+from davir_ray.engine.connect import whole_block_context
 from davir_ray.engine.progress import WorkDone
-from davir_ray.engine.shards import Shards, ShardSink, num_tokens
+from davir_ray.engine.resources import pool_size
+from davir_ray.engine.shards import Shards, ShardSink, committed_shard, num_tokens
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
@@ -135,12 +135,12 @@ def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
     sink = ShardSink(folder, SCORES, json.dumps({"base": "abc"}), unheard, num_tokens)
     sink.write([block(3, "part-0.parquet", 3)], None)
     place = folder / "part-0.parquet"
-    found = describe(place, SCORES, 3)
+    found = committed_shard(place, SCORES, 3)
     assert found is not None
-    assert found.fingerprint == {"base": "abc"}
-    assert describe(place, SCORES, 4) is None
+    assert json.loads(found.fingerprint) == {"base": "abc"}
+    assert committed_shard(place, SCORES, 4) is None
     place.write_bytes(place.read_bytes().replace(b'"abc"', b'"abd"'))
-    assert describe(place, SCORES, 3) is None
+    assert committed_shard(place, SCORES, 3) is None
 
 
 def test_every_shard_is_one_block_whatever_its_size() -> None:

@@ -1,9 +1,8 @@
-"""Which rows of ranked/ may be selected, and how many of each group there are in each file."""
+"""Which rows of ranked/ may be selected, how many of each group there are in each file, and which are selected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,34 +11,20 @@ import pyarrow as pa
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect
+from davir_ray.formulas.shares import prefix_rows
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.stages.rank import key_columns, value_column
 from davir_ray.stages.select.duplicates import read_duplicates
+from davir_ray.stages.select.limits import GroupCount, Limits
 
 _ELIGIBLE = "eligible"
-_COUNTED = pa.schema(
-    [
-        ("file", pa.string()),
-        ("outcome", pa.string()),
-        ("group", pa.string()),
-        ("rows", pa.int64()),
-        ("tokens", pa.int64()),
-    ]
-)
+_COUNTED = pa.schema({
+    "file": pa.string(), "outcome": pa.string(), "group": pa.string(), "rows": pa.int64(), "tokens": pa.int64()
+})  # fmt: skip
 
 Filter = Callable[[pa.Table], npt.NDArray[np.bool_]]
 """Returns for each row whether it is left out."""
-
-
-class Pool(NamedTuple):
-    """The rows of one group, in one file of ranked/, that may be selected."""
-
-    file: str
-    group: str
-    rows: int
-    tokens: int
-    """Scored tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +66,6 @@ class Candidates:
             outcomes[leaves_out(table)] = reason
         return outcomes
 
-    def eligible(self, table: pa.Table) -> npt.NDArray[np.bool_]:
-        """Whether each row of a file may be selected."""
-        return np.asarray(self.outcomes(table) == _ELIGIBLE)
-
     def groups(self, table: pa.Table) -> npt.NDArray[np.str_]:
         """The group of each row; without balance, quotas or mixture all rows are in one group."""
         parts = [self._labels(table, by) for by in (["source"] if self.config.mixture else self.config.balance)]
@@ -92,17 +73,17 @@ class Candidates:
             return np.full(table.num_rows, "", dtype=np.str_)
         return parts[0] if len(parts) == 1 else np.char.add(np.char.add(parts[0], "/"), parts[1])
 
-    def count(self, files: list[FileEntry]) -> tuple[list[Pool], dict[str, int]]:
-        """The pools in rank order, and how many rows each filter leaves out."""
+    def count(self, files: list[FileEntry]) -> tuple[list[GroupCount], dict[str, int]]:
+        """The rows that may be selected, in rank order, and how many rows each filter leaves out."""
         counted = collect(Shards(files, self.read), partial(_count_file, candidates=self), _COUNTED)
-        pools, left_out = [], dict.fromkeys(self.filters, 0)
+        counts, left_out = [], dict.fromkeys(self.filters, 0)
         for row in counted.sort_by("file").to_pylist():
             outcome = row.pop("outcome")
             if outcome == _ELIGIBLE:
-                pools.append(Pool(**row))
+                counts.append(GroupCount(**row))
             else:
                 left_out[outcome] += row["rows"]
-        return pools, left_out
+        return counts, left_out
 
     def _is_duplicate(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         file = table["file"][0].as_py()
@@ -114,6 +95,34 @@ class Candidates:
             return np.asarray(table["source"].to_pylist(), dtype=np.str_)
         labels, tokens = np.array(self.config.length_ranges), np.asarray(table["num_response_tokens"])
         return labels[np.searchsorted(self.config.length_edges, tokens, side="right")]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The first eligible rows of each group in each file, up to the limits."""
+
+    candidates: Candidates
+    limits: dict[str, Limits]
+    """Limits by file of ranked/; no row of another file is selected."""
+
+    def selected(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Whether each row of a file, as the candidates read it, is selected."""
+        eligible, groups = self.candidates.outcomes(table) == _ELIGIBLE, self.candidates.groups(table)
+        tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
+        selected = np.zeros(table.num_rows, bool)
+        for group, limit in self.limits[table["file"][0].as_py()].items():
+            rows = np.flatnonzero(eligible & (groups == group))
+            selected[rows[: prefix_rows(limit, tokens[rows])]] = True
+        return selected
+
+    def shards(self, files: list[FileEntry]) -> Shards:
+        """The selected rows of these files of ranked/; files without selected rows are not read."""
+        return Shards([entry for entry in files if entry.name in self.limits], self.read)
+
+    def read(self, file: str) -> pa.Table:
+        """The selected rows of one file, as the candidates read it."""
+        table = self.candidates.read(file)
+        return table.filter(pa.array(self.selected(table)))
 
 
 def reaches(table: pa.Table, rank_config: RankConfig, min_score: float) -> npt.NDArray[np.bool_]:

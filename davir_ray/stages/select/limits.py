@@ -2,32 +2,42 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from davir_ray.config.selection import Part, SelectConfig, count_from_fraction
 from davir_ray.errors import ConfigError
 from davir_ray.formulas.shares import Limit, by_file, proportional
-from davir_ray.stages.select.candidates import Pool
 
 Limits = dict[str, Limit]
 """A limit for each group."""
 
 
-def limits_by_file(pools: Iterable[Pool], config: SelectConfig) -> dict[str, Limits]:
-    """The limit of each group in each file, from the pools in rank order.
+class GroupCount(NamedTuple):
+    """The rows of one group, in one file of ranked/, that may be selected."""
+
+    file: str
+    group: str
+    rows: int
+    tokens: int
+    """Scored tokens."""
+
+
+def limits_by_file(counts: Iterable[GroupCount], config: SelectConfig) -> dict[str, Limits]:
+    """The limit of each group in each file, from the counts in rank order.
 
     Raises ConfigError if the rule asks for more rows than there are, or leaves none.
     """
-    by_group: dict[str, list[Pool]] = defaultdict(list)
-    for pool in pools:
-        by_group[pool.group].append(pool)
-    rows = {group: sum(pool.rows for pool in found) for group, found in by_group.items()}
-    tokens = {group: sum(pool.tokens for pool in found) for group, found in by_group.items()}
+    by_group: dict[str, list[GroupCount]] = defaultdict(list)
+    for count in counts:
+        by_group[count.group].append(count)
+    rows = {group: sum(count.rows for count in found) for group, found in by_group.items()}
+    tokens = {group: sum(count.tokens for count in found) for group, found in by_group.items()}
     limits: dict[str, Limits] = defaultdict(dict)
     for group, limit in _limits_by_group(rows, tokens, config).items():
         found = by_group[group]
-        parts = by_file(limit, [pool.rows for pool in found], [pool.tokens for pool in found])
-        for pool, part in zip(found, parts, strict=True):
-            limits[pool.file][group] = part
+        parts = by_file(limit, [count.rows for count in found], [count.tokens for count in found])
+        for count, part in zip(found, parts, strict=True):
+            limits[count.file][group] = part
     return dict(limits)
 
 

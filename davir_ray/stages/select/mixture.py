@@ -59,10 +59,10 @@ def _write_bin(number: int, rows: pa.Table, folder: Location, metadata: dict[byt
 
 def write_jsonl(run: Run, folder: str, files: list[FileEntry]) -> list[FileEntry]:
     """Write jsonl/: the source records of the rows of a folder, one a line, in the same order and file by file."""
+
+    def write_lines(name: str, table: pa.Table) -> Written:
+        content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
+        return Written(write_file(run / "jsonl" / name.replace(".parquet", ".jsonl"), content, table.num_rows))
+
     records = Shards(files, partial(read_columns, run / folder, ["record"]))
-    return [written.entry for written in write_shards(records, partial(_write_lines, run / "jsonl"))]
-
-
-def _write_lines(folder: Location, name: str, table: pa.Table) -> Written:
-    content = "".join(f"{record}\n" for record in table["record"].to_pylist()).encode()
-    return Written(write_file(folder / name.replace(".parquet", ".jsonl"), content, table.num_rows))
+    return [written.entry for written in write_shards(records, write_lines)]

@@ -13,33 +13,23 @@ from davir_ray.engine.shuffle import collect
 from davir_ray.errors import ConfigError
 from davir_ray.run.files import FileEntry
 from davir_ray.stages.rank import Bins, order_keys
-from davir_ray.stages.select.candidates import Candidates
-from davir_ray.stages.select.choice import Choice
+from davir_ray.stages.select.candidates import Candidates, Choice
 
 BIN_ROWS = 50_000
 """Rows with their text that one task sorts and writes; about 100 MB."""
 
-_PIECES = pa.schema(
-    [
-        ("file", pa.string()),
-        ("start", pa.int64()),
-        ("group", pa.string()),
-        ("source", pa.string()),
-        ("rows", pa.int64()),
-        ("tokens", pa.int64()),
-        ("first_key", pa.uint64()),
-        ("first_id", pa.int64()),
-        ("last_key", pa.uint64()),
-        ("last_id", pa.int64()),
-    ]
-)
-"""The selected rows of one stretch, group and source: their counts, and the first and last composite key."""
+_PIECES = pa.schema({
+    "file": pa.string(), "start": pa.int64(), "group": pa.string(), "source": pa.string(),
+    "rows": pa.int64(), "tokens": pa.int64(),
+    "first_key": pa.uint64(), "first_id": pa.int64(), "last_key": pa.uint64(), "last_id": pa.int64(),
+})  # fmt: skip
+"""The selected rows of one range, group and source: their counts, and the first and last composite key."""
 
 CompositeKey = tuple[int, int]
 """Ordering key and example_id: ascending, the best row first."""
 
 
-class Stretch(NamedTuple):
+class RowRange(NamedTuple):
     """Consecutive selected rows of one file of ranked/, which become one file of selected/."""
 
     file: str
@@ -62,40 +52,40 @@ class Total(NamedTuple):
 class Plan:
     """The files of selected/ in rank order, and what is selected of each group and source."""
 
-    stretches: list[Stretch]
+    ranges: list[RowRange]
     groups: dict[str, Total]
     sources: dict[str, Total]
 
     @classmethod
     def of(cls, choice: Choice, files: list[FileEntry]) -> Self:
         """Plan the files by one scan of the selected rows; raises ConfigError if there are none."""
-        cut = partial(_cut_into_pieces, candidates=choice.candidates, stretch_rows=BIN_ROWS)
+        cut = partial(_cut_into_pieces, candidates=choice.candidates, range_rows=BIN_ROWS)
         pieces = collect(choice.shards(files), cut, _PIECES)
         if not pieces.num_rows:
             raise ConfigError(
                 "select selects no row: the first in rank order has more scored tokens than the rule allows"
             )
-        return cls(stretches=_stretches(pieces), groups=_totals(pieces, "group"), sources=_totals(pieces, "source"))
+        return cls(ranges=_ranges(pieces), groups=_totals(pieces, "group"), sources=_totals(pieces, "source"))
 
     @property
     def num_rows(self) -> int:
         """Rows that are selected."""
-        return sum(stretch.rows for stretch in self.stretches)
+        return sum(each.rows for each in self.ranges)
 
     def bins(self, config: RankConfig) -> Bins:
-        """The stretches as bins of the order: each begins at its first row."""
-        keys, ids = zip(*(stretch.first for stretch in self.stretches), strict=True)
+        """The ranges as bins of the order: each begins at its first row."""
+        keys, ids = zip(*(each.first for each in self.ranges), strict=True)
         return Bins(
             config=config, boundary_keys=np.array(keys[1:], np.uint64), boundary_ids=np.array(ids[1:], np.int64)
         )
 
 
-def _cut_into_pieces(table: pa.Table, candidates: Candidates, stretch_rows: int) -> pa.Table:
-    """The selected rows of one file, counted by stretch, group and source; each piece with its first and last key."""
+def _cut_into_pieces(table: pa.Table, candidates: Candidates, range_rows: int) -> pa.Table:
+    """The selected rows of one file, counted by range, group and source; each piece with its first and last key."""
     _, keys, ids = order_keys(table, candidates.rank_config)
     rows = {
         "file": table["file"],
-        "start": np.arange(table.num_rows) // stretch_rows * stretch_rows,
+        "start": np.arange(table.num_rows) // range_rows * range_rows,
         "group": candidates.groups(table),
         "source": table["source"],
         "tokens": table["num_response_tokens"],
@@ -108,11 +98,11 @@ def _cut_into_pieces(table: pa.Table, candidates: Candidates, stretch_rows: int)
     return pieces.aggregate(counted + ends).rename_columns(_PIECES.names)
 
 
-def _stretches(pieces: pa.Table) -> list[Stretch]:
+def _ranges(pieces: pa.Table) -> list[RowRange]:
     ascending = pieces.sort_by([("first_key", "ascending"), ("first_id", "ascending")])
     grouped = ascending.group_by(["file", "start"], use_threads=False)
     found = grouped.aggregate([("rows", "sum"), ("first_key", "first"), ("first_id", "first")])
-    return sorted(Stretch(file, start, rows, (key, id)) for file, start, rows, key, id in _rows(found))
+    return sorted(RowRange(file, start, rows, (key, id)) for file, start, rows, key, id in _rows(found))
 
 
 def _totals(pieces: pa.Table, by: str) -> dict[str, Total]:

@@ -25,13 +25,12 @@ from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SELECTED
 from davir_ray.stages.rank import file_metadata, order_keys, value_column
-from davir_ray.stages.select.candidates import Candidates, Pool
-from davir_ray.stages.select.choice import Choice
+from davir_ray.stages.select.candidates import Candidates, Choice
 from davir_ray.stages.select.duplicates import FOLDER as DUPLICATES
 from davir_ray.stages.select.duplicates import find_duplicates
-from davir_ray.stages.select.limits import limits_by_file
+from davir_ray.stages.select.limits import GroupCount, limits_by_file
 from davir_ray.stages.select.mixture import write_jsonl, write_mixture
-from davir_ray.stages.select.plan import Plan
+from davir_ray.stages.select.plan import Plan, Total
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +52,15 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
     candidates = Candidates(
         run=run, rank_config=rank_config, config=config, duplicates=frozenset(entry.name for entry in duplicates)
     )
-    pools, left_out = candidates.count(files)
-    choice = Choice(candidates, limits_by_file(pools, config))
+    eligible, left_out = candidates.count(files)
+    choice = Choice(candidates, limits_by_file(eligible, config))
     plan = Plan.of(choice, files)
 
     selected = exchange(
         Shards(scored.files_in("scores"), partial(_read_with_text, candidates, plan)),
-        partial(plan.bins(rank_config).assign, last_bin=len(plan.stretches) - 1),
-        len(plan.stretches),
-        partial(_write_stretch, choice=choice, plan=plan, metadata=file_metadata(run, rank_config, fingerprint)),
+        partial(plan.bins(rank_config).assign, last_bin=len(plan.ranges) - 1),
+        len(plan.ranges),
+        partial(_write_range, choice=choice, plan=plan, metadata=file_metadata(run, rank_config, fingerprint)),
     )
     if total_rows(selected) != plan.num_rows:
         raise IntegrityError(f"{plan.num_rows} rows were to be selected but {total_rows(selected)} were written")
@@ -72,21 +71,25 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         source = "mixture" if config.mixture else "selected"
         written["jsonl"] = write_jsonl(run, source, written[source])
 
-    num_eligible = sum(pool.rows for pool in pools)
-    counts = {"ranked": ranked.counts["ranked"], "eligible": num_eligible, **left_out, "selected": plan.num_rows}
-    details = {
-        "cut": _cut_value(candidates, selected[-1]),
-        "groups": _group_details(plan, pools),
-        "sources": _source_details(plan, config),
-    }
-    entries = [entry for folder, found in written.items() for entry in in_folder(folder, found)]
-    seconds = time.monotonic() - started
-    manifest = run.commit(
-        Manifest(
-            stage="select", fingerprint=fingerprint, counts=counts, files=entries, details=details, seconds=seconds
-        )
+    num_ranked, num_eligible = ranked.counts["ranked"], sum(count.rows for count in eligible)
+    repeats = {part.source: part.repeat for part in config.mixture}
+    manifest = Manifest(
+        stage="select",
+        fingerprint=fingerprint,
+        counts={"ranked": num_ranked, "eligible": num_eligible, **left_out, "selected": plan.num_rows},
+        files=[entry for folder, found in written.items() for entry in in_folder(folder, found)],
+        details={
+            "cut": _cut_value(candidates, selected[-1]),
+            "groups": _group_details(plan, eligible),
+            "sources": [
+                {"source": name, "rows": total.rows, "tokens": total.tokens, "repeat": repeats.get(name, 1)}
+                for name, total in sorted(plan.sources.items())
+            ],
+        },
+        seconds=time.monotonic() - started,
     )
-    log.info("select: %d of %d ranked rows", plan.num_rows, ranked.counts["ranked"])
+    manifest = run.commit(manifest)
+    log.info("select: %d of %d ranked rows", plan.num_rows, num_ranked)
     return manifest
 
 
@@ -125,41 +128,31 @@ def _read_with_text(candidates: Candidates, plan: Plan, name: str) -> pa.Table:
     return scores
 
 
-def _write_stretch(
+def _write_range(
     number: int, with_text: pa.Table, choice: Choice, plan: Plan, metadata: dict[bytes, bytes]
 ) -> FileEntry:
-    """Write one file of selected/: the rows of a stretch of ranked/, with their text."""
-    stretch = plan.stretches[number]
-    ranked = choice.read(stretch.file).slice(stretch.start, stretch.rows)
+    """Write one file of selected/: a range of the selected rows of ranked/, with their text."""
+    wanted = plan.ranges[number]
+    ranked = choice.read(wanted.file).slice(wanted.start, wanted.rows)
     at = pc.index_in(ranked["example_id"], value_set=with_text["example_id"].combine_chunks())
-    if at.null_count or ranked.num_rows != stretch.rows:
+    if at.null_count or ranked.num_rows != wanted.rows:
         raise IntegrityError(
-            f"{stretch.rows} rows of ranked/{stretch.file} are selected, of which {at.null_count} came without text; "
+            f"{wanted.rows} rows of ranked/{wanted.file} are selected, of which {at.null_count} came without text; "
             "rank again"
         )
     table = with_text.take(at).append_column("rank", ranked["rank"]).select(SELECTED.names).cast(SELECTED)
     return write_parquet(choice.candidates.run / "selected" / f"part-{number:05d}.parquet", table, metadata)
 
 
-def _group_details(plan: Plan, pools: list[Pool]) -> list[dict[str, Any]]:
+def _group_details(plan: Plan, counts: list[GroupCount]) -> list[dict[str, Any]]:
     """For each group the number of rows that may be selected, and of rows and scored tokens that are."""
     eligible = Counter[str]()
-    for pool in pools:
-        eligible[pool.group] += pool.rows
-    rows = {group: total.rows for group, total in plan.groups.items()}
-    tokens = {group: total.tokens for group, total in plan.groups.items()}
+    for count in counts:
+        eligible[count.group] += count.rows
+    totals = {group: plan.groups.get(group, Total(rows=0, tokens=0, last=(0, 0))) for group in sorted(eligible)}
     return [
-        {"group": group, "eligible": count, "selected": rows.get(group, 0), "tokens": tokens.get(group, 0)}
-        for group, count in sorted(eligible.items())
-    ]
-
-
-def _source_details(plan: Plan, config: SelectConfig) -> list[dict[str, Any]]:
-    """For each source the number of selected rows and scored tokens, and how often a mixture repeats them."""
-    repeats = {part.source: part.repeat for part in config.mixture}
-    return [
-        {"source": name, "rows": total.rows, "tokens": total.tokens, "repeat": repeats.get(name, 1)}
-        for name, total in sorted(plan.sources.items())
+        {"group": group, "eligible": eligible[group], "selected": total.rows, "tokens": total.tokens}
+        for group, total in totals.items()
     ]
 
 

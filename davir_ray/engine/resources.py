@@ -1,0 +1,105 @@
+"""The resources of the cluster, and the pools of actors that fit it."""
+
+from typing import NamedTuple
+
+import ray
+
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.errors import ClusterError
+
+
+def num_nodes() -> int:
+    """The number of nodes that are alive."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def num_cpus() -> float:
+    """The CPUs of the cluster."""
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
+def has_gpu() -> bool:
+    """Whether the cluster has any GPU."""
+    return float(ray.cluster_resources().get("GPU", 0)) >= 1
+
+
+def accelerators() -> list[str]:
+    """Ray's names of the kinds of GPU in the cluster, such as A100."""
+    start = "accelerator_type:"
+    return sorted(name.removeprefix(start) for name in ray.cluster_resources() if name.startswith(start))
+
+
+def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
+    """The size of a pool: `wanted`, else as many actors as fit the cluster; raises ClusterError if they do not fit."""
+    room = room_for(num_cpus, num_gpus)
+    if room < max(1, wanted or 1):
+        resources = ray.cluster_resources()
+        raise ClusterError(
+            f"{wanted or 1} actors of {num_cpus:g} CPUs and {num_gpus:g} GPUs do not fit a cluster of "
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs with one CPU left for reading and "
+            "writing; lower score.num_actors, score.num_cpus or score.num_gpus, or take a larger cluster"
+        )
+    return wanted or room
+
+
+def actor_cpus(num_cpus: float) -> float:
+    """CPUs of an actor, as wanted; half a CPU where the cluster has only one, so that reading and writing fit, too."""
+    return 0.5 if num_cpus == 1 and 1 <= ray.cluster_resources().get("CPU", 0) < 2 else num_cpus
+
+
+def room_for(num_cpus: float, num_gpus: float) -> int:
+    """The number of actors of this size that fit the nodes, with room left on one of them for a task of `side_cpus`.
+
+    An actor pool that takes all CPUs starves reads and writes, and the run hangs without an error (seen with 2.60).
+    """
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {name: size for name, size in (("CPU", num_cpus), ("GPU", num_gpus)) if size}
+    rooms = [min(int(node.get(name, 0.0) / size + 1e-9) for name, size in wanted.items()) for node in nodes]
+    left = [node.get("CPU", 0.0) - num_cpus * room for node, room in zip(nodes, rooms, strict=True)]
+    is_full = max(left, default=0.0) < side_cpus(num_cpus)
+    return sum(rooms) - is_full  # leaving out one actor makes enough room
+
+
+def side_cpus(num_cpus: float) -> float:
+    """CPUs of a task that writes next to actors of this size: at most those of one actor, so that it fits.
+
+    A task that reads takes half as many: with equal CPUs Ray fuses reading into the actor, and nothing overlaps.
+    """
+    return min(1.0, num_cpus)
+
+
+class Pool(NamedTuple):
+    """The number of actors that work."""
+
+    min_size: int
+    max_size: int
+    initial_size: int
+
+    def at_most(self, num_shards: int) -> "Pool":
+        """The pool with no more actors than there are shards."""
+        return Pool(*(min(size, num_shards) for size in self))
+
+    def __str__(self) -> str:
+        growth = f" ({self.min_size} to {self.max_size})" if self.min_size < self.max_size else ""
+        return f"{self.initial_size} actors{growth}"
+
+
+def plan_pool(config: ScoreConfig) -> Pool:
+    """The pool that the settings give on this cluster; it starts at full size, because loading models takes long.
+
+    Raises ClusterError if it does not fit; a pool that grows may wait for nodes that have not joined yet.
+    """
+    num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
+    if config.autoscale is None:
+        size = pool_size(config.num_actors, num_cpus, num_gpus)
+        return Pool(size, size, size)
+    min_size, max_size = config.autoscale
+    room = room_for(num_cpus, num_gpus)
+    # Without room yet, pending actors make the autoscaler add nodes.
+    initial_size = min(max_size, room) if room > 0 else min_size
+    return Pool(min(min_size, initial_size), max_size, initial_size)
+
+
+def num_gpus_of(config: ScoreConfig) -> float:
+    """GPUs of one actor."""
+    return (1.0 if has_gpu() else 0.0) if config.num_gpus is None else config.num_gpus
