@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from davir_ray.compare.heldout import Losses, read_losses, read_matches
 from davir_ray.compare.trials import Trial
@@ -15,14 +14,12 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
-    RESULTS,
     STRICT,
-    TABLE,
     ComparisonInputs,
     Measured,
     TrialFacts,
     render_comparison,
-    results_rows,
+    results_table,
     summarise_comparison,
 )
 from davir_ray.run.files import committed_parquet, write_file, write_parquet
@@ -62,8 +59,8 @@ def report_comparison(
     facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     files = [
         committed_parquet(output / LEFT_OUT)[0],
-        write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE)),
-        write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS)),
+        write_parquet(output / "comparison.parquet", table),
+        write_parquet(output / "results.parquet", results_table(facts)),
         write_file(output / "comparison.json", facts_json.encode()),
         write_file(output / "comparison.html", render_comparison(facts).encode()),
     ]
