@@ -106,11 +106,9 @@ def losses(scored: Scored) -> dict[str, Any]:
 
 
 def _distribution(values: Floats) -> dict[str, Any]:
-    if not values.size:
-        return {"n": 0, "mean": None, "percentiles": [{"p": p, "value": None} for p in PERCENTILES]}
-    at = np.percentile(values, PERCENTILES)
+    at = np.percentile(values, PERCENTILES) if values.size else [None] * len(PERCENTILES)
     percentiles = [{"p": p, "value": value} for p, value in zip(PERCENTILES, at, strict=True)]
-    return {"n": values.size, "mean": float(values.mean()), "percentiles": percentiles}
+    return {"n": values.size, "mean": float(values.mean()) if values.size else None, "percentiles": percentiles}
 
 
 def _histogram(edges: Floats, **layers: Floats) -> dict[str, Any]:
