@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect
+from davir_ray.engine.shuffle import collect, gather
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
@@ -42,14 +43,16 @@ class Losses:
 
 def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
     """Content hashes of held-out rows that are also rows of the run, so that they may have been trained on."""
-    return np.unique(_hashes(run, np.unique(_hashes(heldout, None))))
+    hashes = gather(_examples(heldout, _HASHES), _HASHES)["content_hash"].unique()
+    found = collect(
+        _examples(run, _HASHES), lambda table: table.filter(pc.is_in(table["content_hash"], value_set=hashes)), _HASHES
+    )
+    return np.unique(np.asarray(found["content_hash"]).astype(np.int64))
 
 
 def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
     """DataError if a held-out source has no row left to measure on; called before anything is trained."""
-    files = heldout.require("prepare").files_in("examples")
-    shards = Shards(files, partial(read_columns, heldout / "examples", _LEFT.names))
-    rows = collect(shards, partial(_among, hashes=None), _LEFT)
+    rows = gather(_examples(heldout, _LEFT), _LEFT)
     sources = np.asarray(rows["source"].to_pylist(), dtype=np.str_)
     leaked = np.isin(np.asarray(rows["content_hash"]), left_out)
     for source in np.unique(sources):
@@ -61,17 +64,9 @@ def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
             )
 
 
-def _hashes(run: Run, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
-    """Content hashes of a run's examples, all or those in `among`."""
+def _examples(run: Run, columns: pa.Schema) -> Shards:
     files = run.require("prepare").files_in("examples")
-    shards = Shards(files, partial(read_columns, run / "examples", _HASHES.names))
-    return np.asarray(collect(shards, partial(_among, hashes=among), _HASHES)["content_hash"]).astype(np.int64)
-
-
-def _among(table: pa.Table, hashes: npt.NDArray[np.int64] | None) -> pa.Table:
-    if hashes is None:
-        return table
-    return table.filter(pa.array(np.isin(np.asarray(table["content_hash"]), hashes)))
+    return Shards(files, partial(read_columns, run / "examples", columns.names))
 
 
 def read_losses(trial: Run, heldout: Run) -> Losses:

@@ -20,12 +20,10 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.compare.arms import FinishedRun, write_set
-from davir_ray.compare.exact_match import num_expected
+from davir_ray.compare.exact_match import check_expected
 from davir_ray.compare.heldout import check_left, in_training_pool
 from davir_ray.compare.outputs import prepare_instructions
 from davir_ray.compare.report import LEFT_OUT, report_comparison
@@ -82,8 +80,11 @@ def compare(config: CompareConfig) -> Run:
             written=written_by(output, run_config.score),
         )
         if "exact_match" in config.measures:
-            _check_answers(heldout, config.generate.sources)
-        left_out = _leave_out(run, heldout, output)
+            check_expected(heldout, config.generate.sources)
+        left_out = in_training_pool(run, heldout)
+        if len(left_out):
+            log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(left_out))
+        write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(left_out, pa.int64())}))
         check_left(heldout, left_out)
         at_once, pool = plan_trials(recipe, run_config.score, config.arms_at_once)
         settings = TrialSettings(
@@ -176,25 +177,6 @@ def _instructions(config: CompareConfig, run_config: RunConfig, preparation: Pre
     return run
 
 
-def _leave_out(run: Run, heldout: Run, output: Run) -> npt.NDArray[np.int64]:
-    """Write the content hashes of the held-out rows that the models may have been trained on, and return them."""
-    hashes = in_training_pool(run, heldout)
-    if len(hashes):
-        log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
-    write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
-    return hashes
-
-
-def _check_answers(heldout: Run, sources: list[str]) -> None:
-    """ConfigError if no held-out response has an answer to compare generated ones with."""
-    if not num_expected(heldout, sources):
-        raise ConfigError(
-            "measures has exact_match, but no held-out response of "
-            f"{', '.join(sources) or 'any source'} ends in an answer (#### or \\boxed, or a number in the record's "
-            "column `answer`); leave it out, or name other sources in generate.sources"
-        )
-
-
 def _write_progress(output: Run, done: int, total: int) -> None:
     """Write how many fine-tunes are complete; the comparison is incomplete until its report is written again."""
     output.uncommit("compare")
@@ -210,13 +192,17 @@ def _trials(
     if finished.repeats and ("full" in config.arms or "steps" in config.readings):
         full = output.within("sets/full")
         write_set(full, finished, None)
-    full_steps = num_steps(_num_trainable(full, finished), recipe.batch_size, recipe.epochs)
+    counts = full.require("prepare").counts
+    num_trainable = counts.get("trainable")  # counted in a set that `write_set` wrote
+    if num_trainable is None:
+        num_trainable = counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)
+    full_steps = num_steps(num_trainable, recipe.batch_size, recipe.epochs)
     trials: dict[TrialName, Trial] = {}
     for size, selection in selections:
         sets: dict[str, Run] = {}  # finding the rows of a set takes scans of the run
         for seed, arm in product(range(config.seeds), config.arms):
             if arm == "full":  # both schedules are the same
-                examples, rows, schedules = full, full.require("prepare").counts["prepared"], ["epochs"]
+                examples, rows, schedules = full, counts["prepared"], ["epochs"]
             else:
                 name = f"{arm}-{size}" + (f"-seed{seed}" if arm in DRAWN else "")
                 if name not in sets:
@@ -245,11 +231,3 @@ def _selections(finished: FinishedRun, sizes: list[int]) -> Iterator[tuple[int, 
         if (possible := finished.size_of(selection)) != size:
             raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
         yield size, selection
-
-
-def _num_trainable(full: Run, finished: FinishedRun) -> int:
-    """Rows of the full set in which something precedes the response, as training needs."""
-    counts = full.require("prepare").counts
-    if "trainable" in counts:  # a set that `write_set` wrote
-        return counts["trainable"]
-    return counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)
