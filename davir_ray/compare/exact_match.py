@@ -40,7 +40,10 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
     if done := run.completed("match", fingerprint):
         return done
     run.clear("match")
-    shards = Shards(generated.files_in("generations"), partial(_read, run, source))
+    shards = Shards(
+        generated.files_in("generations"),
+        lambda name: matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD)),
+    )
     written = write_shards(shards, partial(_write, run / "matches"))
     by_source: dict[str, dict[str, int]] = {}
     for one in written:
@@ -114,10 +117,6 @@ def _expected(example: dict[str, Any]) -> Any:
         return marked
     answer = json.loads(example["record"]).get("answer")
     return None if answer is None else flexible_answer(str(answer))
-
-
-def _read(run: Run, source: Run, name: str) -> pa.Table:
-    return matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD))
 
 
 def _write(folder: Location, name: str, table: pa.Table) -> Written:

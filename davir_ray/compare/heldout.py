@@ -1,8 +1,6 @@
 """Held-out data: which rows may be used for measuring, and the models' losses and answers on them."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +21,6 @@ _LEFT = pa.schema([*_HASHES, ("source", pa.string())])
 _COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base_nll", "reference_nll"]
 
 _MATCH_COLUMNS = ["example_id", "expected", "strict", "flexible"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """Losses of one fine-tune on the held-out examples, in the order of the files."""
-
-    example_ids: npt.NDArray[np.int64]
-    hashes: npt.NDArray[np.int64]
-    """Hashes of prompt and response."""
-    sources: npt.NDArray[np.str_]
-    num_tokens: npt.NDArray[np.int64]
-    """Number of scored tokens."""
-    base_nll: npt.NDArray[np.float64]
-    """Negative log-likelihood of the response under the base, in nats; NaN where there is no value."""
-    nll: npt.NDArray[np.float64]
-    """The same under the fine-tuned model."""
 
 
 def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
@@ -69,38 +51,26 @@ def _examples(run: Run, columns: pa.Schema) -> Shards:
     return Shards(files, partial(read_columns, run / "examples", columns.names))
 
 
-def read_losses(trial: Run, heldout: Run) -> Losses:
-    """Read the losses on the held-out examples from a trial's scores/."""
-    names = [entry.name for entry in heldout.require("prepare").files_in("examples")]
+def read_losses(trial: Run, heldout: Run) -> pa.Table:
+    """Losses of one fine-tune on the held-out examples, in the order of the files, with those of the base.
+
+    They are negative log-likelihoods of the response, in nats; null where there is no value.
+    """
+    prepared = heldout.require("prepare")
+    names = [entry.name for entry in prepared.files_in("examples")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "scores" / name, _COLUMNS), names))
-    if table.num_rows != heldout.require("prepare").counts["prepared"]:
+    if table.num_rows != prepared.counts["prepared"]:
         raise IntegrityError(
             f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
         )
-    return Losses(
-        example_ids=np.asarray(table["example_id"]).astype(np.int64),
-        hashes=np.asarray(table["content_hash"]).astype(np.int64),
-        sources=np.asarray(table["source"].to_pylist(), dtype=np.str_),
-        num_tokens=np.asarray(table["num_response_tokens"]).astype(np.int64),
-        base_nll=table["base_nll"].to_numpy().astype(np.float64),
-        nll=table["reference_nll"].to_numpy().astype(np.float64),
-    )
+    return table
 
 
-class Matches(NamedTuple):
-    """Correctness of the answers of one fine-tune to the held-out examples that have an expected answer."""
+def read_matches(trial: Run) -> pa.Table:
+    """Whether one fine-tune answers right, strictly and flexibly read, where an example has an expected answer.
 
-    example_ids: npt.NDArray[np.int64]
-    strict: npt.NDArray[np.float64]
-    """1 where the marked answer is the expected number, 0 where it is not; NaN where nothing could be generated."""
-    flexible: npt.NDArray[np.float64]
-    """The same for the last number in the text."""
-
-
-def read_matches(trial: Run) -> Matches:
-    """Read the matches of the examples that have an expected answer from a trial's matches/."""
+    Null where nothing could be generated.
+    """
     names = [entry.name for entry in trial.require("match").files_in("matches")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "matches" / name, _MATCH_COLUMNS), names))
-    table = table.filter(table["expected"].is_valid())
-    correct = [table[name].cast(pa.int8()).to_numpy().astype(np.float64) for name in ("strict", "flexible")]
-    return Matches(np.asarray(table["example_id"]).astype(np.int64), *correct)
+    return table.filter(table["expected"].is_valid())

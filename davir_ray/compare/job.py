@@ -16,7 +16,6 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, schedule
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -65,7 +64,9 @@ def compare(config: CompareConfig) -> Run:
     finished = _finished(run, run_config)
     recipe = _recipe(run_config, config.recipe)
     preparation = _preparation(run, run_config, config)
-    _check_output(run, output)
+    # A comparison has its own folder: stages of a run would take its files for theirs.
+    if str(output) == str(run) or set((output / "manifests").names()) - {"compare.json"}:
+        raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
     with (
         connected_to(run, is_shared=config.output_is_shared),
         connected_to(output, is_shared=config.output_is_shared),
@@ -103,12 +104,6 @@ def compare(config: CompareConfig) -> Run:
         output.remember(dump(config))
         report_comparison(config, run_config.base or "", recipe, output, trials, left_out)
     return output
-
-
-def _check_output(run: Run, output: Run) -> None:
-    """OutputError unless the comparison has its own folder: stages of a run would take its files for theirs."""
-    if str(output) == str(run) or set((output / "manifests").names()) - {"compare.json"}:
-        raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
 
 
 def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
@@ -187,7 +182,13 @@ def _trials(
     config: CompareConfig, finished: FinishedRun, recipe: FinetuneConfig, settings: TrialSettings, output: Run
 ) -> list[Trial]:
     """Every fine-tune of the comparison, after its rows are written; the first seed of all arms comes first."""
-    selections = list(_selections(finished, config.sizes))
+    own = finished.selection(None)
+    own_size = finished.size_of(own)
+    selections = {}
+    for size in config.sizes or [own_size]:
+        selections[size] = own if size == own_size else finished.selection(size)
+        if (possible := finished.size_of(selections[size])) != size:
+            raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
     full = finished.run  # with a mixture not every example, but its sources and repeats
     if finished.repeats and ("full" in config.arms or "steps" in config.readings):
         full = output.within("sets/full")
@@ -198,7 +199,7 @@ def _trials(
         num_trainable = counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)
     full_steps = num_steps(num_trainable, recipe.batch_size, recipe.epochs)
     trials: dict[TrialName, Trial] = {}
-    for size, selection in selections:
+    for size, selection in selections.items():
         sets: dict[str, Run] = {}  # finding the rows of a set takes scans of the run
         for seed, arm in product(range(config.seeds), config.arms):
             if arm == "full":  # both schedules are the same
@@ -220,14 +221,3 @@ def _trials(
                     settings=settings,
                 )
     return sorted(trials.values(), key=lambda trial: trial.name.seed)
-
-
-def _selections(finished: FinishedRun, sizes: list[int]) -> Iterator[tuple[int, pa.Table]]:
-    """Each size (the run's own if none is given) with the rows that the run's rule selects at this size."""
-    own = finished.selection(None)
-    own_size = finished.size_of(own)
-    for size in sizes or [own_size]:
-        selection = own if size == own_size else finished.selection(size)
-        if (possible := finished.size_of(selection)) != size:
-            raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
-        yield size, selection

@@ -164,18 +164,15 @@ class Trial:
             texts = write(run, config=every, examples=settings.instructions)
             outputs = write_outputs(run, str(self.name), examples=settings.instructions)
             files += in_folder(ANSWERS, [*texts.files, *outputs.files])
-        counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
         details = {name: trained.details[name] for name in ("final_loss", "loss_by_step")}
-        details |= {"keep_model": settings.keep_models}
-        seconds = trained.seconds + scored.seconds
         manifest = self.run.commit(
             Manifest(
                 stage="trial",
                 fingerprint=self.fingerprint(),
-                counts=counts,
+                counts={name: trained.counts[name] for name in ("examples", "steps")},
                 files=files,
-                details=details,
-                seconds=seconds,
+                details=details | {"keep_model": settings.keep_models},
+                seconds=trained.seconds + scored.seconds,
             )
         )
         self.drop_model(manifest)
@@ -192,13 +189,8 @@ class Trial:
 def _forget_everywhere(model: Checkpoint) -> None:
     """Delete the nodes' local copies of a model in object storage: a comparison makes dozens, each used once."""
     forget: Any = ray.remote(num_cpus=0)(Checkpoint.forget)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    ray.get(
-        [
-            forget.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(model)
-            for node in nodes
-        ]
-    )
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in ray.nodes() if node["Alive"]]
+    ray.get([forget.options(scheduling_strategy=node).remote(model) for node in nodes])
 
 
 def _run_trial(trial: Trial) -> None:

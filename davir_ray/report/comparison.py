@@ -358,7 +358,9 @@ def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cell(column: dict[str, Any], row: dict[str, Any] | None, seeds: int) -> dict[str, Any] | None:
     """One measure of an arm, and the verdict of its test against random; None where it was not measured."""
-    return row and {
+    if row is None:
+        return None
+    return {
         "measure": column["measure"]["name"],
         "source": column["source"],
         **{name: row[name] for name in ("mean", "low", "high")},
