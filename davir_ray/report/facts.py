@@ -171,24 +171,23 @@ def _rejects(inputs: ReportInputs) -> list[dict[str, Any]]:
         inputs.rejects.to_pylist(),
         key=lambda row: (row["source"] or "", row["source_file"] or "", row["source_row"] or 0),
     )
-    table = []
-    for reason in {reason for reason in RejectReason if counts.get(reason)} | {row["reason"] for row in rows}:
-        shown = [
-            {
-                "source": row["source"],
-                "file": row["source_file"],
-                "row": row["source_row"],
-                "detail": row["detail"] or "",
-            }
-            for row in rows
-            if row["reason"] == reason
-        ][:ROWS_PER_REASON]
-        for row in shown:
-            if len(row["detail"]) > MAX_DETAIL_CHARS:
-                row["detail"] = row["detail"][:MAX_DETAIL_CHARS] + "…"
-        meaning = prose.REASON_MEANING.get(reason)
-        table.append({"reason": reason, "meaning": meaning, "count": counts.get(reason), "rows": shown})
+    reasons = {reason for reason in RejectReason if counts.get(reason)} | {row["reason"] for row in rows}
+    table = [
+        {
+            "reason": reason,
+            "meaning": prose.REASON_MEANING.get(reason),
+            "count": counts.get(reason),
+            "rows": [_reject(row) for row in rows if row["reason"] == reason][:ROWS_PER_REASON],
+        }
+        for reason in reasons
+    ]
     return sorted(table, key=lambda row: (-(row["count"] or 0), row["reason"]))
+
+
+def _reject(row: dict[str, Any]) -> dict[str, Any]:
+    detail = row["detail"] or ""
+    short = detail if len(detail) <= MAX_DETAIL_CHARS else detail[:MAX_DETAIL_CHARS] + "…"
+    return {"source": row["source"], "file": row["source_file"], "row": row["source_row"], "detail": short}
 
 
 def _statuses(inputs: ReportInputs, is_sample: bool) -> list[dict[str, Any]]:
