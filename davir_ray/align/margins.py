@@ -41,12 +41,8 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
     measure = partial(_measure, held_out=objective.heldout_fraction, **details)
     written = write_shards(shards, partial(_write, run / "margins", measure))
     entries = [one.entry for one in written]
-    counts = {
-        "pairs": total_rows(entries),
-        "measured": sum(one.facts["measured"] for one in written),
-        "held_out": sum(one.facts["held_out"] for one in written),
-    }
-    seconds = time.monotonic() - started
+    counts = {"pairs": total_rows(entries)}
+    counts |= {name: sum(one.facts[name] for one in written) for name in ("measured", "held_out")}
     return run.commit(
         Manifest(
             stage="margins",
@@ -54,7 +50,7 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
             counts=counts,
             files=in_folder("margins", entries),
             details=details,
-            seconds=seconds,
+            seconds=time.monotonic() - started,
         )
     )
 

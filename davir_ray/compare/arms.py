@@ -4,13 +4,12 @@ The driver holds ids, keys and lengths of little more than the wanted rows, neve
 of the order and gives a cut before which there are almost surely enough rows; a second scan collects the rows up to it.
 """
 
-import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,24 +89,21 @@ class FinishedRun:
     def _resized(self, size: int) -> SelectConfig:
         """The rule for another number of rows."""
         config = self.select
-        free: dict[str, Any] = {"top_fraction": None, "top_tokens": None, "min_score": None, "top_k": None}
         if config.mixture:
-            taken = pc.value_counts(self.selection(None)["group"]).to_pylist()
-            rows = {row["values"]: row["counts"] for row in taken if row["values"] not in self.taken_whole}
+            own = Counter(self.selection(None)["group"].to_pylist())
+            rows = {source: count for source, count in own.items() if source not in self.taken_whole}
             if not rows:
                 raise ConfigError(f"sizes is [{size}, …], but the run's mixture takes every source whole; leave it out")
             shares = _in_proportion(size, rows)
             parts = [
-                part
-                if part.all
-                else dataclasses.replace(part, top_fraction=None, top_tokens=None, top_k=shares[part.source])
+                part if part.all else replace(part, top_fraction=None, top_tokens=None, top_k=shares[part.source])
                 for part in config.mixture
             ]
-            return dataclasses.replace(config, mixture=parts)
+            return replace(config, mixture=parts)
         if config.quotas:
             shares = {group: rows for group, rows in _in_proportion(size, config.quotas).items() if rows}
-            return dataclasses.replace(config, quotas=shares)
-        return dataclasses.replace(config, **free | {"top_k": size})
+            return replace(config, quotas=shares)
+        return replace(config, top_fraction=None, top_tokens=None, min_score=None, top_k=size)
 
     def size_of(self, selection: pa.Table) -> int:
         """Number of rows of a selection as `sizes` counts them: without the sources that a mixture takes whole."""
@@ -118,23 +114,23 @@ class FinishedRun:
         """Ids of the rows that an arm trains on: from each group, as many as the selection has."""
         whole = pc.is_in(selection["group"], value_set=pa.array(sorted(self.taken_whole), pa.string()))
         kept, cut = selection.filter(whole), selection.filter(pc.invert(whole))
-        if arm != "selection":
-            cut = self._matched(cut, seed) if arm == "random_matched" else self._best(cut, self._order(arm, seed))
+        match arm:
+            case "random_matched":
+                cut = self._matched(cut, seed)
+            case "random":
+                cut = self._best(cut, RankConfig(order="random", seed=seed_from(arm, seed)))
+            case "rho":
+                cut = self._best(cut, RankConfig(order="rho_sum"))
+            case "lowest":
+                cut = self._best(cut, replace(self.rank, lowest=not self.rank.lowest, most=None))
         ids = np.concatenate([np.asarray(table["example_id"]).astype(np.int64) for table in (kept, cut)])
         if len(ids) != selection.num_rows or len(np.unique(ids)) != len(ids):
             raise IntegrityError(f"the arm {arm} has {len(ids)} rows, the selection {selection.num_rows}")
         return np.sort(ids)
 
-    def _order(self, arm: str, seed: int) -> RankConfig:
-        if arm == "random":
-            return RankConfig(order="random", seed=seed_from(arm, seed))
-        if arm == "rho":
-            return RankConfig(order="rho_sum")
-        return dataclasses.replace(self.rank, lowest=not self.rank.lowest, most=None)
-
     def _best(self, cut: pa.Table, order: RankConfig) -> pa.Table:
         """The first rows of each group in the order, as many as there are in `cut`."""
-        wanted = _counts(cut["group"].to_pylist())
+        wanted = Counter(cut["group"].to_pylist())
         found = self._first(order, wanted, None)
         tables = []
         for group, rows in wanted.items():
@@ -150,7 +146,7 @@ class FinishedRun:
         edges = self.select.length_edges
         tokens, groups = np.asarray(cut["tokens"]).astype(np.int64), cut["group"].to_pylist()
         labels = _labelled(groups, tokens, edges)
-        pool = {label: _MATCHING_POOL * rows + _MATCHING_ROWS for label, rows in _counts(labels).items()}
+        pool = {label: _MATCHING_POOL * rows + _MATCHING_ROWS for label, rows in Counter(labels).items()}
         order = RankConfig(order="random", seed=seed_from("random_matched", seed))
         found = self._first(order, pool, edges)
         of_group = np.array([label.rpartition("/")[0] for label in found["group"].to_pylist()], dtype=np.str_)
@@ -174,45 +170,32 @@ class FinishedRun:
         files = self.run.require("score").files_in("scores")
         columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
         scores = Shards(files, partial(read_columns, self.run / "scores", columns))
-        grouping = _Grouping(order, bool(self.select.mixture), edges)
+        keys = partial(_keys, order=order, by_source=bool(self.select.mixture), edges=edges)
         share = min(1.0, _SAMPLED_KEYS / total_rows(files))
-        sample = collect(scores, partial(_sampled_keys, grouping=grouping, share=share), _KEYS)
+        sample = collect(scores, lambda table: keys(sample_rows(table, share, "row sets")).select(_KEYS.names), _KEYS)
         last = _cuts(sample, wanted, share)
-        found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
-        there = _counts(found["group"].to_pylist())
-        short = {group for group, rows in wanted.items() if there.get(group, 0) < rows and last[group] < _MAX_KEY}
+        found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND)
+        there = Counter(found["group"].to_pylist())
+        short = {group for group, rows in wanted.items() if there[group] < rows and last[group] < _MAX_KEY}
         if short:  # the sample put the cut too low
             last |= dict.fromkeys(short, _MAX_KEY)
-            found = collect(scores, partial(_rows_up_to, grouping=grouping, last=last), _FOUND)
+            found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND)
         return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
 
 
-@dataclass(frozen=True)
-class _Grouping:
-    """Assigns each row of scores a group and its key in an order."""
-
-    order: RankConfig
-    by_source: bool
-    edges: list[int] | None
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Group, key, example_id and tokens of the rows that can be ranked."""
-        rankable, keys, ids = order_keys(table, self.order)
-        table = table.filter(pa.array(rankable))
-        groups = table["source"].to_pylist() if self.by_source else [""] * table.num_rows
-        tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
-        if self.edges is not None:
-            groups = _labelled(groups, tokens, self.edges)
-        return pa.table([pa.array(groups, pa.string()), keys, ids, tokens], schema=_FOUND)
+def _keys(table: pa.Table, *, order: RankConfig, by_source: bool, edges: list[int] | None) -> pa.Table:
+    """Group, key in the order, example_id and tokens of the rows that can be ranked."""
+    rankable, keys, ids = order_keys(table, order)
+    table = table.filter(pa.array(rankable))
+    groups = table["source"].to_pylist() if by_source else [""] * table.num_rows
+    tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
+    if edges is not None:
+        groups = _labelled(groups, tokens, edges)
+    return pa.table([pa.array(groups, pa.string()), keys, ids, tokens], schema=_FOUND)
 
 
 def _labelled(groups: list[str], tokens: Ints, edges: list[int]) -> list[str]:
     return [f"{group}/{number}" for group, number in zip(groups, length_bins(tokens, edges), strict=True)]
-
-
-def _counts(names: list[str]) -> dict[str, int]:
-    values, counts = np.unique(np.array(names, dtype=np.str_), return_counts=True)
-    return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
 def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
@@ -224,10 +207,6 @@ def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
 def _rows(selected: pa.Table, by_source: bool) -> pa.Table:
     groups = selected["source"] if by_source else pa.array([""] * selected.num_rows, pa.string())
     return pa.table([groups, selected["example_id"], selected["num_response_tokens"]], names=_ROWS.names)
-
-
-def _sampled_keys(table: pa.Table, grouping: _Grouping, share: float) -> pa.Table:
-    return grouping(sample_rows(table, share, "row sets")).select(_KEYS.names)
 
 
 def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str, int]:
@@ -242,8 +221,8 @@ def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str
     return cuts
 
 
-def _rows_up_to(table: pa.Table, grouping: _Grouping, last: Mapping[str, int]) -> pa.Table:
-    found = grouping(table)
+def _up_to(last: Mapping[str, int], found: pa.Table) -> pa.Table:
+    """The rows that are at or before the cut of their group."""
     groups, keys = found["group"].combine_chunks(), np.asarray(found["key"])
     wanted = np.zeros(found.num_rows, dtype=bool)
     for group, limit in last.items():

@@ -14,7 +14,7 @@ from davir_ray.compare.answers import ANSWERS_VERSION, as_text, flexible_answer,
 from davir_ray.compare.generation import generated_from
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Written, collect, write_shards
-from davir_ray.errors import IntegrityError
+from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.run.files import in_folder, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -22,7 +22,7 @@ from davir_ray.run.manifest import Manifest
 from davir_ray.schema import MATCHES, Status
 
 _GOLD = ["example_id", "response", "record", "response_spans"]
-COUNTED = ("expected", "strict", "flexible")
+_COUNTED = ("examples", "expected", "strict", "flexible")
 _EXPECTED_COLUMNS = ["source", "response", "record", "response_spans"]
 _EXPECTED = pa.schema([("expected", pa.int64())])
 
@@ -40,14 +40,17 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
     if done := run.completed("match", fingerprint):
         return done
     run.clear("match")
-    shards = Shards(generated.files_in("generations"), partial(_read, run, source))
+    shards = Shards(
+        generated.files_in("generations"),
+        lambda name: matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD)),
+    )
     written = write_shards(shards, partial(_write, run / "matches"))
     by_source: dict[str, dict[str, int]] = {}
     for one in written:
-        sums = by_source.setdefault(one.facts["source"], dict.fromkeys(("examples", *COUNTED), 0))
+        sums = by_source.setdefault(one.facts["source"], dict.fromkeys(_COUNTED, 0))
         for name in sums:
             sums[name] += one.facts[name]
-    counts = {name: sum(sums[name] for sums in by_source.values()) for name in ("examples", *COUNTED)}
+    counts = {name: sum(sums[name] for sums in by_source.values()) for name in _COUNTED}
     files, seconds = in_folder("matches", [one.entry for one in written]), time.monotonic() - started
     return run.commit(
         Manifest(
@@ -61,13 +64,17 @@ def match(run: Run, *, examples: Run | None = None) -> Manifest:
     )
 
 
-def num_expected(run: Run, sources: list[str]) -> int:
-    """Number of prepared examples with an expected answer, in these sources or in all if none is named."""
-    shards = Shards(
-        run.require("prepare").files_in("examples"), partial(read_columns, run / "examples", _EXPECTED_COLUMNS)
-    )
+def check_expected(heldout: Run, sources: list[str]) -> None:
+    """ConfigError if no prepared response, of these sources or of all if none is named, has an expected answer."""
+    files = heldout.require("prepare").files_in("examples")
+    shards = Shards(files, partial(read_columns, heldout / "examples", _EXPECTED_COLUMNS))
     counted = collect(shards, partial(_count_expected, sources=sources), _EXPECTED)
-    return sum(counted["expected"].to_pylist())
+    if not sum(counted["expected"].to_pylist()):
+        raise ConfigError(
+            "measures has exact_match, but no held-out response of "
+            f"{', '.join(sources) or 'any source'} ends in an answer (#### or \\boxed, or a number in the record's "
+            "column `answer`); leave it out, or name other sources in generate.sources"
+        )
 
 
 def _count_expected(table: pa.Table, sources: list[str]) -> pa.Table:
@@ -110,10 +117,6 @@ def _expected(example: dict[str, Any]) -> Any:
         return marked
     answer = json.loads(example["record"]).get("answer")
     return None if answer is None else flexible_answer(str(answer))
-
-
-def _read(run: Run, source: Run, name: str) -> pa.Table:
-    return matched(read_parquet(run / "generations" / name), read_parquet(source / "examples" / name, _GOLD))
 
 
 def _write(folder: Location, name: str, table: pa.Table) -> Written:

@@ -3,9 +3,7 @@
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config.run import GenerateConfig
@@ -50,12 +48,14 @@ def generate(
         num_threads=max(1, int(pool.num_cpus)),
         turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
     )
+    what_matters = asdict(settings) | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
+    del what_matters["tokens_per_batch"]  # halved when memory runs out
     base_digest = base.weights_digest() if model.is_adapter and base else {}
     fingerprint = {
         "model": model.weights_digest() | {f"base {name}": digest for name, digest in base_digest.items()},
         "examples": prepared.content,
         "sources": sorted(config.sources),
-        "settings": _what_matters(settings, pool),
+        "settings": what_matters,
         "version": GENERATION_VERSION,
     }
     if done := run.completed("generate", fingerprint):
@@ -71,7 +71,7 @@ def generate(
         columns=INPUT_COLUMNS,
         ok_count="generated",
         new_detail="shards_done_by_this_driver",
-        count_tokens=_num_new_tokens,
+        count_tokens=lambda table: int(pc.sum(table["num_new_tokens"]).as_py() or 0),
     )
     manifest = stream.fill(partial(Generator, model=model, settings=settings, base=base), pool)
     return run.commit(replace(manifest, seconds=time.monotonic() - started))
@@ -105,13 +105,6 @@ def _turn_end(checkpoint: Checkpoint, template: str | None) -> int | None:
     return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
 
 
-def _what_matters(settings: GeneratorSettings, pool: ScoreConfig) -> dict[str, Any]:
-    """Settings that the texts depend on: not the tokens per batch, which are halved when memory runs out."""
-    kept = asdict(settings)
-    del kept["tokens_per_batch"]
-    return kept | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
-
-
 def _of_sources(run: Run, shards: list[FileEntry], sources: list[str]) -> list[FileEntry]:
     """The shards of these sources, or all if none is named; every shard holds rows of one source."""
     if not sources:
@@ -122,7 +115,3 @@ def _of_sources(run: Run, shards: list[FileEntry], sources: list[str]) -> list[F
             f"no example of {run} is of the source {absent[0]!r}; there are {', '.join(sorted(set(names)))}"
         )
     return [shard for shard, name in zip(shards, names, strict=True) if name in sources]
-
-
-def _num_new_tokens(table: pa.Table) -> int:
-    return int(pc.sum(table["num_new_tokens"]).as_py() or 0)

@@ -1,15 +1,14 @@
 """Held-out data: which rows may be used for measuring, and the models' losses and answers on them."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect
+from davir_ray.engine.shuffle import collect, gather
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
@@ -24,32 +23,18 @@ _COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base
 _MATCH_COLUMNS = ["example_id", "expected", "strict", "flexible"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """Losses of one fine-tune on the held-out examples, in the order of the files."""
-
-    example_ids: npt.NDArray[np.int64]
-    hashes: npt.NDArray[np.int64]
-    """Hashes of prompt and response."""
-    sources: npt.NDArray[np.str_]
-    num_tokens: npt.NDArray[np.int64]
-    """Number of scored tokens."""
-    base_nll: npt.NDArray[np.float64]
-    """Negative log-likelihood of the response under the base, in nats; NaN where there is no value."""
-    nll: npt.NDArray[np.float64]
-    """The same under the fine-tuned model."""
-
-
 def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
     """Content hashes of held-out rows that are also rows of the run, so that they may have been trained on."""
-    return np.unique(_hashes(run, np.unique(_hashes(heldout, None))))
+    hashes = gather(_examples(heldout, _HASHES), _HASHES)["content_hash"].unique()
+    found = collect(
+        _examples(run, _HASHES), lambda table: table.filter(pc.is_in(table["content_hash"], value_set=hashes)), _HASHES
+    )
+    return np.unique(np.asarray(found["content_hash"]).astype(np.int64))
 
 
 def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
     """DataError if a held-out source has no row left to measure on; called before anything is trained."""
-    files = heldout.require("prepare").files_in("examples")
-    shards = Shards(files, partial(read_columns, heldout / "examples", _LEFT.names))
-    rows = collect(shards, partial(_among, hashes=None), _LEFT)
+    rows = gather(_examples(heldout, _LEFT), _LEFT)
     sources = np.asarray(rows["source"].to_pylist(), dtype=np.str_)
     leaked = np.isin(np.asarray(rows["content_hash"]), left_out)
     for source in np.unique(sources):
@@ -61,51 +46,31 @@ def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
             )
 
 
-def _hashes(run: Run, among: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
-    """Content hashes of a run's examples, all or those in `among`."""
+def _examples(run: Run, columns: pa.Schema) -> Shards:
     files = run.require("prepare").files_in("examples")
-    shards = Shards(files, partial(read_columns, run / "examples", _HASHES.names))
-    return np.asarray(collect(shards, partial(_among, hashes=among), _HASHES)["content_hash"]).astype(np.int64)
+    return Shards(files, partial(read_columns, run / "examples", columns.names))
 
 
-def _among(table: pa.Table, hashes: npt.NDArray[np.int64] | None) -> pa.Table:
-    if hashes is None:
-        return table
-    return table.filter(pa.array(np.isin(np.asarray(table["content_hash"]), hashes)))
+def read_losses(trial: Run, heldout: Run) -> pa.Table:
+    """Losses of one fine-tune on the held-out examples, in the order of the files, with those of the base.
 
-
-def read_losses(trial: Run, heldout: Run) -> Losses:
-    """Read the losses on the held-out examples from a trial's scores/."""
-    names = [entry.name for entry in heldout.require("prepare").files_in("examples")]
+    They are negative log-likelihoods of the response, in nats; null where there is no value.
+    """
+    prepared = heldout.require("prepare")
+    names = [entry.name for entry in prepared.files_in("examples")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "scores" / name, _COLUMNS), names))
-    if table.num_rows != heldout.require("prepare").counts["prepared"]:
+    if table.num_rows != prepared.counts["prepared"]:
         raise IntegrityError(
             f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
         )
-    return Losses(
-        example_ids=np.asarray(table["example_id"]).astype(np.int64),
-        hashes=np.asarray(table["content_hash"]).astype(np.int64),
-        sources=np.asarray(table["source"].to_pylist(), dtype=np.str_),
-        num_tokens=np.asarray(table["num_response_tokens"]).astype(np.int64),
-        base_nll=table["base_nll"].to_numpy().astype(np.float64),
-        nll=table["reference_nll"].to_numpy().astype(np.float64),
-    )
+    return table
 
 
-class Matches(NamedTuple):
-    """Correctness of the answers of one fine-tune to the held-out examples that have an expected answer."""
+def read_matches(trial: Run) -> pa.Table:
+    """Whether one fine-tune answers right, strictly and flexibly read, where an example has an expected answer.
 
-    example_ids: npt.NDArray[np.int64]
-    strict: npt.NDArray[np.float64]
-    """1 where the marked answer is the expected number, 0 where it is not; NaN where nothing could be generated."""
-    flexible: npt.NDArray[np.float64]
-    """The same for the last number in the text."""
-
-
-def read_matches(trial: Run) -> Matches:
-    """Read the matches of the examples that have an expected answer from a trial's matches/."""
+    Null where nothing could be generated.
+    """
     names = [entry.name for entry in trial.require("match").files_in("matches")]
     table = pa.concat_tables(each(lambda name: read_parquet(trial / "matches" / name, _MATCH_COLUMNS), names))
-    table = table.filter(table["expected"].is_valid())
-    correct = [table[name].cast(pa.int8()).to_numpy().astype(np.float64) for name in ("strict", "flexible")]
-    return Matches(np.asarray(table["example_id"]).astype(np.int64), *correct)
+    return table.filter(table["expected"].is_valid())

@@ -16,16 +16,13 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, schedule
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.compare.arms import FinishedRun, write_set
-from davir_ray.compare.exact_match import num_expected
+from davir_ray.compare.exact_match import check_expected
 from davir_ray.compare.heldout import check_left, in_training_pool
 from davir_ray.compare.outputs import prepare_instructions
 from davir_ray.compare.report import LEFT_OUT, report_comparison
@@ -67,7 +64,9 @@ def compare(config: CompareConfig) -> Run:
     finished = _finished(run, run_config)
     recipe = _recipe(run_config, config.recipe)
     preparation = _preparation(run, run_config, config)
-    _check_output(run, output)
+    # A comparison has its own folder: stages of a run would take its files for theirs.
+    if str(output) == str(run) or set((output / "manifests").names()) - {"compare.json"}:
+        raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
     with (
         connected_to(run, is_shared=config.output_is_shared),
         connected_to(output, is_shared=config.output_is_shared),
@@ -82,8 +81,11 @@ def compare(config: CompareConfig) -> Run:
             written=written_by(output, run_config.score),
         )
         if "exact_match" in config.measures:
-            _check_answers(heldout, config.generate.sources)
-        left_out = _leave_out(run, heldout, output)
+            check_expected(heldout, config.generate.sources)
+        left_out = in_training_pool(run, heldout)
+        if len(left_out):
+            log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(left_out))
+        write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(left_out, pa.int64())}))
         check_left(heldout, left_out)
         at_once, pool = plan_trials(recipe, run_config.score, config.arms_at_once)
         settings = TrialSettings(
@@ -102,12 +104,6 @@ def compare(config: CompareConfig) -> Run:
         output.remember(dump(config))
         report_comparison(config, run_config.base or "", recipe, output, trials, left_out)
     return output
-
-
-def _check_output(run: Run, output: Run) -> None:
-    """OutputError unless the comparison has its own folder: stages of a run would take its files for theirs."""
-    if str(output) == str(run) or set((output / "manifests").names()) - {"compare.json"}:
-        raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
 
 
 def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
@@ -176,25 +172,6 @@ def _instructions(config: CompareConfig, run_config: RunConfig, preparation: Pre
     return run
 
 
-def _leave_out(run: Run, heldout: Run, output: Run) -> npt.NDArray[np.int64]:
-    """Write the content hashes of the held-out rows that the models may have been trained on, and return them."""
-    hashes = in_training_pool(run, heldout)
-    if len(hashes):
-        log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(hashes))
-    write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(hashes, pa.int64())}))
-    return hashes
-
-
-def _check_answers(heldout: Run, sources: list[str]) -> None:
-    """ConfigError if no held-out response has an answer to compare generated ones with."""
-    if not num_expected(heldout, sources):
-        raise ConfigError(
-            "measures has exact_match, but no held-out response of "
-            f"{', '.join(sources) or 'any source'} ends in an answer (#### or \\boxed, or a number in the record's "
-            "column `answer`); leave it out, or name other sources in generate.sources"
-        )
-
-
 def _write_progress(output: Run, done: int, total: int) -> None:
     """Write how many fine-tunes are complete; the comparison is incomplete until its report is written again."""
     output.uncommit("compare")
@@ -205,18 +182,28 @@ def _trials(
     config: CompareConfig, finished: FinishedRun, recipe: FinetuneConfig, settings: TrialSettings, output: Run
 ) -> list[Trial]:
     """Every fine-tune of the comparison, after its rows are written; the first seed of all arms comes first."""
-    selections = list(_selections(finished, config.sizes))
+    own = finished.selection(None)
+    own_size = finished.size_of(own)
+    selections = {}
+    for size in config.sizes or [own_size]:
+        selections[size] = own if size == own_size else finished.selection(size)
+        if (possible := finished.size_of(selections[size])) != size:
+            raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
     full = finished.run  # with a mixture not every example, but its sources and repeats
     if finished.repeats and ("full" in config.arms or "steps" in config.readings):
         full = output.within("sets/full")
         write_set(full, finished, None)
-    full_steps = num_steps(_num_trainable(full, finished), recipe.batch_size, recipe.epochs)
+    counts = full.require("prepare").counts
+    num_trainable = counts.get("trainable")  # counted in a set that `write_set` wrote
+    if num_trainable is None:
+        num_trainable = counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)
+    full_steps = num_steps(num_trainable, recipe.batch_size, recipe.epochs)
     trials: dict[TrialName, Trial] = {}
-    for size, selection in selections:
+    for size, selection in selections.items():
         sets: dict[str, Run] = {}  # finding the rows of a set takes scans of the run
         for seed, arm in product(range(config.seeds), config.arms):
             if arm == "full":  # both schedules are the same
-                examples, rows, schedules = full, full.require("prepare").counts["prepared"], ["epochs"]
+                examples, rows, schedules = full, counts["prepared"], ["epochs"]
             else:
                 name = f"{arm}-{size}" + (f"-seed{seed}" if arm in DRAWN else "")
                 if name not in sets:
@@ -234,22 +221,3 @@ def _trials(
                     settings=settings,
                 )
     return sorted(trials.values(), key=lambda trial: trial.name.seed)
-
-
-def _selections(finished: FinishedRun, sizes: list[int]) -> Iterator[tuple[int, pa.Table]]:
-    """Each size (the run's own if none is given) with the rows that the run's rule selects at this size."""
-    own = finished.selection(None)
-    own_size = finished.size_of(own)
-    for size in sizes or [own_size]:
-        selection = own if size == own_size else finished.selection(size)
-        if (possible := finished.size_of(selection)) != size:
-            raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
-        yield size, selection
-
-
-def _num_trainable(full: Run, finished: FinishedRun) -> int:
-    """Rows of the full set in which something precedes the response, as training needs."""
-    counts = full.require("prepare").counts
-    if "trainable" in counts:  # a set that `write_set` wrote
-        return counts["trainable"]
-    return counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)

@@ -63,7 +63,13 @@ def write_outputs(run: Run, generator: str, *, examples: Run | None = None) -> M
     fingerprint = {"generations": generated.content, "generator": generator}
     if done := run.completed("outputs", fingerprint):
         return done
-    _check_complete(generated)
+    counts = generated.counts
+    if counts["generated"] != counts["examples"]:
+        why = ", ".join(f"{status} {counts[status]}" for status in Status if status != Status.OK and status in counts)
+        raise DataError(
+            f"{counts['examples'] - counts['generated']} of {counts['examples']} instructions have no text ({why}); "
+            "generate on a larger device, or leave these instructions out of the list"
+        )
     run.clear("outputs")
     rows = [_output(row, generator) for row in _rows(run, source, generated.files_in("generations"))]
     if len(rows) != prepared.counts["prepared"]:
@@ -76,16 +82,6 @@ def write_outputs(run: Run, generator: str, *, examples: Run | None = None) -> M
             stage="outputs", fingerprint=fingerprint, counts={"outputs": len(rows)}, files=[entry], seconds=seconds
         )
     )
-
-
-def _check_complete(generated: Manifest) -> None:
-    counts = generated.counts
-    if counts["generated"] != counts["examples"]:
-        why = ", ".join(f"{status} {counts[status]}" for status in Status if status != Status.OK and status in counts)
-        raise DataError(
-            f"{counts['examples'] - counts['generated']} of {counts['examples']} instructions have no text ({why}); "
-            "generate on a larger device, or leave these instructions out of the list"
-        )
 
 
 def _rows(run: Run, source: Run, shards: list[FileEntry]) -> Iterator[dict[str, Any]]:

@@ -7,22 +7,21 @@ import time
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from davir_ray.compare.heldout import Losses, read_losses, read_matches
+from davir_ray.compare.heldout import read_losses, read_matches
 from davir_ray.compare.trials import Trial
 from davir_ray.config.compare import CompareConfig, TrialName
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
-    RESULTS,
     STRICT,
-    TABLE,
     ComparisonInputs,
     Measured,
     TrialFacts,
     render_comparison,
-    results_rows,
+    results_table,
     summarise_comparison,
 )
 from davir_ray.run.files import committed_parquet, write_file, write_parquet
@@ -42,9 +41,8 @@ def report_comparison(
     prepared = heldout.require("prepare")
     losses = {trial.name: read_losses(trial.run, heldout) for trial in trials}
     first = losses[trials[0].name]
-    leaked = np.isin(first.hashes, left_out)
-    valued = np.isfinite(np.stack([first.base_nll, *(found.nll for found in losses.values())])).all(axis=0)
-    measures = [_loss_of(losses, first, ~leaked, np.asarray(valued))] if "loss" in config.measures else []
+    leaked = np.isin(np.asarray(first["content_hash"]), left_out)
+    measures = [_loss_of(losses, first, leaked)] if "loss" in config.measures else []
     if "exact_match" in config.measures:
         measures += _matches_of(trials, first, leaked)
     facts, table = summarise_comparison(
@@ -62,8 +60,8 @@ def report_comparison(
     facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     files = [
         committed_parquet(output / LEFT_OUT)[0],
-        write_parquet(output / "comparison.parquet", pa.Table.from_pylist(table, TABLE)),
-        write_parquet(output / "results.parquet", pa.Table.from_pylist(results_rows(facts), RESULTS)),
+        write_parquet(output / "comparison.parquet", table),
+        write_parquet(output / "results.parquet", results_table(facts)),
         write_file(output / "comparison.json", facts_json.encode()),
         write_file(output / "comparison.html", render_comparison(facts).encode()),
     ]
@@ -75,39 +73,46 @@ def report_comparison(
     )
 
 
-def _loss_of(
-    losses: dict[TrialName, Losses], first: Losses, new: npt.NDArray[np.bool_], valued: npt.NDArray[np.bool_]
-) -> Measured:
+def _loss_of(losses: dict[TrialName, pa.Table], first: pa.Table, leaked: npt.NDArray[np.bool_]) -> Measured:
     """Nats and tokens of the held-out examples that no model was trained on and for which every model has a loss."""
-    kept = new & valued
+    base = first["base_nll"].to_numpy()
+    nll = {name: table["reference_nll"].to_numpy() for name, table in losses.items()}
+    valued = np.isfinite(np.stack([base, *nll.values()])).all(axis=0)
+    kept = ~leaked & valued
     return Measured(
         measure=LOSS,
-        sources=first.sources[kept],
-        weights=first.num_tokens[kept].astype(np.float64),
-        values={name: found.nll[kept] for name, found in losses.items()},
-        base=first.base_nll[kept],
-        without_value=int((new & ~valued).sum()),
+        sources=_sources(first)[kept],
+        weights=first["num_response_tokens"].to_numpy()[kept].astype(np.float64),
+        values={name: values[kept] for name, values in nll.items()},
+        base=base[kept],
+        without_value=int((~leaked & ~valued).sum()),
     )
 
 
-def _matches_of(trials: list[Trial], first: Losses, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
+def _matches_of(trials: list[Trial], first: pa.Table, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
     """Exact match, strict and flexible, on the held-out examples that have an expected answer."""
     found = {trial.name: read_matches(trial.run) for trial in trials}
-    ids = next(iter(found.values())).example_ids
-    row_of = {example_id: row for row, example_id in enumerate(first.example_ids.tolist())}
-    rows = np.array([row_of[example_id] for example_id in ids.tolist()], dtype=np.int64)
-    new, valued = ~leaked[rows], np.isfinite(np.stack([matches.strict for matches in found.values()])).all(axis=0)
-    kept, without_value = new & valued, int((new & ~valued).sum())
+    ids = next(iter(found.values()))["example_id"]
+    rows = pc.index_in(ids, value_set=first["example_id"].combine_chunks()).to_numpy()
+    valued = np.stack([np.asarray(matches["strict"].is_valid()) for matches in found.values()]).all(axis=0)
+    kept = ~leaked[rows] & valued
     return [
         Measured(
             measure=measure,
-            sources=first.sources[rows][kept],
+            sources=_sources(first)[rows][kept],
             weights=np.ones(int(kept.sum())),
-            values={name: getattr(matches, field)[kept] for name, matches in found.items()},
-            without_value=without_value,
+            values={
+                name: matches[column].filter(pa.array(kept)).to_numpy().astype(np.float64)
+                for name, matches in found.items()
+            },
+            without_value=int((~leaked[rows] & ~valued).sum()),
         )
-        for measure, field in ((STRICT, "strict"), (FLEXIBLE, "flexible"))
+        for measure, column in ((STRICT, "strict"), (FLEXIBLE, "flexible"))
     ]
+
+
+def _sources(table: pa.Table) -> npt.NDArray[np.str_]:
+    return np.asarray(table["source"].to_pylist(), dtype=np.str_)
 
 
 def _facts_of(trial: Trial) -> TrialFacts:

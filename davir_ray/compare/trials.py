@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -29,7 +29,7 @@ from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
-from davir_ray.run.files import FileEntry, digest, in_folder
+from davir_ray.run.files import digest, in_folder
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.stages.finetune import finetune, what_matters
@@ -93,12 +93,19 @@ class Trial:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the measurements depend on, by name."""
         settings, instructions = self.settings, self.settings.instructions
+        config, template = settings.generate, settings.chat_template
+        texts = {
+            "max_new_tokens": config.max_new_tokens,
+            "sources": sorted(config.sources),
+            "chat_template": digest(template) if template else None,
+            "versions": [GENERATION_VERSION, ANSWERS_VERSION],
+        }
         return self.trained_with() | {
             "heldout": settings.heldout.require("prepare").content,
             "precision": settings.score.precision,
             "matches": settings.matches,
             "instructions": None if instructions is None else instructions.require("prepare").content,
-            "texts": _what_texts_depend_on(settings) if settings.matches or instructions else None,
+            "texts": texts if settings.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
             "device": "cuda" if num_gpus_of(settings.score) else "cpu",
         }
@@ -136,54 +143,42 @@ class Trial:
         return same and trained is not None and not trained.damage(self.run.folder)
 
     def train_and_measure(self) -> Manifest:
-        """Fine-tune the base on the rows, measure it on the held-out examples, and delete the model unless kept."""
+        """Fine-tune the base on the rows, measure it on the held-out examples, and delete the model unless kept.
+
+        The answers to the instructions, if there are any, are in answers/.
+        """
         settings = self.settings
         trained = finetune(self.run, settings.base, self.recipe, settings.spec, examples=self.examples)
         model = Checkpoint.find(str(self.run / "reference"), settings.base.trust_remote_code)
         scored = score(self.run, settings.base, model, settings.score, keep_token_nll="none", examples=settings.heldout)
-        files = scored.files + self._matches(model) + self._answers(model)
-        counts = {"examples": trained.counts["examples"], "steps": trained.counts["steps"]}
+        files = list(scored.files)
+        write = partial(
+            generate, model=model, pool=settings.score, base=settings.base if model.is_adapter else None,
+            chat_template=settings.chat_template,
+        )  # fmt: skip
+        if settings.matches:
+            texts = write(self.run, config=settings.generate, examples=settings.heldout)
+            files += texts.files + match(self.run, examples=settings.heldout).files
+        if settings.instructions is not None:
+            run, every = self.run.within(ANSWERS), replace(settings.generate, sources=[])
+            texts = write(run, config=every, examples=settings.instructions)
+            outputs = write_outputs(run, str(self.name), examples=settings.instructions)
+            files += in_folder(ANSWERS, [*texts.files, *outputs.files])
         details = {name: trained.details[name] for name in ("final_loss", "loss_by_step")}
-        details |= {"keep_model": settings.keep_models}
-        seconds = trained.seconds + scored.seconds
         manifest = self.run.commit(
             Manifest(
                 stage="trial",
                 fingerprint=self.fingerprint(),
-                counts=counts,
+                counts={name: trained.counts[name] for name in ("examples", "steps")},
                 files=files,
-                details=details,
-                seconds=seconds,
+                details=details | {"keep_model": settings.keep_models},
+                seconds=trained.seconds + scored.seconds,
             )
         )
         self.drop_model(manifest)
         if model.files:
             _forget_everywhere(model)
         return manifest
-
-    def _matches(self, model: Checkpoint) -> list[FileEntry]:
-        """Generate answers to the held-out prompts and compare them, if the settings ask for it; returns the files."""
-        settings = self.settings
-        if not settings.matches:
-            return []
-        generated = self._generate(self.run, model, settings.generate, settings.heldout)
-        return generated.files + match(self.run, examples=settings.heldout).files
-
-    def _answers(self, model: Checkpoint) -> list[FileEntry]:
-        """Answer the instructions, if there are any; returns the files, in answers/."""
-        settings, run = self.settings, self.run.within(ANSWERS)
-        if settings.instructions is None:
-            return []
-        generated = self._generate(run, model, replace(settings.generate, sources=[]), settings.instructions)
-        outputs = write_outputs(run, str(self.name), examples=settings.instructions)
-        return in_folder(ANSWERS, [*generated.files, *outputs.files])
-
-    def _generate(self, run: Run, model: Checkpoint, config: GenerateConfig, examples: Run) -> Manifest:
-        settings = self.settings
-        return generate(
-            run, model, config, settings.score, examples=examples, base=settings.base if model.is_adapter else None,
-            chat_template=settings.chat_template,
-        )  # fmt: skip
 
     def drop_model(self, manifest: Manifest) -> None:
         """Delete the model of a trial that has been measured, unless the trial was made with keep_models."""
@@ -194,23 +189,8 @@ class Trial:
 def _forget_everywhere(model: Checkpoint) -> None:
     """Delete the nodes' local copies of a model in object storage: a comparison makes dozens, each used once."""
     forget: Any = ray.remote(num_cpus=0)(Checkpoint.forget)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    ray.get(
-        [
-            forget.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(model)
-            for node in nodes
-        ]
-    )
-
-
-def _what_texts_depend_on(settings: TrialSettings) -> dict[str, Any]:
-    config, template = settings.generate, settings.chat_template
-    return {
-        "max_new_tokens": config.max_new_tokens,
-        "sources": sorted(config.sources),
-        "chat_template": digest(template) if template else None,
-        "versions": [GENERATION_VERSION, ANSWERS_VERSION],
-    }
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in ray.nodes() if node["Alive"]]
+    ray.get([forget.options(scheduling_strategy=node).remote(model) for node in nodes])
 
 
 def _run_trial(trial: Trial) -> None:
@@ -252,7 +232,10 @@ def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], N
             log.info("compare: %s is measured (%d of %d)", trial.name, done, len(trials))
             on_progress(done)
     finally:
-        _cancel(list(running))
+        for task in running:
+            ray.cancel(task)
+        if running:  # none may write once the lease is released
+            ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_S)
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(trials)} fine-tunes failed, the others are measured; {failed[0]}; or leave the arm "
@@ -270,14 +253,6 @@ def _failure(ended: Any, trial: Trial) -> TrainingError | None:
     except DavirError as error:
         raise type(error)(f"{trial.name}: {error}") from error
     return None
-
-
-def _cancel(tasks: list[Any]) -> None:
-    """Cancel the tasks and wait until they have stopped: none may write once the lease is released."""
-    for task in tasks:
-        ray.cancel(task)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=_CANCEL_S)
 
 
 def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None) -> tuple[int, ScoreConfig]:

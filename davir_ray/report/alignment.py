@@ -21,6 +21,7 @@ from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment
 from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
+from davir_ray.schema import MARGINS
 
 PAPER = {"dpo": 0.38, "ipo": -0.10, "davir_dpo": 0.07}
 """Pearson correlation of the margin with the difference in response length, as the paper reports it for each loss,
@@ -45,16 +46,7 @@ _SECTIONS = [
     ("limits", "Known limits"),
     ("run", "Settings"),
 ]
-_MEANS = (
-    "loss",
-    "margin",
-    "chosen_reward",
-    "rejected_reward",
-    "frozen_chosen",
-    "frozen_rejected",
-    "policy_chosen",
-    "policy_rejected",
-)
+_MEANS = [field.name for field in MARGINS if pa.types.is_floating(field.type)]
 """Columns of the margins that are reported as means over the pairs."""
 
 _LEVEL = 0.95
@@ -63,18 +55,6 @@ _NEAR_CERTAIN_NATS = 1.0
 
 _NUM_BANDS = 12
 _MIN_BAND_PAIRS = 10
-
-_NOT_SETTINGS = ("frozen",)
-"""Parts of a fingerprint that are not settings: the frozen losses may differ in their last bits between machines."""
-
-_RANGES = {
-    "accuracy": (0.0, 1.0),
-    "margin": (-math.inf, math.inf),
-    "pearson": (-1.0, 1.0),
-    "spearman": (-1.0, 1.0),
-    "plain": (-1.0, 1.0),
-}
-"""Measures in the sweep's table, and the range that the values of each can take."""
 
 
 def alignment_facts(
@@ -125,19 +105,20 @@ def parts_of(margins: pa.Table) -> dict[str, dict[str, Any]]:
 
 def _part(table: pa.Table) -> dict[str, Any]:
     """Means over pairs, and the correlation of the margin with the difference in length."""
-    margin = np.asarray(table["margin"])
+    columns = {name: np.asarray(table[name]) for name in (*_MEANS, "num_chosen_tokens", "num_rejected_tokens")}
+    margin = columns["margin"]
     gain_chosen, gain_rejected = (
-        np.asarray(table[f"policy_{role}"]) - np.asarray(table[f"frozen_{role}"]) for role in ("chosen", "rejected")
+        columns[f"policy_{role}"] - columns[f"frozen_{role}"] for role in ("chosen", "rejected")
     )
-    frozen = np.concatenate([np.asarray(table["frozen_chosen"]), np.asarray(table["frozen_rejected"])])
-    difference = (np.asarray(table["num_chosen_tokens"]) - np.asarray(table["num_rejected_tokens"])).astype(np.float64)
+    frozen = np.concatenate([columns[f"frozen_{role}"] for role in ("chosen", "rejected")])
+    difference = (columns["num_chosen_tokens"] - columns["num_rejected_tokens"]).astype(np.float64)
     num_higher = int((margin > 0).sum())
     interval = stats.binomtest(num_higher, len(margin)).proportion_ci(_LEVEL, method="wilson")
     return {
         "pairs": len(margin),
         "accuracy": num_higher / len(margin),
         "accuracy_interval": [float(interval.low), float(interval.high)],
-        **{name: float(np.mean(np.asarray(table[name]))) for name in _MEANS},
+        **{name: float(np.mean(columns[name])) for name in _MEANS},
         "margin_median": float(np.median(margin)),
         "near_certain": int((np.abs(frozen) < _NEAR_CERTAIN_NATS).sum()),
         "difference": float(difference.mean()),
@@ -164,15 +145,11 @@ def _band(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) 
     """The 10th, 50th and 90th percentile of the margin, by difference in length, in parts with equally many pairs."""
     order = np.argsort(difference, kind="stable")
     parts = [part for part in np.array_split(order, _NUM_BANDS) if len(part) >= _MIN_BAND_PAIRS]
-    if len(parts) < 2:
-        return []
-    return [
-        {
-            "difference": float(np.median(difference[part])),
-            **{f"p{p}": float(np.percentile(margin[part], p)) for p in (10, 50, 90)},
-        }
-        for part in parts
-    ]
+    band = []
+    for part in parts if len(parts) > 1 else ():
+        p10, p50, p90 = np.percentile(margin[part], (10, 50, 90)).tolist()
+        band.append({"difference": float(np.median(difference[part])), "p10": p10, "p50": p50, "p90": p90})
+    return band
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +169,10 @@ class Trained:
     def settings(self) -> dict[str, Any]:
         """Everything that the policy depends on, including the seed: equal for a training and its repetition.
 
-        A default beta is replaced by its value, except that of DavIR-DPO, which is derived from the frozen losses.
+        The frozen losses are left out, as they may differ in their last bits between machines. A default beta is
+        replaced by its value, except that of DavIR-DPO, which is derived from the frozen losses.
         """
-        kept = {name: value for name, value in self.fingerprint.items() if name not in _NOT_SETTINGS}
+        kept = {name: value for name, value in self.fingerprint.items() if name != "frozen"}
         if self.details["loss"] == "davir_dpo":
             return kept
         return {**kept, "objective": {**kept["objective"], "beta": self.details["beta"]}}
@@ -210,7 +188,8 @@ def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
     """A row for each setting, in order of appearance: means over its seeds with their 95 % intervals.
 
     A training that occurs twice counts once. Each measure is {"mean", "interval"}, with the interval by Student's t
-    over the seeds; the interval is None for one seed, and both are None if a seed lacks the measure.
+    over the seeds; the interval is None for one seed, and both are None if a seed lacks the measure. `differs` lists
+    the differences from the first training's settings, except the loss and beta.
     """
     once: dict[str, Trained] = {}
     for one in trained:
@@ -218,59 +197,53 @@ def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
     groups: dict[str, list[Trained]] = {}
     for one in once.values():
         groups.setdefault(digest(one.without_seed), []).append(one)
-    return [_sweep_row(group, trained[0]) for group in groups.values()]
-
-
-def _sweep_row(group: list[Trained], first: Trained) -> dict[str, Any]:
-    """The row of one setting; `differs` lists its other differences from the first training's settings."""
-    loss = group[0].details["loss"]
-    lines = differences(first.without_seed, group[0].without_seed)
-    parts = [part for part in ("trained", "held_out") if all(part in one.parts for one in group)]
-    return {
-        "loss": loss,
-        "loss_name": NAMES[loss],
-        "beta": group[0].details["beta"],
-        "paper": PAPER.get(loss),
-        "differs": [line for line in lines if not line.startswith(("objective.loss: ", "objective.beta: "))],
-        "seeds": [one.settings["recipe"]["seed"] for one in group],
-        "places": [one.place for one in group],
-        "parts": {part: _over_seeds([one.parts[part] for one in group]) for part in parts},
-    }
+    rows = []
+    for group in groups.values():
+        loss = group[0].details["loss"]
+        lines = differences(trained[0].without_seed, group[0].without_seed)
+        parts = [part for part in ("trained", "held_out") if all(part in one.parts for one in group)]
+        rows.append(
+            {
+                "loss": loss,
+                "loss_name": NAMES[loss],
+                "beta": group[0].details["beta"],
+                "paper": PAPER.get(loss),
+                "differs": [line for line in lines if not line.startswith(("objective.loss: ", "objective.beta: "))],
+                "seeds": [one.settings["recipe"]["seed"] for one in group],
+                "places": [one.place for one in group],
+                "parts": {part: _over_seeds([one.parts[part] for one in group]) for part in parts},
+            }
+        )
+    return rows
 
 
 def _over_seeds(parts: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and interval of each measure over the seeds."""
-    measured = {
-        "accuracy": [part["accuracy"] for part in parts],
-        "margin": [part["margin"] for part in parts],
-        "pearson": [part["length"]["pearson"] for part in parts],
-        "spearman": [part["length"]["spearman"] for part in parts],
-        "plain": [part["length_of_gains"]["pearson"] for part in parts],
+    """Mean and interval of each measure over the seeds; the interval is cut to the values that are possible."""
+    measures = {
+        "accuracy": ([part["accuracy"] for part in parts], 0.0, 1.0),
+        "margin": ([part["margin"] for part in parts], -math.inf, math.inf),
+        "pearson": ([part["length"]["pearson"] for part in parts], -1.0, 1.0),
+        "spearman": ([part["length"]["spearman"] for part in parts], -1.0, 1.0),
+        "plain": ([part["length_of_gains"]["pearson"] for part in parts], -1.0, 1.0),
     }
     found: dict[str, dict[str, Any]] = {}
-    for name, values in measured.items():
+    for name, (values, lowest, highest) in measures.items():
         if None in values:
             found[name] = {"mean": None, "interval": None}
         else:
             interval = over_seeds(values)
-            found[name] = {
-                "mean": float(np.mean(values)),
-                "interval": list(interval.clipped(*_RANGES[name])) if interval else None,
-            }
+            clipped = list(interval.clipped(lowest, highest)) if interval else None
+            found[name] = {"mean": float(np.mean(values)), "interval": clipped}
     return found
 
 
 def render_alignment(facts: dict[str, Any]) -> str:
     """Return the page as HTML; the same facts give the same bytes."""
     shown = facts["parts"].get("held_out") or facts["parts"].get("trained")
+    curves = facts["curves"]
     drawn = {
-        "loss": charts.step_curve(facts["curves"]["loss"], "loss", "loss", "Training loss by step."),
-        "accuracy": charts.step_curve(
-            facts["curves"]["accuracy"],
-            "reward accuracy",
-            "accuracy",
-            "Reward accuracy by step.",
-        ),
+        "loss": charts.step_curve(curves["loss"], "loss", "loss", "Training loss by step."),
+        "accuracy": charts.step_curve(curves["accuracy"], "reward accuracy", "accuracy", "Reward accuracy by step."),
         "length": charts.margin_band(shown["band"]) if shown and shown["band"] else None,
     }
     template = environment().get_template("alignment.html.j2")

@@ -6,6 +6,8 @@ serves both light and dark mode. A chart is drawn about as wide as the page show
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -65,8 +67,7 @@ def training_curve(training: dict[str, Any]) -> Markup:
 
 def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Markup:
     """A value measured at every step, with a moving mean if there are many steps."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(WIDE)
+    with _figure(WIDE) as (figure, axes):
         steps, values = np.array(curve, dtype=float).T
         many = steps.size > 40
         mark = "o" if steps.size == 1 else None  # a line through a single point would be invisible
@@ -75,31 +76,26 @@ def step_curve(curve: list[list[float]], unit: str, name: str, label: str) -> Ma
             half = steps.size // 40  # the window of the mean is a twentieth of the curve, and shorter at its ends
             mean = [values[max(0, at - half) : at + half + 1].mean() for at in range(steps.size)]
             axes.plot(steps, mean, color=CHOSEN, linewidth=1.8)
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel(unit)
+        axes.set(xlabel="optimiser step", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return _svg(figure, name, label)
 
 
 def margin_band(band: list[dict[str, float]]) -> Markup:
     """Median and 10th to 90th percentile of the margin against the difference in length."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(WIDE)
+    with _figure(WIDE) as (figure, axes):
         at = [point["difference"] for point in band]
         axes.fill_between(at, [p["p10"] for p in band], [p["p90"] for p in band], color=POOL, alpha=0.35, linewidth=0)
         axes.plot(at, [point["p50"] for point in band], color=CHOSEN, linewidth=2.2)
         axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlabel("chosen minus rejected, response tokens")
-        axes.set_ylabel("margin")
-        return _svg(
-            figure, "margin-length", "Margin against the difference in length: median, 10th to 90th percentile."
-        )
+        axes.set(xlabel="chosen minus rejected, response tokens", ylabel="margin")
+        label = "Margin against the difference in length: median, 10th to 90th percentile."
+        return _svg(figure, "margin-length", label)
 
 
 def score_histogram(davir: dict[str, Any]) -> Markup:
     """Histogram of DavIR over the pool, the selected part in front, with the cut; above it the percentiles of both."""
-    with matplotlib.rc_context(_STYLE):
-        figure, strip, axes = _figure_with_strip()
+    with _figure_with_strip() as (figure, strip, axes):
         histogram = davir["histogram"]
         edges = np.array(histogram["edges"])
         for name, colour in (("all", POOL), ("selected", CHOSEN)):
@@ -115,8 +111,7 @@ def score_histogram(davir: dict[str, Any]) -> Markup:
 
 def loss_histogram(losses: dict[str, Any]) -> Markup:
     """Histograms of the mean loss of a response under both models, and above them the percentiles of both."""
-    with matplotlib.rc_context(_STYLE):
-        figure, strip, axes = _figure_with_strip()
+    with _figure_with_strip() as (figure, strip, axes):
         histogram = losses["histogram"]
         edges = np.array(histogram["edges"])
         for name, colour in (("base", BASE), ("reference", REFERENCE)):
@@ -129,27 +124,31 @@ def loss_histogram(losses: dict[str, Any]) -> Markup:
         return _svg(figure, "losses", label)
 
 
-def _figure_with_strip() -> tuple[Figure, Axes, Axes]:
-    """A chart, and above it a strip with the same x axis."""
-    figure = Figure(figsize=(TALL[0] / 72, TALL[1] / 72), layout="constrained")
-    strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 4.6))
-    figure.get_layout_engine().set(hspace=0, h_pad=0.02)  # type: ignore[union-attr, call-arg]
-    _grid(axes)
-    strip.tick_params(bottom=False, labelbottom=False, labelleft=False)
-    strip.spines["bottom"].set_visible(False)
-    return figure, strip, axes
+@contextmanager
+def _figure_with_strip() -> Iterator[tuple[Figure, Axes, Axes]]:
+    """A chart, and above it a strip with the same x axis, drawn in the style of the pages."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(TALL[0] / 72, TALL[1] / 72), layout="constrained")
+        strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 4.6))
+        figure.get_layout_engine().set(hspace=0, h_pad=0.02)  # type: ignore[union-attr, call-arg]
+        _grid(axes)
+        strip.tick_params(bottom=False, labelbottom=False, labelleft=False)
+        strip.spines["bottom"].set_visible(False)
+        yield figure, strip, axes
 
 
 def _finish_histogram(axes: Axes, edges: Any, highest: int) -> None:
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylabel("examples per bin")
-    axes.set_ylim(0, 1.15 * max(1, highest))  # room for the label of the cut
+    top = 1.15 * max(1, highest)  # leaves room for the label of the cut
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top), ylabel="examples per bin")
     axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
 def _draw_percentiles(strip: Axes, rows: list[tuple[dict[str, Any], str]]) -> None:
-    """For each distribution a line from the 5th to the 95th percentile, a bar from the 25th to the 75th, the median."""
+    """For each distribution a line from the 5th to the 95th percentile, a bar from the 25th to the 75th, the median.
+
+    The marks of the first are labelled.
+    """
     low, high = strip.get_xlim()
     strip.set_ylim(len(rows) - 0.4, -1.5)
     for place, (distribution, colour) in enumerate(rows):
@@ -160,17 +159,11 @@ def _draw_percentiles(strip: Axes, rows: list[tuple[dict[str, Any], str]]) -> No
         strip.plot([at[25], at[75]], [place, place], color=colour, linewidth=7, solid_capstyle="butt")
         strip.plot([at[50]], [place], color=INK, marker="|", markersize=12, markeredgewidth=2)
         if place == 0:
-            _label_percentiles(strip, at, (high - low) / 12)
-
-
-def _label_percentiles(strip: Axes, at: dict[int, float], room: float) -> None:
-    """Label the marks of the first row: the median first, then the others where there is room."""
-    named: list[float] = []
-    low, high = strip.get_xlim()
-    for p in (50, 5, 95, 25, 75):
-        if low <= at[p] <= high and all(abs(at[p] - other) > room for other in named):
-            named.append(at[p])
-            strip.annotate(f"{p} %", (at[p], -0.6), ha="center", va="bottom", color=MUTED, fontsize=11)
+            named: list[float] = []
+            for p in (50, 5, 95, 25, 75):  # the median first, then the others where there is room
+                if low <= at[p] <= high and all(abs(at[p] - other) > (high - low) / 12 for other in named):
+                    named.append(at[p])
+                    strip.annotate(f"{p} %", (at[p], -0.6), ha="center", va="bottom", color=MUTED, fontsize=11)
 
 
 def _draw_cut(axes: Axes, cut: float, to_the_left: bool) -> None:
@@ -189,8 +182,7 @@ def _draw_cut(axes: Axes, cut: float, to_the_left: bool) -> None:
 
 def length_panel(panel: dict[str, Any]) -> Markup:
     """One measure against response length: density as opacity, the median, and the 10th and 90th percentiles."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(NARROW)
+    with _figure(NARROW) as (figure, axes):
         axes.set_xscale("log")
         _draw_density(axes, panel)
         band = panel["band"]
@@ -199,13 +191,11 @@ def length_panel(panel: dict[str, Any]) -> Markup:
             for name in ("p10", "p90"):
                 axes.plot(lengths, [point[name] for point in band], color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)))
             axes.plot(lengths, [point["p50"] for point in band], color=CHOSEN, linewidth=2.2)
-        axes.set_xlim(panel["x_edges"][0], panel["x_edges"][-1])
-        axes.set_ylim(panel["y_edges"][0], panel["y_edges"][-1])
-        axes.set_xlabel("response tokens (log scale)")
-        axes.set_ylabel(panel["unit"])
-        if max(map(abs, axes.get_ylim())) >= 1000:
+        (shortest, *_, longest), (low, *_, high) = panel["x_edges"], panel["y_edges"]
+        axes.set(xlim=(shortest, longest), ylim=(low, high), xlabel="response tokens (log scale)", ylabel=panel["unit"])
+        if max(abs(low), abs(high)) >= 1000:
             axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
-        _label_lengths(axes, panel["x_edges"][0], panel["x_edges"][-1])
+        _label_lengths(axes, shortest, longest)
         label = f"{panel['title']} against response length: density, median and 10th to 90th percentile."
         return _svg(figure, f"length-{panel['measure'].replace('_', '-')}", label)
 
@@ -233,16 +223,13 @@ def _label_lengths(axes: Axes, low: float, high: float) -> None:
 
 def length_deciles(deciles: list[dict[str, Any]]) -> Markup:
     """Shares of the pool and of the selection in each tenth of response length."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(WIDE)
+    with _figure(WIDE) as (figure, axes):
         place = np.arange(len(deciles))
         for offset, name, colour in ((-0.2, "share_of_all", POOL), (0.2, "share_of_selected", CHOSEN)):
-            heights = [100 * (row[name] or 0) for row in deciles]
-            axes.bar(place + offset, heights, 0.36, color=colour)
+            axes.bar(place + offset, [100 * (row[name] or 0) for row in deciles], 0.36, color=colour)
         labels = [f"{d['from']}–{d['to']}" if d["from"] < d["to"] else str(d["to"]) for d in deciles]
         axes.set_xticks(place, labels, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_xlabel("response tokens, tenths of the pool")
-        axes.set_ylabel("share, %")
+        axes.set(xlabel="response tokens, tenths of the pool", ylabel="share, %")
         return _svg(figure, "deciles", "Share of the pool and of the selection by response length.")
 
 
@@ -258,9 +245,8 @@ _ARM_STYLES: dict[str, dict[str, Any]] = {
 
 def comparison(results: list[dict[str, Any]], unit: str, name: str) -> Markup:
     """Means of the arms with 95 % intervals: a curve over the sizes, or a line for each arm if there is one size."""
-    with matplotlib.rc_context(_STYLE):
-        sizes = sorted({row["rows"] for row in results})
-        figure, axes = _figure(TALL)
+    sizes = sorted({row["rows"] for row in results})
+    with _figure(TALL) as (figure, axes):
         label = f"Means and 95 % intervals of the arms, {unit}"
         if len(sizes) == 1:
             _draw_arms(axes, results, unit)
@@ -280,11 +266,10 @@ def _draw_arms(axes: Axes, results: list[dict[str, Any]], unit: str) -> None:
         axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=2)
         axes.plot([row["mean"]], [place], color=style["color"], marker=style["marker"], markersize=8)
     axes.set_yticks(range(len(arms)), arms)
-    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel=unit)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel(unit)
 
 
 def _draw_curves(axes: Axes, results: list[dict[str, Any]], sizes: list[int]) -> None:
@@ -306,8 +291,7 @@ def _draw_curves(axes: Axes, results: list[dict[str, Any]], sizes: list[int]) ->
 
 def throughput(scoring: dict[str, Any]) -> Markup:
     """Tokens scored per second over time, and the mean of the whole stage."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(WIDE)
+    with _figure(WIDE) as (figure, axes):
         rates = scoring["rates"]
         unit, seconds = next((name, s) for name, s in _TIME_UNITS if rates[-1]["to"] >= 2 * s or s == 1)
         edges = np.array([rates[0]["from"], *(rate["to"] for rate in rates)]) / seconds
@@ -316,10 +300,8 @@ def throughput(scoring: dict[str, Any]) -> Markup:
         axes.stairs(heights, edges, color=CHOSEN, linewidth=1.8)
         mean = scoring["tokens_per_second"]
         axes.axhline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, edges[-1])
-        axes.set_ylim(0, 1.15 * max(*heights, mean))
-        axes.set_xlabel(f"{unit} since the stage began")
-        axes.set_ylabel("tokens per second")
+        axes.set(xlim=(0, edges[-1]), ylim=(0, 1.15 * max(*heights, mean)))
+        axes.set(xlabel=f"{unit} since the stage began", ylabel="tokens per second")
         axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
         return _svg(figure, "throughput", f"Tokens scored per second over time, {mean:,.0f} on average.")
 
@@ -329,11 +311,14 @@ def _thousands(value: float, _: int) -> str:
     return text.replace("-", "−")
 
 
-def _figure(size: tuple[int, int]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
-    axes = figure.add_subplot()
-    _grid(axes)
-    return figure, axes
+@contextmanager
+def _figure(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
+    """A chart, drawn in the style of the pages."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        axes = figure.add_subplot()
+        _grid(axes)
+        yield figure, axes
 
 
 def _grid(axes: Axes) -> None:

@@ -6,9 +6,10 @@ per token; the other measures have units of their own.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from davir_ray.config.compare import DRAWN, TrialName
 from davir_ray.errors import DataError
-from davir_ray.formulas.statistics import Interval, Outcome, Panel, holm
+from davir_ray.formulas.statistics import Floats, Outcome, Panel, holm
 from davir_ray.report import charts
 from davir_ray.report.facts import json_ready, named_values
 from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
@@ -113,22 +114,11 @@ class Measure:
     """Name in the header of a table column."""
     unit: str
     lower_is_better: bool
-    most: float | None
-    """Largest possible value. None: no limit."""
-
-    def clipped(self, interval: Interval) -> Interval:
-        """An interval of this measure, cut to the values that are possible."""
-        return interval.clipped(0.0, math.inf if self.most is None else self.most)
+    most: float = math.inf
+    """Largest possible value."""
 
 
-LOSS = Measure(
-    name="loss",
-    title="Held-out loss",
-    short="loss",
-    unit="nats per response token",
-    lower_is_better=True,
-    most=None,
-)
+LOSS = Measure(name="loss", title="Held-out loss", short="loss", unit="nats per response token", lower_is_better=True)
 STRICT = Measure(
     name="exact_match",
     title="Exact match of the marked answer",
@@ -161,11 +151,11 @@ class Measured:
     measure: Measure
     sources: npt.NDArray[np.str_]
     """Source of each example."""
-    weights: npt.NDArray[np.float64]
+    weights: Floats
     """Weight of each example: its tokens, or 1."""
-    values: Mapping[TrialName, npt.NDArray[np.float64]]
+    values: Mapping[TrialName, Floats]
     """For each fine-tune its value on each example; the measure is their sum divided by the sum of the weights."""
-    base: npt.NDArray[np.float64] | None = None
+    base: Floats | None = None
     """The values of the untrained base."""
     without_value: int = 0
     """Number of held-out examples that are left out because a model has no value for them."""
@@ -187,8 +177,8 @@ class ComparisonInputs:
     measures: list[Measured]
 
 
-def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The facts of the page, ready for JSON, and the rows of TABLE."""
+def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.Table]:
+    """The facts of the page, ready for JSON, and the table TABLE."""
     measures = [measured for measured in inputs.measures if len(measured.sources)]
     if not measures:
         raise DataError(
@@ -196,48 +186,120 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], list
             f"in the run's training pool, {inputs.measures[0].without_value} have no value; give data that the run has "
             "not seen"
         )
-    inputs = replace(inputs, measures=measures)
-    results = [result for measured in measures for result in _results(inputs, measured)]
-    sources = measures[0].sources
+    # The full set is compared with every size and schedule.
+    settings = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
+    settings = settings or {(name.rows, name.reading) for name in inputs.trials}
+    results, base_results, table = [], [], []
+    for measured in measures:
+        names = np.unique(measured.sources).tolist()
+        for source in [None, *names] if len(names) > 1 else [None]:
+            rows = slice(None) if source is None else measured.sources == source
+            name, weights = {"measure": measured.measure.name, "source": source}, measured.weights[rows]
+            values = {trial: values[rows] for trial, values in measured.values.items()}
+            results += [name | row for row in _results(measured.measure, values, weights, sorted(settings))]
+            if measured.base is not None:
+                base = Outcome(values_SE=measured.base[None, rows], weights_E=weights)
+                base_results.append(name | _mean(measured.measure, Panel({None: base}), None, base))
+            for trial, trained in inputs.trials.items():
+                value = float(values[trial].sum()) / float(weights.sum())
+                table.append(name | trial._asdict() | asdict(trained) | {"value": value, "num_heldout": len(weights)})
+    sources, num_rows = np.unique(measures[0].sources, return_counts=True)
     facts = {
         "format": 1,
         "run": inputs.run,
         "base": inputs.base,
         "seeds": inputs.settings["seeds"],
-        "arms": _arms(inputs),
+        "arms": _arms(inputs.trials),
         "measures": [
             {
                 **asdict(measured.measure),
-                "sources": np.unique(measured.sources).tolist(),
+                "sources": np.unique(measured.sources),
                 "without_value": measured.without_value,
             }
-            for measured in inputs.measures
+            for measured in measures
         ],
         "heldout": {
             "read": inputs.heldout["read"],
             "rejected": inputs.heldout["rejected"],
             "in_training_pool": inputs.in_training_pool,
-            "measured": len(sources),
-            "sources": [{"source": str(name), "rows": int((sources == name).sum())} for name in np.unique(sources)],
+            "measured": len(measures[0].sources),
+            "sources": [{"source": name, "rows": rows} for name, rows in zip(sources, num_rows, strict=True)],
         },
         "results": results,
-        "base_results": [row for measured in inputs.measures for row in _base(measured)],
+        "base_results": base_results,
         "limits": LIMITS,
         "recipe": named_values(inputs.recipe),
         "settings": named_values(inputs.settings),
     }
     ready = json_ready(facts)
-    return ready | {"skills": _skills(ready)}, [row for measured in inputs.measures for row in _table(inputs, measured)]
+    return ready | {"skills": _skills(ready)}, pa.Table.from_pylist(table, TABLE)
 
 
-def results_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of the facts as rows of RESULTS."""
-    own = set(RESULTS.names)
-    return [
-        {name: value for name, value in row.items() if name in own}
-        | {f"against_{baseline}_{name}": test[name] for baseline, test in row["against"].items() for name in _TEST}
+def _results(
+    measure: Measure, values: Mapping[TrialName, Floats], weights: Floats, settings: Sequence[tuple[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """Mean of every arm in each setting (size and schedule), and its differences from the baselines."""
+    seeds: dict[tuple[str, int, str], list[Floats]] = {}
+    for trial in sorted(values, key=lambda trial: trial.seed):
+        seeds.setdefault((trial.arm, trial.rows, trial.reading), []).append(values[trial])
+    outcomes: dict[Hashable, Outcome] = {
+        key: Outcome(
+            values_SE=np.stack(models), weights_E=weights, draws_rows=key[0] in DRAWN, takes_all=key[0] == FULL
+        )
+        for key, models in seeds.items()
+    }
+    panel = Panel(outcomes)
+    for setting in settings:
+        compared = {key[0]: key for key in seeds if key[0] == FULL or key[1:] == setting}
+        tests = {baseline: _tests(panel, baseline, compared) for baseline in BASELINES if baseline in compared}
+        for arm, key in compared.items():
+            yield {
+                "rows": setting[0],
+                "reading": setting[1],
+                "arm": arm,
+                "num_heldout": len(weights),
+                **_mean(measure, panel, key, outcomes[key]),
+                "by_seed": outcomes[key].by_seed,
+                "against": {baseline: found[arm] for baseline, found in tests.items() if arm in found},
+            }
+
+
+def _mean(measure: Measure, panel: Panel, name: Hashable, outcome: Outcome) -> dict[str, float]:
+    """The mean over the seeds with its interval, cut to the values that are possible."""
+    return {"mean": outcome.mean, **panel.interval(name).clipped(0.0, measure.most)._asdict()}
+
+
+def _tests(panel: Panel, baseline: str, arms: Mapping[str, Hashable]) -> dict[str, dict[str, float]]:
+    """Every other arm against the baseline, p-values corrected for the number of arms (Holm)."""
+    found = {arm: panel.difference(key, arms[baseline]) for arm, key in arms.items() if arm != baseline}
+    corrected = holm([test.p for test in found.values()])
+    return {
+        arm: {"mean": test.mean, **test.interval._asdict(), "p": test.p, "p_holm": p, "p_examples": test.p_examples}
+        for (arm, test), p in zip(found.items(), corrected, strict=True)
+    }
+
+
+def _arms(trials: Mapping[TrialName, TrialFacts]) -> list[dict[str, Any]]:
+    """The facts of each arm, size and schedule: means and ranges over its seeds."""
+    seeds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    for name, facts in trials.items():
+        seeds.setdefault((name.arm, name.rows, name.reading), []).append(asdict(facts))
+    arms = []
+    for (arm, rows, reading), found in seeds.items():
+        by_field = {field: [facts[field] for facts in found] for field in found[0]}
+        means = {field: np.mean(values) for field, values in by_field.items()}
+        ranges = {field: [min(values), max(values)] for field, values in by_field.items()}
+        arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
+    return arms
+
+
+def results_table(facts: dict[str, Any]) -> pa.Table:
+    """The results of the facts as the table RESULTS."""
+    rows = [
+        row | {f"against_{baseline}_{name}": test[name] for baseline, test in row["against"].items() for name in test}
         for row in facts["results"]
     ]
+    return pa.Table.from_pylist(rows, RESULTS)
 
 
 def render_comparison(facts: dict[str, Any]) -> str:
@@ -249,147 +311,33 @@ def render_comparison(facts: dict[str, Any]) -> str:
         sections=_SECTIONS,
         columns=_columns(facts),
         skills=_by_setting(facts["skills"]),
-        parts=list(_parts(facts)),
+        parts=_parts(facts),
         findings=_by_setting(_findings(facts)),
         arm_meaning=ARM_MEANING,
         reading_meaning=READING_MEANING,
     )
 
 
-def _arms(inputs: ComparisonInputs) -> list[dict[str, Any]]:
-    """The facts of each arm, size and reading: means and ranges over its seeds."""
-    seeds: dict[tuple[str, int, str], list[dict[str, float]]] = {}
-    for name, facts in inputs.trials.items():
-        seeds.setdefault((name.arm, name.rows, name.reading), []).append(asdict(facts))
-    arms = []
-    for (arm, rows, reading), found in seeds.items():
-        by_field = {field: [facts[field] for facts in found] for field in found[0]}
-        means = {field: float(np.mean(values)) for field, values in by_field.items()}
-        ranges = {field: [min(values), max(values)] for field, values in by_field.items()}
-        arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
-    return arms
-
-
-def _groups(measured: Measured) -> Iterable[tuple[str | None, npt.NDArray[np.bool_]]]:
-    """All sources together, and each source if there are several, with a mask of its examples."""
-    yield None, np.ones(len(measured.sources), bool)
-    names = np.unique(measured.sources)
-    for name in names if len(names) > 1 else ():
-        yield str(name), measured.sources == name
-
-
-def _outcomes(inputs: ComparisonInputs, measured: Measured, rows: npt.NDArray[np.bool_]) -> dict[Any, Outcome]:
-    """The outcomes on some of the examples, by (arm, size, reading)."""
-    seeds: dict[Any, list[Any]] = {}
-    for name in sorted(inputs.trials, key=lambda name: name.seed):
-        seeds.setdefault((name.arm, name.rows, name.reading), []).append(measured.values[name][rows])
-    weights = measured.weights[rows]
-    return {
-        key: Outcome(
-            values_SE=np.stack(values), weights_E=weights, draws_rows=key[0] in DRAWN, takes_all=key[0] == FULL
-        )
-        for key, values in seeds.items()
-    }
-
-
-def _results(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:
-    """A row for each source, size, reading and arm; the full set is compared with every size and reading."""
-    settings = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
-    settings = settings or {(name.rows, name.reading) for name in inputs.trials}
-    for source, rows in _groups(measured):
-        outcomes = _outcomes(inputs, measured, rows)
-        panel = Panel(outcomes)
-        for size, reading in sorted(settings):
-            compared = {key[0]: key for key in outcomes if key[0] == FULL or key[1:] == (size, reading)}
-            tests = {name: _tests(panel, name, compared) for name in BASELINES}
-            for arm, key in compared.items():
-                outcome = outcomes[key]
-                yield {
-                    "measure": measured.measure.name,
-                    "source": source,
-                    "rows": size,
-                    "reading": reading,
-                    "arm": arm,
-                    "num_heldout": int(rows.sum()),
-                    "mean": outcome.mean,
-                    **measured.measure.clipped(panel.interval(key))._asdict(),
-                    "by_seed": outcome.by_seed.tolist(),
-                    "against": {name: found[arm] for name, found in tests.items() if arm in found},
-                }
-
-
-def _tests(panel: Panel, baseline: str, arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every other arm against the baseline, p-values corrected for the number of arms (Holm)."""
-    if baseline not in arms:
-        return {}
-    found = {arm: panel.difference(key, arms[baseline]) for arm, key in arms.items() if arm != baseline}
-    corrected = holm([test.p for test in found.values()])
-    return {
-        arm: {"mean": test.mean, **test.interval._asdict(), "p": test.p, "p_holm": p, "p_examples": test.p_examples}
-        for (arm, test), p in zip(found.items(), corrected, strict=True)
-    }
-
-
-def _base(measured: Measured) -> Iterable[dict[str, Any]]:
-    """The untrained base on each source."""
-    if measured.base is None:
-        return
-    for source, rows in _groups(measured):
-        outcome = Outcome(values_SE=measured.base[None, rows], weights_E=measured.weights[rows])
-        yield {
-            "measure": measured.measure.name, "source": source, "mean": outcome.mean,
-            **measured.measure.clipped(Panel({None: outcome}).interval(None))._asdict(),
-        }  # fmt: skip
-
-
-def _table(inputs: ComparisonInputs, measured: Measured) -> Iterable[dict[str, Any]]:
-    """Rows of TABLE."""
-    for source, rows in _groups(measured):
-        weight = float(measured.weights[rows].sum())
-        for name, facts in inputs.trials.items():
-            yield {
-                "arm": name.arm, "rows": name.rows, "reading": name.reading, "seed": name.seed,
-                "measure": measured.measure.name, "source": source,
-                "value": float(measured.values[name][rows].sum()) / weight, "num_heldout": int(rows.sum()),
-                "num_examples": facts.num_examples, "num_response_tokens": facts.num_response_tokens,
-                "num_steps": facts.num_steps,
-            }  # fmt: skip
-
-
-def _parts(facts: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The parts of the page's results: for each measure, source and reading a table for each size, and one chart."""
-    numbers = count(1)
-    for measure in facts["measures"]:
-        own = [row for row in facts["results"] if row["measure"] == measure["name"]]
-        bases = {row["source"]: row for row in facts["base_results"] if row["measure"] == measure["name"]}
-        for source in dict.fromkeys(row["source"] for row in own):
-            for reading in dict.fromkeys(row["reading"] for row in own):
-                rows = [row for row in own if (row["source"], row["reading"]) == (source, reading)]
-                yield _part(f"part-{next(numbers)}", measure, source, reading, rows) | {"base": bases.get(source)}
-
-
-def _part(
-    name: str, measure: dict[str, Any], source: str | None, reading: str, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    sizes = sorted({row["rows"] for row in rows})
-    best_first = sorted(rows, key=lambda row: row["mean"] if measure["lower_is_better"] else -row["mean"])
-    return {
-        "id": name,
-        "measure": measure,
-        "source": source,
-        "reading": reading,
-        "tables": [{"rows": size, "results": [row for row in best_first if row["rows"] == size]} for size in sizes],
-        "chart": charts.comparison(rows, measure["unit"], name),
-    }
-
-
 def _columns(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each measure on each of its sources; `group` is the name of that source in the rows of results."""
+    """Each measure on each of its sources; `key` finds its row among the results of an arm."""
     return [
-        {"measure": measure, "source": source, "group": source if len(measure["sources"]) > 1 else None}
+        {
+            "measure": measure,
+            "source": source,
+            "key": (measure["name"], source if len(measure["sources"]) > 1 else None),
+        }
         for measure in facts["measures"]
         for source in measure["sources"]
     ]
+
+
+def _by_arm(facts: dict[str, Any]) -> dict[tuple[Any, ...], dict[Any, dict[str, Any]]]:
+    """The results by size, schedule and arm, then by measure and source; those of the untrained base come last."""
+    arms: dict[tuple[Any, ...], dict[Any, dict[str, Any]]] = {}
+    for row in [*facts["results"], *facts["base_results"]]:
+        arm = row.get("rows"), row.get("reading"), row.get("arm", "base")
+        arms.setdefault(arm, {})[row["measure"], row["source"]] = row
+    return arms
 
 
 def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -397,64 +345,76 @@ def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
     columns = _columns(facts)
     if len(columns) < 2:
         return []
-    arms: dict[tuple[int | None, str | None, str], dict[Any, dict[str, Any]]] = {}
-    for row in facts["results"]:
-        arms.setdefault((row["rows"], row["reading"], row["arm"]), {})[row["measure"], row["source"]] = row
-    for row in facts["base_results"]:
-        arms.setdefault((None, None, "base"), {})[row["measure"], row["source"]] = row
     return [
         {
             "rows": rows,
             "reading": reading,
             "arm": arm,
-            "cells": [_cell(column, found, facts["seeds"]) for column in columns],
+            "cells": [_cell(column, found.get(column["key"]), facts["seeds"]) for column in columns],
         }
-        for (rows, reading, arm), found in arms.items()
+        for (rows, reading, arm), found in _by_arm(facts).items()
     ]
 
 
-def _cell(column: dict[str, Any], found: Mapping[Any, dict[str, Any]], seeds: int) -> dict[str, Any] | None:
+def _cell(column: dict[str, Any], row: dict[str, Any] | None, seeds: int) -> dict[str, Any] | None:
     """One measure of an arm, and the verdict of its test against random; None where it was not measured."""
-    row = found.get((column["measure"]["name"], column["group"]))
     if row is None:
         return None
     return {
         "measure": column["measure"]["name"],
         "source": column["source"],
-        "mean": row["mean"],
-        "low": row["low"],
-        "high": row["high"],
+        **{name: row[name] for name in ("mean", "low", "high")},
         "against_random": verdict(row.get("against", {}).get(RANDOM), column["measure"], seeds),
     }
 
 
 def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """The selection compared with each baseline: a row of cells, one for each measure and source."""
-    found: dict[tuple[int, str, str], dict[Any, dict[str, Any]]] = {}
-    for row in facts["results"]:
-        for baseline, test in row["against"].items() if row["arm"] == SELECTION else ():
-            tests = found.setdefault((row["rows"], row["reading"], baseline), {})
-            tests[row["measure"], row["source"]] = test
     return [
         {
             "rows": rows,
             "reading": reading,
             "baseline": baseline,
             "cells": [
-                {"column": column, "test": tests[column["measure"]["name"], column["group"]]}
-                for column in _columns(facts)
+                {"column": column, "test": found[column["key"]]["against"][baseline]} for column in _columns(facts)
             ],
         }
-        for (rows, reading, baseline), tests in found.items()
+        for (rows, reading, arm), found in _by_arm(facts).items()
+        if arm == SELECTION
+        for baseline in next(iter(found.values()))["against"]
     ]
 
 
-def _by_setting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a table grouped by size and reading, in order of first appearance."""
-    settings: dict[tuple[int | None, str | None], list[dict[str, Any]]] = {}
-    for row in rows:
-        settings.setdefault((row["rows"], row["reading"]), []).append(row)
-    return [{"rows": size, "reading": reading, "lines": lines} for (size, reading), lines in settings.items()]
+def _by_setting(rows: list[dict[str, Any]]) -> list[tuple[tuple[int | None, str | None], list[dict[str, Any]]]]:
+    """The rows of a table, which are in the order of their settings, grouped by size and schedule."""
+    return [(setting, list(lines)) for setting, lines in groupby(rows, itemgetter("rows", "reading"))]
+
+
+def _parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of the page's results: for each measure, source and schedule a table for each size, and one chart."""
+    measures = {measure["name"]: measure for measure in facts["measures"]}
+    bases = {(row["measure"], row["source"]): row for row in facts["base_results"]}
+    found: dict[tuple[str, str | None, str], list[dict[str, Any]]] = {}
+    for row in facts["results"]:
+        found.setdefault((row["measure"], row["source"], row["reading"]), []).append(row)
+    parts: list[dict[str, Any]] = []
+    for (name, source, reading), rows in found.items():
+        part = f"part-{len(parts) + 1}"
+        measure = measures[name]
+        sign = 1 if measure["lower_is_better"] else -1
+        best_first = sorted(rows, key=lambda row: (row["rows"], sign * row["mean"]))
+        parts.append(
+            {
+                "id": part,
+                "measure": measure,
+                "source": source,
+                "reading": reading,
+                "base": bases.get((name, source)),
+                "tables": [(size, list(results)) for size, results in groupby(best_first, itemgetter("rows"))],
+                "chart": charts.comparison(rows, measure["unit"], part),
+            }
+        )
+    return parts
 
 
 def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) -> str:

@@ -61,13 +61,13 @@ def scored_rows(table: pa.Table) -> Scored:
     is_scored = pc.and_(pc.equal(table["status"], Status.OK.value), pc.is_finite(table["davir"]))
     rows = table.filter(pc.fill_null(is_scored, False))
     return Scored(
-        source=[name or "" for name in rows["source"].to_pylist()],
+        source=rows["source"].fill_null("").to_pylist(),
         length=rows["num_response_tokens"].to_numpy().astype(np.int64),
         values={name: rows[name].to_numpy().astype(np.float64) for name in MEASURES},
         base_nll=rows["base_nll"].to_numpy().astype(np.float64),
         reference_nll=rows["reference_nll"].to_numpy().astype(np.float64),
-        selected=pc.fill_null(rows["selected"], False).to_numpy().astype(np.bool_),
-        truncated=pc.fill_null(rows["truncated"], False).to_numpy().astype(np.bool_),
+        selected=rows["selected"].fill_null(False).to_numpy(),
+        truncated=rows["truncated"].fill_null(False).to_numpy(),
         content_hash=rows["content_hash"].to_numpy().astype(np.int64),
     )
 
@@ -77,12 +77,8 @@ def davir(scored: Scored, cut: float | None) -> dict[str, Any]:
     values = scored.values["davir"]
     chosen = values[scored.selected]
     edges = _edges_at_cut(*_drawn_range(values), cut)
-    return {
-        "all": _distribution(values),
-        "selected": _distribution(chosen),
-        "cut": cut,
-        "histogram": _histogram(edges, all=values, selected=chosen) | _outside(edges, values),
-    }
+    histogram = _histogram(edges, all=values, selected=chosen) | _outside(edges, values)
+    return {"all": _distribution(values), "selected": _distribution(chosen), "cut": cut, "histogram": histogram}
 
 
 def losses(scored: Scored) -> dict[str, Any]:
@@ -90,27 +86,25 @@ def losses(scored: Scored) -> dict[str, Any]:
 
     `per_token` is weighted by tokens instead: the loss summed over all responses, divided by their tokens.
     """
-    base, reference = scored.base_nll / scored.length, scored.reference_nll / scored.length
-    both = np.concatenate([base, reference])
+    sums = {"base": scored.base_nll, "reference": scored.reference_nll}
+    means = {model: nll / scored.length for model, nll in sums.items()}
+    both, num_tokens = np.concatenate(list(means.values())), scored.length.sum()
     edges = np.linspace(*_drawn_range(both), HISTOGRAM_BINS + 1)
-    num_tokens = scored.length.sum()
+    parts = {
+        model: {"all": _distribution(values), "selected": _distribution(values[scored.selected])}
+        for model, values in means.items()
+    }
     return {
-        "base": {"all": _distribution(base), "selected": _distribution(base[scored.selected])},
-        "reference": {"all": _distribution(reference), "selected": _distribution(reference[scored.selected])},
-        "per_token": {
-            "base": float(scored.base_nll.sum() / num_tokens) if num_tokens else None,
-            "reference": float(scored.reference_nll.sum() / num_tokens) if num_tokens else None,
-        },
-        "histogram": _histogram(edges, base=base, reference=reference) | _outside(edges, both),
+        **parts,
+        "per_token": {model: float(nll.sum() / num_tokens) if num_tokens else None for model, nll in sums.items()},
+        "histogram": _histogram(edges, **means) | _outside(edges, both),
     }
 
 
 def _distribution(values: Floats) -> dict[str, Any]:
-    if not values.size:
-        return {"n": 0, "mean": None, "percentiles": [{"p": p, "value": None} for p in PERCENTILES]}
-    at = np.percentile(values, PERCENTILES)
+    at = np.percentile(values, PERCENTILES) if values.size else [None] * len(PERCENTILES)
     percentiles = [{"p": p, "value": value} for p, value in zip(PERCENTILES, at, strict=True)]
-    return {"n": values.size, "mean": float(values.mean()), "percentiles": percentiles}
+    return {"n": values.size, "mean": float(values.mean()) if values.size else None, "percentiles": percentiles}
 
 
 def _histogram(edges: Floats, **layers: Floats) -> dict[str, Any]:
@@ -227,15 +221,12 @@ def _length_deciles(scored: Scored) -> list[dict[str, Any]]:
     steps = np.arange(1, NUM_DECILES + 1) / NUM_DECILES
     ends = np.unique(np.quantile(scored.length, steps, method="inverted_cdf"))
     group = np.searchsorted(ends, scored.length, side="left")
-    return [
-        {
-            "from": int(scored.length[group == index].min()),
-            "to": int(end),
-            "rows": int((group == index).sum()),
-            **_shares(group == index, scored.selected),
-        }
-        for index, end in enumerate(ends)
-    ]
+    deciles = []
+    for index, end in enumerate(ends):
+        member = group == index
+        rows = {"from": int(scored.length[member].min()), "to": int(end), "rows": int(member.sum())}
+        deciles.append(rows | _shares(member, scored.selected))
+    return deciles
 
 
 def _suspicious_groups(scored: Scored, is_sample: bool) -> list[dict[str, Any]]:

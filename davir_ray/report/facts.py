@@ -6,7 +6,7 @@ not defined (a correlation without variance, a count that no manifest holds) is 
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -92,7 +92,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "sample": {"rows": inputs.scores.num_rows, "stands_for": inputs.num_scored, "is_sample": is_sample},
         "training": _training(inputs.manifests),
         "throughput": _throughput(inputs.manifests),
-        "davir": distributions.davir(scored, _cut(scored, inputs)),
+        "davir": distributions.davir(scored, _cut(scored, headline["rule"], inputs.manifests)),
         "losses": distributions.losses(scored),
         "length": distributions.length_panels(scored),
         "composition": distributions.composition(scored, is_sample),
@@ -118,7 +118,7 @@ def _headline(inputs: ReportInputs) -> dict[str, Any]:
         "read": prepare.get("read"),
         "prepared": prepare.get("prepared"),
         "rejected": prepare.get("rejected"),
-        "scored": score.get("scored", score.get(Status.OK.value)),
+        "scored": score.get("scored", score.get(Status.OK)),
         "ranked": ranked,
         "selected": selected,
         "share_selected": selected / ranked if selected is not None and ranked else None,
@@ -167,20 +167,17 @@ def _row_counts(
 def _rejects(inputs: ReportInputs) -> list[dict[str, Any]]:
     """The reject reasons, most frequent first, each with a few of its rows."""
     counts = _counts(inputs.manifests, "prepare")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    in_order = sorted(
+    rows = sorted(
         inputs.rejects.to_pylist(),
         key=lambda row: (row["source"] or "", row["source_file"] or "", row["source_row"] or 0),
     )
-    for row in in_order:
-        rows.setdefault(row["reason"], []).append(row)
-    reasons = {reason.value for reason in RejectReason if counts.get(reason.value)} | rows.keys()
+    reasons = {reason for reason in RejectReason if counts.get(reason)} | {row["reason"] for row in rows}
     table = [
         {
             "reason": reason,
             "meaning": prose.REASON_MEANING.get(reason),
             "count": counts.get(reason),
-            "rows": [_reject(row) for row in rows.get(reason, [])[:ROWS_PER_REASON]],
+            "rows": [_reject(row) for row in rows if row["reason"] == reason][:ROWS_PER_REASON],
         }
         for reason in reasons
     ]
@@ -196,19 +193,19 @@ def _reject(row: dict[str, Any]) -> dict[str, Any]:
 def _statuses(inputs: ReportInputs, is_sample: bool) -> list[dict[str, Any]]:
     """Number of examples with each status: from the score manifest, else from the table if that holds every row."""
     counts: Mapping[str, int] = _counts(inputs.manifests, "score")
-    if not any(status.value in counts for status in Status) and not is_sample:
+    if not any(status in counts for status in Status) and not is_sample:
         counts = Counter(inputs.scores["status"].to_pylist())
     return [
-        {"status": status.value, "meaning": prose.STATUS_MEANING[status], "count": counts[status.value]}
+        {"status": status, "meaning": prose.STATUS_MEANING[status], "count": counts[status]}
         for status in Status
-        if counts.get(status.value)
+        if counts.get(status)
     ]
 
 
 def _training(manifests: Manifests) -> dict[str, Any] | None:
     """The fine-tune's loss by step, nats per token; None where none is recorded."""
-    curve = [list(point) for point in _details(manifests, "finetune").get("loss_by_step") or []]
-    curve = [point for point in curve if point[1] is not None and math.isfinite(point[1])]
+    recorded = _details(manifests, "finetune").get("loss_by_step") or []
+    curve = [[step, loss] for step, loss in recorded if loss is not None and math.isfinite(loss)]
     if not curve:
         return None
     stride = math.ceil(len(curve) / (MAX_CURVE_POINTS - 1))
@@ -252,12 +249,11 @@ def _rates(points: list[tuple[float, float]]) -> list[dict[str, float]]:
     ]
 
 
-def _cut(scored: Scored, inputs: ReportInputs) -> float | None:
+def _cut(scored: Scored, rule: dict[str, Any], manifests: Manifests) -> float | None:
     """DavIR of the last selected row; None where the ranking has another order, so that DavIR has no cut."""
-    rule = _rule(inputs.config)
     if rule["order"] != "davir":
         return None
-    recorded = _details(inputs.manifests, "select").get("cut")
+    recorded = _details(manifests, "select").get("cut")
     if recorded is not None:
         return float(recorded)
     chosen = scored.values["davir"][scored.selected]
@@ -294,31 +290,29 @@ def _example(row: dict[str, Any]) -> dict[str, Any]:
 
 def _tokens(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The tokens with both losses; None where they were not kept or the three columns differ in length."""
-    texts, base, reference = (row.get(name) for name in ("tokens", "base_token_nll", "reference_token_nll"))
-    if texts is None or base is None or reference is None:
+    columns = [row.get(name) or [] for name in ("tokens", "base_token_nll", "reference_token_nll")]
+    if not columns[0] or len({len(column) for column in columns}) > 1:
         return None
-    if len(texts) == 0 or not len(texts) == len(base) == len(reference):
-        return None
-    return [{"text": t, "base": b, "reference": r} for t, b, r in zip(texts, base, reference, strict=True)]
+    return [{"text": t, "base": b, "reference": r} for t, b, r in zip(*columns, strict=True)]
 
 
 def stage_facts(manifests: Manifests) -> list[dict[str, Any]]:
     """The counts, time, versions, fingerprint and details of each stage, in the order of the run."""
-    known = [stage for stage in _STAGES if stage in manifests]
-    return [_stage(stage, manifests[stage]) for stage in [*known, *sorted(manifests.keys() - set(_STAGES))]]
-
-
-def _stage(stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    details = {name: value for name, value in (manifest.get("details") or {}).items() if name not in _CURVES}
-    return {
-        "stage": stage,
-        "seconds": manifest.get("seconds"),
-        "num_files": len(manifest.get("files") or []),
-        "counts": named_values(manifest.get("counts")),
-        "details": named_values(details),
-        "versions": named_values(manifest.get("versions")),
-        "fingerprint": named_values(manifest.get("fingerprint")),
-    }
+    stages = [*(stage for stage in _STAGES if stage in manifests), *sorted(manifests.keys() - set(_STAGES))]
+    return [
+        {
+            "stage": stage,
+            "seconds": manifests[stage].get("seconds"),
+            "num_files": len(manifests[stage].get("files") or []),
+            "counts": named_values(_counts(manifests, stage)),
+            "details": named_values(
+                {name: value for name, value in _details(manifests, stage).items() if name not in _CURVES}
+            ),
+            "versions": named_values(manifests[stage].get("versions")),
+            "fingerprint": named_values(manifests[stage].get("fingerprint")),
+        }
+        for stage in stages
+    ]
 
 
 def _counts(manifests: Manifests, stage: str) -> dict[str, int]:
@@ -329,21 +323,17 @@ def _details(manifests: Manifests, stage: str) -> dict[str, Any]:
     return (manifests.get(stage) or {}).get("details") or {}
 
 
-def named_values(mapping: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Nested settings or details as a list of {name, value}, the names dotted."""
-    return [{"name": name, "value": value} for name, value in _flattened(mapping or {})]
-
-
-def _flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Nested mappings as (dotted name, value) pairs; lists of mappings by index."""
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
+def named_values(mapping: Mapping[Any, Any] | None, prefix: str = "") -> list[dict[str, Any]]:
+    """Nested settings or details as a list of {name, value}, the names dotted; lists of mappings by index."""
+    found = []
+    for key, value in (mapping or {}).items():
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{name}.")
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            yield from _flattened(dict(enumerate(value)), f"{name}.")  # type: ignore[arg-type]
+            found += named_values(value, f"{prefix}{key}.")
         else:
-            yield name, value
+            found.append({"name": f"{prefix}{key}", "value": value})
+    return found
 
 
 def json_ready(value: Any) -> Any:

@@ -76,21 +76,21 @@ def _charts(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _sections(facts: dict[str, Any], drawn: dict[str, Any]) -> list[tuple[str, str]]:
     """Ids and names of the sections of this run's page, in order."""
-    sections = [
-        ("glance", "At a glance", True),
-        ("scores", "Scores", True),
-        ("losses", "Losses", drawn["losses"]),
-        ("length", "Length", True),
-        ("selection", "Selection", True),
-        ("planted", "Planted truth", facts["planted"]),
-        ("examples", "Examples", True),
-        ("training", "Training", drawn["training"]),
-        ("throughput", "Throughput", facts["throughput"]),
-        ("rows", "Rows and rejects", True),
-        ("limits", "Known limits", True),
-        ("run", "Settings", True),
-    ]
-    return [(id, name) for id, name, is_present in sections if is_present]
+    sections = {
+        "glance": "At a glance",
+        "scores": "Scores",
+        "losses": "Losses" if drawn["losses"] else None,
+        "length": "Length",
+        "selection": "Selection",
+        "planted": "Planted truth" if facts["planted"] else None,
+        "examples": "Examples",
+        "training": "Training" if drawn["training"] else None,
+        "throughput": "Throughput" if facts["throughput"] else None,
+        "rows": "Rows and rejects",
+        "limits": "Known limits",
+        "run": "Settings",
+    }
+    return [(id, name) for id, name in sections.items() if name]
 
 
 def _tiles(facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -98,19 +98,15 @@ def _tiles(facts: dict[str, Any]) -> list[dict[str, str]]:
     davir, per_token = facts["davir"], facts["losses"]["per_token"]
     medians = {part: {row["p"]: row["value"] for row in davir[part]["percentiles"]}[50] for part in ("all", "selected")}
     spearman = {panel["measure"]: panel["spearman"] for panel in facts["length"]}
-    length = facts["composition"]["median_length"]
+    chosen, pool = (facts["composition"]["median_length"][part] for part in ("selected", "all"))
     base, reference = decimal(per_token["base"], 2), decimal(per_token["reference"], 2)
-    tiles = [
+    values = [
         ("Median DavIR selected", decimal(medians["selected"]), f"{decimal(medians['all'])} in the pool"),
         ("Loss, nats per token", f"{base} → {reference}", "base → reference, all responses"),
         ("DavIR and length", decimal(spearman["davir"], 2), f"Spearman; RHO {decimal(spearman['rho_sum'], 2)}"),
-        (
-            "Median response selected",
-            decimal(length["selected"], 0),
-            f"tokens; {decimal(length['all'], 0)} in the pool",
-        ),
+        ("Median response selected", decimal(chosen, 0), f"tokens; {decimal(pool, 0)} in the pool"),
     ]
-    return [{"name": name, "value": value, "context": context} for name, value, context in tiles]
+    return [{"name": name, "value": value, "context": context} for name, value, context in values]
 
 
 def _bands(facts: dict[str, Any]) -> list[dict[str, Any]]:

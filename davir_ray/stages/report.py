@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,8 @@ _REJECTS_PER_REASON = 50
 _MAX_REJECT_FILES = 100
 """Maximum number of files of rejects/ that are read; a reason that occurs only in later ones is shown without rows."""
 
-_SCORE_COLUMNS = [name for name in SCORES.names if not name.endswith("_token_nll")]
+_SCORE_COLUMNS = pa.schema([field for field in SCORES if not field.name.endswith("_token_nll")])
+_IDS = pa.schema([SCORES.field("example_id")])
 
 _SHOWN = 20
 """Number of examples shown at each place of the ranking: the best, the middle, the worst."""
@@ -45,8 +45,9 @@ _MAX_RANKED_FILES = 8
 """Maximum files of ranked/ read around each place for token losses: enough for a sample of 1 row in 400,000."""
 
 _TOKEN_LOSSES = ("base_token_nll", "reference_token_nll")
-_TEXT_COLUMNS = ["example_id", "prompt", "response", "input_ids", "response_spans"]
-_TEXTS = pa.schema([EXAMPLES.field(name) for name in _TEXT_COLUMNS])
+_TEXTS = pa.schema(
+    [EXAMPLES.field(name) for name in ("example_id", "prompt", "response", "input_ids", "response_spans")]
+)
 
 Rows = list[dict[str, Any]]
 
@@ -61,17 +62,17 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
     manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
     scored, ranked = run.require("score"), run.require("rank")
-    shown = excerpts(run, tokenizer, manifests["prepare"].files_in("examples"), ranked.files_in("ranked"))
+    shown, with_tokens = _excerpts(run, tokenizer, manifests["prepare"].files_in("examples"), ranked.files_in("ranked"))
     facts = summarise(
         ReportInputs(
             config=dataclasses.asdict(config),
             manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
             scores=_sampled_scores(run, scored, manifests["select"]),
             num_scored=scored.counts["examples"],
-            top=shown.best,
-            middle=shown.middle,
-            bottom=shown.worst,
-            with_tokens=shown.with_tokens,
+            top=shown["best"],
+            middle=shown["middle"],
+            bottom=shown["worst"],
+            with_tokens=with_tokens,
             rejects=_sampled_rejects(run, manifests["prepare"]),
             planted=planted,
         )
@@ -94,10 +95,10 @@ def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[st
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
     share = min(1.0, MAX_ROWS / scored.counts["examples"])
-    scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS))
-    table = sampled(scores, _columns(SCORES, _SCORE_COLUMNS), share)
-    ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", ["example_id"]))
-    chosen = sampled(ids, _columns(SCORES, ["example_id"]), share)
+    scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS.names))
+    table = sampled(scores, _SCORE_COLUMNS, share)
+    ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", _IDS.names))
+    chosen = sampled(ids, _IDS, share)
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
     )
@@ -125,47 +126,40 @@ def _sampled_rejects(run: Run, prepared: Manifest) -> pa.Table:
     return pa.concat_tables(found.values())
 
 
-def _columns(schema: pa.Schema, names: list[str]) -> pa.Schema:
-    return pa.schema([schema.field(name) for name in names])
+def _excerpts(
+    run: Run, tokenizer: Any, examples: list[FileEntry], ranked: list[FileEntry]
+) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """For `best`, `middle` and `worst` in rank order: at most 20 rows, and the nearest with token losses, at most 4.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Excerpts:
-    """Examples to show, in rank order: at most 20 at each place."""
-
-    best: Rows
-    middle: Rows
-    """Rows around the middle rank, without those that are among the best or the worst."""
-    worst: Rows
-    with_tokens: dict[str, Rows]
-    """By place, the nearest rows whose token losses were kept, at most 4."""
-
-
-def excerpts(run: Run, tokenizer: Any, examples: list[FileEntry], ranked: list[FileEntry]) -> Excerpts:
-    """Rows to show, with the text of each token where its losses were kept and the tokenizer is known."""
+    The middle is without the rows that are among the best or the worst. A row has the text of each of its tokens where
+    its token losses were kept and the tokenizer is known.
+    """
     last = sum(entry.rows for entry in ranked)
     num_with_tokens = _SHOWN_WITH_TOKENS if tokenizer is not None else 0
     places = {"best": 1, "middle": (last + 1) // 2, "worst": last}
     found = {place: _around(run, ranked, rank, num_with_tokens) for place, rank in places.items()}
-    texts = _texts(run, examples, [row["example_id"] for rows in found.values() for row in (*rows[0], *rows[1])])
-    rows_at = {
-        place: [[_with_tokens(row | texts[row["example_id"]], tokenizer) for row in rows] for rows in pair]
-        for place, pair in found.items()
-    }
-    at_the_ends = {row["rank"] for place in ("best", "worst") for row in rows_at[place][0]}
-    return Excerpts(
-        best=rows_at["best"][0],
-        middle=[row for row in rows_at["middle"][0] if row["rank"] not in at_the_ends],
-        worst=rows_at["worst"][0],
-        with_tokens={place: kept for place, (_, kept) in rows_at.items()},
-    )
+    ids = {row["example_id"] for pair in found.values() for rows in pair for row in rows}
+    texts = gather(Shards(examples, partial(_read_texts, run / "examples", sorted(ids))), _TEXTS)
+    text_of = {row.pop("example_id"): row for row in texts.to_pylist()}
+
+    def with_texts(rows: Rows) -> Rows:
+        return [_with_tokens(row | text_of[row["example_id"]], tokenizer) for row in rows]
+
+    shown = {place: with_texts(rows) for place, (rows, _) in found.items()}
+    with_tokens = {place: with_texts(rows) for place, (_, rows) in found.items()}
+    at_the_ends = {row["rank"] for place in ("best", "worst") for row in shown[place]}
+    shown["middle"] = [row for row in shown["middle"] if row["rank"] not in at_the_ends]
+    return shown, with_tokens
 
 
 def _around(run: Run, ranked: list[FileEntry], rank: int, num_with_tokens: int) -> tuple[Rows, Rows]:
     """Rows around a rank, and the nearest ones with token losses; files are read outwards until both suffice."""
+    ends = np.cumsum([entry.rows for entry in ranked])  # the files are in rank order
+    starts = ends - [entry.rows for entry in ranked] + 1
+    distance = np.maximum(0, np.maximum(starts - rank, rank - ends))
     shown = kept = RANKED.empty_table()
-    for entry in _by_distance(ranked, rank)[:_MAX_RANKED_FILES]:
-        table = read_parquet(run / "ranked" / entry.name)
+    for place in np.argsort(distance, kind="stable")[:_MAX_RANKED_FILES]:
+        table = read_parquet(run / "ranked" / ranked[place].name)
         has_losses = pc.and_(*(pc.is_valid(table[name]) for name in _TOKEN_LOSSES))
         shown = _nearest(pa.concat_tables([shown, table]), rank, _SHOWN)
         kept = _nearest(pa.concat_tables([kept, table.filter(has_losses)]), rank, num_with_tokens)
@@ -174,23 +168,9 @@ def _around(run: Run, ranked: list[FileEntry], rank: int, num_with_tokens: int) 
     return shown.to_pylist(), kept.to_pylist()
 
 
-def _by_distance(ranked: list[FileEntry], rank: int) -> list[FileEntry]:
-    """The files of ranked/, which are in rank order, from the one that holds this rank outwards."""
-    ends = np.cumsum([entry.rows for entry in ranked])
-    starts = ends - [entry.rows for entry in ranked] + 1
-    distance = np.maximum(0, np.maximum(starts - rank, rank - ends))
-    return [ranked[place] for place in np.argsort(distance, kind="stable")]
-
-
 def _nearest(table: pa.Table, rank: int, num_rows: int) -> pa.Table:
     distance = np.abs(np.asarray(table["rank"]) - rank)
     return table.take(pa.array(np.argsort(distance, kind="stable")[:num_rows])).sort_by("rank")
-
-
-def _texts(run: Run, examples: list[FileEntry], ids: list[int]) -> dict[int, dict[str, Any]]:
-    """Prompt, response and tokens of a few examples, found by a scan of the ids alone."""
-    shards = Shards(examples, partial(_read_texts, run / "examples", sorted(set(ids))))
-    return {row.pop("example_id"): row for row in gather(shards, _TEXTS).to_pylist()}
 
 
 def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
@@ -198,7 +178,7 @@ def _read_texts(folder: Location, ids: list[int], name: str) -> pa.Table:
     wanted = pc.is_in(read_parquet(folder / name, ["example_id"])["example_id"], value_set=pa.array(ids, pa.int64()))
     if not pc.any(wanted).as_py():
         return _TEXTS.empty_table()
-    return read_parquet(folder / name, _TEXT_COLUMNS).filter(wanted)
+    return read_parquet(folder / name, _TEXTS.names).filter(wanted)
 
 
 def _with_tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import gc
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,7 +78,9 @@ def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, see
     """Check every committed file, and score some rows again; raises IntegrityError that names what differs."""
     num_files = _check_files(run)
     scored = run.require("score")
-    _check_models(scored, base, reference)
+    for name, checkpoint in (("base", base), ("reference", reference)):
+        if changed := differences(scored.fingerprint[name], checkpoint.weights_digest()):
+            raise OutputError(f"{checkpoint.uri} is not the {name} that the run was scored with ({changed[0]})")
     rows = _draw(run, scored, num_rows, seed)
     with own_errors():
         losses = ray.get(ray.remote(num_gpus=float(has_gpu()))(_score_again).remote(base, reference, rows))
@@ -106,19 +107,12 @@ def _check_files(run: Run) -> int:
     return sum(len(manifest.files) for manifest in manifests)
 
 
-def _check_models(scored: Manifest, base: Checkpoint, reference: Checkpoint) -> None:
-    for name, checkpoint in (("base", base), ("reference", reference)):
-        if changed := differences(scored.fingerprint[name], checkpoint.weights_digest()):
-            raise OutputError(f"{checkpoint.uri} is not the {name} that the run was scored with ({changed[0]})")
-
-
 def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     """Random rows that have a score, with their tokens; the choice depends on the seed only."""
     files, purpose = scored.files_in("scores"), f"verify {seed}"
     # Three times as many in expectation: a sample by hash may be smaller than its mean.
     share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
-    shards = Shards(files, partial(_read_drawn, run / "scores", share, purpose))
-    found = gather(shards, _DRAWN)
+    found = gather(Shards(files, partial(_read_drawn, run / "scores", share, purpose)), _DRAWN)
     keys = random_keys(np.asarray(found["example_id"]), seed_from(purpose))
     chosen = found.take(pa.array(np.argsort(keys)[:num_rows]))
     if chosen.num_rows == 0:
@@ -176,7 +170,8 @@ def _compare(
     rows: pa.Table, losses: tuple[Floats, Floats], scored: Manifest, num_files: int, share: float
 ) -> Verification:
     base_nll, reference_nll = losses
-    precision = _precision(scored)
+    # The coarsest dtype that any shard was computed in.
+    precision = max((str(one["weights"]) for one in scored.details["numerics"]), key=lambda name: _TOLERANCE[name])
     num_tokens = np.asarray(rows["num_response_tokens"]).astype(np.float64)
     differences_2N = np.abs(
         np.stack([np.asarray(rows["base_nll"]) - base_nll, np.asarray(rows["reference_nll"]) - reference_nll])
@@ -184,6 +179,7 @@ def _compare(
     worst = differences_2N.max(axis=0) / num_tokens
     stored, plain = np.asarray(rows["davir"]), davir(base_nll, reference_nll)
     top_k = max(1, round(share * len(stored)))
+    top_stored, top_plain = (np.argsort(-values, kind="stable")[:top_k] for values in (stored, plain))
     result = Verification(
         num_files=num_files,
         num_rows=len(stored),
@@ -192,7 +188,7 @@ def _compare(
         largest_nll_difference=float(worst.max()),
         rank_correlation=float(spearmanr(stored, plain).statistic) if len(set(stored.tolist())) > 1 else 1.0,
         top_k=top_k,
-        overlap=len(set(_top(stored, top_k)) & set(_top(plain, top_k))) / top_k,
+        overlap=len(np.intersect1d(top_stored, top_plain)) / top_k,
     )
     if not worst.max() <= _TOLERANCE[precision]:
         row = rows.slice(int(worst.argmax()), 1).to_pylist()[0]
@@ -201,13 +197,3 @@ def _compare(
             f"loop in float32 (more than {_TOLERANCE[precision]} for {precision}); {'; '.join(result.lines()[2:])}"
         )
     return result
-
-
-def _precision(scored: Manifest) -> str:
-    """The coarsest dtype that any shard was computed in."""
-    numerics: list[dict[str, Any]] = scored.details["numerics"]
-    return max((str(one["weights"]) for one in numerics), key=lambda name: _TOLERANCE[name])
-
-
-def _top(values: Floats, k: int) -> list[int]:
-    return [int(at) for at in np.argsort(-values, kind="stable")[:k]]

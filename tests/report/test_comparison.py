@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from comparison_facts import TRIAL, comparison_inputs, trial_names
 from outline import Outline
@@ -16,13 +15,12 @@ from davir_ray.errors import DataError
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
-    RESULTS,
     STRICT,
     ComparisonInputs,
     Measure,
     Measured,
     render_comparison,
-    results_rows,
+    results_table,
     summarise_comparison,
     verdict,
 )
@@ -140,7 +138,7 @@ def test_every_figure_is_that_of_the_values_of_the_examples() -> None:
     expected = figures(inputs)
     found = {
         (row["measure"], row["source"], TrialName(row["arm"], row["rows"], row["reading"], row["seed"])): row
-        for row in table
+        for row in table.to_pylist()
     }
     assert len(found) == len(table)
     assert {key: row["value"] for key, row in found.items()} == pytest.approx(expected)
@@ -213,7 +211,7 @@ def test_the_table_has_a_row_for_each_model_and_source() -> None:
     inputs = comparison_inputs()
     _, table = summarise_comparison(inputs)
     assert len(table) == len(inputs.trials) * 3
-    of_all = {(row["arm"], row["reading"], row["seed"]): row for row in table if row["source"] is None}
+    of_all = {(row["arm"], row["reading"], row["seed"]): row for row in table.to_pylist() if row["source"] is None}
     (measured,) = inputs.measures
     for name, values in measured.values.items():
         value = of_all[name.arm, name.reading, name.seed]["value"]
@@ -222,7 +220,7 @@ def test_the_table_has_a_row_for_each_model_and_source() -> None:
 
 def test_the_results_have_a_row_for_each_arm_with_its_interval_and_tests() -> None:
     facts, _ = summarise_comparison(two_skills())
-    table = pa.Table.from_pylist(results_rows(facts), RESULTS).to_pylist()
+    table = results_table(facts).to_pylist()
     assert len(table) == len(facts["results"])
     for row, found in zip(table, facts["results"], strict=True):
         assert {name: row[name] for name in ("measure", "source", "rows", "reading", "arm", "mean", "low", "high")} == {

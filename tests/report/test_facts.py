@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import run_facts
+from run_facts import manifest
 from scipy import stats
 
 from davir_ray import schema
@@ -45,58 +47,24 @@ def scores_table(num_rows: int, seed: int = 0, **columns: Any) -> pa.Table:
 
 
 def example(rank: int, **fields: Any) -> dict[str, Any]:
-    """One ranked example of three tokens."""
-    return {
-        "rank": rank,
-        "example_id": 2**62 + rank,
-        "source": "alpaca",
-        "davir": 0.5,
-        "rho_sum": 3.0,
-        "rho_mean": 1.0,
-        "base_nll": 6.0,
-        "reference_nll": 3.0,
-        "num_response_tokens": 3,
-        "prompt": "Say yes.",
-        "response": "Yes.",
-        "tokens": ["Yes", ".", "</s>"],
-        "base_token_nll": [3.0, 2.0, 1.0],
-        "reference_token_nll": [0.5, 2.5, 0.0],
-    } | fields
+    """The example of this rank."""
+    return run_facts.example(rank=rank, example_id=2**62 + rank, **fields)
 
 
 def report_inputs(num_rows: int = 400, **fields: Any) -> ReportInputs:
-    """A run whose row counts reconcile: two rejects, one example without a score."""
-    reject = {"source": "alpaca", "source_file": "a.jsonl", "source_row": 7, "reason": "empty_response", "detail": "''"}
-    selected = max(1, num_rows // 10)
+    """A run of this many scored rows whose row counts reconcile: two rejects, one example without a score."""
     counts = {
         "prepare": {"read": num_rows + 3, "prepared": num_rows + 1, "rejected": 2, "empty_response": 2},
         "finetune": {"steps": 4},
         "score": {"scored": num_rows, "ok": num_rows, "zero_base_nll": 1},
         "rank": {"ranked": num_rows},
-        "select": {"selected": selected},
+        "select": {"selected": max(1, num_rows // 10)},
     }
-    manifests = {
-        stage: {
-            "stage": stage,
-            "counts": counts[stage],
-            "details": {"loss_by_step": [[1, 4.0], [2, 3.5], [3, 3.2], [4, 3.0]]} if stage == "finetune" else {},
-            "fingerprint": {"weights": "sha256:abc"},
-            "versions": {"python": "3.11"},
-            "seconds": 12.5,
-            "files": [{"rows": num_rows}],
-        }
-        for stage in counts
-    }
-    inputs = ReportInputs(
-        config={"base": "tiny-base", "reference": None, "rank": {"order": "davir"}, "select": {"top_fraction": 0.1}},
-        manifests=manifests,
-        scores=scores_table(num_rows),
-        num_scored=num_rows,
-        top=[example(1)],
-        bottom=[example(num_rows)],
-        rejects=pa.Table.from_pylist([reject], schema=schema.REJECTS),
-    )
-    return replace(inputs, **fields)
+    manifests = {stage: manifest(counted) for stage, counted in counts.items()}
+    manifests["finetune"]["details"] = {"loss_by_step": [[1, 4.0], [2, 3.5], [3, 3.2], [4, 3.0]]}
+    shown = {"top": [example(1)], "bottom": [example(num_rows)]}
+    made = {"manifests": manifests, "scores": scores_table(num_rows), "num_scored": num_rows, **shown}
+    return run_facts.report_inputs(**(made | fields))
 
 
 def without(inputs: ReportInputs, stage: str) -> ReportInputs:
