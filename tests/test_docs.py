@@ -18,8 +18,12 @@ from davir_ray.config.compare import CompareConfig
 from davir_ray.config.run import OutputConfig, RunConfig
 from davir_ray.schema import COLUMNS, RejectReason, Status
 
-DOCUMENTS = [PACKAGE / "README.md", PACKAGE / "CONTRIBUTING.md", *sorted(PACKAGE.glob("*/README.md"))]
-GUIDE = PACKAGE / "jobs" / "README.md"
+DOCS = PACKAGE / "docs"
+DOCUMENTS = [
+    PACKAGE / "README.md", PACKAGE / "CONTRIBUTING.md", PACKAGE / "CHANGELOG.md", PACKAGE / "cluster" / "README.md",
+    PACKAGE / "davir_ray" / "benchmarks" / "RESULTS.md", *sorted(DOCS.glob("*.md")),
+]  # fmt: skip
+GUIDE = DOCS / "guide.md"
 SETTINGS: dict[str, type[OutputConfig]] = {
     "score.py": RunConfig, "finetune.py": RunConfig, "align.py": AlignRunConfig, "compare.py": CompareConfig,
 }  # fmt: skip
@@ -40,7 +44,7 @@ ALL_COMMANDS = [(document, command) for document in DOCUMENTS for command in com
 
 def test_the_documents_have_commands() -> None:
     assert len(ALL_COMMANDS) > 12
-    assert {document.parent.name for document, _ in ALL_COMMANDS} >= {PACKAGE.name, "jobs"}
+    assert {document.name for document, _ in ALL_COMMANDS} >= {"README.md", "guide.md", "compare.md", "align.md"}
 
 
 @pytest.mark.parametrize(("document", "command"), ALL_COMMANDS)
@@ -99,13 +103,27 @@ def test_every_option_of_a_job_that_is_mentioned_exists(document: Path, known_op
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_to_files(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
-        assert (document.parent / target).exists(), target
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for target, heading in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", document.read_text()):
+        file = document.parent / target if target else document
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
-def test_the_guide_explains_every_column_status_and_reason() -> None:
-    rows = {line.split("|")[1].strip(): line for line in GUIDE.read_text().splitlines() if line.startswith("| `")}
+def test_the_readme_leads_to_every_page_of_the_docs() -> None:
+    linked = re.findall(r"\]\(docs/([^)#]+)", (PACKAGE / "README.md").read_text())
+    assert set(linked) >= {path.name for path in DOCS.iterdir() if path.suffix != ".py"}
+
+
+def test_the_page_of_options_has_every_setting_as_it_is() -> None:
+    made = subprocess.run([sys.executable, DOCS / "make_options.py"], capture_output=True, text=True, check=True).stdout
+    assert made == (DOCS / "options.md").read_text(), "run: python docs/make_options.py > docs/options.md"
+
+
+def test_every_column_status_and_reason_is_explained() -> None:
+    lines = (DOCS / "columns.md").read_text().splitlines()
+    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| `")}
     for folder, columns in COLUMNS.items():
         for column in columns:
             told = rows[f"`{column.name}`"]

@@ -47,10 +47,10 @@ def strict(schema: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def validators(data_folder: Path) -> dict[str, Draft202012Validator]:
+def validators() -> dict[str, Draft202012Validator]:
     """By kind, of version v1."""
     found = {}
-    for path in (data_folder / "kuberay").glob("*.yaml.gz"):
+    for path in (Path(__file__).parent / "kuberay").glob("*.yaml.gz"):
         definition = yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)["spec"]
         (version,) = [version for version in definition["versions"] if version["name"] == "v1"]
         schema = version["schema"]["openAPIV3Schema"]

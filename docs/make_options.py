@@ -1,0 +1,72 @@
+"""Print docs/options.md, the table of every setting, from the settings themselves.
+
+Usage: python docs/make_options.py > docs/options.md
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from davir_ray.config.align import AlignRunConfig
+from davir_ray.config.compare import CompareConfig
+from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import Part
+from davir_ray.config.sources import Source
+from davir_ray.config.yaml import new_parser
+
+HEAD = """# Options
+
+Every option is also a field of the YAML file of `--config`: `--select.top_k 3000` is `select: {top_k: 3000}`.
+`jobs/finetune.py` takes the options of `jobs/score.py`, `jobs/rank.py` its `output`, `rank` and `select`; the other
+jobs list their few in `--help`. An empty default is None or nothing. `python docs/make_options.py` made this page.
+"""
+
+TABLE = "| option | default | meaning |\n|---|---|---|"
+
+SECTIONS: dict[str, type[Any]] = {
+    "jobs/score.py": RunConfig,
+    "jobs/align.py: what it has beside these": AlignRunConfig,
+    "jobs/compare.py: what it has beside these": CompareConfig,
+}
+ITEMS: dict[str, type[Any]] = {
+    "An item of `sources` or `heldout_sources`": Source,
+    "An item of `select.mixture`": Part,
+}
+
+
+def row(name: str, default: Any, meaning: str | None) -> str:
+    """One line of a table."""
+    shown = "" if default in (None, [], {}) else f"`{str(default).lower()}`"
+    text = " ".join((meaning or "").split()).replace("|", "\\|").replace("<", "\\<")
+    return f"| `{name}` | {shown} | {text} |"
+
+
+def options(settings: type[Any]) -> Iterator[tuple[str, argparse.Action]]:
+    """The options of a job by the title of their group, in the order of its --help."""
+    for group in new_parser(settings, "")._action_groups:
+        for action in group._group_actions:
+            if action.option_strings and action.default != argparse.SUPPRESS:
+                yield "The run" if group.title == "options" else str(group.title), action
+
+
+def page() -> str:
+    """The whole page; an option that several jobs have stands under the first."""
+    lines, listed = [HEAD], set[str]()
+    for heading, settings in SECTIONS.items():
+        lines.append(f"## {heading}\n")
+        new = [(title, action) for title, action in options(settings) if action.dest not in listed]
+        for title, group in itertools.groupby(new, key=lambda pair: pair[0]):
+            rows = [row(action.option_strings[0], action.default, action.help) for _, action in group]
+            lines.append("\n".join([f"{title}:\n", TABLE, *rows, ""]))
+        listed |= {action.dest for _, action in new}
+    for heading, item in ITEMS.items():
+        fields = [action for _, action in options(item) if action.dest != "debug"]
+        rows = [row(action.dest, action.default, action.help) for action in fields]
+        lines.append("\n".join([f"## {heading}\n", TABLE.replace("option", "field"), *rows, ""]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
