@@ -1,7 +1,7 @@
 """The configuration of jobs/align.py: preference training and its objective."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from davir_ray.config.checks import check_fields, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
@@ -10,12 +10,33 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 
+PairLossName = Literal["davir_dpo", "dpo", "ipo", "dpo_norm"]
+
+
+class PairLossFacts(NamedTuple):
+    """What is known of a loss of pairs beside its formula, which is in formulas/losses.py."""
+
+    title: str
+    default_beta: float | None
+    """None: it follows from the log-probabilities of the training responses (models/training/pairs.py)."""
+    paper_correlation: float | None
+    """Pearson correlation of the margin with the difference in response length, as the DavIR paper reports it without
+    stating data or recipe."""
+
+
+PAIR_LOSSES: dict[PairLossName, PairLossFacts] = {
+    "dpo": PairLossFacts("DPO", 0.1, 0.38),  # the beta of Rafailov et al. 2023 and TRL
+    "ipo": PairLossFacts("IPO", 0.1, -0.10),  # the beta of TRL
+    "davir_dpo": PairLossFacts("DavIR-DPO", None, 0.07),
+    "dpo_norm": PairLossFacts("length-normalised DPO", 5.0, None),  # the beta of Tulu 3 (arXiv 2411.15124)
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
     """The objective of preference training."""
 
-    loss: Literal["davir_dpo", "dpo", "ipo", "dpo_norm"] = "davir_dpo"
+    loss: PairLossName = "davir_dpo"
     """davir_dpo: DPO with each reward divided by the |log-probability| of its response under the frozen policy. dpo:
     DPO. ipo: IPO on token means, as in TRL. dpo_norm: DPO on token means."""
     beta: float | None = None

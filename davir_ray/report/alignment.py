@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
+from davir_ray.config.align import PAIR_LOSSES
 from davir_ray.formulas.statistics import over_seeds
 from davir_ray.report import charts
 from davir_ray.report.facts import json_ready, named_values, stage_facts
@@ -22,12 +23,6 @@ from davir_ray.report.page import environment
 from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 from davir_ray.schema import MARGINS
-
-PAPER = {"dpo": 0.38, "ipo": -0.10, "davir_dpo": 0.07}
-"""Pearson correlation of the margin with the difference in response length, as the paper reports it for each loss,
-without stating data or recipe."""
-
-NAMES = {"davir_dpo": "DavIR-DPO", "dpo": "DPO", "ipo": "IPO", "dpo_norm": "length-normalised DPO"}
 
 LIMITS = [
     "Accuracies and margins are those of the implicit reward: they show that the policy has moved towards the chosen "
@@ -73,10 +68,12 @@ def alignment_facts(
     facts = {
         "format": 1,
         "loss": aligned["loss"],
-        "loss_name": NAMES[aligned["loss"]],
+        "loss_name": PAIR_LOSSES[aligned["loss"]].title,
         "beta": aligned["beta"],
-        "paper": PAPER.get(aligned["loss"]),
-        "paper_of_all": {NAMES[loss]: value for loss, value in PAPER.items()},
+        "paper": PAIR_LOSSES[aligned["loss"]].paper_correlation,
+        "paper_of_all": {
+            loss.title: loss.paper_correlation for loss in PAIR_LOSSES.values() if loss.paper_correlation is not None
+        },
         "books": {
             "read": prepared["read"],
             "rejected": prepared["rejected"],
@@ -205,9 +202,9 @@ def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "loss": loss,
-                "loss_name": NAMES[loss],
+                "loss_name": PAIR_LOSSES[loss].title,
                 "beta": group[0].details["beta"],
-                "paper": PAPER.get(loss),
+                "paper": PAIR_LOSSES[loss].paper_correlation,
                 "differs": [line for line in lines if not line.startswith(("objective.loss: ", "objective.beta: "))],
                 "seeds": [one.settings["recipe"]["seed"] for one in group],
                 "places": [one.place for one in group],

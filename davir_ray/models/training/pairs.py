@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from davir_ray.config.align import AlignConfig
+from davir_ray.config.align import PAIR_LOSSES, AlignConfig
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas.hashing import drawn
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
@@ -27,9 +27,6 @@ FROZEN_COLUMNS = ["example_id", "base_nll", "status"]
 
 DAVIR_DPO_BETA = 0.1
 """The beta of DPO that DavIR-DPO matches: its gradient is DPO's at beta / |log-probability| (arXiv 2310.13008)."""
-
-_DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "dpo_norm": 5.0}
-"""Defaults of Rafailov et al. 2023 and TRL, of TRL, and of Tulu 3 (arXiv 2411.15124)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +128,8 @@ def beta_of(config: AlignConfig, logprobs: npt.NDArray[np.float64]) -> float:
     """The beta of the settings, or its default for these log-probabilities of the frozen policy, in nats."""
     if config.beta is not None:
         return config.beta
-    if config.loss == "davir_dpo":
-        return DAVIR_DPO_BETA * float(np.median(np.abs(logprobs)))
-    return _DEFAULT_BETA[config.loss]
+    default = PAIR_LOSSES[config.loss].default_beta
+    return DAVIR_DPO_BETA * float(np.median(np.abs(logprobs))) if default is None else default
 
 
 def is_held_out(prompt_hashes: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
