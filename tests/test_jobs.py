@@ -179,7 +179,7 @@ def test_the_main_job_end_to_end_and_ranked_again(
     )
     ended = run_script(
         "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--select.top_fraction", "0.06",
-        timeout=300,
+        timeout=300, address=ray_address,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [f"selected: {output}/selected", f"report:   {output}/report.html"]
