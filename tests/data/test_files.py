@@ -22,7 +22,7 @@ import zstandard
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub import HfFileSystem
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from davir_ray.config.sources import Source
@@ -300,6 +300,7 @@ def test_every_line_that_is_not_blank_ends_exactly_once(
     ),
     escaped=st.booleans(),
 )
+@example(value={"a": "\ud800"}, escaped=False).via("bytes that are not UTF-8")
 def test_arrays_and_lines_judge_a_value_alike(
     tmp_path_factory: pytest.TempPathFactory, value: Any, escaped: bool
 ) -> None:

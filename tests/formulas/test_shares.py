@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from davir_ray.formulas.shares import Limit, by_file, prefix_rows, proportional
@@ -52,6 +52,8 @@ def prefix_of_all(limit: Limit, tokens: list[int]) -> int:
     st.one_of(st.none(), st.integers(0, 40)),
     st.one_of(st.none(), st.integers(0, 150)),
 )
+@example([[2, 3], [4]], None, 5).via("rows that take exactly the tokens of the limit, to the end of a file")
+@example([[2, 3], [4]], None, 2).via("and within one")
 def test_files_together_give_the_prefix_of_one_long_file(
     files: list[list[int]], rows: int | None, tokens: int | None
 ) -> None:
