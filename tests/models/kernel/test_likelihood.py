@@ -1,6 +1,7 @@
 """The likelihood kernel: which rows the head sees, gradients, and models that must be refused."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -168,15 +169,27 @@ def test_a_head_that_does_something_unknown_is_refused(cls: type[LlamaForCausalL
         self_check(Likelihood(make_llama(cls)))
 
 
-def test_a_forward_hook_that_changes_the_logits_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda logits: logits.roll(1, dims=-1), "cannot be scored exactly"),
+        (lambda logits: logits + torch.linspace(0, 0.05, VOCABULARY), "cannot be scored exactly"),
+        (lambda logits: logits + logits.mean(dim=1, keepdim=True), "is not a causal model"),
+        (lambda logits: logits + 0.05 * logits[:, -1:], "is not a causal model"),
+    ],
+    ids=["other tokens", "hundredths of a nat", "a mean over later tokens", "a little of the last token"],
+)
+def test_a_forward_hook_that_changes_the_logits_is_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], told: str
+) -> None:
     model = make_llama()
 
-    def shift(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        output.logits = output.logits.roll(1, dims=-1)
+    def changed(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        output.logits = change(output.logits)
         return output
 
-    model.register_forward_hook(shift)
-    with pytest.raises(ModelError, match="cannot be scored exactly"):
+    model.register_forward_hook(changed)
+    with pytest.raises(ModelError, match=told):
         self_check(Likelihood(model))
 
 
