@@ -400,6 +400,18 @@ def test_the_weights_digest_changes_with_one_byte_of_the_weights(folder: Path) -
     assert after["config.json"] == before["config.json"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "modeling_own.py"])
+def test_the_weights_digest_changes_with_the_configuration_and_with_the_code_that_comes_with_it(
+    folder: Path, name: str
+) -> None:
+    (folder / "modeling_own.py").write_text("SCALE = 1\n")
+    checkpoint = Checkpoint.find(str(folder), trust_remote_code=True)
+    before = checkpoint.weights_digest()
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    after = checkpoint.weights_digest()
+    assert {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)} == {name}
+
+
 def test_the_weights_digest_does_not_depend_on_the_place(folder: Path, base_folder: Path) -> None:
     assert Checkpoint.find(str(folder)).weights_digest() == Checkpoint.find(str(base_folder)).weights_digest()
 
