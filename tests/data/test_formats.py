@@ -238,6 +238,18 @@ def test_generation_marks_give_the_spans() -> None:
     assert whole(rendered) == "U: Be kind.\nU: One?\nA: 1</s>\nU: Two?\nA: 2, or\n more</s>"
 
 
+def test_marks_that_begin_with_the_header_leave_the_header_of_the_first_reply_to_the_given_messages() -> None:
+    header = MARKED.template.replace("A: {% generation %}", "{% generation %}A: ")
+    template = ChatTemplate(header, MARKED.named_tokens)
+    assert [segment.text for segment in template.segments(TALK) if segment.scored] == [
+        "A: 1</s>",
+        "A: 2, or\n more</s>",
+    ]
+    for given_messages, reply in ((2, "1</s>"), (4, "2, or\n more</s>")):
+        segments = template.segments(TALK[: given_messages + 1], given_messages)
+        assert segments == (Segment(template.prompt(TALK[:given_messages]), False), Segment(reply, True))
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["user", "assistant"]), st.text(st.characters(exclude_characters="<"))), min_size=1

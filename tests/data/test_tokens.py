@@ -199,9 +199,11 @@ def test_a_limit_clips_the_spans_of_a_conversation(tokenizer: PreTrainedTokenize
 # --- special tokens that cannot be split -----------------------------------------------------------------------------
 
 
-def without_splitting(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+def without_splitting(tokenizer: PreTrainedTokenizerFast, unknown: str | None = None) -> Callable[..., Any]:
     class Unsplit:
         """Encodes special tokens wherever they are spelt, as some tokenizers do."""
+
+        unk_token_id = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
@@ -221,6 +223,13 @@ def test_text_that_can_only_be_a_special_token_is_rejected(
     assert isinstance(error, RowError)
     assert error.reason == RejectReason.SPECIAL_TOKEN_IN_TEXT
     assert isinstance(fine, Encoded)
+
+
+def test_the_token_of_unknown_text_is_text_unless_it_has_another_role_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    spelt = [plain("x", "y <pad>"), plain("x", "y </s>"), plain("<s> x", "y")]
+    for unknown, allowed in ((None, 0), ("<pad>", 1), ("</s>", 0), ("<s>", 0)):  # GPT-2 has one token for all roles
+        encoded = Encoder(without_splitting(tokenizer, unknown), 100).encode(spelt)
+        assert [isinstance(one, Encoded) for one in encoded] == [True] * allowed + [False] * (3 - allowed)
 
 
 def test_a_batch_is_encoded_as_its_members_are(tokenizer: PreTrainedTokenizerFast) -> None:
