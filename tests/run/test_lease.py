@@ -196,6 +196,25 @@ def test_of_many_that_take_over_a_dead_drivers_run_one_gets_it(run: Location, mo
     assert {*range(6)} - {*held} <= {*refused}, "who held it may lose it, on a busy machine"
 
 
+@pytest.mark.usefixtures("quick")
+def test_of_two_that_saw_the_same_dead_driver_the_first_to_take_its_place_gives_way(
+    run: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second removes what it takes for the dead driver's lease, which is the first's by then."""
+    dead = replace(Holder.of_this_process(), token="dead", process_started=0.0)
+    (run / LEASE_FILE).write_text(json.dumps(asdict(dead)))
+    create = Location.create
+
+    def create_and_be_replaced(place: Location, content: bytes) -> bool:
+        created = create(place, content)
+        leave(run)
+        return created
+
+    monkeypatch.setattr(Location, "create", create_and_be_replaced)
+    with pytest.raises(OutputError, match=r"is being written by process \d+ on node7"), Lease(run):
+        pytest.fail("two drivers hold the run")
+
+
 def test_a_lease_whose_answer_was_lost_is_ones_own(run: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store wrote it, the answer did not come, and the repeated request finds the file there."""
     create = Location.create
@@ -228,6 +247,12 @@ def test_who_cannot_renew_the_lease_stops_before_another_may_take_it(
     with pytest.raises(OutputError, match="may have been taken over by another driver, because the heartbeat failed"):
         hold()
     assert not slept
+
+
+def test_a_holder_gives_up_a_heartbeat_before_others_take_it_for_dead() -> None:
+    last = time.monotonic() - module.BEAT_S * (module.MISSED_BEATS - 1)  # others wait for one heartbeat more
+    assert module._is_overdue(last - 0.1 * module.BEAT_S)
+    assert not module._is_overdue(last + 0.5 * module.BEAT_S)
 
 
 def test_an_interrupt_ends_the_lease(run: Location) -> None:
