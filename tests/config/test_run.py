@@ -166,6 +166,7 @@ def test_a_fraction_counts_the_floor_of_the_exact_decimal(fraction: float, rows:
         ({"quotas": {"a": 0}, "balance": ["source"]}, "quotas of 'a' is 0"),
         ({"quotas": {"a": 1}, "balance": ["source"], "top_k": 1}, "top_k and quotas"),
         ({"mixture": [Part(source="a", all=True)], "top_k": 1}, "top_k and mixture"),
+        ({"min_score": 0.0, "top_k": 1}, "top_k and min_score"),
         ({"mixture": [Part(source="a", all=True)], "balance": ["source"]}, "leave select.balance out"),
         ({"mixture": [Part(source="a", all=True), Part(source="a", top_k=1)]}, "given once"),
         ({"length_edges": [32, 32]}, "length_edges"),
