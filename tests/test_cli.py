@@ -18,7 +18,7 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump
-from davir_ray.errors import ConfigError
+from davir_ray.errors import ConfigError, DavirError, IntegrityError, ProgressError, StorageError, TrainingError
 from davir_ray.inputs import check_inputs
 from davir_ray.pipeline import dry_run, finetune_only, run_all
 from davir_ray.run.folder import SUBMITTED_JOB
@@ -360,6 +360,20 @@ def test_an_error_that_is_not_the_users_is_not_hidden() -> None:
 
     with pytest.raises(RuntimeError, match="ours"):
         run_job(job, RunConfig, "", [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(ConfigError, 2), (TrainingError, 2), (StorageError, 1), (ProgressError, 1), (IntegrityError, 1)],
+)
+def test_only_a_mistake_of_the_users_has_status_2(
+    kind: type[DavirError], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(config: RunConfig) -> None:
+        raise kind("what is wrong,\nand what to change")
+
+    assert run_job(job, RunConfig, "", []) == status
+    assert capsys.readouterr().err.endswith(": what is wrong, and what to change\n")
 
 
 def test_ctrl_c_is_one_line_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
