@@ -294,6 +294,13 @@ def test_a_ranking_of_the_first_ranks_selects_what_the_whole_one_does(run: Run) 
     check(run, select(run, RankConfig(most=50), SelectConfig(top_k=33)), ranked[:33])
 
 
+def test_ranks_that_end_where_a_bin_ends_leave_no_file_without_rows(run: Run) -> None:
+    rows_by_bin = run.require("rank").details["rows_by_bin"]
+    manifest = rank(run, RankConfig(most=sum(rows_by_bin[:2])))
+    assert [entry.rows for entry in manifest.files] == rows_by_bin[:2]
+    assert select(run, RankConfig(), SelectConfig(top_k=9, drop_duplicates=True)).counts["selected"] == 9
+
+
 def test_selected_and_ranked_load_with_other_tools(run: Run) -> None:
     manifest = select(run, RankConfig(), SelectConfig(top_k=100))
     for folder, rows in {"selected": 100, "ranked": ROWS}.items():
