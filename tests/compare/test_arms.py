@@ -29,7 +29,9 @@ TOKENS = DRAW.integers(1, 300, ROWS)
 SOURCES = np.where(np.arange(ROWS) % 4 == 0, "gsm8k", "alpaca")
 
 
-def finished(make_scores: Callable[..., Run], config: SelectConfig, **options: Any) -> FinishedRun:
+def finished(
+    make_scores: Callable[..., Run], config: SelectConfig, order: RankConfig = RankConfig(), **options: Any
+) -> FinishedRun:
     """A constructed run, ranked and selected by the real stages."""
     columns = {"source": SOURCES, "rho_sum": RHO, "num_response_tokens": TOKENS, "content_hash": range(ROWS)}
     run = make_scores(DAVIR, **columns | options)
@@ -38,9 +40,9 @@ def finished(make_scores: Callable[..., Run], config: SelectConfig, **options: A
     Manifest(
         stage="prepare", fingerprint={}, counts={"read": ROWS, "prepared": ROWS, "rejected": 0}, files=files
     ).write(run.folder)
-    rank(run, RankConfig())
-    select(run, RankConfig(), config)
-    return FinishedRun(run, RankConfig(), config)
+    rank(run, order)
+    select(run, order, config)
+    return FinishedRun(run, order, config)
 
 
 def entry_of(place: Run) -> Any:
@@ -77,6 +79,13 @@ def test_each_arm_gets_its_rows(make_scores: Any, sampled: int, monkeypatch: pyt
     assert sorted(length_bins(TOKENS[matched], edges)) == sorted(length_bins(wanted, edges))
     assert TOKENS[matched].sum() == wanted.sum()
     assert len(set(matched.tolist()) & set(chosen["selection"])) < 40
+
+
+def test_the_worst_rows_of_a_run_that_takes_the_lowest_are_the_highest(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(top_k=60), RankConfig(lowest=True))
+    selection = run.selection(None)
+    chosen = {arm: set(run.rows_of(arm, selection, 0).tolist()) for arm in ("selection", "lowest")}
+    assert chosen == {"selection": best(-DAVIR, 60), "lowest": best(DAVIR, 60)}
 
 
 def test_the_rows_do_not_depend_on_the_shards(make_scores: Any) -> None:
