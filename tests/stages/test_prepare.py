@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
-from davir_ray.errors import DataError, ModelError, OutputError
+from davir_ray.data.shards import TaskReport
+from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.files import FileEntry, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import REJECTS, RejectReason
@@ -308,6 +310,17 @@ def test_other_settings_start_anew(base_folder: Path, tmp_path: Path, monkeypatc
     manifest = prepare(run, [source(tmp_path / "a.jsonl")], settings(base_folder, max_tokens=200), max_bad_fraction=0)
     check_books(tmp_path / "run", manifest, 9)
     assert not (tmp_path / "run" / "rejects").exists()
+
+
+@pytest.mark.parametrize(("rows_per_record", "right"), [(1, 4), (2, 8)])
+def test_records_that_are_neither_prepared_nor_rejected_are_noticed(rows_per_record: int, right: int) -> None:
+    rejects = FileEntry(name="rejects/a.parquet", rows=2, bytes=1, sha256="")
+    for prepared in (right - 1, right, right + 1):
+        examples = replace(rejects, name="examples/a.parquet", rows=prepared)
+        report = TaskReport(num_read=6, files=[examples, rejects], reasons=Counter(broken_json=2))
+        told = pytest.raises(IntegrityError, match=f"6 read, {prepared} prepared, 2 rejected")
+        with nullcontext() if prepared == right else told:
+            assert module._checked_counts(report, 1.0, rows_per_record)["prepared"] == right
 
 
 @pytest.mark.parametrize("num_files", [1, 40])

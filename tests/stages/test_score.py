@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.engine.connect import whole_block_context
+from davir_ray.engine.pool import Stream
 from davir_ray.engine.progress import WorkDone
 from davir_ray.engine.resources import pool_size
-from davir_ray.engine.shards import Shards, ShardSink, committed_shard, num_tokens
+from davir_ray.engine.shards import CommittedShard, Shards, ShardSink, committed_shard, num_tokens
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
@@ -141,6 +143,28 @@ def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
     assert committed_shard(place, SCORES, 4) is None
     place.write_bytes(place.read_bytes().replace(b'"abc"', b'"abd"'))
     assert committed_shard(place, SCORES, 3) is None
+
+
+def test_rows_that_were_lost_or_are_too_many_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.at(tmp_path)
+    Manifest(stage="prepare", fingerprint={}, counts={"rejected": 0}, files=[]).write(run.folder)
+    shards = [FileEntry(name=f"part-{number}.parquet", rows=3, bytes=9, sha256="") for number in range(2)]
+    stream = Stream(
+        stage="score", run=run, folder="scores", schema=SCORES, fingerprint={}, examples=run, shards=shards, columns=[],
+        ok_count="scored", new_detail="new",
+    )  # fmt: skip
+
+    def filled(written: list[CommittedShard]) -> Manifest:
+        monkeypatch.setattr(Stream, "_send", lambda *_: written)
+        return stream.fill(lambda: pytest.fail("a model was loaded"), ScoreConfig())
+
+    statuses = {"ok": 2, "zero_base_nll": 1}
+    written = [CommittedShard(entry=entry, statuses=statuses, numerics="{}", fingerprint="{}") for entry in shards]
+    assert filled(written).counts == {"examples": 6, "scored": 4, "ok": 4, "zero_base_nll": 2}
+    more = replace(written[1], entry=replace(shards[1], rows=4))
+    for wrong, rows in ((written[:1], 3), ([written[0], more], 7)):
+        with pytest.raises(IntegrityError, match=f"6 examples were prepared but {rows} rows of scores written"):
+            filled(wrong)
 
 
 def test_every_shard_is_one_block_whatever_its_size() -> None:
