@@ -3,8 +3,8 @@
     ray job submit --working-dir . -- python jobs/finetune.py --data s3://bucket/alpaca/ --format alpaca \\
         --base meta-llama/Llama-3.2-1B --output s3://bucket/run1
 
-jobs/score.py with the same options continues from there. Therefore all of its options are accepted here; those of the
-later stages (score, rank, select) have no effect.
+jobs/score.py with the same options continues from there. Therefore all of its options but --dry_run and --reference are
+accepted here; those of the later stages (score, rank, select) have no effect.
 """
 
 import sys

@@ -63,8 +63,8 @@ class AlignRunConfig(InputConfig):
     """The training of the policy; batch_size counts pairs. Defaults: a common recipe for DPO, as the paper does not
     state its own."""
     score: ScoreConfig = field(default_factory=lambda: ScoreConfig(precision="float32"))
-    """The losses of both policies, in float32 by default: at a small learning rate a policy differs from its base by
-    less than the precision of bfloat16."""
+    """The losses of both policies; by default in float32, as bfloat16 cannot resolve how little a policy differs from
+    its base."""
     align: AlignConfig = field(default_factory=AlignConfig)
     """The objective."""
     beside: list[str] = field(default_factory=list)

@@ -43,7 +43,7 @@ class CompareConfig(OutputConfig):
     """Data to measure on when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs
     --heldout_format."""
     heldout_format: Format | None = None
-    """Format of --heldout."""
+    """Format of --heldout: alpaca, gsm8k, prompt_response or messages."""
     heldout_sources: list[Source] = field(default_factory=list)
     """Several named sources to measure on, instead of --heldout."""
     heldout_limit: int | None = None

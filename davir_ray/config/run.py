@@ -85,15 +85,15 @@ class InputConfig(OutputConfig):
     """The inputs of a job: a base and data for it."""
 
     base: str | None = None
-    """The pre-trained causal language model: a folder or a hub name."""
+    """The pre-trained causal language model: a folder, s3://… or a hub name."""
     data: str | list[str] | None = None
     """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs --format."""
     format: Format | None = None
-    """Format of --data."""
+    """Format of --data: alpaca, gsm8k, prompt_response or messages; preference for jobs/align.py."""
     sources: list[Source] = field(default_factory=list)
     """Several named sources, instead of --data."""
     chat_template: str | None = None
-    """Jinja file with a chat template for messages. None: the base's own."""
+    """File with a chat template (Jinja) for the format messages. None: the base's own."""
     keep_record: bool = True
     """Keep the source row as JSON in examples and selected."""
     max_bad_fraction: float = 0.01

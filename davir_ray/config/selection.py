@@ -68,7 +68,7 @@ class SelectConfig:
     top_k: int | None = None
     """Number of rows to take, best first."""
     top_fraction: float | None = None
-    """This share of the eligible rows: floor of the exact decimal times the rows, at least 1 (the paper: 0.06)."""
+    """This share of the eligible rows, rounded down (from the exact product), but at least 1 row. The paper: 0.06."""
     top_tokens: int | None = None
     """The longest prefix of the ranking with at most this many scored tokens."""
     min_score: float | None = None
@@ -80,8 +80,9 @@ class SelectConfig:
     drop_duplicates: bool = False
     """Filter: of rows with the same prompt and response, only the highest-ranked is eligible."""
     balance: list[Literal["source", "length"]] = field(default_factory=list)
-    """Give each source, each range of response lengths, or each pair of both the share of the selection that it has of
-    the eligible rows; the best rows of each group are taken."""
+    """[source], [length] or [source, length]: each source, each range of response lengths, or each pair of both gets
+    the share of the selection that it has of the eligible rows; the best rows of each group are taken. Empty: no
+    groups."""
     quotas: dict[str, int] = field(default_factory=dict)
     """Instead of shares, the number of rows of each group of balance, such as {alpaca: 3000}, {32-63: 500} or
     {alpaca/32-63: 500}; groups without a quota give none."""
