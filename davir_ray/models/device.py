@@ -6,7 +6,6 @@ from statistics import median
 from typing import Literal
 
 import torch
-import transformers
 
 from davir_ray.config.training import FinetuneConfig
 
@@ -39,18 +38,6 @@ def local_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     """The model of the GPU, or the vector instructions that torch uses on the CPU; another may round differently."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.backends.cpu.get_cpu_capability())
-
-
-def arithmetic(dtype: torch.dtype, device: torch.device) -> dict[str, str | int]:
-    """What may change the last bits of a result, for a stage's numerics: device, type, threads and libraries."""
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "weights": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def seconds(job: Callable[[], object], device: torch.device) -> float:

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import arithmetic, local_device, resolve_dtype
+from davir_ray.models.device import device_name, local_device, resolve_dtype
 from davir_ray.models.memory import TokenBudget
 from davir_ray.models.scorer import tokenised
 from davir_ray.schema import GENERATIONS, Status
@@ -86,7 +87,12 @@ class Generator:
         self._budget = TokenBudget(settings.tokens_per_batch or TOKENS_PER_BATCH[device.type])
         self.numerics = {
             "version": GENERATION_VERSION,
-            **arithmetic(dtype, device),
+            "device": device.type,
+            "device_name": device_name(device),
+            "weights": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "attention": self._model.config._attn_implementation,
             "stops_at": self.stops_at,
         }

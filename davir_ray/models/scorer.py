@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import transformers
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
@@ -21,7 +22,7 @@ from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import arithmetic, local_device, resolve_dtype, uses_autocast
+from davir_ray.models.device import device_name, local_device, resolve_dtype, uses_autocast
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.self_check import probe, self_check
 from davir_ray.models.memory import TokenBudget
@@ -88,12 +89,18 @@ class Scorer:
         reference_attention = base_attention if self._reference is None else self_check(self._reference)
         if self._reference is self._base:  # one model with an adapter: its last check holds for both
             base_attention = reference_attention
+        # Every file of scores holds this text: in another order of its keys, a resumed run would have other bytes.
         self._base_numerics = {
             "version": NUMERICS_VERSION,
-            **arithmetic(dtype, device),
+            "device": device.type,
+            "device_name": device_name(device),
+            "weights": str(dtype).removeprefix("torch."),
             "autocast": self._autocast,
             "logits": str(torch.promote_types(dtype, torch.float32)).removeprefix("torch."),
             "sums": "float64",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "base_attention": base_attention,
         }
         fell_back = {base_attention, reference_attention} != {"packed"}
