@@ -117,15 +117,16 @@ class Lease:
         self._holder = Holder.of_this_process()
         self._ended = threading.Event()
         self._loss: str | None = None
-        self._is_deaf = False
+        self._ignores_interrupts = False
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
         with user_errors(self._place, OutputError):
             self._acquire()
-        self._is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        if self._is_deaf and threading.current_thread() is threading.main_thread():
-            # A shell script's background process ignores SIGINT, and with it the interrupt that a loss causes.
+        # A shell script's background process ignores SIGINT, and with it the interrupt that a loss causes.
+        is_main = threading.current_thread() is threading.main_thread()
+        self._ignores_interrupts = is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if self._ignores_interrupts:
             signal.signal(signal.SIGINT, self._stop_if_lost)
         self._heart.start()
         return self
@@ -133,7 +134,7 @@ class Lease:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._ended.set()
         self._heart.join()
-        if self._is_deaf and threading.current_thread() is threading.main_thread():
+        if self._ignores_interrupts:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self._loss is not None:
             raise OutputError(f"{self._place.parent} {self._loss}; this run ends here") from error
