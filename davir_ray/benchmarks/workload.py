@@ -25,7 +25,7 @@ from davir_ray.data.tokens import Encoder
 from davir_ray.demo.base import train_tokenizer
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.schema import EXAMPLES
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def load_model(
     if model is not None:
         checkpoint = Checkpoint.find(model)
         return checkpoint.model(dtype, device), checkpoint.tokenizer()
+    register_packed_attention()
     torch.manual_seed(0)
     with torch.device(device):
         made = AutoModelForCausalLM.from_config(_config(random_init), attn_implementation=PACKED_ATTENTION, dtype=dtype)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import StepReport, Trainer
@@ -76,6 +76,7 @@ def pretrain(folder: Path, texts: Sequence[str], seed: int, report: Callable[[St
     partial = folder.with_name(f"{folder.name}.partial")
     tokenizer = train_tokenizer(texts)
     model = new_model(tokenizer, seed)
+    register_packed_attention()
     model.set_attn_implementation(PACKED_ATTENTION)
     trainer = Trainer(Likelihood(model), TrainingSet.of([_encode(tokenizer, texts)]), PRETRAINING)
     for step in trainer.steps():

@@ -19,8 +19,16 @@ from ray.data.datasource import Datasink, Datasource, ReadTask, WriteResult
 
 from davir_ray.engine.progress import WorkDone
 from davir_ray.errors import IntegrityError
-from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, committed_parquet, digest, read_parquet, write_parquet
-from davir_ray.run.location import Location
+from davir_ray.run.files import (
+    FINGERPRINT_KEY,
+    FileEntry,
+    committed_parquet,
+    digest,
+    read_parquet,
+    total_rows,
+    write_parquet,
+)
+from davir_ray.run.location import Location, each
 from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
@@ -29,6 +37,9 @@ _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
 
 _TASKS_PER_CPU = 4
+_LEAST_TASK_BYTES = 2 * 2**20
+"""Bytes on disk that take about as long to read as a task takes to start, where its worker runs."""
+
 _TASK_BYTES = 32 * 2**20
 """Maximum bytes on disk that a task with several shards reads; they take a few times as many in memory."""
 
@@ -58,11 +69,30 @@ class Shards(Datasource):  # type: ignore[misc]
     def then(self, change: Callable[[str, pa.Table], pa.Table], num_cpus: float) -> "Shards":
         """The shards, each changed by `change(name, table)` in the task that reads it, several to a task and block.
 
-        A task costs about as much as reading 2 MB, so there are only as many as keep the cluster busy.
+        There are only as many tasks as keep the cluster busy, and none for less than it costs itself.
         """
         read = self._read
-        max_shards = max(1, int(len(self._shards) / (_TASKS_PER_CPU * num_cpus)))
+        num_tasks = min(_TASKS_PER_CPU * num_cpus, max(1, self.estimate_inmemory_data_size() / _LEAST_TASK_BYTES))
+        max_shards = max(1, int(len(self._shards) / num_tasks))
         return Shards(self._shards, lambda name: change(name, read(name)), max_shards_per_task=max_shards)
+
+    @property
+    def fit_one_task(self) -> bool:
+        """Whether one task may read all of them, as far as the size on disk tells."""
+        return self.estimate_inmemory_data_size() <= _TASK_BYTES
+
+    def as_one(self, *changes: Callable[[pa.Table], pa.Table]) -> "Shards":
+        """One shard of all rows, changed by one function after another in the one task that reads it."""
+        shards, read = self._shards, self._read
+        whole = FileEntry(name="all", rows=total_rows(shards), bytes=self.estimate_inmemory_data_size(), sha256="")
+
+        def read_whole(_: str) -> pa.Table:
+            table = pa.concat_tables(each(lambda shard: read(shard.name), shards))
+            for change in changes:
+                table = change(table)
+            return table
+
+        return Shards([whole], read_whole)
 
     def estimate_inmemory_data_size(self) -> int:
         """The bytes on disk, a lower bound of those in memory."""

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from davir_ray.engine.connect import own_errors, whole_block_context
 from davir_ray.engine.resources import num_cpus
 from davir_ray.engine.shards import Shards
+from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry
 
 _MAX_PARTITIONS = 200
@@ -71,6 +74,10 @@ def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, An
 
     `assign` adds the first round's column to the table of a shard, and drops what is not needed.
     """
+    if shards.fit_one_task and all(each.num_groups == 1 for each in rounds):  # a shuffle would take seconds
+        whole = shards.as_one(assign, *(partial(_in_groups, each) for each in rounds))
+        with own_errors():
+            return list(ray.data.read_datasource(whole, **whole.read_options).take_all())
     shards = shards.then(lambda _, table: assign(table), num_cpus())
     with own_errors(), ray.data.DataContext.current(whole_block_context()):
         dataset = ray.data.read_datasource(shards, **shards.read_options)
@@ -78,6 +85,17 @@ def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, An
             grouped = dataset.groupby(each.column, num_partitions=min(each.num_groups, _MAX_PARTITIONS))
             dataset = grouped.map_groups(each.work, batch_format="pyarrow")
         return list(dataset.take_all())
+
+
+def _in_groups(round_: Round, table: pa.Table) -> pa.Table:
+    """What the round makes of the groups of a table."""
+    numbers = table[round_.column]
+    return pa.concat_tables(round_.work(table.filter(pc.equal(numbers, number))) for number in pc.unique(numbers))
+
+
+def assign_part(table: pa.Table, column: str, num_parts: int) -> pa.Table:
+    """Add the column `part`, a number below `num_parts` that is the same for equal values of a column of integers."""
+    return table.append_column("part", pa.array(hash_parts(np.asarray(table[column]), num_parts)))
 
 
 def exchange(

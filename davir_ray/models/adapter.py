@@ -3,21 +3,25 @@
 An adapter is never merged: in bfloat16 a merge rounds the base's weights, which could not be restored exactly.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, ModelError
 from davir_ray.formulas.hashing import seed_from
 from davir_ray.text import one_line
+
+if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,8 @@ Only safetensors are loaded: a pickled checkpoint can run code. A path is a loca
 finds it, and copied to each node once; from then on it is loaded from the node's disk without a request.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import warnings
@@ -13,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from davir_ray.errors import ModelError
@@ -31,12 +33,15 @@ from davir_ray.models.adapter import (
 )
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.run.access import PROBE_S, in_time
 from davir_ray.run.files import file_digest
 from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.run.storage_errors import user_errors
 from davir_ray.text import BYTE_ORDER_MARK, one_line
+
+if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
+    from transformers import PreTrainedModel
 
 SPEC_FILE = "scoring_spec.json"
 """Saved with a reference: how its examples were rendered and tokenised, so that scoring cannot silently differ."""
@@ -69,7 +74,7 @@ class Checkpoint:
     """What the hub or the object storage had when the checkpoint was found; empty for a local folder."""
 
     @classmethod
-    def find(cls, uri: str, trust_remote_code: bool = False) -> "Checkpoint":
+    def find(cls, uri: str, trust_remote_code: bool = False) -> Checkpoint:
         """The checkpoint of a local folder, s3://… or hub name; no weights are downloaded.
 
         ModelError if it is none of these, or lacks what is needed to load it.
@@ -157,6 +162,7 @@ class Checkpoint:
 
         ModelError if the files lack any of its weights.
         """
+        register_packed_attention()
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         try:
             model, info = self._load(AutoModelForCausalLM, attn_implementation=attention, **options)
@@ -179,13 +185,14 @@ class Checkpoint:
         config = self.config()
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=self.trust_remote_code
+                )
         except (ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelError(f"{self.uri} is not a causal language model: {one_line(error)}") from error
-        assert isinstance(model, PreTrainedModel)
         return model
 
-    def check_adapter(self, base: "Checkpoint") -> None:
+    def check_adapter(self, base: Checkpoint) -> None:
         """Raise ModelError unless this adapter can be scored on that base, as far as is known before its download."""
         check_kind(read_settings(self._folder()), self.uri)
         if not self.files:

@@ -1,52 +1,31 @@
 """finetune: examples → reference. `train` trains on any objective; preference training uses it, too.
 
-From top to bottom: the driver decides whether there is anything to do, starts the workers and commits the model. Each
-worker loads the base, continues from a checkpoint if there is one, takes the steps of models/training/loop.py and
-exports the model.
+The driver decides whether there is anything to do, starts the workers and commits the model. What a worker does is in
+training_worker.py.
 """
 
 import dataclasses
-import json
 import logging
-import posixpath
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import ray.train
-import torch
-from ray.train.torch import get_device, prepare_model
-
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
+from davir_ray.engine.progress import tracked
 from davir_ray.engine.ray_train import run_on_workers
-from davir_ray.errors import ConfigError, IntegrityError, UserError
-from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE, Checkpoint
-from davir_ray.models.device import resolve_dtype, uses_autocast, weights_precision
+from davir_ray.errors import UserError
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, TrainingSet
-from davir_ray.models.training.loop import StepReport, Trainer
-from davir_ray.models.training.model import save_reference, trainable
-from davir_ray.models.training.parallel import sharded, together
-from davir_ray.run.files import FileEntry, digest, in_folder, put_folder, read_parquet
+from davir_ray.run.files import FileEntry, digest, in_folder, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
-from davir_ray.run.storage_errors import storage_errors
 
 log = logging.getLogger(__name__)
-
-_NUM_LOGGED = 50
-"""Approximate number of steps of a training that are logged."""
-
-_MAX_CURVE_POINTS = 500
-"""Maximum number of points of a loss curve in the manifest."""
 
 _NOT_CONTENT = (
     "tokens_per_pack",
@@ -77,9 +56,6 @@ class Training:
     """Folder of the run that the model is written to."""
     dropout: bool = True
     """Whether the base keeps its dropout, if it has any."""
-
-
-# --- the driver ------------------------------------------------------------------------------------------------------
 
 
 def finetune(
@@ -128,11 +104,14 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     if not run.continues_attempt(stage, "checkpoints", fingerprint):
         checkpoints.remove()
     run.note_attempt("checkpoints", fingerprint)
+    # Imported late: torch's code for training takes seconds, which a driver that trains nothing need not wait.
+    from davir_ray.stages.training_worker import train_on_rank
+
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
             # The fingerprint names Ray Train's folder: the same training continues, another one starts over.
             name = digest(fingerprint)[:16]
-            result = run_on_workers(partial(_train, training, counter), training.config, checkpoints, name)
+            result = run_on_workers(partial(train_on_rank, training, counter), training.config, checkpoints, name)
     except UserError:
         run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
         raise
@@ -155,108 +134,3 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     # Checkpoints have three times the model's size, and only an unfinished training needs them.
     checkpoints.remove()
     return manifest
-
-
-# --- a worker --------------------------------------------------------------------------------------------------------
-
-
-def _train(training: Training, counter: ProgressCounter) -> dict[str, Any]:
-    """Train to the end; rank 0 writes the model.
-
-    Until the last step, a DavirError must be raised on every rank: if one rank stopped alone, the others would wait for
-    it. So whatever may fail on a single rank, such as reading and writing, is done `together`.
-    """
-    config = training.config
-    if not torch.cuda.is_available():
-        torch.set_num_threads(config.num_cpus)
-    objective = together(training.objective)
-    model = _load(training)
-    trainer = together(lambda: Trainer(model, objective, config))
-    if checkpoint := ray.train.get_checkpoint():
-        with ExitStack() as opened:
-            with storage_errors(checkpoint.path):
-                state = opened.enter_context(checkpoint.as_directory())
-            together(partial(_continue, trainer, Path(state), checkpoint.path))
-    is_first = ray.train.get_context().get_world_rank() == 0
-    _take_steps(training, trainer, counter, is_first=is_first)
-    files = _export(training, trainer, training.folder, is_first=is_first)  # not `together`: no step follows
-    return {
-        **trainer.summary(_MAX_CURVE_POINTS),
-        "num_rows": len(objective),
-        "details": objective.details,
-        "files": [dataclasses.asdict(entry) for entry in files],
-    }
-
-
-def _load(training: Training) -> Any:
-    """The base, ready to be trained, and distributed over the workers as the strategy says."""
-    config, device = training.config, get_device()
-    dtype = resolve_dtype(weights_precision(config), device)
-    make = partial(trainable, training.base, config, dtype, dropout=training.dropout)
-    if config.strategy == "ddp":
-        return prepare_model(together(partial(make, device)))
-    return sharded(partial(make, torch.device("cpu")), device, autocast=uses_autocast(config.precision, device))
-
-
-def _continue(trainer: Trainer, state: Path, uri: str) -> None:
-    """Continue from a checkpoint of Ray Train, a copy of which is in `state`."""
-    start_over = f"delete the folder {posixpath.dirname(uri)} to train from the start"
-    try:
-        trainer.load_state(state)
-    except IntegrityError as error:
-        raise IntegrityError(f"the checkpoint {uri} is damaged ({error}); {start_over}") from error
-    except ConfigError as error:
-        raise ConfigError(f"the checkpoint {uri} cannot be continued from: {error}, or {start_over}") from error
-
-
-def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, *, is_first: bool) -> None:
-    """Take the remaining steps; after each, export the epoch, save a checkpoint and log, when due."""
-    config, before, num_tokens = training.config, trainer.step, 0
-    if is_first:
-        counter.begin("steps")
-        counter.report("steps", WorkDone(0, before=before))
-    for report in trainer.steps():
-        is_last = report.step == report.total_steps
-        num_tokens += report.num_tokens
-        if is_first:
-            work = WorkDone(report.step - before, tokens=num_tokens, before=before)
-            counter.report("steps", work, report.total_steps)
-        if config.export_epochs and report.ends_epoch:
-            name = f"{training.folder}_epochs/{report.epoch}"
-            together(partial(_export, training, trainer, name, is_first=is_first))
-        if is_last or report.step % config.checkpoint_every_steps == 0:
-            _save_checkpoint(training, trainer, report, is_first=is_first)
-        if is_first and (is_last or report.step % max(1, report.total_steps // _NUM_LOGGED) == 0):
-            log.info(
-                "%s: step %d of %d, epoch %d, %s, %.0f tokens/s",
-                training.stage, report.step, report.total_steps, report.epoch,
-                ", ".join(f"{name} {value:.4f}" for name, value in report.measures.items()), report.tokens_per_second,
-            )  # fmt: skip
-
-
-def _save_checkpoint(training: Training, trainer: Trainer, report: StepReport, *, is_first: bool) -> None:
-    """Report a checkpoint to Ray Train, which waits for all ranks: they must call this at the same steps."""
-    metrics = dataclasses.asdict(report)
-    if not (is_first or trainer.every_rank_saves):
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        with storage_errors(folder):
-            trainer.save_state(Path(folder))
-        with storage_errors(training.run / "checkpoints"):
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:
-    """Write the model as a Hugging Face folder in the run, completely or not at all; returns its files.
-
-    Called on every rank, because sharded weights must be gathered; rank 0 writes.
-    """
-    weights = trainer.gathered_weights()
-    if not is_first:
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        with storage_errors(folder):
-            save_reference(trainer.likelihood, training.base.tokenizer(), Path(folder), weights)
-            Path(folder, SPEC_FILE).write_text(json.dumps(training.spec, indent=1))
-        return put_folder(training.run / name, Path(folder), last=CONFIGS)

@@ -5,33 +5,22 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import Stream
 from davir_ray.engine.resources import num_gpus_of
-from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import Round, regroup
-from davir_ray.errors import IntegrityError
-from davir_ray.formulas.hashing import hash_parts
 from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
-from davir_ray.run.files import FileEntry
 from davir_ray.run.folder import Run
-from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
+from davir_ray.stages.ids import check_ids
 
 _SAMPLED_ROWS = 200
 """Minimum number of rows whose token losses are kept with keep_token_nll sample."""
-
-_IDS_PER_PART = 2_000_000
-"""Ids that one task compares; 16 MB."""
 
 
 def score(
@@ -119,27 +108,3 @@ def _fingerprint(
     if reference is not None and (modules := reference.modules_to_save()):
         fingerprint["modules_to_save"] = modules
     return fingerprint
-
-
-def check_ids(folder: Location, shards: list[FileEntry]) -> None:
-    """Raise IntegrityError if two rows have the same example_id, which the ranking and joins need to be unique."""
-    num_parts = 1 + sum(shard.rows for shard in shards) // _IDS_PER_PART
-    found = regroup(
-        Shards(shards, partial(read_columns, folder, ["example_id"])),
-        partial(_assign_part, num_parts=num_parts),
-        Round("part", num_parts, _repeated_id),
-    )
-    repeated = [row["example_id"] for row in found if row["example_id"] >= 0]
-    if repeated:
-        raise IntegrityError(f"two rows have the same example_id {repeated[0]}; rename a source to draw new ids")
-
-
-def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
-    return table.append_column("part", pa.array(hash_parts(np.asarray(table["example_id"]), num_parts)))
-
-
-def _repeated_id(group: pa.Table) -> pa.Table:
-    """One id that occurs twice, or -1."""
-    ids = np.sort(np.asarray(group["example_id"]))
-    repeated = ids[1:][ids[1:] == ids[:-1]]
-    return pa.table({"example_id": pa.array(repeated[:1] if len(repeated) else [-1], pa.int64())})

@@ -1,16 +1,18 @@
 """verify: are the files of a run unchanged, and does a plain loop compute the same scores?"""
 
+from __future__ import annotations
+
 import gc
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
 from scipy.stats import spearmanr
-from transformers import PreTrainedModel
 
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
@@ -29,6 +31,9 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.stages import STAGES
 from davir_ray.schema import EXAMPLES, SCORES, Status
+
+if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

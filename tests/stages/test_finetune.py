@@ -39,7 +39,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.stages import finetune as training
+from davir_ray.stages import training_worker as training
 from davir_ray.stages.finetune import Training, finetune
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.score import score
@@ -219,16 +219,16 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     def train_worker(of_run: Training, counter: ProgressCounter) -> dict[str, Any]:
         import ray.train
 
-        from davir_ray.stages import finetune as training
+        from davir_ray.stages import training_worker as training
 
         here = ray.get_runtime_context()
         found = {"gpus": here.get_accelerator_ids()["GPU"], "resources": here.get_assigned_resources()}
         found["device"] = str(training.get_device())
         (folder / f"placed-{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(found))
         training.get_device = lambda: torch.device("cpu")
-        return training._train(of_run, counter)
+        return training.train_on_rank(of_run, counter)
 
-    training._train = train_worker
+    training.train_on_rank = train_worker
     ray_train.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
     base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
     recipe = RECIPE | SHARDED | {"num_cpus": 2}
@@ -270,17 +270,17 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
     def train_worker(of_run: Training, counter: ProgressCounter) -> dict[str, Any]:
         import ray.train
 
-        from davir_ray.stages.finetune import _train  # in the worker nothing is patched
+        from davir_ray.stages.training_worker import train_on_rank  # in the worker nothing is patched
 
         with open(pids, "a") as file:
             file.write(f"{os.getpid()} {ray.train.get_checkpoint() is not None}\n")
-        return _train(of_run, counter)
+        return train_on_rank(of_run, counter)
 
     def kill() -> None:
         wait_for_checkpoint(run)
         os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
 
-    monkeypatch.setattr(training, "_train", train_worker)
+    monkeypatch.setattr(training, "train_on_rank", train_worker)
     killer = threading.Thread(target=kill)
     killer.start()
     manifest = finetune_copy(prepared, base_folder, run, **LONG)

@@ -25,7 +25,7 @@ from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.examples import Objective, TrainingSet
 from davir_ray.models.training.loop import Trainer
 from davir_ray.run.folder import Run
-from davir_ray.stages import finetune as training
+from davir_ray.stages import training_worker as training
 from davir_ray.stages.finetune import Training
 
 CONFIG = FinetuneConfig(
@@ -85,7 +85,7 @@ def training_of(folder: Path, damaged_on: int | None = None) -> Training:
 
 def read_damaged(folder: Path, rank: int) -> None:
     """One rank cannot read what it is to train on."""
-    training._train(training_of(folder, damaged_on=1), NobodyListens())  # type: ignore[arg-type]
+    training.train_on_rank(training_of(folder, damaged_on=1), NobodyListens())  # type: ignore[arg-type]
 
 
 def export_nothing(folder: Path, rank: int) -> None:

@@ -15,13 +15,21 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 log = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "davir_packed"
-"""Name under which the function is registered; a model is loaded with attn_implementation=PACKED_ATTENTION."""
+"""The name that `register_packed_attention` gives it; a model is loaded with attn_implementation=PACKED_ATTENTION."""
+
+
+def register_packed_attention() -> None:
+    """Let transformers build models with PACKED_ATTENTION; a process calls it before it builds one."""
+    # Imported late: they take seconds, which a driver, building no model, need not wait.
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
 
 
 def packed_attention(
@@ -159,7 +167,3 @@ def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     """Return no mask: the packed function masks by lengths, and would never use one of [T, T] for a whole pack."""
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

@@ -7,22 +7,26 @@ even in the backward pass.
 Letters in tensor names: T tokens of the pack, R scored tokens of the pack, C rows of one chunk, H hidden, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.packing import Spans, scored_positions
+
+if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
+    from transformers import PreTrainedModel
 
 NUMERICS_VERSION = 2
 """Increased when a change here may change the bits of a score; part of the score stage's fingerprint."""

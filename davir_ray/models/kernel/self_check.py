@@ -3,21 +3,25 @@
 Models are distinguished by what they compute, never by a list of names.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
 from davir_ray.errors import ModelError
 from davir_ray.models.kernel.likelihood import Likelihood, Pack, active_head
 from davir_ray.models.kernel.packing import Spans, scored_positions
 from davir_ray.text import one_line
+
+if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import Round, exchange
+from davir_ray.engine.shuffle import Round, assign_part, exchange
 from davir_ray.errors import IntegrityError
-from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -33,7 +32,7 @@ def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
     names = [entry.name for entry in files]
     return exchange(
         Shards(files, partial(read_columns, run / "ranked", ["content_hash", "rank"])),
-        partial(_assign_part, num_parts=num_parts),
+        partial(assign_part, column="content_hash", num_parts=num_parts),
         len(files),
         partial(_write, folder=run / FOLDER, names=names),
         rounds_before=[Round("part", num_parts, partial(_later_copies, first_ranks=first_ranks))],
@@ -60,10 +59,6 @@ def files_with_duplicates(run: Run, selected: Manifest) -> frozenset[str]:
 def read_duplicates(run: Run, name: str) -> npt.NDArray[np.int64]:
     """The ranks of the duplicates in a file of ranked/ that has any."""
     return np.asarray(read_parquet(run / FOLDER / name)["rank"])
-
-
-def _assign_part(table: pa.Table, num_parts: int) -> pa.Table:
-    return table.append_column("part", pa.array(hash_parts(np.asarray(table["content_hash"]), num_parts)))
 
 
 def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Table:
