@@ -5,6 +5,7 @@ Exit status: 0 complete; 2 the user's mistake, in one line; 130 Ctrl-C; 1 anythi
 
 import argparse
 import dataclasses
+import gc
 import inspect
 import logging
 import os
@@ -51,6 +52,7 @@ def exit_status(job: Callable[[], None]) -> int:
     other error is a defect and shows its traceback. In what the job prints, control characters of the data and
     characters that the terminal cannot encode are escaped.
     """
+    gc.set_threshold(10_000)  # the imports make a million objects: looking for garbage among them took a sixth of it
     _duplicate_standard_error()
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("davir_ray").setLevel(logging.INFO)
@@ -65,6 +67,8 @@ def exit_status(job: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted\n")
         return 130
+    finally:
+        gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
     return 0
 
 

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from davir_ray.demo.base import train_tokenizer
 from davir_ray.models.hub import resolve
+from davir_ray.models.kernel.attention import register_packed_attention
 from davir_ray.run.location import Location
 
 pytest_plugins = ["made_runs"]
@@ -36,6 +37,9 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(120_000))
 
 # Ray gives an agent of a node 15 s to start, which takes longer where several nodes start on two cores.
 os.environ.setdefault("RAY_agent_register_timeout_ms", str(120_000))
+
+# Tests build models of their own, which Checkpoint does not load.
+register_packed_attention()
 
 # Equal bits are promised for one thread; with more, a busy machine may split a sum otherwise.
 torch.set_num_threads(1)

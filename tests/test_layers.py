@@ -27,7 +27,7 @@ ABOVE: dict[str, set[str]] = {
     "data": {"errors", "schema", "text", "config", "run"},
     "models": {"errors", "schema", "text", "config", "run", "data", "formulas"},
     "report": {"errors", "schema", "config", "run", "data", "formulas"},
-    "engine": {"errors", "schema", "text", "config", "run", "terminal"},
+    "engine": {"errors", "schema", "text", "config", "run", "formulas", "terminal"},
     "stages": {"errors", "schema", "text", "config", "run", "data", "formulas", "models", "report", "engine"},
 }
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""

@@ -4,6 +4,7 @@ The shard is the unit of work, commit and resume: a shard whose file exists is d
 stages.
 """
 
+import gc
 import json
 import logging
 import time
@@ -170,6 +171,7 @@ class ShardWorker:
         self._stage, self._counter, self._columns = stage, counter, columns
         self._model = load()
         self._numerics = json.dumps(self._model.numerics)
+        gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
         log.info("%s: an actor is ready on node %s", stage, ray.get_runtime_context().get_node_id()[:8])
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -1,5 +1,6 @@
 """prepare: sources → examples/ and rejects/. Every format, every bad record and all tokenisation pass through here."""
 
+import gc
 import logging
 import operator
 import time
@@ -280,6 +281,7 @@ class Preparer:
         self._work = work
         sources = [task.source for task in work.tasks]
         self._reader = work.preparation.reader(sources)
+        gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
         self._schema = PAIRS if are_pairs(sources) else EXAMPLES
         self._shard_rows = max(work.preparation.config.shard_rows, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
 
