@@ -45,6 +45,9 @@ TASKS = "prepare_tasks"
 UNLIMITED = 2**62
 """A number above the rows or bytes of any source."""
 
+_ACTOR_BYTES = 4 * 2**20
+"""Bytes of sources that take about as long to prepare as another actor takes to start, which imports transformers."""
+
 _MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
 """Rows between two checks of max_bad_fraction."""
@@ -232,11 +235,11 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
     """Prepare the tasks that are not done; returns the sum of all reports."""
     reports, so_far = dict(done), _sum(done)
     if pending := [number for number in range(len(work.tasks)) if number not in done]:
-        num_cpus = actor_cpus(1)
+        num_cpus, worthwhile = actor_cpus(1), 1 + work.total_bytes // _ACTOR_BYTES
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
             Preparer,
             fn_constructor_kwargs={"work": work},
-            compute=ray.data.ActorPoolStrategy(size=min(len(pending), pool_size(None, num_cpus, 0))),
+            compute=ray.data.ActorPoolStrategy(size=min(len(pending), worthwhile, pool_size(None, num_cpus, 0))),
             num_cpus=num_cpus,
         )
         with own_errors():

@@ -20,7 +20,7 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.progress import WorkDone
 from davir_ray.errors import DavirError, IntegrityError, ModelError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.examples import Objective, TrainingSet
 from davir_ray.models.training.loop import Trainer
@@ -91,6 +91,7 @@ def read_damaged(folder: Path, rank: int) -> None:
 def export_nothing(folder: Path, rank: int) -> None:
     """Rank 0 cannot write the model after the first epoch, and the others have a second before them."""
     torch.manual_seed(0)
+    register_packed_attention()
     model = LlamaForCausalLM._from_config(MODEL, attn_implementation=PACKED_ATTENTION)
     of_rank = training_of(folder)
     trainer = Trainer(DistributedDataParallel(Likelihood(model)), of_rank.objective(), replace(CONFIG, epochs=2))

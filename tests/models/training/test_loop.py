@@ -30,7 +30,7 @@ from transformers import (
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import DataError, IntegrityError, TrainingError
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.training.examples import TrainingSet
@@ -69,6 +69,7 @@ Weights = dict[str, torch.Tensor]
 
 def make(config: PretrainedConfig = LLAMA) -> PreTrainedModel:
     torch.manual_seed(0)
+    register_packed_attention()
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)
     return model
 

@@ -26,7 +26,7 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, IntegrityError, ModelError
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.device import uses_autocast
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.training.examples import TrainingSet
@@ -81,6 +81,7 @@ Weights = dict[str, torch.Tensor]
 
 def make(config: PretrainedConfig, finetune: FinetuneConfig, seed: int = 0) -> Likelihood:
     torch.manual_seed(seed)
+    register_packed_attention()
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)
     if finetune.lora_rank is not None:
         add_adapter(model, finetune, finetune.lora_rank)
