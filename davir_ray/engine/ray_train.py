@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.fs
 import ray.train
+from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from davir_ray import errors
@@ -63,7 +64,8 @@ def run_on_workers(
     filesystem = None if storage.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
     trainer = TorchTrainer(
         _run,
-        train_loop_config={"work": work, "outcome": storage / _OUTCOME},
+        # As bytes, which the workers alone unpickle: Ray Train's controller would import all that the work does, too.
+        train_loop_config={"work": cloudpickle.dumps(work), "outcome": storage / _OUTCOME},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=use_gpu,
@@ -97,7 +99,7 @@ def _run(settings: dict[str, Any]) -> None:
     """Do the work on one worker; rank 0 writes the outcome for the driver."""
     configure_worker_logging()
     try:
-        outcome = settings["work"]()
+        outcome = cloudpickle.loads(settings["work"])()
     except StorageError:  # on one rank, perhaps: Ray Train ends the others, and restarts all up to max_failures times
         raise
     except DavirError as error:  # from the model, a checkpoint or the loss, so on every rank: all of them end here
