@@ -158,7 +158,7 @@ def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
 ) -> None:
     monkeypatch.setenv(LOG_LEVEL, "DEBUG")  # of the nodes that start here, and so of their workers
     options = {
-        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 1200, "prepare.shard_rows": 10,
+        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 800, "prepare.shard_rows": 10,
         "base": make_checkpoint(0, 256, 6), "reference": make_checkpoint(1, 256, 6), "max_bad_fraction": 0.1,
         "output": tmp_path / "run", "output_is_shared": "true", "score.autoscale": "[1, 4]", "select.top_k": 5,
         "debug": "true",
