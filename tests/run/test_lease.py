@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,24 @@ def test_who_cannot_renew_the_lease_stops_before_another_may_take_it(
     with pytest.raises(OutputError, match="may have been taken over by another driver, because the heartbeat failed"):
         hold()
     assert not slept
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_loss_interrupts_until_the_block_ends(run: Location) -> None:
+    missed = []
+
+    def hold() -> None:
+        with Lease(run):
+            leave(run)
+            with suppress(KeyboardInterrupt):
+                time.sleep(30)
+                missed.append(1)
+            time.sleep(30)
+            missed.append(2)
+
+    with pytest.raises(OutputError, match="was taken over"):
+        hold()
+    assert not missed
 
 
 def test_a_holder_gives_up_a_heartbeat_before_others_take_it_for_dead() -> None:
