@@ -223,8 +223,8 @@ class Lease:
 
     def _lose(self, how: str) -> None:
         self._loss = how
-        # A signal to the thread itself, which ends a wait; _thread.interrupt_main would take effect only after it. It is
-        # repeated, because one that comes just before a wait begins does not end it.
+        # A signal to the thread itself, which ends a wait; _thread.interrupt_main would take effect only after it. One
+        # that comes just before a wait begins does not end it, so it is repeated.
         while not self._ended.is_set():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             self._ended.wait(BEAT_S)

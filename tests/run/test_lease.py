@@ -29,7 +29,7 @@ import signal, sys, time
 from davir_ray.run import lease
 from davir_ray.run.location import Location
 signal.signal(signal.SIGINT, getattr(signal, sys.argv[2]))
-lease.BEAT_S = 0.2
+lease.BEAT_S, lease.MISSED_BEATS = 0.2, 30
 with lease.Lease(Location.of(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
