@@ -4,9 +4,11 @@ import logging
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import ray
@@ -65,10 +67,10 @@ class Totals:
     """Amount to do in all, in the stage's unit; None while it is not known."""
 
 
-class _CounterActor:
-    """Sums the workers' reports. A shard that is reported twice counts once: a lost worker's shard is done again."""
+class _StageCounter:
+    """Sums the workers' reports of one stage. A shard that is reported twice counts once: it was done again."""
 
-    def __init__(self, stage: str, total: int | None) -> None:
+    def __init__(self, total: int | None) -> None:
         self._total = total
         self._work: dict[str, WorkDone] = {}
         self._begun = set[str]()
@@ -78,28 +80,19 @@ class _CounterActor:
         self._num_reports, self._every = 0, 1
         self._tokens = 0
         self._started = time.monotonic()
-        self._metrics = {
-            name: Metric(f"davir_ray_{name}", f"{name} of a stage of davir_ray", tag_keys=("stage",))
-            for name in _METRICS
-        }
-        for metric in self._metrics.values():
-            metric.set_default_tags({"stage": stage})
 
-    def begin(self, key: str) -> None:
-        """Record that a worker begins this piece of work."""
-        if key in self._begun:
-            self._retries += 1
-            self._metrics["retries"].inc(1)
+    def begin(self, key: str) -> dict[str, int]:
+        """Record that a worker begins this piece of work; returns what is new for the metrics."""
+        is_retry = key in self._begun
         self._begun.add(key)
+        self._retries += is_retry
+        return {"retries": int(is_retry)}
 
-    def report(self, key: str, work: WorkDone, total: int | None) -> None:
-        """Record how much of this piece of work is done."""
+    def report(self, key: str, work: WorkDone, total: int | None) -> dict[str, int]:
+        """Record how much of this piece of work is done; returns what is new for the metrics."""
         before = self._work.get(key, WorkDone(0))
         self._work[key] = work
         self._total = total or self._total
-        for name in _METRICS:
-            if (more := getattr(work, name, 0) - getattr(before, name, 0)) > 0:
-                self._metrics[name].inc(more)
         self._tokens += work.tokens - before.tokens
         self._last = (time.monotonic() - self._started, self._tokens)
         if self._num_reports % self._every == 0:
@@ -107,6 +100,7 @@ class _CounterActor:
         self._num_reports += 1
         if len(self._points) > _MAX_POINTS:  # thinned evenly over the whole stage
             self._points, self._every = self._points[::2], 2 * self._every
+        return {name: getattr(work, name) - getattr(before, name) for name in _METRICS if name != "retries"}
 
     def totals(self) -> Totals:
         """The sum of all reports."""
@@ -116,38 +110,80 @@ class _CounterActor:
         return Totals(work=work, retries=self._retries, throughput=throughput, total=self._total)
 
 
+class _CounterActor:
+    """Counts for every stage of a driver, several at a time in a comparison: a process of its own would take seconds.
+
+    After the loss of its node it starts anew and empty.
+    """
+
+    def __init__(self) -> None:
+        self._stages: dict[str, _StageCounter] = {}
+        self._metrics = {
+            name: Metric(f"davir_ray_{name}", f"{name} of a stage of davir_ray", tag_keys=("stage",))
+            for name in _METRICS
+        }
+
+    def start(self, stage: str, total: int | None) -> None:
+        self._stages[stage] = _StageCounter(total)
+
+    def begin(self, stage: str, key: str) -> None:
+        self._count(stage, self._counter(stage).begin(key))
+
+    def report(self, stage: str, key: str, work: WorkDone, total: int | None) -> None:
+        self._count(stage, self._counter(stage).report(key, work, total))
+
+    def totals(self, stage: str) -> Totals | None:
+        return self._stages[stage].totals() if stage in self._stages else None
+
+    def end(self, stage: str) -> None:
+        self._stages.pop(stage, None)
+
+    def _counter(self, stage: str) -> _StageCounter:
+        return self._stages.setdefault(stage, _StageCounter(None))
+
+    def _count(self, stage: str, news: dict[str, int]) -> None:
+        for name, more in news.items():
+            if more > 0:
+                self._metrics[name].inc(more, {"stage": stage.partition(" ")[0]})
+
+
+@cache
+def _actor_of(job: str) -> Any:
+    """The counter's actor of this driver's connection to Ray."""
+    # On the driver's node, so that it is not lost with a worker's node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_CounterActor).remote()
+
+
 class ProgressCounter:
-    """A handle to the actor, for workers and the driver. A report that is lost only makes the progress inexact."""
+    """A handle to the counter of a stage, for workers and the driver. A lost report only makes the progress inexact."""
 
     def __init__(self, stage: str, total: int | None) -> None:
-        # On the driver's node, so that it is not lost with a worker's node.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_CounterActor)
-        self._actor: Any = actor.remote(stage, total)
+        context = ray.get_runtime_context()
+        self._actor: Any = _actor_of(f"{context.gcs_address} {context.get_job_id()}")
+        self._stage = f"{stage} {uuid.uuid4().hex}"
+        self._actor.start.remote(self._stage, total)
 
     def begin(self, key: str) -> None:
         """Report that a piece of work begins; if it has begun before, this is a retry."""
-        self._actor.begin.remote(key)
+        self._actor.begin.remote(self._stage, key)
 
     def report(self, key: str, work: WorkDone, total: int | None = None) -> None:
         """Report how much of a piece of work is done, and `total` where the driver cannot know the stage's."""
         # Waits, so that the last report arrives before the stage ends, but only briefly for an actor without answer.
-        ray.wait([self._actor.report.remote(key, work, total)], timeout=_REPORT_S)
+        ray.wait([self._actor.report.remote(self._stage, key, work, total)], timeout=_REPORT_S)
 
     def totals(self) -> Totals | None:
-        """The sum of all reports; None if the actor does not answer."""
+        """The sum of all reports; None after the end, and if the actor does not answer."""
         try:
-            answer: Totals = ray.get(self._actor.totals.remote(), timeout=_ASK_S)
+            answer: Totals | None = ray.get(self._actor.totals.remote(self._stage), timeout=_ASK_S)
         except RayError:
             return None
         return answer
 
     def end(self) -> None:
-        """End the actor after the pending reports; handles in Ray Data's operators would keep it alive.
-
-        ray.kill would lose what its metrics counted last.
-        """
-        self._actor.__ray_terminate__.remote()
+        """Forget the stage after the pending reports."""
+        self._actor.end.remote(self._stage)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert last.tokens_per_second > 0
     assert last.seconds_left is not None
     assert (last.state, last.stage) == ("running", "score")
-    assert counter.totals() is None, "a long driver would gather an actor of every stage"
+    assert counter.totals() is None, "a long driver would gather the counts of every stage"
 
 
 def test_a_terminal_shows_a_bar(
