@@ -52,7 +52,7 @@ def config(data_folder: Path, base_folder: Path, tmp_path_factory: pytest.TempPa
         max_bad_fraction=0.5,
         prepare=PrepareConfig(max_tokens=800, shard_rows=32),
         finetune=FinetuneConfig(epochs=2, batch_size=8, learning_rate=1e-3, precision="float32", num_workers=2),
-        score=ScoreConfig(num_actors=2, precision="float32"),
+        score=ScoreConfig(num_actors=1, precision="float32"),
         align=AlignConfig(heldout_fraction=0.3),
     )
 
