@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from davir_ray.data.rendered import Rendered, RowError, Segment
+from davir_ray.data.conversation import Conversation, Message, strings_of
+from davir_ray.data.rendered import Rendered, RowError, Segment, num_equal
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
 from davir_ray.text import shorten
@@ -25,8 +25,6 @@ TODAY = datetime(2024, 7, 26)
 _JINJA: Any = chat_template_utils
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-Message = dict[str, Any]
 
 Span = tuple[int, int]  # characters of a rendered conversation, end exclusive
 
@@ -164,69 +162,25 @@ class ChatTemplate:
         return text, spans
 
 
-def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, given: int = 0) -> Rendered:
-    """A conversation rendered by the chat template; the assistant's turns after the first `given` messages are scored.
+def render_conversation(conversation: Conversation, chat: ChatTemplate) -> Rendered:
+    """A conversation rendered by the chat template, with the messages that are scored.
 
-    Raises RowError special_token_in_text, bad_conversation or empty_response, which names the column `name`.
+    Raises RowError special_token_in_text, bad_conversation or empty_response, which names the conversation's column.
     """
+    messages, name = conversation.messages, conversation.column
     for index, message in enumerate(messages):
-        for text in _strings(message):
+        for text in strings_of(message):
             if token := chat.find_special_token(text):
                 raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {name!r} contains {token!r}")
-    replies = _replies(messages[given:])
+    replies = conversation.replies()
     if not replies:
         roles = shorten(", ".join(sorted({message["role"] for message in messages})) or "none")
         raise RowError(RejectReason.BAD_CONVERSATION, f"no message has the role 'assistant'; roles seen: {roles}")
     if not any(reply.strip() for reply in replies):
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
-    segments = chat.segments(messages, given)
+    segments = chat.segments(messages, conversation.given)
     prompt = "" if segments[0].scored else segments[0].text
     return Rendered(prompt=prompt, response="\n\n".join(replies), segments=segments, templated=True)
-
-
-def messages_of(value: Any, column: str) -> list[Message]:
-    """The messages with their contents as strings; other fields that are not null reach the template unchanged."""
-    if not isinstance(value, list):
-        raise _wrong_message(f"column {column!r} has a value of type {type(value).__name__}")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise _wrong_message(f"message {index} of {column!r} is of type {type(message).__name__}")
-        kept = {name: item for name, item in message.items() if item is not None}
-        if not isinstance(kept.get("role"), str) or "content" not in kept:
-            raise _wrong_message(f"message {index} of {column!r} has the fields {shorten(', '.join(map(str, kept)))}")
-        messages.append({**kept, "content": _content(kept["content"], f"message {index} of {column!r}")})
-    return messages
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _wrong_message(f"the content of {where} is of type {type(content).__name__}")
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise _wrong_message(f"the content of {where} has a part of type {shorten(str(kind))}")
-    return "".join(part["text"] for part in content)
-
-
-def _wrong_message(seen: str) -> RowError:
-    expected = "a list of messages with the fields role (a string) and content (a string or a list of text parts)"
-    return RowError(RejectReason.WRONG_TYPE, f"{seen}; expected {expected}")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a message, including names of fields: a template may write any of them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _strings(name)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
 
 
 def _replies(messages: Sequence[Message]) -> list[str]:
@@ -259,11 +213,6 @@ def _check_replies_are_scored(messages: Sequence[Message], segments: Sequence[Se
             )
             raise RowError(RejectReason.BAD_CONVERSATION, detail)
         at = found + len(reply.strip())
-
-
-def num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Number of items at the beginning that are equal."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _not_a_prefix(where: str, start: str, whole: str) -> RowError:

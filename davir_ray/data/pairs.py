@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from davir_ray.config.sources import Source
-from davir_ray.data.chat import ChatTemplate, Message, messages_of, num_equal, render_turns
-from davir_ray.data.rendered import Rendered, RowError, Segment, column
+from davir_ray.data.chat import ChatTemplate, render_conversation
+from davir_ray.data.conversation import Conversation, Message, messages_of
+from davir_ray.data.rendered import Rendered, RowError, Segment, column, num_equal
 from davir_ray.schema import RejectReason, Role
 from davir_ray.text import shorten
 
@@ -160,7 +161,9 @@ def _of_messages(
     given = _given(prompt, one[: num_equal(one, other)], source.prompt_column)
     one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
     shared = _num_shared(one, other)
-    return render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared)
+    chosen_one = Conversation(messages=one, column=names[0], given=shared)
+    rejected_one = Conversation(messages=other, column=names[1], given=shared)
+    return render_conversation(chosen_one, chat), render_conversation(rejected_one, chat)
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
