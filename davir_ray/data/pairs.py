@@ -16,7 +16,7 @@ from typing import Any
 
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate, render_conversation
-from davir_ray.data.conversation import Conversation, Message, messages_of
+from davir_ray.data.conversation import Conversation, Message, messages_of, reply_of
 from davir_ray.data.rendered import Rendered, RowError, Segment, column, num_equal
 from davir_ray.schema import RejectReason, Role
 from davir_ray.text import shorten
@@ -204,7 +204,7 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected conversation are the same")
     seen = [messages[shared]["role"] if len(messages) > shared else "the end" for messages in (one, other)]
-    contents = [[message["content"] for message in messages] for messages in (one, other)]
+    contents = [[reply_of(message) for message in messages] for messages in (one, other)]
     if seen != ["assistant", "assistant"] or _differ_in_space(contents, shared):
         raise _no_common_prompt(
             f"the two conversations share their first {shared} messages, followed by {seen[0]} and {seen[1]}; the "

@@ -23,7 +23,8 @@ class Rendered:
     prompt: str
     """The text before the first scored segment, which may be empty."""
     response: str
-    """The scored text: of several assistant turns their contents, without end markers, joined by blank lines."""
+    """The scored text: of assistant turns their contents and tool calls, joined by blank lines, without what the
+    template writes around them."""
     segments: tuple[Segment, ...]
     """All that the model reads, in order, up to the last scored character."""
     templated: bool = False
