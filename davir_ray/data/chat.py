@@ -92,16 +92,19 @@ class ChatTemplate:
         limits = [*(placed[0].start for placed in list(turns.values())[1:]), len(text)]
         spans: list[Span] = []
         for (index, placed), limit in zip(turns.items(), limits, strict=True):
+            if not conversation.is_scored(index):
+                continue
             after = spans[-1][1] if spans else 0
             end, added = self._end(messages[index], placed, text, limit)
             if marks is None:
                 spans.append((self._start(conversation, index, text, after, placed[0].start), end + len(added)))
                 text = text[:end] + added + text[end:] if added else text
             else:
-                spans += self._marked_spans(conversation, placed, end, marks, text)
+                own = [(first, last) for first, last in marks if max(first, placed[0].start) < last <= limit]
+                spans += self._with_end(conversation, placed, own, end, text)
         if marks is not None and conversation.given:  # a mark may begin with the header, which belongs to the prompt
-            index, placed = next(iter(turns.items()))
-            start = self._start(conversation, index, text, 0, placed[0].start)
+            index = next(filter(conversation.is_scored, turns))
+            start = self._start(conversation, index, text, 0, turns[index][0].start)
             spans = [(max(start, first), last) for first, last in spans]
         return tuple(_cut(text, spans))
 
@@ -164,10 +167,15 @@ class ChatTemplate:
         behind = at + len(text[at:limit]) - len(text[at:limit].lstrip())
         for begin in (at, behind):
             if ending.text and text.startswith(ending.text, begin, limit):
-                return begin + len(ending.text), ""
+                return self._with_last_token(begin + len(ending.text), text), ""
         if token := self._special_token.match(text, behind, limit):
-            return token.end(), ""
+            return self._with_last_token(token.end(), text), ""
         return at, ending.next_header if behind == len(text) else ""
+
+    def _with_last_token(self, end: int, text: str) -> int:
+        """The end of the text, if only special tokens follow: Phi-3 ends a conversation with <|end|> and its EOS."""
+        rest = text[end:].rstrip()
+        return end + len(rest) if rest and not self._special_token.sub("", rest).strip() else end
 
     def _end_of_calls(self, placed: Sequence[Placed], text: str, limit: int) -> tuple[int, str]:
         ending, at = self._form.call, max(place.end for place in placed if place.piece.is_call)
@@ -186,11 +194,10 @@ class ChatTemplate:
             raise RowError(RejectReason.BAD_CONVERSATION, detail)
         return end, added
 
-    def _marked_spans(
-        self, conversation: Conversation, placed: Sequence[Placed], end: int, marks: Sequence[Span], text: str
+    def _with_end(
+        self, conversation: Conversation, placed: Sequence[Placed], spans: list[Span], end: int, text: str
     ) -> list[Span]:
-        """The marks that are this message's, the last one drawn out over the special token that ends the turn."""
-        spans = [(first, last) for first, last in marks if first < end and last > placed[0].start]
+        """A message's marks, the last one drawn out over the special token that ends the turn, if it lacks that."""
         for place in placed:
             if place.piece.is_needed and not any(first <= place.start and place.end <= last for first, last in spans):
                 raise not_scored(place.piece, conversation)
@@ -207,7 +214,12 @@ class ChatTemplate:
     ) -> tuple[str, list[Span] | None]:
         """The rendered text, and the spans inside generation marks; None where the template has no such marks."""
         if form.wants_parts:
-            messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if message.get("content")
+                else message
+                for message in messages
+            ]
         given: dict[str, Any] = {
             "add_generation_prompt": False,
             **self.named_tokens,
@@ -255,10 +267,6 @@ def _nothing_scored(conversation: Conversation) -> str:
     if "assistant" in roles:
         return f"none of the assistant's messages is to be scored (given: {conversation.given})"
     return f"no message has the role 'assistant'; roles seen: {shorten(', '.join(sorted(roles)) or 'none')}"
-
-
-def _as_parts(content: str | None) -> list[Message]:
-    return [] if content is None else [{"type": "text", "text": content}]
 
 
 def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:

@@ -43,8 +43,8 @@ class TurnForm:
 
     wants_parts: bool = False
     """Contents must be lists of parts."""
-    null_content: str | None = None
-    """The content of a message that only calls tools."""
+    needs_content: bool = False
+    """A message that only calls tools must have a content, which is empty."""
     arguments_as: ArgumentsAs | None = None
     """What the arguments of a tool call must be, JSON text or an object; None: either, or unknown."""
     starts: tuple[str, ...] = ()
@@ -62,8 +62,10 @@ class TurnForm:
         if "tool_calls" not in message:
             return message
         fitted = {**message, "tool_calls": [self._fitted_call(call) for call in message["tool_calls"]]}
-        if not message.get("content"):
-            fitted["content"] = self.null_content
+        if self.needs_content:
+            fitted["content"] = message["content"] or ""
+        elif not message["content"]:  # transformers leaves nulls out as well
+            del fitted["content"]
         return fitted
 
     def _fitted_call(self, call: Any) -> Any:
@@ -118,17 +120,16 @@ def _with_calls(form: TurnForm, attempt: Render, special_token: re.Pattern[str])
     """The form with what concerns tool calls, if the template writes them at all."""
     found: list[tuple[int, TurnForm, list[Message]]] = []
     kinds: tuple[ArgumentsAs, ...] = ("object", "text")
-    for null_content, kind in product((None, ""), kinds):
-        tried = replace(form, null_content=null_content, arguments_as=kind)
+    for needs_content, kind in product((False, True), kinds):
+        tried = replace(form, needs_content=needs_content, arguments_as=kind)
         messages = _calling(kind)
         text = attempt(tried, messages)
         if all(word in text for word in (_FUNCTION, _ARGUMENT, _RESULT, _REPLY)) and '\\"' not in text:
             found.append((len(text), tried, messages))
     if not found:
         return form
-    # Some templates write a null content as "None" or "null".
-    _, tried, messages = min(found, key=lambda one: one[0])
-    takes_both = {one.arguments_as for _, one, _ in found if one.null_content == tried.null_content} == {
+    _, tried, messages = min(found, key=lambda one: one[0])  # some templates write "None" or "null" for no content
+    takes_both = {one.arguments_as for _, one, _ in found if one.needs_content == tried.needs_content} == {
         "object",
         "text",
     }
@@ -145,7 +146,11 @@ def _calling(arguments_as: ArgumentsAs) -> list[Message]:
     function = {"name": _FUNCTION, "arguments": arguments if arguments_as == "object" else json.dumps(arguments)}
     return [
         {"role": "user", "content": _USER},
-        {"role": "assistant", "tool_calls": [{"id": "123456789", "type": "function", "function": function}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "123456789", "type": "function", "function": function}],
+        },
         {"role": "tool", "tool_call_id": "123456789", "name": _FUNCTION, "content": _RESULT},
         {"role": "assistant", "content": _REPLY},
     ]

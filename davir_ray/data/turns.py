@@ -43,7 +43,7 @@ class Placed(NamedTuple):
 
 
 class MarkedConversation:
-    """A conversation whose scored messages hold markers, and what the markers stand for."""
+    """A conversation with markers in the assistant's messages, and what the markers stand for."""
 
     def __init__(self, conversation: Conversation, messages: Sequence[Message], text: str) -> None:
         """Mark messages that a template renders as `text`; the markers are such that none is in it."""
@@ -55,7 +55,7 @@ class MarkedConversation:
         self._pieces: list[Piece] = []
         spoken = [index for index, message in enumerate(messages) if message["role"] in ("user", "assistant")]
         self.messages = [
-            self._marked(index, message, index == spoken[-1]) if conversation.is_scored(index) else message
+            self._marked(index, message, index == spoken[-1]) if message["role"] == "assistant" else message
             for index, message in enumerate(messages)
         ]
 
@@ -71,7 +71,7 @@ class MarkedConversation:
         calls = message.get("tool_calls") or []
         if calls:
             marked["tool_calls"] = [self._marked_call(index, call) for call in calls]
-        *parts, answer = _THINK_TAG.split(message["content"] or "")
+        *parts, answer = _THINK_TAG.split(message.get("content") or "")
         parts[::2] = [self._around(index, text, keeps_reasoning) for text in parts[::2]]
         if answer.strip():
             answer = self._around(index, answer, True)
@@ -95,11 +95,12 @@ class MarkedConversation:
         return text[:start] + self._marker(index, piece, is_needed) + text[start + len(piece) :]
 
     def _marker(self, index: int, text: str, is_needed: bool, is_call: bool = False) -> str:
+        is_needed = is_needed and self._conversation.is_scored(index)
         self._pieces.append(Piece(len(self._pieces), index, text, is_needed, is_call))
         return f"{self._tag}{len(self._pieces) - 1}q"
 
     def place(self, marked_text: str) -> dict[int, list[Placed]]:
-        """The pieces of each scored message in the text, given what the template writes for the marked messages.
+        """The pieces of each assistant's message that are in the text, given what the template writes for the marked.
 
         Raises RowError bad_conversation if a piece that is needed is not there, or the texts differ otherwise.
         """
@@ -116,13 +117,13 @@ class MarkedConversation:
                 f"{shorten(self._text[at:], 30)!r}), so it cannot be found; give a template that leaves it as it is"
             )
             raise RowError(RejectReason.BAD_CONVERSATION, detail)
-        found: dict[int, list[Placed]] = {piece.message: [] for piece in self._pieces}
-        seen = set()
+        found: dict[int, dict[int, Placed]] = {}
         for place in placed:
-            if place.piece.number not in seen:
-                found[place.piece.message].append(place)
-                seen.add(place.piece.number)
-        return found
+            found.setdefault(place.piece.message, {}).setdefault(place.piece.number, place)
+        for piece in self._pieces:
+            if self._conversation.is_scored(piece.message) and piece.message not in found:
+                raise not_scored(piece, self._conversation)
+        return {message: list(places.values()) for message, places in found.items()}
 
     def _check_are_written(self, written: Sequence[Piece]) -> None:
         counts = [0] * len(self._pieces)
