@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from davir_ray.data.rendered import Rendered, RowError, Segment
+from davir_ray.data.conversation import Conversation, Message, strings_of
+from davir_ray.data.rendered import Rendered, RowError, Segment, num_equal
+from davir_ray.data.turn_form import TurnForm, read_turn_form
+from davir_ray.data.turns import MarkedConversation, Placed, Span, not_scored
 from davir_ray.errors import ModelError
 from davir_ray.schema import RejectReason
 from davir_ray.text import shorten
@@ -25,10 +27,6 @@ TODAY = datetime(2024, 7, 26)
 _JINJA: Any = chat_template_utils
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-Message = dict[str, Any]
-
-Span = tuple[int, int]  # characters of a rendered conversation, end exclusive
 
 
 @dataclass(frozen=True)
@@ -76,42 +74,64 @@ class ChatTemplate:
         match = self._special_token.search(text)
         return match.group() if match else None
 
-    def segments(self, messages: Sequence[Message], given: int = 0) -> tuple[Segment, ...]:
-        """The rendered conversation up to its last scored character; every assistant turn is scored, except among the
-        first `given` messages.
+    def segments(self, conversation: Conversation) -> tuple[Segment, ...]:
+        """The rendered conversation up to its last scored character.
 
-        The scored spans are those of the template's generation marks. Without marks a span is what an assistant turn
-        adds to the conversation before it, end marker included. Raises RowError bad_conversation.
+        What is scored of a turn is what the model would generate in use: from where the generation prompt ends to the
+        end of the turn, reasoning and tool calls included. Where only the next role's header ends a turn, its special
+        token is scored, and added after the last turn. Where a template drops the reasoning of earlier turns, what is
+        scored of them is the text that stands in the whole conversation.
+
+        A template with generation marks has its scored text between them; a special token that ends the turn is added
+        where it stands right after the last mark. Raises RowError bad_conversation.
         """
-        text, spans = self._render(messages)
-        if not _GENERATION_MARK.search(self.template):
-            spans = list(self._turn_spans(messages, text))
-        if given:
-            start = self._prompt_end(messages[:given], text, f"the first {given} messages")
-            spans = [(max(start, first), end) for first, end in spans if end > start]
-        segments = tuple(_cut(text, spans))
-        _check_replies_are_scored(messages[given:], segments)
-        return segments
+        messages = self._form.fit(conversation.messages)
+        text, marks = self._render(self._form, messages, conversation.tools)
+        marked = MarkedConversation(conversation, messages, text)
+        turns = marked.place(self._render(self._form, marked.messages, conversation.tools)[0])
+        limits = [*(placed[0].start for placed in list(turns.values())[1:]), len(text)]
+        spans: list[Span] = []
+        for (index, placed), limit in zip(turns.items(), limits, strict=True):
+            if not conversation.is_scored(index):
+                continue
+            after = spans[-1][1] if spans else 0
+            end, added = self._end(messages[index], placed, text, limit)
+            if marks is None:
+                spans.append((self._start(conversation, index, text, after, placed[0].start), end + len(added)))
+                text = text[:end] + added + text[end:] if added else text
+            else:
+                own = [(first, last) for first, last in marks if max(first, placed[0].start) < last <= limit]
+                spans += self._with_end(conversation, placed, own, end, text)
+        if marks is not None and conversation.given:  # a mark may begin with the header, which belongs to the prompt
+            index = next(filter(conversation.is_scored, turns))
+            start = self._start(conversation, index, text, 0, turns[index][0].start)
+            spans = [(max(start, first), last) for first, last in spans]
+        return tuple(_cut(text, spans))
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The rendered conversation, up to where the assistant's next turn begins. Raises RowError bad_conversation."""
-        return self._render(messages, add_generation_prompt=True)[0]
+        return self._render(self._form, self._form.fit(messages), tools, add_generation_prompt=True)[0]
 
     def turn_end(self) -> str | None:
         """The special token that ends an assistant's scored turn; None where the template has none."""
+        talk: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            text = self.segments([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1].text
+            text = self.segments(Conversation(messages=talk, column="messages"))[-1].text.rstrip()
         except RowError:
             return None
-        content_end, marker_end = self._turn_end(text, 0)
-        return text[content_end:marker_end] or None
+        tokens = list(self._special_token.finditer(text))
+        return tokens[-1].group() if tokens and tokens[-1].end() == len(text) else None
 
-    def _prompt_end(self, messages: Sequence[Message], text: str, where: str) -> int:
-        """Where the assistant's turn after these messages begins in the text of a longer conversation."""
-        before = self.prompt(messages)
-        if not text.startswith(before):
-            raise _not_a_prefix(where, before, text)
-        return len(before)
+    @cached_property
+    def _has_marks(self) -> bool:
+        return _GENERATION_MARK.search(self.template) is not None
+
+    @cached_property
+    def _form(self) -> TurnForm:
+        def render(form: TurnForm, messages: Sequence[Message], **variables: Any) -> str:
+            return self._render(form, form.fit(messages), None, **variables)[0]
+
+        return read_turn_form(render, self._special_token)
 
     @cached_property
     def _special_token(self) -> re.Pattern[str]:
@@ -119,118 +139,134 @@ class ChatTemplate:
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def _turn_spans(self, messages: Sequence[Message], text: str) -> Iterator[Span]:
-        """The span of each assistant turn, found by rendering the conversation up to it and with it."""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            through, _ = self._render(messages[: index + 1])
-            start = self._prompt_end(messages[:index], through, f"message {index}")
-            content_end, marker_end = self._turn_end(through, start)
-            if text.startswith(through[:marker_end]):
-                yield start, marker_end
-            elif text.startswith(through[:content_end]):  # the template writes an end marker after the last turn only
-                yield start, content_end
-            else:
-                raise _not_a_prefix(f"what follows message {index}", through[:content_end], text)
+    def _start(self, conversation: Conversation, index: int, text: str, after: int, before: int) -> int:
+        """Where the model begins to write a message: after the turn before it, and before its own first piece."""
+        if not self._form.starts:
+            prompt = self.prompt(conversation.messages[:index], conversation.tools)
+            if not text.startswith(prompt):
+                raise _not_a_prefix(f"message {index}", prompt, text)
+            return len(prompt)
+        found = [(text.rfind(start, after, before), len(start)) for start in self._form.starts]
+        starts = [at + length for at, length in found if at >= 0]
+        if starts:
+            return max(starts)
+        if after and not text[after:before].strip():  # the template lets the turn before it go on
+            return after
+        detail = f"the chat template writes no generation prompt before message {index}, so its beginning is not known"
+        raise RowError(RejectReason.BAD_CONVERSATION, detail)
 
-    def _turn_end(self, text: str, start: int) -> tuple[int, int]:
-        """Where a turn's content ends, and where its end marker ends.
+    def _end(self, message: Message, placed: Sequence[Placed], text: str, limit: int) -> tuple[int, str]:
+        """Where a message ends, at most at `limit`, and the next role's header if that must be added there."""
+        if message.get("tool_calls"):
+            return self._end_of_calls(placed, text, limit)
+        ending, at = self._form.reply, placed[-1].end
+        content = message["content"]
+        blank = content[len(content.rstrip()) :]
+        if text.startswith(blank, at, limit):
+            at += len(blank)
+        behind = at + len(text[at:limit]) - len(text[at:limit].lstrip())
+        for begin in (at, behind):
+            if ending.text and text.startswith(ending.text, begin, limit):
+                return self._with_last_token(begin + len(ending.text), text), ""
+        if token := self._special_token.match(text, behind, limit):
+            return self._with_last_token(token.end(), text), ""
+        return at, ending.next_header if behind == len(text) else ""
 
-        The marker is the turn's last special token if only white space follows, so the line break that ChatML writes
-        after it is not scored. Without a marker both are the end of the text.
-        """
-        markers = list(self._special_token.finditer(text, start))
-        if not markers or text[markers[-1].end() :].strip():
-            return len(text), len(text)
-        return markers[-1].start(), markers[-1].end()
+    def _with_last_token(self, end: int, text: str) -> int:
+        """The end of the text, if only special tokens follow: Phi-3 ends a conversation with <|end|> and its EOS."""
+        rest = text[end:].rstrip()
+        return end + len(rest) if rest and not self._special_token.sub("", rest).strip() else end
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The rendered text and the spans inside generation marks."""
+    def _end_of_calls(self, placed: Sequence[Placed], text: str, limit: int) -> tuple[int, str]:
+        ending, at = self._form.call, max(place.end for place in placed if place.piece.is_call)
+        added = ""
+        if ending.text:
+            end = text.find(ending.text, at, limit) + len(ending.text)
+        elif token := self._special_token.search(text, at, limit):
+            end = token.end()
+        elif limit == len(text):
+            end, added = len(text.rstrip()), ending.next_header
+        else:
+            end = 0
+        if end < placed[-1].end:
+            message = placed[0].piece.message
+            detail = f"the chat template writes no known end of the tool calls of message {message}, or text after it"
+            raise RowError(RejectReason.BAD_CONVERSATION, detail)
+        return end, added
+
+    def _with_end(
+        self, conversation: Conversation, placed: Sequence[Placed], spans: list[Span], end: int, text: str
+    ) -> list[Span]:
+        """A message's marks, the last one drawn out over the special token that ends the turn, if it lacks that."""
+        for place in placed:
+            if place.piece.is_needed and not any(first <= place.start and place.end <= last for first, last in spans):
+                raise not_scored(place.piece, conversation)
+        first, last = spans[-1]
+        has_end = any(
+            token.end() == len(text[:last].rstrip()) for token in self._special_token.finditer(text, first, last)
+        )
+        if not has_end and self._special_token.sub("", text[last:end]).strip() == "":
+            spans[-1] = (first, max(last, end))
+        return spans
+
+    def _render(
+        self, form: TurnForm, messages: Sequence[Message], tools: list[Any] | None, **variables: Any
+    ) -> tuple[str, list[Span] | None]:
+        """The rendered text, and the spans inside generation marks; None where the template has no such marks."""
+        if form.wants_parts:
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if message.get("content")
+                else message
+                for message in messages
+            ]
+        given: dict[str, Any] = {
+            "add_generation_prompt": False,
+            **self.named_tokens,
+            "date_string": TODAY.strftime("%d %b %Y"),
+            "strftime_now": TODAY.strftime,
+            **variables,
+        }
+        template = _JINJA._compile_jinja_template(self.template)
+        messages = _JINJA._alias_reasoning_fields(messages)
         try:
-            text, spans = _JINJA._render_with_assistant_indices(
-                _JINJA._compile_jinja_template(self.template),
-                list(messages),
-                None,
-                None,
-                add_generation_prompt,
-                **self.named_tokens,
-                date_string=TODAY.strftime("%d %b %Y"),
-                strftime_now=TODAY.strftime,
-            )
+            if not self._has_marks:
+                return template.render(messages=messages, tools=tools, documents=None, **given), None
+            text, spans = _JINJA._render_with_assistant_indices(template, messages, tools, None, **given)
         except Exception as error:  # a template is a program: it may raise anything
             detail = f"the chat template rejects the messages: {type(error).__name__}: {error}"
             raise RowError(RejectReason.BAD_CONVERSATION, shorten(detail, 300)) from error
         return text, spans
 
 
-def render_turns(messages: Sequence[Message], name: str, chat: ChatTemplate, given: int = 0) -> Rendered:
-    """A conversation rendered by the chat template; the assistant's turns after the first `given` messages are scored.
+def render_conversation(conversation: Conversation, chat: ChatTemplate) -> Rendered:
+    """A conversation rendered by the chat template, with the messages that are scored.
 
-    Raises RowError special_token_in_text, bad_conversation or empty_response, which names the column `name`.
+    Raises RowError special_token_in_text, bad_conversation or empty_response, which names the conversation's column.
     """
+    messages, name = conversation.messages, conversation.column
     for index, message in enumerate(messages):
-        for text in _strings(message):
+        for text in strings_of(message):
             if token := chat.find_special_token(text):
                 raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"message {index} of {name!r} contains {token!r}")
-    replies = _replies(messages[given:])
+    for text in strings_of(conversation.tools):
+        if token := chat.find_special_token(text):
+            raise RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"the tools of {name!r} contain {token!r}")
+    replies = conversation.replies()
     if not replies:
-        roles = shorten(", ".join(sorted({message["role"] for message in messages})) or "none")
-        raise RowError(RejectReason.BAD_CONVERSATION, f"no message has the role 'assistant'; roles seen: {roles}")
+        raise RowError(RejectReason.BAD_CONVERSATION, _nothing_scored(conversation))
     if not any(reply.strip() for reply in replies):
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
-    segments = chat.segments(messages, given)
+    segments = chat.segments(conversation)
     prompt = "" if segments[0].scored else segments[0].text
     return Rendered(prompt=prompt, response="\n\n".join(replies), segments=segments, templated=True)
 
 
-def messages_of(value: Any, column: str) -> list[Message]:
-    """The messages with their contents as strings; other fields that are not null reach the template unchanged."""
-    if not isinstance(value, list):
-        raise _wrong_message(f"column {column!r} has a value of type {type(value).__name__}")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise _wrong_message(f"message {index} of {column!r} is of type {type(message).__name__}")
-        kept = {name: item for name, item in message.items() if item is not None}
-        if not isinstance(kept.get("role"), str) or "content" not in kept:
-            raise _wrong_message(f"message {index} of {column!r} has the fields {shorten(', '.join(map(str, kept)))}")
-        messages.append({**kept, "content": _content(kept["content"], f"message {index} of {column!r}")})
-    return messages
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _wrong_message(f"the content of {where} is of type {type(content).__name__}")
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise _wrong_message(f"the content of {where} has a part of type {shorten(str(kind))}")
-    return "".join(part["text"] for part in content)
-
-
-def _wrong_message(seen: str) -> RowError:
-    expected = "a list of messages with the fields role (a string) and content (a string or a list of text parts)"
-    return RowError(RejectReason.WRONG_TYPE, f"{seen}; expected {expected}")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a message, including names of fields: a template may write any of them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _strings(name)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _replies(messages: Sequence[Message]) -> list[str]:
-    return [message["content"] for message in messages if message["role"] == "assistant"]
+def _nothing_scored(conversation: Conversation) -> str:
+    roles = {message["role"] for message in conversation.messages}
+    if "assistant" in roles:
+        return f"none of the assistant's messages is to be scored (given: {conversation.given})"
+    return f"no message has the role 'assistant'; roles seen: {shorten(', '.join(sorted(roles)) or 'none')}"
 
 
 def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
@@ -238,7 +274,7 @@ def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
     at = 0
     for start, end in spans:
         if start < at:
-            raise RowError(RejectReason.BAD_CONVERSATION, "the chat template's generation marks overlap")
+            raise RowError(RejectReason.BAD_CONVERSATION, "two of the assistant's turns overlap in the rendered text")
         if start > at:
             yield Segment(text[at:start], False)
         if end > start:
@@ -246,32 +282,12 @@ def _cut(text: str, spans: Sequence[Span]) -> Iterator[Segment]:
         at = end
 
 
-def _check_replies_are_scored(messages: Sequence[Message], segments: Sequence[Segment]) -> None:
-    """Raise RowError unless every reply is scored unchanged: a template may drop, rewrite or not mark a turn."""
-    scored = "".join(segment.text for segment in segments if segment.scored)
-    at = 0
-    for number, reply in enumerate(_replies(messages), start=1):
-        found = scored.find(reply.strip(), at)
-        if found < 0:
-            detail = (
-                f"assistant turn {number} is not in the scored text unchanged: the chat template drops or rewrites it, "
-                "or marks only some turns"
-            )
-            raise RowError(RejectReason.BAD_CONVERSATION, detail)
-        at = found + len(reply.strip())
-
-
-def num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Number of items at the beginning that are equal."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 def _not_a_prefix(where: str, start: str, whole: str) -> RowError:
     """The error where a conversation does not continue its rendered beginning, with the first difference."""
     at = num_equal(start, whole)
     detail = (
-        f"the chat template writes the conversation before {where} differently when it continues "
-        f"({shorten(start[at:], 30)!r} becomes {shorten(whole[at:], 30)!r}), so the assistant's text cannot be found; "
-        "give a template with generation marks"
+        f"the chat template has no generation prompt, and writes the conversation before {where} differently when it "
+        f"continues ({shorten(start[at:], 30)!r} becomes {shorten(whole[at:], 30)!r}), so the assistant's text cannot "
+        "be found; give a template with generation marks"
     )
     return RowError(RejectReason.BAD_CONVERSATION, detail)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from davir_ray.config.sources import Format, Source
-from davir_ray.data.chat import TODAY, ChatTemplate, messages_of, render_turns
+from davir_ray.data.chat import TODAY, ChatTemplate, render_conversation
+from davir_ray.data.conversation import Conversation, messages_of
 from davir_ray.data.pairs import render_pair
 from davir_ray.data.rendered import Rendered, RowError, Segment, column
 from davir_ray.schema import RejectReason
@@ -55,7 +56,7 @@ def _prompt_response(fields: Fields, source: Source, chat: ChatTemplate | None) 
 def _messages(fields: Fields, source: Source, chat: ChatTemplate | None) -> tuple[Rendered]:
     assert chat is not None, "the format messages needs a chat template"
     name = source.messages_column
-    return (render_turns(messages_of(column(fields, name), name), name, chat),)
+    return (render_conversation(Conversation(messages=messages_of(column(fields, name), name), column=name), chat),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from davir_ray.config.sources import Source
-from davir_ray.data.chat import ChatTemplate, Message, messages_of, num_equal, render_turns
-from davir_ray.data.rendered import Rendered, RowError, Segment, column
+from davir_ray.data.chat import ChatTemplate, render_conversation
+from davir_ray.data.conversation import Conversation, Message, messages_of, reply_of
+from davir_ray.data.rendered import Rendered, RowError, Segment, column, num_equal
 from davir_ray.schema import RejectReason, Role
 from davir_ray.text import shorten
 
@@ -160,7 +161,9 @@ def _of_messages(
     given = _given(prompt, one[: num_equal(one, other)], source.prompt_column)
     one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
     shared = _num_shared(one, other)
-    return render_turns(one, names[0], chat, shared), render_turns(other, names[1], chat, shared)
+    chosen_one = Conversation(messages=one, column=names[0], given=shared)
+    rejected_one = Conversation(messages=other, column=names[1], given=shared)
+    return render_conversation(chosen_one, chat), render_conversation(rejected_one, chat)
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:
@@ -201,7 +204,7 @@ def _num_shared(one: list[Message], other: list[Message]) -> int:
     if shared == len(one) == len(other):
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected conversation are the same")
     seen = [messages[shared]["role"] if len(messages) > shared else "the end" for messages in (one, other)]
-    contents = [[message["content"] for message in messages] for messages in (one, other)]
+    contents = [[reply_of(message) for message in messages] for messages in (one, other)]
     if seen != ["assistant", "assistant"] or _differ_in_space(contents, shared):
         raise _no_common_prompt(
             f"the two conversations share their first {shared} messages, followed by {seen[0]} and {seen[1]}; the "

@@ -1,7 +1,8 @@
 """What a record becomes before it is encoded: segments of text, scored or not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from davir_ray.schema import RejectReason
@@ -22,7 +23,8 @@ class Rendered:
     prompt: str
     """The text before the first scored segment, which may be empty."""
     response: str
-    """The scored text: of several assistant turns their contents, without end markers, joined by blank lines."""
+    """The scored text: of assistant turns their contents and tool calls, joined by blank lines, without what the
+    template writes around them."""
     segments: tuple[Segment, ...]
     """All that the model reads, in order, up to the last scored character."""
     templated: bool = False
@@ -47,3 +49,8 @@ def column(fields: Mapping[str, Any], name: str) -> Any:
         seen = ", ".join(sorted(fields)) or "none"
         raise RowError(RejectReason.MISSING_COLUMN, f"column {name!r} {fault}; columns seen: {shorten(seen, 200)}")
     return fields[name]
+
+
+def num_equal(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Number of items at the beginning that are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from davir_ray.config.sources import COLUMN_OPTIONS, Format, Source
 from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.conversation import Conversation
 from davir_ray.data.formats import (
     ALPACA_PROMPT_WITH_INPUT,
     ALPACA_PROMPT_WITHOUT_INPUT,
@@ -241,12 +242,15 @@ def test_generation_marks_give_the_spans() -> None:
 def test_marks_that_begin_with_the_header_leave_the_header_of_the_first_reply_to_the_given_messages() -> None:
     header = MARKED.template.replace("A: {% generation %}", "{% generation %}A: ")
     template = ChatTemplate(header, MARKED.named_tokens)
-    assert [segment.text for segment in template.segments(TALK) if segment.scored] == [
+    assert [
+        segment.text for segment in template.segments(Conversation(messages=TALK, column="m")) if segment.scored
+    ] == [
         "A: 1</s>",
         "A: 2, or\n more</s>",
     ]
     for given_messages, reply in ((2, "1</s>"), (4, "2, or\n more</s>")):
-        segments = template.segments(TALK[: given_messages + 1], given_messages)
+        talk = Conversation(messages=TALK[: given_messages + 1], column="m", given=given_messages)
+        segments = template.segments(talk)
         assert segments == (Segment(template.prompt(TALK[:given_messages]), False), Segment(reply, True))
 
 
@@ -289,7 +293,7 @@ def test_a_template_that_is_not_stable_is_refused_with_the_difference_shown() ->
     reason, detail = refused({"messages": TALK}, MESSAGES, UNSTABLE)
     assert reason is RejectReason.BAD_CONVERSATION
     assert (
-        "message 2" in detail and "'2 messages" in detail and "'3 messages" in detail and "generation marks" in detail
+        "message 2" in detail and "'2 messages" in detail and "'5 messages" in detail and "generation marks" in detail
     )
 
 
