@@ -23,6 +23,8 @@ class RejectReason(StrEnum):
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text contains a special token that cannot be encoded as text
     NO_COMMON_PROMPT = "no_common_prompt"  # a pair whose responses do not follow the same prompt
     EQUAL_RESPONSES = "equal_responses"  # a pair whose two responses are the same: none is preferred
+    UNREAD_COLUMN = "unread_column"  # a column that changes the prompt, and that the format has no place for
+    NOT_TEXT = "not_text"  # the row has images, audio or video
     BAD_CONVERSATION = "bad_conversation"  # the chat template rejects the messages, or no assistant turn is found
     EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
     UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost

@@ -64,6 +64,13 @@ class Reject:
     detail: str
 
 
+class LeftOut(NamedTuple):
+    """A row of the input that the data's own marks leave out."""
+
+    source_file: str
+    source_row: int
+
+
 class _Bad(NamedTuple):
     """A Reject whose place is not known yet."""
 
