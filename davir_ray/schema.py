@@ -15,6 +15,7 @@ class RejectReason(StrEnum):
 
     BROKEN_JSON = "broken_json"  # the line or array element is not JSON
     INVALID_TEXT = "invalid_text"  # not UTF-8, or with a lone surrogate
+    BROKEN_ROW = "broken_row"  # a row of CSV or TSV that is broken, or has more or fewer fields than the header
     NOT_AN_OBJECT = "not_an_object"  # JSON, but not an object with named fields
     MISSING_COLUMN = "missing_column"  # a column of the format is absent or null
     WRONG_TYPE = "wrong_type"  # a column has another type than the format's

@@ -26,7 +26,8 @@ class Source:
     name: str
     """Name of the source; part of every example_id and the value of the column `source`."""
     path: str | list[str]
-    """A file, folder, glob or list of these (local, s3://, hf://), a folder written by `datasets`, or a hub name."""
+    """A file, folder, glob or list of these (local, s3://, hf://), a folder written by `datasets`, or a hub name, with
+    its configuration and revision if it needs them (openai/gsm8k:main@REVISION)."""
     format: FormatOption = "auto"
     """How a record becomes prompt and response. auto: found from the columns and the first records."""
     columns: dict[str, str] = field(default_factory=dict)
