@@ -207,15 +207,13 @@ class Row:
 
     def unread(self) -> str | None:
         """The first column that would change the prompt and is not read; None if there is none."""
-        read = set()
-        for own, found in self.spec.columns.items():
-            if found.only_in_chat and not self.is_chat:
-                if is_filled(self.get(own)):
-                    return self.name(own)
-            else:
-                read.add(self.name(own))
-        others = (name for name in PROMPT_COLUMNS if name not in read)
-        return next((name for name in others if is_filled(self.fields.get(name))), None)
+        columns, renamed = self.spec.columns, self.source.renamed
+        own_names = [name for own, name in renamed.items() if own in columns and columns[own].only_in_chat]
+        filled = [name for name in (*PROMPT_COLUMNS, *own_names) if is_filled(self.fields.get(name))]
+        if not filled:
+            return None
+        read = {self.name(own) for own, found in columns.items() if self.is_chat or not found.only_in_chat}
+        return next((name for name in filled if name not in read), None)
 
 
 Render = Callable[[Row], tuple[Rendered, ...]]
@@ -462,8 +460,9 @@ def row_of(
     fields: Mapping[str, Any], source: Source, chat: ChatTemplate | None = None, options: PrepareConfig | None = None
 ) -> Row:
     """A record as the formats read it, without the columns that are to be ignored."""
-    kept = {name: value for name, value in fields.items() if name not in source.ignore_columns}
-    return Row(fields=kept, source=source, chat=chat, options=options or PrepareConfig())
+    if source.ignore_columns:
+        fields = {name: value for name, value in fields.items() if name not in source.ignore_columns}
+    return Row(fields=fields, source=source, chat=chat, options=options or PrepareConfig())
 
 
 def spec_of(source: Source) -> FormatSpec:
