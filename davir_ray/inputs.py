@@ -1,14 +1,18 @@
 """The checks at the start of a job: settings, paths, tokenizers and templates, before any slow work begins."""
 
 import logging
+from dataclasses import replace
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from davir_ray.config.run import InputConfig, OutputConfig, RunConfig
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.config.sources import Source, check_chat_template
+from davir_ray.config.sources import Source
 from davir_ray.config.yaml import load
 from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.detection import with_format
+from davir_ray.data.formats import check_chat_template, needs_chat
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
@@ -21,6 +25,20 @@ from davir_ray.run.storage_errors import user_errors
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 
 log = logging.getLogger(__name__)
+
+
+Config = TypeVar("Config", bound=InputConfig)
+
+
+def with_formats(config: Config, *, pairs: bool = False) -> Config:
+    """The settings with the format of every source, found where it is auto; see davir_ray.data.detection.
+
+    It comes before everything that depends on a source's name or format: ids, fingerprints and the remembered settings.
+    """
+    check_readable([(path, DataError) for source in config.all_sources() for path in source.paths])
+    written = written_by(Run.at(config.output or ""), config.score)
+    sources = [with_format(source, config.prepare, pairs=pairs, written=written) for source in config.all_sources()]
+    return replace(config, format=sources[0].format) if config.data is not None else replace(config, sources=sources)
 
 
 def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Preparation]:
@@ -38,7 +56,7 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
     check_readable(places)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
     template = read_template(config.chat_template)
-    check_chat_template(template, [source.format for source in config.all_sources()])
+    check_chat_template(template, config.all_sources(), config.prepare)
     preparation = Preparation(
         base=base, config=config.prepare, chat_template=template, keep_record=config.keep_record, limit=config.limit
     )
@@ -90,7 +108,7 @@ def check_base(preparation: Preparation, sources: list[Source]) -> None:
         raise ConfigError(f"prepare.max_tokens is {max_tokens}, but {base.uri} has {longest} positions")
     tokenizer = base.tokenizer()
     _check_embedding_rows(base, {base.uri: tokenizer})
-    if any(source.format == "messages" for source in sources):
+    if any(needs_chat(source, preparation.config) for source in sources):
         ChatTemplate.from_tokenizer(tokenizer, preparation.chat_template)
 
 

@@ -8,7 +8,15 @@ from davir_ray.config.run import RunConfig
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.errors import ConfigError, ModelError, OutputError
-from davir_ray.inputs import check_inputs, check_reference, last_config, prepare_inputs, scored_with, written_by
+from davir_ray.inputs import (
+    check_inputs,
+    check_reference,
+    last_config,
+    prepare_inputs,
+    scored_with,
+    with_formats,
+    written_by,
+)
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
@@ -29,6 +37,7 @@ def run_all(config: RunConfig) -> Run:
     """Run the chain from raw data to a ranked, selected set and its report; complete stages are skipped."""
     config.require_input()
     config.select.require_rule()
+    config = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
@@ -50,6 +59,7 @@ def finetune_only(config: RunConfig) -> Run:
     if config.reference is not None:
         raise ConfigError(f"reference is {config.reference!r}, so there is nothing to train; leave it out")
     config.require_input()
+    config = with_formats(config)
     run, preparation = check_inputs(config)
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
         prepare_inputs(run, config, preparation)
@@ -75,6 +85,7 @@ def dry_run(config: RunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading weights; returns lines for the user."""
     config.require_input()
     config.select.require_rule()
+    config = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     training = None if reference else config.finetune

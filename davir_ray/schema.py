@@ -15,6 +15,7 @@ class RejectReason(StrEnum):
 
     BROKEN_JSON = "broken_json"  # the line or array element is not JSON
     INVALID_TEXT = "invalid_text"  # not UTF-8, or with a lone surrogate
+    BROKEN_ROW = "broken_row"  # a row of CSV or TSV that is broken, or has more or fewer fields than the header
     NOT_AN_OBJECT = "not_an_object"  # JSON, but not an object with named fields
     MISSING_COLUMN = "missing_column"  # a column of the format is absent or null
     WRONG_TYPE = "wrong_type"  # a column has another type than the format's
@@ -23,6 +24,8 @@ class RejectReason(StrEnum):
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"  # the text contains a special token that cannot be encoded as text
     NO_COMMON_PROMPT = "no_common_prompt"  # a pair whose responses do not follow the same prompt
     EQUAL_RESPONSES = "equal_responses"  # a pair whose two responses are the same: none is preferred
+    UNREAD_COLUMN = "unread_column"  # a column that changes the prompt, and that the format has no place for
+    NOT_TEXT = "not_text"  # the row has images, audio or video
     BAD_CONVERSATION = "bad_conversation"  # the chat template rejects the messages, or no assistant turn is found
     EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
     UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost

@@ -88,7 +88,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no random order": (["--rank.seed", "3"], "--rank.seed has no effect: rank.order is davir"),
     "nothing trained": (["--reference", "r", "--finetune.epochs", "1"], "--finetune.epochs has no effect"),
-    "data without format": (["--data", "x"], "data is given without format"),
+    "format without data": (["--format", "alpaca"], "format is given without data"),
 }
 
 
@@ -108,7 +108,7 @@ BAD_FILES = {
     "misspelt key": ("outputt: x", "outputt"),
     "misspelt key in a section": ("score: {num_actor: 1}", "num_actor"),
     "misspelt key in a source": ("sources: [{name: a, path: x, format: alpaca, spilt: train}]", "spilt"),
-    "missing key in a source": ("sources: [{name: a, path: x}]", "format"),
+    "missing key in a source": ("sources: [{name: a, format: alpaca}]", "path"),
     "wrong type in a source": ("sources: [{name: a, path: 3, format: alpaca}]", "path"),
     "a source name twice": (
         "sources: [{name: a, path: x, format: alpaca}, {name: a, path: y, format: alpaca}]",

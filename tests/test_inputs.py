@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from transformers import (
 )
 
 from davir_ray.config.prepare import PrepareConfig
-from davir_ray.config.sources import Source
+from davir_ray.config.rank import RankOptions
+from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import Part, SelectConfig
+from davir_ray.config.sources import Format, Source
+from davir_ray.config.yaml import dump, load
 from davir_ray.data.records import Record
-from davir_ray.errors import ModelError
-from davir_ray.inputs import check_base, check_reference
+from davir_ray.errors import ConfigError, ModelError
+from davir_ray.inputs import check_base, check_reference, with_formats
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
 from davir_ray.stages.prepare import Preparation
@@ -154,3 +159,58 @@ def test_an_adapter_of_a_resized_base_needs_that_base(
     model.resize_token_embeddings(1026)
     model.save_pretrained(folder)
     check(folder, tmp_path / "1026")
+
+
+# --- the format of the data ------------------------------------------------------------------------------------------
+
+
+def test_a_found_format_gives_the_settings_of_the_format_given(tmp_path: Path) -> None:
+    """Its name, and so every id, and what config.yaml remembers, are those of the same command with --format."""
+    (tmp_path / "a.csv").write_text("instruction,output\nAdd.,2\n")
+    place = {"output": str(tmp_path / "run"), "base": "b", "data": str(tmp_path / "a.csv")}
+    given = with_formats(RunConfig(**place, format="alpaca"))
+    assert with_formats(RunConfig(**place)) == given == RunConfig(**place, format="alpaca")
+    assert load(RunConfig, dump(given)) == given
+    assert [source.name for source in given.all_sources()] == ["alpaca"]
+    named = RunConfig(output="o", base="b", sources=[Source(name="mine", path=place["data"])])
+    assert with_formats(named).sources == [Source(name="mine", path=place["data"], format="alpaca")]
+
+
+def test_a_mixture_is_checked_when_the_source_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    place = {"output": str(tmp_path / "run"), "base": "b", "data": str(tmp_path / "a.jsonl")}
+    good, bad = (SelectConfig(mixture=[Part(source=name, all=True)]) for name in ("gsm8k", "alpaca"))
+    assert with_formats(RunConfig(**place, select=good)).format == "gsm8k"
+    with pytest.raises(ConfigError, match="alpaca"):
+        with_formats(RunConfig(**place, select=bad))
+
+
+def test_a_file_without_a_format_serves_to_rank_again(tmp_path: Path) -> None:
+    own = RunConfig(
+        output="o", base="b", sources=[Source(name="a", path="x", format="gsm8k")], select=SelectConfig(top_k=2)
+    )
+    stated: dict[str, Any] = {"base": "b", "sources": [{"name": "a", "path": "x"}]}
+    options = RankOptions.of({"output": "o", "select.top_k": 3, **stated}, {})
+    assert options.applied_to(own).select.top_k == 3
+    other = RankOptions.of({"output": "o", "base": "b", "sources": [{"name": "a", "path": "y"}]}, {})
+    with pytest.raises(ConfigError, match="sources is"):
+        other.applied_to(own)
+    data = RunConfig(output="o", base="b", data="x", format="gsm8k", select=SelectConfig(top_k=2))
+    assert RankOptions.of({"output": "o", "data": "x", "format": "auto"}, {}).applied_to(data) == data
+
+
+def test_templates_are_needed_where_data_become_turns(base_folder: Path) -> None:
+    """The base of the tests has no template."""
+    preparation = preparation_of(base_folder)
+    always: list[Format] = ["sharegpt", "lima", "orca", "messages"]
+    on_request: list[Format] = ["prompt_completion", "preference", "flan", "dolly"]
+    for form in always:
+        with pytest.raises(ModelError, match="no chat template"):
+            check_base(preparation, [Source(name="s", path="p", format=form)])
+    for form in on_request:
+        check_base(preparation, [Source(name="s", path="p", format=form)])
+        with pytest.raises(ModelError, match="no chat template"):
+            check_base(
+                replace(preparation, config=PrepareConfig(max_tokens=64, chat=True)),
+                [Source(name="s", path="p", format=form)],
+            )

@@ -10,7 +10,7 @@ from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
-from davir_ray.inputs import check_inputs, prepare_inputs, written_by
+from davir_ray.inputs import check_inputs, prepare_inputs, with_formats, written_by
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
@@ -26,6 +26,7 @@ reads them instead of computing them again, if training and scoring use the same
 def run_alignment(config: AlignRunConfig) -> Run:
     """Go from preference data to a trained policy and its report; stages that are complete are skipped."""
     config.require_input()
+    config = with_formats(config, pairs=True)
     run, preparation = check_inputs(config)
     base, others = preparation.base, finished_runs(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
@@ -52,6 +53,7 @@ def run_alignment(config: AlignRunConfig) -> Run:
 def dry_run(config: AlignRunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns the lines to print."""
     config.require_input()
+    config = with_formats(config, pairs=True)
     run, preparation = check_inputs(config)
     finished_runs(config.beside)
     return describe_run(run, config, preparation, config.finetune, written_by(run, config.score))

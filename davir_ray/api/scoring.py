@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,9 +18,10 @@ import ray.data
 from davir_ray.api.rows import Rows, check_choice, check_dataset
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.config.sources import Format, Source, check_chat_template
-from davir_ray.data.formats import columns
-from davir_ray.data.records import Record, Reject, table_records
+from davir_ray.config.sources import Format, Source
+from davir_ray.data.formats import FORMATS, check_chat_template, check_columns, columns, names_read
+from davir_ray.data.reader import ExampleRows
+from davir_ray.data.records import LeftOut, Record, Reject, table_records
 from davir_ray.engine.connect import ensure_started, own_errors
 from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool
 from davir_ray.errors import ConfigError, IntegrityError
@@ -41,6 +42,8 @@ it."""
 
 _EXAMPLES = pa.schema([EXAMPLES.field(name) for name in INPUT_COLUMNS])
 _TOKEN_LOSSES = ["base_token_nll", "reference_token_nll"]
+LEFT_OUT = "left_out"
+"""Status of a row that the data's own marks leave out."""
 _NOT_ADDED = ["example_id", "source"]
 _ROW = "davir_ray_row"
 """Temporary column with a row's index in a `datasets.Dataset`: scores are computed in any order."""
@@ -64,9 +67,10 @@ def score(
     """Add score columns to every row, by one forward pass of each model over its response.
 
     Every row comes back once, with all its columns. `status` is "ok", or says why there is no score: a Status of the
-    jobs, or the reason for which they would reject the row; then the scores are null. The columns: content_hash,
-    num_prompt_tokens, num_response_tokens, truncated, base_nll, reference_nll and rho_sum (nats), rho_mean (nats a
-    token), davir, status; with `keep_token_nll` also base_token_nll and reference_token_nll (nats of each token).
+    jobs, the reason for which they would reject the row, or left_out; then the scores are null. The columns:
+    content_hash, num_prompt_tokens, num_response_tokens, truncated, base_nll, reference_nll and rho_sum (nats),
+    rho_mean (nats a token), davir, status; with `keep_token_nll` also base_token_nll and reference_token_nll (nats of
+    each token).
 
     The call checks settings, the models' configurations, tokenizers and column names; where Ray does not know the
     columns, it runs the preceding steps on the first rows. The workers load the weights when the dataset runs. Ray Data
@@ -76,7 +80,7 @@ def score(
         dataset: Rows in one of the formats of the jobs.
         base: The pre-trained causal language model: a folder, s3://… or a hub name.
         reference: Its fine-tune, or a folder with a LoRA adapter. jobs/finetune.py makes one.
-        format: How a row becomes prompt and response: alpaca, gsm8k, prompt_response or messages.
+        format: How a row becomes prompt and response: a format of one response (docs/formats.md).
         prompt_column: Column of the prompt, for the format prompt_response.
         response_column: Column of the response, for the format prompt_response.
         messages_column: Column of the list of {role, content}, for the format messages.
@@ -96,7 +100,7 @@ def score(
         ClusterError: The requested actors do not fit the cluster.
     """
     check_dataset(dataset)
-    check_choice("format", format, tuple(name for name in get_args(Format) if name != "preference"))
+    check_choice("format", format, tuple(name for name, spec in FORMATS.items() if not spec.is_pairs))
     source = Source(
         name="dataset",
         path="dataset",
@@ -105,14 +109,13 @@ def score(
         response_column=response_column,
         messages_column=messages_column,
     )
-    source.check_columns()
+    check_columns(source)
     if chat_template is not None:
         chat_template = decoded(chat_template.encode())  # as if read from a file
-    check_chat_template(chat_template, [format])
+    prepare = PrepareConfig(max_tokens=max_tokens)
+    check_chat_template(chat_template, [source], prepare)
     base, reference = (_checkpoint(model, trust_remote_code) for model in (base, reference))
-    preparation = Preparation(
-        base=base, config=PrepareConfig(max_tokens=max_tokens), chat_template=chat_template, keep_record=False
-    )
+    preparation = Preparation(base=base, config=prepare, chat_template=chat_template, keep_record=False)
     check_base(preparation, [source])
     check_reference(reference, preparation, [source])
     ensure_started()
@@ -201,7 +204,7 @@ def _score_on_ray(dataset: ray.data.Dataset, scoring: RowScoring, num_blocks: in
 
 def _score_here(dataset: datasets.Dataset, scoring: RowScoring) -> datasets.Dataset:
     """Send only the format's columns to the workers, and add the score columns to the dataset."""
-    names = [name for name in columns(scoring.source) if name in dataset.column_names]
+    names = [name for name in names_read(scoring.source) if name in dataset.column_names]
     chosen, starts = dataset.select_columns(names).with_format("arrow"), range(0, len(dataset), BLOCK_ROWS)
     places = [pa.array(range(start, min(start + BLOCK_ROWS, len(dataset))), pa.int64()) for start in starts]
     refs = [
@@ -222,6 +225,13 @@ def _score_here(dataset: datasets.Dataset, scoring: RowScoring) -> datasets.Data
     return datasets.concatenate_datasets([dataset.with_format(None), added], axis=1)
 
 
+def _reason(item: ExampleRows | Reject | LeftOut) -> str | None:
+    """Why a row has no score; None if it is an example."""
+    if isinstance(item, LeftOut):
+        return LEFT_OUT
+    return str(item.reason) if isinstance(item, Reject) else None
+
+
 class ScoreRows:
     """Actor: adds score columns to blocks of rows."""
 
@@ -236,10 +246,10 @@ class ScoreRows:
         self._scoring.check_new(block.column_names)
         items = list(self._reader.convert(self._scoring.source, self._records(block)))
         rejects = [item for item in items if isinstance(item, Reject)]
-        scores = self._scores([row for item in items if not isinstance(item, Reject) for row in item])
+        scores = self._scores([row for item in items if not isinstance(item, Reject | LeftOut) for row in item])
         place = iter(range(scores.num_rows))
-        rows = scores.take(pa.array([None if isinstance(item, Reject) else next(place) for item in items], pa.int64()))
-        reasons = pa.array([str(item.reason) if isinstance(item, Reject) else None for item in items], pa.string())
+        reasons = pa.array([_reason(item) for item in items], pa.string())
+        rows = scores.take(pa.array([None if reason else next(place) for reason in reasons.to_pylist()], pa.int64()))
         for name in self._scoring.added.names:
             column = pc.coalesce(rows[name], reasons) if name == "status" else rows[name]
             block = block.append_column(name, column)
@@ -253,7 +263,7 @@ class ScoreRows:
         return block
 
     def _records(self, block: pa.Table) -> Iterator[Record | Reject]:
-        names = [name for name in columns(self._scoring.source) if name in block.column_names]
+        names = [name for name in names_read(self._scoring.source) if name in block.column_names]
         if names:
             return table_records(block.select(names))
         return (Record("", row, {}) for row in range(block.num_rows))

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from davir_ray.config.sources import Format, Source
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.reader import ExampleReader, ExampleRows
-from davir_ray.data.records import Reject
+from davir_ray.data.records import LeftOut, Reject
 from davir_ray.data.tokens import Encoder
 from davir_ray.demo.base import train_tokenizer
 from davir_ray.errors import ConfigError, DataError
@@ -162,7 +162,7 @@ def prepared_rows(data: str, data_format: Format, max_tokens: int, tokenizer: An
     source = Source(name="benchmark", path=data, format=data_format)
     slices = [part for task in plan_tasks(list_files(source), 2**62) for part in task]
     reader = ExampleReader(Encoder(tokenizer, max_tokens), None, keep_record=False)
-    return (item for item in reader.read(source, slices, None) if not isinstance(item, Reject))
+    return (item for item in reader.read(source, slices, None) if not isinstance(item, Reject | LeftOut))
 
 
 def trained_tokenizer(data: str, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -31,6 +31,8 @@ from davir_ray.config.compare import DRAWN, CompareConfig, TrialName
 from davir_ray.config.run import RunConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
+from davir_ray.data.detection import with_format
+from davir_ray.data.formats import needs_chat
 from davir_ray.engine.connect import connected_to
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.inputs import check_base, last_config, read_template, scored_with, warn_without_effect, written_by
@@ -61,6 +63,7 @@ def compare(config: CompareConfig) -> Run:
     check_readable([(str(run), OutputError), *((path, DataError) for path in inputs)])
     probe_output(output.folder)
     run_config = last_config(run)
+    config = _with_formats(config, run_config, output)
     finished = _finished(run, run_config)
     recipe = _recipe(run_config, config.recipe)
     preparation = _preparation(run, run_config, config)
@@ -104,6 +107,15 @@ def compare(config: CompareConfig) -> Run:
         output.remember(dump(config))
         report_comparison(config, run_config.base or "", recipe, output, trials, left_out)
     return output
+
+
+def _with_formats(config: CompareConfig, run_config: RunConfig, output: Run) -> CompareConfig:
+    """The settings with the format of every held-out source, found where it is auto."""
+    written = written_by(output, run_config.score)
+    sources = [with_format(source, run_config.prepare, written=written) for source in config.all_heldout()]
+    if config.heldout is not None:
+        return dataclasses.replace(config, heldout_format=sources[0].format)
+    return dataclasses.replace(config, heldout_sources=sources)
 
 
 def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
@@ -165,7 +177,7 @@ def _instructions(config: CompareConfig, run_config: RunConfig, preparation: Pre
         return None
     chat = config.instructions_chat
     if chat is None:
-        chat = all(source.format == "messages" for source in run_config.all_sources())
+        chat = all(needs_chat(source, run_config.prepare) for source in run_config.all_sources())
     run = output.within("instructions")
     every = dataclasses.replace(preparation, limit=None)
     prepare_instructions(run, config.instructions, every, chat=chat, written=written_by(output, run_config.score))

@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from davir_ray.config.checks import check_fields, check_no_secret
+from davir_ray.config.checks import check, check_fields, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import InputConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.errors import ConfigError
 
 PairLossName = Literal["davir_dpo", "dpo", "ipo", "dpo_norm"]
 
@@ -74,8 +73,5 @@ class AlignRunConfig(InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_secret("beside", self.beside)
-        for source in self.all_sources():
-            if source.format != "preference":
-                raise ConfigError(
-                    f"source {source.name!r} has the format {source.format}; jobs/align.py needs the format preference"
-                )
+        need = "marked: of a pair, every turn after the common prompt is scored"
+        check(self.prepare.score_turns == "marked", "prepare.score_turns", self.prepare.score_turns, need)

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from davir_ray.config.checks import check, check_fields, check_no_secret
 from davir_ray.config.run import GenerateConfig, OutputConfig
-from davir_ray.config.sources import Format, Source
+from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 
@@ -40,10 +40,9 @@ class CompareConfig(OutputConfig):
     run: str | None = None
     """Folder of a finished run of jobs/score.py, which is only read."""
     heldout: str | list[str] | None = None
-    """Data to measure on when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs
-    --heldout_format."""
-    heldout_format: Format | None = None
-    """Format of --heldout: alpaca, gsm8k, prompt_response or messages."""
+    """Data to measure on when there is one source: a file, a folder, a glob, a list of these, or a hub name."""
+    heldout_format: FormatOption | None = "auto"
+    """Format of --heldout. auto or None: found from the columns and the first records, and logged in one line."""
     heldout_sources: list[Source] = field(default_factory=list)
     """Several named sources to measure on, instead of --heldout."""
     heldout_limit: int | None = None
@@ -104,15 +103,14 @@ class CompareConfig(OutputConfig):
     def _check_heldout(self) -> None:
         if self.heldout is not None and self.heldout_sources:
             raise ConfigError("both heldout and heldout_sources are given; give exactly one of the two")
-        if (self.heldout is None) != (self.heldout_format is None):
-            given, absent = ("heldout_format", "heldout") if self.heldout is None else ("heldout", "heldout_format")
-            raise ConfigError(f"{given} is given without {absent}; one source needs --heldout and --heldout_format")
+        is_found = self.heldout_format in ("auto", None)
+        if self.heldout is None and not is_found:
+            raise ConfigError("heldout_format is given without heldout; give --heldout, or a format in heldout_sources")
         names = [source.name for source in self.all_heldout()]
-        for source in self.all_heldout():
-            check(
-                source.format != "preference", "format of a held-out source", source.format, "one of single responses"
-            )
-            check(names.count(source.name) == 1, "held-out source name", source.name, "given once")
+        for name in names:
+            check(names.count(name) == 1, "held-out source name", name, "given once")
+        if self.heldout is not None and is_found:  # the source is named after its format
+            return
         for name in self.generate.sources:
             if names and name not in names:
                 raise ConfigError(f"generate.sources has {name!r}; the held-out sources are {', '.join(names)}")
@@ -133,9 +131,10 @@ class CompareConfig(OutputConfig):
 
     def all_heldout(self) -> list[Source]:
         """The held-out sources, with --heldout as one source named after its format."""
-        if self.heldout is None or self.heldout_format is None:
+        if self.heldout is None:
             return self.heldout_sources
-        return [Source(name=self.heldout_format, path=self.heldout, format=self.heldout_format)]
+        form = self.heldout_format or "auto"
+        return [Source(name=form, path=self.heldout, format=form)]
 
     def require(self) -> None:
         """Raise ConfigError if output, run or held-out data is not given."""
@@ -144,11 +143,8 @@ class CompareConfig(OutputConfig):
             raise ConfigError("no run is given; add --run DIR, the output of a finished jobs/score.py")
         if not self.all_heldout():
             raise ConfigError(
-                "there is nothing to measure on; add --heldout PATH --heldout_format FORMAT, or heldout_sources in the "
-                "configuration file"
+                "there is nothing to measure on; add --heldout PATH, or heldout_sources in the configuration file"
             )
-        for source in self.all_heldout():
-            source.check_columns()
 
     def reasons_without_effect(self) -> dict[str, str | None]:
         """See OutputConfig."""

@@ -1,8 +1,11 @@
 """Settings of prepare."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from davir_ray.config.checks import check
+
+ScoreTurns = Literal["marked", "all", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +18,12 @@ class PrepareConfig:
     shard_rows: int = 4096
     """Maximum number of rows in a shard, the unit of work, commit and resume. A very large corpus gets larger shards,
     so that there are about 20,000 of them at most."""
+    chat: bool = False
+    """Give data of one prompt and one response, such as Alpaca's, as a user's and an assistant's turn in the chat
+    template. Default: as plain text, Alpaca's in the prompt that the paper uses."""
+    score_turns: ScoreTurns = "marked"
+    """Assistant turns of a conversation that are scored. marked: those that the data mark (`weight`, `loss`, `train` of
+    a message, `mask_history` of a record), all where there are no marks. all: every one. last: the last."""
 
     def __post_init__(self) -> None:
         check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")

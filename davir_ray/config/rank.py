@@ -92,11 +92,15 @@ class RankOptions:
             check_no_secret(
                 name, [uri for uri in (value if isinstance(value, list) else [value]) if isinstance(uri, str)]
             )
-            if name == "sources":
-                value = [dataclasses.asdict(Source(**source)) for source in value]
             in_run: Any = own
             for part in name.split("."):
                 in_run = in_run[part]
+            if name == "format" and value in ("auto", None):  # the run knows what was found
+                continue
+            if name == "sources":
+                value = [dataclasses.asdict(Source(**source)) for source in value]
+                for source, known in zip(value, in_run, strict=False):
+                    source["format"] = known["format"] if source["format"] == "auto" else source["format"]
             if value != in_run:
                 raise ConfigError(
                     f"{name} is {value!r} in the configuration file but {in_run!r} in the run {self.output}; ranking "

@@ -11,7 +11,7 @@ from davir_ray.config.checks import changed, check, check_fields, check_no_secre
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.selection import RankConfig, SelectConfig
-from davir_ray.config.sources import Format, Source
+from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 
@@ -87,9 +87,13 @@ class InputConfig(OutputConfig):
     base: str | None = None
     """The pre-trained causal language model: a folder, s3://… or a hub name."""
     data: str | list[str] | None = None
-    """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name. Needs --format."""
-    format: Format | None = None
-    """Format of --data: alpaca, gsm8k, prompt_response or messages; preference for jobs/align.py."""
+    """The data when there is one source: a file, a folder, a glob, a list of these, or a hub name."""
+    format: FormatOption | None = "auto"
+    """Format of --data. auto or None: found from the columns and the first records, and logged in one line."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of the columns of --data where they differ from the format's, such as '{instruction: question}'."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns of --data that are not read although they may change the prompt, such as '[tools]'."""
     sources: list[Source] = field(default_factory=list)
     """Several named sources, instead of --data."""
     chat_template: str | None = None
@@ -119,9 +123,11 @@ class InputConfig(OutputConfig):
         check_fields(self, "", ["limit"], lambda count: count >= 1, "at least 1")
         if self.data is not None and self.sources:
             raise ConfigError("both data and sources are given; give exactly one of the two")
-        if (self.data is None) != (self.format is None):
-            given, absent = ("format", "data") if self.data is None else ("data", "format")
-            raise ConfigError(f"{given} is given without {absent}; a single source needs --data and --format")
+        of_data = {
+            "format": self.format not in ("auto", None), "columns": self.columns, "ignore_columns": self.ignore_columns
+        }  # fmt: skip
+        for name in (name for name, given in of_data.items() if given and self.data is None):
+            raise ConfigError(f"{name} is given without data; give --data, or the {name} of each source")
         for name in ("base", "chat_template", "data"):
             check_no_secret(name, getattr(self, name))
         check_no_secret("score.base_cache", self.score.base_cache)
@@ -131,9 +137,13 @@ class InputConfig(OutputConfig):
 
     def all_sources(self) -> list[Source]:
         """The sources, with --data and --format as one source named after its format."""
-        if self.data is None or self.format is None:
+        if self.data is None:
             return self.sources
-        return [Source(name=self.format, path=self.data, format=self.format)]
+        form = self.format or "auto"
+        source = Source(
+            name=form, path=self.data, format=form, columns=self.columns, ignore_columns=self.ignore_columns
+        )
+        return [source]
 
     def require_input(self) -> None:
         """Raise ConfigError if output, base or data is missing, or an option does not fit the others."""
@@ -141,9 +151,7 @@ class InputConfig(OutputConfig):
         if not self.base:
             raise ConfigError("no base is given; add --base MODEL (a folder or a hub name)")
         if not self.all_sources():
-            raise ConfigError("no data is given; add --data PATH --format FORMAT, or sources in the configuration file")
-        for source in self.all_sources():
-            source.check_columns()
+            raise ConfigError("no data is given; add --data PATH, or sources in the configuration file")
         if self.finetune.lora_rank is None:
             for name in changed(self):
                 if name.startswith("finetune.lora_"):
@@ -174,10 +182,8 @@ class RunConfig(InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_secret("reference", self.reference)
-        for source in self.all_sources():
-            if source.format == "preference":
-                raise ConfigError(f"source {source.name!r} has the format preference; jobs/align.py trains on pairs")
-        self.select.check_fits(self.rank, [source.name for source in self.all_sources()])
+        if self.data is None or self.format not in ("auto", None):  # a source is named after its format
+            self.select.check_fits(self.rank, [source.name for source in self.all_sources()])
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 

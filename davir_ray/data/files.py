@@ -2,10 +2,10 @@
 
     Source ─list_files─► [SourceFile] ─plan_tasks─► [[Slice]] ─read_records─► Record | Reject
 
-A source is Parquet, JSON lines or JSON arrays (plain, .gz or .zst), or a folder written by `datasets`: one file, a
-folder, a glob, a list of these (local or any URI that fsspec knows) or a hub name. Bad content becomes a Reject; a bad
-request (no such file, no access) is a DataError; a disk or network that fails during a read is a StorageError, so that
-a failed read never looks like a short file.
+A source is Parquet, Arrow, JSON lines, JSON arrays, CSV or TSV (the last four plain, .gz or .zst), or a folder written
+by `datasets`: one file, a folder, a glob, a list of these (local or any URI that fsspec knows) or a hub name. Bad
+content becomes a Reject; a bad request (no such file, no access) is a DataError; a disk or network that fails during a
+read is a StorageError, so that a failed read never looks like a short file.
 """
 
 import codecs
@@ -34,22 +34,26 @@ from davir_ray.run.storage_errors import CONTINUES, STORE_ERRORS, explain
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["jsonl", "json", "parquet", "arrow"]
+Layout = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
 _T = TypeVar("_T")
 
-_LAYOUTS: dict[str, Layout] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+_LAYOUTS: dict[str, Layout] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
-_ACCEPTED = ".parquet, .jsonl, .ndjson and .json, the last three also with .gz or .zst"
+_ACCEPTED = ".parquet, .arrow, .jsonl, .ndjson, .json, .csv and .tsv, the last five also with .gz or .zst"
 
 CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 BUFFER_BYTES = 1 << 18
 
 _WILDCARD = re.compile(r"[*?\[]")
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
+"""A data set of the hub, its configuration and its revision, as in openai/gsm8k:main@e53f048."""
 
 _HUB_ROOT = re.compile(r"hf://datasets/[^@]+@[^/]+/")
 
@@ -143,8 +147,9 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
     warning. Raises DataError if nothing is found, for a broken link, and for a path in a place that this job writes.
     """
     path = source.path
-    if isinstance(path, str) and _HUB_NAME.fullmatch(path) and _layout(path) is None and not os.path.lexists(path):
-        files = _hub_files(source)
+    hub_name = _HUB_NAME.fullmatch(path) if isinstance(path, str) and _layout(path) is None else None
+    if hub_name and not os.path.lexists(hub_name.string):
+        files = _hub_files(source, hub_name)
     else:
         outputs = [Location(place.fs, _real(place.fs, place.path)) for place in written]
         found = [_find(path, source.split, outputs) for path in source.paths]
@@ -371,20 +376,21 @@ def _check_revisions(paths: Iterable[str]) -> None:
             raise DataError(f"{cache} has {len(found)} revisions ({names}); give {cache}/snapshots/REVISION")
 
 
-def _hub_files(source: Source) -> list[SourceFile]:
+def _hub_files(source: Source, found: re.Match[str]) -> list[SourceFile]:
     """The files of one split of a hub data set, which the workers stream; nothing is downloaded here."""
-    name = source.path
+    name, config, revision = found["name"], found["config"], found["revision"]
     try:
         import datasets
 
-        data_files = datasets.load_dataset_builder(name).config.data_files or {}
+        data_files = datasets.load_dataset_builder(name, config, revision=revision).config.data_files or {}
         uris = {str(split): [str(uri) for uri in files] for split, files in data_files.items()}
         places = {uri: file_system(uri) for uri in uris.get(source.split, [])}
         sizes = {uri: _size(fs.info(path)) for uri, (fs, path) in places.items()}
     except Exception as error:  # a missing library, no network, no such data set, a configuration to choose
         raise DataError(
-            f"{name} neither exists here nor loads from the hub ({first_line(error)}); correct the path, or name the "
-            f"files as hf://datasets/{name}/…"
+            f"{found.string} neither exists here nor loads from the hub ({first_line(error)}); correct the path (a "
+            f"configuration and a revision are given as {name}:CONFIG@REVISION), or name the files as "
+            f"hf://datasets/{name}/…"
         ) from error
     if not sizes:
         splits = ", ".join(uris) or "none"
@@ -416,7 +422,7 @@ def _layout(path: str) -> Layout | None:
     if extension not in COMPRESSIONS:
         return _LAYOUTS.get(extension)
     layout = _LAYOUTS.get(posixpath.splitext(stem)[1])
-    return None if layout == "parquet" else layout
+    return None if layout in ("parquet", "arrow") else layout
 
 
 def first_line(error: BaseException) -> str:

@@ -11,13 +11,13 @@ and have no common prompt. Two responses of which only one repeats the prompt ha
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate, render_conversation
-from davir_ray.data.conversation import Conversation, Message, messages_of, reply_of
-from davir_ray.data.rendered import Rendered, RowError, Segment, column, num_equal
+from davir_ray.data.conversation import Conversation, Message, messages_of, reply_of, scored_of, with_system
+from davir_ray.data.rendered import Rendered, RowError, Segment, num_equal
 from davir_ray.schema import RejectReason, Role
 from davir_ray.text import shorten
 
@@ -34,45 +34,81 @@ RenderedPair = tuple[Rendered, Rendered]
 """The chosen response and the rejected one, each after the same prompt."""
 
 
-def render_pair(fields: Mapping[str, Any], source: Source, chat: ChatTemplate | None) -> RenderedPair:
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What a record holds of a pair, in whatever form its format has."""
+
+    prompt: Any
+    """A string, or messages; None where both responses have it."""
+    chosen: Any
+    rejected: Any
+    names: tuple[str, str, str]
+    """Names of their columns, for errors."""
+    system: str = ""
+    """A system message that has a column of its own."""
+    system_name: str = "system"
+    tools: list[Any] | None = None
+    """See Conversation."""
+    as_chat: bool = False
+    """Render strings by the chat template, too: the prompt as a user's turn, the responses as the assistant's."""
+
+
+def render_pair(pair: Pair, chat: ChatTemplate | None) -> RenderedPair:
     """Both responses of one record after their common prompt.
 
-    Raises RowError: missing_column, wrong_type, no_common_prompt, empty_response, equal_responses, and for messages
-    special_token_in_text and bad_conversation.
+    Raises RowError: wrong_type, no_common_prompt, empty_response, equal_responses, and for messages
+    special_token_in_text and bad_conversation; LeftOutError where no turn is marked as scored.
     """
-    chosen, rejected = column(fields, source.chosen_column), column(fields, source.rejected_column)
-    prompt = fields.get(source.prompt_column)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        pair = _of_strings(prompt, chosen, rejected, source)
+    chosen, rejected, names = pair.chosen, pair.rejected, pair.names[1:]
+    if isinstance(chosen, str) and isinstance(rejected, str) and not pair.as_chat:
+        rendered = _of_strings(pair)
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        rendered = _of_messages(_as_turns(pair), chat)
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        pair = _of_messages(prompt, chosen, rejected, source, chat)
+        rendered = _of_messages(pair, chat)
     else:
         seen = f"{type(chosen).__name__} and {type(rejected).__name__}"
-        detail = f"{source.chosen_column!r} and {source.rejected_column!r} hold {seen}; expected two strings, or lists"
+        detail = f"{names[0]!r} and {names[1]!r} hold {seen}; expected two strings, or lists"
         raise RowError(RejectReason.WRONG_TYPE, detail)
-    responses = [rendered.response.strip() for rendered in pair]
+    responses = [one.response.strip() for one in rendered]
     for role, response in zip(Role, responses, strict=True):
         if not response:
             raise RowError(RejectReason.EMPTY_RESPONSE, f"the {role} response is empty or white space only")
     if responses[0] == responses[1]:
         raise RowError(RejectReason.EQUAL_RESPONSES, "the chosen and the rejected response are the same")
-    if pair[0].prompt != pair[1].prompt:
+    if rendered[0].prompt != rendered[1].prompt:
         raise _no_common_prompt("the chat template renders their common messages differently")
-    return pair
+    return rendered
 
 
 def _no_common_prompt(detail: str) -> RowError:
     return RowError(RejectReason.NO_COMMON_PROMPT, detail)
 
 
-def _of_strings(prompt: Any, chosen: str, rejected: str, source: Source) -> RenderedPair:
+def _of_strings(pair: Pair) -> RenderedPair:
+    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
     if prompt is not None and not isinstance(prompt, str):
         raise RowError(RejectReason.WRONG_TYPE, f"the prompt is of type {type(prompt).__name__}; expected a string")
-    if not prompt or not prompt.strip() or _are_dialogues_of(prompt, chosen, rejected):
+    if prompt is None or _is_in_responses(prompt, chosen, rejected):
         end = _end_of_prompt(chosen, rejected)
         return _joined(chosen[:end], _turns(chosen[end:])), _joined(rejected[:end], _turns(rejected[end:]))
-    prompt, chosen, rejected = _repeated_once(prompt, chosen, rejected, source)
+    prompt, chosen, rejected = _repeated_once(prompt, chosen, rejected, pair.names)
     return _joined(prompt, [Segment(chosen, True)]), _joined(prompt, [Segment(rejected, True)])
+
+
+def _as_turns(pair: Pair) -> Pair:
+    """A pair of strings as messages of the assistant's; RowError for whole dialogues, which have no messages."""
+    if not isinstance(pair.prompt, str) or _is_in_responses(pair.prompt, pair.chosen, pair.rejected):
+        detail = "the responses are whole dialogues in one string, which have no turns for the chat template"
+        raise RowError(RejectReason.BAD_CONVERSATION, f"{detail}; leave out --prepare.chat")
+    prompt, *answers = _repeated_once(pair.prompt, pair.chosen, pair.rejected, pair.names)
+    chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _is_in_responses(prompt: Any, chosen: str, rejected: str) -> bool:
+    """Whether the two are whole dialogues: there is no prompt beside them, or they begin with it."""
+    return not prompt or not prompt.strip() or _are_dialogues_of(prompt, chosen, rejected)
 
 
 def _are_dialogues_of(prompt: str, *responses: str) -> bool:
@@ -86,16 +122,15 @@ def _repeats(response: str, prompt: str) -> bool:
     return response.lstrip().startswith(prompt.strip())
 
 
-def _repeated_once(prompt: str, chosen: str, rejected: str, source: Source) -> tuple[str, str, str]:
+def _repeated_once(prompt: str, chosen: str, rejected: str, names: tuple[str, str, str]) -> tuple[str, str, str]:
     """The prompt and what follows it in both responses, which may repeat it."""
     if len("".join(prompt.split())) < _MIN_REPEATED_CHARACTERS:
         return prompt, chosen, rejected
     by_chosen, by_rejected = _repeats(chosen, prompt), _repeats(rejected, prompt)
     if by_chosen != by_rejected:
-        columns = (source.chosen_column, source.rejected_column)
-        one, other = columns if by_chosen else reversed(columns)
+        one, other = names[1:] if by_chosen else reversed(names[1:])
         raise _no_common_prompt(
-            f"{one!r} begins with the text of {source.prompt_column!r} and {other!r} does not; repeat the prompt in "
+            f"{one!r} begins with the text of {names[0]!r} and {other!r} does not; repeat the prompt in "
             "both or in neither"
         )
     if not by_chosen:
@@ -150,20 +185,23 @@ def _turns(text: str) -> Iterator[Segment]:
             between += said
 
 
-def _of_messages(
-    prompt: Any, chosen: list[Any], rejected: list[Any], source: Source, chat: ChatTemplate | None
-) -> RenderedPair:
+def _of_messages(pair: Pair, chat: ChatTemplate | None) -> RenderedPair:
     if chat is None:
         detail = "the responses are messages, but the base has no chat template; give one with --chat_template FILE"
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
-    names = (source.chosen_column, source.rejected_column)
-    one, other = messages_of(chosen, names[0]), messages_of(rejected, names[1])
-    given = _given(prompt, one[: num_equal(one, other)], source.prompt_column)
+    _, *names = pair.names
+    one, other = messages_of(pair.chosen, names[0]), messages_of(pair.rejected, names[1])
+    given = _given(pair.prompt, one[: num_equal(one, other)], pair.names[0])
     one, other = _whole(given, one, names[0]), _whole(given, other, names[1])
+    one, other = (with_system(messages, pair.system, pair.system_name) for messages in (one, other))
     shared = _num_shared(one, other)
-    chosen_one = Conversation(messages=one, column=names[0], given=shared)
-    rejected_one = Conversation(messages=other, column=names[1], given=shared)
-    return render_conversation(chosen_one, chat), render_conversation(rejected_one, chat)
+    return _rendered(pair, one, names[0], shared, chat), _rendered(pair, other, names[1], shared, chat)
+
+
+def _rendered(pair: Pair, messages: list[Message], name: str, shared: int, chat: ChatTemplate) -> Rendered:
+    scored = scored_of(messages, shared, "marked")
+    conversation = Conversation(messages=messages, column=name, tools=pair.tools, given=shared, scored=scored)
+    return replace(render_conversation(conversation, chat), num_turns_left_out=conversation.num_left_out)
 
 
 def _given(prompt: Any, shared: Sequence[Message], name: str) -> list[Message]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.files import Slice
 from davir_ray.data.formats import render, render_prompt
-from davir_ray.data.records import Record, Reject, read_records
-from davir_ray.data.rendered import Rendered, RowError
+from davir_ray.data.records import LeftOut, Record, Reject, read_records
+from davir_ray.data.rendered import LeftOutError, Rendered, RowError
 from davir_ray.data.tokens import Encoded, Encoder
 from davir_ray.schema import RejectReason, Role
 
@@ -43,19 +44,30 @@ class ExampleReader:
     """Turns records of every format into rows of examples/, or rejects with a reason."""
 
     def __init__(
-        self, encoder: Encoder, chat: ChatTemplate | None, *, keep_record: bool, prompts_only: bool = False
+        self,
+        encoder: Encoder,
+        chat: ChatTemplate | None,
+        *,
+        keep_record: bool,
+        prompts_only: bool = False,
+        options: PrepareConfig | None = None,
     ) -> None:
         """With `prompts_only` the records have no response, and the examples have none either."""
         self._encoder = encoder
         self._render = render_prompt if prompts_only else render
         self._chat = chat
         self._keep_record = keep_record
+        self._options = options or PrepareConfig()
         self.bytes_read = 0
         """Number of bytes read from the sources, as stored."""
         self.replaced: Counter[str] = Counter()
         """Number of values that were replaced in the JSON of the records: NOT_FINITE and BYTES."""
+        self.num_turns_left_out = 0
+        """Number of the assistant's turns that are not scored because of marks, or of prepare.score_turns."""
 
-    def read(self, source: Source, slices: Iterable[Slice], limit: int | None) -> Iterator[ExampleRows | Reject]:
+    def read(
+        self, source: Source, slices: Iterable[Slice], limit: int | None
+    ) -> Iterator[ExampleRows | Reject | LeftOut]:
         """Every record of the slices, at most `limit`, exactly once and in order."""
         yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
 
@@ -64,26 +76,28 @@ class ExampleReader:
 
     def convert(
         self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
-    ) -> Iterator[ExampleRows | Reject]:
+    ) -> Iterator[ExampleRows | Reject | LeftOut]:
         """Every record, at most `limit`, exactly once and in order."""
         records = islice(items, limit)
         while batch := list(islice(records, BATCH_ROWS)):  # a tokenizer encodes many texts faster than one at a time
             rendered = [item if isinstance(item, Reject) else self._rendered(item, source) for item in batch]
-            texts = [text for found in rendered if not isinstance(found, Reject) for text in found]
+            texts = [text for found in rendered if not isinstance(found, Reject | LeftOut) for text in found]
             encoded = iter(self._encoder.encode(texts))
             for record, found in zip(batch, rendered, strict=True):
                 if isinstance(record, Reject):
                     yield record
-                elif isinstance(found, Reject):
+                elif isinstance(found, Reject | LeftOut):
                     yield found
                 else:
                     yield self._rows(source, record, found, [next(encoded) for _ in found])
 
-    def _rendered(self, record: Record, source: Source) -> tuple[Rendered, ...] | Reject:
+    def _rendered(self, record: Record, source: Source) -> tuple[Rendered, ...] | Reject | LeftOut:
         try:
-            return self._render(record.fields, source, self._chat)
+            return self._render(record.fields, source, self._chat, self._options)
         except RowError as error:
             return _reject(record, error.reason, error.detail)
+        except LeftOutError:
+            return LeftOut(record.source_file, record.source_row)
 
     def _rows(
         self, source: Source, record: Record, rendered: Sequence[Rendered], results: Sequence[Encoded | RowError]
@@ -97,6 +111,7 @@ class ExampleReader:
         if len(encoded) == 2 and np.array_equal(encoded[0].input_ids, encoded[1].input_ids):
             detail = f"both responses are the same within the limit of {len(encoded[0].input_ids)} tokens"
             return _reject(record, RejectReason.EQUAL_RESPONSES, detail)
+        self.num_turns_left_out += sum(one.num_turns_left_out for one in rendered)
         text = record_text(record, self.replaced) if self._keep_record else None
         rows: list[ExampleRow] = [
             {

@@ -1,10 +1,12 @@
-"""Files → records: JSON lines, JSON arrays, Parquet and Arrow; each row a dictionary, or a reject with its reason."""
+"""Files → records: JSON lines, JSON arrays, CSV, TSV, Parquet, Arrow; each row a dictionary or a reject."""
 
 import codecs
+import csv
 import io
 import json
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,9 +40,17 @@ _BATCH_ROWS = 256
 """Number of rows of a columnar file that are Python objects at a time; a row may take megabytes."""
 
 
+_ARROW_FILE = b"ARROW1"
+"""The first bytes of Arrow's file format."""
+
+_MAX_FIELD_CHARACTERS = 2**31 - 1
+"""Python's csv refuses fields above 131,072 characters unless told otherwise."""
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 _SURROGATE = re.compile("\\\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _JSON = str(pa.json_())
 
@@ -62,6 +72,13 @@ class Reject:
     source_row: int
     reason: RejectReason
     detail: str
+
+
+class LeftOut(NamedTuple):
+    """A row of the input that the data's own marks leave out."""
+
+    source_file: str
+    source_row: int
 
 
 class _Bad(NamedTuple):
@@ -123,7 +140,9 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
     if layout == "parquet":
         return _parquet_rows(stream, piece.row_groups)
     if layout == "arrow":
-        starts = ((batch, range(0, batch.num_rows, _BATCH_ROWS)) for batch in pa.ipc.open_stream(stream))
+        is_file = stream.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
+        batches = _batches(pa.ipc.open_file(stream)) if is_file else iter(pa.ipc.open_stream(stream))
+        starts = ((batch, range(0, batch.num_rows, _BATCH_ROWS)) for batch in batches)
         return 0, _plain_rows(batch.slice(start, _BATCH_ROWS) for batch, rows in starts for start in rows)
     text = _decompressed(stream, uri)
     if not text.peek(1):
@@ -132,7 +151,46 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
         raise DataError(f"{uri} is UTF-16; save it as UTF-8")
     if layout == "json" and text.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
         return 0, _array_rows(text)
+    if layout in ("csv", "tsv"):
+        return 0, _csv_rows(text, uri, "," if layout == "csv" else "\t")
     return 0, _line_rows(text)
+
+
+def _batches(file: Any) -> Iterator[Any]:
+    """The batches of Arrow's file format; `datasets` writes its stream format."""
+    return (file.get_batch(index) for index in range(file.num_record_batches))
+
+
+def _csv_rows(stream: io.BufferedReader, uri: str, delimiter: str) -> Iterator[_Row]:
+    """The rows after the header, by its names; every value is a string. A blank line counts in the row index only."""
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    # Bytes that are not UTF-8 become lone surrogates, so that only their row is rejected.
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        delimiter.join(header).encode()
+    except (csv.Error, UnicodeEncodeError) as error:
+        raise DataError(f"the first line of {uri} has no names of columns ({first_line(error)}); correct it") from error
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{uri} has several columns named {twice[0]!r} in its first line; rename all but one")
+    while True:
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield _Bad(RejectReason.BROKEN_ROW, f"{error} (line {rows.line_num})")
+            continue
+        if not values:
+            yield None
+        elif len(values) != len(header):
+            detail = f"{len(values)} fields (line {rows.line_num}), but the header has {len(header)}"
+            yield _Bad(RejectReason.BROKEN_ROW, detail)
+        elif _LONE_SURROGATE.search(delimiter.join(values)):
+            yield _Bad(RejectReason.INVALID_TEXT, f"line {rows.line_num} is not UTF-8")
+        else:
+            yield dict(zip(header, values, strict=True))
 
 
 def _decompressed(stream: io.BufferedReader, uri: str) -> io.BufferedReader:

@@ -30,6 +30,8 @@ class Rendered:
     templated: bool = False
     """The text comes from a chat template: it contains special tokens (also BOS and end markers, if the template
     writes them), and no segment is empty."""
+    num_turns_left_out: int = 0
+    """Number of the assistant's turns that are not scored because the data or prepare.score_turns leave them out."""
 
 
 class RowError(Exception):
@@ -40,6 +42,10 @@ class RowError(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+class LeftOutError(Exception):
+    """The data's own marks leave a record out: a bad answer of KTO's, or a conversation with no turn to score."""
 
 
 def column(fields: Mapping[str, Any], name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from davir_ray.data.reader import ExampleRow, ExampleRows
-from davir_ray.data.records import Reject
+from davir_ray.data.records import LeftOut, Reject
 from davir_ray.errors import DataError
 from davir_ray.run.files import FileEntry, write_parquet
 from davir_ray.run.location import Location
@@ -32,6 +32,10 @@ class TaskReport:
     """What one task read and wrote; reports of several tasks can be added."""
 
     num_read: int = 0
+    num_left_out: int = 0
+    """Number of rows that the data's own marks leave out."""
+    num_turns_left_out: int = 0
+    """Number of the assistant's turns in the examples that are not scored because of marks or prepare.score_turns."""
     num_bytes: int = 0
     """Number of bytes read from the sources so far, as stored."""
     files: list[FileEntry] = field(default_factory=list)
@@ -46,6 +50,8 @@ class TaskReport:
 
     def __iadd__(self, other: "TaskReport") -> Self:
         self.num_read += other.num_read
+        self.num_left_out += other.num_left_out
+        self.num_turns_left_out += other.num_turns_left_out
         self.num_bytes += other.num_bytes
         self.files += other.files
         self.reasons.update(other.reasons)
@@ -106,11 +112,14 @@ class ShardWriter:
         self._rejects: list[dict[str, Any]] = []
         self._num_shards = self._num_reject_files = self._tokens = self._characters = 0
 
-    def write(self, item: ExampleRows | Reject) -> None:
+    def write(self, item: ExampleRows | Reject | LeftOut) -> None:
         """Add the result of one row of the input; write a shard when it is full."""
         self.report.num_read += 1
         if isinstance(item, Reject):
             self._reject(item)
+            return
+        if isinstance(item, LeftOut):
+            self.report.num_left_out += 1
             return
         for row in item:
             self._rows.append(row)

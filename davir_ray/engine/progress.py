@@ -49,9 +49,10 @@ class WorkDone(NamedTuple):
     unscored: int = 0
     before: int = 0
     """Amount that an earlier attempt did, in the stage's unit: it counts as done, but not for any rate."""
+    left_out: int = 0
 
 
-_METRICS = ("rows", "tokens", "rejects", "unscored", "retries")
+_METRICS = ("rows", "tokens", "rejects", "left_out", "unscored", "retries")
 """Metrics that Ray exports for a stage."""
 
 
@@ -251,6 +252,7 @@ class _Display:
                 seconds=now - self._started,
                 seconds_left=self._pace.seconds_left(None if totals.total is None else totals.total - done),
                 rejects=first.rejects + work.rejects,
+                left_out=first.left_out + work.left_out,
                 unscored=first.unscored + work.unscored,
                 retries=totals.retries,
             )

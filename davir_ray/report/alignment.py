@@ -76,6 +76,7 @@ def alignment_facts(
         },
         "books": {
             "read": prepared["read"],
+            "left_out": prepared.get("left_out", 0),
             "rejected": prepared["rejected"],
             "pairs": prepared["prepared"] // 2,
             "trained": manifests["align"]["counts"]["pairs"],

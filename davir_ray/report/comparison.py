@@ -220,6 +220,7 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         ],
         "heldout": {
             "read": inputs.heldout["read"],
+            "left_out": inputs.heldout.get("left_out", 0),
             "rejected": inputs.heldout["rejected"],
             "in_training_pool": inputs.in_training_pool,
             "measured": len(measures[0].sources),

@@ -117,6 +117,7 @@ def _headline(inputs: ReportInputs) -> dict[str, Any]:
     return {
         "read": prepare.get("read"),
         "prepared": prepare.get("prepared"),
+        "left_out": prepare.get("left_out", 0),  # absent in runs of 0.2
         "rejected": prepare.get("rejected"),
         "scored": score.get("scored", score.get(Status.OK)),
         "ranked": ranked,
@@ -152,7 +153,7 @@ def _row_counts(
         reasons = [None]  # neither counts by reason nor rejected rows are recorded
     equations = []
     for left_text, right_text, parts in (
-        ("read", "prepared + rejected", [headline["prepared"], headline["rejected"]]),
+        ("read", "prepared + left out + rejected", [headline[name] for name in ("prepared", "left_out", "rejected")]),
         ("rejected", "sum over the reasons", reasons),
         ("prepared", "scored + without a score", [headline["scored"], *without_score]),
     ):

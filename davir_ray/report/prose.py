@@ -7,6 +7,7 @@ from davir_ray.schema import RejectReason, Status
 REASON_MEANING: dict[str, str] = {
     RejectReason.BROKEN_JSON: "the line or array element is not JSON",
     RejectReason.INVALID_TEXT: "not UTF-8, or contains a lone surrogate",
+    RejectReason.BROKEN_ROW: "a row of CSV or TSV is broken, or has more or fewer fields than the header",
     RejectReason.NOT_AN_OBJECT: "JSON, but not an object with named fields",
     RejectReason.MISSING_COLUMN: "a column of the format is missing or null",
     RejectReason.WRONG_TYPE: "a column does not have the type that the format needs",
@@ -15,6 +16,8 @@ REASON_MEANING: dict[str, str] = {
     RejectReason.SPECIAL_TOKEN_IN_TEXT: "the text spells a special token that cannot be encoded as text",
     RejectReason.NO_COMMON_PROMPT: "the two responses of the pair do not follow the same prompt",
     RejectReason.EQUAL_RESPONSES: "the chosen and the rejected response of the pair are equal",
+    RejectReason.UNREAD_COLUMN: "a column would change the prompt, and the format has no place for it",
+    RejectReason.NOT_TEXT: "the row has images, audio or video",
     RejectReason.BAD_CONVERSATION: "the chat template rejects the messages, or no assistant turn is found",
     RejectReason.EMPTY_FILE: "an empty file",
     RejectReason.UNREADABLE_FILE: "reading stopped at this row; the rest of the file is lost",

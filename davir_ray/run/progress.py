@@ -55,6 +55,8 @@ class Progress:
     """Seconds until the stage ends, at the pace of the last minute."""
     rejects: int = 0
     """Rows of the input that were rejected."""
+    left_out: int = 0
+    """Rows of the input that the data's own marks leave out."""
     unscored: int = 0
     """Examples without a score, whatever their status."""
     retries: int = 0
@@ -103,6 +105,8 @@ class Progress:
         if self.seconds_left is not None:
             parts.append(f"{duration(self.seconds_left)} left")
         parts.append(f"{self.rejects:,} {'reject' if self.rejects == 1 else 'rejects'}")
+        if self.left_out:
+            parts.append(f"{self.left_out:,} left out")
         if self.unscored:
             parts.append(f"{self.unscored:,} without a score")
         parts.append(f"{self.retries:,} {'retry' if self.retries == 1 else 'retries'}")

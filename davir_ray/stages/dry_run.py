@@ -16,7 +16,8 @@ from davir_ray.config.run import EstimateConfig, InputConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
-from davir_ray.data.records import Reject, estimate_rows
+from davir_ray.data.formats import are_pairs, uses_chat
+from davir_ray.data.records import LeftOut, Reject, estimate_rows
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
 from davir_ray.engine.resources import accelerators, has_gpu, plan_pool
@@ -25,7 +26,7 @@ from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.stages.prepare import UNLIMITED, Preparation, are_pairs
+from davir_ray.stages.prepare import UNLIMITED, Preparation
 
 PEAK_TFLOPS = {
     "V100": 125.0, "T4": 65.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0,
@@ -101,8 +102,15 @@ def preview(
         slices = [part for task in plan_tasks(files, UNLIMITED) for part in task]
         items = list(reader.read(source, slices, num_records))
         rejects = [item for item in items if isinstance(item, Reject)]
-        examples = [row for item in items if not isinstance(item, Reject) for row in item]
-        lines.append(f"{source.name}: {len(items) - len(rejects)} of the first {len(items)} records can be prepared")
+        num_left_out = sum(isinstance(item, LeftOut) for item in items)
+        examples = [row for item in items if not isinstance(item, Reject | LeftOut) for row in item]
+        num_good = len(items) - len(rejects) - num_left_out
+        lines.append(
+            f"{source.name} ({source.format}): {num_good} of the first {len(items)} records can be prepared"
+            + (f", {num_left_out} are left out by marks of the data" if num_left_out else "")
+        )
+        if not uses_chat(source, preparation.config) and tokenizer.chat_template:
+            lines.append("  as plain text, although the base has a chat template; --prepare.chat true uses it")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
         lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
         rows_of_source = min(estimate_rows(files), preparation.limit or UNLIMITED)

@@ -13,9 +13,9 @@ import ray.data
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
-from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.chat import TODAY, ChatTemplate
 from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
-from davir_ray.data.formats import rendering
+from davir_ray.data.formats import are_pairs, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
 from davir_ray.data.tokens import Encoder
@@ -72,18 +72,18 @@ class Preparation:
     def reader(self, sources: list[Source]) -> ExampleReader:
         """The reader that turns records of these sources into examples."""
         tokenizer = self.base.tokenizer()
-        formats = {source.format for source in sources}
         has_template = (self.chat_template or tokenizer.chat_template) is not None
-        # Pairs of strings need no template; messages do, and a base without one is refused here.
-        uses_chat = "messages" in formats or ("preference" in formats and has_template)
-        chat = ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses_chat else None
-        encoder = Encoder(tokenizer, self.config.max_tokens)
-        return ExampleReader(encoder, chat, keep_record=self.keep_record, prompts_only=self.prompts_only)
-
-
-def are_pairs(sources: list[Source]) -> bool:
-    """Whether each record of the sources becomes two examples, one after the other."""
-    return any(source.format == "preference" for source in sources)
+        # Strings need no template; conversations do, and a base without one is refused here.
+        uses = any(
+            needs_chat(source, self.config) or (has_template and uses_chat(source, self.config)) for source in sources
+        )
+        return ExampleReader(
+            Encoder(tokenizer, self.config.max_tokens),
+            ChatTemplate.from_tokenizer(tokenizer, self.chat_template) if uses else None,
+            keep_record=self.keep_record,
+            prompts_only=self.prompts_only,
+            options=self.config,
+        )
 
 
 class Task(NamedTuple):
@@ -145,6 +145,7 @@ def prepare(
         total=sum(sizes) if preparation.limit is None else None,  # with a limit the end is not known
         rows=before.num_read,
         rejects=before.reasons.total(),
+        left_out=before.num_left_out,
     )
     try:
         with tracked(run, start) as counter:
@@ -194,7 +195,7 @@ def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
 
 def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, Any]:
     """How text becomes scored tokens: saved with a reference, and compared before the reference is used."""
-    uses_chat = any(source.format in ("messages", "preference") for source in sources)
+    uses = any(uses_chat(source, preparation.config) for source in sources)
     tokenizer = preparation.base.tokenizer()
     return {
         "tokenizer": tokenizer_digest(tokenizer),
@@ -202,11 +203,12 @@ def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, A
         "eos_token": tokenizer.eos_token,
         "eos_scored": True,
         "max_tokens": preparation.config.max_tokens,
-        "chat_template": digest(preparation.chat_template or tokenizer.chat_template or "") if uses_chat else None,
+        "chat_template": digest(preparation.chat_template or tokenizer.chat_template or "") if uses else None,
     }
 
 
 def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], preparation: Preparation) -> dict[str, Any]:
+    score_turns = preparation.config.score_turns
     return {
         "sources": {
             source.name: {
@@ -223,6 +225,8 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
         "keep_record": preparation.keep_record,
         "limit": preparation.limit,
         **({"prompts_only": True} if preparation.prompts_only else {}),
+        **({"chat": TODAY.isoformat()} if preparation.config.chat else {}),
+        **({"score_turns": score_turns} if score_turns != "marked" else {}),
     }
 
 
@@ -253,25 +257,32 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
 def _checked_counts(report: TaskReport, max_bad_fraction: float, rows_per_record: int) -> dict[str, int]:
     """The manifest's counts. Raises IntegrityError if rows were lost, DataError if none is left or too many are bad."""
     prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
-    rejected = report.reasons.total()
-    if (report.num_read - rejected) * rows_per_record != prepared:
+    rejected, left_out = report.reasons.total(), report.num_left_out
+    if (report.num_read - left_out - rejected) * rows_per_record != prepared:
         raise IntegrityError(
-            f"rows were lost in prepare: {report.num_read} read, {prepared} prepared, {rejected} rejected"
+            f"rows were lost in prepare: {report.num_read} read, {prepared} prepared, {left_out} left out, "
+            f"{rejected} rejected"
         )
     if prepared == 0:
         raise DataError(
-            f"no example could be prepared from {report.num_read} records ({report.reason_counts or 'no records'}); "
-            f"the first: {report.first_reject}"
+            f"no example could be prepared from {report.num_read} records ({report.reason_counts or 'no records'}"
+            f"{f', {left_out} left out by marks of the data' if left_out else ''}); the first: {report.first_reject}"
         )
     report.check_rejects(max_bad_fraction)
-    log.info("prepare: %d read, %d prepared, %d rejected %s", report.num_read, prepared, rejected, report.reason_counts)
+    log.info(
+        "prepare: %d read, %d prepared, %d left out, %d rejected %s",
+        report.num_read, prepared, left_out, rejected, report.reason_counts,
+    )  # fmt: skip
+    if report.num_turns_left_out:
+        log.info("prepare: %d turns of the assistant are not scored", report.num_turns_left_out)
     if report.replaced:
         log.warning(
             "prepare: JSON has no NaN, infinity or bytes, so in the column record %d numbers became null and %d values "
             "of bytes became base64 text",
             report.replaced[NOT_FINITE], report.replaced[BYTES],
         )  # fmt: skip
-    counts = {"read": report.num_read, "prepared": prepared, "rejected": rejected}
+    counts = {"read": report.num_read, "prepared": prepared, "left_out": left_out, "rejected": rejected}
+    counts["turns_left_out"] = report.num_turns_left_out
     counts |= {name: report.sums[name] for name in COUNTED} | dict(sorted(report.reasons.items()))
     return counts | dict(sorted(report.replaced.items()))
 
@@ -294,6 +305,7 @@ class Preparer:
         task = work.tasks[number]
         reader.bytes_read = 0
         reader.replaced.clear()
+        reader.num_turns_left_out = 0
         work.counter.begin(str(number))
         writer = ShardWriter(work.run.folder, number, task.source.name, self._shard_rows, self._schema)
         for item in reader.read(task.source, task.slices, work.preparation.limit):
@@ -306,7 +318,7 @@ class Preparer:
                     writer.finish()  # the user will want to see the rejects
                     raise
         report = writer.finish()
-        report.replaced = reader.replaced
+        report.replaced, report.num_turns_left_out = reader.replaced, reader.num_turns_left_out
         self._report(number, report)
         text = report.to_json()
         (work.reports / f"{number:05d}.json").write_text(text)
@@ -314,5 +326,7 @@ class Preparer:
 
     def _report(self, number: int, report: TaskReport) -> None:
         report.num_bytes = self._reader.bytes_read
-        done = WorkDone(report.num_bytes, rows=report.num_read, rejects=report.reasons.total())
+        done = WorkDone(
+            report.num_bytes, rows=report.num_read, rejects=report.reasons.total(), left_out=report.num_left_out
+        )
         self._work.counter.report(str(number), done)

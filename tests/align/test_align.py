@@ -300,8 +300,8 @@ def test_a_dry_run_shows_both_responses_with_the_scored_tokens_marked_and_writes
 
 
 def test_what_is_wrong_is_reported_before_anything_is_loaded(config: AlignRunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs the format preference"):
-        replace(config, format="alpaca")
+    with pytest.raises(ConfigError, match="needs one of preference"):
+        run_alignment(replace(config, format="alpaca"))
     many = replace(config, output=str(tmp_path / "run"), finetune=replace(config.finetune, num_workers=64))
     with pytest.raises(ClusterError, match="64 training workers"):
         run_alignment(many)

@@ -125,10 +125,29 @@ def test_data_and_sources_exclude_each_other() -> None:
         RunConfig(data="x", format="alpaca", sources=[Source(name="a", path="x", format="alpaca")])
 
 
-@pytest.mark.parametrize("given", [{"data": "x"}, {"format": "alpaca"}])
-def test_data_needs_a_format_and_the_reverse(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="without"):
+@pytest.mark.parametrize("given", [{"format": "alpaca"}, {"columns": {"prompt": "x"}}, {"ignore_columns": ["tools"]}])
+def test_what_belongs_to_data_needs_data(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"{name} is given without data"):
         RunConfig(**given)
+    sources = RunConfig(data="x", **given).all_sources()
+    assert [getattr(source, name) for source in sources] == [given[name]]
+
+
+@pytest.mark.parametrize("format", ["auto", None])
+def test_the_format_may_be_left_out(format: Any) -> None:
+    """Runs before 0.3 remember null where they have sources."""
+    assert RunConfig(data="x", format=format).all_sources() == RunConfig(data="x").all_sources()
+    assert RunConfig(data="x").all_sources() == [Source(name="auto", path="x", format="auto")]
+    RunConfig(data="x", select=SelectConfig(mixture=[Part(source="alpaca", all=True)]))  # named when it is found
+
+
+def test_a_column_is_named_once() -> None:
+    assert Source(name="a", path="x", prompt_column="q", columns={"response": "a"}).renamed == {
+        "prompt": "q", "response": "a",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="both prompt_column and prompt in columns"):
+        Source(name="a", path="x", prompt_column="q", columns={"prompt": "q"})
 
 
 def test_data_is_one_source_named_after_its_format() -> None:
@@ -143,11 +162,6 @@ def test_data_is_one_source_named_after_its_format() -> None:
 def test_what_a_job_needs_is_asked_for_by_its_option(given: dict[str, str], asked: str) -> None:
     with pytest.raises(ConfigError, match=asked):
         RunConfig(**given).require_input()
-
-
-def test_pairs_are_not_for_the_main_job() -> None:
-    with pytest.raises(ConfigError, match=r"jobs/align\.py"):
-        RunConfig(data="pairs.jsonl", format="preference")
 
 
 @pytest.mark.parametrize(
@@ -217,30 +231,6 @@ def test_a_quota_of_a_range_of_lengths_that_is_none_is_refused_at_once(group: st
     select = SelectConfig(balance=balance, quotas={group: 3}, length_edges=[32, 99])
     with pytest.raises(ConfigError, match=f"has '{group}'.*the ranges are 0-31, 32-98, 99-"):
         select.require_rule()
-
-
-USED = {
-    "alpaca": (), "gsm8k": (), "messages": ("messages_column",),
-    "prompt_response": ("prompt_column", "response_column"),
-    "preference": ("prompt_column", "chosen_column", "rejected_column"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("format", USED)
-@pytest.mark.parametrize("column", [field.name for field in dataclasses.fields(Source) if "_column" in field.name])
-def test_a_column_that_the_format_does_not_read_is_refused(format: Any, column: str) -> None:
-    options: dict[str, Any] = {column: "mine"}
-    source = Source(name="a", path="x", format=format, **options)
-    if column in USED[format]:
-        source.check_columns()
-        return
-    with pytest.raises(ConfigError, match=f"{column} of source 'a' is 'mine', but the format {format}"):
-        source.check_columns()
-    if format != "preference":
-        with pytest.raises(ConfigError, match=column):
-            RunConfig(output="o", base="b", sources=[source]).require_input()
-        with pytest.raises(ConfigError, match=column):
-            CompareConfig(output="o", run="r", heldout_sources=[source]).require()
 
 
 @pytest.mark.parametrize(("name", "value"), [("lora_alpha", 8), ("lora_dropout", 0.1), ("lora_targets", "x")])

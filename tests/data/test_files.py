@@ -1,5 +1,6 @@
 """Files → records: every row once, every bad row with its reason, whatever is in the files."""
 
+import csv
 import errno
 import gzip
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 import datasets
 import fsspec
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -436,7 +438,7 @@ def tree(tmp_path: Path) -> Path:
     ]:
         write(tmp_path / "root" / name, gzip.compress(LINES) if name.endswith("gz") else LINES)
     write(tmp_path / "root" / "notes.txt", b"x")
-    write(tmp_path / "root" / "sub" / "table.csv", b"x")
+    write(tmp_path / "root" / "sub" / "table.xls", b"x")
     write(tmp_path / "root" / "README", b"x")
     return tmp_path / "root"
 
@@ -447,7 +449,7 @@ def names(path: Any) -> list[str]:
 
 def test_a_folder_is_read_recursively_without_hidden_names(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert names(tree) == names(f"{tree}/") == ["b.jsonl", "sub/a.jsonl.gz"]
-    assert "skipped 3 files with other extensions (1 .csv, 1 .txt, 1 no extension)" in caplog.text
+    assert "skipped 3 files with other extensions (1 .txt, 1 .xls, 1 no extension)" in caplog.text
     assert list_files(source(tree))[0].num_bytes == len(LINES)
 
 
@@ -662,15 +664,21 @@ class HubInMemory(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no type
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A hub with the data set org/talk of two splits."""
     fsspec.register_implementation("hf", HubInMemory, clobber=True)
-    files = {"train": ["datasets/org/talk@1f/data/a.jsonl", "datasets/org/talk@1f/data/b.jsonl"], "test": ["x.csv"]}
+    files = {
+        "train": ["datasets/org/talk@1f/data/a.jsonl", "datasets/org/talk@1f/data/b.jsonl"],
+        "test": ["x.xls"],
+    }
+    main = ["datasets/org/talk@2e/main/c.csv"]
     for path in files["train"]:
         HubInMemory().pipe("/" + path, LINES)
-    HubInMemory().pipe("/x.csv", b"a,b")
+    HubInMemory().pipe("/x.xls", b"a,b")
+    HubInMemory().pipe("/datasets/org/talk@2e/main/c.csv", b"instruction,output\nsay,x\n")
 
-    def load_dataset_builder(name: str) -> Any:
-        if name != "org/talk":
-            raise FileNotFoundError(f"Couldn't find {name}\nmore of it")
-        uris = {datasets.Split(split): [f"hf://{path}" for path in paths] for split, paths in files.items()}
+    def load_dataset_builder(path: str, name: str | None = None, *, revision: str | None = None) -> Any:
+        if path != "org/talk":
+            raise FileNotFoundError(f"Couldn't find {path}\nmore of it")
+        asked = {"train": main} if (name, revision) == ("main", "refs/pr/2") else files
+        uris = {datasets.Split(split): [f"hf://{path}" for path in paths] for split, paths in asked.items()}
         return SimpleNamespace(config=SimpleNamespace(data_files=uris))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
@@ -694,10 +702,76 @@ def test_what_the_hub_does_not_have_is_the_users_error() -> None:
         DataError, match=r"^org/none neither exists here nor loads from the hub .*Couldn't find org/none\)"
     ):
         list_files(source("org/none"))
+    with pytest.raises(DataError, match=r"configuration and a revision are given as org/none:CONFIG@REVISION"):
+        list_files(source("org/none:main"))
     with pytest.raises(DataError, match="no split 'dev'; set split to one of: train, test"):
         list_files(source("org/talk", split="dev"))
-    with pytest.raises(DataError, match=r"x\.csv, whose extension is not supported"):
+    with pytest.raises(DataError, match=r"x\.xls, whose extension is not supported"):
         list_files(source("org/talk", split="test"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_configuration_and_a_revision_are_part_of_a_hub_name() -> None:
+    """They are the second argument and `revision` of datasets.load_dataset; the ids depend on neither."""
+    (file,) = list_files(source("org/talk:main@refs/pr/2"))
+    assert (file.uri, file.relative_path) == ("hf://datasets/org/talk@2e/main/c.csv", "main/c.csv")
+    assert fields(read_path("org/talk:main@refs/pr/2")) == [{"instruction": "say", "output": "x"}]
+
+
+# --- CSV, TSV and Arrow ----------------------------------------------------------------------------------------------
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1), st.sampled_from([",", "\t"]), st.sampled_from(["\n", "\r\n"]))
+def test_csv_gives_what_the_csv_of_python_wrote(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], delimiter: str, end: str
+) -> None:
+    file = tmp_path_factory.mktemp("csv") / ("a.csv" if delimiter == "," else "a.tsv")
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        # With \n as the line's end, csv.writer leaves a lone \r without quotes, which no reader can tell from an end.
+        quoting = csv.QUOTE_ALL if end == "\n" else csv.QUOTE_MINIMAL
+        writer = csv.writer(stream, delimiter=delimiter, lineterminator=end, quoting=quoting)
+        writer.writerows([("instruction", "output"), *rows])
+    assert fields(read_path(file)) == [{"instruction": one, "output": other} for one, other in rows]
+
+
+@pytest.mark.parametrize("extension", PACK)
+def test_csv_is_read_as_pandas_reads_it(tmp_path: Path, extension: str) -> None:
+    content = '\ufeffinstruction,output\nsay é,"a ""quoted"", long\nanswer"\n\n007,\n'.encode()
+    file = write(tmp_path / f"a.csv{extension}", PACK[extension](content))
+    rows = read_path(file)
+    theirs = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    assert fields(rows) == theirs.to_dict("records")
+    assert [row.source_row for row in rows] == [0, 2], "a blank line counts in the row index"
+
+
+def test_a_bad_row_of_csv_has_its_reason_and_the_rest_is_kept(tmp_path: Path) -> None:
+    lines = [b"a,b", b"1,2", b"1", b"1,2,3", b'"x"y,2', b"\xff,2", b"a" * 200_000 + b",2", b"5,6", b'"open,7', b"8,9"]
+    rows = read_path(write(tmp_path / "a.csv", b"\n".join(lines)))
+    broken = RejectReason.BROKEN_ROW
+    assert reasons(rows) == [(1, broken), (2, broken), (3, broken), (4, RejectReason.INVALID_TEXT), (7, broken)]
+    assert [row.fields["a"][:3] for row in rows if isinstance(row, Record)] == ["1", "aaa", "5"]
+    details = [row.detail for row in rows if isinstance(row, Reject)]
+    assert details[0] == "1 fields (line 3), but the header has 2" and "unexpected end" in details[-1]
+
+
+@pytest.mark.parametrize(
+    ("head", "told"), [(b"a,b,a", "several columns named 'a'"), (b'"x"y,b', "no names of columns")]
+)
+def test_a_header_that_names_no_columns_is_the_users_error(tmp_path: Path, head: bytes, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        read_path(write(tmp_path / "a.csv", head + b"\n1,2,3\n"))
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_files_of_both_kinds_give_the_same_records(tmp_path: Path, kind: str) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with new(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table, max_chunksize=2)
+    assert fields(read_path(tmp_path / "a.arrow")) == ROWS
+    assert fields(read_path(tmp_path)) == ROWS
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------

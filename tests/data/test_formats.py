@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from davir_ray.config.sources import COLUMN_OPTIONS, Format, Source
+from davir_ray.config.sources import Format, FormatOption, Source
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.conversation import Conversation
 from davir_ray.data.formats import (
@@ -83,6 +83,10 @@ def plain(prompt: str, response: str) -> Rendered:
     return Rendered(prompt=prompt, response=response, segments=(Segment(prompt, False), Segment(response, True)))
 
 
+def needed(source: Source) -> list[str]:
+    return [name for name, is_needed in columns(source).items() if is_needed]
+
+
 def chat(messages: Any, template: ChatTemplate = CHATML) -> Rendered:
     return one(*render({"messages": messages}, MESSAGES, template))
 
@@ -106,15 +110,14 @@ def whole(rendered: Rendered) -> str:
 
 def test_every_format_of_the_options_is_in_the_table_with_its_columns() -> None:
     assert FORMATS.keys() == set(get_args(Format))
-    for name, spec in FORMATS.items():
-        options = tuple(column for column in spec.columns if column.endswith("_column"))
-        assert options == COLUMN_OPTIONS.get(name, ())
+    assert set(get_args(FormatOption)) == {"auto", *FORMATS}
 
 
 def test_what_the_text_depends_on_is_as_in_the_runs_that_there_are() -> None:
     """It is part of their fingerprints."""
     today = "2024-07-26T00:00:00"
-    found = {name: rendering(Source(name="s", path="x", format=name)) for name in get_args(Format)}
+    before: tuple[Format, ...] = ("alpaca", "gsm8k", "prompt_response", "messages", "preference")
+    found = {name: rendering(Source(name="s", path="x", format=name)) for name in before}
     assert found == {
         "alpaca": [ALPACA_PROMPT_WITH_INPUT, ALPACA_PROMPT_WITHOUT_INPUT],
         "gsm8k": ["Question: {question}\nAnswer:\n"],
@@ -126,10 +129,10 @@ def test_what_the_text_depends_on_is_as_in_the_runs_that_there_are() -> None:
 
 
 def test_the_columns_that_are_read_are_known() -> None:
-    assert columns(ALPACA) == {"instruction": True, "input": False, "output": True}
-    assert columns(COLUMNS) == {"q": True, "a": True}
+    assert needed(ALPACA) == ["instruction", "output"] and columns(ALPACA)["input"] is False
+    assert needed(COLUMNS) == ["q", "a"]
     pairs = Source(name="s", path="x", format="preference", chosen_column="good")
-    assert columns(pairs) == {"prompt": False, "good": True, "rejected": True}
+    assert needed(pairs) == ["good", "rejected"] and columns(pairs)["prompt"] is False
 
 
 # --- plain formats ---------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def test_prompt_and_response_join_to_the_text_whatever_they_hold(instruction: st
     [
         (ALPACA, {"output": "x", "z": 1}, RejectReason.MISSING_COLUMN, ["'instruction' is absent", "seen: output, z"]),
         (ALPACA, {"instruction": "x", "output": None}, RejectReason.MISSING_COLUMN, ["'output' is null"]),
-        (ALPACA, {"instruction": "x", "output": ["y"]}, RejectReason.WRONG_TYPE, ["'output'", "list", "a string"]),
+        (ALPACA, {"instruction": "x", "output": [1]}, RejectReason.WRONG_TYPE, ["'output'", "list", "a string"]),
         (ALPACA, {"instruction": "x", "input": 3, "output": "y"}, RejectReason.WRONG_TYPE, ["'input'", "int"]),
         (ALPACA, {"instruction": "x", "output": " \n"}, RejectReason.EMPTY_RESPONSE, ["empty"]),
         (GSM8K, {}, RejectReason.MISSING_COLUMN, ["'question' is absent", "seen: none"]),
@@ -355,7 +358,7 @@ def test_text_that_spells_a_special_token_is_refused(message: dict[str, Any]) ->
         ([{"role": "user", "content": None}], RejectReason.WRONG_TYPE, "fields role; expected"),
         ([{"role": 1, "content": "x"}], RejectReason.WRONG_TYPE, "message 0"),
         ([{"role": "user", "content": 5}], RejectReason.WRONG_TYPE, "message 0 of 'messages' is of type int"),
-        ([{"role": "user", "content": [{"type": "image"}]}], RejectReason.WRONG_TYPE, "a part of type image"),
+        ([{"role": "user", "content": [{"type": "image"}]}], RejectReason.NOT_TEXT, "a part of type image"),
         ([{"role": "user", "content": ["x"]}], RejectReason.WRONG_TYPE, "a part of type str"),
         ([], RejectReason.BAD_CONVERSATION, "roles seen: none"),
         ([{"role": "gpt", "content": "x"}], RejectReason.BAD_CONVERSATION, "'assistant'; roles seen: gpt"),

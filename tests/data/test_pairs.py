@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.files import Slice, list_files
-from davir_ray.data.pairs import render_pair
+from davir_ray.data.formats import render
 from davir_ray.data.reader import ExampleReader, ExampleRows, stable_id
 from davir_ray.data.records import Reject
 from davir_ray.data.rendered import Rendered, RowError
@@ -45,19 +45,19 @@ def scored(rendered: Rendered) -> list[str]:
 
 def refused(fields: dict[str, Any], chat: ChatTemplate | None = None) -> tuple[RejectReason, str]:
     with pytest.raises(RowError) as raised:
-        render_pair(fields, SOURCE, chat)
+        render(fields, SOURCE, chat)
     return raised.value.reason, raised.value.detail
 
 
 def test_a_prompt_with_two_answers_stands_as_it_is() -> None:
-    chosen, rejected = render_pair({"prompt": "Q: ", "chosen": " yes", "rejected": "no"}, SOURCE, None)
+    chosen, rejected = render({"prompt": "Q: ", "chosen": " yes", "rejected": "no"}, SOURCE, None)
     assert [chosen.prompt, rejected.prompt, chosen.templated] == ["Q: ", "Q: ", False]
     assert [scored(chosen), scored(rejected)] == [[" yes"], ["no"]]
 
 
 def test_dialogues_share_what_stands_before_the_assistant_turn_where_they_part() -> None:
     before = "\n\nHuman: a\n\nAssistant: the same\n\nHuman: b\n\nAssistant:"
-    chosen, rejected = render_pair({"chosen": f"{before} One.", "rejected": f"{before} Once."}, SOURCE, None)
+    chosen, rejected = render({"chosen": f"{before} One.", "rejected": f"{before} Once."}, SOURCE, None)
     assert chosen.prompt == rejected.prompt == before
     assert [scored(chosen), scored(rejected)] == [[" One."], [" Once."]]
 
@@ -65,16 +65,16 @@ def test_dialogues_share_what_stands_before_the_assistant_turn_where_they_part()
 def test_a_dialogue_may_have_its_prompt_in_a_column_too() -> None:
     prompt = "\n\nHuman: a\n\nAssistant:"
     whole = {"chosen": f"{prompt} One.", "rejected": f"{prompt} Two."}
-    expected = render_pair(whole, SOURCE, None)
-    assert render_pair({**whole, "prompt": prompt}, SOURCE, None) == expected
-    assert render_pair({**whole, "prompt": ""}, SOURCE, None) == expected
-    assert render_pair({"prompt": prompt, "chosen": " One.", "rejected": " Two."}, SOURCE, None) == expected
+    expected = render(whole, SOURCE, None)
+    assert render({**whole, "prompt": prompt}, SOURCE, None) == expected
+    assert render({**whole, "prompt": ""}, SOURCE, None) == expected
+    assert render({"prompt": prompt, "chosen": " One.", "rejected": " Two."}, SOURCE, None) == expected
 
 
 @pytest.mark.parametrize("prompt", ["\n\nHuman: a", "Human: a\n\nAssistant:"])
 def test_the_column_may_hold_the_prompt_without_its_marks_and_line_breaks(prompt: str) -> None:
     whole = {"chosen": "\n\nHuman: a\n\nAssistant: One.", "rejected": "\n\nHuman: a\n\nAssistant: Two."}
-    assert render_pair({**whole, "prompt": prompt}, SOURCE, None) == render_pair(whole, SOURCE, None)
+    assert render({**whole, "prompt": prompt}, SOURCE, None) == render(whole, SOURCE, None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_column_may_hold_the_prompt_without_its_marks_and_line_breaks(prompt
 )
 def test_a_prompt_that_both_responses_repeat_is_kept_once(prompt: str, repeated: str, kept: str) -> None:
     fields = {"prompt": prompt, "chosen": f"{repeated} yes", "rejected": f"{repeated}no"}
-    chosen, rejected = render_pair(fields, SOURCE, None)
+    chosen, rejected = render(fields, SOURCE, None)
     assert chosen.prompt == rejected.prompt == kept
     assert [scored(chosen), scored(rejected)] == [[" yes"], ["no"]]
     assert [chosen.response, rejected.response] == [" yes", "no"]
@@ -96,7 +96,7 @@ def test_a_prompt_that_both_responses_repeat_is_kept_once(prompt: str, repeated:
 
 def test_an_answer_may_begin_with_a_short_prompt() -> None:
     fields = {"prompt": "I  am  not", "chosen": "I  am  not sure.", "rejected": "No."}
-    assert scored(render_pair(fields, SOURCE, None)[0]) == ["I  am  not sure."]
+    assert scored(render(fields, SOURCE, None)[0]) == ["I  am  not sure."]
     assert refused({**fields, "prompt": "I  am  not su"})[0] is RejectReason.NO_COMMON_PROMPT
 
 
@@ -116,7 +116,7 @@ def test_an_answer_may_begin_with_a_short_prompt() -> None:
 )
 def test_dialogues_may_part_anywhere_in_an_assistant_s_turn(chosen: str, rejected: str, end: str) -> None:
     before = "\n\nHuman: a\n\nAssistant:"
-    chosen_one, rejected_one = render_pair({"chosen": before + chosen, "rejected": before + rejected}, SOURCE, None)
+    chosen_one, rejected_one = render({"chosen": before + chosen, "rejected": before + rejected}, SOURCE, None)
     assert chosen_one.prompt == rejected_one.prompt == before + end
     assert chosen_one != rejected_one
 
@@ -147,7 +147,7 @@ def test_dialogues_that_part_in_another_turn_answer_different_questions(
 def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> None:
     before = "\n\nHuman: a\n\nAssistant:"
     longer = f"{before} One.\n\nHuman: b\n\nAssistant: Two.\n\nHuman: bye"
-    chosen, rejected = render_pair({"chosen": longer, "rejected": f"{before} No."}, SOURCE, None)
+    chosen, rejected = render({"chosen": longer, "rejected": f"{before} No."}, SOURCE, None)
     assert scored(chosen) == [" One.", " Two."]
     assert "".join(segment.text for segment in chosen.segments) == longer.removesuffix("\n\nHuman: bye")
     assert rejected.prompt == chosen.prompt == before
@@ -177,7 +177,7 @@ def test_of_a_dialogue_that_goes_on_only_the_assistants_turns_are_scored() -> No
     ],
 )
 def test_all_forms_of_messages_are_the_same_pair(fields: dict[str, Any]) -> None:
-    chosen, rejected = render_pair(fields, SOURCE, CHATML)
+    chosen, rejected = render(fields, SOURCE, CHATML)
     assert chosen.templated and rejected.templated
     assert chosen.prompt == rejected.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert [scored(chosen), scored(rejected)] == [["yes<|im_end|>"], ["no<|im_end|>"]]
@@ -198,20 +198,20 @@ def test_all_forms_of_messages_are_the_same_pair(fields: dict[str, Any]) -> None
 def test_a_conversation_may_repeat_the_end_of_its_prompt(prompt: Any, repeated: list[Any]) -> None:
     fields = {"chosen": [*repeated, assistant("yes")], "rejected": [*repeated, assistant("no")]}
     whole = repeated if isinstance(prompt, str) else prompt
-    chosen_one, rejected_one = render_pair({**fields, "prompt": prompt}, SOURCE, CHATML)
+    chosen_one, rejected_one = render({**fields, "prompt": prompt}, SOURCE, CHATML)
     assert chosen_one.prompt == rejected_one.prompt == CHATML.prompt(whole)
     assert [scored(chosen_one), scored(rejected_one)] == [["yes<|im_end|>"], ["no<|im_end|>"]]
 
 
 def test_an_assistant_may_say_the_same_again() -> None:
     fields = {"prompt": [user("a"), assistant("b")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
-    assert scored(render_pair(fields, SOURCE, CHATML)[0]) == ["b<|im_end|>"]
+    assert scored(render(fields, SOURCE, CHATML)[0]) == ["b<|im_end|>"]
 
 
 def test_assistant_turns_of_the_prompt_are_not_scored() -> None:
     before = [user("a"), assistant("the same"), user("b")]
     fields = {"chosen": [*before, assistant("one")], "rejected": [*before, assistant("two")]}
-    for rendered, answer in zip(render_pair(fields, SOURCE, CHATML), ("one", "two"), strict=True):
+    for rendered, answer in zip(render(fields, SOURCE, CHATML), ("one", "two"), strict=True):
         assert scored(rendered) == [f"{answer}<|im_end|>"]
         assert "the same" in rendered.prompt
 
@@ -223,7 +223,7 @@ def test_a_template_that_marks_generations_scores_none_of_the_prompt() -> None:
     )
     before = [user("a"), assistant("the same"), user("b")]
     fields = {"chosen": [*before, assistant("one")], "rejected": [*before, assistant("two")]}
-    assert scored(render_pair(fields, SOURCE, marked)[0]) == ["one;"]
+    assert scored(render(fields, SOURCE, marked)[0]) == ["one;"]
 
 
 @pytest.mark.parametrize(

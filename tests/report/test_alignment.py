@@ -22,7 +22,14 @@ def test_the_facts_are_those_of_the_margins() -> None:
     facts = facts_of(table)
     frame = table.to_pandas()
     frame = frame[frame["status"] == "ok"]
-    assert facts["books"] == {"read": 210, "rejected": 10, "pairs": 200, "trained": 160, "not_measured": 3}
+    assert facts["books"] == {
+        "read": 210,
+        "left_out": 0,
+        "rejected": 10,
+        "pairs": 200,
+        "trained": 160,
+        "not_measured": 3,
+    }
     for name, part in (("trained", frame[~frame["held_out"]]), ("held_out", frame[frame["held_out"]])):
         found = facts["parts"][name]
         difference = part["num_chosen_tokens"] - part["num_rejected_tokens"]

@@ -17,6 +17,7 @@ import pytest
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
+from davir_ray.data.detection import with_format
 from davir_ray.data.shards import TaskReport
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
@@ -317,10 +318,27 @@ def test_records_that_are_neither_prepared_nor_rejected_are_noticed(rows_per_rec
     rejects = FileEntry(name="rejects/a.parquet", rows=2, bytes=1, sha256="")
     for prepared in (right - 1, right, right + 1):
         examples = replace(rejects, name="examples/a.parquet", rows=prepared)
-        report = TaskReport(num_read=6, files=[examples, rejects], reasons=Counter(broken_json=2))
-        told = pytest.raises(IntegrityError, match=f"6 read, {prepared} prepared, 2 rejected")
+        report = TaskReport(num_read=9, num_left_out=3, files=[examples, rejects], reasons=Counter(broken_json=2))
+        told = pytest.raises(IntegrityError, match=f"9 read, {prepared} prepared, 3 left out, 2 rejected")
         with nullcontext() if prepared == right else told:
             assert module._checked_counts(report, 1.0, rows_per_record)["prepared"] == right
+
+
+def test_what_the_data_leave_out_is_counted(base_folder: Path, tmp_path: Path) -> None:
+    user, reply = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
+    rows: list[Any] = [{"messages": [user, reply], "label": True}] * 3
+    rows += [{"messages": [user, reply], "label": False}] * 4
+    rows += [{"messages": [user, {**reply, "weight": 0}]}, {"messages": [user, reply], "images": ["a.png"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    auto = Source(name="s", path=str(tmp_path / "a.jsonl"))
+    preparation = settings(base_folder, chat_template=CHAT)
+    found = with_format(auto, preparation.config)
+    run = Run.at(str(tmp_path / "run"))
+    manifest = prepare(run, [found], preparation, max_bad_fraction=0.2)
+    counted = ("read", "prepared", "left_out", "rejected", "not_text")
+    assert [manifest.counts[name] for name in counted] == [9, 3, 5, 1, 1]
+    given = source(tmp_path / "a.jsonl", "messages")
+    assert prepare(run, [given], preparation, max_bad_fraction=0.2) == manifest, "the run of the format given goes on"
 
 
 @pytest.mark.parametrize("num_files", [1, 40])
