@@ -130,12 +130,13 @@ class HubServer:
         if parts == ["api", "repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['type']}s/{asked['organization']}/{asked['name']}"
+            created = json.dumps({"url": f"{self.endpoint}/{name}"}).encode()
             if name in self._commits:
-                raise RefusedError("409")
+                raise RefusedError("409", created)
             self.publish(name, {})
             if asked.get("visibility") == "private" or asked.get("private"):
                 self.private.add(name)
-            return json.dumps({"url": f"{self.endpoint}/{name}"}).encode()
+            return created
         name, what, branch = "/".join(parts[1:4]), *parts[4:6]
         self._check(name, token)
         if what == "preupload":
@@ -218,7 +219,7 @@ class HubServer:
                     try:
                         content = hub._take(path, body, self.headers.get("Authorization"))
                     except RefusedError as refused:
-                        self._refuse(str(refused))
+                        self._refuse(*refused.args)
                         return
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -226,13 +227,12 @@ class HubServer:
                 self.end_headers()
                 self.wfile.write(content)
 
-            def _refuse(self, reason: str) -> None:
+            def _refuse(self, reason: str, content: bytes = b"") -> None:
                 self.send_response(_CODES.get(reason) or int(reason))
                 if reason in _CODES:
                     self.send_header("X-Error-Code", reason)
                 elif reason == "401":
                     self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
-                content = b"{}" if reason == "409" else b""  # the client reads the answer to that one
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

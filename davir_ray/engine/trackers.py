@@ -206,8 +206,9 @@ class TrackingRun:
             client = _CLIENTS[self._tracker](self._run, self._name, self._state.get("id"))
         except Exception as error:
             raise ConfigError(f"track is {self._tracker}, which cannot be started: {one_line(error)}") from error
-        self._state = {"training": None, "last_step": 0, "results": {}, **self._state, "id": client.id}
-        self._remember()
+        if not self._state:
+            self._state = {"id": client.id, "training": None, "last_step": 0, "results": {}}
+            self._remember()
         return client
 
     def _remember(self) -> None:

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 _EVERY_S = 5.0
 """Seconds between two looks of the driver for new steps."""
 
-_ASK_S = 10.0
-"""Seconds that the driver waits for them."""
+_ASK_S = 60.0
+"""Seconds that the driver waits for them; the actor may take most of these to start on a busy machine."""
 
 _REPORT_S = 1.0
 """Seconds that a worker waits for its report to arrive."""
@@ -47,6 +47,7 @@ class StepLog:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_StepsActor)
         self._actor: Any = actor.remote()
+        self.take()  # it has started, so a report to it arrives in time
 
     def add(self, step: Step) -> None:
         """Report a step, on rank 0."""

@@ -55,7 +55,8 @@ def make_run(make_scores: Callable[..., Run]) -> MakeRun:
         sources = [Source(name="one", path="/home/me/rows.jsonl", format=format)]  # type: ignore[arg-type]
         select_config = config.pop("select", SelectConfig(top_k=30))
         run = make_scores(
-            davir, example_id=ids, source=["one"] * ROWS, num_prompt_tokens=[3] * ROWS, base_nll=[2.0] * ROWS,
+            davir, name=config.pop("name", "run"), example_id=ids,
+            source=["one"] * ROWS, num_prompt_tokens=[3] * ROWS, base_nll=[2.0] * ROWS,
             reference_nll=[1.0] * ROWS, rho_sum=[0.5] * ROWS, rho_mean=[0.25] * ROWS,
             record=[record_of and json.dumps(record_of(at)) for at in range(ROWS)],
         )  # fmt: skip
@@ -209,8 +210,8 @@ def test_rows_without_a_place_in_the_form_are_counted_and_kept(
     assert f"{is_bad.sum()} rows are left out" in (tmp_path / "out" / "README.md").read_text()
     info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())["out"]
     assert (info["formatting"], info["columns"]) == ("sharegpt", {"messages": "messages"})
+    tool = make_run(lambda at: {"messages": [{"role": "tool", "content": "x"}]}, "messages", name="tool")
     with pytest.raises(DataError, match="no row has a place in the form of sharegpt: bad_conversation 30"):
-        tool = make_run(lambda at: {"messages": [{"role": "tool", "content": "x"}]}, "messages")
         export(ExportOptions(run=str(tool), to="sharegpt", output=str(tmp_path / "none")))
 
 
@@ -219,7 +220,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(make_run:
     for trainer in ("trl", "axolotl", "llamafactory", "messages", "sharegpt"):
         with pytest.raises(ConfigError, match=f"to is {trainer}, which needs the records of source 'one'"):
             export(ExportOptions(run=str(run), to=trainer, output=str(tmp_path / "out")))
-    with pytest.raises(ConfigError, match="rows is mixture, but .* has no mixture/"):
+    with pytest.raises(ConfigError, match=r"rows is mixture, but .* has no mixture/"):
         export(ExportOptions(run=str(run), to="parquet", output=str(tmp_path / "out"), rows="mixture"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
@@ -277,7 +278,7 @@ def test_a_data_set_on_the_hub_is_private_unless_it_is_to_be_public(
     )
     for said in (
         "rows.jsonl` (alpaca)",
-        "| rows here | 30 |",
+        "rows here | 30 |",
         "top_k `30`",
         "--push_to_hub org/best --public",
         "by rank",
