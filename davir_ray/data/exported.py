@@ -65,11 +65,11 @@ def exported_text(form: Form, prompt: str, response: str, record: Fields, source
         return {name: record.get(name) or "" for name in ("instruction", "input", "output")}
     messages = _turns(prompt, response, record, source)
     tools = record.get("tools")
+    if form in ("sharegpt", "alternating") and tools is not None:
+        raise _no_place("the record has tools, which this form has no place for")
     if form == "sharegpt":
-        _refuse(tools, "the record has tools, which sharegpt has no place for")
         return {"conversations": [_sharegpt_turn(index, message) for index, message in enumerate(messages)]}
     if form == "alternating":
-        _refuse(tools, "the record has tools, which are not exported to LLaMA-Factory")
         _check_alternating(messages)
     return {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
 
@@ -144,13 +144,8 @@ def _check_alternating(messages: list[Message]) -> None:
 
 
 def _refuse_more(index: int, message: Message) -> None:
-    more = sorted(message.keys() - {"role", "content"})
-    _refuse(more or None, f"message {index} has {', '.join(more)}, which this form has no place for")
-
-
-def _refuse(value: Any, detail: str) -> None:
-    if value is not None:
-        raise _no_place(detail)
+    if more := sorted(message.keys() - {"role", "content"}):
+        raise _no_place(f"message {index} has {', '.join(more)}, which this form has no place for")
 
 
 def _no_place(detail: str) -> RowError:

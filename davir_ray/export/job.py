@@ -5,7 +5,7 @@
   rejects/       rows that cannot be put into the trainer's form, with the reason of each, if there are any
   README.md      the data set card: what was selected, how, from what
   load.py, axolotl.yaml or dataset_info.json    what the trainer needs
-  export.json    what was exported; written last
+  export.json    what was exported; complete at the end
 """
 
 import json
@@ -58,38 +58,37 @@ class _Writer:
     sources: dict[str, Source]
 
     def write(self, number: int, rows: pa.Table) -> Written:
-        """Write the rows in their order."""
-        name = f"part-{number:05d}"
-        edges = np.array([-np.inf, *HISTOGRAM_EDGES[1:-1], np.inf])
-        davir = rows["davir"].drop_null().to_numpy()
-        histogram = [int(count) for count in np.histogram(davir, edges)[0]]
+        """Write the rows in their order; those that have no place in the form go to rejects/."""
+        name, rejects = f"part-{number:05d}", list[dict[str, Any]]()
         if self.form is None:
-            entry = write_parquet(self.output / "data" / f"{name}.parquet", rows.select(SELECTED.names).cast(SELECTED))
-            return Written(entry, {"rows": rows.num_rows, "histogram": histogram, "rejects": {}})
-        lines, rejects = [], []
-        for row in rows.to_pylist():
-            try:
-                lines.append(self._line(row))
-            except RowError as error:
-                origin = {key: row[key] for key in ("source", "source_file", "source_row")}
-                rejects.append(origin | {"reason": error.reason.value, "detail": error.detail})
+            kept = rows.select(SELECTED.names).cast(SELECTED)
+            entry = write_parquet(self.output / "data" / f"{name}.parquet", kept)
+        else:
+            lines, places = [], []
+            for place, row in enumerate(rows.select([*SCORE_COLUMNS, *_TEXT_COLUMNS]).to_pylist()):
+                try:
+                    lines.append(f"{self._line(row, self.form)}\n")
+                    places.append(place)
+                except RowError as error:
+                    origin = {key: row[key] for key in ("source", "source_file", "source_row")}
+                    rejects.append(origin | {"reason": error.reason.value, "detail": error.detail})
+            kept = rows.take(pa.array(places, pa.int64()))
+            if rejects:
+                table = pa.Table.from_pylist(rejects, REJECTS)
+                entry = write_parquet(self.output / "rejects" / f"{name}.parquet", table)
+            if lines:  # no reader takes a file without rows
+                entry = write_file(self.output / "data" / f"{name}.jsonl", "".join(lines).encode(), len(lines))
+        edges = [-np.inf, *HISTOGRAM_EDGES[1:-1], np.inf]
         facts = {
-            "rows": len(lines),
-            "histogram": histogram,
+            "rows": kept.num_rows,
+            "histogram": np.histogram(kept["davir"].drop_null(), edges)[0].tolist(),
             "rejects": dict(Counter(reject["reason"] for reject in rejects)),
         }
-        if rejects:
-            table = pa.Table.from_pylist(rejects, REJECTS)
-            entry = write_parquet(self.output / "rejects" / f"{name}.parquet", table)
-        if lines:
-            content = "".join(f"{line}\n" for line in lines).encode()
-            entry = write_file(self.output / "data" / f"{name}.jsonl", content, len(lines))
         return Written(entry, facts)
 
-    def _line(self, row: dict[str, Any]) -> str:
-        assert self.form is not None
+    def _line(self, row: dict[str, Any], form: Form) -> str:
         record = {} if row["record"] is None else json.loads(row["record"])
-        text = exported_text(self.form, row["prompt"], row["response"], record, self.sources[row["source"]])
+        text = exported_text(form, row["prompt"], row["response"], record, self.sources[row["source"]])
         return json.dumps(text | {name: row[name] for name in SCORE_COLUMNS}, ensure_ascii=False, allow_nan=False)
 
 
@@ -108,6 +107,7 @@ def export(options: ExportOptions) -> Location:
     with connected_to(Run(output), is_shared=options.output_is_shared):
         for name in (EXPORT_FILE, "data", "rejects"):
             (output / name).remove()
+        (output / EXPORT_FILE).write_text(json.dumps({"unfinished": asdict(options)}))  # so that it may be repeated
         writer = _Writer(output=output, form=form, sources={source.name: source for source in config.all_sources()})
         written = _write(run, files, options, writer)
         facts = _facts(run, config, options, form, written, licence)
@@ -223,7 +223,7 @@ def _facts(
     for one in written:
         rejects.update(one.facts["rejects"])
     return Exported(
-        options=asdict(options),
+        options=asdict(options) | {"output": str(Run.at(options.output))},
         form=form,
         num_rows=sum(one.facts["rows"] for one in written),
         rejects=dict(rejects),

@@ -113,14 +113,18 @@ def test_the_selection_by_rank_and_at_random(make_run: MakeRun, tmp_path: Path) 
     assert sorted(ranks) == list(range(1, 31))
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_every_ranked_row_has_its_own_text(make_run: MakeRun, tmp_path: Path, shuffle: bool) -> None:
+@pytest.mark.parametrize(("shuffle", "bin_rows"), [(False, 25), (True, 25), (False, 1)])
+def test_every_ranked_row_has_its_own_text(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool, bin_rows: int
+) -> None:
+    """With bins of one row, some of the parts in which ranks and texts meet have no row with a rank."""
+    monkeypatch.setattr(job, "BIN_ROWS", bin_rows)
     run = make_run(chat, "messages")
     output = export(
         ExportOptions(run=str(run), to="parquet", output=str(tmp_path / "out"), rows="scored", shuffle=shuffle)
     )
     files = sorted(Path(str(output / "data")).iterdir())
-    assert len(files) == 3
+    assert len(files) == -(-(ROWS - len(range(0, ROWS, 7))) // bin_rows)
     table = pd.concat([pd.read_parquet(file) for file in files])
     assert pq.read_schema(files[0]).equals(SELECTED, check_metadata=False)
     texts = pd.read_parquet(str(run / "examples")).set_index("example_id")
@@ -198,6 +202,8 @@ def test_rows_without_a_place_in_the_form_are_counted_and_kept(
         return record
 
     run = make_run(record_of, "messages")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export.json").write_text('{"unfinished": {}}')  # of a driver that died
     export(ExportOptions(run=str(run), to="llamafactory", output=str(tmp_path / "out")))
     selected = pd.read_parquet(str(run / "selected"))
     is_bad = selected["record"].map(lambda record: json.loads(record)["messages"][-1]["role"] == "user")
