@@ -13,6 +13,7 @@ from davir_ray.config.yaml import load
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.detection import with_format
 from davir_ray.data.formats import check_chat_template, needs_chat
+from davir_ray.engine.trackers import check_tracker
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
@@ -48,6 +49,7 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
     """
     warn_without_effect(config)
     run = Run.at(config.output or "", overwrite=config.overwrite)
+    check_tracker(config.track, run)
     paths = [path for source in config.all_sources() for path in source.paths]
     places: list[tuple[str, type[UserError]]] = [(path, DataError) for path in paths]
     places += [(model, ModelError) for model in (config.base, *models) if model]

@@ -7,6 +7,7 @@ from davir_ray.config.rank import RankOptions
 from davir_ray.config.run import RunConfig
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
+from davir_ray.engine.tracking import Tracking, counts_of
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.inputs import (
     check_inputs,
@@ -40,15 +41,21 @@ def run_all(config: RunConfig) -> Run:
     config = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
-    with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
+    with (
+        connected_to(run, is_shared=config.output_is_shared),
+        run.writing(dump(config)),
+        Tracking(run, config.track) as tracking,
+    ):
         examples = prepare_inputs(run, config, preparation)
         check_count(config.select, examples.counts["prepared"], "prepared")
         if reference is None:
-            finetune(run, preparation.base, config.finetune, scoring_spec(preparation, config.all_sources()))
+            spec = scoring_spec(preparation, config.all_sources())
+            finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
             reference = Checkpoint.find(str(run / "reference"), config.trust_remote_code)
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
+        tracking.log_results(counts_of(run, "score", "rank", "select"))
     return run
 
 
@@ -61,9 +68,14 @@ def finetune_only(config: RunConfig) -> Run:
     config.require_input()
     config = with_formats(config)
     run, preparation = check_inputs(config)
-    with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
+    with (
+        connected_to(run, is_shared=config.output_is_shared),
+        run.writing(dump(config)),
+        Tracking(run, config.track) as tracking,
+    ):
         prepare_inputs(run, config, preparation)
-        finetune(run, preparation.base, config.finetune, scoring_spec(preparation, config.all_sources()))
+        spec = scoring_spec(preparation, config.all_sources())
+        finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
         run.remember(dump(config))
     return run
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.compare import CompareConfig
+from davir_ray.config.export import ExportOptions
 from davir_ray.config.run import RunConfig
 from davir_ray.config.selection import Part
 from davir_ray.config.sources import Source
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type[Any]] = {
     "jobs/score.py": RunConfig,
     "jobs/align.py: options and defaults of its own": AlignRunConfig,
     "jobs/compare.py: options and defaults of its own": CompareConfig,
+    "jobs/export.py: options of its own": ExportOptions,
 }
 ITEMS: dict[str, type[Any]] = {
     "An item of `sources` or `heldout_sources`": Source,

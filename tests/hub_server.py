@@ -1,5 +1,6 @@
-"""A stand-in for the hub on the loopback: repositories with commits and branches, and a count of every request."""
+"""A stand-in for the hub on the loopback: it serves repositories and takes commits, and counts every request."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -8,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 Files = Mapping[str, bytes]
 
@@ -30,6 +34,8 @@ class HubServer:
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str]] = Counter()
         """By method and path."""
+        self.messages: list[str] = []
+        """Of the commits that were taken."""
         self.private: set[str] = set()
         self.gated: set[str] = set()
         self.failing = 0
@@ -85,16 +91,25 @@ class HubServer:
         if self.failing:
             raise RefusedError(str(self.failing))
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "api" and parts[1] in ("models", "datasets"):
             name, kind, revision = "/".join(parts[2:4]), *(parts[4:6] or ["revision", "main"])
+            name = name if parts[1] == "models" else f"datasets/{name}"
             self._check(name, token)
             commit = self._commit(name, revision)
             files = self._commits[name][commit]
-            told = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+            told = {
+                "id": "/".join(parts[2:4]),
+                "sha": commit,
+                "siblings": [{"rfilename": file} for file in files],
+                "private": name in self.private,
+                "cardData": _card_data(files),
+            }
             return json.dumps([_entry(*item) for item in files.items()] if kind == "tree" else told).encode(), {}
-        if parts[2:3] != ["resolve"]:  # huggingface_hub asks for other things, too
+        is_dataset = parts[0] == "datasets"
+        if parts[2 + is_dataset : 3 + is_dataset] != ["resolve"]:  # huggingface_hub asks for other things, too
             raise RefusedError("404")
-        name, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+        name, (revision, *path_parts) = "/".join(parts[: 2 + is_dataset]), parts[3 + is_dataset :]
+        file = "/".join(path_parts)
         self._check(name, token)
         if name in self.gated:
             raise RefusedError("GatedRepo")
@@ -103,6 +118,49 @@ class HubServer:
         if content is None:
             raise RefusedError("EntryNotFound")
         return content, {"ETag": f'"{_etag(file, content)}"', "X-Repo-Commit": commit}
+
+    def _take(self, path: str, body: bytes, token: str | None) -> bytes:
+        """Create a data set, say how its files are to be sent (all in the commit itself), or commit."""
+        if token != f"Bearer {self.TOKEN}":
+            raise RefusedError("401")
+        parts = path.strip("/").split("/")
+        if parts == ["api", "validate-yaml"]:
+            yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            return json.dumps({"errors": [], "warnings": []}).encode()
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = f"{asked['type']}s/{asked['organization']}/{asked['name']}"
+            created = json.dumps({"url": f"{self.endpoint}/{name}"}).encode()
+            if name in self._commits:
+                raise RefusedError("409", created)
+            self.publish(name, {})
+            if asked.get("visibility") == "private" or asked.get("private"):
+                self.private.add(name)
+            return created
+        name, what, branch = "/".join(parts[1:4]), *parts[4:6]
+        self._check(name, token)
+        if what == "preupload":
+            files = [one["path"] for one in json.loads(body)["files"]]
+            told: dict[str, Any] = {
+                "files": [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            }
+            return json.dumps(told).encode()
+        if what != "commit":
+            raise RefusedError("404")
+        kept = dict(self._commits[name][self._commit(name, branch)])
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                kept[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del kept[line["value"]["path"]]
+            else:
+                self.messages.append(line["value"]["summary"])
+        commit = self.publish(name, kept, branch)
+        return json.dumps({"commitUrl": f"{self.endpoint}/{name}/commit/{commit}", "commitOid": commit}).encode()
+
+    def files(self, name: str) -> Files:
+        """What the branch main of a repository has."""
+        return self._commits[name][self._branches[name, "main"]]
 
     def _check(self, name: str, token: str | None) -> None:
         if token not in (None, f"Bearer {self.TOKEN}"):
@@ -153,14 +211,31 @@ class HubServer:
 
             do_HEAD = do_GET
 
-            def _refuse(self, reason: str) -> None:
+            def do_POST(self) -> None:
+                path = urlsplit(self.path).path
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with hub._lock:
+                    hub.requests[self.command, path] += 1
+                    try:
+                        content = hub._take(path, body, self.headers.get("Authorization"))
+                    except RefusedError as refused:
+                        self._refuse(*refused.args)
+                        return
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def _refuse(self, reason: str, content: bytes = b"") -> None:
                 self.send_response(_CODES.get(reason) or int(reason))
                 if reason in _CODES:
                     self.send_header("X-Error-Code", reason)
                 elif reason == "401":
                     self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
-                self.send_header("Content-Length", "0")
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 """Quiet."""
@@ -173,6 +248,12 @@ def _entry(name: str, content: bytes) -> dict[str, object]:
     if name.endswith(".safetensors"):
         entry["lfs"] = {"oid": _etag(name, content), "size": len(content), "pointerSize": 134}
     return entry
+
+
+def _card_data(files: Files) -> Any:
+    """The head of the card, as the hub shows it."""
+    text = files.get("README.md", b"").decode()
+    return yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
 
 
 def _etag(name: str, content: bytes) -> str:

@@ -15,6 +15,7 @@ from drivers import PACKAGE
 from davir_ray.cli import parse_as, parse_rank
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.compare import CompareConfig
+from davir_ray.config.export import ExportOptions
 from davir_ray.config.run import OutputConfig, RunConfig
 from davir_ray.schema import COLUMNS, RejectReason, Status
 
@@ -24,8 +25,9 @@ DOCUMENTS = [
     PACKAGE / "davir_ray" / "benchmarks" / "RESULTS.md", *sorted(DOCS.glob("*.md")),
 ]  # fmt: skip
 GUIDE = DOCS / "guide.md"
-SETTINGS: dict[str, type[OutputConfig]] = {
+SETTINGS: dict[str, type[OutputConfig | ExportOptions]] = {
     "score.py": RunConfig, "finetune.py": RunConfig, "align.py": AlignRunConfig, "compare.py": CompareConfig,
+    "export.py": ExportOptions,
 }  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def test_a_configuration_parses_and_so_do_the_commands_in_its_head(name: str) ->
 def known_options() -> set[str]:
     """Of the help of every job with a configuration."""
     found: set[str] = set()
-    for job in ("score.py", "align.py", "compare.py"):
+    for job in ("score.py", "align.py", "compare.py", "export.py"):
         command = [sys.executable, str(PACKAGE / "jobs" / job), "--help"]
         help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found |= set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", help_text))

@@ -13,8 +13,8 @@ import davir_ray
 PACKAGE = Path(davir_ray.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-RAY_ALLOWED = ("engine", "stages", "pipeline", "align", "compare", "api", "benchmarks", "demo")
-APPLICATIONS = {"align", "compare", "api"}
+RAY_ALLOWED = ("engine", "stages", "pipeline", "align", "compare", "export", "api", "benchmarks", "demo")
+APPLICATIONS = {"align", "compare", "export", "api"}
 ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),

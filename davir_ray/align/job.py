@@ -10,6 +10,7 @@ from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
+from davir_ray.engine.tracking import Tracking, counts_of
 from davir_ray.inputs import check_inputs, prepare_inputs, with_formats, written_by
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.folder import Run
@@ -31,22 +32,29 @@ def run_alignment(config: AlignRunConfig) -> Run:
     base, others = preparation.base, finished_runs(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / FROZEN_CACHE))
-    with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
+    with (
+        connected_to(run, is_shared=config.output_is_shared),
+        run.writing(dump(config)),
+        Tracking(run, config.track) as tracking,
+    ):
         if run.manifest("align") is None:
             check_workers(config.finetune)
             check_arithmetic(config.finetune, config.score)
         prepare_inputs(run, config, preparation)
         check_comparable(run, others, is_shared=config.output_is_shared)
         freeze(run, base, scoring, config.finetune)
-        align(run, base, config.finetune, config.align, spec)
+        align(run, base, config.finetune, config.align, spec, tracking.steps)
         policy = Checkpoint.find(str(run / "policy"), config.trust_remote_code)
         score(run, base, policy, scoring, keep_token_nll="none")
         (run / FROZEN_CACHE).remove()
         run.remember(dump(config))
         run.write_progress(Progress(stage="margins"))
-        margins(run, config.align)
+        measured = margins(run, config.align)
         run.write_progress(Progress(stage="report"))
         report_margins(run, config, others)
+        held_out = measured.details.get("heldout_loss")
+        results = counts_of(run, "score", "margins")
+        tracking.log_results(results if held_out is None else results | {"heldout/loss": held_out})
     return run
 
 

@@ -4,6 +4,7 @@ The stage takes seconds, so it is redone without --overwrite. Every number in th
 these rows.
 """
 
+import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -49,7 +50,7 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
             fingerprint=fingerprint,
             counts=counts,
             files=in_folder("margins", entries),
-            details=details,
+            details=details | {"heldout_loss": _heldout_loss(written)},
             seconds=time.monotonic() - started,
         )
     )
@@ -68,7 +69,15 @@ def _read(run: Run, name: str) -> pa.Table:
 def _write(folder: Location, measure: partial[pa.Table], name: str, table: pa.Table) -> Written:
     pairs = measure(name, table)
     facts = {"measured": pairs["status"].to_pylist().count(Status.OK), "held_out": sum(pairs["held_out"].to_pylist())}
+    losses = pairs.filter(pairs["held_out"])["loss"].drop_null().to_pylist()
+    facts |= {"heldout_losses": len(losses), "heldout_sum": math.fsum(losses)}
     return Written(write_parquet(folder / name, pairs), facts)
+
+
+def _heldout_loss(written: list[Written]) -> float | None:
+    """Mean loss of the held-out pairs; None if no pair is held out or none has a loss."""
+    num_losses = sum(one.facts["heldout_losses"] for one in written)
+    return math.fsum(one.facts["heldout_sum"] for one in written) / num_losses if num_losses else None
 
 
 def _measure(name: str, table: pa.Table, *, loss: str, beta: float, held_out: float) -> pa.Table:

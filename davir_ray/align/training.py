@@ -9,6 +9,7 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.ray_train import trains_on_gpus
 from davir_ray.engine.resources import num_gpus_of
+from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
@@ -25,8 +26,12 @@ def align(
     config: FinetuneConfig,
     objective: AlignConfig,
     spec: dict[str, Any],
+    steps: StepLog | None = None,
 ) -> Manifest:
-    """Train the base on every pair that is not held out; writes policy/, a Hugging Face model or adapter."""
+    """Train the base on every pair that is not held out; writes policy/, a Hugging Face model or adapter.
+
+    The steps are reported to `steps`.
+    """
     prepared, frozen = run.require("prepare"), run.require("freeze")
     shards = [entry.name for entry in prepared.files_in("examples")]
     training = Training(
@@ -38,6 +43,7 @@ def align(
         spec=spec,
         folder="policy",
         dropout=False,
+        steps=steps,
     )
     fingerprint = {
         "base": base.weights_digest(),

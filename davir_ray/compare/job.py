@@ -28,17 +28,19 @@ from davir_ray.compare.outputs import prepare_instructions
 from davir_ray.compare.report import LEFT_OUT, report_comparison
 from davir_ray.compare.trials import Trial, TrialSettings, plan_trials, run_trials
 from davir_ray.config.compare import DRAWN, CompareConfig, TrialName
-from davir_ray.config.run import RunConfig
+from davir_ray.config.run import RunConfig, Tracker
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
 from davir_ray.data.detection import with_format
 from davir_ray.data.formats import needs_chat
 from davir_ray.engine.connect import connected_to
+from davir_ray.engine.trackers import check_tracker
+from davir_ray.engine.tracking import Tracking
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.inputs import check_base, last_config, read_template, scored_with, warn_without_effect, written_by
 from davir_ray.models.training.loop import num_steps
 from davir_ray.run.access import check_readable, probe_output
-from davir_ray.run.files import write_parquet
+from davir_ray.run.files import read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import differences
 from davir_ray.run.progress import Progress
@@ -58,6 +60,7 @@ def compare(config: CompareConfig) -> Run:
     config.require()
     warn_without_effect(config)
     run, output = Run.at(config.run or ""), Run.at(config.output or "", overwrite=config.overwrite)
+    check_tracker(config.track, output)
     inputs = [path for source in config.all_heldout() for path in source.paths]
     inputs += [config.instructions] if config.instructions else []
     check_readable([(str(run), OutputError), *((path, DataError) for path in inputs)])
@@ -103,9 +106,11 @@ def compare(config: CompareConfig) -> Run:
             keep_models=config.keep_models,
         )
         trials = _trials(config, finished, recipe, settings, output)
-        run_trials(trials, at_once, lambda done: _write_progress(output, done, len(trials)))
+        run_trials(trials, at_once, lambda done: _write_progress(output, done, len(trials)), config.track)
         output.remember(dump(config))
         report_comparison(config, run_config.base or "", recipe, output, trials, left_out)
+        if config.track is not None:
+            _track_measures(output, trials, config.track)
     return output
 
 
@@ -116,6 +121,16 @@ def _with_formats(config: CompareConfig, run_config: RunConfig, output: Run) -> 
     if config.heldout is not None:
         return dataclasses.replace(config, heldout_format=sources[0].format)
     return dataclasses.replace(config, heldout_sources=sources)
+
+
+def _track_measures(output: Run, trials: list[Trial], tracker: Tracker) -> None:
+    """Log what was measured of each trial, as in comparison.parquet, to its tracking run."""
+    rows = read_parquet(output / "comparison.parquet").to_pylist()
+    for trial in trials:
+        of_trial = [row for row in rows if all(row[name] == value for name, value in trial.name._asdict().items())]
+        names = ["/".join(filter(None, ("heldout", row["measure"], row["source"]))) for row in of_trial]
+        with Tracking(trial.run, tracker, str(trial.name)) as tracking:
+            tracking.log_results(dict(zip(names, (row["value"] for row in of_trial), strict=True)))
 
 
 def _finished(run: Run, run_config: RunConfig) -> FinishedRun:

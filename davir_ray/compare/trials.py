@@ -19,12 +19,13 @@ from davir_ray.compare.exact_match import match
 from davir_ray.compare.generation import generate
 from davir_ray.compare.outputs import write_outputs
 from davir_ray.config.compare import TrialName
-from davir_ray.config.run import GenerateConfig
+from davir_ray.config.run import GenerateConfig, Tracker
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.resources import actor_cpus, has_gpu, num_gpus_of, room_for
+from davir_ray.engine.tracking import StepLog, Tracking
 from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION
@@ -81,6 +82,8 @@ class Trial:
     """Run with the training rows as its prepared examples."""
     recipe: FinetuneConfig
     settings: TrialSettings
+    steps: StepLog | None = None
+    """Where the fine-tune reports its steps for tracking."""
 
     def trained_with(self) -> dict[str, Any]:
         """The part of the fingerprint that determines the model."""
@@ -148,7 +151,9 @@ class Trial:
         The answers to the instructions, if there are any, are in answers/.
         """
         settings = self.settings
-        trained = finetune(self.run, settings.base, self.recipe, settings.spec, examples=self.examples)
+        trained = finetune(
+            self.run, settings.base, self.recipe, settings.spec, examples=self.examples, steps=self.steps
+        )
         model = Checkpoint.find(str(self.run / "reference"), settings.base.trust_remote_code)
         scored = score(self.run, settings.base, model, settings.score, keep_token_nll="none", examples=settings.heldout)
         files = list(scored.files)
@@ -198,8 +203,12 @@ def _run_trial(trial: Trial) -> None:
     trial.train_and_measure()
 
 
-def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], None]) -> None:
+def run_trials(
+    trials: list[Trial], at_once: int, on_progress: Callable[[int], None], track: Tracker | None = None
+) -> None:
     """Run the trials that are not complete, `at_once` in parallel; calls `on_progress` with the number complete.
+
+    With a tracker, each trial has a tracking run of its own, to which this process logs its steps.
 
     If a fine-tune diverges, the others still run to the end; then a TrainingError names it and says how to leave it
     out. Any other error stops all trials.
@@ -215,16 +224,20 @@ def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], N
     on_progress(done)
     # A trial's own task waits for the workers of its stages, and needs no CPU.
     start: Any = ray.remote(num_cpus=0)(_run_trial)
-    running: dict[Any, Trial] = {}
+    running: dict[Any, tuple[Trial, Tracking]] = {}
     failed: list[TrainingError] = []
     try:
         while pending or running:
             while pending and len(running) < at_once:
                 trial = pending.pop(0)
-                running[start.options(name=str(trial.name)).remote(trial)] = trial
+                tracking = Tracking(trial.run, track, str(trial.name))
+                task = start.options(name=str(trial.name)).remote(replace(trial, steps=tracking.steps))
+                running[task] = trial, tracking
             (ended,), _ = ray.wait(list(running), num_returns=1)
-            trial = running.pop(ended)
-            if error := _failure(ended, trial):
+            error = _failure(ended, running[ended][0])
+            trial, tracking = running.pop(ended)
+            tracking.close(failed=error is not None)
+            if error:
                 log.warning("compare: %s", error)
                 failed.append(error)
                 continue
@@ -236,6 +249,8 @@ def run_trials(trials: list[Trial], at_once: int, on_progress: Callable[[int], N
             ray.cancel(task)
         if running:  # none may write once the lease is released
             ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_S)
+        for _, tracking in running.values():
+            tracking.close(failed=True)
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(trials)} fine-tunes failed, the others are measured; {failed[0]}; or leave the arm "

@@ -15,6 +15,8 @@ from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -57,6 +59,9 @@ class OutputConfig:
     """The local output is on a file system that every node sees; needed where the cluster has several nodes."""
     overwrite: bool = False
     """Redo the stages in the output whose settings or inputs differ, and all stages after them."""
+    track: Tracker | None = None
+    """Log each training's curves, and the counts at the end, with this tracker; needs the extra of its name. A run that
+    is continued goes on in the same tracking run. None: the curves are only in the report."""
 
     def __post_init__(self) -> None:
         check_no_secret("output", self.output)

@@ -10,6 +10,7 @@ raises RowError, which has one of the schema's reasons; one that the data's own 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from davir_ray.config.prepare import PrepareConfig
@@ -145,6 +146,8 @@ class Row:
     source: Source
     chat: ChatTemplate | None
     options: PrepareConfig
+    take: Callable[[Conversation], Rendered] | None = None
+    """What takes a conversation instead of the chat template."""
 
     @property
     def spec(self) -> "FormatSpec":
@@ -450,6 +453,22 @@ def render(
     return row.spec.render(row)
 
 
+def conversation_of(fields: Mapping[str, Any], source: Source) -> Conversation:
+    """A record of one example as a conversation, whatever its format: plain text is a question and its answer.
+
+    Raises RowError as `render` does.
+    """
+    taken: list[Conversation] = []
+
+    def take(conversation: Conversation) -> Rendered:
+        taken.append(conversation)
+        return Rendered(prompt="", response="", segments=())
+
+    row = row_of(fields, source, options=PrepareConfig(chat=True, score_turns="all"))
+    row.spec.render(replace(row, take=take))
+    return taken[0]
+
+
 def is_marked_bad(row: Row) -> bool:
     """Whether KTO's mark says that the answer is a bad one; a label that is neither true nor false is no mark."""
     label = row.get("label") if "label" in row.spec.columns else None
@@ -599,7 +618,8 @@ def _history(row: Row) -> list[Message]:
 
 def _conversed(row: Row, messages: list[Message], name: str, given: int = 0) -> tuple[Rendered]:
     """A conversation rendered by the chat template, with the record's system message and tools."""
-    if row.chat is None:
+    take = row.take or (row.chat and partial(render_conversation, chat=row.chat))
+    if take is None:
         detail = f"{name!r} is a conversation, but the base has no chat template; give one with --chat_template FILE"
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
     whole, tools, mask_history = messages, None, False
@@ -610,7 +630,7 @@ def _conversed(row: Row, messages: list[Message], name: str, given: int = 0) -> 
     given = given and given + len(whole) - len(messages)
     scored = scored_of(whole, given, row.options.score_turns, mask_history)
     conversation = Conversation(messages=whole, column=name, tools=tools, given=given, scored=scored)
-    return (replace(render_conversation(conversation, row.chat), num_turns_left_out=conversation.num_left_out),)
+    return (replace(take(conversation), num_turns_left_out=conversation.num_left_out),)
 
 
 def _pair(

@@ -15,6 +15,7 @@ from typing import Any
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.progress import tracked
 from davir_ray.engine.ray_train import run_on_workers
+from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import UserError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
@@ -56,14 +57,24 @@ class Training:
     """Folder of the run that the model is written to."""
     dropout: bool = True
     """Whether the base keeps its dropout, if it has any."""
+    steps: StepLog | None = None
+    """Where rank 0 reports its steps for tracking."""
+    name: str = ""
+    """Digest of all that the result depends on; given by `train`."""
 
 
 def finetune(
-    run: Run, base: Checkpoint, config: FinetuneConfig, spec: dict[str, Any], *, examples: Run | None = None
+    run: Run,
+    base: Checkpoint,
+    config: FinetuneConfig,
+    spec: dict[str, Any],
+    *,
+    examples: Run | None = None,
+    steps: StepLog | None = None,
 ) -> Manifest:
     """Fine-tune the base on every prepared example; writes reference/, a Hugging Face folder with its scoring spec.
 
-    `examples` is the run that holds the examples; None: this one.
+    `examples` is the run that holds the examples; None: this one. The steps are reported to `steps`.
     """
     holder = examples or run
     prepared = holder.require("prepare")
@@ -76,6 +87,7 @@ def finetune(
         objective=lambda: TrainingSet.of(each(lambda name: read_parquet(folder / name, TRAINING_COLUMNS), shards)),
         spec=spec,
         folder="reference",
+        steps=steps,
     )
     fingerprint = {"base": base.weights_digest(), "examples": prepared.content, **recipe_of(config)}
     return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"])
@@ -109,9 +121,10 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
-            # The fingerprint names Ray Train's folder: the same training continues, another one starts over.
-            name = digest(fingerprint)[:16]
-            result = run_on_workers(partial(train_on_rank, training, counter), training.config, checkpoints, name)
+            # The name is also that of Ray Train's folder: the same training continues, another one starts over.
+            training = dataclasses.replace(training, name=digest(fingerprint)[:16])
+            work = partial(train_on_rank, training, counter)
+            result = run_on_workers(work, training.config, checkpoints, training.name)
     except UserError:
         run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
         raise

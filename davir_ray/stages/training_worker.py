@@ -18,6 +18,7 @@ import torch
 from ray.train.torch import get_device, prepare_model
 
 from davir_ray.engine.progress import ProgressCounter, WorkDone
+from davir_ray.engine.trackers import Step
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE
 from davir_ray.models.device import resolve_dtype, uses_autocast, weights_precision
@@ -98,6 +99,8 @@ def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, 
         if is_first:
             work = WorkDone(report.step - before, tokens=num_tokens, before=before)
             counter.report("steps", work, report.total_steps)
+            if training.steps is not None:
+                training.steps.add(Step(training.name, report.step, _tracked_values(report)))
         if config.export_epochs and report.ends_epoch:
             name = f"{training.folder}_epochs/{report.epoch}"
             together(partial(_export, training, trainer, name, is_first=is_first))
@@ -109,6 +112,13 @@ def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, 
                 training.stage, report.step, report.total_steps, report.epoch,
                 ", ".join(f"{name} {value:.4f}" for name, value in report.measures.items()), report.tokens_per_second,
             )  # fmt: skip
+
+
+def _tracked_values(report: StepReport) -> dict[str, float]:
+    """What a tracker shows of a step."""
+    names = ("learning_rate", "grad_norm", "tokens_per_second")
+    values = report.measures | {name: getattr(report, name) for name in names}
+    return {f"train/{name}": value for name, value in values.items()}
 
 
 def _save_checkpoint(training: Training, trainer: Trainer, report: StepReport, *, is_first: bool) -> None:

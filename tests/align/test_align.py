@@ -16,6 +16,7 @@ import torch
 from drivers import Driver, checkpoint_is_known
 from safetensors.torch import load_file
 from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from davir_ray import schema
@@ -54,6 +55,7 @@ def config(data_folder: Path, base_folder: Path, tmp_path_factory: pytest.TempPa
         finetune=FinetuneConfig(epochs=2, batch_size=8, learning_rate=1e-3, precision="float32", num_workers=2),
         score=ScoreConfig(num_actors=1, precision="float32"),
         align=AlignConfig(heldout_fraction=0.3),
+        track="tensorboard",
     )
 
 
@@ -109,8 +111,23 @@ def test_every_stage_writes_its_files_and_row_counts_reconcile(finished: Path) -
             assert pq.read_schema(file).equals(getattr(schema, name)), file
     left = {path.name for path in finished.iterdir()} - {"config.yaml", "manifests", "progress.json"}
     assert left == {
-        "examples", "rejects", "frozen", "policy", "scores", "margins", "report.html", "report.json"
+        "examples", "rejects", "frozen", "policy", "scores", "margins", "report.html", "report.json", "tracking.json",
+        "tensorboard",
     }  # fmt: skip
+
+
+def test_the_curves_and_the_held_out_loss_are_tracked(finished: Path) -> None:
+    (folder,) = (finished / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    trained, pairs = manifest(finished, "align"), read(finished, "margins")
+    last = trained.counts["steps"]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, last + 1))
+    for name, curve in trained.details["measures_by_step"].items():
+        assert [event.value for event in events.Scalars(f"train/{name}")] == pytest.approx([at for _, at in curve])
+    (heldout,) = events.Scalars("heldout/loss")
+    assert (heldout.step, heldout.value) == (last, pytest.approx(pairs.loss[pairs.held_out].mean()))
+    assert events.Scalars("margins/held_out")[0].value == pairs.held_out.sum()
 
 
 def test_margins_are_those_of_plain_forwards(finished: Path, base_folder: Path) -> None:

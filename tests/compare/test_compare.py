@@ -80,6 +80,7 @@ def settings(planted: Path, **changes: Any) -> CompareConfig:
     fixed: dict[str, Any] = {
         "run": str(planted / "run"), "output": str(planted / "compare"), "heldout": str(planted),
         "heldout_format": "prompt_response", "seeds": SEEDS, "arms": ["selection", "random"], "readings": ["steps"],
+        "track": "tensorboard",
     }  # fmt: skip
     return CompareConfig(**{**fixed, **changes})
 

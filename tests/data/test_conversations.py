@@ -268,7 +268,7 @@ def test_tools_reach_the_conversation(
 def test_a_message_that_calls_tools_needs_no_content(chat: ChatTemplate) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     (one,) = rendered({"messages": [USER, call, {"role": "tool", "content": "1"}, ASSISTANT]}, "messages", chat)
-    assert one.response == "\n\n2"
+    assert one.response == '{"name": "f", "arguments": "{}"}\n\n2'
 
 
 @pytest.mark.parametrize("name", formats.MEDIA_COLUMNS)

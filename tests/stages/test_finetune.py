@@ -25,6 +25,7 @@ import torch
 from drivers import PACKAGE, Driver, checkpoint_is_known
 from ray.train.torch import TorchConfig
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from davir_ray.config.prepare import PrepareConfig
@@ -34,7 +35,9 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine import ray_train
 from davir_ray.engine.connect import own_interrupts
 from davir_ray.engine.progress import ProgressCounter
-from davir_ray.errors import ClusterError, ModelError, TrainingError
+from davir_ray.engine.trackers import Step
+from davir_ray.engine.tracking import StepLog, Tracking
+from davir_ray.errors import ClusterError, ModelError, StorageError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
@@ -78,9 +81,14 @@ def prepared(data_folder: Path, base_folder: Path, ray_session: None, tmp_path_f
 
 
 def finetune_copy(prepared: Path, base_folder: Path, target: Path, **options: Any) -> Manifest:
-    shutil.copytree(prepared, target)
+    shutil.copytree(prepared, target, dirs_exist_ok=True)
+    return finetune_in(target, base_folder, **options)
+
+
+def finetune_in(target: Path, base_folder: Path, steps: StepLog | None = None, **options: Any) -> Manifest:
     spec = scoring_spec(settings(base_folder), [Source(name="alpaca", path="any", format="alpaca")])
-    return finetune(Run.at(target), Checkpoint.find(str(base_folder)), FinetuneConfig(**options), spec)
+    base = Checkpoint.find(str(base_folder))
+    return finetune(Run.at(target), base, FinetuneConfig(**options), spec, steps=steps)
 
 
 def test_an_adapter_is_trained_scored_with_and_is_no_whole_model(
@@ -124,6 +132,39 @@ def test_after_a_training_ctrl_c_and_the_memory_are_the_drivers_again(
     while controllers() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not controllers()
+
+
+def test_a_stopped_and_resumed_training_has_one_curve_with_every_step_once(
+    prepared: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    class Stopping(StepLog):
+        def add(self, step: Step) -> None:
+            super().add(step)
+            if step.step == 5:
+                raise StorageError("the store is away")
+
+    recipe: dict[str, Any] = RECIPE | {"checkpoint_every_steps": 2, "max_failures": 0}
+    run = Run.at(tmp_path / "run")
+    with Tracking(run, "tensorboard") as tracking:
+        tracking.steps = Stopping()
+        with pytest.raises(StorageError):
+            finetune_copy(prepared, base_folder, tmp_path / "run", **recipe, steps=tracking.steps)
+    with Tracking(run, "tensorboard") as tracking:
+        manifest = finetune_in(tmp_path / "run", base_folder, **recipe, steps=tracking.steps)
+        tracking.log_results({"score/scored": 24})
+    (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        assert [event.step for event in curves[f"train/{name}"]] == [1, 2, 3, 4, 5, 6], name
+        assert all(event.value > 0 for event in curves[f"train/{name}"][:-1]), name
+    losses = [loss for _, loss in manifest.details["loss_by_step"]]
+    np.testing.assert_allclose([event.value for event in curves["train/loss"]], losses, rtol=1e-6)
+    rates = [event.value for event in curves["train/learning_rate"]]
+    assert rates[0] == pytest.approx(recipe["learning_rate"])
+    assert rates == sorted(rates, reverse=True)
+    assert [(event.step, event.value) for event in curves["score/scored"]] == [(6, 24)]
 
 
 def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt() -> None:

@@ -86,6 +86,7 @@ class StepReport:
     """The objective's measures over the global batch, the loss among them."""
     grad_norm: float
     """Norm of the gradient before clipping."""
+    learning_rate: float
     tokens_per_second: float
     """Rate of this step over all ranks, prompt tokens included."""
     num_tokens: int
@@ -153,6 +154,7 @@ class Trainer:
                 loss=measured[0],
                 measures=dict(zip(self._objective.measures, measured, strict=True)),
                 grad_norm=norm,
+                learning_rate=self._optimizer.param_groups[0]["lr"],
                 tokens_per_second=num_tokens / (time.perf_counter() - started),
                 num_tokens=num_tokens,
             )

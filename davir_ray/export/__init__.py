@@ -1,0 +1,1 @@
+"""Export: the rows of a finished run as a trainer reads them, and as a data set of the hub."""
