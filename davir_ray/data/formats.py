@@ -618,7 +618,7 @@ def _history(row: Row) -> list[Message]:
 
 def _conversed(row: Row, messages: list[Message], name: str, given: int = 0) -> tuple[Rendered]:
     """A conversation rendered by the chat template, with the record's system message and tools."""
-    take = row.take or (row.chat and partial(render_conversation, chat=row.chat))
+    take = row.take or (partial(render_conversation, chat=row.chat) if row.chat else None)
     if take is None:
         detail = f"{name!r} is a conversation, but the base has no chat template; give one with --chat_template FILE"
         raise RowError(RejectReason.BAD_CONVERSATION, detail)
