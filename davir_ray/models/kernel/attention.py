@@ -23,7 +23,7 @@ PACKED_ATTENTION = "davir_packed"
 
 
 def register_packed_attention() -> None:
-    """Let transformers build models with PACKED_ATTENTION; a process calls it before it builds one."""
+    """Let transformers build models with PACKED_ATTENTION; a process calls it before it builds or runs one."""
     # Imported late: they take seconds, which a driver, building no model, need not wait.
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
-from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.packing import Spans, scored_positions
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
@@ -117,6 +117,7 @@ class Likelihood(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        register_packed_attention()  # the model may have come from another process, as that of a rank does
         self.model = model
         self.packed = model.config._attn_implementation == PACKED_ATTENTION
         """Whether packs are run without padding; the self-check clears it for models that cannot be packed exactly."""
