@@ -7,8 +7,8 @@ import pytest
 
 from davir_ray.errors import IntegrityError
 from davir_ray.run.folder import Run
-from davir_ray.stages import score
-from davir_ray.stages.score import check_ids
+from davir_ray.stages import ids as module
+from davir_ray.stages.ids import check_ids
 
 MakeScores = Callable[..., Run]
 
@@ -26,7 +26,7 @@ def check(run: Run) -> None:
 def test_two_rows_with_the_same_id_are_found_whatever_their_values(
     make_scores: MakeScores, monkeypatch: pytest.MonkeyPatch, rows: int, ids_per_part: int
 ) -> None:
-    monkeypatch.setattr(score, "_IDS_PER_PART", ids_per_part)
+    monkeypatch.setattr(module, "_IDS_PER_PART", ids_per_part)
     ids = np.random.default_rng(0).integers(0, 2**63 - 1, rows).tolist()
     check(make_scores(np.linspace(1, 0, rows), example_id=ids, name="distinct"))
     ids[-1] = ids[0]
