@@ -1,15 +1,15 @@
 """prepare: sources → examples/ and rejects/. Every format, every bad record and all tokenisation pass through here."""
 
-import gc
 import logging
 import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import ray.data
+from ray import cloudpickle
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
@@ -45,8 +45,8 @@ TASKS = "prepare_tasks"
 UNLIMITED = 2**62
 """A number above the rows or bytes of any source."""
 
-_ACTOR_BYTES = 4 * 2**20
-"""Bytes of sources that take about as long to prepare as another actor takes to start, which imports transformers."""
+_WORKER_BYTES = 4 * 2**20
+"""Bytes of sources that take about as long to prepare as another worker takes to start, which imports transformers."""
 
 _MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
@@ -239,11 +239,11 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
     """Prepare the tasks that are not done; returns the sum of all reports."""
     reports, so_far = dict(done), _sum(done)
     if pending := [number for number in range(len(work.tasks)) if number not in done]:
-        num_cpus, worthwhile = actor_cpus(1), 1 + work.total_bytes // _ACTOR_BYTES
+        num_cpus, worthwhile = actor_cpus(1), 1 + work.total_bytes // _WORKER_BYTES
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
-            Preparer,
-            fn_constructor_kwargs={"work": work},
-            compute=ray.data.ActorPoolStrategy(size=min(len(pending), worthwhile, pool_size(None, num_cpus, 0))),
+            _prepare_task,
+            fn_kwargs={"work": cloudpickle.dumps(work)},
+            concurrency=min(len(pending), worthwhile, pool_size(None, num_cpus, 0)),
             num_cpus=num_cpus,
         )
         with own_errors():
@@ -287,15 +287,25 @@ def _checked_counts(report: TaskReport, max_bad_fraction: float, rows_per_record
     return counts | dict(sorted(report.replaced.items()))
 
 
+def _prepare_task(row: dict[str, Any], work: bytes) -> list[dict[str, Any]]:
+    """Prepare one task of a pickled Work."""
+    return _preparer(work)(row)
+
+
+@lru_cache(maxsize=1)
+def _preparer(work: bytes) -> "Preparer":
+    """The preparer of this process: it serves all tasks that run here, and the process then serves later stages."""
+    return Preparer(cloudpickle.loads(work))
+
+
 class Preparer:
-    """Worker: prepares one task at a time; it writes the task's shards and, last, its report."""
+    """Prepares one task at a time; it writes the task's shards and, last, its report."""
 
     def __init__(self, work: Work) -> None:
         configure_worker_logging()
         self._work = work
         sources = [task.source for task in work.tasks]
         self._reader = work.preparation.reader(sources)
-        gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
         self._schema = PAIRS if are_pairs(sources) else EXAMPLES
         self._shard_rows = max(work.preparation.config.shard_rows, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
 
