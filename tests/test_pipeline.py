@@ -392,6 +392,7 @@ def test_changed_source_files_are_refused(finished: Path, config: RunConfig, cop
         run_all(replace(copied, sources=changed))
 
 
+@pytest.mark.slow
 def test_overwrite_redoes_what_differs_with_a_given_reference_too(copied: RunConfig, reference_folder: Path) -> None:
     outside = replace(copied, reference=str(reference_folder), overwrite=True)
     before = snapshot(copied.output, "examples", "reference")

@@ -3,12 +3,13 @@
     completion    prompt, completion             the text that was scored
     alpaca        instruction, input, output     as in the source
     messages      messages, perhaps tools        role and content, with whatever else a message of the source has
-    alternating   the same                       user and assistant in turn, as LLaMA-Factory wants them
-    sharegpt      conversations                  from and value
+    sharegpt      conversations, perhaps tools   from and value; tool calls are of function_call, results of observation
+    alternating   conversations, tools           the same, user and assistant in turn, as LLaMA-Factory wants them
 
 A conversation is read from the record by its format. A row that cannot be put into the form raises RowError.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,7 +29,12 @@ SCORE_COLUMNS = (
 )  # fmt: skip
 """Columns of selected/ that every exported row has, after its text."""
 
-_SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
+_SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+
+_OF_RESULTS = {"tool": {"tool_call_id", "name"}}
+"""Fields that say which call a result belongs to, which in ShareGPT's form the order says."""
+
+_AS_IS: dict[str, Any] = {"ensure_ascii": False}
 
 
 def form_of(trainer: Trainer, sources: Sequence[Source], options: PrepareConfig) -> Form | None:
@@ -61,36 +67,43 @@ def exported_text(form: Form, prompt: str, response: str, record: Mapping[str, A
         }  # fmt: skip
     conversation = conversation_of(record, source)
     messages, tools = conversation.messages, conversation.tools
-    if form in ("sharegpt", "alternating") and tools is not None:
-        raise _no_place("the record has tools, which this form has no place for")
-    if form == "sharegpt":
-        return {"conversations": [_sharegpt_turn(index, message) for index, message in enumerate(messages)]}
+    if form == "messages":
+        return {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
+    turns = {"conversations": [_sharegpt_turn(index, message) for index, message in enumerate(messages)]}
     if form == "alternating":
         _check_alternating(messages)
-    return {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
+    elif tools is None:
+        return turns
+    return turns | {"tools": json.dumps([tool.get("function", tool) for tool in tools], **_AS_IS) if tools else ""}
 
 
 def _sharegpt_turn(index: int, message: Message) -> dict[str, str]:
-    role = message["role"]
+    role, calls = message["role"], message.get("tool_calls")
     if role not in _SHAREGPT_ROLES:
         raise _no_place(f"message {index} is of the role {role!r}; sharegpt has {', '.join(_SHAREGPT_ROLES)}")
-    _refuse_more(index, message)
-    return {"from": _SHAREGPT_ROLES[role], "value": message["content"]}
+    if more := sorted(message.keys() - {"role", "content", "tool_calls"} - _OF_RESULTS.get(role, set())):
+        raise _no_place(f"message {index} has {', '.join(more)}, which this form has no place for")
+    if not calls:
+        return {"from": _SHAREGPT_ROLES[role], "value": message["content"]}
+    if message["content"]:
+        raise _no_place(f"message {index} has text beside its tool calls, which this form has no place for")
+    functions = [_function(call) for call in calls]
+    return {"from": "function_call", "value": json.dumps(functions if len(functions) > 1 else functions[0], **_AS_IS)}
+
+
+def _function(call: Any) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    return {"name": function["name"], "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
 
 
 def _check_alternating(messages: list[Message]) -> None:
     """RowError unless LLaMA-Factory keeps the row; it skips others with a line in its log."""
-    for index, message in enumerate(messages):
-        _refuse_more(index, message)
-    turns = [message["role"] for message in messages]
-    turns = turns[1:] if turns[:1] == ["system"] else turns
-    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
-        raise _no_place(f"the turns are {', '.join(turns)}; LLaMA-Factory takes user and assistant in turn")
-
-
-def _refuse_more(index: int, message: Message) -> None:
-    if more := sorted(message.keys() - {"role", "content"}):
-        raise _no_place(f"message {index} has {', '.join(more)}, which this form has no place for")
+    roles = [message["role"] for message in messages]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    speakers = ["assistant" if role == "assistant" else "user" for role in roles]
+    if speakers != ["user", "assistant"] * (len(speakers) // 2) or not speakers:
+        raise _no_place(f"the turns are {', '.join(roles)}; LLaMA-Factory takes user (or tool) and assistant in turn")
 
 
 def _no_place(detail: str) -> RowError:

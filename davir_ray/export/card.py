@@ -95,9 +95,7 @@ def _llamafactory(facts: Exported) -> dict[str, Any]:
     if facts.form == "alpaca":
         columns = {"prompt": "instruction", "query": "input", "response": "output"}
         return place | {"formatting": "alpaca", "columns": columns}
-    tags = {name: name.removesuffix("_tag") for name in ("user_tag", "assistant_tag", "system_tag")}
-    names = {"role_tag": "role", "content_tag": "content", **tags}
-    return place | {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": names}
+    return place | {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
 
 
 def card(facts: Exported) -> str:

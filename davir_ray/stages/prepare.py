@@ -243,7 +243,7 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
         dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
             _prepare_task,
             fn_kwargs={"work": cloudpickle.dumps(work)},
-            concurrency=min(len(pending), worthwhile, pool_size(None, num_cpus, 0)),
+            compute=ray.data.TaskPoolStrategy(min(len(pending), worthwhile, pool_size(None, num_cpus, 0))),
             num_cpus=num_cpus,
         )
         with own_errors():

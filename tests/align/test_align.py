@@ -203,6 +203,7 @@ def test_a_finished_run_is_skipped(copied: AlignRunConfig) -> None:
     assert changed == {"report.html", "report.json", "config.yaml", "progress.json"}
 
 
+@pytest.mark.slow
 def test_another_loss_is_refused_then_redone_and_compared_with_the_first(
     copied: AlignRunConfig, finished: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_frozen_losses_in_other_arithmetic_than_the_training_are_refused(config:
         check_arithmetic(training, replace(config.score, num_gpus=1))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_and_measured_on_the_bases_weights(copied: AlignRunConfig) -> None:
     """On all pairs: by default none is held out."""
     output = Path(str(copied.output))

@@ -174,6 +174,7 @@ def test_messages_that_datasets_keeps_as_json_are_messages(models: dict[str, Any
     assert found["content_hash"] == hashes
 
 
+@pytest.mark.slow
 def test_five_lines_of_the_docstring(rows: list[dict[str, Any]], models: dict[str, Any], tmp_path: Path) -> None:
     source, written = tmp_path / "instructions.jsonl", tmp_path / "best"
     source.write_text("\n".join(json.dumps(row) for row in rows))

@@ -21,6 +21,7 @@ FIXED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["distinct", "tied"])
 def test_the_result_holds_what_it_promises(values: Any) -> None:
     result = run(RankingBenchmark(rows=5000, shard_rows=700, values=values, baselines=values == "tied"))

@@ -1,5 +1,6 @@
 """A scored row in the form of each trainer; what has no place in it is refused by name."""
 
+import json
 from typing import Any
 
 import pytest
@@ -62,8 +63,9 @@ def test_the_form_follows_from_the_trainer_and_the_sources(
     ],
 )
 def test_the_turns_of_a_record_are_kept_in_every_form_of_a_conversation(record: dict[str, Any], format: Format) -> None:
-    assert text("messages", record, format) == {"messages": CHAT} == text("alternating", record, format)
+    assert text("messages", record, format) == {"messages": CHAT}
     assert text("sharegpt", record, format) == {"conversations": SHAREGPT}
+    assert text("alternating", record, format) == {"conversations": SHAREGPT, "tools": ""}
 
 
 def test_plain_text_becomes_a_question_and_an_answer() -> None:
@@ -78,15 +80,22 @@ def test_plain_text_becomes_a_question_and_an_answer() -> None:
     assert text("alpaca", {"task": "Add.", "output": "3"}, "alpaca", instruction="task")["instruction"] == "Add."
 
 
-def test_tools_and_calls_are_kept_where_the_form_has_a_place_for_them() -> None:
-    tools = [{"type": "function", "function": {"name": "add"}}]
-    record = {"messages": [TURNS[1], CALL], "tools": tools}
-    assert text("messages", record) == record
-    for form in ("sharegpt", "alternating"):
-        with pytest.raises(RowError, match="tools"):
-            text(form, record)
-        with pytest.raises(RowError, match="message 1 has tool_calls"):
-            text(form, {"messages": record["messages"]})
+def test_tools_calls_and_results_are_kept() -> None:
+    """In ShareGPT's form as in LLaMA-Factory's glaive_toolcall demo."""
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    result = {"role": "tool", "content": "1", "tool_call_id": "7"}
+    turns = [TURNS[1], CALL, result, {"role": "assistant", "content": "One."}]
+    assert text("messages", {"messages": turns, "tools": tools}) == {"messages": turns, "tools": tools}
+    found = text("sharegpt", {"messages": turns, "tools": tools})
+    assert found == text("alternating", {"messages": turns, "tools": tools})
+    assert [turn["from"] for turn in found["conversations"]] == ["human", "function_call", "observation", "gpt"]
+    assert json.loads(found["conversations"][1]["value"]) == {"name": "add", "arguments": {"a": 1}}
+    assert json.loads(found["tools"]) == [tools[0]["function"]]
+    as_text = {**CALL, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}] * 2}
+    value = text("sharegpt", {"messages": [TURNS[1], as_text]})["conversations"][1]["value"]
+    assert json.loads(value) == [{"name": "add", "arguments": {"a": 1}}] * 2
+    with pytest.raises(RowError, match="message 1 has text beside its tool calls"):
+        text("sharegpt", {"messages": [TURNS[1], {**CALL, "content": "Let me add."}]})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,8 @@ def test_tools_and_calls_are_kept_where_the_form_has_a_place_for_them() -> None:
         ("alternating", [TURNS[1], TURNS[1], TURNS[2]], "the turns are user, user, assistant"),
         ("alternating", [TURNS[0], TURNS[2]], "the turns are assistant"),
         ("alternating", [TURNS[0], TURNS[1]], "the turns are user"),
-        ("sharegpt", [{"role": "tool", "content": "3"}], "message 0 is of the role 'tool'"),
+        ("sharegpt", [TURNS[1], TURNS[2] | {"weight": 1}], "message 1 has weight"),
+        ("sharegpt", [TURNS[1], {"role": "critic", "content": "no"}, TURNS[2]], "message 1 is of the role 'critic'"),
         ("messages", [{"role": "assistant"}], "message 0 of 'messages' has the fields role"),
         ("messages", [{"role": "user", "content": 3}], "is of type int"),
     ],

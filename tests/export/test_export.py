@@ -215,8 +215,11 @@ def test_rows_without_a_place_in_the_form_are_counted_and_kept(
     assert f"bad_conversation {is_bad.sum()}" in caplog.text
     assert f"{is_bad.sum()} rows are left out" in (tmp_path / "out" / "README.md").read_text()
     info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())["out"]
-    assert (info["formatting"], info["columns"]) == ("sharegpt", {"messages": "messages"})
-    tool = make_run(lambda at: {"messages": [{"role": "tool", "content": "x"}]}, "messages", name="tool")
+    assert (info["formatting"], info["columns"]) == (
+        "sharegpt",
+        {"messages": "conversations", "tools": "tools"},
+    )
+    tool = make_run(lambda at: {"messages": [{"role": "critic", "content": "x"}]}, "messages", name="tool")
     with pytest.raises(DataError, match="no row has a place in the form of sharegpt: bad_conversation 30"):
         export(ExportOptions(run=str(tool), to="sharegpt", output=str(tmp_path / "none")))
 
@@ -224,7 +227,7 @@ def test_rows_without_a_place_in_the_form_are_counted_and_kept(
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(None, "messages", keep_record=False)
     for trainer in ("trl", "axolotl", "llamafactory", "messages", "sharegpt"):
-        with pytest.raises(ConfigError, match=f"to is {trainer}, which needs the records of source 'one'"):
+        with pytest.raises(ConfigError, match=f"to is {trainer}, which needs the records of the sources"):
             export(ExportOptions(run=str(run), to=trainer, output=str(tmp_path / "out")))
     with pytest.raises(ConfigError, match=r"rows is mixture, but .* has no mixture/"):
         export(ExportOptions(run=str(run), to="parquet", output=str(tmp_path / "out"), rows="mixture"))

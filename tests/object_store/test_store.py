@@ -256,6 +256,7 @@ def test_throttling_is_told_in_time(used: Store, place: Location, monkeypatch: p
         assert proxy.counts["refused"] >= 2
 
 
+@pytest.mark.slow
 def test_some_throttling_is_waited_out(used: Store, place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     with FaultyProxy(used.endpoint, share=0.3).serving() as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

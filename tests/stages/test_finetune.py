@@ -91,6 +91,7 @@ def finetune_in(target: Path, base_folder: Path, steps: StepLog | None = None, *
     return finetune(Run.at(target), base, FinetuneConfig(**options), spec, steps=steps)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_scored_with_and_is_no_whole_model(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def controllers() -> list[str]:
     return [name for name in names if name.startswith("ray::TrainContr")]
 
 
+@pytest.mark.slow
 def test_after_a_training_ctrl_c_and_the_memory_are_the_drivers_again(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +174,7 @@ def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt() -> None:
         sys.exit(0)
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_take_the_same_steps_and_so_do_two_that_share_a_model(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:

@@ -341,6 +341,7 @@ def test_what_the_data_leave_out_is_counted(base_folder: Path, tmp_path: Path) -
     assert prepare(run, [given], preparation, max_bad_fraction=0.2) == manifest, "the run of the format given goes on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_files", [1, 40])
 def test_a_hopeless_corpus_stops_before_its_end(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
@@ -361,6 +362,7 @@ def test_a_hopeless_corpus_stops_before_its_end(
     assert len(table_of(tmp_path / "run", "rejects")) >= int(read) / 2
 
 
+@pytest.mark.slow
 def test_a_bad_beginning_does_not_stop_a_good_corpus(base_folder: Path, tmp_path: Path) -> None:
     bad, good = json.dumps({"answer": "x" * 1000}), json.dumps(GOOD | {"input": "y" * 900})
     (tmp_path / "a.jsonl").write_text("\n".join([bad] * 1200 + [good] * 20_000))

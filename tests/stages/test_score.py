@@ -61,6 +61,7 @@ def table_of(run: Run) -> pd.DataFrame:
     return pa.concat_tables([read_parquet(run / "scores" / name) for name in (run / "scores").names()]).to_pandas()
 
 
+@pytest.mark.slow
 def test_bits_are_equal_for_any_number_of_actors_and_close_for_any_shards(
     prepared: Path, data_folder: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
 ) -> None:
