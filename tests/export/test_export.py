@@ -158,7 +158,7 @@ def test_trl_trains_on_both_forms(
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     for number, (record_of, format) in enumerate(((alpaca, "alpaca"), (chat, "messages"))):
-        run = make_run(record_of, format)
+        run = make_run(record_of, format, name=f"run{number}")
         output = tmp_path / f"out{number}"
         export(ExportOptions(run=str(run), to="trl", output=str(output), shuffle=True))
         names: dict[str, Any] = {}
