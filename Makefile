@@ -19,7 +19,7 @@ test:
 	pytest
 
 slow:
-	pytest -m slow --numprocesses 2 --dist loadfile
+	pytest -m slow
 
 gate:
 	.ci/run
