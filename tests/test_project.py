@@ -15,7 +15,8 @@ LOCKED = tomllib.loads((PACKAGE / "uv.lock").read_text())["package"]
 
 def test_the_version_is_the_citations_and_the_newest_of_the_changelog() -> None:
     assert yaml.safe_load((PACKAGE / "CITATION.cff").read_text())["version"] == davir_ray.__version__
-    assert re.findall(r"^## (.+)$", (PACKAGE / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == davir_ray.__version__
+    heads = re.findall(r"^## (.+)$", (PACKAGE / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert next(head for head in heads if head != "Unreleased") == davir_ray.__version__
 
 
 def test_the_lock_file_has_every_dependency_within_its_bounds() -> None:

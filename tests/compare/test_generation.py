@@ -83,6 +83,7 @@ def test_the_texts_are_those_of_one_process_in_a_run_of_their_own(
     assert manifest.damage(run.folder) == []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_shard_by_shard(prepared: Path, generated: Path, base_folder: Path, tmp_path: Path) -> None:
     run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
     model = Checkpoint.find(str(base_folder))

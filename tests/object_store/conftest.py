@@ -17,7 +17,7 @@ def ceph_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         yield store
 
 
-@pytest.fixture(params=["moto", "ceph"])
+@pytest.fixture(params=["moto", pytest.param("ceph", marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest) -> Store:
     """Each of the stores."""
     store: Store = request.getfixturevalue(f"{request.param}_store")

@@ -136,6 +136,7 @@ def test_after_a_training_ctrl_c_and_the_memory_are_the_drivers_again(
     assert not controllers()
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_training_has_one_curve_with_every_step_once(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ def test_one_and_two_workers_take_the_same_steps_and_so_do_two_that_share_a_mode
     assert not (tmp_path / "two" / "reference_epochs").exists()
 
 
+@pytest.mark.slow
 def test_divergence_names_the_step_and_the_value(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
     recipe = RECIPE | {"learning_rate": 1e30, "max_failures": 0}
     with pytest.raises(TrainingError, match=r"(nan|inf).* at step [2-6]; .*learning_rate \(now 1e\+30\)"):

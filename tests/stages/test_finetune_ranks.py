@@ -117,6 +117,7 @@ def main(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_an_error_that_one_rank_meets_is_raised_on_all(tmp_path: Path) -> None:
     run_two_ranks(__file__, tmp_path)
     for case, message in CASES.items():
