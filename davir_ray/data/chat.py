@@ -87,6 +87,7 @@ class ChatTemplate:
         """
         messages = self._form.fit(conversation.messages)
         text, marks = self._render(self._form, messages, conversation.tools)
+        _check_is_written(conversation, text)
         marked = MarkedConversation(conversation, messages, text)
         turns = marked.place(self._render(self._form, marked.messages, conversation.tools)[0])
         limits = [*(placed[0].start for placed in list(turns.values())[1:]), len(text)]
@@ -260,6 +261,18 @@ def render_conversation(conversation: Conversation, chat: ChatTemplate) -> Rende
     segments = chat.segments(conversation)
     prompt = "" if segments[0].scored else segments[0].text
     return Rendered(prompt=prompt, response="\n\n".join(replies), segments=segments, templated=True)
+
+
+def _check_is_written(conversation: Conversation, text: str) -> None:
+    """Raise RowError where the template leaves out what the assistant answers to."""
+    for index, message in enumerate(conversation.messages):
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            detail = f"the chat template does not write message {index} of {conversation.column!r}, of the role "
+            raise RowError(RejectReason.BAD_CONVERSATION, f"{detail}{message['role']!r}, or rewrites it")
+    names = [tool.get("function", tool).get("name", "") for tool in conversation.tools or () if isinstance(tool, dict)]
+    if absent := [name for name in names if name not in text]:
+        detail = f"the chat template has no place for tools such as {shorten(absent[0], 30)!r}; give another with "
+        raise RowError(RejectReason.UNREAD_COLUMN, f"{detail}--chat_template, or add --ignore_columns '[tools]'")
 
 
 def _nothing_scored(conversation: Conversation) -> str:

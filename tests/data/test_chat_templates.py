@@ -261,10 +261,11 @@ def check(name: str, talk: list[dict[str, Any]], tools: list[Any] | None = None)
     options = {"tools": tools} if tools else {}
     text = written(name, talk, **options)
     missing = needed(talk) if text is None else {word for word in needed(talk) if word not in text}
-    if missing or not in_order(text or "", talk):
+    has_no_place = text is not None and any(tool["function"]["name"] not in text for tool in tools or ())
+    if missing or has_no_place or not in_order(text or "", talk):
         with pytest.raises(RowError) as caught:
             render_conversation(conversation(talk, tools=tools), CHATS[name])
-        assert caught.value.reason is RejectReason.BAD_CONVERSATION
+        assert caught.value.reason in (RejectReason.BAD_CONVERSATION, *[RejectReason.UNREAD_COLUMN] * has_no_place)
         return None
     assert text is not None
     rendered = render_conversation(conversation(talk, tools=tools), CHATS[name])
@@ -459,3 +460,21 @@ def test_the_response_of_a_call_is_the_call() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_token_that_ends_a_turn_is_the_familys(name: str) -> None:
     assert CHATS[name].turn_end() in of_family(name, END_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason", "told"),
+    [
+        ("{% for m in messages %}{{ m.content }}<eos>{% endfor %}", RejectReason.UNREAD_COLUMN, "'weather'"),
+        ("{{ tools }}{% for m in messages[1:] %}{{ m.content }}<eos>{% endfor %}", None, "message 0 of 'm'.*'system'"),
+        ("{{ tools }}{% for m in messages %}{{ m.content | upper }}<eos>{% endfor %}", None, "message 0 of 'm'"),
+    ],
+)
+def test_a_template_that_leaves_out_what_is_answered_is_refused(
+    template: str, reason: RejectReason | None, told: str
+) -> None:
+    talk = [{"role": role, "content": f"a word of {role}"} for role in ("system", "user", "assistant")]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    with pytest.raises(RowError, match=told) as caught:
+        ChatTemplate(template, {"eos_token": "<eos>"}).segments(Conversation(messages=talk, column="m", tools=tools))
+    assert caught.value.reason is (reason or RejectReason.BAD_CONVERSATION)

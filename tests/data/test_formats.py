@@ -300,10 +300,14 @@ def test_a_template_that_is_not_stable_is_refused_with_the_difference_shown() ->
     )
 
 
-def test_a_template_that_drops_earlier_text_is_refused() -> None:
-    forgetful = CHATML.template.replace("m['content']", "(m['content'] if loop.index > messages | length - 2 else '…')")
+@pytest.mark.parametrize(
+    ("forgets", "told"), [("true", "does not write message 0"), ("m['role'] == 'assistant'", "when it continues")]
+)
+def test_a_template_that_drops_earlier_text_is_refused(forgets: str, told: str) -> None:
+    kept = f"('…' if {forgets} and loop.index <= messages | length - 2 else m['content'])"
+    forgetful = CHATML.template.replace("m['content']", kept)
     reason, detail = refused({"messages": TALK}, MESSAGES, ChatTemplate(forgetful, CHATML.named_tokens))
-    assert reason is RejectReason.BAD_CONVERSATION and "when it continues" in detail
+    assert reason is RejectReason.BAD_CONVERSATION and told in detail
 
 
 @pytest.mark.parametrize(
