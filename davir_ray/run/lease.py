@@ -29,7 +29,7 @@ import psutil
 
 from davir_ray.errors import OutputError, StorageError
 from davir_ray.run.location import Location
-from davir_ray.run.storage_errors import explain, user_errors
+from davir_ray.run.storage_errors import CONTINUES, explain, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Lease:
         if self._ignores_interrupts:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self._loss is not None:
-            raise OutputError(f"{self._place.parent} {self._loss}; this run ends here") from error
+            raise OutputError(f"{self._place.parent} {self._loss}; this run ends here. {CONTINUES}") from error
         with suppress(StorageError):  # a lease that is left behind has no heartbeat
             if self._is_ours():
                 self._place.remove()
@@ -196,7 +196,7 @@ class Lease:
                 raise _refusal(self._place, now)
 
     def _beat(self) -> None:
-        renewed, problem = time.monotonic(), ""
+        renewed, problem = time.monotonic(), "the store did not answer in time"
         while not self._ended.wait(BEAT_S):
             begun = time.monotonic()
             if _is_overdue(renewed):
