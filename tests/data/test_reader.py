@@ -253,6 +253,8 @@ def test_an_id_says_where_a_row_stands_and_a_hash_what_it_says(
     moved = read_all(tokenizer, tmp_path / "there", [line_of("q", "a", more=1)])
     rows = [item for item in (*here, *moved) if isinstance(item, dict)]
     ids, hashes = ([row[name] for row in rows] for name in ("example_id", "content_hash"))
+    digest = hashlib.sha256(json.dumps([rows[0]["prompt"], rows[0]["response"]]).encode()).hexdigest()
+    assert rows[0]["prompt"] and hashes[0] == int(digest[:16], 16) // 2, "of both texts, as the schema says"
     assert len(set(ids[:3])) == 3
     assert ids[3] == ids[0]
     assert hashes[0] == hashes[1] == hashes[3] != hashes[2]
