@@ -149,8 +149,8 @@ def _seen(source: Source, records: list[Record]) -> str:
         counts["with images, audio or video (rejects)"] += any(
             is_filled(row.fields.get(name)) for name in MEDIA_COLUMNS
         )
-    told = [f"{count} {what}" for what, count in counts.items() if count]
-    return f"{source.format}: {', '.join(parts)}; of {len(rows)} rows {', '.join(told) or 'none with more'}"
+    extras = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"{source.format}: {', '.join(parts)}; of {len(rows)} rows {', '.join(extras) or 'none with more'}"
 
 
 def _turns(value: Any) -> list[dict[str, Any]]:

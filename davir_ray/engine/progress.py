@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError
 from ray.util.metrics import Counter as Metric
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from davir_ray.engine.resources import driver_node
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Pace, Progress
 from davir_ray.terminal import Bar
@@ -151,9 +151,7 @@ class _CounterActor:
 @cache
 def _actor_of(job: str) -> Any:
     """The counter's actor of this driver's connection to Ray."""
-    # On the driver's node, so that it is not lost with a worker's node.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_CounterActor).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=driver_node())(_CounterActor).remote()
 
 
 class ProgressCounter:

@@ -3,9 +3,15 @@
 from typing import NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.errors import ClusterError
+
+
+def driver_node() -> NodeAffinitySchedulingStrategy:
+    """Where an actor of the driver's runs: on the driver's own node, so that it is not lost with another."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def num_nodes() -> int:

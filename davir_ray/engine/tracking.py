@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from davir_ray.config.run import Tracker
+from davir_ray.engine.resources import driver_node
 from davir_ray.engine.trackers import Step, TrackingRun
 from davir_ray.run.folder import Run
 from davir_ray.text import one_line
@@ -43,9 +43,7 @@ class StepLog:
     """A handle to the actor that holds the steps that are not logged yet."""
 
     def __init__(self) -> None:
-        # On the driver's node, so that it is not lost with a worker's node.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_StepsActor)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=driver_node())(_StepsActor)
         self._actor: Any = actor.remote()
         self.take()  # it has started, so a report to it arrives in time
 
