@@ -36,6 +36,12 @@ def shorten(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def shorten_middle(text: str, length: int) -> str:
+    """The text, cut to this length with an ellipsis in place of its middle where it is longer."""
+    tail = length // 4
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
+
+
 def printable(text: str) -> str:
     """Escape the characters of a text that would control a terminal or reorder a line, except \\n and \\t.
 

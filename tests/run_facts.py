@@ -44,6 +44,21 @@ def example(**fields: Any) -> dict[str, Any]:
     return {"rank": 1, "example_id": 2**62, "num_response_tokens": 3} | losses | tokens | texts | fields
 
 
+def source(**facts: Any) -> dict[str, Any]:
+    """What prepare records of a source: forty-three rows read, of which it prepared forty-one."""
+    counts = {"read": 43, "prepared": 41, "left_out": 0, "rejected": 2, "turns_left_out": 3, "truncated": 0}
+    tokens = {"num_prompt_tokens": 205, "num_response_tokens": 1200, "sampled": 41}
+    columns = {"columns_used": {"messages": 43}, "columns_not_used": {"date": 40}}
+    shown = {
+        "source_file": "a.jsonl",
+        "source_row": 7,
+        "truncated": False,
+        "pieces": [["Say yes.", False], ["Yes.", True]],
+    }
+    recorded = {"format": "messages", "chat": "always", "role_tokens": {"user": 205, "scored": 1200}, "shown": [shown]}
+    return counts | tokens | columns | recorded | facts
+
+
 def manifest(counts: dict[str, int], **details: Any) -> dict[str, Any]:
     """A stage's manifest with the given counts."""
     facts = {"fingerprint": {"weights": "sha256:abc"}, "versions": {"python": "3.11"}, "seconds": 12.5, "files": [{}]}
@@ -56,7 +71,9 @@ def report_inputs(**fields: Any) -> ReportInputs:
     inputs = ReportInputs(
         config={"base": "tiny-base", "reference": None, "rank": {"order": "davir"}, "select": {"top_fraction": 0.1}},
         manifests={
-            "prepare": manifest({"read": 43, "prepared": 41, "rejected": 2, "empty_response": 2}),
+            "prepare": manifest(
+                {"read": 43, "prepared": 41, "rejected": 2, "empty_response": 2}, by_source={"alpaca": source()}
+            ),
             "finetune": manifest({"steps": 4}, loss_by_step=[[1, 4.0], [2, 3.5], [3, 3.2], [4, 3.0]]),
             "score": manifest({"scored": 40, "ok": 40, "zero_base_nll": 1}, throughput=THROUGHPUT),
             "rank": manifest({"ranked": 40}),
@@ -76,10 +93,13 @@ def evil_inputs() -> ReportInputs:
     texts = {"source": EVIL, "prompt": EVIL * 50, "response": EVIL, "tokens": [EVIL, ".", EVIL]}
     reject = {"source": EVIL, "source_file": EVIL, "source_row": 1, "reason": EVIL, "detail": EVIL}
     details = manifest({EVIL: 1}) | {name: {EVIL: {EVIL: EVIL}} for name in ("details", "fingerprint", "versions")}
+    shown = {"source_file": EVIL, "source_row": 1, "truncated": True, "pieces": [[EVIL, False], [EVIL, True]]}
+    columns = {"columns_used": {EVIL: 1}, "columns_not_used": {EVIL: 1}, "role_tokens": {EVIL: 1}}
+    prepared = manifest({"read": 43}, by_source={EVIL: source(format=EVIL, shown=[shown], **columns)})
     planted_class = {"name": EVIL, "share_of_all": 1, "share_of_selected": 1, "share_of_random": 1, "mean_davir": 0}
     return report_inputs(
         config={EVIL: EVIL, "base": EVIL, "reference": EVIL, "rank": {"order": EVIL}, "sources": [{"name": EVIL}]},
-        manifests=report_inputs().manifests | {EVIL: details},
+        manifests=report_inputs().manifests | {EVIL: details, "prepare": prepared},
         scores=scores_table([EVIL]),
         top=[example(**texts)],
         bottom=[example(**(texts | {"tokens": None}))],

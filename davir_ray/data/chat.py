@@ -260,7 +260,13 @@ def render_conversation(conversation: Conversation, chat: ChatTemplate) -> Rende
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
     segments = chat.segments(conversation)
     prompt = "" if segments[0].scored else segments[0].text
-    return Rendered(prompt=prompt, response="\n\n".join(replies), segments=segments, templated=True)
+    return Rendered(
+        prompt=prompt,
+        response="\n\n".join(replies),
+        segments=segments,
+        templated=True,
+        contents=tuple((message["role"], message["content"] or "") for message in messages),
+    )
 
 
 def _check_is_written(conversation: Conversation, text: str) -> None:

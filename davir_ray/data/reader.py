@@ -15,12 +15,16 @@ import numpy as np
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate
+from davir_ray.data.conversation import is_filled
 from davir_ray.data.files import Slice
 from davir_ray.data.formats import render, render_prompt
 from davir_ray.data.records import LeftOut, Record, Reject, read_records
 from davir_ray.data.rendered import LeftOutError, Rendered, RowError
-from davir_ray.data.tokens import Encoded, Encoder
+from davir_ray.data.roles import tokens_by_role
+from davir_ray.data.task_report import SHOWN_EXAMPLES, TaskReport
+from davir_ray.data.tokens import Encoded, Encoder, decoded_segments
 from davir_ray.schema import RejectReason, Role
+from davir_ray.text import shorten_middle
 
 ExampleRow = dict[str, Any]
 """One row of examples/, by column name."""
@@ -29,6 +33,15 @@ ExampleRows = tuple[ExampleRow, ...]
 """The rows that one record becomes: one, or the chosen and then the rejected one of a preference pair."""
 
 BATCH_ROWS = 512
+
+_SAMPLED_EXAMPLES = 100
+"""Number of examples of a task whose tokens are counted by role: each is encoded once more for it."""
+
+_MAX_COLUMNS = 200
+"""Number of columns that are counted; keys that are data themselves would be as many as the rows."""
+
+_PIECE_CHARACTERS = 1000
+"""Maximum length of a piece of an example that is shown: a manifest holds a few examples of every source."""
 
 NOT_FINITE, BYTES = "not_finite_to_null", "bytes_to_base64"
 """Names under which values are counted that `record` cannot keep: JSON has no NaN, no infinity and no bytes."""
@@ -58,12 +71,8 @@ class ExampleReader:
         self._chat = chat
         self._keep_record = keep_record
         self._options = options or PrepareConfig()
-        self.bytes_read = 0
-        """Number of bytes read from the sources, as stored."""
-        self.replaced: Counter[str] = Counter()
-        """Number of values that were replaced in the JSON of the records: NOT_FINITE and BYTES."""
-        self.num_turns_left_out = 0
-        """Number of the assistant's turns that are not scored because of marks, or of prepare.score_turns."""
+        self.report = TaskReport()
+        """What is counted on the way; a task sets its own."""
 
     def read(
         self, source: Source, slices: Iterable[Slice], limit: int | None
@@ -72,7 +81,7 @@ class ExampleReader:
         yield from self.convert(source, (item for part in slices for item in read_records(part, self._count)), limit)
 
     def _count(self, num_bytes: int) -> None:
-        self.bytes_read += num_bytes
+        self.report.num_bytes += num_bytes
 
     def convert(
         self, source: Source, items: Iterable[Record | Reject], limit: int | None = None
@@ -89,9 +98,13 @@ class ExampleReader:
                 elif isinstance(found, Reject | LeftOut):
                     yield found
                 else:
-                    yield self._rows(source, record, found, [next(encoded) for _ in found])
+                    rows = self._rows(source, record, found, [next(encoded) for _ in found])
+                    if not isinstance(rows, Reject) and self.report.num_sampled < _SAMPLED_EXAMPLES:
+                        self._sample(found, rows)
+                    yield rows
 
     def _rendered(self, record: Record, source: Source) -> tuple[Rendered, ...] | Reject | LeftOut:
+        self._count_columns(record.fields)
         try:
             return self._render(record.fields, source, self._chat, self._options)
         except RowError as error:
@@ -111,8 +124,8 @@ class ExampleReader:
         if len(encoded) == 2 and np.array_equal(encoded[0].input_ids, encoded[1].input_ids):
             detail = f"both responses are the same within the limit of {len(encoded[0].input_ids)} tokens"
             return _reject(record, RejectReason.EQUAL_RESPONSES, detail)
-        self.num_turns_left_out += sum(one.num_turns_left_out for one in rendered)
-        text = record_text(record, self.replaced) if self._keep_record else None
+        self.report.num_turns_left_out += sum(one.num_turns_left_out for one in rendered)
+        text = record_text(record, self.report.replaced) if self._keep_record else None
         rows: list[ExampleRow] = [
             {
                 "example_id": stable_id(*place),
@@ -141,6 +154,24 @@ class ExampleReader:
                     "role": role.value,
                 }
         return tuple(rows)
+
+    def _count_columns(self, fields: dict[str, Any]) -> None:
+        columns = self.report.columns
+        for name, value in fields.items():
+            if is_filled(value) and (name in columns or len(columns) < _MAX_COLUMNS):
+                columns[name] += 1
+
+    def _sample(self, rendered: Sequence[Rendered], rows: ExampleRows) -> None:
+        """Count the tokens of a record's examples by role, and keep some examples to be shown."""
+        report, tokenizer = self.report, self._encoder.tokenizer
+        for one, row in zip(rendered, rows, strict=True):
+            report.num_sampled += 1
+            report.role_tokens += tokens_by_role(tokenizer, one, len(row["input_ids"]))
+            if len(report.shown) < SHOWN_EXAMPLES:
+                segments = decoded_segments(tokenizer, row["input_ids"], row["response_spans"])
+                pieces = [[shorten_middle(text, _PIECE_CHARACTERS), scored] for text, scored in segments]
+                place = {name: row[name] for name in ("source_file", "source_row", "truncated")}
+                report.shown.append({**place, "pieces": pieces})
 
 
 def record_text(record: Record, replaced: Counter[str]) -> str:

@@ -30,6 +30,8 @@ class Rendered:
     templated: bool = False
     """The text comes from a chat template: it contains special tokens (also BOS and end markers, if the template
     writes them), and no segment is empty."""
+    contents: tuple[tuple[str, str], ...] = ()
+    """The role and the content of each message, in the order of the text; empty where it has no roles."""
     num_turns_left_out: int = 0
     """Number of the assistant's turns that are not scored because the data or prepare.score_turns leave them out."""
 

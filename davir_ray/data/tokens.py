@@ -7,12 +7,13 @@ template writes its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from davir_ray.data.rendered import Rendered, RowError
+from davir_ray.data.rendered import Rendered, RowError, Segment
 from davir_ray.schema import RejectReason
 
 
@@ -40,7 +41,7 @@ class Encoder:
     """Encodes rendered examples with one tokenizer under one token limit."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
@@ -71,7 +72,7 @@ class Encoder:
     def _ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        encoding = self._tokenizer(
+        encoding = self.tokenizer(
             texts,
             add_special_tokens=False,
             split_special_tokens=split_special_tokens,
@@ -100,7 +101,7 @@ class Encoder:
     def _special_token(self, parts: list[tuple[list[int], bool]]) -> RowError | None:
         for ids, _ in parts:
             if found := self._special_ids.intersection(ids):
-                token = self._tokenizer.convert_ids_to_tokens(min(found))
+                token = self.tokenizer.convert_ids_to_tokens(min(found))
                 detail = f"the text contains the special token {token!r}, which this tokenizer cannot encode as text"
                 return RowError(RejectReason.SPECIAL_TOKEN_IN_TEXT, detail)
         return None
@@ -124,3 +125,10 @@ def _spans(parts: list[tuple[list[int], bool]]) -> list[int]:
 def _clip(spans: list[int], limit: int) -> list[int]:
     pairs = zip(spans[::2], spans[1::2], strict=True)
     return [edge for start, end in pairs if start < limit for edge in (start, min(end, limit))]
+
+
+def decoded_segments(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: Sequence[int]) -> list[Segment]:
+    """The tokens of an example as text, cut where the scored spans begin and end: what a model reads."""
+    edges = [0, *spans, len(input_ids)]
+    pieces = [Segment(tokenizer.decode(input_ids[a:b]), bool(at % 2)) for at, (a, b) in enumerate(pairwise(edges))]
+    return [piece for piece in pieces if piece.text]

@@ -20,6 +20,7 @@ from davir_ray.formulas.statistics import over_seeds
 from davir_ray.report import charts
 from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment
+from davir_ray.report.sources import source_facts
 from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 from davir_ray.schema import MARGINS
@@ -38,6 +39,7 @@ _SECTIONS = [
     ("length", "Length"),
     ("sweep", "Other trainings"),
     ("training", "Training"),
+    ("sources", "Data"),
     ("limits", "Known limits"),
     ("run", "Settings"),
 ]
@@ -87,6 +89,7 @@ def alignment_facts(
         "sweep": list(sweep),
         "curves": {"loss": aligned["loss_by_step"], **aligned["measures_by_step"]},
         "limits": LIMITS,
+        "sources": source_facts(manifests["prepare"], settings),
         "settings": named_values(settings),
         "stages": stage_facts(manifests),
     }
@@ -245,5 +248,5 @@ def render_alignment(facts: dict[str, Any]) -> str:
         "length": charts.margin_band(shown["band"]) if shown and shown["band"] else None,
     }
     template = environment().get_template("alignment.html.j2")
-    sections = [(id, name) for id, name in _SECTIONS if id != "sweep" or facts["sweep"]]
+    sections = [(id, name) for id, name in _SECTIONS if id not in ("sweep", "sources") or facts[id]]
     return template.render(facts=facts, charts=drawn, sections=sections)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from davir_ray.config.selection import SELECT_RULES
 from davir_ray.report import distributions, prose
 from davir_ray.report.distributions import Scored
+from davir_ray.report.sources import source_facts
 from davir_ray.schema import RejectReason, Status
 
 Manifests = dict[str, dict[str, Any]]
@@ -32,8 +33,8 @@ LARGEST_EXACT_INT = 2**53
 """JavaScript and many JSON readers round larger integers."""
 
 _STAGES = ("prepare", "finetune", "score", "rank", "select")
-_CURVES = ("loss_by_step", "throughput")
-"""Details of a manifest that the page draws instead of listing them."""
+_DRAWN = ("loss_by_step", "throughput", "by_source")
+"""Details of a manifest that have a place of their own on the page."""
 
 _LEFT_OUT = {
     "duplicates": "same prompt and response as a higher-ranked row",
@@ -102,6 +103,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "bottom": [_example(row) for row in inputs.bottom],
         "with_tokens": {place: [_example(row) for row in rows] for place, rows in inputs.with_tokens.items()},
         "planted": inputs.planted,
+        "sources": source_facts(inputs.manifests.get("prepare") or {}, inputs.config),
         "limits": prose.LIMITS,
         "settings": named_values(inputs.config),
         "stages": stage_facts(inputs.manifests),
@@ -307,7 +309,7 @@ def stage_facts(manifests: Manifests) -> list[dict[str, Any]]:
             "num_files": len(manifests[stage].get("files") or []),
             "counts": named_values(_counts(manifests, stage)),
             "details": named_values(
-                {name: value for name, value in _details(manifests, stage).items() if name not in _CURVES}
+                {name: value for name, value in _details(manifests, stage).items() if name not in _DRAWN}
             ),
             "versions": named_values(manifests[stage].get("versions")),
             "fingerprint": named_values(manifests[stage].get("fingerprint")),

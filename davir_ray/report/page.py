@@ -84,6 +84,7 @@ def _sections(facts: dict[str, Any], drawn: dict[str, Any]) -> list[tuple[str, s
         "selection": "Selection",
         "planted": "Planted truth" if facts["planted"] else None,
         "examples": "Examples",
+        "sources": "Data" if facts["sources"] else None,
         "training": "Training" if drawn["training"] else None,
         "throughput": "Throughput" if facts["throughput"] else None,
         "rows": "Rows and rejects",

@@ -57,6 +57,7 @@ STRONG_CORRELATION = 0.5
 LARGE_RATIO = 2.0
 SMALLEST_SHARE = 0.01
 MANY_REJECTS = 0.01
+MANY_TRUNCATED = 0.01
 
 
 def explanation(reference_trained_here: bool) -> list[str]:
@@ -95,6 +96,7 @@ def findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
         _median_length(facts["composition"]),
     ]
     found += [_favoured_group(group) for group in facts["composition"]["signs"]]
+    found += [_truncated(source) for source in facts["sources"]]
     return [finding for finding in found if finding]
 
 
@@ -153,3 +155,15 @@ def _favoured_group(group: dict[str, Any]) -> dict[str, Any] | None:
         return None
     shares = f"{100 * chosen:.1f} % of the selection, {100 * pool:.1f} % of the pool"
     return {"look": True, "text": f"The selection favours one group: {group['name']}, {shares}."}
+
+
+def _truncated(source: dict[str, Any]) -> dict[str, Any] | None:
+    """A finding about a source of which examples are truncated; None where none is."""
+    if not (source["truncated"] and source["prepared"]):
+        return None
+    share, limit = source["truncated"] / source["prepared"], source["max_tokens"]
+    text = (
+        f"{100 * share:.2g} % of the rows of source {source['name']} are truncated"
+        f"{f' at {limit:,} tokens' if limit else ''}; their scores are of the part that was kept."
+    )
+    return {"look": share >= MANY_TRUNCATED, "text": text}

@@ -5,11 +5,7 @@ The first records are prepared and shown; tokens, shards, disk, device-hours and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from davir_ray.config.run import EstimateConfig, InputConfig
@@ -18,6 +14,7 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, uses_chat
 from davir_ray.data.records import LeftOut, Reject, estimate_rows
+from davir_ray.data.tokens import decoded_segments
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
 from davir_ray.engine.resources import accelerators, has_gpu, plan_pool
@@ -112,7 +109,9 @@ def preview(
         if not uses_chat(source, preparation.config) and tokenizer.chat_template:
             lines.append("  as plain text, although the base has a chat template; --prepare.chat true uses it")
         lines += [f"  {r.source_file} row {r.source_row}: {r.reason} ({r.detail})" for r in rejects[:num_shown]]
-        lines += [_marked(tokenizer, row["input_ids"], row["response_spans"]) for row in examples[:num_shown]]
+        for row in examples[:num_shown]:
+            segments = decoded_segments(tokenizer, row["input_ids"], row["response_spans"])
+            lines.append("".join(f"⟦{text}⟧" if scored else text for text, scored in segments))
         rows_of_source = min(estimate_rows(files), preparation.limit or UNLIMITED)
         scale = rows_of_source / max(1, len(items))
         num_rows += rows_of_source
@@ -125,13 +124,6 @@ def preview(
         num_tokens=round(num_prompt + num_scored),
         num_scored=round(num_scored),
     )
-
-
-def _marked(tokenizer: Any, input_ids: npt.NDArray[np.int32], spans: list[int]) -> str:
-    """The tokens as text, with the scored ones between ⟦ and ⟧."""
-    edges = [0, *spans, len(input_ids)]
-    pieces = [tokenizer.decode(input_ids[start:end]) for start, end in pairwise(edges)]
-    return "".join(f"⟦{piece}⟧" if number % 2 else piece for number, piece in enumerate(pieces))
 
 
 def device_rate(config: EstimateConfig) -> tuple[float, str]:

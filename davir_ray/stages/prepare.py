@@ -15,9 +15,10 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import TODAY, ChatTemplate
 from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
-from davir_ray.data.formats import are_pairs, needs_chat, rendering, uses_chat
+from davir_ray.data.formats import are_pairs, columns, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
-from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
+from davir_ray.data.shards import ShardWriter
+from davir_ray.data.task_report import COUNTED, TaskReport
 from davir_ray.data.tokens import Encoder
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
@@ -158,7 +159,8 @@ def prepare(
                 total_bytes=sum(sizes),
                 counter=counter,
             )
-            report = _run(work, done)
+            reports_of_tasks = _run(work, done)
+        report = _sum(reports_of_tasks)
         counts = _checked_counts(report, max_bad_fraction, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
         run.note_attempt(TASKS, fingerprint, binding=False)  # the user is about to correct the data
@@ -168,7 +170,10 @@ def prepare(
         fingerprint=fingerprint,
         counts=counts,
         files=sorted(report.files, key=lambda entry: entry.name),
-        details={"first_reject": report.first_reject},
+        details={
+            "first_reject": report.first_reject,
+            "by_source": {source.name: _understood(source, work, reports_of_tasks) for source in sources},
+        },
         seconds=time.monotonic() - started,
     )
     manifest = run.commit(manifest)
@@ -235,8 +240,31 @@ def _sum(reports: dict[int, TaskReport]) -> TaskReport:
     return reduce(operator.iadd, (reports[number] for number in sorted(reports)), TaskReport())
 
 
-def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
-    """Prepare the tasks that are not done; returns the sum of all reports."""
+def _understood(source: Source, work: Work, reports: dict[int, TaskReport]) -> dict[str, Any]:
+    """How a source was read and what became of its rows, for the reader of the report."""
+    report = _sum({number: one for number, one in reports.items() if work.tasks[number].source == source})
+    read = columns(source).keys() - set(source.ignore_columns)
+    config = work.preparation.config
+    is_chat = "always" if needs_chat(source, config) else "where_messages" if uses_chat(source, config) else "never"
+    return {
+        "format": source.format,
+        "chat": is_chat,
+        "read": report.num_read,
+        "prepared": sum(entry.rows for entry in report.files if entry.name.startswith("examples/")),
+        "left_out": report.num_left_out,
+        "rejected": report.reasons.total(),
+        "turns_left_out": report.num_turns_left_out,
+        **{name: report.sums[name] for name in COUNTED},
+        "columns_used": {name: count for name, count in report.columns.items() if name in read},
+        "columns_not_used": {name: count for name, count in report.columns.items() if name not in read},
+        "sampled": report.num_sampled,
+        "role_tokens": dict(report.role_tokens),
+        "shown": report.shown,
+    }
+
+
+def _run(work: Work, done: dict[int, TaskReport]) -> dict[int, TaskReport]:
+    """Prepare the tasks that are not done; returns the reports of all, by number."""
     reports, so_far = dict(done), _sum(done)
     if pending := [number for number in range(len(work.tasks)) if number not in done]:
         num_cpus, worthwhile = actor_cpus(1), 1 + work.total_bytes // _WORKER_BYTES
@@ -251,7 +279,7 @@ def _run(work: Work, done: dict[int, TaskReport]) -> TaskReport:
                 reports[row["number"]] = TaskReport.from_json(row["report"])
                 so_far += reports[row["number"]]
                 so_far.check_rejects(work.max_bad_fraction, work.total_bytes)
-    return _sum(reports)
+    return reports
 
 
 def _checked_counts(report: TaskReport, max_bad_fraction: float, rows_per_record: int) -> dict[str, int]:
@@ -313,11 +341,11 @@ class Preparer:
         """Prepare the task with the number row['item']; returns one row with its report as JSON."""
         work, number, reader = self._work, row["item"], self._reader
         task = work.tasks[number]
-        reader.bytes_read = 0
-        reader.replaced.clear()
-        reader.num_turns_left_out = 0
+        reader.report = TaskReport()
         work.counter.begin(str(number))
-        writer = ShardWriter(work.run.folder, number, task.source.name, self._shard_rows, self._schema)
+        writer = ShardWriter(
+            work.run.folder, number, task.source.name, self._shard_rows, self._schema, report=reader.report
+        )
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:
@@ -328,14 +356,12 @@ class Preparer:
                     writer.finish()  # the user will want to see the rejects
                     raise
         report = writer.finish()
-        report.replaced, report.num_turns_left_out = reader.replaced, reader.num_turns_left_out
         self._report(number, report)
         text = report.to_json()
         (work.reports / f"{number:05d}.json").write_text(text)
         return [{"number": number, "report": text}]
 
     def _report(self, number: int, report: TaskReport) -> None:
-        report.num_bytes = self._reader.bytes_read
         done = WorkDone(
             report.num_bytes, rows=report.num_read, rejects=report.reasons.total(), left_out=report.num_left_out
         )

@@ -33,7 +33,8 @@ from davir_ray.data.reader import (
     stable_id,
 )
 from davir_ray.data.records import Record, Reject, read_records
-from davir_ray.data.shards import COUNTED, ShardWriter, TaskReport
+from davir_ray.data.shards import ShardWriter
+from davir_ray.data.task_report import COUNTED, TaskReport
 from davir_ray.data.tokens import Encoder
 from davir_ray.run.files import committed_parquet, read_parquet
 from davir_ray.run.location import Location

@@ -18,7 +18,7 @@ import pytest
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.data.detection import with_format
-from davir_ray.data.shards import TaskReport
+from davir_ray.data.task_report import TaskReport
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
@@ -339,6 +339,44 @@ def test_what_the_data_leave_out_is_counted(base_folder: Path, tmp_path: Path) -
     assert [manifest.counts[name] for name in counted] == [9, 3, 5, 1, 1]
     given = source(tmp_path / "a.jsonl", "messages")
     assert prepare(run, [given], preparation, max_bad_fraction=0.2) == manifest, "the run of the format given goes on"
+
+
+def test_how_each_source_was_understood_is_recorded(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TASK_BYTES", 1)  # a task for each file
+    (tmp_path / "a").mkdir()
+    rows = [GOOD | {"input": "", "topic": "letters"}, GOOD | {"input": "y", "topic": None}, GOOD | {"output": "z" * 99}]
+    for name in ("1", "2"):
+        (tmp_path / "a" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*rows, {"input": "i"}])
+        )
+    talk = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"))]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    sources = [source(tmp_path / "a"), source(tmp_path / "chat.jsonl", "messages", "chat")]
+    preparation = settings(base_folder, chat_template=CHAT, max_tokens=120)
+    run = Run.at(tmp_path / "run")
+    manifest = prepare(run, sources, preparation, max_bad_fraction=0.5)
+    plain, chat = (manifest.details["by_source"][one.name] for one in sources)
+    examples = table_of(tmp_path / "run", "examples")
+    assert (
+        [one["prepared"] for one in (plain, chat)] == [6, 1] == [sum(examples.source == name) for name in ("s", "chat")]
+    )
+    assert (plain["read"], plain["rejected"], plain["chat"], chat["chat"]) == (8, 2, "never", "always")
+    assert plain["columns_used"] == {"instruction": 6, "output": 6, "input": 4}
+    assert plain["columns_not_used"] == {"topic": 2}
+    assert plain["truncated"] == examples.truncated.sum() == 2
+    of_source = examples[examples.source == "s"]
+    assert plain["sampled"] == 6
+    assert plain["role_tokens"] == {
+        "prompt": of_source.num_prompt_tokens.sum(), "scored": of_source.num_response_tokens.sum()
+    }  # fmt: skip
+    assert [(one["source_file"], one["source_row"], one["truncated"]) for one in plain["shown"]] == [
+        ("1.jsonl", 0, False), ("1.jsonl", 1, False), ("1.jsonl", 2, True)
+    ]  # fmt: skip
+    tokenizer = preparation.base.tokenizer()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    assert chat["shown"][0]["pieces"] == [[f"{bos}[user]Hi[assistant]", False], [f"Ho{eos}", True]]
 
 
 @pytest.mark.slow

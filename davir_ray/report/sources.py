@@ -1,0 +1,69 @@
+"""How the data of a run were understood, source by source: what prepare recorded, for the pages of reports."""
+
+from collections.abc import Mapping
+from typing import Any
+
+ROLE_NAMES = {
+    "scored": "scored: what the model learns to write",
+    "assistant": "assistant, not scored",
+    "prompt": "prompt",
+    "template": "written by the chat template itself",
+}
+"""Names of the roles of tokens that explain themselves less than system, user and tool do."""
+
+MAX_SHOWN_SOURCES = 4
+"""Number of sources whose examples are shown."""
+
+
+_COUNTS = (
+    "read", "prepared", "left_out", "rejected", "turns_left_out", "truncated", "num_prompt_tokens",
+    "num_response_tokens",
+)  # fmt: skip
+
+
+def source_facts(prepared: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The facts of each source, in the order of the sources; none from a run of an earlier version.
+
+    `prepared` is the manifest of prepare, `config` the run's settings. A count that is not recorded is None. Tokens by
+    role are those of a sample.
+    """
+    sources = (prepared.get("details") or {}).get("by_source") or {}
+    encoding = (prepared.get("fingerprint") or {}).get("encoding") or {}
+    return [
+        {
+            "name": name,
+            "format": source.get("format"),
+            "rendering": _rendering(source.get("chat"), config, encoding.get("chat_template")),
+            "max_tokens": encoding.get("max_tokens"),
+            **{count: source.get(count) for count in _COUNTS},
+            "columns_used": _columns(source.get("columns_used") or {}),
+            "columns_not_used": _columns(source.get("columns_not_used") or {}),
+            "sampled": source.get("sampled"),
+            "roles": _roles(source.get("role_tokens") or {}),
+            "shown": (source.get("shown") or []) if at < MAX_SHOWN_SOURCES else [],
+        }
+        for at, (name, source) in enumerate(sources.items())
+    ]
+
+
+def _rendering(is_chat: str | None, config: Mapping[str, Any], digest: str | None) -> str | None:
+    if is_chat in (None, "never"):
+        return "plain text" if is_chat else None
+    file, base = config.get("chat_template"), config.get("base") or "the base"
+    template = f"the chat template in {file}" if file else f"the chat template of {base}"
+    template = f"{template} (sha256 {digest[:12]}…)" if digest else template
+    return template if is_chat == "always" else f"{template}, where the columns hold messages; else plain text"
+
+
+def _columns(rows: Mapping[str, int]) -> list[dict[str, Any]]:
+    return [{"name": name, "rows": count} for name, count in sorted(rows.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _roles(tokens: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Tokens by role, most first, with their share."""
+    total = sum(tokens.values())
+    return [
+        {"role": role, "name": ROLE_NAMES.get(role, role), "tokens": count, "share": count / total}
+        for role, count in sorted(tokens.items(), key=lambda item: (-item[1], item[0]))
+        if count
+    ]
