@@ -3,13 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-ROLE_NAMES = {
-    "scored": "scored: what the model learns to write",
-    "assistant": "assistant, not scored",
-    "prompt": "prompt",
-    "template": "written by the chat template itself",
-}
-"""Names of the roles of tokens that explain themselves less than system, user and tool do."""
+ROLE_NAMES = {"assistant": "assistant, not scored", "template": "the template’s own text"}
+"""Names of the roles of tokens that do not explain themselves."""
 
 MAX_SHOWN_SOURCES = 4
 """Number of sources whose examples are shown."""

@@ -47,8 +47,8 @@ def test_the_page_shows_columns_roles_and_examples_with_their_scored_text_marked
     assert 'href="#sources"' in page
     assert '<span class="code">date</span> (40)' in page
     assert "Say yes.<mark>Yes.</mark>" in page
-    assert "user 30.0 %" in page
-    assert "scored: what the model learns to write 60.0 %" in page
+    assert "user 30.0 %, the template’s own text 10.0 %" in page
+    assert "scored 60.0 %" in page
 
 
 def test_a_run_of_an_earlier_version_has_no_such_section() -> None:
