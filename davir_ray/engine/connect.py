@@ -1,6 +1,5 @@
 """Connecting to a Ray cluster, and the errors that come back from its workers."""
 
-import gc
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from ray.exceptions import AuthenticationError
 from davir_ray import errors
 from davir_ray.engine.console import LOG_LEVEL, LogStream, quiet_ray, quieten, shows_all
 from davir_ray.engine.resources import num_nodes
+from davir_ray.engine.worker import prepare_worker
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.run.folder import SUBMITTED_JOB, Run
 from davir_ray.run.storage_errors import CONTINUES
@@ -111,7 +111,7 @@ def _start() -> None:
             num_cpus=(os.cpu_count() or 1) + 1,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": _prepare_worker},
+            runtime_env={"worker_process_setup_hook": prepare_worker},
         )
     except Exception as error:  # Ray also raises plain Exceptions
         raise ClusterError(
@@ -119,17 +119,6 @@ def _start() -> None:
             f"path, write access and free space (now {folder}, from RAY_TMPDIR, else TMPDIR, else /tmp), and write "
             f"access to HOME for its token (now {os.environ.get('HOME')})"
         ) from error
-
-
-def _prepare_worker() -> None:
-    """Prepare a worker: its imports, and Ray Train's placement group cleaner.
-
-    The cleaner is pointed to this Ray, even if others run on the machine, and silenced: it would warn every second that
-    it cannot reach the dashboard, which a local start does not have.
-    """
-    gc.set_threshold(10_000)  # as in cli.py: looking for garbage took a sixth of the imports' time
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def _connect(address: str) -> None:
