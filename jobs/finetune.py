@@ -1,6 +1,6 @@
 """Fine-tune the base on the whole set and stop when the reference is complete.
 
-    ray job submit --working-dir . -- python jobs/finetune.py --data s3://bucket/alpaca/ --format alpaca \\
+    ray job submit --working-dir . -- python jobs/finetune.py --data s3://bucket/alpaca/ \\
         --base meta-llama/Llama-3.2-1B --output s3://bucket/run1
 
 jobs/score.py with the same options continues from there. Therefore all of its options but --dry_run and --reference are

@@ -1,6 +1,6 @@
 """Score instruction data by DavIR and select the best part of it: the whole chain, skipping complete stages.
 
-    ray job submit --working-dir . -- python jobs/score.py --data s3://bucket/alpaca/ --format alpaca \\
+    ray job submit --working-dir . -- python jobs/score.py --data s3://bucket/alpaca/ \\
         --base meta-llama/Llama-3.2-1B --output s3://bucket/run1 --select.top_fraction 0.06
 
 The same command continues a stopped run.
