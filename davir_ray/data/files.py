@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.config.sources import DEFAULT_SPLIT, Source
 from davir_ray.errors import DataError, StorageError
-from davir_ray.run.location import CYCLE, DANGLING, Location, each, file_system
+from davir_ray.run.location import CYCLE, DANGLING, LFS_POINTER, Location, each, file_system
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.run.storage_errors import CONTINUES, STORE_ERRORS, explain
 
@@ -43,12 +44,17 @@ _LAYOUTS: dict[str, Layout] = {
     ".arrow": "arrow",
 }  # fmt: skip
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 _ACCEPTED = ".parquet, .arrow, .jsonl, .ndjson, .json, .csv and .tsv, the last five also with .gz or .zst"
 
 CORRUPT = (OSError, EOFError, zlib.error, pa.ArrowException)  # Arrow reports damaged content as OSError, too
 BUFFER_BYTES = 1 << 18
+
+RANGE_BLOCK_BYTES = 2 * 2**20
+"""Bytes that a remote store reads ahead in a part of a file; the 50 MiB of s3fs would be more than the part."""
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -74,11 +80,15 @@ class SourceFile:
 
 
 class Slice(NamedTuple):
-    """The part of a file that a task reads."""
+    """The part of a file that a task reads: the whole file if nothing else is given."""
 
     file: SourceFile
     row_groups: range | None = None
-    """Row groups of a Parquet file. None: the whole file."""
+    """Row groups of a Parquet file."""
+    byte_range: range | None = None
+    """Bytes of a file of JSON lines: the slice has the lines that begin in this range."""
+    rows: range | None = None
+    """Index in the file of each of these lines, once they are counted."""
 
 
 CountBytes = Callable[[int], None]
@@ -419,7 +429,7 @@ def _relative(path: str, root: str) -> str:
 
 def _layout(path: str) -> Layout | None:
     stem, extension = posixpath.splitext(path.lower())
-    if extension not in COMPRESSIONS:
+    if extension not in _COMPRESSIONS:
         return _LAYOUTS.get(extension)
     layout = _LAYOUTS.get(posixpath.splitext(stem)[1])
     return None if layout in ("parquet", "arrow") else layout
@@ -434,10 +444,12 @@ def first_line(error: BaseException) -> str:
 def plan_tasks(files: Iterable[SourceFile], target_bytes: int) -> list[list[Slice]]:
     """Group consecutive slices into tasks of about `target_bytes` of storage; depends on files and target only.
 
-    Only Parquet files are cut, between row groups, so a task exceeds the target if a single text file or row group
-    does. If a Parquet footer cannot be read, read_records reports it.
+    A Parquet file is cut between row groups. Uncompressed JSON lines are cut at multiples of the target; the rows of
+    such slices are not counted yet. A task exceeds the target if a single row group or other file does. If a Parquet
+    footer cannot be read, read_records reports it. Raises DataError if a file cannot be opened, StorageError if the
+    storage fails, because the plan must be the same when the files are.
     """
-    return _grouped([sized for file in files for sized in _cut(file, target_bytes)], target_bytes)
+    return _grouped(chain.from_iterable(each(partial(_cut, target_bytes=target_bytes), files)), target_bytes)
 
 
 def _grouped(sized: Iterable[tuple[_T, int]], target_bytes: int) -> list[list[_T]]:
@@ -455,9 +467,17 @@ def _grouped(sized: Iterable[tuple[_T, int]], target_bytes: int) -> list[list[_T
 
 def _cut(file: SourceFile, target_bytes: int) -> list[tuple[Slice, int]]:
     """The slices of a file, with the number of bytes of each."""
+    if file.num_bytes > target_bytes and file.layout == "parquet":
+        return _cut_row_groups(file, target_bytes)
+    if file.num_bytes > target_bytes and _has_lines(file):
+        starts = range(0, file.num_bytes, target_bytes)
+        ranges = [range(start, min(start + target_bytes, file.num_bytes)) for start in starts]
+        return [(Slice(file, byte_range=part), len(part)) for part in ranges]
+    return [(Slice(file), file.num_bytes)]
+
+
+def _cut_row_groups(file: SourceFile, target_bytes: int) -> list[tuple[Slice, int]]:
     whole = [(Slice(file), file.num_bytes)]
-    if file.layout != "parquet" or file.num_bytes <= target_bytes:
-        return whole
     try:
         with open_source(file) as stream:
             footer = pq.ParquetFile(stream).metadata
@@ -471,11 +491,39 @@ def _cut(file: SourceFile, target_bytes: int) -> list[tuple[Slice, int]]:
     return [(Slice(file, range(part[0], part[-1] + 1)), sum(sizes[index] for index in part)) for part in parts]
 
 
-def open_source(file: SourceFile, count: CountBytes = count_nothing) -> io.BufferedReader:
-    """The file's stored bytes, counted as they are read."""
+def _has_lines(file: SourceFile) -> bool:
+    """Whether a file can be read from any of its line ends: JSON lines in UTF-8, not compressed."""
+    if file.layout not in ("jsonl", "json") or compression(file) is not None:
+        return False
+    with open_source(file, block_bytes=RANGE_BLOCK_BYTES) as stream:
+        try:
+            stream.seek(file.num_bytes)
+        except ValueError:  # a web server that sends files only from their beginning
+            return False
+        stream.seek(0)
+        head = stream.peek(1)
+    is_other = head.startswith(UTF16_MARKS) or LFS_POINTER.match(head)  # read_records refuses both
+    return not (is_other or (file.layout == "json" and begins_array(head)))
+
+
+def begins_array(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is one JSON array, rather than lines."""
+    return head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"[")
+
+
+def compression(file: SourceFile) -> str | None:
+    """Arrow's name of a file's compression, by its extension; None if it has none."""
+    return _COMPRESSIONS.get(posixpath.splitext(file.uri.lower())[1])
+
+
+def open_source(
+    file: SourceFile, count: CountBytes = count_nothing, block_bytes: int | None = None
+) -> io.BufferedReader:
+    """The file's stored bytes, counted as they are read; `block_bytes` replaces what a remote store reads ahead."""
     try:
         fs, path = file_system(file.uri)
-        return io.BufferedReader(_Stored(fs.open(path, "rb"), file.uri, count), BUFFER_BYTES)
+        stored = fs.open(path, "rb", block_size=block_bytes)
+        return io.BufferedReader(_Stored(stored, file.uri, count), BUFFER_BYTES)
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{file.uri} cannot be opened: {explain(error, file.uri)}") from error
     except STORE_ERRORS as error:

@@ -4,7 +4,6 @@ import codecs
 import csv
 import io
 import json
-import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +15,14 @@ import pyarrow.parquet as pq
 
 from davir_ray.data.files import (
     BUFFER_BYTES,
-    COMPRESSIONS,
     CORRUPT,
+    RANGE_BLOCK_BYTES,
+    UTF16_MARKS,
     CountBytes,
     Slice,
     SourceFile,
+    begins_array,
+    compression,
     count_nothing,
     first_line,
     logger,
@@ -39,6 +41,9 @@ _SAMPLED_BYTES = 4 * 2**20
 _BATCH_ROWS = 256
 """Number of rows of a columnar file that are Python objects at a time; a row may take megabytes."""
 
+
+_COUNTED_BYTES = 8 * 2**20
+"""Number of bytes in which line ends are counted at a time."""
 
 _ARROW_FILE = b"ARROW1"
 """The first bytes of Arrow's file format."""
@@ -102,12 +107,15 @@ def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Re
     The file is streamed, except that a JSON array is kept in memory as text. `count` receives the number of bytes of
     each read from storage, still compressed. If the content is damaged, the rows before the damage are kept,
     and one reject (unreadable_file) names the row at which reading stopped. Raises DataError for a file that no longer
-    exists or cannot be opened, StorageError if the storage fails.
+    exists, cannot be opened or was changed after its lines were counted, StorageError if the storage fails.
     """
-    file = piece.file
+    file, part = piece.file, piece.byte_range
+    block_bytes = None
+    if part is not None:
+        count, block_bytes = _counted_within(len(part), count), RANGE_BLOCK_BYTES
     row = 0
     try:
-        with open_source(file, count) as stream:
+        with open_source(file, count, block_bytes) as stream:
             row, values = _rows(stream, piece)
             for value in values:
                 if isinstance(value, _Bad):
@@ -115,6 +123,11 @@ def read_records(piece: Slice, count: CountBytes = count_nothing) -> Iterator[Re
                 elif value is not None:
                     yield Record(file.relative_path, row, value)
                 row += 1
+        if piece.rows is not None and row != piece.rows.stop:
+            raise DataError(
+                f"{file.uri} was changed while the run read it: {len(piece.rows)} lines began in its bytes {part}, now "
+                f"{row - piece.rows.start} do; start again with files that do not change"
+            )
     except CORRUPT as error:
         detail = first_line(error)
         logger.warning("%s: reading stopped at row %d, the rest of the file is lost: %s", file.uri, row, detail)
@@ -133,6 +146,9 @@ def table_records(table: Any) -> Iterator[Record | Reject]:
 def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]:
     """Index of the slice's first row in the file, and its rows."""
     layout, uri = piece.file.layout, piece.file.uri
+    if piece.byte_range is not None:
+        assert piece.rows is not None, "the lines of a part of a file are counted before they are read"
+        return piece.rows.start, _line_rows(_lines_within(stream, piece.byte_range), piece.rows.start)
     if not stream.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes")])
     if LFS_POINTER.match(stream.peek(LFS_POINTER_BYTES)):
@@ -144,12 +160,12 @@ def _rows(stream: io.BufferedReader, piece: Slice) -> tuple[int, Iterator[_Row]]
         batches = _batches(pa.ipc.open_file(stream)) if is_file else iter(pa.ipc.open_stream(stream))
         starts = ((batch, range(0, batch.num_rows, _BATCH_ROWS)) for batch in batches)
         return 0, _plain_rows(batch.slice(start, _BATCH_ROWS) for batch, rows in starts for start in rows)
-    text = _decompressed(stream, uri)
+    text = _decompressed(stream, compression(piece.file))
     if not text.peek(1):
         return 0, iter([_Bad(RejectReason.EMPTY_FILE, "the file has no bytes when decompressed")])
-    if text.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if text.peek(2).startswith(UTF16_MARKS):
         raise DataError(f"{uri} is UTF-16; save it as UTF-8")
-    if layout == "json" and text.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+    if layout == "json" and begins_array(text.peek(1)):
         return 0, _array_rows(text)
     if layout in ("csv", "tsv"):
         return 0, _csv_rows(text, uri, "," if layout == "csv" else "\t")
@@ -193,17 +209,54 @@ def _csv_rows(stream: io.BufferedReader, uri: str, delimiter: str) -> Iterator[_
             yield dict(zip(header, values, strict=True))
 
 
-def _decompressed(stream: io.BufferedReader, uri: str) -> io.BufferedReader:
-    compression = COMPRESSIONS.get(posixpath.splitext(uri.lower())[1])
-    if compression is None:
+def _decompressed(stream: io.BufferedReader, kind: str | None) -> io.BufferedReader:
+    if kind is None:
         return stream
     # Arrow's decompressor, because zstandard's accepts a truncated file as complete.
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), compression), BUFFER_BYTES)
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), kind), BUFFER_BYTES)
 
 
-def _line_rows(lines: io.BufferedReader) -> Iterator[_Row]:
-    for index, line in enumerate(lines):
-        yield _parse_line(line.removeprefix(codecs.BOM_UTF8) if index == 0 else line)
+def _counted_within(num_bytes: int, count: CountBytes) -> CountBytes:
+    """Counts this many bytes at most: those that are read beyond a part of a file are counted with the next part."""
+    left = num_bytes
+
+    def count_rest(num_read: int) -> None:
+        nonlocal left
+        num_read = min(num_read, left)
+        left -= num_read
+        count(num_read)
+
+    return count_rest
+
+
+def _lines_within(stream: io.BufferedReader, part: range) -> Iterator[bytes]:
+    """The lines that begin in a range of bytes; the last of them may end after it."""
+    at = part.start
+    if at > 0:
+        stream.seek(at - 1)
+        at += len(stream.readline(len(part) + 1)) - 1
+    while at < part.stop and (line := stream.readline()):
+        yield line
+        at += len(line)
+
+
+def count_lines(piece: Slice) -> int:
+    """Number of lines that begin in the byte range of a slice: one after each line end, one at the file's beginning."""
+    part = piece.byte_range
+    assert part is not None
+    at, stop = max(part.start - 1, 0), part.stop - 1
+    num_lines = int(part.start == 0)
+    with open_source(piece.file, block_bytes=RANGE_BLOCK_BYTES) as stream:
+        stream.seek(at)
+        while content := stream.read(min(_COUNTED_BYTES, stop - at)):
+            num_lines += content.count(b"\n")
+            at += len(content)
+    return num_lines
+
+
+def _line_rows(lines: Iterable[bytes], first_row: int = 0) -> Iterator[_Row]:
+    for row, line in enumerate(lines, first_row):
+        yield _parse_line(line.removeprefix(codecs.BOM_UTF8) if row == 0 else line)
 
 
 def _parse_line(line: bytes) -> _Row:

@@ -39,7 +39,8 @@ class Progress:
     state: State = "running"
     """State of the whole run, not of the stage: when one stage is complete, the next is named."""
     unit: str = ""
-    """Unit of `done` and `total`: bytes (prepare), steps (finetune), rows (score); empty for short stages."""
+    """Unit of `done` and `total`: bytes (prepare; at first, parts of files whose lines are counted), steps (finetune),
+    rows (score); empty for short stages."""
     done: int = 0
     total: int | None = None
     """Amount to do in all; None while it is not known."""

@@ -33,6 +33,7 @@ from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
+from davir_ray.stages.lines import rows_of_parts
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,10 @@ class Task(NamedTuple):
     source: Source
     slices: list[Slice]
 
+    def with_rows(self, rows: dict[Slice, range]) -> "Task":
+        """The task with the rows of those slices that are byte ranges."""
+        return self._replace(slices=[part._replace(rows=rows.get(part)) for part in self.slices])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -128,14 +133,15 @@ def prepare(
     if complete := run.completed("prepare", fingerprint):
         (run / TASKS).remove()  # a driver may have died after writing the manifest and before this
         return complete
-    reports = run / TASKS / digest(fingerprint)[:16]
-    if not run.continues_attempt("prepare", TASKS, fingerprint):
-        run.clear("prepare")
-    run.note_attempt(TASKS, fingerprint)
-    done = _finished(run, reports)
     # With a limit each source is one task, which stops after that many records.
     task_bytes = _TASK_BYTES if preparation.limit is None else UNLIMITED
     tasks = [Task(source, slices) for source in sources for slices in plan_tasks(files[source.name], task_bytes)]
+    attempt = _attempt(fingerprint, tasks)
+    reports = run / TASKS / digest(attempt)[:16]
+    if not run.continues_attempt("prepare", TASKS, attempt):
+        run.clear("prepare")
+    run.note_attempt(TASKS, attempt)
+    done = _finished(run, reports)
     sizes = [file.num_bytes for listed in files.values() for file in listed]
     log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), len(sizes))
     before = _sum(done)
@@ -149,11 +155,13 @@ def prepare(
         left_out=before.num_left_out,
     )
     try:
+        slices = [part for task in tasks for part in task.slices]
+        rows = rows_of_parts(run, slices, run / TASKS / f"{reports.name}-lines.json")
         with tracked(run, start) as counter:
             work = Work(
                 run=run,
                 reports=reports,
-                tasks=tasks,
+                tasks=[task.with_rows(rows) for task in tasks],
                 preparation=preparation,
                 max_bad_fraction=max_bad_fraction,
                 total_bytes=sum(sizes),
@@ -163,7 +171,7 @@ def prepare(
         report = _sum(reports_of_tasks)
         counts = _checked_counts(report, max_bad_fraction, rows_per_record=2 if are_pairs(sources) else 1)
     except DataError:
-        run.note_attempt(TASKS, fingerprint, binding=False)  # the user is about to correct the data
+        run.note_attempt(TASKS, attempt, binding=False)  # the user is about to correct the data
         raise
     manifest = Manifest(
         stage="prepare",
@@ -233,6 +241,23 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
         **({"chat": TODAY.isoformat()} if preparation.config.chat else {}),
         **({"score_turns": score_turns} if score_turns != "marked" else {}),
     }
+
+
+def _attempt(fingerprint: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
+    """What identifies an attempt: its files and reports are named by the numbers of tasks, so the plan of these, too.
+
+    Without byte ranges the plan follows from the fingerprint, and versions that cut no lines had the same.
+    """
+    if not any(part.byte_range for task in tasks for part in task.slices):
+        return fingerprint
+    plan = [
+        [
+            (part.file.source, part.file.relative_path, str(part.row_groups), str(part.byte_range))
+            for part in task.slices
+        ]
+        for task in tasks
+    ]
+    return {**fingerprint, "plan": f"{len(tasks)} tasks, {digest(plan)[:16]}"}
 
 
 def _sum(reports: dict[int, TaskReport]) -> TaskReport:

@@ -1,5 +1,6 @@
 """Files → records: every row once, every bad row with its reason, whatever is in the files."""
 
+import codecs
 import csv
 import errno
 import gzip
@@ -8,8 +9,12 @@ import logging
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +40,7 @@ from davir_ray.data.files import (
     list_files,
     plan_tasks,
 )
-from davir_ray.data.records import Record, Reject, read_records
+from davir_ray.data.records import Record, Reject, count_lines, read_records
 from davir_ray.errors import DataError, StorageError
 from davir_ray.schema import RejectReason
 
@@ -778,12 +783,12 @@ def test_arrow_files_of_both_kinds_give_the_same_records(tmp_path: Path, kind: s
 
 
 def some_file(name: str, num_bytes: int) -> SourceFile:
-    return SourceFile(source="s", uri=f"/{name}", relative_path=name, layout="jsonl", num_bytes=num_bytes)
+    return SourceFile(source="s", uri=f"/{name}", relative_path=name, layout="csv", num_bytes=num_bytes)
 
 
 @given(st.lists(st.integers(0, 100)), st.integers(1, 200))
 def test_tasks_hold_every_file_once_in_order_within_the_target(sizes: list[int], target: int) -> None:
-    files = [some_file(f"{index}.jsonl", size) for index, size in enumerate(sizes)]
+    files = [some_file(f"{index}.csv", size) for index, size in enumerate(sizes)]
     tasks = plan_tasks(files, target)
     assert [piece for task in tasks for piece in task] == [Slice(file) for file in files]
     totals = [sum(piece.file.num_bytes for piece in task) for task in tasks]
@@ -814,6 +819,96 @@ def test_a_corrupt_footer_is_left_for_reading_to_tell(tmp_path: Path) -> None:
     assert reasons(read_records(second)) == [(0, RejectReason.EMPTY_FILE)]
 
 
+MARK = codecs.BOM_UTF8
+SOME_LINES: list[tuple[bytes, dict[str, Any] | RejectReason | None]] = [
+    (b"", None), (b" \t", None), (b"\r", None), (b'{"a": 1}', {"a": 1}), (b"{}\r", {}),
+    (('{"a": "' + "é" * 90 + '"}').encode(), {"a": "é" * 90}), (b"{", RejectReason.BROKEN_JSON),
+    (b'{"a": "\xff"}', RejectReason.INVALID_TEXT), (b"[1]", RejectReason.NOT_AN_OBJECT),
+    (MARK + b"{}", RejectReason.BROKEN_JSON),
+]  # fmt: skip
+"""Lines, and what each is: a record's fields, a reason, None for a blank line."""
+
+
+def counted(pieces: list[Slice]) -> list[Slice]:
+    """The slices of one file with their rows."""
+    firsts = [0, *accumulate(map(count_lines, pieces))]
+    return [piece._replace(rows=range(*rows)) for piece, rows in zip(pieces, pairwise(firsts), strict=True)]
+
+
+@settings(max_examples=300)
+@given(
+    lines=st.lists(st.sampled_from(SOME_LINES), min_size=1),
+    target=st.integers(1, 64),
+    name=st.sampled_from(["a.jsonl", "a.ndjson", "a.json", "a.JSONL"]),
+    mark=st.sampled_from([b"", MARK]),
+    end=st.sampled_from([b"", b"\n"]),
+)
+@example(lines=[SOME_LINES[5]] * 3, target=1, name="a.json", mark=MARK, end=b"")
+def test_a_cut_file_has_the_rows_of_its_lines(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[Any], target: int, name: str, mark: bytes, end: bytes
+) -> None:
+    if name == "a.json" or lines[0][0].startswith(MARK):  # it is an array if it begins with a bracket
+        lines = [SOME_LINES[3], *lines]
+    content = mark + b"\n".join(line for line, _ in lines) + end
+    path = write(tmp_path_factory.getbasetemp() / "cut" / name, content)
+    (file,) = list_files(source(path))
+    pieces = [piece for task in plan_tasks([file], target) for piece in task]
+    if len(content) > target:
+        assert len(pieces) == -(-len(content) // target)
+        starts = [0, *(at + 1 for at, byte in enumerate(content[:-1]) if byte == 10)]
+        for number, piece in enumerate(pieces):
+            assert count_lines(piece) == sum(at // target == number for at in starts)
+        pieces = counted(pieces)
+    read: list[int] = []
+    rows = [row for piece in pieces for row in read_records(piece, read.append)]
+    found = [(row.source_row, row.fields if isinstance(row, Record) else row.reason) for row in rows]
+    expected = [(index, what) for index, (_, what) in enumerate(lines) if what is not None]
+    assert found == expected or (not content and reasons(rows) == [(0, RejectReason.EMPTY_FILE)])
+    assert {row.source_file for row in rows} <= {name}
+    assert sum(read) == len(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES.decode().encode("utf-16")),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99999\n"),
+        ("a.json", b"\xef\xbb\xbf \n [{},\n{}]"),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.zst", zstandard.compress(LINES)),
+        ("a.csv", b'a,b\n1,"x\ny"\n'),
+        ("a.jsonl", b"{}\n{}"),
+    ],
+)
+def test_what_is_not_lines_or_is_small_is_not_cut(tmp_path: Path, name: str, content: bytes) -> None:
+    (file,) = list_files(source(write(tmp_path / name, content)))
+    assert plan_tasks([file], 5) == [[Slice(file)]]
+
+
+def test_a_web_server_that_sends_files_only_whole_is_read_so(tmp_path: Path) -> None:
+    class Handler(SimpleHTTPRequestHandler):
+        def end_headers(self) -> None:
+            self.send_header("Accept-Ranges", "none")
+            super().end_headers()
+
+    write(tmp_path / "a.jsonl", LINES)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        files = list_files(source(f"http://127.0.0.1:{server.server_port}/a.jsonl"))
+        ((piece,),) = plan_tasks(files, 5)
+        assert fields(list(read_records(piece))) == ROWS
+        server.shutdown()
+
+
+def test_a_file_that_changes_after_its_lines_were_counted_is_the_users_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"{}\n" * 10)
+    first, second = counted([piece for task in plan_tasks(list_files(source(path)), 15) for piece in task])
+    write(path, b"{}\n" * 7 + b" {}{}{}\n\n")
+    assert len(list(read_records(first))) == 5
+    with pytest.raises(DataError, match=r"a.jsonl was changed while the run read it: 5 lines began in .* now 4 do"):
+        list(read_records(second))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_file_that_went_away_is_the_users_error(tmp_path: Path, name: str) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / name)
@@ -821,9 +916,8 @@ def test_a_file_that_went_away_is_the_users_error(tmp_path: Path, name: str) -> 
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match=rf"{name} cannot be opened: .*restore"):
         list(read_records(Slice(files[0])))
-    if name == "a.parquet":
-        with pytest.raises(DataError, match=rf"{name} cannot be opened"):
-            plan_tasks(files, 1)
+    with pytest.raises(DataError, match=rf"{name} cannot be opened"):
+        plan_tasks(files, 1)
 
 
 class FailingAfter:

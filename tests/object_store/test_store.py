@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +18,8 @@ from object_store.stores import Store, make_user
 from davir_ray.cli import parse_as
 from davir_ray.config.run import RunConfig
 from davir_ray.config.sources import Source
-from davir_ray.data.files import Slice, list_files
-from davir_ray.data.records import read_records
+from davir_ray.data.files import Slice, list_files, plan_tasks
+from davir_ray.data.records import Record, count_lines, read_records
 from davir_ray.errors import ConfigError, DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run import lease as lease_module
@@ -173,6 +174,20 @@ def test_sources_are_found_and_read(place: Location) -> None:
     files = list_files(Source(name="s", path=str(place / "data"), format="alpaca"))
     assert [file.relative_path for file in files] == ["a.jsonl", "b.parquet"]
     assert [type(row).__name__ for file in files for row in read_records(Slice(file))] == ["Record", "Reject", "Record"]
+
+
+def test_parts_of_a_file_of_lines_are_read_once(place: Location) -> None:
+    (place / "a.jsonl").write_text("".join(f'{{"n": {n}, "text": "{"x" * (n % 50)}"}}\n' for n in range(3000)))
+    target = 20_000
+    (file,) = list_files(Source(name="s", path=str(place / "a.jsonl"), format="alpaca"))
+    parts = [piece for task in plan_tasks([file], target) for piece in task]
+    firsts = [0, *accumulate(map(count_lines, parts))]
+    counted = [part._replace(rows=range(*rows)) for part, rows in zip(parts, pairwise(firsts), strict=True)]
+    rows = [row for part in counted for row in read_records(part)]
+    assert [(row.source_row, row.fields["n"]) for row in rows if isinstance(row, Record)] == [
+        (n, n) for n in range(3000)
+    ]
+    assert len(parts) == -(-file.num_bytes // target) > 5
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

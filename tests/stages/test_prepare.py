@@ -24,7 +24,9 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
+from davir_ray.run.progress import Progress
 from davir_ray.schema import REJECTS, RejectReason
+from davir_ray.stages import lines as counting
 from davir_ray.stages import prepare as module
 from davir_ray.stages.dry_run import preview
 from davir_ray.stages.prepare import TASKS, Preparation, prepare
@@ -245,12 +247,12 @@ class CrashError(Exception):
 def test_what_an_attempt_has_prepared_is_not_read_again(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TASK_BYTES", 1)  # a file is a task
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(4):
         rows = [GOOD | {"input": f"{number} {row}"} for row in range(5)]
         (folder / f"{number}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n{")
+    monkeypatch.setattr(module, "_TASK_BYTES", (folder / "0.jsonl").stat().st_size)  # a file is a task
 
     def run_prepare(name: str) -> Manifest:
         run = Run.at(tmp_path / name)
@@ -280,6 +282,97 @@ def test_what_an_attempt_has_prepared_is_not_read_again(
     assert rewritten
     assert not [name for name in rewritten if name.startswith("part-00000")]
     assert not (run / TASKS).exists()
+
+
+def lines_to_cut(path: Path) -> Path:
+    """A file of JSON lines with the faults of LINES, blank lines, CRLF, a mark, and lines of many times 300 bytes."""
+    content = [line for line, _ in LINES] + [b"", json.dumps(GOOD | {"output": "x" * 2000}).encode(), b" "]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(content * 3) + b"\n" + LINES[0][0])
+    return path
+
+
+def in_order(run: Path, folder: str) -> pd.DataFrame:
+    return table_of(run, folder).sort_values(["source_file", "source_row"], ignore_index=True)
+
+
+def test_a_cut_file_of_lines_has_the_rows_and_ids_of_an_uncut_one(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, preparation = tmp_path / "data", settings(base_folder, max_tokens=200)
+    data.mkdir()
+    content = lines_to_cut(data / "a.jsonl").read_bytes()
+    (data / "b.json").write_bytes(content.removeprefix(b"\xef\xbb\xbf"))
+    (data / "c.json").write_text(json.dumps([GOOD] * 20, indent=1))
+    for name, task_bytes in (("uncut", 2**20), ("cut", 300)):
+        monkeypatch.setattr(module, "_TASK_BYTES", task_bytes)
+        manifest = prepare(Run.at(tmp_path / name), [source(data)], preparation, max_bad_fraction=1)
+        num_rows = sum(bool(line.strip()) for line in content.split(b"\n"))
+        check_books(tmp_path / name, manifest, 2 * num_rows + 20)
+        tasks = {path.name.split("-")[1] for path in (tmp_path / name).rglob("part-*")}
+        assert len(tasks) > 20 if name == "cut" else tasks == {"00000"}
+    for folder in ("examples", "rejects"):
+        pd.testing.assert_frame_equal(in_order(tmp_path / "cut", folder), in_order(tmp_path / "uncut", folder))
+    done = Progress.read(Run.at(tmp_path / "cut").folder)
+    assert done is not None
+    assert done.done == done.total == sum(path.stat().st_size for path in data.iterdir())
+
+
+def test_the_lines_of_an_attempt_are_counted_once(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(module, "_TASK_BYTES", 300)
+    data, preparation = lines_to_cut(tmp_path / "a.jsonl"), settings(base_folder, max_tokens=200)
+
+    def run_prepare(name: str) -> Manifest:
+        return prepare(Run.at(tmp_path / name), [source(data)], preparation, max_bad_fraction=1)
+
+    undisturbed = run_prepare("undisturbed")
+    assert "counting the lines of 1 files" in caplog.text and "parts counted (100%)" in caplog.text
+
+    def crash(*_: object) -> None:
+        raise CrashError
+
+    for broken in ((module, "_run"), (Manifest, "commit")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*broken, crash)
+            with pytest.raises(CrashError):
+                run_prepare("run")
+        monkeypatch.setattr(counting, "_counts", crash)
+    again = run_prepare("run")
+    assert (again.counts, again.files) == (undisturbed.counts, undisturbed.files)
+    assert not (tmp_path / "run" / TASKS).exists()
+
+
+def test_an_attempt_with_another_plan_is_not_continued(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a version that cut no lines: its tasks have the same numbers, and other rows."""
+    data, preparation = lines_to_cut(tmp_path / "a.jsonl"), settings(base_folder, max_tokens=200)
+    run = Run.at(tmp_path / "run")
+
+    def crash(*_: object) -> None:
+        raise CrashError
+
+    plans = {}
+    for task_bytes in (2**20, 301, 300):
+        monkeypatch.setattr(module, "_TASK_BYTES", task_bytes)
+        if plans:
+            with pytest.raises(OutputError, match=r"unfinished prepare .*\(plan: .* → \"\d+ tasks, .*--overwrite"):
+                prepare(run, [source(data)], preparation, max_bad_fraction=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Manifest, "commit", crash)
+            with pytest.raises(CrashError):
+                prepare(replace(run, overwrite=True), [source(data)], preparation, max_bad_fraction=1)
+        noted = json.loads((run / TASKS / "attempt.json").read_bytes())
+        plans[task_bytes] = noted["fingerprint"].pop("plan", None)
+    assert plans[2**20] is None and plans[300] != plans[301]
+    assert plans[300].split(",")[0] == plans[301].split(",")[0], "as many tasks, with other rows"
+    manifest = prepare(run, [source(data)], preparation, max_bad_fraction=1)
+    assert manifest.fingerprint == noted["fingerprint"], "without the plan: a complete run stays complete"
+    check_books(tmp_path / "run", manifest, sum(bool(line.strip()) for line in data.read_bytes().split(b"\n")))
+    monkeypatch.setattr(module, "_TASK_BYTES", 2**20)
+    assert prepare(run, [source(data)], preparation, max_bad_fraction=1) == manifest
 
 
 def test_an_unfinished_prepare_of_other_settings_is_refused(
@@ -384,12 +477,12 @@ def test_how_each_source_was_understood_is_recorded(
 def test_a_hopeless_corpus_stops_before_its_end(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
 ) -> None:
-    monkeypatch.setattr(module, "_TASK_BYTES", 1)
     folder = tmp_path / "data"
     folder.mkdir()
     lines = [json.dumps({"question": "q" * 1000, "answer": "no such column"})] * (40_000 // num_files)
     for number in range(num_files):
         (folder / f"{number:02d}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(module, "_TASK_BYTES", (folder / "00.jsonl").stat().st_size)  # a file is a task
     run = Run.at(tmp_path / "run")
     with pytest.raises(
         DataError, match=r"the first \d+% of the data, missing_column \d+\), more than .*rejects/"
