@@ -112,13 +112,14 @@ class _StageCounter:
 
 
 class _CounterActor:
-    """Counts for every stage of a driver, several at a time in a comparison: a process of its own would take seconds.
+    """Counts for every stage of a driver, several at a time in a comparison, and keeps the steps for its tracking.
 
-    After the loss of its node it starts anew and empty.
+    One process does both, because another would take seconds to start. After the loss of its node it is anew and empty.
     """
 
     def __init__(self) -> None:
         self._stages: dict[str, _StageCounter] = {}
+        self._steps: dict[str, list[Any]] = {}
         self._metrics = {
             name: Metric(f"davir_ray_{name}", f"{name} of a stage of davir_ray", tag_keys=("stage",))
             for name in _METRICS
@@ -139,6 +140,12 @@ class _CounterActor:
     def end(self, stage: str) -> None:
         self._stages.pop(stage, None)
 
+    def add_step(self, training: str, step: Any) -> None:
+        self._steps.setdefault(training, []).append(step)
+
+    def take_steps(self, training: str) -> list[Any]:
+        return self._steps.pop(training, [])
+
     def _counter(self, stage: str) -> _StageCounter:
         return self._stages.setdefault(stage, _StageCounter(None))
 
@@ -148,9 +155,14 @@ class _CounterActor:
                 self._metrics[name].inc(more, {"stage": stage.partition(" ")[0]})
 
 
+def counter_actor() -> Any:
+    """The counter's actor of this process's connection to Ray."""
+    context = ray.get_runtime_context()
+    return _actor_of(f"{context.gcs_address} {context.get_job_id()}")
+
+
 @cache
 def _actor_of(job: str) -> Any:
-    """The counter's actor of this driver's connection to Ray."""
     return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=driver_node())(_CounterActor).remote()
 
 
@@ -158,8 +170,7 @@ class ProgressCounter:
     """A handle to the counter of a stage, for workers and the driver. A lost report only makes the progress inexact."""
 
     def __init__(self, stage: str, total: int | None) -> None:
-        context = ray.get_runtime_context()
-        self._actor: Any = _actor_of(f"{context.gcs_address} {context.get_job_id()}")
+        self._actor: Any = counter_actor()
         self._stage = f"{stage} {uuid.uuid4().hex}"
         self._actor.start.remote(self._stage, total)
 

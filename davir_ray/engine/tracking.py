@@ -1,7 +1,8 @@
-"""Tracking on Ray: rank 0 of a training reports its steps to an actor, from which the driver logs them."""
+"""Tracking on Ray: rank 0 of a training reports its steps to the counter's actor, from which the driver logs them."""
 
 import logging
 import threading
+import uuid
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from davir_ray.config.run import Tracker
-from davir_ray.engine.resources import driver_node
+from davir_ray.engine.progress import counter_actor
 from davir_ray.engine.trackers import Step, TrackingRun
 from davir_ray.run.folder import Run
 from davir_ray.text import one_line
@@ -27,38 +28,22 @@ _REPORT_S = 1.0
 """Seconds that a worker waits for its report to arrive."""
 
 
-class _StepsActor:
-    def __init__(self) -> None:
-        self._steps: list[Step] = []
-
-    def add(self, step: Step) -> None:
-        self._steps.append(step)
-
-    def take(self) -> list[Step]:
-        steps, self._steps = self._steps, []
-        return steps
-
-
 class StepLog:
-    """A handle to the actor that holds the steps that are not logged yet."""
+    """A handle to the steps of a training that are not logged yet."""
 
     def __init__(self) -> None:
-        actor = ray.remote(num_cpus=0, scheduling_strategy=driver_node())(_StepsActor)
-        self._actor: Any = actor.remote()
-        self.take()  # it has started, so a report to it arrives in time
+        self._actor: Any = counter_actor()
+        self._training = uuid.uuid4().hex
+        self.take()  # the actor has started, so a report to it arrives in time
 
     def add(self, step: Step) -> None:
         """Report a step, on rank 0."""
-        ray.wait([self._actor.add.remote(step)], timeout=_REPORT_S)
+        ray.wait([self._actor.add_step.remote(self._training, step)], timeout=_REPORT_S)
 
     def take(self) -> list[Step]:
         """The steps that were reported since the last call."""
-        steps: list[Step] = ray.get(self._actor.take.remote(), timeout=_ASK_S)
+        steps: list[Step] = ray.get(self._actor.take_steps.remote(self._training), timeout=_ASK_S)
         return steps
-
-    def end(self) -> None:
-        """End the actor."""
-        self._actor.__ray_terminate__.remote()
 
 
 class Tracking:
@@ -93,8 +78,6 @@ class Tracking:
         self._end_steps()
         if self._tracked is not None:
             self._tracked.close(failed=failed)
-        if self.steps is not None:
-            self.steps.end()
 
     def _end_steps(self) -> None:
         if not self._ended.is_set():
