@@ -437,13 +437,13 @@ def test_what_the_data_leave_out_is_counted(base_folder: Path, tmp_path: Path) -
 def test_how_each_source_was_understood_is_recorded(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TASK_BYTES", 1)  # a task for each file
     (tmp_path / "a").mkdir()
     rows = [GOOD | {"input": "", "topic": "letters"}, GOOD | {"input": "y", "topic": None}, GOOD | {"output": "z" * 99}]
     for name in ("1", "2"):
         (tmp_path / "a" / f"{name}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in [*rows, {"input": "i"}])
         )
+    monkeypatch.setattr(module, "_TASK_BYTES", (tmp_path / "a" / "1.jsonl").stat().st_size)  # a file is a task
     talk = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"))]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     sources = [source(tmp_path / "a"), source(tmp_path / "chat.jsonl", "messages", "chat")]
