@@ -879,6 +879,7 @@ def test_a_cut_file_has_the_rows_of_its_lines(
         ("a.csv", b'a,b\n1,"x\ny"\n'),
         ("a.jsonl", b"{}\n{}"),
     ],
+    ids=["UTF-16", "LFS", "array", "gzip", "zstd", "CSV", "small"],
 )
 def test_what_is_not_lines_or_is_small_is_not_cut(tmp_path: Path, name: str, content: bytes) -> None:
     (file,) = list_files(source(write(tmp_path / name, content)))
