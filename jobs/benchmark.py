@@ -5,6 +5,8 @@
     python jobs/benchmark.py align [--json FILE]                       a step of preference training, against TRL's
     python jobs/benchmark.py scaling [--json FILE]                     the scoring stage: 1, 2 and 4 actors, time to
                                                                        the first shard
+    python jobs/benchmark.py chats [--json FILE]                       rendering and tokenising chats, against the
+                                                                       tokenizer alone
 
 Prints the result as JSON. davir_ray/benchmarks/RESULTS.md has the results and the machines.
 """
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from davir_ray.benchmarks import alignment, likelihood, ranking, scaling
+from davir_ray.benchmarks import alignment, chats, likelihood, ranking, scaling
 from davir_ray.cli import run_job
 from davir_ray.errors import ConfigError
 
@@ -24,12 +26,14 @@ SETTINGS: dict[str, type[Any]] = {
     "ranking": ranking.RankingBenchmark,
     "align": alignment.AlignmentBenchmark,
     "scaling": scaling.ScalingBenchmark,
+    "chats": chats.ChatsBenchmark,
 }
 RUN: dict[type[Any], Callable[[Any], dict[str, Any]]] = {
     likelihood.LikelihoodBenchmark: likelihood.run,
     ranking.RankingBenchmark: ranking.run,
     alignment.AlignmentBenchmark: alignment.run,
     scaling.ScalingBenchmark: scaling.run,
+    chats.ChatsBenchmark: chats.run,
 }
 
 

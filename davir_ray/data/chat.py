@@ -11,6 +11,7 @@ from jinja2 import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
 from davir_ray.data.conversation import Conversation, Message, strings_of
+from davir_ray.data.frames import Frame, has_only_contents, read_frame
 from davir_ray.data.rendered import Rendered, RowError, Segment, num_equal
 from davir_ray.data.turn_form import TurnForm, read_turn_form
 from davir_ray.data.turns import MarkedConversation, Placed, Span, not_scored
@@ -25,6 +26,9 @@ TODAY = datetime(2024, 7, 26)
 # The public render_jinja_template replaces the function strftime_now by a string (transformers 5.23), so a
 # template that calls it gets no date. Its two private parts, which are used here, accept a function.
 _JINJA: Any = chat_template_utils
+
+_MAX_FRAMES = 1000
+"""Number of frames that a template keeps: one for each sequence of roles, so about one for each number of turns."""
 
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -87,9 +91,7 @@ class ChatTemplate:
         """
         messages = self._form.fit(conversation.messages)
         text, marks = self._render(self._form, messages, conversation.tools)
-        _check_is_written(conversation, text)
-        marked = MarkedConversation(conversation, messages, text)
-        turns = marked.place(self._render(self._form, marked.messages, conversation.tools)[0])
+        turns = self._place(conversation, messages, text)
         limits = [*(placed[0].start for placed in list(turns.values())[1:]), len(text)]
         spans: list[Span] = []
         for (index, placed), limit in zip(turns.items(), limits, strict=True):
@@ -109,6 +111,24 @@ class ChatTemplate:
             spans = [(max(start, first), last) for first, last in spans]
         return tuple(_cut(text, spans))
 
+    def _place(self, conversation: Conversation, messages: Sequence[Message], text: str) -> dict[int, list[Placed]]:
+        """The pieces of each of the assistant's messages in the text, in the order in which they stand there."""
+        if has_only_contents(conversation):
+            frame = self._frame(tuple(message["role"] for message in messages))
+            if frame and (turns := frame.place(conversation, text)):
+                return turns
+        _check_is_written(conversation, text)
+        marked = MarkedConversation(conversation, messages, text)
+        return marked.place(self._render(self._form, marked.messages, conversation.tools)[0])
+
+    def _frame(self, roles: tuple[str, ...]) -> Frame | None:
+        """The frame of conversations with these roles, read once; None where the template has none."""
+        if roles not in self._frames:
+            if len(self._frames) == _MAX_FRAMES:
+                self._frames.clear()
+            self._frames[roles] = read_frame(lambda messages: self._render(self._form, messages, None)[0], roles)
+        return self._frames[roles]
+
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The rendered conversation, up to where the assistant's next turn begins. Raises RowError bad_conversation."""
         return self._render(self._form, self._form.fit(messages), tools, add_generation_prompt=True)[0]
@@ -126,6 +146,10 @@ class ChatTemplate:
     @cached_property
     def _has_marks(self) -> bool:
         return _GENERATION_MARK.search(self.template) is not None
+
+    @cached_property
+    def _frames(self) -> dict[tuple[str, ...], Frame | None]:
+        return {}
 
     @cached_property
     def _form(self) -> TurnForm:

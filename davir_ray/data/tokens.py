@@ -7,7 +7,7 @@ template writes its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class Encoder:
             if error := self._special_token(parts):
                 return error
             parts = [(self._bos, False), *parts, ([] if is_prompt else self._eos, True)]
-        input_ids = np.array([token for ids, _ in parts for token in ids], dtype=np.int32)
+        input_ids = np.array(list(chain.from_iterable(ids for ids, _ in parts)), dtype=np.int32)
         spans = _spans(parts)
         truncated = len(input_ids) > self._max_tokens
         if truncated:

@@ -3,7 +3,8 @@
 The conversation is rendered twice: as it is, and with a marker in place of each piece of the assistant's text. White
 space and think tags around a piece stay, so that a template which strips, splits or drops text treats both alike. The
 second text with the pieces put back must be the first one: then every piece that is written has its place, to the
-character. What the template writes around a turn is known from conversations of our own; see turn_form.py.
+character. What the template writes around a turn is known from conversations of our own; see turn_form.py. Most
+conversations need no second rendering of their own; see frames.py.
 """
 
 import re
@@ -15,7 +16,7 @@ from davir_ray.data.rendered import RowError, num_equal
 from davir_ray.schema import RejectReason
 from davir_ray.text import shorten
 
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 Span = tuple[int, int]  # characters of a rendered conversation, end exclusive
 
@@ -62,7 +63,7 @@ class MarkedConversation:
     def _marked(self, index: int, message: Message, keeps_reasoning: bool) -> Message:
         marked = {**message}
         reasonings: dict[str, str] = {}  # the same text may stand in several fields, of which a template reads one
-        for name in _REASONING_FIELDS:
+        for name in REASONING_FIELDS:
             text = message.get(name)
             if isinstance(text, str) and text.strip():
                 if text not in reasonings:

@@ -2,6 +2,7 @@
 
 import logging
 import operator
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -356,6 +357,8 @@ class Preparer:
 
     def __init__(self, work: Work) -> None:
         configure_worker_logging()
+        # A task has one CPU, and a tokenizer would start a thread for each CPU of the machine.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._work = work
         sources = [task.source for task in work.tasks]
         self._reader = work.preparation.reader(sources)

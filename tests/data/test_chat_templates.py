@@ -359,6 +359,92 @@ def test_any_conversation_is_read_back_or_refused(name: str, talk: list[dict[str
         check_ids(name, rendered)
 
 
+STRIP_SOME = ("glm4moe", "nemotron")
+"""Families that strip the contents of some roles only, as qwen3 does."""
+
+ODD_CONTENTS = [
+    "x", " x\n", "\nx", "x" * 500, "assistant", "user", "final", "model", "Zqv1q", "", " ", "\n", "</p> <b>",
+    "I think so", "<think>", "<think></think>x", "x</think>", "<tool_response>x</tool_response>", "/no_think",
+    "26 Jul 2024", "None",
+]  # fmt: skip
+
+
+def segments_or_error(name: str, talk: list[dict[str, Any]], **more: Any) -> Any:
+    try:
+        return CHATS[name].segments(conversation(talk, **more))
+    except RowError as error:
+        return error.reason, error.detail
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frame_places_turns_as_a_second_rendering_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = zip(ODD_CONTENTS, [*ODD_CONTENTS[3:], *ODD_CONTENTS[:3]], strict=True)
+    odd = [[user(one), assistant(other), user("querytwo "), assistant(one)] for one, other in pairs]
+    cases: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [(talk, {}) for talk in [*TALKS.values(), *odd]]
+    cases += [(talk, {"given": 2}) for talk in odd] + [(talk, {"scored": (False, False, False, True)}) for talk in odd]
+    with_frames = [segments_or_error(name, talk, **more) for talk, more in cases]
+    monkeypatch.setattr(ChatTemplate, "_frame", lambda self, roles: None)
+    assert with_frames == [segments_or_error(name, talk, **more) for talk, more in cases]
+
+
+def test_after_the_first_conversation_of_its_roles_one_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = TALKS["two turns"]
+    before = {name: CHATS[name].segments(conversation(talk)) for name in NAMES}
+    monkeypatch.setattr("davir_ray.data.chat.MarkedConversation", None)
+    monkeypatch.setattr("davir_ray.data.chat.read_frame", None)
+    for name in NAMES:
+        longer = [{**message, "content": message["content"] + " longer"} for message in talk]
+        segments = CHATS[name].segments(conversation(longer))
+        assert [part.text.replace(" longer", "") for part in segments] == [part.text for part in before[name]], name
+        if not name.startswith(STRIP_SOME) and name not in ("qwen3", "qwen3_training"):
+            assert CHATS[name].segments(conversation(TALKS["white space"])), name
+
+
+def test_a_template_keeps_a_limited_number_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("davir_ray.data.chat._MAX_FRAMES", 2)
+    chat = ChatTemplate(read("qwen2_5"), special_tokens=("<|im_start|>", "<|im_end|>"))
+    for _ in range(2):
+        for count in range(1, 6):
+            segments = chat.segments(conversation(TALKS["one turn"] * count))
+            assert sum(part.scored for part in segments) == count
+            assert len(chat._frames) <= 2
+
+
+AS_IT_IS = "{{ m.content }}"
+
+
+@pytest.mark.parametrize(
+    ("written", "contents", "told"),
+    [
+        (
+            "{{ m.content if loop.last or m.role == 'user' }}",
+            ["yes", "yes", "b", "c"],
+            "turn 1 is not in the scored text",
+        ),
+        (
+            "{{ m.content[:9] if m.role == 'assistant' else m.content }}",
+            ["a", "more than nine"],
+            "rewrites the assistant",
+        ),
+        (AS_IT_IS + AS_IT_IS, ["a", "b"], "writes 'b' of message 1 twice"),
+        ("{{ m.content if m.content != 'no' }}", ["a", "no"], "rewrites the assistant"),
+        ("{{ 'A' if m.content == 'no' else 'B' }}" + AS_IT_IS, ["a", "no"], "rewrites the assistant"),
+        (AS_IT_IS + "{{ '!' if loop.last and m.content == 'no' }}", ["a", "no"], "rewrites the assistant"),
+        (
+            "{% if m.content == ' ' %} {% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}",
+            ["a", "b", "c", " "],
+            r"turn 2 is not in the scored text unchanged \(' ' is missing\)",
+        ),
+    ],
+)
+def test_a_turn_that_is_not_written_as_it_is_gets_no_place(written: str, contents: list[str], told: str) -> None:
+    template = "{% for m in messages %}<s>{{ m.role }}:" + written + "{{ '<e>' if not loop.last }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<e><s>assistant:{% endif %}"
+    talk = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
+    with pytest.raises(RowError, match=told):
+        ChatTemplate(template, special_tokens=("<s>", "<e>")).segments(conversation(talk))
+
+
 def transformers_runs(name: str, talk: list[dict[str, Any]], tools: list[Any] | None) -> list[str]:
     """What transformers takes for the assistant's, by the template's generation marks."""
     messages = [as_the_template_wants(name, message) for message in talk]

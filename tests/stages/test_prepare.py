@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from contextlib import nullcontext
@@ -373,6 +374,28 @@ def test_an_attempt_with_another_plan_is_not_continued(
     check_books(tmp_path / "run", manifest, sum(bool(line.strip()) for line in data.read_bytes().split(b"\n")))
     monkeypatch.setattr(module, "_TASK_BYTES", 2**20)
     assert prepare(run, [source(data)], preparation, max_bad_fraction=1) == manifest
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "false"), ("true", "true")])
+def test_a_worker_tokenises_in_one_thread_unless_the_user_says_otherwise(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    prepare_task = module._prepare_task
+
+    def watched(row: dict[str, Any], work: bytes) -> list[dict[str, Any]]:
+        with pytest.MonkeyPatch.context() as patch:  # the worker serves other tests
+            patch.setenv("TOKENIZERS_PARALLELISM", given or "")
+            if given is None:
+                patch.delenv("TOKENIZERS_PARALLELISM")
+            done = prepare_task(row, work)
+            (tmp_path / "seen").write_text(os.environ.get("TOKENIZERS_PARALLELISM", "not set"))
+        return done
+
+    monkeypatch.setattr(module, "_prepare_task", watched)
+    options = settings(base_folder, max_tokens=200)
+    prepare(Run.at(tmp_path / "run"), [source(tmp_path / "a.jsonl")], options, max_bad_fraction=0)
+    assert (tmp_path / "seen").read_text() == expected
 
 
 def test_an_unfinished_prepare_of_other_settings_is_refused(
