@@ -283,13 +283,14 @@ def render_conversation(conversation: Conversation, chat: ChatTemplate) -> Rende
     if not any(reply.strip() for reply in replies):
         raise RowError(RejectReason.EMPTY_RESPONSE, "every assistant turn is empty or white space only")
     segments = chat.segments(conversation)
+    last = max(filter(conversation.is_scored, range(len(messages))))
     prompt = "" if segments[0].scored else segments[0].text
     return Rendered(
         prompt=prompt,
         response="\n\n".join(replies),
         segments=segments,
         templated=True,
-        contents=tuple((message["role"], message["content"] or "") for message in messages),
+        contents=tuple((message["role"], message["content"] or "") for message in messages[: last + 1]),
     )
 
 

@@ -71,6 +71,6 @@ def has_only_contents(conversation: Conversation) -> bool:
 
 
 def _is_only_content(message: Message) -> bool:
-    if any(message.get(name) for name in REASONING_FIELDS):
+    if message.get("tool_calls") or any(message.get(name) for name in REASONING_FIELDS):
         return False
     return bool(message["content"].strip()) and not _THINK_TAG.search(message["content"])
