@@ -29,6 +29,9 @@ LOG_LEVEL = "DAVIR_RAY_LOG_LEVEL"
 _MARK = "davir_ray|"
 """Prefix of each log line of a worker, before its level, by which the driver recognises it in the output."""
 
+_BUSY = "PYTHON worker processes have been started on node"
+"""Part of what the raylet says where many workers start at once on a slow machine, as every run's do."""
+
 _MAX_REMEMBERED = 1000
 
 
@@ -112,7 +115,8 @@ def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
         if line.startswith(_MARK) and bar:
             yield logging.getLevelNamesMapping().get(name, logging.WARNING), message
         else:
-            yield logging.WARNING if batch["pid"] == "raylet" else logging.DEBUG, line
+            is_news = batch["pid"] == "raylet" and _BUSY not in line
+            yield logging.WARNING if is_news else logging.DEBUG, line
 
 
 @contextmanager
