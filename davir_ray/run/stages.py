@@ -24,8 +24,8 @@ class Stage:
 
 _STAGES = (
     Stage(
-        name="prepare", writes=("examples", "rejects", "prepare_tasks"), shown_counts=("prepared", "rejected"),
-        takes_hours=True,
+        name="prepare", writes=("examples", "rejects", "prepare_tasks"),
+        shown_counts=("prepared", "left_out", "rejected"), takes_hours=True,
     ),
     Stage(
         name="freeze", writes=("frozen", "frozen_cache"), reads=("prepare",), shown_counts=("scored",), takes_hours=True

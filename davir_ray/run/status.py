@@ -37,7 +37,9 @@ class RunStatus:
         for stage, row in STAGES.items():
             if stage in self.stages:
                 counts = self.stages[stage]
-                shown = ", ".join(f"{counts[name]:,} {name}" for name in row.shown_counts if name in counts)
+                shown = ", ".join(
+                    f"{counts[name]:,} {name.replace('_', ' ')}" for name in row.shown_counts if name in counts
+                )
                 lines.append(f"  {stage:<9} complete  {duration(counts['seconds']):>7}  {shown}".rstrip())
             elif self.progress is not None and self.progress.stage == stage and self.state != "complete":
                 lines.append(f"  {stage:<9} {self.state:<8}  {str(self.progress).partition(': ')[2]}".rstrip())

@@ -19,9 +19,9 @@ from davir_ray.run.status import status
 
 
 def prepared(run: Location) -> None:
-    Manifest(stage="prepare", fingerprint={}, counts={"prepared": 1998, "rejected": 2}, files=[], seconds=21.0).write(
-        run
-    )
+    Manifest(
+        stage="prepare", fingerprint={}, counts={"prepared": 1998, "left_out": 7, "rejected": 2}, files=[], seconds=21.0
+    ).write(run)
     Progress(stage="score", unit="rows", done=256, total=1998, rejects=2).write(run)
 
 
@@ -34,7 +34,19 @@ def test_a_run_that_a_driver_holds_is_running(local: Location) -> None:
     assert found.silent_s < 60
     lines = found.lines()
     assert lines[0] == local.path
-    assert lines[1].split() == ["prepare", "complete", "21", "s", "1,998", "prepared,", "2", "rejected"]
+    assert lines[1].split() == [
+        "prepare",
+        "complete",
+        "21",
+        "s",
+        "1,998",
+        "prepared,",
+        "7",
+        "left",
+        "out,",
+        "2",
+        "rejected",
+    ]
     assert lines[2].split()[:2] == ["score", "running"]
     assert "256 of 1,998 rows (13%)" in lines[2]
     assert lines[3].startswith("running: process ")
@@ -104,5 +116,5 @@ def test_the_job_prints_json_and_needs_neither_ray_nor_torch(local: Location) ->
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
     assert values["state"] == "stopped"
-    assert values["stages"]["prepare"] == {"prepared": 1998, "rejected": 2, "seconds": 21.0}
+    assert values["stages"]["prepare"] == {"prepared": 1998, "left_out": 7, "rejected": 2, "seconds": 21.0}
     assert values["progress"]["done"] == 256
