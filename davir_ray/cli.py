@@ -67,6 +67,9 @@ def exit_status(job: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted\n")
         return 130
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`; Python would write to it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
         gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
     return 0

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -408,3 +410,11 @@ def test_yaml_that_holds_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("select: &a {mixture: [*a]}")
     with pytest.raises(ConfigError, match="contains itself"):
         parse_as(RunConfig, ["--config", str(tmp_path / "run.yaml")])
+
+
+def test_output_that_nobody_reads_ends_the_job_without_a_traceback() -> None:
+    code = "from davir_ray.cli import exit_status; raise SystemExit(exit_status(lambda: print('x' * 100_000)))"
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout is not None and job.stderr is not None
+    job.stdout.close()
+    assert (job.stderr.read(), job.wait()) == (b"", 1)
