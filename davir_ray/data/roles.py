@@ -13,14 +13,14 @@ template writes itself, such as headers and the descriptions of tools."""
 def tokens_by_role(tokenizer: Any, rendered: Rendered, num_tokens: int) -> Counter[str]:
     """Number of the first `num_tokens` tokens of an example by role; a token belongs where its text begins.
 
-    An example is encoded as davir_ray.data.tokens does it. A tokenizer that does not say where its tokens stand in the
-    text (one in Python) leaves all that is not scored to the prompt.
+    An example is encoded as davir_ray.data.tokens does it. Where a tokenizer does not say where its tokens stand in the
+    text (one in Python, or of mistral_common), all that is not scored is the prompt.
     """
-    owners = _owners(rendered)
+    owners = _owners(rendered) if getattr(tokenizer, "is_fast", False) else []
     roles = [] if rendered.templated or tokenizer.bos_token_id is None else [PROMPT]
     begin = 0
     for text, scored in rendered.segments:
-        if scored or not (owners and tokenizer.is_fast):
+        if scored or not owners:
             ids = tokenizer(text, add_special_tokens=False, split_special_tokens=not rendered.templated)["input_ids"]
             roles += [SCORED if scored else PROMPT] * len(ids)
         else:

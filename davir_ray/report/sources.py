@@ -6,9 +6,6 @@ from typing import Any
 ROLE_NAMES = {"assistant": "assistant, not scored", "template": "the template’s own text"}
 """Names of the roles of tokens that do not explain themselves."""
 
-MAX_SHOWN_SOURCES = 4
-"""Number of sources whose examples are shown."""
-
 
 _COUNTS = (
     "read", "prepared", "left_out", "rejected", "turns_left_out", "truncated", "num_prompt_tokens",
@@ -35,9 +32,9 @@ def source_facts(prepared: Mapping[str, Any], config: Mapping[str, Any]) -> list
             "columns_not_used": _columns(source.get("columns_not_used") or {}),
             "sampled": source.get("sampled"),
             "roles": _roles(source.get("role_tokens") or {}),
-            "shown": (source.get("shown") or []) if at < MAX_SHOWN_SOURCES else [],
+            "shown": source.get("shown") or [],
         }
-        for at, (name, source) in enumerate(sources.items())
+        for name, source in sources.items()
     ]
 
 

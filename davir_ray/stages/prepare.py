@@ -55,6 +55,9 @@ _MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
 """Rows between two checks of max_bad_fraction."""
 
+_SHOWN_SOURCES = 4
+"""Number of sources of which the manifest keeps examples, for the report to show."""
+
 _BYTES_PER_ROW = 256
 """A low guess at the bytes of a source row on disk, to keep a large corpus below _MAX_SHARDS."""
 
@@ -181,7 +184,10 @@ def prepare(
         files=sorted(report.files, key=lambda entry: entry.name),
         details={
             "first_reject": report.first_reject,
-            "by_source": {source.name: _understood(source, work, reports_of_tasks) for source in sources},
+            "by_source": {
+                source.name: _understood(source, work, reports_of_tasks, shows=at < _SHOWN_SOURCES)
+                for at, source in enumerate(sources)
+            },
         },
         seconds=time.monotonic() - started,
     )
@@ -266,8 +272,8 @@ def _sum(reports: dict[int, TaskReport]) -> TaskReport:
     return reduce(operator.iadd, (reports[number] for number in sorted(reports)), TaskReport())
 
 
-def _understood(source: Source, work: Work, reports: dict[int, TaskReport]) -> dict[str, Any]:
-    """How a source was read and what became of its rows, for the reader of the report."""
+def _understood(source: Source, work: Work, reports: dict[int, TaskReport], *, shows: bool) -> dict[str, Any]:
+    """How a source was read and what became of its rows, for the reader of the report; `shows` keeps examples."""
     report = _sum({number: one for number, one in reports.items() if work.tasks[number].source == source})
     read = columns(source).keys() - set(source.ignore_columns)
     config = work.preparation.config
@@ -285,7 +291,7 @@ def _understood(source: Source, work: Work, reports: dict[int, TaskReport]) -> d
         "columns_not_used": {name: count for name, count in report.columns.items() if name not in read},
         "sampled": report.num_sampled,
         "role_tokens": dict(report.role_tokens),
-        "shown": report.shown,
+        "shown": report.shown if shows else [],
     }
 
 

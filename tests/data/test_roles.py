@@ -68,3 +68,12 @@ def test_plain_text_has_a_prompt_with_its_bos_and_a_response_with_its_end(
     source = Source(name="s", path="a.jsonl", format="prompt_response")
     found = counted(characters, {"prompt": "Why? ", "response": "So."}, source)
     assert found == {"prompt": 1 + len("Why? "), "scored": len("So.") + 1}
+
+
+def test_a_tokenizer_that_does_not_tell_places_leaves_the_rest_to_the_prompt(
+    characters: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    found = counted(characters, {"messages": messages}, Source(name="s", path="a.jsonl", format="messages"))
+    assert found == {"prompt": len("[user]Why?;[assistant]"), "scored": len("So.;")}

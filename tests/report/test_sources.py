@@ -55,8 +55,3 @@ def test_a_run_of_an_earlier_version_has_no_such_section() -> None:
     facts = facts_of()
     assert facts["sources"] == []
     assert 'id="sources"' not in render_page(facts)
-
-
-def test_of_many_sources_the_first_show_their_examples() -> None:
-    facts = facts_of(**{f"source{number}": run_facts.source() for number in range(7)})
-    assert [len(source["shown"]) for source in facts["sources"]] == [1, 1, 1, 1, 0, 0, 0]

@@ -487,6 +487,10 @@ def test_how_each_source_was_understood_is_recorded(
     assert plain["role_tokens"] == {
         "prompt": of_source.num_prompt_tokens.sum(), "scored": of_source.num_response_tokens.sum()
     }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_SHOWN_SOURCES", 1)
+        few = prepare(Run.at(tmp_path / "few"), sources, preparation, max_bad_fraction=0.5).details["by_source"]
+    assert [few[one.name]["shown"] for one in sources] == [plain["shown"], []]
     assert [(one["source_file"], one["source_row"], one["truncated"]) for one in plain["shown"]] == [
         ("1.jsonl", 0, False), ("1.jsonl", 1, False), ("1.jsonl", 2, True)
     ]  # fmt: skip
