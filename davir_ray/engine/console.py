@@ -30,7 +30,7 @@ _MARK = "davir_ray|"
 """Prefix of each log line of a worker, before its level, by which the driver recognises it in the output."""
 
 _BUSY = "PYTHON worker processes have been started on node"
-"""Part of what the raylet says where many workers start at once on a slow machine, as every run's do."""
+"""Part of what Ray prints in a driver where many workers start at once on a slow machine, as every run's do."""
 
 _MAX_REMEMBERED = 1000
 
@@ -71,7 +71,7 @@ class LogStream(io.TextIOBase):
         """Log the lines that are complete."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in filter(str.strip, lines):
-            log.warning("%s", line)
+            log.log(logging.DEBUG if _BUSY in line else logging.WARNING, "%s", line)
         return len(text)
 
 
@@ -115,8 +115,7 @@ def _lines_of(batch: dict[str, Any]) -> Iterator[tuple[int, str]]:
         if line.startswith(_MARK) and bar:
             yield logging.getLevelNamesMapping().get(name, logging.WARNING), message
         else:
-            is_news = batch["pid"] == "raylet" and _BUSY not in line
-            yield logging.WARNING if is_news else logging.DEBUG, line
+            yield logging.WARNING if batch["pid"] == "raylet" else logging.DEBUG, line
 
 
 @contextmanager

@@ -39,8 +39,7 @@ def test_a_terminal_has_bars_instead_of_news(shown: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(console, "filter_autoscaler_events", iter)  # Ray's asks the cluster how it writes them
     lines = WorkerLines()
     lines(batch(INFO, WARNING))
-    busy = "(raylet) WARNING: 8 PYTHON worker processes have been started on node: 04, which is 4x the maximum expected"
-    lines(batch("2 workers were killed: out of memory", busy, pid="raylet"))
+    lines(batch("2 workers were killed: out of memory", pid="raylet"))
     lines(batch("Resized to 4 CPUs.", "Error: no node of 8 GPUs.", pid="autoscaler"))
     told = [message for level, message in shown() if level == "WARNING"]
     assert told == ["low on memory", "2 workers were killed: out of memory", "Error: no node of 8 GPUs."]
@@ -63,4 +62,5 @@ def test_what_is_printed_is_logged_line_by_line(shown: Any) -> None:
     stream = LogStream()
     print("a worker", end="", file=stream)
     print(" died\n\nanother", file=stream)
+    print("(raylet) WARNING: 8 PYTHON worker processes have been started on node: 04, which is 4x the …", file=stream)
     assert shown() == [("WARNING", "a worker died"), ("WARNING", "another")]

@@ -113,7 +113,7 @@ def test_losses_and_gradients_are_trls(
         losses, gradients = ours(base_folder, tokenizer, loss, beta, accumulate)
         assert len(losses) == len(expected) == STEPS
         assert losses[0] != losses[-1]
-        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-9)  # some are 1e-16
         for found, wanted in zip(gradients, expected_gradients, strict=True):
             assert found.keys() == wanted.keys()
             scale = max(float(gradient.abs().max()) for gradient in wanted.values())
