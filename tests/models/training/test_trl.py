@@ -108,15 +108,16 @@ def theirs(
 def test_losses_and_gradients_are_trls(
     base_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, loss: str, name: str, beta: float
 ) -> None:
+    tolerance = 1e-5 if beta < 1 else 1e-4  # a loss of 1e-16 is exp(-36), and has 36 times the rounding of its exponent
     expected, expected_gradients = theirs(base_folder, tokenizer, name, beta, tmp_path)
     for accumulate in (False, True):
         losses, gradients = ours(base_folder, tokenizer, loss, beta, accumulate)
         assert len(losses) == len(expected) == STEPS
         assert losses[0] != losses[-1]
-        np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-9)  # some are 1e-16
+        np.testing.assert_allclose(losses, expected, rtol=tolerance)
         for found, wanted in zip(gradients, expected_gradients, strict=True):
             assert found.keys() == wanted.keys()
             scale = max(float(gradient.abs().max()) for gradient in wanted.values())
             for parameter, gradient in wanted.items():
                 difference = float((found[parameter] - gradient).abs().max())
-                assert difference <= 1e-5 * scale, f"{parameter}: {difference / scale:.1e} of the largest gradient"
+                assert difference <= tolerance * scale, f"{parameter}: {difference / scale:.1e} of the largest gradient"
