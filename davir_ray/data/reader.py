@@ -41,7 +41,7 @@ _MAX_COLUMNS = 200
 """Number of columns that are counted; keys that are data themselves would be as many as the rows."""
 
 _PIECE_CHARACTERS = 1000
-"""Maximum length of a piece of an example that is shown: a manifest holds a few examples of every source."""
+"""Maximum length of a piece of an example that is shown: a manifest holds a few examples."""
 
 NOT_FINITE, BYTES = "not_finite_to_null", "bytes_to_base64"
 """Names under which values are counted that `record` cannot keep: JSON has no NaN, no infinity and no bytes."""

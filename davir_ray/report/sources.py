@@ -38,13 +38,14 @@ def source_facts(prepared: Mapping[str, Any], config: Mapping[str, Any]) -> list
     ]
 
 
-def _rendering(is_chat: str | None, config: Mapping[str, Any], digest: str | None) -> str | None:
-    if is_chat in (None, "never"):
-        return "plain text" if is_chat else None
+def _rendering(chat: str | None, config: Mapping[str, Any], digest: str | None) -> str | None:
+    """What made text of a source's records; `chat` says when the chat template does."""
+    if chat in (None, "never"):
+        return "plain text" if chat else None
     file, base = config.get("chat_template"), config.get("base") or "the base"
     template = f"the chat template in {file}" if file else f"the chat template of {base}"
     template = f"{template} (sha256 {digest[:12]}…)" if digest else template
-    return template if is_chat == "always" else f"{template}, where the columns hold messages; else plain text"
+    return template if chat == "always" else f"{template}, where the columns hold messages; else plain text"
 
 
 def _columns(rows: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -277,10 +277,10 @@ def _understood(source: Source, work: Work, reports: dict[int, TaskReport], *, s
     report = _sum({number: one for number, one in reports.items() if work.tasks[number].source == source})
     read = columns(source).keys() - set(source.ignore_columns)
     config = work.preparation.config
-    is_chat = "always" if needs_chat(source, config) else "where_messages" if uses_chat(source, config) else "never"
+    chat = "always" if needs_chat(source, config) else "where_messages" if uses_chat(source, config) else "never"
     return {
         "format": source.format,
-        "chat": is_chat,
+        "chat": chat,
         "read": report.num_read,
         "prepared": sum(entry.rows for entry in report.files if entry.name.startswith("examples/")),
         "left_out": report.num_left_out,
