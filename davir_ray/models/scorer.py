@@ -81,12 +81,14 @@ class Scorer:
         self._autocast = uses_autocast(settings.autocast, device)
         self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])
         self._base = Likelihood(base.model(dtype, device))
-        base_attention = self_check(self._base)
+        base_attention = self_check(self._base, autocast=self._autocast)
         self._reference: Likelihood | None = None
         if reference is not None:
             adapted = reference.is_adapter
             self._reference = self._attach(reference) if adapted else Likelihood(reference.model(dtype, device))
-        reference_attention = base_attention if self._reference is None else self_check(self._reference)
+        reference_attention = base_attention
+        if self._reference is not None:
+            reference_attention = self_check(self._reference, autocast=self._autocast)
         if self._reference is self._base:  # one model with an adapter: its last check holds for both
             base_attention = reference_attention
         # Every file of scores holds this text: in another order of its keys, a resumed run would have other bytes.

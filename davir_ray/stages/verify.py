@@ -24,7 +24,7 @@ from davir_ray.formulas.hashing import random_keys, sample_rows, seed_from
 from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import local_device
-from davir_ray.models.kernel.self_check import eager_nll
+from davir_ray.models.kernel.eager import eager_nll
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -160,6 +160,7 @@ def plain_losses(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tup
         for row in rows.select(_TOKEN_COLUMNS).to_pylist()
     ]
 
+    @torch.no_grad()
     def losses(model: PreTrainedModel) -> Floats:
         return np.array([float(eager_nll(model, ids, spans).double().sum()) for ids, spans in examples])
 

@@ -163,9 +163,10 @@ def test_an_adapter_of_the_hub_is_attached_to_a_base_of_the_hub(
     model = Checkpoint.find("org/tiny").model(torch.float32, CPU)
     adapter.attach_to(model)
     ids = torch.arange(3, 20)[None]
-    lengths = {"sequence_lengths": (17,)}
+    edges = torch.tensor([0, 17], dtype=torch.int32)
+    places = {"sequence_edges": edges, "sequence_edges_on_cpu": edges, "longest_sequence": 17}
     expected = adapted.eval()(ids).logits
-    torch.testing.assert_close(model(ids, **lengths).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids, **places).logits, expected, rtol=1e-4, atol=1e-5)
     assert "was trained on" not in caplog.text  # the base is known by its name, not by its folder in the cache
 
 

@@ -2,13 +2,14 @@
 
 Sequences are concatenated in one row of tokens and cannot attend to each other; nothing is padded. So packed scores
 equal those of a batch of one: bitwise on a CPU with one thread, except that for sequences of a few tokens the matrix
-library uses other kernels and the last bits differ. The lengths are passed through the backbone's forward as the
-keyword `sequence_lengths`, their edges as `sequence_edges`. Packing by position_ids alone silently mixes examples in
-transformers 5.23 if use_cache is left on or a mask is passed; this does not rely on it.
+library uses other kernels and the last bits differ. Where the sequences lie is passed through the backbone's forward by
+the keywords `sequence_edges`, `sequence_edges_on_cpu` and `longest_sequence`. Packing by position_ids alone silently
+mixes examples in transformers 5.23 if use_cache is left on or a mask is passed; this does not rely on it.
 """
 
 import inspect
 import logging
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -24,12 +25,12 @@ PACKED_ATTENTION = "davir_packed"
 
 def register_packed_attention() -> None:
     """Let transformers build models with PACKED_ATTENTION; a process calls it before it builds or runs one."""
-    # Imported late: they take seconds, which a driver, building no model, need not wait.
+    # Imported late: it takes seconds, which a driver, building no model, need not wait.
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
+    # Without a mask function of this name transformers builds no mask, and does not look for sequences in position_ids,
+    # for which the CPU would wait for the GPU in every pass.
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
 
 
 def packed_attention(
@@ -39,8 +40,9 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    sequence_lengths: tuple[int, ...] | None = None,
     sequence_edges: torch.Tensor | None = None,
+    sequence_edges_on_cpu: torch.Tensor | None = None,
+    longest_sequence: int = 0,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -49,32 +51,51 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend causally within each sequence; query [1, heads, T, D], result [1, T, heads, D].
 
-    `sequence_edges` are the cumulative sums of the lengths from 0, int32, on a GPU. Without `sequence_lengths` each row
-    of the batch is one sequence. What a model asks for by other keywords (attention sinks, ALiBi) is ignored here:
-    self_check.py finds such models.
+    `sequence_edges` are the cumulative sums of the lengths from 0, int32, on the device and again on the CPU; tensors,
+    because a compiled layer is compiled again for other values of anything else. Without them each row of the batch is
+    one sequence. What a model asks for by other keywords (attention sinks, ALiBi) is ignored here: self_check.py finds
+    such models.
     """
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embedding leaves queries and keys in float32 where values are in the autocast type.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    batch, _heads, num_tokens, _dim = query.shape
     attend = partial(_attend, scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap)
-    if sequence_lengths is None:
+    if sequence_edges is None or sequence_edges_on_cpu is None:
         return attend(query, key, value).transpose(1, 2).contiguous(), None
-    if batch != 1 or sum(sequence_lengths) != num_tokens:
-        raise ValueError(f"a pack is one row of {sum(sequence_lengths)} tokens; got {batch} rows of {num_tokens}")
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout
-    if flash and sequence_edges is not None:
-        return _attend_cuda(query, key, value, sequence_edges, max(sequence_lengths), scaling, sliding_window), None
+    if len(query) != 1:
+        raise ValueError(f"a pack is one row of tokens; got {len(query)} rows")
+    if on_flash(query) and not softcap and not dropout:
+        return _attend_cuda(query, key, value, sequence_edges, longest_sequence, scaling, sliding_window), None
+    return _attend_by_length(query, key, value, sequence_edges_on_cpu, attend), None
+
+
+def on_flash(query: torch.Tensor) -> bool:
+    """Whether flash attention takes these queries: on a GPU, in half precision."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+# Not compiled: a loop over the sequences of this pack, which another pack would compile again.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_by_length(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    edges: torch.Tensor,
+    attend: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention of the pack's sequences, neighbours of one length at once."""
+    if edges[-1] != query.shape[2]:
+        raise ValueError(f"the sequences of a pack have {int(edges[-1])} tokens; got {query.shape[2]}")
     outputs = []
-    for start, count, length in equal_runs(sequence_lengths):
+    for start, count, length in equal_runs(edges.diff().tolist()):
         end = start + count * length
         # [heads, count * length, D] → [count, heads, length, D]
         parts = (x[0, :, start:end].reshape(len(x[0]), count, length, -1).transpose(0, 1) for x in (query, key, value))
         outputs.append(attend(*parts).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
-def equal_runs(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
+def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """Adjacent sequences of equal length as (first token, number of sequences, length)."""
     runs: list[tuple[int, int, int]] = []
     position = 0
@@ -163,7 +184,3 @@ def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         return options
     # With more splits the longest sequence of a pack decides in which order the others are summed.
     return options | {"num_splits": 1}
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Return no mask: the packed function masks by lengths, and would never use one of [T, T] for a whole pack."""

@@ -77,10 +77,19 @@ class Pack:
             position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
             predictors_R=torch.from_numpy(np.concatenate(predictors)),
             targets_R=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-            edges_N1=torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32),
+            edges_N1=_edges(lengths),
             sequence_lengths=lengths,
             num_scored=tuple(num_scored),
         )
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Where the sequences lie, as keywords of the packed attention."""
+        return {
+            "sequence_edges": self.edges_N1,
+            "sequence_edges_on_cpu": _edges(self.sequence_lengths),
+            "longest_sequence": max(self.sequence_lengths),
+        }
 
     def stretches(self, length: int) -> list[Self]:
         """Split the pack wherever its sequences change between at most `length` tokens and more."""
@@ -110,6 +119,10 @@ class Pack:
         pinned = {name: value.pin_memory() if value.is_cpu else value for name, value in tensors.items()}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in pinned.items()}
         return replace(self, **moved)
+
+
+def _edges(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
 
 
 class Likelihood(torch.nn.Module):
@@ -162,8 +175,7 @@ class Likelihood(torch.nn.Module):
             position_ids=pack.position_ids_T[None],
             attention_mask=None,
             use_cache=False,
-            sequence_lengths=pack.sequence_lengths,
-            sequence_edges=pack.edges_N1,
+            **pack.places,
         ).last_hidden_state
         return torch.as_tensor(hidden_1TH[0, pack.predictors_R])
 

@@ -1,14 +1,16 @@
 """The check at start-up: can this model be packed, and if not, is there another way to reproduce its own losses?
 
-Models are distinguished by what they compute, never by a list of names.
+It is made in the arithmetic of the work that follows: on its device, under its autocast, and with gradients if it
+trains. Models are distinguished by what they compute, never by a list of names.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,155 +18,235 @@ import numpy.typing as npt
 import torch
 
 from davir_ray.errors import ModelError
-from davir_ray.models.kernel.likelihood import Likelihood, Pack, active_head
-from davir_ray.models.kernel.packing import Spans, scored_positions
-from davir_ray.text import one_line
+from davir_ray.models.kernel.eager import eager_nll, use_attention
+from davir_ray.models.kernel.likelihood import Likelihood, Pack
+from davir_ray.models.kernel.packing import Spans
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-_LONGEST_CHECK = 1100
-"""Maximum length of the check's sequences: the memory of eager attention grows with its square."""
+Example = tuple[npt.NDArray[np.int32], Spans]
+
+_WINDOW = 8
+"""Longest attention window during the check: an error of one token shows, and eager attention over a window of 4,096
+would take gigabytes."""
+
+_GRADIENT_TOLERANCE = {True: 1e-2, False: 0.3}
+"""The allowed relative difference of a sequence's gradient, by whether the arithmetic is float32 or better."""
 
 
-def self_check(likelihood: Likelihood) -> str:
-    """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before scoring.
+def self_check(likelihood: Likelihood, *, autocast: bool = False, gradients: bool = False) -> str:
+    """Compare a pack of short sequences with transformers' own eager forward, one at a time; call before any work.
 
-    Returns how the model will be run: 'packed', or, with a warning, 'padded' and the name of its attention if packing
-    is not exact (attention sinks, ALiBi, linear attention). ModelError if padded losses differ, too, because the head
-    does something unknown, or if the model is not causal.
+    `autocast`: the work runs under bfloat16 autocast; `gradients`: it trains. Returns how the model will be run:
+    'packed', or, with a warning, 'padded' and the name of its attention if packing is not exact (attention sinks,
+    ALiBi, linear attention). ModelError if padded losses differ, too, because the head does something unknown, or if
+    the model is not causal.
     """
     model, family = likelihood.model, type(likelihood.model).__name__
-    examples = _check_examples(model)
-    expected = [eager_nll(model, ids, spans) for ids, spans in examples]
-    if not torch.cat(expected).isfinite().all():
-        raise ModelError(
-            f"{family} gives losses that are not finite; its weights may be damaged, or too large for {model.dtype}"
-        )
-    _check_causal(model, *examples[-1])
-    if likelihood.packed:
-        difference = _difference(likelihood, examples, expected)
-        if difference <= _tolerance(model.dtype):
-            return "packed"
-        log.warning(
-            "%s cannot be packed exactly (%s); it is run in padded batches, which is slower",
-            family, "its forward refuses it" if math.isinf(difference) else f"losses differ by {difference:.3g} nats",
-        )  # fmt: skip
-    likelihood.packed = False
-    for attention in ("sdpa", "eager"):
-        if attention == "sdpa" and not model._supports_sdpa:
-            continue
-        _use_attention(model, attention)
-        difference = _difference(likelihood, examples, expected)
-        if difference <= _tolerance(model.dtype):
-            return f"padded, {attention}"
-    raise ModelError(f"{family} cannot be scored exactly: its losses differ by {difference:.3g} nats from its own")
+    arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)
+    with arithmetic, _short_windows(model), torch.set_grad_enabled(gradients):
+        expected = Expected.of(model, gradients=gradients)
+        _check_causal(model, expected)
+        if likelihood.packed:
+            fault = expected.fault_of(likelihood)
+            if fault is None:
+                return "packed"
+            log.warning("%s cannot be packed exactly (%s); it is run in padded batches, which is slower", family, fault)
+        likelihood.packed = False
+        for attention in ("sdpa", "eager"):
+            if attention == "sdpa" and not model._supports_sdpa:
+                continue
+            use_attention(model, attention)
+            fault = expected.fault_of(likelihood)
+            if fault is None:
+                return f"padded, {attention}"
+    raise ModelError(f"{family} cannot be scored exactly: {fault}")
 
 
-def probe(likelihood: Likelihood) -> torch.Tensor:
+def probe(likelihood: Likelihood, examples: list[Example] | None = None) -> torch.Tensor:
     """Losses of the check's sequences: if they are bitwise equal before and after a step, the step changed nothing."""
-    with torch.inference_mode():
-        return torch.as_tensor(likelihood(Pack.of(_check_examples(likelihood.model)))).cpu()
+    with torch.no_grad():
+        return torch.as_tensor(likelihood(Pack.of(examples or check_examples(likelihood.model)))).cpu()
 
 
-def _check_examples(model: PreTrainedModel) -> list[tuple[npt.NDArray[np.int32], Spans]]:
+def check_examples(model: PreTrainedModel) -> list[Example]:
     """Short sequences, one longer than the sliding window, and on a GPU one of several blocks of flash attention."""
     config = model.config.get_text_config()
     lengths = [3, 8, 8, 21]
-    window = getattr(config, "sliding_window", None) or 0
-    longest = min(_LONGEST_CHECK, int(getattr(config, "max_position_embeddings", None) or _LONGEST_CHECK))
-    if model.device.type == "cuda":
-        lengths += [length for length in (200, window + 9) if length <= longest]
-    elif window and window + 9 <= longest:
-        lengths.append(window + 9)
-    tokens = np.random.default_rng(0)
-    drawn = [tokens.integers(0, int(config.vocab_size), length, dtype=np.int32) for length in sorted(lengths)]
-    return [(input_ids, (1, len(input_ids))) for input_ids in drawn]
+    if model.device.type != "cpu":
+        lengths.append(200)
+    if window := getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+        lengths.append(min(window, _WINDOW) + 25)
+    longest = int(getattr(config, "max_position_embeddings", None) or max(lengths))
+    drawn = np.random.default_rng(0)
+    return [
+        (drawn.integers(0, int(config.vocab_size), length, dtype=np.int32), (1, length))
+        for length in sorted(lengths)
+        if length <= longest
+    ]
 
 
-def _difference(
-    likelihood: Likelihood, examples: list[tuple[npt.NDArray[np.int32], Spans]], expected: list[torch.Tensor]
-) -> float:
-    """The largest difference in nats per token; infinite if the model refuses the call.
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What transformers' own eager forward gives for the check's sequences."""
 
-    In half precision the 0.9 quantile: rounding may route a few tokens to other experts.
-    """
-    with torch.inference_mode():
+    examples: list[Example]
+    nlls: list[torch.Tensor]
+    """Of each sequence, in nats."""
+    gradients: list[torch.Tensor] | None
+    """Of each sequence's summed loss with respect to its embedded tokens, [L, H]; None unless they are checked."""
+    exact: bool
+    """Whether the arithmetic is float32 or better."""
+    routes: bool
+    """Whether tokens share products of a size that depends on other tokens: those of experts."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, gradients: bool) -> Expected:
+        """Raises ModelError if a loss is not finite."""
+        examples = check_examples(model)
+        found = [_with_gradient(model, partial(eager_nll, model, *each), gradients) for each in examples]
+        nlls = [nll for nll, _ in found]
+        if not torch.cat(nlls).isfinite().all():
+            raise ModelError(
+                f"{type(model).__name__} gives losses that are not finite; its weights may be damaged, or too large "
+                f"for {model.dtype}"
+            )
+        return cls(
+            examples=examples,
+            nlls=nlls,
+            gradients=[gradient[0] for _, gradient in found if gradient is not None] or None,
+            exact=model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(model.device.type),
+            routes=any(parameter.ndim == 3 for parameter in model.parameters()),  # experts' matrices in one tensor
+        )
+
+    def fault_of(self, likelihood: Likelihood) -> str | None:
+        """What is not as expected when all sequences are run together; None if all is."""
+        lengths = [len(input_ids) for input_ids, _ in self.examples]
         try:
-            nll_R = likelihood(Pack.of(examples)).cpu()
+            nll_R, gradient = _with_gradient(
+                likelihood.model, lambda: likelihood(Pack.of(self.examples)), self.gradients is not None
+            )
+            nlls = _by_example(nll_R, self.examples)
+            difference = self._difference(nlls, self.nlls)
+            if not difference <= tolerance(exact=self.exact):
+                return f"losses differ by {difference:.3g} nats"
+            if likelihood.packed and (leaked := self._leaked(likelihood, nlls)):
+                return f"losses of a sequence change by {leaked:.3g} nats with the other sequences of its pack"
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{type(likelihood.model).__name__} leaves no room on this device for a pack: {error}"
             ) from error
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            log.info("the packed forward was refused: %s", error)
-            return float("inf")
-    differences_R = (nll_R - torch.cat(expected)).abs().nan_to_num(float("inf"))
-    exact = likelihood.model.dtype in (torch.float32, torch.float64)
-    return float(differences_R.max() if exact else differences_R.quantile(0.9))
+            log.info("the forward was refused: %s", error)
+            return "its forward refuses it"
+        if gradient is None or self.gradients is None or not likelihood.packed:
+            return None
+        parts = torch.split(gradient[0], lengths)
+        differences = [float((a - b).norm() / b.norm()) for a, b in zip(parts, self.gradients, strict=True)]
+        if self.routes and not self.exact:  # a token that goes to another expert has another gradient
+            differences = [float(np.median(differences))]
+        if not max(differences) <= _GRADIENT_TOLERANCE[self.exact]:
+            return f"the gradient of a sequence differs by {max(differences):.2g} of its norm"
+        return None
+
+    def _difference(self, nlls: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+        """The largest difference in nats.
+
+        In half precision, of a sequence's mean; of its median where rounding sends single tokens to other experts.
+        """
+        of_sequence = torch.max if self.exact else torch.median if self.routes else torch.mean
+        differences = [(a - b).abs().nan_to_num(torch.inf) for a, b in zip(nlls, others, strict=True)]
+        return max(float(of_sequence(each)) for each in differences)
+
+    def _leaked(self, likelihood: Likelihood, nlls: list[torch.Tensor]) -> float:
+        """By how much a sequence's losses change if all other tokens of its pack change; 0: by no bit.
+
+        Where bits depend on other things, too (experts, a device that does not repeat itself), up to rounding.
+        """
+        with torch.no_grad():
+            again = _by_example(likelihood(Pack.of(self.examples)), self.examples)
+            repeats = all(torch.equal(a, b) for a, b in zip(again, nlls, strict=True))
+            size = int(likelihood.model.config.get_text_config().vocab_size)
+            found = list(nlls)
+            for at in range(len(self.examples)):
+                others = [
+                    (ids if index == at else (ids + 1 + at) % size, spans)
+                    for index, (ids, spans) in enumerate(self.examples)
+                ]
+                found[at] = _by_example(likelihood(Pack.of(others)), self.examples)[at]
+        difference = self._difference(found, nlls)
+        rounding = tolerance(exact=self.exact) if self.routes or not repeats else 0.0
+        return difference if difference > rounding else 0.0
 
 
-def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
-    """Token losses by transformers' own full forward with eager attention, which shares no code with the kernel."""
-    ids_1T = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
-    before = model.config._attn_implementation
-    _use_attention(model, "eager")
+def _by_example(nll_R: torch.Tensor, examples: list[Example]) -> list[torch.Tensor]:
+    return list(torch.split(nll_R.detach().cpu(), [len(input_ids) - 1 for input_ids, _ in examples]))
+
+
+def _with_gradient(
+    model: PreTrainedModel, losses: Callable[[], torch.Tensor], wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The losses on the CPU, and the gradient of their sum with respect to the embedded tokens, if wanted, [1, T, H].
+
+    It passes through every layer, and takes no room for gradients of weights.
+    """
+    if not wanted:
+        return losses().detach().cpu(), None
+    embedded: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with torch.inference_mode(), _logits_in_float32(model):
-            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
-    except RuntimeError as error:
-        raise ModelError(f"{type(model).__name__} cannot run in {model.dtype}: {one_line(error)}") from error
+        nll_R = losses()
     finally:
-        _use_attention(model, before)
-    scored = torch.from_numpy(scored_positions(spans))
-    logprobs_RV = torch.log_softmax(logits_TV[scored - 1], dim=-1)
-    return -logprobs_RV.gather(1, ids_1T[0, scored][:, None]).squeeze(1).cpu()
+        hook.remove()
+    parts = torch.autograd.grad(nll_R.sum(), embedded)  # several if the kernel cuts the pack
+    return nll_R.detach().cpu(), torch.cat(parts, dim=1).float().cpu()
 
 
 @contextmanager
-def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let a head on a GPU return float32, as the kernel's does: bfloat16 rounds logits above 64 by up to 0.25 nats."""
-
-    def product(head: Any, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> torch.Tensor:
-        bias = None if head.bias is None else head.bias.float()
-        return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
-
-    head = active_head(model)
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    if model.device.type != "cuda" or not half or type(head) is not torch.nn.Linear:
-        yield
-        return
-    hook = head.register_forward_hook(product)
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Shorten attention windows, so that a short sequence is longer than one."""
+    owners = [*model.modules(), *{id(config): config for config in _configs(model)}.values()]
+    names = ("sliding_window", "attention_chunk_size")
+    changed = [(owner, name, vars(owner).get(name)) for owner in owners for name in names]
+    changed = [entry for entry in changed if isinstance(entry[2], int) and entry[2] > _WINDOW]
+    for owner, name, _ in changed:
+        setattr(owner, name, _WINDOW)
     try:
         yield
     finally:
-        hook.remove()
+        for owner, name, value in changed:
+            setattr(owner, name, value)
 
 
-def _use_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch the attention of a model.
-
-    Families that do not use AttentionInterface ignore set_attn_implementation but choose their mask by the name in the
-    configuration: with PACKED_ATTENTION there, Bloom and CodeGen would silently attend to later tokens.
-    """
-    model.set_attn_implementation(name)
-    model.config._attn_implementation = name
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    yield model.config.get_text_config()
+    for module in model.modules():
+        if (config := getattr(module, "config", None)) is not None and hasattr(config, "__dict__"):
+            yield config
 
 
-def _check_causal(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> None:
+def _check_causal(model: PreTrainedModel, expected: Expected) -> None:
     """Raise ModelError if, in the model's own forward, a token's loss depends on a later token."""
+    input_ids, spans = expected.examples[-1]
     changed = input_ids.copy()
     changed[-1] = (changed[-1] + 1) % int(model.config.get_text_config().vocab_size)
-    difference = (eager_nll(model, input_ids, spans)[:-1] - eager_nll(model, changed, spans)[:-1]).abs().max()
-    if not difference <= _tolerance(model.dtype):
+    with torch.no_grad():
+        difference = (expected.nlls[-1][:-1] - eager_nll(model, changed, spans)[:-1].cpu()).abs().max()
+    if not difference <= tolerance(exact=expected.exact):
         raise ModelError(f"{type(model).__name__} is not a causal model: its losses depend on later tokens")
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """The allowed difference in nats per token.
+def tolerance(*, exact: bool) -> float:
+    """The allowed difference in nats: of a token in float32 or better, else of a sequence.
 
     Of 33 families tried in float32, those that can be packed differ by at most 7e-5 and the others by whole nats.
     """
-    return 2e-3 if dtype in (torch.float32, torch.float64) else 0.3
+    return 2e-3 if exact else 0.3

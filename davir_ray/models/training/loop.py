@@ -27,7 +27,7 @@ from davir_ray.errors import TrainingError
 from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.device import uses_autocast
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
-from davir_ray.models.kernel.packing import pack
+from davir_ray.models.kernel.packing import deal
 from davir_ray.models.training.examples import Objective
 from davir_ray.models.training.parallel import Position, Weights, strategy_of
 
@@ -216,15 +216,14 @@ class Trainer:
         """
         objective = self._objective
         weight = objective.weight(rows)
-        packs = pack(objective.lengths[rows], objective.ids[rows], self._budget)
+        turns = deal(objective.lengths[rows], objective.ids[rows], self._budget, self._world_size)
         totals_K = torch.zeros(len(objective.measures), dtype=torch.float64, device=self._device)
-        turns = math.ceil(len(packs) / self._world_size)
-        for turn in range(turns):
-            mine = turn * self._world_size + self._rank
-            # A rank without a pack in the last turn repeats the first pack with weight 0: ranks must run equally often.
-            share = 1.0 if mine < len(packs) else 0.0
-            packed = rows[packs[mine if share else 0]]
-            self._strategy.exchange_gradients(turn == turns - 1)
+        for at, packs in enumerate(turns, start=1):
+            mine = packs[self._rank]
+            # A rank without a pack repeats another's with weight 0: ranks must run equally often.
+            share = 0.0 if mine is None else 1.0
+            packed = rows[next(other for other in packs if other is not None) if mine is None else mine]
+            self._strategy.exchange_gradients(at == len(turns))
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 nll_R: torch.Tensor = self._module(objective.pack(packed))
             sums_K = share * objective.sums(nll_R, packed)

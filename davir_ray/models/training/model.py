@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import Checkpoint, quiet
+from davir_ray.models.device import uses_autocast
 from davir_ray.models.hub import hub_offline
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.self_check import self_check
@@ -20,7 +21,7 @@ def trainable(
 ) -> Likelihood:
     """The base, checked, with a new adapter if configured; modules that text does not reach are frozen."""
     likelihood = Likelihood(base.model(dtype, device))
-    self_check(likelihood)
+    self_check(likelihood, autocast=uses_autocast(config.precision, device), gradients=True)
     if not dropout:
         switch_off_dropout(likelihood.model)
     if config.lora_rank is not None:

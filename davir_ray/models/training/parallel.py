@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from davir_ray.errors import ConfigError, DavirError, IntegrityError, ModelError
 from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.kernel.self_check import Example, check_examples, probe, tolerance
 
 STATE_FILE = "training_state.pt"
 """The state of a replicated model."""
@@ -196,7 +197,7 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
     if device.type == "cuda":
         torch.cuda.set_device(device)
     weights: dict[str, Any] = {}  # of rank 0 only
-    model, packed, buffers = _from_first(lambda: _emptied(make(), weights))
+    model, packed, buffers, losses = _from_first(lambda: _emptied(make(), weights))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Under autocast a layer is gathered in bfloat16, in which autocast computes; gradients are summed in float32.
     policy = MixedPrecisionPolicy(
@@ -215,7 +216,16 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for name, buffer in model.named_buffers():  # those that are not saved, too
         buffer.copy_(buffers[name])
-    return likelihood.eval()
+    likelihood.eval()
+    # Rank 0 checked the model on the CPU; sharded, on this device and under autocast, it must have the same losses.
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        difference = float((probe(likelihood, losses.examples) - losses.nll_R).abs().mean())
+    if not difference <= tolerance(exact=not autocast):
+        raise ModelError(
+            f"{type(model).__name__} has other losses sharded on {device} than on the CPU: they differ by "
+            f"{difference:.3g} nats per token; use --finetune.strategy ddp"
+        )
+    return likelihood
 
 
 def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -233,15 +243,25 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(found.values())
 
 
-def _emptied(likelihood: Likelihood, weights: dict[str, Any]) -> tuple[PreTrainedModel, bool, Weights]:
-    """Move a model's weights to `weights`; returns the model without them, whether it is packed, and its buffers."""
+@dataclass(frozen=True)
+class CheckedLosses:
+    """The check's sequences, and the losses that a model was found to have on them."""
+
+    examples: list[Example]
+    nll_R: torch.Tensor
+
+
+def _emptied(likelihood: Likelihood, weights: dict[str, Any]) -> tuple[PreTrainedModel, bool, Weights, CheckedLosses]:
+    """Move a model's weights to `weights`; returns the model without them, whether it is packed, buffers and losses."""
     model = likelihood.model
     if model.is_remote_code():  # the other ranks cannot import its class
         raise ModelError(f"{type(model).__name__} comes with its own code; use --finetune.strategy ddp")
     weights.update({name: value.contiguous() for name, value in model.state_dict().items()})
     buffers = dict(model.named_buffers())
+    examples = check_examples(model)
+    losses = CheckedLosses(examples, probe(likelihood, examples))
     model.to("meta")
-    return model, likelihood.packed, buffers
+    return model, likelihood.packed, buffers, losses
 
 
 def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:

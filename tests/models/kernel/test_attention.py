@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ def draw(key_heads: int, num_tokens: int = sum(LENGTHS)) -> tuple[torch.Tensor, 
         2 * torch.randn(1, heads, num_tokens, DIM, generator=generator) for heads in (HEADS, key_heads, key_heads)
     )
     return query, key, value
+
+
+def places(lengths: tuple[int, ...]) -> dict[str, Any]:
+    """The keywords that say where the sequences of a pack lie."""
+    edges = torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
+    return {
+        "sequence_edges": edges, "sequence_edges_on_cpu": edges, "longest_sequence": max(lengths, default=0),
+    }  # fmt: skip
 
 
 def written_out(
@@ -56,7 +65,7 @@ def test_each_sequence_attends_to_its_own_past(
     query, key, value = draw(key_heads)
     result, weights = packed_attention(
         MODULE, query, key, value, None,
-        sequence_lengths=LENGTHS, scaling=scaling, sliding_window=window, softcap=softcap,
+        **places(LENGTHS), scaling=scaling, sliding_window=window, softcap=softcap,
     )  # fmt: skip
     assert weights is None
     expected = written_out(query, key, value, LENGTHS, scaling, window, softcap)
@@ -75,7 +84,13 @@ def test_without_lengths_every_row_of_the_batch_is_one_sequence() -> None:
 @pytest.mark.parametrize("lengths", [(20,), (5, 5), (), (30,)])
 def test_lengths_that_do_not_fill_the_pack_are_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="tokens"):
-        packed_attention(MODULE, *draw(2, num_tokens=25), None, sequence_lengths=lengths)
+        packed_attention(MODULE, *draw(2, num_tokens=25), None, **places(lengths))
+
+
+def test_several_rows_are_no_pack() -> None:
+    rows = [x.reshape(2, x.shape[1], 10, DIM) for x in draw(2, num_tokens=20)]
+    with pytest.raises(ValueError, match="one row of tokens; got 2"):
+        packed_attention(MODULE, *rows, None, **places((4, 6)))
 
 
 def test_neighbours_of_equal_length_are_one_run() -> None:

@@ -32,7 +32,7 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import DataError, IntegrityError, TrainingError
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood
-from davir_ray.models.kernel.packing import pack
+from davir_ray.models.kernel.packing import deal
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import (
     StepReport,
@@ -357,20 +357,23 @@ def assert_same_bits(first: Weights, second: Weights) -> None:
 
 DISTRIBUTED = [
     CONFIG,
-    replace(CONFIG, tokens_per_pack=10_000),
+    replace(CONFIG, tokens_per_pack=10_000, batch_size=19),
     replace(CONFIG, gradient_checkpointing=True),
 ]
-"""Packs of a batch: some odd, some even; one, so that one of two processes has none; with recomputed activations."""
+"""Several turns of two packs; a batch of one example, so that one of two processes has none; recomputed activations."""
 
 
-def test_batches_of_odd_and_of_even_numbers_of_packs_are_tried() -> None:
+def test_batches_of_several_turns_and_ranks_without_a_pack_are_tried() -> None:
     examples = TrainingSet.of([draw_table()])
-    numbers = [
-        len(pack(examples.lengths[batch.rows], examples.ids[batch.rows], CONFIG.tokens_per_pack))
-        for batch in plan(len(examples), CONFIG.batch_size, CONFIG.epochs, CONFIG.seed)
+    turns = [
+        [
+            deal(examples.lengths[batch.rows], examples.ids[batch.rows], config.tokens_per_pack or 0, 2)
+            for batch in plan(len(examples), config.batch_size, config.epochs, config.seed)
+        ]
+        for config in DISTRIBUTED
     ]
-    assert {number % 2 for number in numbers} == {0, 1}
-    assert max(numbers) > 2
+    assert max(map(len, turns[0])) > 1
+    assert [pack is None for pack in turns[1][-1][0]] == [False, True]
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
