@@ -14,13 +14,12 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from davir_ray.benchmarks.measure import describe_machine, in_turn
+from davir_ray.benchmarks.measure import describe_machine, device_here, in_turn
 from davir_ray.benchmarks.workload import load_model, plain_copy, prepared_rows, trained_tokenizer
 from davir_ray.config.align import AlignConfig
 from davir_ray.config.checks import check
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.models.device import local_device
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.training.loop import Trainer
 from davir_ray.models.training.pairs import PairSet
@@ -69,7 +68,7 @@ def run(settings: AlignmentBenchmark) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise ConfigError("TRL is not installed; install davir_ray[test]") from error
     torch.set_num_threads(settings.num_threads)
-    device = local_device()
+    device = device_here()
     model, _ = load_model(None, None, torch.float32, device)
     data = settings.data or str(Path(os.environ.get("DAVIR_TEST_DATA", "."), _TEST_FILE))
     tokenizer = trained_tokenizer(data, int(model.config.get_text_config().vocab_size))

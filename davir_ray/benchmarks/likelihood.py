@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 
 from davir_ray.benchmarks import rivals, scaling
-from davir_ray.benchmarks.measure import describe_machine, in_turn, useful_flops
+from davir_ray.benchmarks.measure import describe_machine, device_here, in_turn, useful_flops
 from davir_ray.benchmarks.workload import Example, load_examples, load_model, num_tokens, plain_copy
 from davir_ray.config.checks import check
 from davir_ray.config.scoring import Precision
 from davir_ray.config.sources import Format
 from davir_ray.errors import ConfigError
-from davir_ray.models.device import gemm_flops, local_device, resolve_dtype
+from davir_ray.models.device import gemm_flops, resolve_dtype
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.kernel.self_check import self_check
@@ -99,7 +99,7 @@ Method = Callable[[Sequence[Example]], list[float]]
 def run(settings: LikelihoodBenchmark) -> Results:
     """Run the requested measurements; returns the contents of the JSON file."""
     torch.set_num_threads(settings.num_threads)
-    device = local_device()
+    device = device_here()
     dtype = resolve_dtype(settings.precision, device)
     model, tokenizer = load_model(settings.model, settings.random_init, dtype, device)
     vocab_size = int(model.config.get_text_config().vocab_size)

@@ -24,6 +24,11 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
+def device_here() -> torch.device:
+    """The device that a benchmark measures: the GPU of this machine if torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def in_turn(
     methods: Mapping[str, Callable[[], object]],
     repeats: int,

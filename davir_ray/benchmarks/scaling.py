@@ -18,6 +18,7 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
+from davir_ray.benchmarks.measure import device_here
 from davir_ray.benchmarks.workload import (
     SMALL_LLAMA,
     Example,
@@ -216,9 +217,16 @@ def compare_with_scorer(
     base, reference = save_pair(folder, model)
     run = Run.at(folder / "run")
     write_shards(run, examples, num_shards)
-    settings = ScorerSettings(precision=precision, tokens_per_pack=tokens_per_pack, keep_token_nll="none")
+    config = ScoreConfig(
+        num_actors=1, num_gpus=float(device_here().type == "cuda"), precision=precision, tokens_per_pack=tokens_per_pack
+    )
+    settings = ScorerSettings(
+        device="cuda" if device_here().type == "cuda" else "cpu",
+        precision=precision,
+        tokens_per_pack=tokens_per_pack,
+        keep_token_nll="none",
+    )
     bare = _bare_seconds(Scorer(base, reference, settings), examples, turns=max(2, num_shards // 4))
-    config = ScoreConfig(num_actors=1, precision=precision, tokens_per_pack=tokens_per_pack)
     with connected():
         started = time.monotonic()
         score(run, base, reference, config, keep_token_nll="none")

@@ -10,7 +10,7 @@ from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.engine.pool import Stream
-from davir_ray.engine.resources import num_gpus_of
+from davir_ray.engine.resources import device_of
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
@@ -43,12 +43,13 @@ def generate(
     _check_model(model, base)
     settings = GeneratorSettings(
         max_new_tokens=config.max_new_tokens,
+        device=device_of(pool),
         precision=pool.precision,
         tokens_per_batch=config.tokens_per_batch,
         num_threads=max(1, int(pool.num_cpus)),
         turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
     )
-    what_matters = asdict(settings) | {"device": "cuda" if num_gpus_of(pool) else "cpu"}
+    what_matters = asdict(settings)
     del what_matters["tokens_per_batch"]  # halved when memory runs out
     base_digest = base.weights_digest() if model.is_adapter and base else {}
     fingerprint = {

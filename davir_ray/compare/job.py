@@ -165,7 +165,9 @@ def _recipe(run_config: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
             f"the run's reference was trained for finetune.max_steps = {run_config.finetune.max_steps}, but the arms "
             "are compared at equal epochs; say how many with --recipe '{epochs: 1}'"
         )
-    fields = {**dataclasses.asdict(run_config.finetune), **changes, "max_steps": None, "export_epochs": False}
+    one_worker = {"num_workers": 1} if run_config.finetune.num_workers is None else {}  # several arms train at once
+    fixed = {"max_steps": None, "export_epochs": False}
+    fields = {**dataclasses.asdict(run_config.finetune), **one_worker, **changes, **fixed}
     return load(RunConfig, json.dumps({"finetune": fields})).finetune
 
 

@@ -24,7 +24,7 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
-from davir_ray.engine.resources import actor_cpus, has_gpu, num_gpus_of, room_for
+from davir_ray.engine.resources import actor_cpus, device_of, has_gpu, num_gpus_of, room_for
 from davir_ray.engine.tracking import StepLog, Tracking
 from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ class Trial:
             "instructions": None if instructions is None else instructions.require("prepare").content,
             "texts": texts if settings.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
-            "device": "cuda" if num_gpus_of(settings.score) else "cpu",
+            "device": device_of(settings.score),
         }
 
     def completed(self) -> Manifest | None:
@@ -278,7 +278,7 @@ def plan_trials(recipe: FinetuneConfig, config: ScoreConfig, wanted: int | None)
     ConfigError if more trials are wanted.
     """
     use_gpu = has_gpu() if recipe.use_gpu is None else recipe.use_gpu
-    training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // recipe.num_workers
+    training = room_for(recipe.num_cpus, 1.0 if use_gpu else 0.0) // (recipe.num_workers or 1)
     scoring = room_for(actor_cpus(config.num_cpus), num_gpus_of(config))
     limit = max(1, min(training, scoring))
     if wanted is not None and wanted > limit:

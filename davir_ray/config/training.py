@@ -33,8 +33,9 @@ class FinetuneConfig:
     """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
-    num_workers: int = 1
-    """Data-parallel workers (Ray Train). The steps are the same for any number."""
+    num_workers: int | None = None
+    """Data-parallel workers (Ray Train). The steps are the same for any number. None: as many as the cluster has GPUs,
+    1 without GPUs and for each fine-tune of a comparison."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes per parameter. fsdp: these are sharded
     over the workers (FSDP2), for models that do not fit one GPU. The steps are the same."""

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,22 @@ def trains_on_gpus(config: FinetuneConfig) -> bool:
     return has_gpu() if config.use_gpu is None else config.use_gpu
 
 
+def with_workers(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings with the number of workers and their device, where they follow the cluster."""
+    use_gpu = trains_on_gpus(config)
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    return replace(config, use_gpu=use_gpu, num_workers=config.num_workers or (max(1, num_gpus) if use_gpu else 1))
+
+
 def check_workers(config: FinetuneConfig) -> None:
     """Raise ClusterError if the cluster cannot hold the workers."""
-    use_gpu = trains_on_gpus(config)
-    resources = ray.cluster_resources()
-    for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if use_gpu else 0}.items():
-        if wanted * config.num_workers > resources.get(name, 0):
+    config = with_workers(config)
+    num_workers, resources = config.num_workers or 1, ray.cluster_resources()
+    for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if config.use_gpu else 0}.items():
+        if wanted * num_workers > resources.get(name, 0):
             smaller = "--finetune.num_cpus" if name == "CPU" else "give --finetune.use_gpu false"
             raise ClusterError(
-                f"{config.num_workers} training workers of {wanted} {name} do not fit a cluster of "
+                f"{num_workers} training workers of {wanted} {name} do not fit a cluster of "
                 f"{resources.get(name, 0):g}; lower --finetune.num_workers or {smaller}"
             )
 
@@ -53,10 +61,10 @@ def run_on_workers(
 ) -> dict[str, Any]:
     """Call `work` on every worker; returns what rank 0 returned, or raises the DavirError that it raised.
 
-    Checkpoints are kept in `storage` in a folder of this name: work of the same name continues from the last one.
+    `config` is one of `with_workers`. Checkpoints are kept in `storage` in a folder of this name: work of the same name
+    continues from the last one.
     """
     check_workers(config)
-    use_gpu = trains_on_gpus(config)
     if storage.is_local:
         with storage_errors(storage):
             Path(storage.path).mkdir(parents=True, exist_ok=True)
@@ -67,9 +75,9 @@ def run_on_workers(
         # As bytes, which the workers alone unpickle: Ray Train's controller would import all that the work does, too.
         train_loop_config={"work": cloudpickle.dumps(work), "outcome": storage / _OUTCOME},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.num_cpus} | ({"GPU": 1} if use_gpu else {}),
+            num_workers=config.num_workers or 1,
+            use_gpu=bool(config.use_gpu),
+            resources_per_worker={"CPU": config.num_cpus} | ({"GPU": 1} if config.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name=name,

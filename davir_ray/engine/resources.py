@@ -1,6 +1,6 @@
 """The resources of the cluster, and the pools of actors that fit it."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -104,6 +104,11 @@ def plan_pool(config: ScoreConfig) -> Pool:
     # Without room yet, pending actors make the autoscaler add nodes.
     initial_size = min(max_size, room) if room > 0 else min_size
     return Pool(min(min_size, initial_size), max_size, initial_size)
+
+
+def device_of(config: ScoreConfig) -> Literal["cpu", "cuda"]:
+    """The device of one actor."""
+    return "cuda" if num_gpus_of(config) > 0 else "cpu"
 
 
 def num_gpus_of(config: ScoreConfig) -> float:

@@ -1,5 +1,6 @@
 """The device of this process: CPU or GPU, its types of computation, and its speed of matrix products."""
 
+import platform
 import time
 from collections.abc import Callable
 from statistics import median
@@ -8,6 +9,9 @@ from typing import Literal
 import torch
 
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import ClusterError
+
+DeviceKind = Literal["cpu", "cuda"]
 
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -30,9 +34,20 @@ def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfl
     return "float32" if config.lora_rank is None else config.precision
 
 
-def local_device() -> torch.device:
-    """The GPU that this process was assigned, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def worker_device(kind: DeviceKind) -> torch.device:
+    """The device that a stage gave to this worker, whatever else the machine has.
+
+    ClusterError if the worker has a share of a GPU and torch has none that the kernel runs on: cuda, which is also
+    ROCm's name.
+    """
+    if kind == "cuda" and not torch.cuda.is_available():
+        other = torch.accelerator.current_accelerator()
+        found = f"torch {torch.__version__} sees no GPU" if other is None else f"its accelerator is {other.type}"
+        raise ClusterError(
+            f"this worker on {platform.node()} was given a GPU, but {found}; install a torch for CUDA or ROCm, start "
+            "Ray with --num-gpus 0, or give --score.num_gpus 0 and --finetune.use_gpu false"
+        )
+    return torch.device(kind)
 
 
 def device_name(device: torch.device) -> str:

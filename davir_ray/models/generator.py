@@ -17,7 +17,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import device_name, local_device, resolve_dtype
+from davir_ray.models.device import DeviceKind, device_name, resolve_dtype, worker_device
 from davir_ray.models.memory import TokenBudget
 from davir_ray.models.scorer import tokenised
 from davir_ray.schema import GENERATIONS, Status
@@ -42,6 +42,7 @@ class GeneratorSettings:
     """Settings that the texts depend on, besides the model."""
 
     max_new_tokens: int
+    device: DeviceKind = "cpu"
     precision: str = "auto"
     tokens_per_batch: int | None = None
     num_threads: int = 1
@@ -70,7 +71,7 @@ class Generator:
     def __init__(self, model: Checkpoint, settings: GeneratorSettings, base: Checkpoint | None = None) -> None:
         """`base` is needed if the model is an adapter."""
         torch.set_num_threads(settings.num_threads)
-        device = local_device()
+        device = worker_device(settings.device)
         dtype = resolve_dtype(settings.precision, device)
         self._settings = settings
         self._tokenizer = (base if model.is_adapter and base is not None else model).tokenizer()

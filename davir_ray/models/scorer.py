@@ -22,7 +22,7 @@ from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import device_name, local_device, resolve_dtype, uses_autocast
+from davir_ray.models.device import DeviceKind, device_name, resolve_dtype, uses_autocast, worker_device
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.self_check import probe, self_check
 from davir_ray.models.memory import TokenBudget
@@ -49,6 +49,7 @@ TokenNlls = list[npt.NDArray[np.float32] | None]
 class ScorerSettings:
     """Settings that the scores depend on, apart from the models."""
 
+    device: DeviceKind = "cpu"
     precision: str = "auto"
     tokens_per_pack: int | None = None
     num_threads: int = 1
@@ -76,7 +77,7 @@ class Scorer:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         self._cache = base_cache
-        device = local_device()
+        device = worker_device(settings.device)
         dtype = resolve_dtype(settings.precision, device)
         self._autocast = uses_autocast(settings.autocast, device)
         self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])

@@ -16,7 +16,7 @@ from davir_ray.data.formats import are_pairs, uses_chat
 from davir_ray.data.records import LeftOut, Reject, estimate_rows
 from davir_ray.data.tokens import decoded_segments
 from davir_ray.engine.connect import connected_to
-from davir_ray.engine.ray_train import check_workers
+from davir_ray.engine.ray_train import check_workers, with_workers
 from davir_ray.engine.resources import accelerators, has_gpu, plan_pool
 from davir_ray.errors import ConfigError
 from davir_ray.models.device import gemm_flops
@@ -59,7 +59,7 @@ def describe_run(
     with connected_to(run, is_shared=config.output_is_shared):
         run.check_claim()
         if training is not None:
-            check_workers(training)
+            check_workers(training := with_workers(training))
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
@@ -203,7 +203,9 @@ def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> fl
     if finetune.strategy == "ddp":
         return float(state)
     gathered = size.num_parameters - size.num_body + 2 * size.num_body / size.num_layers
-    return state / finetune.num_workers + gathered * (4 if finetune.lora_rank is not None else 4 + _GRADIENT_BYTES)
+    return state / (finetune.num_workers or 1) + gathered * (
+        4 if finetune.lora_rank is not None else 4 + _GRADIENT_BYTES
+    )
 
 
 def estimate_lines(found: Estimate, tflops: float, how: str, num_devices: int, price: float | None) -> list[str]:

@@ -4,17 +4,16 @@ The driver decides whether there is anything to do, starts the workers and commi
 training_worker.py.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.progress import tracked
-from davir_ray.engine.ray_train import run_on_workers
+from davir_ray.engine.ray_train import run_on_workers, with_workers
 from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import UserError
 from davir_ray.models.checkpoint import Checkpoint
@@ -100,7 +99,7 @@ def recipe_of(config: FinetuneConfig) -> dict[str, Any]:
 
 def what_matters(config: FinetuneConfig) -> dict[str, Any]:
     """Settings that the reference depends on."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_CONTENT}
+    return {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT}
 
 
 def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects: int) -> Manifest:
@@ -122,7 +121,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
             # The name is also that of Ray Train's folder: the same training continues, another one starts over.
-            training = dataclasses.replace(training, name=digest(fingerprint)[:16])
+            training = replace(training, name=digest(fingerprint)[:16], config=with_workers(training.config))
             work = partial(train_on_rank, training, counter)
             result = run_on_workers(work, training.config, checkpoints, training.name)
     except UserError:

@@ -8,7 +8,7 @@ from typing import Any
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import Stream
-from davir_ray.engine.resources import num_gpus_of
+from davir_ray.engine.resources import device_of
 from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
@@ -46,7 +46,7 @@ def score(
     # Twice the wanted rows in expectation: a sample by hash may be smaller than its mean, and 200 are guaranteed.
     sample_share = min(1.0, 2 * _SAMPLED_ROWS / prepared.counts["prepared"])
     settings = replace(scorer_settings(config, keep_token_nll, sample_share), autocast=autocast)
-    fingerprint = _fingerprint(base, reference, prepared, settings, on_gpus=bool(num_gpus_of(config)))
+    fingerprint = _fingerprint(base, reference, prepared, settings)
     if done := run.completed(stage, fingerprint):
         return done
     stream = Stream(
@@ -81,6 +81,7 @@ def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneCo
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:
     """The settings of one actor's Scorer."""
     return ScorerSettings(
+        device=device_of(config),
         precision=config.precision,
         tokens_per_pack=config.tokens_per_pack,
         num_threads=max(1, int(config.num_cpus)),
@@ -90,12 +91,12 @@ def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: floa
 
 
 def _fingerprint(
-    base: Checkpoint, reference: Checkpoint | None, prepared: Manifest, settings: ScorerSettings, *, on_gpus: bool
+    base: Checkpoint, reference: Checkpoint | None, prepared: Manifest, settings: ScorerSettings
 ) -> dict[str, Any]:
     """What the scores depend on."""
-    kept = asdict(settings) | {"device": "cuda" if on_gpus else "cpu"}
+    kept = asdict(settings)
     del kept["tokens_per_pack"]  # an out-of-memory error may halve it on the way
-    if on_gpus:
+    if settings.device != "cpu":
         del kept["num_threads"]
     fingerprint: dict[str, Any] = {
         "base": base.weights_digest(),

@@ -15,16 +15,16 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train.torch import get_device, prepare_model
+from ray.train.torch import get_device
 
 from davir_ray.engine.progress import ProgressCounter, WorkDone
 from davir_ray.engine.trackers import Step
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE
-from davir_ray.models.device import resolve_dtype, uses_autocast, weights_precision
+from davir_ray.models.device import resolve_dtype, uses_autocast, weights_precision, worker_device
 from davir_ray.models.training.loop import StepReport, Trainer
 from davir_ray.models.training.model import save_reference, trainable
-from davir_ray.models.training.parallel import sharded, together
+from davir_ray.models.training.parallel import replicated, sharded, together
 from davir_ray.run.files import FileEntry, put_folder
 from davir_ray.run.storage_errors import storage_errors
 from davir_ray.stages.finetune import Training
@@ -45,7 +45,7 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
     it. So whatever may fail on a single rank, such as reading and writing, is done `together`.
     """
     config = training.config
-    if not torch.cuda.is_available():
+    if not config.use_gpu:
         torch.set_num_threads(config.num_cpus)
     objective = together(training.objective)
     model = _load(training)
@@ -68,11 +68,13 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
 
 def _load(training: Training) -> Any:
     """The base, ready to be trained, and distributed over the workers as the strategy says."""
-    config, device = training.config, get_device()
+    config = training.config
+    # Ray Train's device is a GPU wherever the machine has one, also for a worker that was given none (2.60).
+    device = get_device() if config.use_gpu and worker_device("cuda") else torch.device("cpu")
     dtype = resolve_dtype(weights_precision(config), device)
     make = partial(trainable, training.base, config, dtype, dropout=training.dropout)
     if config.strategy == "ddp":
-        return prepare_model(together(partial(make, device)))
+        return replicated(together(partial(make, device)))
     return sharded(partial(make, torch.device("cpu")), device, autocast=uses_autocast(config.precision, device))
 
 

@@ -23,7 +23,7 @@ from davir_ray.errors import ConfigError, IntegrityError, OutputError
 from davir_ray.formulas.hashing import random_keys, sample_rows, seed_from
 from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.device import local_device
+from davir_ray.models.device import DeviceKind, worker_device
 from davir_ray.models.kernel.eager import eager_nll
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
@@ -88,7 +88,8 @@ def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, see
             raise OutputError(f"{checkpoint.uri} is not the {name} that the run was scored with ({changed[0]})")
     rows = _draw(run, scored, num_rows, seed)
     with own_errors():
-        losses = ray.get(ray.remote(num_gpus=float(has_gpu()))(_score_again).remote(base, reference, rows))
+        score_again = ray.remote(num_gpus=1 if has_gpu() else 0)(_score_again)
+        losses = ray.get(score_again.remote(base, reference, rows, "cuda" if has_gpu() else "cpu"))
     selected = run.manifest("select")
     share = selected.counts["selected"] / scored.counts["scored"] if selected else 0.1
     return _compare(rows, losses, scored, num_files, share)
@@ -144,12 +145,14 @@ def _read_rows(run: Run, wanted: dict[str, list[int]], name: str) -> pa.Table:
     return scores.filter(pa.array(mask)).select(_SCORED.names).cast(_SCORED)
 
 
-def _score_again(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tuple[Floats, Floats]:
+def _score_again(base: Checkpoint, reference: Checkpoint, rows: pa.Table, device: DeviceKind) -> tuple[Floats, Floats]:
     configure_worker_logging()
-    return plain_losses(base, reference, rows)
+    return plain_losses(base, reference, rows, worker_device(device))
 
 
-def plain_losses(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tuple[Floats, Floats]:
+def plain_losses(
+    base: Checkpoint, reference: Checkpoint, rows: pa.Table, device: torch.device
+) -> tuple[Floats, Floats]:
     """Summed nats of each row's response under both models: float32, one at a time, transformers' own forward.
 
     The models are loaded one after the other, as both may not fit. An adapter is loaded by peft and never switched off:
@@ -164,7 +167,6 @@ def plain_losses(base: Checkpoint, reference: Checkpoint, rows: pa.Table) -> tup
     def losses(model: PreTrainedModel) -> Floats:
         return np.array([float(eager_nll(model, ids, spans).double().sum()) for ids, spans in examples])
 
-    device = local_device()
     base_nll = losses(base.model(torch.float32, device))
     gc.collect()
     if reference.is_adapter:

@@ -423,7 +423,7 @@ def test_verify_finds_scores_of_a_switch_that_leaves_something_off(
 ) -> None:
     folder, table = peft_adapter(base_folder, tmp_path / "adapter", modules_to_save=["lm_head"]), draw_table(4)
     scoring = scorer_of(base_folder, folder)
-    losses = plain_losses(Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder)), table)
+    losses = plain_losses(Checkpoint.find(str(base_folder)), Checkpoint.find(str(folder)), table, torch.device("cpu"))
     scored = Manifest(
         stage="score", fingerprint={}, counts={"scored": 4}, files=[], details={"numerics": [scoring.numerics]}
     )

@@ -110,6 +110,7 @@ class Trainer:
             [p for p in module.parameters() if p.requires_grad],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
+            fused=self._device.type == "cuda",  # else each step holds a copy of the gradients, 4 bytes per parameter
         )
         self._budget = config.tokens_per_pack or TOKENS_PER_PACK[self._device.type]
         self._step = 0

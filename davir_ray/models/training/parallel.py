@@ -188,6 +188,18 @@ def strategy_of(module: Likelihood | DistributedDataParallel) -> Replicated | Sh
     return Replicated(module)
 
 
+def replicated(likelihood: Likelihood) -> Likelihood | DistributedDataParallel:
+    """A model that each rank holds; with one rank the model itself."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return likelihood
+    device = likelihood.model.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Gradients are views of the buckets that are exchanged: otherwise both are held, 4 bytes per parameter more.
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(likelihood, device_ids=devices, gradient_as_bucket_view=True)
+
+
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:
     """A model sharded over all ranks: no device ever holds more than its part, embeddings and head, and two layers.
 
@@ -220,6 +232,8 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
     # Rank 0 checked the model on the CPU; sharded, on this device and under autocast, it must have the same losses.
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         difference = float((probe(likelihood, losses.examples) - losses.nll_R).abs().mean())
+    # A pass without a backward pass leaves the root's weights gathered, and the next steps would not see them change.
+    cast(FSDPModule, likelihood).reshard()
     if not difference <= tolerance(exact=not autocast):
         raise ModelError(
             f"{type(model).__name__} has other losses sharded on {device} than on the CPU: they differ by "
