@@ -177,7 +177,8 @@ def _preparation(run: Run, run_config: RunConfig, config: CompareConfig) -> Prep
     if changed := differences(run.require("score").fingerprint["base"], base.weights_digest()):
         raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(run_config.chat_template)
-    small = dataclasses.replace(run_config.prepare, shard_rows=min(_SHARD_ROWS, run_config.prepare.shard_rows))
+    shard_rows = min(_SHARD_ROWS, run_config.prepare.shard_rows or _SHARD_ROWS)
+    small = dataclasses.replace(run_config.prepare, shard_rows=shard_rows)
     preparation = Preparation(base=base, config=small, chat_template=template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = run.require("prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())

@@ -15,9 +15,10 @@ class PrepareConfig:
     max_tokens: int = 512
     """Maximum number of tokens of prompt and response together. A longer response loses its tail; a prompt that leaves
     no room for one is rejected."""
-    shard_rows: int = 4096
-    """Maximum number of rows in a shard, the unit of work, commit and resume. A very large corpus gets larger shards,
-    so that there are about 20,000 of them at most."""
+    shard_rows: int | None = None
+    """Maximum number of rows in a shard, the unit of work, commit and resume. None: about a 64th of the corpus, so that
+    eight GPUs stay busy, between 65,536 and 4 million tokens and at most 4,096 rows; no shard depends on the number of
+    workers. A very large corpus gets larger shards, so that there are about 20,000 of them at most."""
     chat: bool = False
     """Give data of one prompt and one response, such as Alpaca's, as a user's and an assistant's turn in the chat
     template. Default: as plain text, Alpaca's in the prompt that the paper uses."""
@@ -27,4 +28,5 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check(self.max_tokens >= 2, "prepare.max_tokens", self.max_tokens, "at least 2")
-        check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")
+        if self.shard_rows is not None:
+            check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")

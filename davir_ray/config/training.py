@@ -43,8 +43,11 @@ class FinetuneConfig:
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None
     """Give each worker one GPU. None: true if the cluster has any."""
-    checkpoint_every_steps: int = 200
-    """Steps between checkpoints; after a worker or the driver was killed, training continues from the last."""
+    checkpoint_every_minutes: float | None = 10
+    """Minutes between checkpoints; after a worker or the driver was killed, training continues from the last. None: by
+    steps alone."""
+    checkpoint_every_steps: int | None = None
+    """Steps between checkpoints, besides those by minutes. None: by minutes alone."""
     max_failures: int = 3
     """Number of times that Ray Train restarts lost workers before it gives up."""
     lora_rank: int | None = None
@@ -63,7 +66,8 @@ class FinetuneConfig:
         counts = ["epochs", "max_steps", "batch_size", "tokens_per_pack", "num_workers", "num_cpus"]
         counts += ["checkpoint_every_steps", "lora_rank", "lora_alpha"]
         check_fields(self, "finetune.", counts, lambda count: count >= 1, "at least 1")
-        above_0, shares = ["learning_rate", "max_grad_norm"], ["lora_dropout", "warmup_ratio"]
+        above_0 = ["learning_rate", "max_grad_norm", "checkpoint_every_minutes"]
+        shares = ["lora_dropout", "warmup_ratio"]
         check_fields(self, "finetune.", above_0, lambda value: value > 0, "above 0")
         check_fields(self, "finetune.", shares, lambda share: 0 <= share < 1, "from 0 to below 1")
         from_0 = ["weight_decay", "seed", "max_failures"]

@@ -12,11 +12,30 @@ from davir_ray.run.files import write_parquet
 from davir_ray.run.location import Location
 from davir_ray.schema import EXAMPLES, REJECTS
 
-_SHARD_TOKENS = 4 * 2**20
+SHARD_ROWS = 4096
+"""Maximum number of rows in a shard unless settings say otherwise."""
+
+_SHARDS_OF_A_CORPUS = 64
+"""On eight GPUs eight shards each: at the end, seven wait for the last for a sixteenth of the time on average."""
+
+_MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 2**16, 2**22
+
+BYTES_PER_TOKEN = 4
+"""A guess at the bytes of a token in a source file."""
 
 _SHARD_CHARACTERS = 256 * 2**20
 
 _REJECT_ROWS = 20_000
+
+
+def shard_tokens(total_bytes: int) -> int:
+    """The number of tokens after which a shard of a corpus is full: a 64th of all, within bounds.
+
+    The tokens are not known before they are counted, so a guess from the bytes on disk, which is low for compressed
+    files: their shards are smaller.
+    """
+    share = total_bytes // BYTES_PER_TOKEN // _SHARDS_OF_A_CORPUS
+    return min(max(share, _MIN_SHARD_TOKENS), _MAX_SHARD_TOKENS)
 
 
 class ShardWriter:
@@ -29,6 +48,8 @@ class ShardWriter:
         source: str,
         shard_rows: int,
         schema: pa.Schema = EXAMPLES,
+        *,
+        shard_tokens: int = _MAX_SHARD_TOKENS,
         report: TaskReport | None = None,
     ) -> None:
         """Write below the folder of a run; the rows and files are counted in the report."""
@@ -37,7 +58,7 @@ class ShardWriter:
         self._run = run
         self._task = f"part-{task:05d}"
         self._source = source
-        self._shard_rows = shard_rows
+        self._shard_rows, self._shard_tokens = shard_rows, shard_tokens
         self._rows: list[ExampleRow] = []
         self._rejects: list[dict[str, Any]] = []
         self._num_shards = self._num_reject_files = self._tokens = self._characters = 0
@@ -55,7 +76,7 @@ class ShardWriter:
             self._rows.append(row)
             self._tokens += len(row["input_ids"])
             self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
-        full = len(self._rows) >= self._shard_rows or self._tokens >= _SHARD_TOKENS
+        full = len(self._rows) >= self._shard_rows or self._tokens >= self._shard_tokens
         if full or self._characters >= _SHARD_CHARACTERS:
             self._write_shard()
 

@@ -3,6 +3,7 @@
 The first records are prepared and shown; tokens, shards, disk, device-hours and their cost are estimated from them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, uses_chat
 from davir_ray.data.records import LeftOut, Reject, estimate_rows
+from davir_ray.data.shards import BYTES_PER_TOKEN, SHARD_ROWS, shard_tokens
 from davir_ray.data.tokens import decoded_segments
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers, with_workers
@@ -164,7 +166,7 @@ class Estimate:
 
 
 def estimate(
-    size: ModelSize, data: DataSize, shard_rows: int, finetune: FinetuneConfig | None, examples_per_unit: int = 1
+    size: ModelSize, data: DataSize, shard_rows: int | None, finetune: FinetuneConfig | None, examples_per_unit: int = 1
 ) -> Estimate:
     """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair."""
     mean_length = data.num_tokens / max(1, data.num_examples)
@@ -182,13 +184,20 @@ def estimate(
         device_bytes = _device_bytes(size, finetune, trained)
     return Estimate(
         data=data,
-        num_shards=-(-data.num_examples // shard_rows),
+        num_shards=_num_shards(data, shard_rows),
         finetune_flops=epochs * passes * forward,
         score_flops=2 * forward,
         checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
         reference_bytes=4.0 * trained,
         device_bytes=device_bytes,
     )
+
+
+def _num_shards(data: DataSize, shard_rows: int | None) -> int:
+    by_rows = math.ceil(data.num_examples / (shard_rows or SHARD_ROWS))
+    if shard_rows is not None:
+        return by_rows
+    return max(by_rows, math.ceil(data.num_tokens / shard_tokens(data.num_tokens * BYTES_PER_TOKEN)))
 
 
 def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> float:

@@ -34,6 +34,7 @@ _NOT_CONTENT = (
     "strategy",
     "num_cpus",
     "use_gpu",
+    "checkpoint_every_minutes",
     "checkpoint_every_steps",
     "max_failures",
 )

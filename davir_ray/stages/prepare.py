@@ -18,7 +18,7 @@ from davir_ray.data.chat import TODAY, ChatTemplate
 from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, columns, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
-from davir_ray.data.shards import ShardWriter
+from davir_ray.data.shards import SHARD_ROWS, ShardWriter, shard_tokens
 from davir_ray.data.task_report import COUNTED, TaskReport
 from davir_ray.data.tokens import Encoder
 from davir_ray.engine.connect import own_errors
@@ -369,7 +369,9 @@ class Preparer:
         sources = [task.source for task in work.tasks]
         self._reader = work.preparation.reader(sources)
         self._schema = PAIRS if are_pairs(sources) else EXAMPLES
-        self._shard_rows = max(work.preparation.config.shard_rows, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
+        given = work.preparation.config.shard_rows
+        self._shard_rows = max(given or SHARD_ROWS, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
+        self._limits = {} if given else {"shard_tokens": shard_tokens(work.total_bytes)}
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Prepare the task with the number row['item']; returns one row with its report as JSON."""
@@ -378,8 +380,9 @@ class Preparer:
         reader.report = TaskReport()
         work.counter.begin(str(number))
         writer = ShardWriter(
-            work.run.folder, number, task.source.name, self._shard_rows, self._schema, report=reader.report
-        )
+            work.run.folder, number, task.source.name, self._shard_rows, self._schema,
+            report=reader.report, **self._limits,
+        )  # fmt: skip
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)
             if writer.report.num_read % _CHECK_ROWS == 0:

@@ -6,8 +6,12 @@ It continues from a checkpoint if there is one.
 import dataclasses
 import json
 import logging
+import math
 import posixpath
+import shutil
 import tempfile
+import threading
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -50,13 +54,22 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
     objective = together(training.objective)
     model = _load(training)
     trainer = together(lambda: Trainer(model, objective, config))
+    noted = training.run / "checkpoints" / f"{training.name}.tokens_per_pack"
+    if together(noted.exists):
+        trainer.limit_budget(int(together(noted.read_bytes)))
     if checkpoint := ray.train.get_checkpoint():
         with ExitStack() as opened:
             with storage_errors(checkpoint.path):
                 state = opened.enter_context(checkpoint.as_directory())
             together(partial(_continue, trainer, Path(state), checkpoint.path))
+    if config.use_gpu:
+        trainer.fit_budget()
     is_first = ray.train.get_context().get_world_rank() == 0
-    _take_steps(training, trainer, counter, is_first=is_first)
+    try:
+        _take_steps(training, trainer, counter, is_first=is_first)
+    except torch.OutOfMemoryError:  # Ray Train starts the workers again, and they continue from the last checkpoint
+        noted.write_text(str(max(1, trainer.budget // 2)))
+        raise
     files = _export(training, trainer, training.folder, is_first=is_first)  # not `together`: no step follows
     return {
         **trainer.summary(_MAX_CURVE_POINTS),
@@ -69,8 +82,9 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
 def _load(training: Training) -> Any:
     """The base, ready to be trained, and distributed over the workers as the strategy says."""
     config = training.config
-    # Ray Train's device is a GPU wherever the machine has one, also for a worker that was given none (2.60).
-    device = get_device() if config.use_gpu and worker_device("cuda") else torch.device("cpu")
+    device = worker_device("cuda" if config.use_gpu else "cpu")
+    if config.use_gpu:  # else Ray Train's device is a GPU, too, wherever the machine has one (2.60)
+        device = get_device()
     dtype = resolve_dtype(weights_precision(config), device)
     make = partial(trainable, training.base, config, dtype, dropout=training.dropout)
     if config.strategy == "ddp":
@@ -92,6 +106,7 @@ def _continue(trainer: Trainer, state: Path, uri: str) -> None:
 def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, *, is_first: bool) -> None:
     """Take the remaining steps; after each, export the epoch, save a checkpoint and log, when due."""
     config, before, num_tokens = training.config, trainer.step, 0
+    checkpoints = Checkpoints(training, trainer, is_first=is_first)
     if is_first:
         counter.begin("steps")
         counter.report("steps", WorkDone(0, before=before))
@@ -106,8 +121,8 @@ def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, 
         if config.export_epochs and report.ends_epoch:
             name = f"{training.folder}_epochs/{report.epoch}"
             together(partial(_export, training, trainer, name, is_first=is_first))
-        if is_last or report.step % config.checkpoint_every_steps == 0:
-            _save_checkpoint(training, trainer, report, is_first=is_first)
+        if not is_last and checkpoints.is_due(report):  # after the last step the model itself is written
+            checkpoints.save(report)
         if is_first and (is_last or report.step % max(1, report.total_steps // _NUM_LOGGED) == 0):
             log.info(
                 "%s: step %d of %d, epoch %d, %s, %.0f tokens/s",
@@ -123,17 +138,54 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
     return {f"train/{name}": value for name, value in values.items()}
 
 
-def _save_checkpoint(training: Training, trainer: Trainer, report: StepReport, *, is_first: bool) -> None:
-    """Report a checkpoint to Ray Train, which waits for all ranks: they must call this at the same steps."""
-    metrics = dataclasses.asdict(report)
-    if not (is_first or trainer.every_rank_saves):
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        with storage_errors(folder):
-            trainer.save_state(Path(folder))
-        with storage_errors(training.run / "checkpoints"):
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+class Checkpoints:
+    """The checkpoints of a training, which Ray Train keeps; every rank has one, and they are saved on all at once."""
+
+    def __init__(self, training: Training, trainer: Trainer, *, is_first: bool) -> None:
+        self._training = training
+        self._trainer = trainer
+        self._is_first = is_first
+        self._last = time.monotonic()
+        self._uploading = threading.Lock()
+
+    def is_due(self, report: StepReport) -> bool:
+        """Whether to save after this step: the same on every rank, by the clock of rank 0.
+
+        By time, or at the end of an epoch if a minute of training would be lost; by time never before the last upload
+        has ended, or those to a slow store would fill the disk.
+        """
+        config = self._training.config
+        if config.checkpoint_every_steps and report.step % config.checkpoint_every_steps == 0:
+            return True
+        if config.checkpoint_every_minutes is None:
+            return False
+        seconds = 60 * min(config.checkpoint_every_minutes, 1 if report.ends_epoch else math.inf)
+        late = time.monotonic() - self._last > seconds and not self._uploading.locked()
+        return self._trainer.agreed(late)
+
+    def save(self, report: StepReport) -> None:
+        """Write the state to a local folder, and upload it while training goes on."""
+        metrics, folder = dataclasses.asdict(report), None
+        if self._is_first or self._trainer.every_rank_saves:
+            folder = tempfile.mkdtemp()
+            with storage_errors(folder):
+                self._trainer.save_state(Path(folder))
+        with storage_errors(self._training.run / "checkpoints"):
+            ray.train.report(
+                metrics,
+                checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(folder),
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+                checkpoint_upload_fn=None if folder is None else self._upload,
+            )
+        self._last = time.monotonic()
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Upload as Ray Train does; called in a thread. Raises StorageError, which ends the worker."""
+        try:
+            with self._uploading, storage_errors(self._training.run / "checkpoints"):
+                return ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+        finally:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:

@@ -55,6 +55,9 @@ def test_the_parts_add_up(size: ModelSize) -> None:
     assert full.finetune_flops == 3 * 3 * forward
     assert full.checkpoint_bytes == 2 * 12 * size.num_parameters
     assert estimate(size, DATA, 100, FinetuneConfig(epochs=1)).finetune_flops == 4 * forward
+    large = DataSize(num_rows=52_000, num_examples=52_000, num_tokens=6_400_000, num_scored=1)
+    assert estimate(size, large, None, None).num_shards == 64
+    assert estimate(size, DATA, None, None).num_shards == 2
     given = estimate(size, DATA, 899, None)
     assert (given.num_shards, given.finetune_flops, given.checkpoint_bytes) == (2, 0, 0)
     adapter = estimate(size, DATA, 100, FinetuneConfig(epochs=1, lora_rank=8))

@@ -169,6 +169,34 @@ def test_a_stopped_and_resumed_training_has_one_curve_with_every_step_once(
     assert [(event.step, event.value) for event in curves["score/scored"]] == [(6, 24)]
 
 
+class RunsOutOfMemory(StepLog):
+    """Ends the first attempt at step 4 as a GPU does whose memory is full; notes the budget of the second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, step: Step) -> None:
+        with (self.folder / "steps").open("a") as file:
+            file.write(f"{step.step} ")
+        noted = list(self.folder.glob("run/checkpoints/*.tokens_per_pack"))
+        if noted:
+            (self.folder / "budget").write_text(noted[0].read_text())
+        elif step.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.slow
+def test_a_worker_that_runs_out_of_memory_continues_with_half_the_budget(
+    prepared: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    recipe = RECIPE | {"checkpoint_every_steps": 2, "max_failures": 1, "tokens_per_pack": 1000}
+    manifest = finetune_copy(prepared, base_folder, tmp_path / "run", **recipe, steps=RunsOutOfMemory(tmp_path))
+    assert (tmp_path / "steps").read_text().split() == ["1", "2", "3", "4", "3", "4", "5", "6"]
+    assert (tmp_path / "budget").read_text() == "500"
+    assert manifest.counts["steps"] == 6
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), own_interrupts():
         sys.exit(0)
@@ -271,6 +299,7 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
         found["device"] = str(training.get_device())
         (folder / f"placed-{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(found))
         training.get_device = lambda: torch.device("cpu")
+        training.worker_device = lambda kind: torch.device("cpu")
         return training.train_on_rank(of_run, counter)
 
     training.train_on_rank = train_worker

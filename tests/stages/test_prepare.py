@@ -19,6 +19,7 @@ import pytest
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.data.detection import with_format
+from davir_ray.data.shards import shard_tokens
 from davir_ray.data.task_report import TaskReport
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
@@ -152,6 +153,34 @@ def test_ids_survive_another_cut_and_other_company(base_folder: Path, tmp_path: 
         assert found[0][column].tolist() == found[1][column].tolist()
     assert found[0]["example_id"].is_unique
     assert len(list((tmp_path / "run1" / "examples").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("corpus_tokens", "expected"),
+    [
+        (10_000, 65_536),
+        (6_500_000, 101_562),  # Alpaca's 52,002 rows: 64 shards, eight for each of eight GPUs
+        (200_000_000, 3_125_000),
+        (10**12, 4_194_304),
+    ],
+)
+def test_a_shard_has_a_64th_of_the_corpus_within_bounds(corpus_tokens: int, expected: int) -> None:
+    assert shard_tokens(4 * corpus_tokens) == expected
+
+
+def test_without_a_number_of_rows_shards_follow_the_tokens_of_the_corpus(
+    data_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    sources = [source(data_folder / "alpaca_9k.jsonl.gz")]
+    run = Run.at(tmp_path / "run")
+    preparation = settings(base_folder, max_tokens=1024, shard_rows=None, limit=1500)
+    prepare(run, sources, preparation, max_bad_fraction=1)
+    sizes = [
+        sum(map(len, read_parquet(run / "examples" / name)["input_ids"].to_pylist()))
+        for name in (run / "examples").names()
+    ]
+    assert len(sizes) > 1
+    assert all(65_536 <= size < 65_536 + 1024 for size in sizes[:-1])
 
 
 def test_a_limit_reads_the_first_records_of_each_source(base_folder: Path, tmp_path: Path) -> None:

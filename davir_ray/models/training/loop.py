@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from davir_ray.config.training import FinetuneConfig
@@ -93,6 +94,10 @@ class StepReport:
     """Number of tokens of this step, prompt tokens included."""
 
 
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class Trainer:
     """The model, its optimiser and the position in the plan; every rank has one."""
 
@@ -164,6 +169,65 @@ class Trainer:
     def step(self) -> int:
         """The last step that was taken, by this trainer or by the one whose state it loaded."""
         return self._step
+
+    @property
+    def budget(self) -> int:
+        """Maximum number of tokens of a pack."""
+        return self._budget
+
+    def limit_budget(self, num_tokens: int) -> None:
+        """Take no larger packs than this."""
+        self._budget = min(self._budget, num_tokens)
+
+    def fit_budget(self) -> None:
+        """Halve the budget until its largest pack fits the device of every rank, forward and backward.
+
+        Called on every rank before the first step, with room kept for AdamW's moments, which that step allocates.
+        TrainingError if the longest example does not fit by itself.
+        """
+        trained = sum(_local(p).numel() for p in self._module.parameters() if p.requires_grad)
+        moments = torch.empty(2 * trained, dtype=torch.float32, device=self._device)
+        lengths = self._objective.lengths
+        longest_first = np.argsort(-lengths, kind="stable")
+        while True:
+            fitting = int(np.searchsorted(np.cumsum(lengths[longest_first]), self._budget, side="right"))
+            rows = longest_first[: max(1, fitting)]
+            if self.agreed(self._fits(rows), of_all=True):
+                break
+            if len(rows) == 1:
+                raise TrainingError(
+                    f"an example of {lengths[rows[0]]} tokens does not fit the memory of {self._device} while "
+                    "training; give --finetune.lora_rank 16, --finetune.strategy fsdp with more workers, or a lower "
+                    "--prepare.max_tokens"
+                )
+            torch.cuda.empty_cache()
+            self._budget = max(1, int(lengths[rows].sum()) // 2)
+            log.warning("out of memory; continuing with packs of %d tokens", self._budget)
+        del moments
+
+    def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether a forward and backward pass of these rows fits the device of this rank."""
+        self._strategy.exchange_gradients(False)
+        try:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                nll_R: torch.Tensor = self._module(self._objective.pack(rows))
+            self._objective.sums(nll_R, rows)[0].backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def agreed(self, own: bool, *, of_all: bool = False) -> bool:
+        """The answer of rank 0, or whether all say yes; called on every rank."""
+        if self._world_size == 1:
+            return own
+        answer = torch.tensor(int(own), device=self._device)
+        if of_all:
+            dist.all_reduce(answer, dist.ReduceOp.MIN)
+        else:
+            dist.broadcast(answer, 0)
+        return bool(answer)
 
     def summary(self, max_points: int) -> dict[str, Any]:
         """The last step, its loss, and the curve of each measure: (last step, mean) of several equal ranges of steps.

@@ -31,7 +31,7 @@ from transformers import (
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import DataError, IntegrityError, TrainingError
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
-from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.kernel.packing import deal
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import (
@@ -350,6 +350,44 @@ def assert_same_bits(first: Weights, second: Weights) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> list[int]:
+    """Let passes of more tokens run out of memory; returns the tokens of those that were tried."""
+    forward, tried = Likelihood.forward, list[int]()
+
+    def limited(self: Likelihood, pack: Pack) -> torch.Tensor:
+        tried.append(len(pack.input_ids_T))
+        if tried[-1] > num_tokens:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, pack)
+
+    monkeypatch.setattr(Likelihood, "forward", limited)
+    return tried
+
+
+def test_the_budget_is_halved_until_its_largest_pack_fits_and_no_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, tokens_per_pack=200)
+    model = make()
+    trainer, before = trainer_of(model, config), weights(model)
+    tried = limit_memory(monkeypatch, 60)
+    trainer.fit_budget()
+    assert trainer.budget <= 60 < 2 * trainer.budget + max(len(ids) for ids in draw_table()["input_ids"])
+    assert tried == sorted(tried, reverse=True)
+    assert 150 < tried[0] <= 200
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    expected = run(trainer_of(make(), replace(config, tokens_per_pack=trainer.budget)))
+    assert [report.loss for report in run(trainer)] == [report.loss for report in expected]
+
+
+def test_an_example_that_does_not_fit_by_itself_names_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_memory(monkeypatch, 15)
+    with pytest.raises(TrainingError, match=r"an example of 19 tokens does not fit .*--finetune.lora_rank 16"):
+        trainer_of(make()).fit_budget()
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------
