@@ -84,15 +84,21 @@ def _attend_by_length(
     attend: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Attention of the pack's sequences, neighbours of one length at once."""
-    if edges[-1] != query.shape[2]:
-        raise ValueError(f"the sequences of a pack have {int(edges[-1])} tokens; got {query.shape[2]}")
+    lengths = lengths_of(edges)
+    if sum(lengths) != query.shape[2]:
+        raise ValueError(f"the sequences of a pack have {sum(lengths)} tokens; got {query.shape[2]}")
     outputs = []
-    for start, count, length in equal_runs(edges.diff().tolist()):
+    for start, count, length in equal_runs(lengths):
         end = start + count * length
         # [heads, count * length, D] → [count, heads, length, D]
         parts = (x[0, :, start:end].reshape(len(x[0]), count, length, -1).transpose(0, 1) for x in (query, key, value))
         outputs.append(attend(*parts).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]
+
+
+def lengths_of(edges: torch.Tensor) -> list[int]:
+    """The lengths of the sequences that lie between these edges."""
+    return edges.diff().tolist()
 
 
 def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -54,6 +54,8 @@ class Pack:
     """The scored tokens."""
     edges_N1: torch.Tensor
     """Where each of N sequences begins, and where the last ends; int32, as attention on a GPU requires."""
+    edges_on_cpu_N1: torch.Tensor
+    """The same, where reading them waits for no GPU."""
     sequence_lengths: tuple[int, ...]
     num_scored: tuple[int, ...]
     """Number of scored tokens of each example, in the order of R."""
@@ -72,12 +74,14 @@ class Pack:
             num_scored.append(len(scored))
             start += len(input_ids)
         lengths = tuple(len(input_ids) for input_ids, _ in examples)
+        edges_N1 = torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
         return cls(
             input_ids_T=torch.from_numpy(np.concatenate([ids for ids, _ in examples]).astype(np.int64)),
             position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
             predictors_R=torch.from_numpy(np.concatenate(predictors)),
             targets_R=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-            edges_N1=_edges(lengths),
+            edges_N1=edges_N1,
+            edges_on_cpu_N1=edges_N1,
             sequence_lengths=lengths,
             num_scored=tuple(num_scored),
         )
@@ -87,7 +91,7 @@ class Pack:
         """Where the sequences lie, as keywords of the packed attention."""
         return {
             "sequence_edges": self.edges_N1,
-            "sequence_edges_on_cpu": _edges(self.sequence_lengths),
+            "sequence_edges_on_cpu": self.edges_on_cpu_N1,
             "longest_sequence": max(self.sequence_lengths),
         }
 
@@ -98,7 +102,7 @@ class Pack:
         return [self._sequences(first, last) for first, last in pairwise(cuts)]
 
     def _sequences(self, first: int, last: int) -> Self:
-        start, end = int(self.edges_N1[first]), int(self.edges_N1[last])
+        start, end = int(self.edges_on_cpu_N1[first]), int(self.edges_on_cpu_N1[last])
         scored = slice(sum(self.num_scored[:first]), sum(self.num_scored[:last]))
         return replace(
             self,
@@ -107,6 +111,7 @@ class Pack:
             predictors_R=self.predictors_R[scored] - start,
             targets_R=self.targets_R[scored],
             edges_N1=self.edges_N1[first : last + 1] - start,
+            edges_on_cpu_N1=self.edges_on_cpu_N1[first : last + 1] - start,
             sequence_lengths=self.sequence_lengths[first:last],
             num_scored=self.num_scored[first:last],
         )
@@ -116,13 +121,10 @@ class Pack:
         if device.type == "cpu":
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        del tensors["edges_on_cpu_N1"]
         pinned = {name: value.pin_memory() if value.is_cpu else value for name, value in tensors.items()}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in pinned.items()}
         return replace(self, **moved)
-
-
-def _edges(lengths: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32)
 
 
 class Likelihood(torch.nn.Module):
