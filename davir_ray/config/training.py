@@ -43,7 +43,7 @@ class FinetuneConfig:
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None
     """Give each worker one GPU. None: true if the cluster has any."""
-    checkpoint_every_minutes: float | None = 10
+    checkpoint_every_minutes: float | None = 10.0
     """Minutes between checkpoints; after a worker or the driver was killed, training continues from the last. None: by
     steps alone."""
     checkpoint_every_steps: int | None = None

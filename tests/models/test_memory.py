@@ -1,11 +1,17 @@
 """A token budget: every row once, in packs that fit; what fits nowhere costs no other row."""
 
+import weakref
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
+from families import PACKABLE, config_of, make
 from hypothesis import given
 from hypothesis import strategies as st
 
+from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.kernel.packing import pack
 from davir_ray.models.memory import TokenBudget
 
@@ -55,3 +61,29 @@ def test_a_pack_that_does_not_fit_halves_the_budget_for_good() -> None:
     sizes.clear()
     list(budget.run(forward, ids, lengths, ids))
     assert sizes == [1] * 6
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_nothing_of_a_pass_that_ran_out_of_memory_is_alive_when_the_next_begins(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise half a pack might not fit, either."""
+    likelihood = Likelihood(make(config_of(family)))
+    lengths, ids = np.full(4, 9), np.arange(4)
+    examples = [(np.arange(9, dtype=np.int32) + row, (1, 9)) for row in range(4)]
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        made.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+        if len(made) > 12 and not alive:  # in a middle layer of the first pass
+            raise torch.OutOfMemoryError("no room")
+
+    for module in likelihood.model.get_decoder().modules():
+        module.register_forward_hook(keep)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(ref() is not None for ref in made)))
+    with torch.inference_mode():
+        budget = TokenBudget(36)
+        runs = list(budget.run(lambda rows: likelihood(Pack.of([examples[row] for row in rows])), ids, lengths, ids))
+    assert alive == [0]
+    assert [len(rows) for rows, _ in runs] == [2, 2]
