@@ -10,7 +10,7 @@ from davir_ray.config.run import GenerateConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.engine.pool import Stream
-from davir_ray.engine.resources import device_of
+from davir_ray.engine.resources import device_of, num_gpus_of
 from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION, INPUT_COLUMNS, Generator, GeneratorSettings
@@ -44,13 +44,14 @@ def generate(
     settings = GeneratorSettings(
         max_new_tokens=config.max_new_tokens,
         device=device_of(pool),
+        gpu_share=min(1.0, num_gpus_of(pool) or 1.0),
         precision=pool.precision,
         tokens_per_batch=config.tokens_per_batch,
         num_threads=max(1, int(pool.num_cpus)),
         turn_end=_turn_end(base if model.is_adapter and base else model, chat_template),
     )
     what_matters = asdict(settings)
-    del what_matters["tokens_per_batch"]  # halved when memory runs out
+    del what_matters["tokens_per_batch"], what_matters["gpu_share"]  # batches are halved when memory runs out
     base_digest = base.weights_digest() if model.is_adapter and base else {}
     fingerprint = {
         "model": model.weights_digest() | {f"base {name}": digest for name, digest in base_digest.items()},

@@ -163,7 +163,9 @@ class Checkpoint:
         ModelError if the files lack any of its weights.
         """
         register_packed_attention()
-        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        # Straight to the device: by way of the host, its memory would have to hold the model, too.
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+        options |= {"use_safetensors": True, "output_loading_info": True}
         try:
             model, info = self._load(AutoModelForCausalLM, attn_implementation=attention, **options)
         except ModelError as error:
@@ -178,7 +180,7 @@ class Checkpoint:
             )
         # Adapters name their base by this, so it must not be the folder of this node's cache.
         model.name_or_path = self.uri
-        return model.to(device).eval()
+        return model.eval()
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: its modules and shapes. ModelError if it cannot be built."""

@@ -34,11 +34,12 @@ def weights_precision(config: FinetuneConfig) -> Literal["auto", "float32", "bfl
     return "float32" if config.lora_rank is None else config.precision
 
 
-def worker_device(kind: DeviceKind) -> torch.device:
-    """The device that a stage gave to this worker, whatever else the machine has.
+def worker_device(kind: DeviceKind, share: float = 1.0) -> torch.device:
+    """The device that a stage gave to this worker, whatever else the machine has; of a GPU, perhaps only a share.
 
-    ClusterError if the worker has a share of a GPU and torch has none that the kernel runs on: cuda, which is also
-    ROCm's name.
+    Where several workers share a GPU, each may hold its share of the memory alone: one that needs more takes smaller
+    packs. ClusterError if the worker has a share of a GPU and torch has none that the kernel runs on (cuda, which is
+    ROCm's name, too).
     """
     if kind == "cuda" and not torch.cuda.is_available():
         other = torch.accelerator.current_accelerator()
@@ -47,6 +48,8 @@ def worker_device(kind: DeviceKind) -> torch.device:
             f"this worker on {platform.node()} was given a GPU, but {found}; install a torch for CUDA or ROCm, start "
             "Ray with --num-gpus 0, or give --score.num_gpus 0 and --finetune.use_gpu false"
         )
+    if kind == "cuda" and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
     return torch.device(kind)
 
 

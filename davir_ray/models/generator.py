@@ -43,6 +43,8 @@ class GeneratorSettings:
 
     max_new_tokens: int
     device: DeviceKind = "cpu"
+    gpu_share: float = 1.0
+    """Of a GPU that several workers share."""
     precision: str = "auto"
     tokens_per_batch: int | None = None
     num_threads: int = 1
@@ -71,7 +73,7 @@ class Generator:
     def __init__(self, model: Checkpoint, settings: GeneratorSettings, base: Checkpoint | None = None) -> None:
         """`base` is needed if the model is an adapter."""
         torch.set_num_threads(settings.num_threads)
-        device = worker_device(settings.device)
+        device = worker_device(settings.device, settings.gpu_share)
         dtype = resolve_dtype(settings.precision, device)
         self._settings = settings
         self._tokenizer = (base if model.is_adapter and base is not None else model).tokenizer()

@@ -50,6 +50,8 @@ class ScorerSettings:
     """Settings that the scores depend on, apart from the models."""
 
     device: DeviceKind = "cpu"
+    gpu_share: float = 1.0
+    """Of a GPU that several workers share."""
     precision: str = "auto"
     tokens_per_pack: int | None = None
     num_threads: int = 1
@@ -77,7 +79,7 @@ class Scorer:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         self._cache = base_cache
-        device = worker_device(settings.device)
+        device = worker_device(settings.device, settings.gpu_share)
         dtype = resolve_dtype(settings.precision, device)
         self._autocast = uses_autocast(settings.autocast, device)
         self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])

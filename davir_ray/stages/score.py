@@ -8,7 +8,7 @@ from typing import Any
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import Stream
-from davir_ray.engine.resources import device_of
+from davir_ray.engine.resources import device_of, num_gpus_of
 from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
@@ -82,6 +82,7 @@ def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: floa
     """The settings of one actor's Scorer."""
     return ScorerSettings(
         device=device_of(config),
+        gpu_share=min(1.0, num_gpus_of(config) or 1.0),
         precision=config.precision,
         tokens_per_pack=config.tokens_per_pack,
         num_threads=max(1, int(config.num_cpus)),
@@ -95,7 +96,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What the scores depend on."""
     kept = asdict(settings)
-    del kept["tokens_per_pack"]  # an out-of-memory error may halve it on the way
+    del kept["tokens_per_pack"], kept["gpu_share"]  # an out-of-memory error may halve the packs on the way
     if settings.device != "cpu":
         del kept["num_threads"]
     fingerprint: dict[str, Any] = {

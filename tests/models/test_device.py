@@ -35,3 +35,13 @@ def test_a_share_of_a_gpu_that_torch_cannot_use_is_refused(
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
     with pytest.raises(ClusterError, match=told):
         worker_device("cuda")
+
+
+def test_a_worker_that_shares_a_gpu_may_hold_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    worker_device("cuda")
+    worker_device("cpu", 0.5)
+    worker_device("cuda", 0.5)
+    assert limits == [0.5]

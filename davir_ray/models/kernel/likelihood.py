@@ -32,7 +32,10 @@ NUMERICS_VERSION = 2
 """Increased when a change here may change the bits of a score; part of the score stage's fingerprint."""
 
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
-"""Hidden states that the head is applied to at once."""
+"""Hidden states that the head is applied to at once, at most."""
+
+_CHUNK_LOGITS = 2**27
+"""Logits of a chunk, at most: 512 MiB in float32, and the softmax holds another copy or two."""
 
 _CACHED_LOGITS = 2**18
 """Logits whose softmax is computed at once on a CPU: 1 MiB in float32, which fits a core's cache. With whole chunks the
@@ -136,7 +139,8 @@ class Likelihood(torch.nn.Module):
         self.model = model
         self.packed = model.config._attn_implementation == PACKED_ATTENTION
         """Whether packs are run without padding; the self-check clears it for models that cannot be packed exactly."""
-        self._chunk_rows = _CHUNK_ROWS.get(model.device.type, 1024)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        self._chunk_rows = max(1, min(_CHUNK_ROWS[model.device.type], _CHUNK_LOGITS // vocabulary))
         self._rope_types, self._rope_length = _length_dependent_rope(model.config.get_text_config())
 
     @property
