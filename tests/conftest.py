@@ -35,6 +35,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # Those that no test needs any more end in time: eighty idle ones take two thirds of a core.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(120_000))
 
+# An actor less for each fine-tune: nobody announces that a machine of the tests will be taken away.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
 # Ray gives an agent of a node 15 s to start, which takes longer where several nodes start on two cores.
 os.environ.setdefault("RAY_agent_register_timeout_ms", str(120_000))
 

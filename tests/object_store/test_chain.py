@@ -117,7 +117,8 @@ def test_a_store_that_only_throttles_ends_the_run_with_the_reason(
     options |= {"reference": reference_folder}
     run = location(moto_store, options["output"])
     with FaultyProxy(moto_store.endpoint, share=0.0).serving() as proxy:
-        environment = {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        # Fewer attempts than by default, whose waits add up to more than a minute.
+        environment = {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint, "AWS_MAX_ATTEMPTS": "4"}
         driver = Driver("score.py", options, tmp_path / "log", environment, ray_address)
         driver.wait_for(lambda: bool((run / "scores").names()), "the first scored shard")
         proxy.share = 1.0
