@@ -297,8 +297,10 @@ def rejects() -> list[Reject]:
     ]
 
 
-def write(run: Location, num_rows: int, shard_rows: int = 4, bad: list[Reject] | None = None) -> TaskReport:
-    writer = ShardWriter(run, task=7, source="s", shard_rows=shard_rows)
+def write(
+    run: Location, num_rows: int, shard_rows: int = 4, bad: list[Reject] | None = None, **limits: int
+) -> TaskReport:
+    writer = ShardWriter(run, task=7, source="s", shard_rows=shard_rows, **limits)
     for number in range(num_rows):
         writer.write((row_of(number),))
     for reject in bad or []:
@@ -341,15 +343,12 @@ def test_a_task_without_rows_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("limit", "most", "rows"), [("_SHARD_TOKENS", 30, [6, 3]), ("_SHARD_CHARACTERS", 6, [3, 3, 3])]
-)
-def test_a_shard_of_long_rows_is_cut_before_its_number_of_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, rows: list[int]
-) -> None:
-    monkeypatch.setattr(shards, limit, most)
-    report = write(Location.of(tmp_path), 9, shard_rows=1000)
-    assert [entry.rows for entry in report.files] == rows
+def test_a_shard_of_long_rows_is_cut_before_its_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_tokens = write(Location.of(tmp_path / "tokens"), 9, shard_rows=1000, shard_tokens=30)
+    assert [entry.rows for entry in by_tokens.files] == [6, 3]
+    monkeypatch.setattr(shards, "_SHARD_CHARACTERS", 6)
+    by_characters = write(Location.of(tmp_path / "characters"), 9, shard_rows=1000)
+    assert [entry.rows for entry in by_characters.files] == [3, 3, 3]
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
