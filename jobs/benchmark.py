@@ -7,45 +7,49 @@
                                                                        the first shard
     python jobs/benchmark.py chats [--json FILE]                       rendering and tokenising chats, against the
                                                                        tokenizer alone
+    python jobs/benchmark.py gpu [--json FILE]                         a GPU: exactness, memory, speed; needs neither
+                                                                       Ray nor downloads (--help has its options)
 
-Prints the result as JSON. davir_ray/benchmarks/RESULTS.md has the results and the machines.
+Prints the result as JSON, that of a GPU as a table. davir_ray/benchmarks/RESULTS.md has the results and the machines.
 """
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from davir_ray.benchmarks import alignment, chats, likelihood, ranking, scaling
-from davir_ray.cli import run_job
-from davir_ray.errors import ConfigError
 
-SETTINGS: dict[str, type[Any]] = {
-    "likelihood": likelihood.LikelihoodBenchmark,
-    "ranking": ranking.RankingBenchmark,
-    "align": alignment.AlignmentBenchmark,
-    "scaling": scaling.ScalingBenchmark,
-    "chats": chats.ChatsBenchmark,
-}
-RUN: dict[type[Any], Callable[[Any], dict[str, Any]]] = {
-    likelihood.LikelihoodBenchmark: likelihood.run,
-    ranking.RankingBenchmark: ranking.run,
-    alignment.AlignmentBenchmark: alignment.run,
-    scaling.ScalingBenchmark: scaling.run,
-    chats.ChatsBenchmark: chats.run,
-}
+def main() -> int:
+    """Run the benchmark that the command line names; returns the exit status."""
+    if sys.argv[1:2] == ["gpu"]:
+        # First, because it must start where the packages that the others need are absent.
+        from davir_ray.benchmarks.gpu.run import main as try_gpu
 
+        return try_gpu(sys.argv[2:])
 
-def main(settings: Any) -> None:
-    """Run the benchmark of these settings and print its result."""
-    if settings.json is not None and not Path(settings.json).absolute().parent.is_dir():
-        raise ConfigError(f"json is {settings.json}, whose folder does not exist; create it first")
-    text = json.dumps(RUN[type(settings)](settings), indent=1)
-    print(text)
-    if settings.json is not None:
-        Path(settings.json).write_text(text + "\n")
+    from davir_ray.benchmarks import alignment, chats, likelihood, ranking, scaling
+    from davir_ray.cli import run_job
+    from davir_ray.errors import ConfigError
+
+    run: dict[type[Any], Any] = {
+        likelihood.LikelihoodBenchmark: likelihood.run,
+        ranking.RankingBenchmark: ranking.run,
+        alignment.AlignmentBenchmark: alignment.run,
+        scaling.ScalingBenchmark: scaling.run,
+        chats.ChatsBenchmark: chats.run,
+    }
+
+    def measure(settings: Any) -> None:
+        if settings.json is not None and not Path(settings.json).absolute().parent.is_dir():
+            raise ConfigError(f"json is {settings.json}, whose folder does not exist; create it first")
+        text = json.dumps(run[type(settings)](settings), indent=1)
+        print(text)
+        if settings.json is not None:
+            Path(settings.json).write_text(text + "\n")
+
+    names = ("likelihood", "ranking", "align", "scaling", "chats")
+    return run_job(measure, dict(zip(names, run, strict=True)), __doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, SETTINGS, __doc__))
+    sys.exit(main())

@@ -34,6 +34,7 @@ from davir_ray.config.yaml import dump, load
 from davir_ray.data.detection import with_format
 from davir_ray.data.formats import needs_chat
 from davir_ray.engine.connect import connected_to
+from davir_ray.engine.ray_train import with_workers
 from davir_ray.engine.trackers import check_tracker
 from davir_ray.engine.tracking import Tracking
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
@@ -93,6 +94,7 @@ def compare(config: CompareConfig) -> Run:
             log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(left_out))
         write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(left_out, pa.int64())}))
         check_left(heldout, left_out)
+        recipe = with_workers(recipe)
         at_once, pool = plan_trials(recipe, run_config.score, config.arms_at_once)
         settings = TrialSettings(
             base=preparation.base,
@@ -165,10 +167,12 @@ def _recipe(run_config: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
             f"the run's reference was trained for finetune.max_steps = {run_config.finetune.max_steps}, but the arms "
             "are compared at equal epochs; say how many with --recipe '{epochs: 1}'"
         )
-    one_worker = {"num_workers": 1} if run_config.finetune.num_workers is None else {}  # several arms train at once
     fixed = {"max_steps": None, "export_epochs": False}
-    fields = {**dataclasses.asdict(run_config.finetune), **one_worker, **changes, **fixed}
-    return load(RunConfig, json.dumps({"finetune": fields})).finetune
+    fields = {**dataclasses.asdict(run_config.finetune), **changes, **fixed}
+    recipe = load(RunConfig, json.dumps({"finetune": fields})).finetune
+    if recipe.num_workers is None and recipe.strategy == "ddp":  # several arms train at once
+        return dataclasses.replace(recipe, num_workers=1)
+    return recipe
 
 
 def _preparation(run: Run, run_config: RunConfig, config: CompareConfig) -> Preparation:

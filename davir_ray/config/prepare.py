@@ -18,7 +18,7 @@ class PrepareConfig:
     shard_rows: int | None = None
     """Maximum number of rows in a shard, the unit of work, commit and resume. None: about a 64th of the corpus, so that
     eight GPUs stay busy, between 65,536 and 4 million tokens and at most 4,096 rows; no shard depends on the number of
-    workers. A very large corpus gets larger shards, so that there are about 20,000 of them at most."""
+    workers. A very large corpus gets shards of more rows, up to 4 million tokens."""
     chat: bool = False
     """Give data of one prompt and one response, such as Alpaca's, as a user's and an assistant's turn in the chat
     template. Default: as plain text, Alpaca's in the prompt that the paper uses."""

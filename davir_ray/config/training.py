@@ -5,6 +5,12 @@ from typing import Literal
 
 from davir_ray.config.checks import check_fields
 
+SAVE_MEMORY = (
+    "give --finetune.lora_rank 16, --finetune.strategy fsdp with more --finetune.num_workers, or a lower "
+    "--prepare.max_tokens"
+)
+"""What to change where an example does not fit a device while training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:

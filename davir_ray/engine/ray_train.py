@@ -13,11 +13,11 @@ from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from davir_ray import errors
-from davir_ray.config.training import FinetuneConfig
+from davir_ray.config.training import SAVE_MEMORY, FinetuneConfig
 from davir_ray.engine.connect import own_errors, own_interrupts
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.resources import has_gpu
-from davir_ray.errors import ClusterError, DavirError, StorageError
+from davir_ray.errors import ClusterError, DavirError, StorageError, TrainingError
 from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import storage_errors
 
@@ -39,21 +39,29 @@ def trains_on_gpus(config: FinetuneConfig) -> bool:
 def with_workers(config: FinetuneConfig) -> FinetuneConfig:
     """The settings with the number of workers and their device, where they follow the cluster."""
     use_gpu = trains_on_gpus(config)
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    return replace(config, use_gpu=use_gpu, num_workers=config.num_workers or (max(1, num_gpus) if use_gpu else 1))
+    room = _room(config.num_cpus, use_gpu=True) if use_gpu else 1
+    return replace(config, use_gpu=use_gpu, num_workers=config.num_workers or max(1, room))
+
+
+def _room(num_cpus: int, *, use_gpu: bool) -> int:
+    """The number of training workers that fit the nodes."""
+    wanted = {"CPU": num_cpus} | ({"GPU": 1} if use_gpu else {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // size) for name, size in wanted.items()) for node in nodes)
 
 
 def check_workers(config: FinetuneConfig) -> None:
-    """Raise ClusterError if the cluster cannot hold the workers."""
+    """Raise ClusterError if the nodes cannot hold the workers."""
     config = with_workers(config)
-    num_workers, resources = config.num_workers or 1, ray.cluster_resources()
-    for name, wanted in {"CPU": config.num_cpus, "GPU": 1 if config.use_gpu else 0}.items():
-        if wanted * num_workers > resources.get(name, 0):
-            smaller = "--finetune.num_cpus" if name == "CPU" else "give --finetune.use_gpu false"
-            raise ClusterError(
-                f"{num_workers} training workers of {wanted} {name} do not fit a cluster of "
-                f"{resources.get(name, 0):g}; lower --finetune.num_workers or {smaller}"
-            )
+    num_workers, room = config.num_workers or 1, _room(config.num_cpus, use_gpu=bool(config.use_gpu))
+    if num_workers > room:
+        resources = ray.cluster_resources()
+        gpu = ", each with a GPU," if config.use_gpu else ""
+        raise ClusterError(
+            f"{num_workers} training workers of {config.num_cpus} CPUs{gpu} do not fit a cluster of "
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, whose nodes have room for {room}; "
+            "lower --finetune.num_workers or --finetune.num_cpus, or give --finetune.use_gpu false"
+        )
 
 
 def run_on_workers(
@@ -91,6 +99,11 @@ def run_on_workers(
     try:
         with own_errors(), own_interrupts():
             trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        if "OutOfMemoryError" not in str(error):
+            raise
+        times = config.max_failures + 1
+        raise TrainingError(f"training ran out of memory on a device {times} times; {SAVE_MEMORY}") from error
     except ray.train.ControllerError as error:  # the controller writes Ray Train's list of checkpoints to the storage
         failure = error.controller_failure
         if isinstance(failure, TimeoutError | ConnectionError):  # the cluster's; a store's have other classes

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import is_accelerate_available
 from transformers.utils import logging as hf_logging
 
 from davir_ray.errors import ModelError
@@ -163,9 +164,10 @@ class Checkpoint:
         ModelError if the files lack any of its weights.
         """
         register_packed_attention()
-        # Straight to the device: by way of the host, its memory would have to hold the model, too.
-        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
-        options |= {"use_safetensors": True, "output_loading_info": True}
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        if is_accelerate_available():
+            # Straight to the device: by way of the host, its memory would have to hold the model, too.
+            options["device_map"] = {"": device}
         try:
             model, info = self._load(AutoModelForCausalLM, attn_implementation=attention, **options)
         except ModelError as error:
@@ -180,7 +182,7 @@ class Checkpoint:
             )
         # Adapters name their base by this, so it must not be the folder of this node's cache.
         model.name_or_path = self.uri
-        return model.eval()
+        return model.to(device).eval()
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: its modules and shapes. ModelError if it cannot be built."""

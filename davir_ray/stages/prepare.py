@@ -371,7 +371,9 @@ class Preparer:
         self._schema = PAIRS if are_pairs(sources) else EXAMPLES
         given = work.preparation.config.shard_rows
         self._shard_rows = max(given or SHARD_ROWS, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
-        self._limits = {} if given else {"shard_tokens": shard_tokens(work.total_bytes)}
+        # With a limit of rows the bytes say nothing of what will be read.
+        total_bytes = work.total_bytes if work.preparation.limit is None else 0
+        self._limits = {} if given else {"shard_tokens": shard_tokens(total_bytes)}
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Prepare the task with the number row['item']; returns one row with its report as JSON."""

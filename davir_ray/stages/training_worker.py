@@ -25,11 +25,12 @@ from davir_ray.engine.progress import ProgressCounter, WorkDone
 from davir_ray.engine.trackers import Step
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE
-from davir_ray.models.device import resolve_dtype, uses_autocast, weights_precision, worker_device
+from davir_ray.models.device import device_name, resolve_dtype, uses_autocast, weights_precision, worker_device
 from davir_ray.models.training.loop import StepReport, Trainer
 from davir_ray.models.training.model import save_reference, trainable
 from davir_ray.models.training.parallel import replicated, sharded, together
-from davir_ray.run.files import FileEntry, put_folder
+from davir_ray.run.files import FileEntry, digest, put_folder
+from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import storage_errors
 from davir_ray.stages.finetune import Training
 
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 _NUM_LOGGED = 50
 """Approximate number of steps of a training that are logged."""
+
+_UPLOAD_S = 3600
+"""Seconds that a checkpoint waits for the upload of the one before."""
 
 _MAX_CURVE_POINTS = 500
 """Maximum number of points of a loss curve in the manifest."""
@@ -54,7 +58,7 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
     objective = together(training.objective)
     model = _load(training)
     trainer = together(lambda: Trainer(model, objective, config))
-    noted = training.run / "checkpoints" / f"{training.name}.tokens_per_pack"
+    noted = _noted_budget(training, model)
     if together(noted.exists):
         trainer.limit_budget(int(together(noted.read_bytes)))
     if checkpoint := ray.train.get_checkpoint():
@@ -62,10 +66,10 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
             with storage_errors(checkpoint.path):
                 state = opened.enter_context(checkpoint.as_directory())
             together(partial(_continue, trainer, Path(state), checkpoint.path))
-    if config.use_gpu:
-        trainer.fit_budget()
     is_first = ray.train.get_context().get_world_rank() == 0
     try:
+        if config.use_gpu:
+            trainer.fit_budget()
         _take_steps(training, trainer, counter, is_first=is_first)
     except torch.OutOfMemoryError:  # Ray Train starts the workers again, and they continue from the last checkpoint
         noted.write_text(str(max(1, trainer.budget // 2)))
@@ -77,6 +81,13 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
         "details": objective.details,
         "files": [dataclasses.asdict(entry) for entry in files],
     }
+
+
+def _noted_budget(training: Training, model: Any) -> Location:
+    """Where a worker that runs out of memory notes a smaller budget, for workers of the same kind alone."""
+    device = next(model.parameters()).device
+    kind = [training.name, training.config.strategy, training.config.num_workers, device_name(device)]
+    return training.run / "checkpoints" / f"{digest(kind)[:16]}.tokens_per_pack"
 
 
 def _load(training: Training) -> Any:
@@ -146,13 +157,15 @@ class Checkpoints:
         self._trainer = trainer
         self._is_first = is_first
         self._last = time.monotonic()
-        self._uploading = threading.Lock()
+        self._idle = threading.Event()
+        """Set unless an upload of this rank goes on."""
+        self._idle.set()
 
     def is_due(self, report: StepReport) -> bool:
         """Whether to save after this step: the same on every rank, by the clock of rank 0.
 
         By time, or at the end of an epoch if a minute of training would be lost; by time never before the last upload
-        has ended, or those to a slow store would fill the disk.
+        has ended.
         """
         config = self._training.config
         if config.checkpoint_every_steps and report.step % config.checkpoint_every_steps == 0:
@@ -160,32 +173,46 @@ class Checkpoints:
         if config.checkpoint_every_minutes is None:
             return False
         seconds = 60 * min(config.checkpoint_every_minutes, 1 if report.ends_epoch else math.inf)
-        late = time.monotonic() - self._last > seconds and not self._uploading.locked()
-        return self._trainer.agreed(late)
+        late = time.monotonic() - self._last > seconds or not self._is_first
+        return self._trainer.agreed(late and self._idle.is_set())
 
     def save(self, report: StepReport) -> None:
         """Write the state to a local folder, and upload it while training goes on."""
-        metrics, folder = dataclasses.asdict(report), None
-        if self._is_first or self._trainer.every_rank_saves:
-            folder = tempfile.mkdtemp()
+        self._idle.wait(_UPLOAD_S)  # else the uploads to a slow store would fill the disk
+        metrics = dataclasses.asdict(report)
+        if not (self._is_first or self._trainer.every_rank_saves):
+            ray.train.report(metrics, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
+            self._last = time.monotonic()
+            return
+        folder = tempfile.mkdtemp(prefix=f"davir-{self._training.name}-")
+        try:
             with storage_errors(folder):
                 self._trainer.save_state(Path(folder))
-        with storage_errors(self._training.run / "checkpoints"):
-            ray.train.report(
-                metrics,
-                checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(folder),
-                checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-                checkpoint_upload_fn=None if folder is None else self._upload,
-            )
+            self._idle.clear()
+            with storage_errors(self._training.run / "checkpoints"):
+                ray.train.report(
+                    metrics,
+                    checkpoint=ray.train.Checkpoint.from_directory(folder),
+                    checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+                    checkpoint_upload_fn=self._upload,
+                    delete_local_checkpoint_after_upload=False,
+                )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._last = time.monotonic()
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Upload as Ray Train does; called in a thread. Raises StorageError, which ends the worker."""
+        """Upload as Ray Train does, and delete the local folder; called in a thread.
+
+        Raises StorageError, which ends the worker.
+        """
         try:
-            with self._uploading, storage_errors(self._training.run / "checkpoints"):
+            with storage_errors(self._training.run / "checkpoints"):
                 return ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
         finally:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
+            self._idle.set()
 
 
 def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.progress import WorkDone
 from davir_ray.models.training.loop import StepReport
 from davir_ray.run.folder import Run
 from davir_ray.stages import training_worker
@@ -47,14 +48,26 @@ class Steps:
         return own
 
 
-def saved(monkeypatch: pytest.MonkeyPatch, seconds: float, **options: Any) -> list[int]:
-    """The steps after which a checkpoint is written."""
+class NobodyListens:
+    """Stands for the counter."""
+
+    def begin(self, key: str) -> None:
+        """Nothing."""
+
+    def report(self, key: str, work: WorkDone, total: int | None = None) -> None:
+        """Nothing."""
+
+
+def saved(monkeypatch: pytest.MonkeyPatch, seconds: float, *, uploaded: bool = True, **options: Any) -> list[int]:
+    """The steps after which rank 0 writes a checkpoint; `uploaded`: whether an upload has ended at the next step."""
     found: list[int] = []
     clock = Clock(seconds)
 
     def save(self: training_worker.Checkpoints, report: StepReport) -> None:
         found.append(report.step)
         self._last = clock.now
+        if not uploaded:
+            self._idle.clear()
 
     monkeypatch.setattr(training_worker.Checkpoints, "save", save)
     monkeypatch.setattr(training_worker, "time", clock)
@@ -62,7 +75,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, seconds: float, **options: Any) -> li
         stage="finetune", run=Run.at("memory://run"), base=None, config=FinetuneConfig(**options),  # type: ignore[arg-type]
         objective=lambda: None, spec={}, folder="reference",  # type: ignore[arg-type, return-value]
     )  # fmt: skip
-    training_worker._take_steps(training, Steps(clock), None, is_first=False)  # type: ignore[arg-type]
+    training_worker._take_steps(training, Steps(clock), NobodyListens(), is_first=True)  # type: ignore[arg-type]
     return found
 
 
@@ -87,13 +100,5 @@ def test_checkpoints_are_written_by_time_by_steps_and_at_an_epochs_end(
 
 
 def test_no_checkpoint_by_time_is_begun_while_the_last_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_worker.threading, "Lock", Held)
-    assert saved(monkeypatch, 700) == []
-    assert saved(monkeypatch, 700, checkpoint_every_steps=20) == [20]
-
-
-class Held:
-    """A lock that another thread holds."""
-
-    def locked(self) -> bool:
-        return True
+    assert saved(monkeypatch, 700, uploaded=False) == [1]
+    assert saved(monkeypatch, 700, uploaded=False, checkpoint_every_steps=20) == [1, 20]

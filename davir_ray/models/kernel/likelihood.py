@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver l
     from transformers import PreTrainedModel
 
 NUMERICS_VERSION = 2
-"""Increased when a change here may change the bits of a score; part of the score stage's fingerprint."""
+"""Increased when a change here may change the bits of a score; part of the score stage's fingerprint. Not for what
+changed on GPUs alone before any had run this."""
 
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 """Hidden states that the head is applied to at once, at most."""

@@ -30,8 +30,8 @@ def deal(lengths: Rows, ids: Rows, budget: int, num_ranks: int) -> list[list[Row
     """Deal the packs of a batch to ranks that work side by side; returns, for each turn, the pack of each rank.
 
     There are as few turns as the budget allows. Within them the packs are as even as the examples are, because a step
-    takes as long as the rank with the most tokens: on Alpaca, batches of 128 keep 8 ranks busy for 96 % of it. A rank
-    has None where there are fewer examples than ranks.
+    takes as long as the rank with the most tokens: on Alpaca, batches of 128 keep 8 ranks busy for 96 % of it. Where
+    fewer packs than ranks do, some ranks have None.
     """
     order = np.lexsort((ids, lengths))
     by_length = lengths[order]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from davir_ray.config.training import FinetuneConfig
+from davir_ray.config.training import SAVE_MEMORY, FinetuneConfig
 from davir_ray.errors import TrainingError
 from davir_ray.formulas.hashing import seed_from
 from davir_ray.models.device import uses_autocast
@@ -182,51 +182,52 @@ class Trainer:
     def fit_budget(self) -> None:
         """Halve the budget until its largest pack fits the device of every rank, forward and backward.
 
-        Called on every rank before the first step, with room kept for AdamW's moments, which that step allocates.
-        TrainingError if the longest example does not fit by itself.
+        Called on every rank before the first step. TrainingError if the longest example does not fit by itself. Sharded
+        ranks cannot try again, because those that have room wait for one that has none: OutOfMemoryError is raised.
         """
-        trained = sum(_local(p).numel() for p in self._module.parameters() if p.requires_grad)
-        moments = torch.empty(2 * trained, dtype=torch.float32, device=self._device)
+        self._module.train()
         lengths = self._objective.lengths
-        longest_first = np.argsort(-lengths, kind="stable")
+        longest_first = np.argsort(-lengths, kind="stable")[: self._config.batch_size]
         while True:
             fitting = int(np.searchsorted(np.cumsum(lengths[longest_first]), self._budget, side="right"))
             rows = longest_first[: max(1, fitting)]
-            if self.agreed(self._fits(rows), of_all=True):
-                break
+            if self.agreed(self._fits(rows)):
+                return
             if len(rows) == 1:
                 raise TrainingError(
                     f"an example of {lengths[rows[0]]} tokens does not fit the memory of {self._device} while "
-                    "training; give --finetune.lora_rank 16, --finetune.strategy fsdp with more workers, or a lower "
-                    "--prepare.max_tokens"
+                    f"training; {SAVE_MEMORY}"
                 )
             torch.cuda.empty_cache()
             self._budget = max(1, int(lengths[rows].sum()) // 2)
             log.warning("out of memory; continuing with packs of %d tokens", self._budget)
-        del moments
 
     def _fits(self, rows: npt.NDArray[np.int64]) -> bool:
-        """Whether a forward and backward pass of these rows fits the device of this rank."""
+        """Whether these rows fit the device of this rank beside gradients of earlier packs and AdamW's moments."""
         self._strategy.exchange_gradients(False)
+        trained = [_local(p) for p in self._module.parameters() if p.requires_grad]
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-                nll_R: torch.Tensor = self._module(self._objective.pack(rows))
-            self._objective.sums(nll_R, rows)[0].backward()  # type: ignore[no-untyped-call]
+            moments = 0 if self._optimizer.state else 2 * sum(part.numel() for part in trained)
+            reserved = torch.empty(moments, dtype=torch.float32, device=self._device)
+            for _ in range(2):
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                    nll_R: torch.Tensor = self._module(self._objective.pack(rows))
+                self._objective.sums(nll_R, rows)[0].backward()  # type: ignore[no-untyped-call]
+            del reserved
         except torch.OutOfMemoryError:
+            if not self._strategy.repeats_alone:
+                raise
             return False
         finally:
             self._optimizer.zero_grad(set_to_none=True)
         return True
 
-    def agreed(self, own: bool, *, of_all: bool = False) -> bool:
-        """The answer of rank 0, or whether all say yes; called on every rank."""
+    def agreed(self, own: bool) -> bool:
+        """Whether every rank says yes; called on every rank."""
         if self._world_size == 1:
             return own
         answer = torch.tensor(int(own), device=self._device)
-        if of_all:
-            dist.all_reduce(answer, dist.ReduceOp.MIN)
-        else:
-            dist.broadcast(answer, 0)
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
         return bool(answer)
 
     def summary(self, max_points: int) -> dict[str, Any]:
@@ -271,7 +272,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(batch.step, self._total, config.warmup_ratio)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._strategy.zero_gradients(self._optimizer)
         return measured, norm
 
     def backward(self, rows: npt.NDArray[np.int64]) -> list[float]:

@@ -57,6 +57,9 @@ class Replicated:
 
     every_rank_saves = False
 
+    repeats_alone = True
+    """Whether a rank may repeat a pass that failed while the others wait for its next collective."""
+
     def __init__(self, module: Likelihood | DistributedDataParallel) -> None:
         self._module = module
         wrapped = module.module if isinstance(module, DistributedDataParallel) else module
@@ -71,6 +74,10 @@ class Replicated:
         """Set whether the next backward pass averages gradients over ranks; else they accumulate on each rank."""
         if isinstance(self._module, DistributedDataParallel):
             self._module.require_backward_grad_sync = now
+
+    def zero_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients; those that are views of buckets are kept as zeros, or they would be held twice."""
+        optimizer.zero_grad(set_to_none=not isinstance(self._module, DistributedDataParallel))
 
     def clip_gradients(self, max_norm: float) -> float:
         """Clip the gradient to a norm; returns the norm before."""
@@ -110,6 +117,8 @@ class Sharded:
 
     every_rank_saves = True
 
+    repeats_alone = False
+
     def __init__(self, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
 
@@ -128,6 +137,10 @@ class Sharded:
         Without the exchange each rank would hold whole gradients (4 bytes per parameter), and for a model that needs
         sharding there is no room for them.
         """
+
+    def zero_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients."""
+        optimizer.zero_grad(set_to_none=True)
 
     def clip_gradients(self, max_norm: float) -> float:
         """Clip the gradient to a norm over all ranks; returns the norm before."""
@@ -197,7 +210,10 @@ def replicated(likelihood: Likelihood) -> Likelihood | DistributedDataParallel:
         torch.cuda.set_device(device)
     # Gradients are views of the buckets that are exchanged: otherwise both are held, 4 bytes per parameter more.
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(likelihood, device_ids=devices, gradient_as_bucket_view=True)
+    # Buffers are constants. Ranks that broadcast them would wait for one that ran out of memory.
+    return DistributedDataParallel(
+        likelihood, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:
@@ -286,7 +302,9 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterat
         yield f"model.{name}", parameter.detach()
         if parameter not in optimizer.state:
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            # A fused AdamW reads the number of its step on the device.
+            device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **moments}
         for key, value in optimizer.state[parameter].items():
             # A view with one row: the file format stores rows.
             yield f"optimizer.{name}.{key}", value.view(1) if value.ndim == 0 else value
