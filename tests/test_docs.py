@@ -91,8 +91,8 @@ def test_a_configuration_parses_and_so_do_the_commands_in_its_head(name: str) ->
 def known_options() -> set[str]:
     """Of the help of every job with a configuration."""
     found: set[str] = set()
-    for job in ("score.py", "align.py", "compare.py", "export.py"):
-        command = [sys.executable, str(PACKAGE / "jobs" / job), "--help"]
+    for job in (["score.py"], ["align.py"], ["compare.py"], ["export.py"], ["benchmark.py", "gpu"]):
+        command = [sys.executable, str(PACKAGE / "jobs" / job[0]), *job[1:], "--help"]
         help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found |= set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", help_text))
     return found

@@ -17,7 +17,7 @@ from davir_ray.benchmarks.gpu.trial import Trial
 ROOT = Path(__file__).parents[2]
 ABSENT = (
     "ray", "jsonargparse", "datasets", "s3fs", "aiobotocore", "botocore", "boto3", "scipy", "psutil", "matplotlib",
-    "pandas", "accelerate",
+    "pandas", "accelerate", "peft",
 )  # fmt: skip
 """Packages that a machine with torch and transformers need not have."""
 
@@ -39,20 +39,24 @@ def without_packages(tmp_path: Path) -> dict[str, str]:
 
 def test_it_starts_without_ray_and_most_other_packages(without_packages: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "jobs/benchmark.py", "gpu", "--smoke", "--json", str(tmp_path / "found.json")]
-    command += ["--sections", "attention", "families", "syncs"]
+    command += ["--sections", "attention", "families", "scorer", "adapter"]
     done = subprocess.run(command, cwd=ROOT, env=without_packages, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())}
     assert found["attention"]["verdict"] == "ok"
     assert [row["verdict"] for name, row in found.items() if name.startswith("family")] == ["ok"] * 9
     assert "| attention | ok |" in done.stdout
+    assert found["scorer float32"]["verdict"] == "ok"
+    assert found["adapter"]["found"] == "peft is not installed"
 
 
 def test_every_section_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in SECTIONS if name not in ("attention", "families", "scoring")]
     assert main(["--smoke", "--json", str(tmp_path / "found.json"), "--sections", *names]) == 0
     found = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())}
-    assert all(row["verdict"] == "ok" for name, row in found.items() if name.startswith(("scorer", "gradient")))
+    assert all(
+        row["verdict"] == "ok" for name, row in found.items() if name.startswith(("scorer", "adapter", "gradient"))
+    )
     assert found["training 1B, all weights"]["values"]["seconds_of_a_step"] > 0
     assert "needs a GPU" in capsys.readouterr().out
 

@@ -304,9 +304,7 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     ray_train.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
     base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
     recipe = RECIPE | SHARDED | {"num_cpus": 2}
-    with pytest.raises(
-        ClusterError, match="3 training workers of 2 CPUs, each with a GPU, do not fit a cluster of 6 CPUs and 2 GPUs"
-    ):
+    with pytest.raises(ClusterError, match=r"3 training workers .* do not fit .* room for 2;"):
         finetune(Run.at(folder / "run"), base, FinetuneConfig(**recipe | {"num_workers": 3}), spec)
     finetune(Run.at(folder / "run"), base, FinetuneConfig(**recipe), spec)
 

@@ -1,6 +1,6 @@
 """The sections of the benchmark in turn, and the table at the end.
 
-It starts where only torch, transformers, numpy, pyarrow, safetensors and peft are: without Ray, a hub or downloads.
+It starts where only torch, transformers, numpy, pyarrow and safetensors are: without Ray, a hub or downloads.
 """
 
 import argparse
@@ -23,6 +23,7 @@ SECTIONS: dict[str, Callable[[Trial], None]] = {
     "attention": exactness.attention,
     "families": exactness.families,
     "scorer": exactness.scorer,
+    "adapter": exactness.adapter,
     "gradients": exactness.gradients,
     "syncs": exactness.syncs,
     "memory": exactness.memory,

@@ -126,6 +126,9 @@ def training(trial: Trial) -> None:
             trial.tell(f"training {name}", None, "left out: the time is over", predicted=predicted)
             continue
         adapted = "lora_rank" in options
+        if adapted and importlib.util.find_spec("peft") is None:
+            trial.tell(f"training {name}", None, "peft is not installed", predicted=predicted)
+            continue
         trial.clean()
         model = make(SHAPES[shape], trial.half if adapted else torch.float32, trial.device, tiny=trial.smoke)
         batch_size, num_steps = (128, 6) if trial.is_cuda else (8, 3)

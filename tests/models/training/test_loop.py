@@ -389,7 +389,7 @@ def test_the_memory_is_tried_as_in_training_with_activations_recomputed(monkeypa
     model = make()
     passes: list[bool] = []
     trainer = trainer_of(model, replace(CONFIG, gradient_checkpointing=True))
-    model.model.layers[0].mlp.register_forward_hook(lambda module, *_: passes.append(module.training))
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda module, *_: passes.append(module.training))
     trainer.fit_budget()
     assert passes == [True] * 4  # forward and again in backward, twice
 
