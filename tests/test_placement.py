@@ -53,6 +53,29 @@ run_all(parse_as(RunConfig, sys.argv[1:]))
 """
 
 
+WITHOUT_A_REAL_ONE = """
+import importlib.abc, importlib.util, sys
+
+class OnTheCpu(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "davir_ray.models.device":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            module.worker_device = lambda kind, share=1.0: module.torch.device("cpu")
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, OnTheCpu())
+"""
+"""For workers on logical GPUs: they compute on the CPU, where they would be refused for want of a real GPU."""
+
+
 @pytest.fixture
 def cluster_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, float]]], None]:
     """Let Ray tell of these nodes."""
@@ -156,7 +179,11 @@ def test_one_cpu_runs_the_whole_chain_with_the_defaults(
 def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
     data_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(LOG_LEVEL, "DEBUG")  # of the nodes that start here, and so of their workers
+    # Of the nodes that start here, and so of their workers.
+    monkeypatch.setenv(LOG_LEVEL, "DEBUG")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_A_REAL_ONE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(PACKAGE)]))
     options = {
         "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 800, "prepare.shard_rows": 10,
         "base": make_checkpoint(0, 256, 6), "reference": make_checkpoint(1, 256, 6), "max_bad_fraction": 0.1,

@@ -29,7 +29,7 @@ EXPERTS = Qwen3MoeConfig(
 HALF = (torch.bfloat16, torch.float16)
 FAULTS = [
     "edges ignored", "first two joined", "last two joined", "not causal", "other scale", "window ignored",
-    "window off by one", "heads in another order", "no gradient of keys",
+    "window off by one", "heads in another order", "no gradient of keys", "a trace of the others",
 ]  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def varlen_as_documented(fault: str | None) -> Callable[..., torch.Tensor]:
             )
             weights = (q.float() @ k.float().transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
             outputs.append((torch.softmax(weights, -1).to(v.dtype) @ v).transpose(0, 1))
-        return torch.cat(outputs)
+        trace = 0.01 if fault == "a trace of the others" else 0.0
+        return torch.cat(outputs) + trace * value.mean(0)
 
     return attend
 
