@@ -8,6 +8,7 @@ the backward pass, and head and embedding may be one weight.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -210,10 +211,12 @@ def replicated(likelihood: Likelihood) -> Likelihood | DistributedDataParallel:
         torch.cuda.set_device(device)
     # Gradients are views of the buckets that are exchanged: otherwise both are held, 4 bytes per parameter more.
     devices = [device] if device.type == "cuda" else None
-    # Buffers are constants. Ranks that broadcast them would wait for one that ran out of memory.
-    return DistributedDataParallel(
-        likelihood, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():  # torch 2.13 renames the argument that 2.11 has
+        warnings.simplefilter("ignore", FutureWarning)
+        # Buffers are constants. Ranks that broadcast them would wait for one that ran out of memory.
+        return DistributedDataParallel(
+            likelihood, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: bool) -> Likelihood:

@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from davir_ray.models.kernel.attention import equal_runs, packed_attention
+from davir_ray.models.kernel.attention import (
+    PACKED_ATTENTION,
+    equal_runs,
+    packed_attention,
+    register_packed_attention,
+)
 
 LENGTHS = (5, 9, 9, 9, 1, 30)
 HEADS, DIM = 4, 16
@@ -85,6 +91,11 @@ def test_without_lengths_every_row_of_the_batch_is_one_sequence() -> None:
 def test_lengths_that_do_not_fill_the_pack_are_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="tokens"):
         packed_attention(MODULE, *draw(2, num_tokens=25), None, **places(lengths))
+
+
+def test_transformers_makes_no_mask_for_it_and_does_not_wait_to_look_for_sequences() -> None:
+    register_packed_attention()
+    assert PACKED_ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def test_several_rows_are_no_pack() -> None:

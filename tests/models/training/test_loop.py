@@ -386,7 +386,7 @@ def test_the_budget_is_halved_until_its_largest_pack_fits_and_no_step_is_taken(m
 
 
 def test_the_memory_is_tried_as_in_training_with_activations_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
+    model = make().eval()  # as a checkpoint is loaded
     passes: list[bool] = []
     trainer = trainer_of(model, replace(CONFIG, gradient_checkpointing=True))
     model.model.layers[0].input_layernorm.register_forward_hook(lambda module, *_: passes.append(module.training))
