@@ -35,11 +35,11 @@ from davir_ray.engine.connect import connected
 from davir_ray.engine.resources import has_gpu
 from davir_ray.errors import ClusterError, ConfigError, ProgressError
 from davir_ray.models.checkpoint import Checkpoint, quiet
-from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.run.files import in_folder, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.stages.score import score
+from davir_ray.stages.score import score, scorer_settings
 
 log = logging.getLogger(__name__)
 
@@ -220,12 +220,7 @@ def compare_with_scorer(
     config = ScoreConfig(
         num_actors=1, num_gpus=float(device_here().type == "cuda"), precision=precision, tokens_per_pack=tokens_per_pack
     )
-    settings = ScorerSettings(
-        device="cuda" if device_here().type == "cuda" else "cpu",
-        precision=precision,
-        tokens_per_pack=tokens_per_pack,
-        keep_token_nll="none",
-    )
+    settings = scorer_settings(config, "none")
     bare = _bare_seconds(Scorer(base, reference, settings), examples, turns=max(2, num_shards // 4))
     with connected():
         started = time.monotonic()

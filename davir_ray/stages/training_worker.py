@@ -185,7 +185,8 @@ class Checkpoints:
             self._last = time.monotonic()
             return
         folder = tempfile.mkdtemp(prefix=f"davir-{self._training.name}-")
-        try:
+        with ExitStack() as failed:
+            failed.callback(shutil.rmtree, folder, ignore_errors=True)
             with storage_errors(folder):
                 self._trainer.save_state(Path(folder))
             self._idle.clear()
@@ -197,9 +198,7 @@ class Checkpoints:
                     checkpoint_upload_fn=self._upload,
                     delete_local_checkpoint_after_upload=False,
                 )
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            failed.pop_all()  # the upload deletes it
         self._last = time.monotonic()
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:

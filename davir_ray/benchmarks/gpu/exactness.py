@@ -46,7 +46,7 @@ def attention(trial: Trial) -> None:
         worst, worst_gradient = max(worst, error), max(worst_gradient, gradient)
         if not (error < 2e-2 and gradient < 3e-2):
             bad.append((dim, heads, key_heads, window, scaling, error, gradient))
-    trial.tell(
+    trial.record(
         "attention", not bad,
         f"{len(cases)} cases; largest relative error of a sequence {worst:.1e}, of a gradient {worst_gradient:.1e}"
         + (f"; bad: {bad[:3]}" if bad else ""),
@@ -117,7 +117,7 @@ def families(trial: Trial) -> None:
         again = zip(_among_others(likelihood, examples, size), packed, strict=True)
         moved = sum(not np.array_equal(other, own) for other, own in again)
         is_exact = errors["packed"] < 3 * errors["eager"] + 2e-3
-        trial.tell(
+        trial.record(
             f"family {name}", attention_found == "packed" and not moved and is_exact,
             f"{attention_found}; error of the worst sequence in nats a token: packed {errors['packed']:.4f}, eager "
             f"{errors['eager']:.4f}; sequences that neighbours move: {moved} of {len(lengths)}",
@@ -188,7 +188,7 @@ def scorer(trial: Trial) -> None:
             columns = (np.asarray(first[name])[:40] for name in ("base_nll", "reference_nll"))
             error = max(float(np.max(np.abs(a - b) / b)) for a, b in zip(columns, exact, strict=True))
             same, any_order = first.equals(again), np.array_equal(np.asarray(first["davir"])[order], shuffled)
-            trial.tell(
+            trial.record(
                 f"scorer {precision}", error < limit and same and any_order,
                 f"relative error of a loss {error:.1e}; the same bits again: {same}, in any order: {any_order}",
                 error=error,
@@ -200,7 +200,7 @@ def scorer(trial: Trial) -> None:
 def adapter(trial: Trial) -> None:
     """Whether the base keeps its bits under an adapter that is attached to it."""
     if importlib.util.find_spec("peft") is None:
-        trial.tell("adapter", None, "peft is not installed")
+        trial.record("adapter", None, "peft is not installed")
         return
     model = make(FAMILIES["llama, heads of 64"], torch.float32, trial.device, tiny=trial.smoke)
     table = as_table(draw_like_alpaca(100 if trial.is_cuda else 20, int(model.config.vocab_size), seed=3))
@@ -214,10 +214,14 @@ def adapter(trial: Trial) -> None:
         model.save_pretrained(f"{folder}/adapter")
         base, light = (Checkpoint.find(f"{folder}/{name}") for name in ("base", "adapter"))
         settings = ScorerSettings(device="cuda" if trial.is_cuda else "cpu", precision="bfloat16")
-        whole, adapted = (np.asarray(Scorer(base, other, settings)(table)["base_nll"]) for other in (base, light))
-        reference = np.asarray(Scorer(base, light, settings)(table)["reference_nll"])
-    same, differs = np.array_equal(whole, adapted), not np.array_equal(adapted, reference)
-    trial.tell("adapter", same and differs, f"the base keeps its bits: {same}; the adapter has other losses: {differs}")
+        plain, adapted = (Scorer(base, other, settings)(table) for other in (base, light))
+    whole, under, reference = (
+        np.asarray(scores[name])
+        for scores, name in ((plain, "base_nll"), (adapted, "base_nll"), (adapted, "reference_nll"))
+    )
+    same, differs = np.array_equal(whole, under), not np.array_equal(under, reference)
+    words = f"the base keeps its bits: {same}; the adapter has other losses: {differs}"
+    trial.record("adapter", same and differs, words)
 
 
 def as_table(examples: Sequences) -> pa.Table:
@@ -248,7 +252,7 @@ def gradients(trial: Trial) -> None:
             found = {name: parameter.grad for name, parameter in trained.named_parameters()}
             difference = sum(float((found[key].double() - value).norm()) ** 2 for key, value in expected.items())
             error = math.sqrt(difference / sum(float(value.norm()) ** 2 for value in expected.values()))
-            trial.tell(f"gradient {name} {precision}", error < limit, f"relative error {error:.1e}", error=error)
+            trial.record(f"gradient {name} {precision}", error < limit, f"relative error {error:.1e}", error=error)
             del trained, trainer, found
         del model
         trial.clean()
@@ -270,29 +274,29 @@ def _exact_gradient(model: PreTrainedModel, examples: Sequences) -> dict[str, to
 def syncs(trial: Trial) -> None:
     """How often a packed forward makes the host wait for the GPU."""
     if not trial.is_cuda:
-        trial.tell("syncs", None, "needs a GPU")
+        trial.record("syncs", None, "needs a GPU")
         return
     likelihood = Likelihood(make(FAMILIES["llama, heads of 64"], trial.half, trial.device, tiny=False))
     pack = Pack.of(draw((30, 40, 50), 4000)).to(trial.device)
     with torch.inference_mode():
         likelihood(pack)
         trial.wait()
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 likelihood(pack)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    found = [f"{Path(one.filename).name}:{one.lineno}" for one in told if "synchroniz" in str(one.message)]
-    trial.tell("syncs", not found, f"{len(found)} in a packed forward {found}", predicted="0", lines=found)
+    found = [f"{Path(one.filename).name}:{one.lineno}" for one in warned if "synchroniz" in str(one.message)]
+    trial.record("syncs", not found, f"{len(found)} in a packed forward {found}", predicted="0", lines=found)
     trial.clean()
 
 
 def memory(trial: Trial) -> None:
     """The back-off of the token budget, with the allocator held to little more than the weights."""
     if not trial.is_cuda:
-        trial.tell("memory", None, "needs a GPU")
+        trial.record("memory", None, "needs a GPU")
         return
     model = make(SHAPES["Llama-3.2-1B"], trial.half, trial.device, tiny=False)
     likelihood = Likelihood(model)
@@ -310,7 +314,7 @@ def memory(trial: Trial) -> None:
     moved = max(float(np.abs(a - b).max()) for a, b in both)
     trial.clean()
     left = torch.cuda.memory_allocated() - used
-    trial.tell(
+    trial.record(
         "memory", not missing and smallest < 65536 and moved < 0.3 and left < 2**20,
         f"65,536 tokens came down to {smallest:,}; rows without losses: {missing}; largest difference {moved:.3f} "
         f"nats; {left} bytes left behind", smallest=smallest, missing=missing, left=left,

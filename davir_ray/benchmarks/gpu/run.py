@@ -45,16 +45,16 @@ def main(arguments: Sequence[str]) -> int:
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
     trial = Trial(device=device, smoke=given.smoke, limit_s=given.limit_s, json=given.json)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    trial.tell("machine", None, f"{device_name(device)}, {versions}", device=device_name(device), **versions)
+    trial.record("machine", None, f"{device_name(device)}, {versions}", device=device_name(device), **versions)
     for name in given.sections:
         if trial.is_over:
-            trial.tell(name, None, "left out: the time is over")
+            trial.record(name, None, "left out: the time is over")
             continue
         try:
             SECTIONS[name](trial)
         except Exception as error:  # noqa: BLE001 - the other sections may still run
             log.error("%s", traceback.format_exc())
-            trial.tell(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            trial.record(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         trial.clean()
     sys.stdout.write(_table(trial))
     return int(any(row["verdict"] == "FAIL" for row in trial.results))

@@ -46,7 +46,7 @@ _STEPS: dict[str, tuple[str, dict[str, Any], str]] = {
 def matrix_rate(trial: Trial) -> None:
     """The rate of large matrix products, which the other rates are shares of."""
     rate = gemm_flops(trial.half, trial.device)
-    trial.tell("matrix rate", None, f"{rate / 1e12:.3g} TFLOP/s", predicted="790 TFLOP/s", rate=rate)
+    trial.record("matrix rate", None, f"{rate / 1e12:.3g} TFLOP/s", predicted="790 TFLOP/s", rate=rate)
 
 
 def scoring(trial: Trial) -> None:
@@ -54,7 +54,7 @@ def scoring(trial: Trial) -> None:
     rate = trial.value("matrix rate", "rate", 0.0) or gemm_flops(trial.half, trial.device)
     for name, (num_rows, budgets) in _PACKS.items():
         if trial.is_over:
-            trial.tell(f"scoring {name}", None, "left out: the time is over", predicted=_PREDICTED[name])
+            trial.record(f"scoring {name}", None, "left out: the time is over", predicted=_PREDICTED[name])
             continue
         model = make(SHAPES[name], trial.half, trial.device, tiny=trial.smoke)
         likelihood = Likelihood(model)
@@ -67,7 +67,7 @@ def scoring(trial: Trial) -> None:
         default = TOKENS_PER_PACK[trial.device.type] if trial.is_cuda else budgets[0]
         pairs = len(examples) * shares[default] * rate / flops / 2
         by_pack = ", ".join(f"{budget}: {share:.1%} ({memory[budget]:.1f} GiB)" for budget, share in shares.items())
-        trial.tell(
+        trial.record(
             f"scoring {name}", None, f"share of the matrix rate by tokens of a pack {by_pack}; {pairs:,.0f} pairs/s",
             predicted=_PREDICTED[name], shares=shares, pairs_per_second=pairs, memory_gib=memory,
         )  # fmt: skip
@@ -95,39 +95,39 @@ def _variants(trial: Trial, name: str, likelihood: Likelihood, examples: Sequenc
     score = partial(budgeted, likelihood, examples, budget)
     plain, _ = _timed(trial, score)
     with mock.patch.object(kernel, "token_nll", torch.compile(token_nll, dynamic=True)):
-        _tell_variant(trial, f"{name}: compiled softmax", plain, score)
+        _record_variant(trial, f"{name}: compiled softmax", plain, score)
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=likelihood.model)
-        _tell_variant(trial, f"{name}: Liger", plain, score)
+        _record_variant(trial, f"{name}: Liger", plain, score)
     else:
-        trial.tell(f"variant {name}: Liger", None, "is not installed")
+        trial.record(f"variant {name}: Liger", None, "is not installed")
     for layer in likelihood.model.get_decoder().layers:
         layer.compile(dynamic=True)
-    _tell_variant(trial, f"{name}: compiled layers", plain, score)
+    _record_variant(trial, f"{name}: compiled layers", plain, score)
 
 
-def _tell_variant(trial: Trial, name: str, plain: float, score: Callable[[], object]) -> None:
+def _record_variant(trial: Trial, name: str, plain: float, score: Callable[[], object]) -> None:
     try:
         taken, _ = _timed(trial, score)
     except Exception as error:  # noqa: BLE001 - a variant that does not run is a result
-        trial.tell(
+        trial.record(
             f"variant {name}", None, f"does not run: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
         )
         return
-    trial.tell(f"variant {name}", None, f"{plain / taken:.2f} times as fast", ratio=plain / taken)
+    trial.record(f"variant {name}", None, f"{plain / taken:.2f} times as fast", ratio=plain / taken)
 
 
 def training(trial: Trial) -> None:
     """A step of the default recipe, and the bytes that a trained parameter takes."""
     for name, (shape, options, predicted) in _STEPS.items():
         if trial.is_over:
-            trial.tell(f"training {name}", None, "left out: the time is over", predicted=predicted)
+            trial.record(f"training {name}", None, "left out: the time is over", predicted=predicted)
             continue
         adapted = "lora_rank" in options
         if adapted and importlib.util.find_spec("peft") is None:
-            trial.tell(f"training {name}", None, "peft is not installed", predicted=predicted)
+            trial.record(f"training {name}", None, "peft is not installed", predicted=predicted)
             continue
         trial.clean()
         model = make(SHAPES[shape], trial.half if adapted else torch.float32, trial.device, tiny=trial.smoke)
@@ -144,7 +144,7 @@ def training(trial: Trial) -> None:
             seconds.append(report.num_tokens / report.tokens_per_second)
         step = float(np.median(seconds[1:]))
         num_bytes = trial.peak_gib() * 2**30 / sum(parameter.numel() for parameter in model.parameters())
-        trial.tell(
+        trial.record(
             f"training {name}", None,
             f"{1000 * step:.0f} ms a step of {batch_size} rows; {num_bytes:.1f} bytes a parameter at the peak, packs "
             f"of {trainer.budget:,} tokens", predicted=predicted, seconds_of_a_step=step, bytes_a_parameter=num_bytes,

@@ -41,7 +41,7 @@ class Trial:
         """Whether the time is used up."""
         return time.monotonic() - self.started > self.limit_s
 
-    def tell(self, name: str, holds: bool | None, found: str, predicted: str = "", **values: Any) -> None:
+    def record(self, name: str, holds: bool | None, found: str, predicted: str = "", **values: Any) -> None:
         """Add a result: whether it holds (None: a number to be read), in words, with its values."""
         verdict = {True: "ok", False: "FAIL", None: ""}[holds]
         seconds = round(time.monotonic() - self.started, 1)

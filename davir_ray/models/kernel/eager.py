@@ -24,6 +24,8 @@ from davir_ray.text import one_line
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def eager_nll(model: PreTrainedModel, input_ids: npt.NDArray[np.int32], spans: Spans) -> torch.Tensor:
     """NLL in nats of every scored token, [R]; differentiable. ModelError if the model cannot run in its type."""
@@ -52,17 +54,12 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
     model.config._attn_implementation = name
 
 
-def _in_half_precision(model: PreTrainedModel) -> bool:
-    types = (torch.bfloat16, torch.float16)
-    return model.dtype in types or torch.is_autocast_enabled(model.device.type)
-
-
 @contextmanager
 def _scores_in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Let eager attention compute in float32, if the model is in half precision and uses AttentionInterface."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if not _in_half_precision(model):
+    if model.dtype not in _HALF and not torch.is_autocast_enabled(model.device.type):
         yield
         return
     # By the name itself: some families do other things for another name.
@@ -98,8 +95,7 @@ def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
         return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
 
     head = active_head(model)
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    if model.device.type != "cuda" or not half or type(head) is not torch.nn.Linear:
+    if model.device.type != "cuda" or model.dtype not in _HALF or type(head) is not torch.nn.Linear:
         yield
         return
     hook = head.register_forward_hook(product)

@@ -213,7 +213,7 @@ def _with_gradient(
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """Shorten attention windows, so that a short sequence is longer than one."""
-    owners = [*model.modules(), *{id(config): config for config in _configs(model)}.values()]
+    owners = [*model.modules(), *_configs(model)]
     names = ("sliding_window", "attention_chunk_size")
     changed = [(owner, name, vars(owner).get(name)) for owner in owners for name in names]
     changed = [entry for entry in changed if isinstance(entry[2], int) and entry[2] > _WINDOW]
