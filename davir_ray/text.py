@@ -42,6 +42,14 @@ def shorten_middle(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
+def format_bytes(count: float) -> str:
+    """A number of bytes with its unit, in three digits."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
 def printable(text: str) -> str:
     """Escape the characters of a text that would control a terminal or reorder a line, except \\n and \\t.
 

@@ -34,7 +34,6 @@ from davir_ray.config.yaml import dump, load
 from davir_ray.data.detection import with_format
 from davir_ray.data.formats import needs_chat
 from davir_ray.engine.connect import connected_to
-from davir_ray.engine.ray_train import with_workers
 from davir_ray.engine.trackers import check_tracker
 from davir_ray.engine.tracking import Tracking
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
@@ -48,6 +47,7 @@ from davir_ray.run.progress import Progress
 from davir_ray.schema import Status
 from davir_ray.stages.finetune import what_matters
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.training_plan import plan_training
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,9 @@ def compare(config: CompareConfig) -> Run:
             log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(left_out))
         write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(left_out, pa.int64())}))
         check_left(heldout, left_out)
-        recipe = with_workers(recipe)
+        planned = plan_training(preparation.base, recipe).config
+        one_each = recipe.num_workers is None and planned.strategy == "ddp"  # then several arms train at once
+        recipe = dataclasses.replace(planned, num_workers=1) if one_each else planned
         at_once, pool = plan_trials(recipe, run_config.score, config.arms_at_once)
         settings = TrialSettings(
             base=preparation.base,
@@ -169,10 +171,7 @@ def _recipe(run_config: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
         )
     fixed = {"max_steps": None, "export_epochs": False}
     fields = {**dataclasses.asdict(run_config.finetune), **changes, **fixed}
-    recipe = load(RunConfig, json.dumps({"finetune": fields})).finetune
-    if recipe.num_workers is None and recipe.strategy == "ddp":  # several arms train at once
-        return dataclasses.replace(recipe, num_workers=1)
-    return recipe
+    return load(RunConfig, json.dumps({"finetune": fields})).finetune
 
 
 def _preparation(run: Run, run_config: RunConfig, config: CompareConfig) -> Preparation:

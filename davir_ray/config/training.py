@@ -35,16 +35,18 @@ class FinetuneConfig:
     """Seed of the data order (with the epoch) and of dropout (with the step)."""
     tokens_per_pack: int | None = None
     """Token budget of one forward and backward pass; gradients accumulate over a batch's packs. None: by device."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: a third more compute for a fraction of the memory. None: where they
+    would not fit a GPU; on CPUs, whose packs are small, never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
     num_workers: int | None = None
     """Data-parallel workers (Ray Train). The steps are the same for any number. None: as many as the cluster has GPUs,
     1 without GPUs and for each fine-tune of a comparison."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp"] | None = None
     """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes per parameter. fsdp: these are sharded
-    over the workers (FSDP2), for models that do not fit one GPU. The steps are the same."""
+    over the workers (FSDP2), for models that do not fit one GPU. The steps are the same. None: ddp, or fsdp where the
+    memory of a GPU, asked in the cluster, is less than ddp is estimated to take."""
     num_cpus: int = 1
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None

@@ -35,6 +35,21 @@ def accelerators() -> list[str]:
     return sorted(name.removeprefix(start) for name in ray.cluster_resources() if name.startswith(start))
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of the cluster, asked on each node that has one. None: no node's torch sees any."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    task = ray.remote(num_cpus=0, max_retries=2)(_memory_of_this_node)
+    there = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes]
+    return min((size for size in ray.get([one.remote() for one in there]) if size is not None), default=None)
+
+
+def _memory_of_this_node() -> int | None:
+    import torch  # imported late: in the task alone
+
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes, default=None)
+
+
 def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:
     """The size of a pool: `wanted`, else as many actors as fit the cluster; raises ClusterError if they do not fit."""
     room = room_for(num_cpus, num_gpus)

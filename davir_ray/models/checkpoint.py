@@ -184,13 +184,16 @@ class Checkpoint:
         model.name_or_path = self.uri
         return model.to(device).eval()
 
-    def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: its modules and shapes. ModelError if it cannot be built."""
+    def skeleton(self, attention: str | None = None) -> PreTrainedModel:
+        """The model on the meta device: its modules and shapes, with its own attention unless another is named.
+
+        ModelError if it cannot be built.
+        """
         config = self.config()
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=self.trust_remote_code
+                    config, trust_remote_code=self.trust_remote_code, attn_implementation=attention
                 )
         except (ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelError(f"{self.uri} is not a causal language model: {one_line(error)}") from error

@@ -18,7 +18,7 @@ from davir_ray.data.records import LeftOut, Reject, estimate_rows
 from davir_ray.data.shards import BYTES_PER_TOKEN, SHARD_ROWS, shard_tokens
 from davir_ray.data.tokens import decoded_segments
 from davir_ray.engine.connect import connected_to
-from davir_ray.engine.ray_train import check_workers, with_workers
+from davir_ray.engine.ray_train import check_workers
 from davir_ray.engine.resources import accelerators, has_gpu, plan_pool
 from davir_ray.errors import ConfigError
 from davir_ray.models.device import gemm_flops
@@ -26,6 +26,8 @@ from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.stages.prepare import UNLIMITED, Preparation
+from davir_ray.stages.training_plan import plan_training
+from davir_ray.text import format_bytes
 
 PEAK_TFLOPS = {
     "V100": 125.0, "T4": 65.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0,
@@ -42,9 +44,6 @@ CPU_SHARE = 0.7
 _ADAM_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: its float32 value and Adam's two moments."""
 
-_GRADIENT_BYTES = 4
-"""Bytes of a trained parameter's gradient in memory: float32."""
-
 
 def describe_run(
     run: Run,
@@ -60,13 +59,18 @@ def describe_run(
     lines, data = preview(config.all_sources(), preparation, written=written)
     with connected_to(run, is_shared=config.output_is_shared):
         run.check_claim()
+        plan = None
         if training is not None:
-            check_workers(training := with_workers(training))
+            check_workers(training)
+            plan = plan_training(preparation.base, training, with_memory=True)
+            training = plan.config
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
     found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
     lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
+    if plan is not None:
+        lines.append(f"fine-tune: {plan}")
     return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
 
@@ -157,8 +161,6 @@ class Estimate:
     checkpoint_bytes: float
     """Maximum bytes at any time: the last checkpoint and the one being written."""
     reference_bytes: float
-    device_bytes: float
-    """Weights, gradients and moments on each fine-tuning device, without activations; 0 without a fine-tune."""
 
     def device_hours(self, tflops: float) -> tuple[float, float]:
         """Device-hours of the fine-tune and of scoring, on devices that sustain this rate."""
@@ -171,17 +173,16 @@ def estimate(
     """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair."""
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
-    epochs, passes, trained, device_bytes = 0.0, 0, 0, 0.0
+    epochs, passes, trained = 0.0, 0, 0
     if finetune is not None:
         if finetune.lora_rank is None:
             trained, passes = size.num_parameters, 3
         else:  # the frozen weights get no gradient of their own
             trained, passes = finetune.lora_rank * size.linear_edges, 2
-        passes += finetune.gradient_checkpointing
+        passes += bool(finetune.gradient_checkpointing)
         epochs = float(finetune.epochs)
         if finetune.max_steps is not None:
             epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
-        device_bytes = _device_bytes(size, finetune, trained)
     return Estimate(
         data=data,
         num_shards=_num_shards(data, shard_rows),
@@ -189,7 +190,6 @@ def estimate(
         score_flops=2 * forward,
         checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
         reference_bytes=4.0 * trained,
-        device_bytes=device_bytes,
     )
 
 
@@ -198,23 +198,6 @@ def _num_shards(data: DataSize, shard_rows: int | None) -> int:
     if shard_rows is not None:
         return by_rows
     return max(by_rows, math.ceil(data.num_tokens / shard_tokens(data.num_tokens * BYTES_PER_TOKEN)))
-
-
-def _device_bytes(size: ModelSize, finetune: FinetuneConfig, trained: int) -> float:
-    """The maximum bytes that the fine-tune holds on a device, without activations; a frozen base may take fewer.
-
-    With sharding, a device also gathers the embeddings and two layers at a time, one that runs and the next; if these
-    are trained, it also holds their gradients until they are summed over the devices.
-    """
-    state = (_ADAM_BYTES + _GRADIENT_BYTES) * trained
-    if finetune.lora_rank is not None:
-        state += 4 * size.num_parameters
-    if finetune.strategy == "ddp":
-        return float(state)
-    gathered = size.num_parameters - size.num_body + 2 * size.num_body / size.num_layers
-    return state / (finetune.num_workers or 1) + gathered * (
-        4 if finetune.lora_rank is not None else 4 + _GRADIENT_BYTES
-    )
 
 
 def estimate_lines(found: Estimate, tflops: float, how: str, num_devices: int, price: float | None) -> list[str]:
@@ -226,24 +209,15 @@ def estimate_lines(found: Estimate, tflops: float, how: str, num_devices: int, p
         "estimate, from the first rows:",
         f"  data: {data.num_rows:,} rows, {data.num_examples:,} examples, {data.num_tokens:,} tokens "
         f"({data.num_scored:,} scored), {found.num_shards:,} shards",
-        f"  disk: {_bytes(found.checkpoint_bytes)} for checkpoints while fine-tuning, "
-        f"{_bytes(found.reference_bytes)} for the reference",
+        f"  disk: {format_bytes(found.checkpoint_bytes)} for checkpoints while fine-tuning, "
+        f"{format_bytes(found.reference_bytes)} for the reference",
         f"  compute: {total:.3g} device-hours ({training:.3g} fine-tune, {scoring:.3g} score) at {tflops:.3g} TFLOP/s "
         f"a device ({how})",
         f"  time to score: {_duration(scoring / max(1, num_devices))} on {num_devices} actors",
     ]
-    if found.device_bytes:
-        lines.append(f"  memory: {_bytes(found.device_bytes)} of a device while fine-tuning, plus activations")
     if price is not None:
         lines.append(f"  cost: {total * price:.2f} at {price:g} a device-hour")
     return lines
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def _duration(hours: float) -> str:

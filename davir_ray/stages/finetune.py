@@ -13,7 +13,7 @@ from typing import Any
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.progress import tracked
-from davir_ray.engine.ray_train import run_on_workers, with_workers
+from davir_ray.engine.ray_train import run_on_workers
 from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import UserError
 from davir_ray.models.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
+from davir_ray.stages.training_plan import plan_training
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +122,11 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
+            plan = plan_training(training.base, training.config)
+            if plan.memory is not None:
+                log.info("%s: %s", stage, plan)
             # The name is also that of Ray Train's folder: the same training continues, another one starts over.
-            training = replace(training, name=digest(fingerprint)[:16], config=with_workers(training.config))
+            training = replace(training, name=digest(fingerprint)[:16], config=plan.config)
             work = partial(train_on_rank, training, counter)
             result = run_on_workers(work, training.config, checkpoints, training.name)
     except UserError:
@@ -138,6 +142,8 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
             "loss_by_step": curves.pop("loss"),
             "final_loss": result["loss"],
             "workers": training.config.num_workers,
+            "strategy": training.config.strategy,
+            "gradient_checkpointing": training.config.gradient_checkpointing,
             **({"measures_by_step": curves} if curves else {}),
             **result["details"],
         },

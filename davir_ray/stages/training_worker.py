@@ -98,7 +98,7 @@ def _load(training: Training) -> Any:
         device = get_device()
     dtype = resolve_dtype(weights_precision(config), device)
     make = partial(trainable, training.base, config, dtype, dropout=training.dropout)
-    if config.strategy == "ddp":
+    if config.strategy != "fsdp":
         return replicated(together(partial(make, device)))
     return sharded(partial(make, torch.device("cpu")), device, autocast=uses_autocast(config.precision, device))
 

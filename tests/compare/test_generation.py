@@ -131,8 +131,11 @@ def test_mistakes_are_told_before_anything_is_loaded(prepared: Path, base_folder
 def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: Path, tmp_path: Path) -> None:
     """Texts are replaced by ones with known answers; the stage's files and counts follow."""
     run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
-    assert match(run, examples=source).counts == {"examples": 2 * ROWS, "expected": ROWS, "strict": 0, "flexible": 0}
     answers = {row["example_id"]: row["response"] for row in table_of(source, "examples").to_pylist()}
+    expected = sum("#### " in answer for answer in answers.values())
+    counts = {"examples": 2 * ROWS, "expected": expected, "strict": 0, "flexible": 0}
+    assert expected >= ROWS
+    assert match(run, examples=source).counts == counts
     generations = table_of(run, "generations").to_pylist()
     generations = [row for row in generations if row["source"] == "gsm8k"]
     for number, row in enumerate(generations):

@@ -4,7 +4,6 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,14 +53,16 @@ def test_the_parts_add_up(size: ModelSize) -> None:
     assert full.score_flops == 2 * forward
     assert full.finetune_flops == 3 * 3 * forward
     assert full.checkpoint_bytes == 2 * 12 * size.num_parameters
-    assert estimate(size, DATA, 100, FinetuneConfig(epochs=1)).finetune_flops == 4 * forward
+    assert estimate(size, DATA, 100, FinetuneConfig(epochs=1)).finetune_flops == 3 * forward
+    recomputed = FinetuneConfig(epochs=1, gradient_checkpointing=True)
+    assert estimate(size, DATA, 100, recomputed).finetune_flops == 4 * forward
     large = DataSize(num_rows=52_000, num_examples=52_000, num_tokens=6_400_000, num_scored=1)
     assert estimate(size, large, None, None).num_shards == 64
     assert estimate(size, DATA, None, None).num_shards == 2
     given = estimate(size, DATA, 899, None)
     assert (given.num_shards, given.finetune_flops, given.checkpoint_bytes) == (2, 0, 0)
     adapter = estimate(size, DATA, 100, FinetuneConfig(epochs=1, lora_rank=8))
-    assert adapter.finetune_flops == 3 * forward
+    assert adapter.finetune_flops == 2 * forward
     assert adapter.reference_bytes < full.reference_bytes
 
 
@@ -73,21 +74,6 @@ def test_a_batch_of_pairs_holds_two_examples_each(size: ModelSize) -> None:
     assert estimate(size, DATA, 100, steps).finetune_flops == pairs.finetune_flops / 2
 
 
-def test_memory_of_a_device_falls_with_the_workers_that_share_a_model(size: ModelSize) -> None:
-    def device_bytes(**options: Any) -> float:
-        return estimate(size, DATA, 100, FinetuneConfig(**options)).device_bytes
-
-    alone = device_bytes()
-    assert alone == device_bytes(num_workers=8) == 16 * size.num_parameters
-    shares = [device_bytes(strategy="fsdp", num_workers=number) for number in (2, 4, 8)]
-    assert shares[0] - shares[1] == alone / 4
-    assert shares[1] - shares[2] == alone / 8
-    # Of the two layers both are gathered at a time, with the embedding and the head.
-    assert shares[0] == alone / 2 + 8 * (size.num_embedding + size.num_head + size.num_body)
-    assert device_bytes(lora_rank=4) == 4 * size.num_parameters + 16 * 4 * size.linear_edges
-    assert estimate(size, DATA, 100, None).device_bytes == 0
-
-
 def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
     found = Estimate(
         data=DATA,
@@ -96,7 +82,6 @@ def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
         score_flops=7.2e18,
         checkpoint_bytes=2.5e9,
         reference_bytes=1e6,
-        device_bytes=7e9,
     )
     assert found.device_hours(100) == (10, 20)
     text = "\n".join(estimate_lines(found, 100, "as given", 10, 2.5))
@@ -108,7 +93,6 @@ def test_the_cost_is_the_hours_at_the_rate(size: ModelSize) -> None:
         "(10 fine-tune, 20 score)",
         "2 hours",
         "75.00",
-        "7 GB of",
     ):
         assert part in text
     assert "cost" not in "\n".join(estimate_lines(found, 100, "as given", 10, None))
@@ -151,9 +135,10 @@ def test_real_data_hold_about_what_was_estimated(data_folder: Path, base_folder:
     source = Source(name="alpaca", path=str(data_folder / "alpaca_9k.jsonl.gz"), format="alpaca")
     _, few = preview([source], preparation)
     _, many = preview([source], preparation, num_records=3000)
-    assert few.num_rows == many.num_rows == 9229
+    with gzip.open(data_folder / "alpaca_9k.jsonl.gz") as lines:
+        assert few.num_rows == many.num_rows == sum(1 for _ in lines)
     assert few.num_tokens == pytest.approx(many.num_tokens, rel=0.25)
     assert few.num_scored == pytest.approx(many.num_scored, rel=0.35)
     _, limited = preview([source], replace(preparation, limit=50))
     assert limited.num_rows == 50
-    assert limited.num_tokens < few.num_tokens / 100
+    assert limited.num_tokens == pytest.approx(50 * few.num_tokens / few.num_rows, rel=0.35)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
+from davir_ray.models.device import DeviceKind
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.packing import Spans, scored_positions
 
@@ -134,14 +135,17 @@ class Pack:
 class Likelihood(torch.nn.Module):
     """Token likelihoods under one causal language model loaded with PACKED_ATTENTION."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, chunks_for: DeviceKind | None = None) -> None:
+        """`chunks_for` is the device whose chunks the head takes, where that is not the model's."""
         super().__init__()
         register_packed_attention()  # the model may have come from another process, as that of a rank does
         self.model = model
         self.packed = model.config._attn_implementation == PACKED_ATTENTION
         """Whether packs are run without padding; the self-check clears it for models that cannot be packed exactly."""
         vocabulary = int(model.config.get_text_config().vocab_size)
-        self._chunk_rows = max(1, min(_CHUNK_ROWS[model.device.type], _CHUNK_LOGITS // vocabulary))
+        kind = chunks_for or model.device.type
+        self._chunk_rows = max(1, min(_CHUNK_ROWS[kind], _CHUNK_LOGITS // vocabulary))
+        self._block_rows = max(1, _CACHED_LOGITS // vocabulary) if kind == "cpu" else self._chunk_rows
         self._rope_types, self._rope_length = _length_dependent_rope(model.config.get_text_config())
 
     @property
@@ -168,13 +172,15 @@ class Likelihood(torch.nn.Module):
     def _nll(self, pack: Pack) -> torch.Tensor:
         pack = pack.to(self.model.device)
         hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_padded(pack)
-        chunks = zip(
-            torch.split(hidden_RH, self._chunk_rows), torch.split(pack.targets_R, self._chunk_rows), strict=True
-        )
+        return self.head_nll(hidden_RH, pack.targets_R)
+
+    def head_nll(self, hidden_RH: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
+        """NLL of tokens after the backbone has run: that of each target, given the hidden state that predicts it."""
+        chunks = zip(torch.split(hidden_RH, self._chunk_rows), torch.split(targets_R, self._chunk_rows), strict=True)
         if torch.is_grad_enabled():
             # The logits of a chunk are recomputed in the backward pass instead of kept.
-            return torch.cat([checkpoint(self._head_nll, h, t, use_reentrant=False) for h, t in chunks])
-        return torch.cat([self._head_nll(hidden, targets) for hidden, targets in chunks])
+            return torch.cat([checkpoint(self._chunk_nll, h, t, use_reentrant=False) for h, t in chunks])
+        return torch.cat([self._chunk_nll(hidden, targets) for hidden, targets in chunks])
 
     def _hidden_packed(self, pack: Pack) -> torch.Tensor:
         hidden_1TH = self.model.base_model(
@@ -198,10 +204,9 @@ class Likelihood(torch.nn.Module):
         ).last_hidden_state
         return torch.as_tensor(hidden_NLH[mask_NL.bool()][pack.predictors_R])
 
-    def _head_nll(self, hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+    def _chunk_nll(self, hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         logits_CV = self._logits(hidden_CH)
-        num_rows = max(1, _CACHED_LOGITS // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
-        blocks = zip(torch.split(logits_CV, num_rows), torch.split(targets_C, num_rows), strict=True)
+        blocks = zip(torch.split(logits_CV, self._block_rows), torch.split(targets_C, self._block_rows), strict=True)
         return torch.cat([token_nll(_adjust_logits(self.model.config, logits), targets) for logits, targets in blocks])
 
     def _logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:

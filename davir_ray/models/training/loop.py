@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from davir_ray.config.training import SAVE_MEMORY, FinetuneConfig
 from davir_ray.errors import TrainingError
@@ -98,6 +99,13 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Let the layers of a model keep only their inputs for the backward pass, and compute the rest again."""
+    with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 class Trainer:
     """The model, its optimiser and the position in the plan; every rank has one."""
 
@@ -123,9 +131,7 @@ class Trainer:
         self._total = num_steps(len(objective), config.batch_size, config.epochs, config.max_steps)
         self._autocast = uses_autocast(config.precision, self._device)
         if config.gradient_checkpointing:
-            with warnings.catch_warnings():  # transformers 5.23 renames the method that 5.17 has
-                warnings.simplefilter("ignore", FutureWarning)
-                self.likelihood.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(self.likelihood.model)
 
     @property
     def likelihood(self) -> Likelihood:

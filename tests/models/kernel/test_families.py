@@ -83,7 +83,7 @@ def test_an_example_in_a_pack_scores_as_it_does_alone(family: str) -> None:
     examples = draw_examples()
     for example, nll_R in zip(examples, by_example(likelihood, examples), strict=True):
         alone_R = score(likelihood, [example])
-        np.testing.assert_allclose(nll_R, alone_R, rtol=1e-6)
+        np.testing.assert_allclose(nll_R, alone_R, rtol=4e-6)  # of three processors one differed by 1.01e-6
         if len(nll_R) >= 16 and family not in EXPERTS:  # of whose products neighbours change the shape
             np.testing.assert_array_equal(nll_R, alone_R)
 

@@ -1,0 +1,102 @@
+"""How a fine-tune is laid out on the cluster: its workers, its strategy, and whether it recomputes activations.
+
+On GPUs these follow from the memory that the fine-tune is estimated to take and from that of the smallest GPU. Steps
+are the same with any plan, except for rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from davir_ray.config.training import SAVE_MEMORY, FinetuneConfig
+from davir_ray.engine.ray_train import with_workers
+from davir_ray.engine.resources import gpu_memory
+from davir_ray.errors import ModelError
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.text import format_bytes
+
+if TYPE_CHECKING:  # torch's code for training takes seconds to import, which a driver on CPUs need not wait
+    from davir_ray.models.training.memory import TrainedModel, TrainingMemory
+
+log = logging.getLogger(__name__)
+
+_USABLE = 0.9
+"""Share of a GPU's memory that a plan may take; the rest is for the CUDA context, NCCL and fragmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """A plan, and the memory that it follows from."""
+
+    config: FinetuneConfig
+    """The settings with number of workers, device, strategy and recomputation."""
+    memory: TrainingMemory | None = None
+    """None: it is not known, or was not needed."""
+    capacity: int | None = None
+    """Bytes of the smallest GPU. None: not known, or the fine-tune is on CPUs."""
+
+    def __str__(self) -> str:
+        config, memory = self.config, self.memory
+        device = "GPU" if config.use_gpu else "CPU worker"
+        plan = f"{config.strategy} on {config.num_workers} {device}{'s' * (config.num_workers != 1)}"
+        plan += ", recomputing activations" if config.gradient_checkpointing else ", keeping activations"
+        if memory is None:
+            return f"{plan}; the memory that it takes is not known"
+        summands = ", ".join(f"{name} {format_bytes(size)}" for name, size in vars(memory).items() if size)
+        of = f" of {format_bytes(self.capacity)}" if self.capacity else ""
+        return f"{plan}; {format_bytes(memory.total)}{of} on each ({summands})"
+
+
+def plan_training(base: Checkpoint, config: FinetuneConfig, *, with_memory: bool = False) -> TrainingPlan:
+    """The plan of a fine-tune on this cluster, as far as the settings leave it open.
+
+    Its memory is estimated where something depends on it, or if it is asked for.
+    """
+    config = with_workers(config)
+    is_open = config.use_gpu and (config.strategy is None or config.gradient_checkpointing is None)
+    if not config.use_gpu:
+        kept = bool(config.gradient_checkpointing)
+        config = replace(config, strategy=config.strategy or "ddp", gradient_checkpointing=kept)
+    if not (is_open or with_memory):
+        return TrainingPlan(config=config)
+    from davir_ray.models.training.memory import TrainedModel  # imported late: see above
+
+    model = TrainedModel(base, config, "cuda" if config.use_gpu else "cpu")
+    return choose(model, config, gpu_memory() if config.use_gpu else None)
+
+
+def choose(model: TrainedModel, config: FinetuneConfig, capacity: int | None) -> TrainingPlan:
+    """The first plan that fits a GPU of `capacity` bytes.
+
+    ddp comes before fsdp, and with either what keeps activations before what recomputes them. The last plan is taken if
+    none fits: the workers halve their packs until they fit. Activations are recomputed if the capacity or the memory of
+    the passes is not known.
+    """
+    num_workers = config.num_workers or 1
+    strategies: list[Literal["ddp", "fsdp"]] = ["ddp", "fsdp"] if num_workers > 1 else ["ddp"]
+    strategies = [config.strategy] if config.strategy else strategies
+    choices = [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
+    if capacity is None:
+        strategies, choices = strategies[:1], choices[-1:]
+    options = [(strategy, recompute) for strategy in strategies for recompute in choices]
+    plan = TrainingPlan(config=config, capacity=capacity)
+    for strategy, recompute in options:
+        try:
+            state = model.state(strategy=strategy, num_workers=num_workers)
+            config = replace(config, strategy=strategy, gradient_checkpointing=choices[-1])
+            if capacity and state.total > _USABLE * capacity and (strategy, recompute) != options[-1]:
+                continue
+            memory = model.memory(strategy=strategy, num_workers=num_workers, recompute=recompute)
+        except ModelError as error:  # it cannot be sharded, or its passes cannot be tried
+            log.warning("finetune: %s", error)
+            return replace(plan, config=config)
+        plan = replace(plan, config=replace(config, gradient_checkpointing=recompute), memory=memory)
+        if capacity is None or memory.total <= _USABLE * capacity:
+            return plan
+    log.warning(
+        "finetune: %s may be too little; packs are halved until they fit, and if none does, %s",
+        format_bytes(capacity or 0), SAVE_MEMORY,
+    )  # fmt: skip
+    return plan
