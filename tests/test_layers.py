@@ -107,6 +107,7 @@ assert score is davir_ray.score is sys.modules["davir_ray.api"].score
 """
 
 
+@pytest.mark.slow
 def test_the_api_is_imported_when_it_is_asked_for() -> None:
     result = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
