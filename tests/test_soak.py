@@ -1,4 +1,4 @@
-"""Eight hundred small shards: memory, open files and temporary folders of every process stay what they were."""
+"""Six hundred small shards: memory, open files and temporary folders of every process stay what they were."""
 
 import json
 import logging
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 pytestmark = pytest.mark.slow
 
-NUM_SHARDS = 800
-MOST_GROWTH_MB = 32
-"""Of a process over at least half of the shards; a leak of 100 kB a shard would be 40 MB in the driver."""
+NUM_SHARDS = 600
+MOST_GROWTH_MB = 24
+"""Of a process over at least half of the shards; a leak of 100 kB a shard would be 30 MB in the driver."""
 
 
 @dataclass(frozen=True)
