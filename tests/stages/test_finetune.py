@@ -198,7 +198,8 @@ def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt() -> None:
 def test_one_and_two_workers_take_the_same_steps_and_so_do_two_that_share_a_model(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    one = finetune_copy(prepared, base_folder, tmp_path / "one", **RECIPE, num_workers=1, export_epochs=True)
+    with without_ray_train():
+        one = finetune_copy(prepared, base_folder, tmp_path / "one", **RECIPE, num_workers=1, export_epochs=True)
     two = finetune_copy(prepared, base_folder, tmp_path / "two", **RECIPE, num_workers=2, tokens_per_pack=600)
     shared = finetune_copy(prepared, base_folder, tmp_path / "shared", **RECIPE | SHARDED, export_epochs=True)
     losses = [np.array(manifest.details["loss_by_step"]) for manifest in (one, two, shared)]
