@@ -38,6 +38,11 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(120_000))
 # An actor less for each fine-tune: nobody announces that a machine of the tests will be taken away.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
+# What watches a node and its logs takes some percent of a core. Nobody reads the node's load; and a new log is found in
+# half a second, instead of being looked for ten times a second.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", str(120_000))
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+
 # Ray gives an agent of a node 15 s to start, which takes longer where several nodes start on two cores.
 os.environ.setdefault("RAY_agent_register_timeout_ms", str(120_000))
 

@@ -33,7 +33,7 @@ def test_every_row_of_a_hostile_corpus_ends_once(base_folder: Path, reference_fo
         sources=[Source(name="s", path=str(tmp_path / "data"), format="alpaca")],
         max_bad_fraction=1,
         prepare=PrepareConfig(max_tokens=256, shard_rows=500),
-        score=ScoreConfig(num_actors=2),
+        score=ScoreConfig(num_actors=1),
         select=SelectConfig(top_fraction=0.1, drop_duplicates=True, jsonl=True),
     )
     run = run_all(config)

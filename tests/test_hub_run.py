@@ -12,8 +12,8 @@ NUM_ROWS = 24
 SETTINGS = {
     "format": "prompt_response",
     "select.top_k": 5,
-    "score.num_actors": 4,
-    "score.num_cpus": 0.25,
+    "score.num_actors": 2,
+    "score.num_cpus": 0.5,
     "prepare.shard_rows": 6,
 }
 

@@ -15,6 +15,9 @@ from object_store.conftest import make_bucket
 from object_store.stores import Store, ceph, require_ceph
 from ray.cluster_utils import Cluster
 
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
+from davir_ray.pipeline import run_all
 from davir_ray.run.folder import Run
 from davir_ray.run.location import TEMPORARY, FileInfo, Location
 
@@ -49,12 +52,10 @@ def options(data: Path, base_folder: Path, reference_folder: Path) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(options: dict[str, Any], ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def undisturbed(options: dict[str, Any], ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run without a death."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    driver = Driver("score.py", {**options, "output": run}, run.parent / "log", address=ray_address)
-    assert driver.finish() == 0, driver.output
-    return Run.at(run)
+    wanted = {**options, "output": tmp_path_factory.mktemp("undisturbed") / "run"}
+    return run_all(parse_as(RunConfig, [f"--{name}={value}" for name, value in wanted.items()]))
 
 
 @pytest.fixture(scope="module")
@@ -132,21 +133,21 @@ def assert_left_as_it_was(run: Run, committed: dict[str, FileInfo]) -> None:
 
 
 def test_a_driver_that_dies_in_each_stage_and_scored_shards_that_are_not_scored_again(
-    options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
+    options: dict[str, Any], undisturbed: Run, ray_address: str, tmp_path: Path
 ) -> None:
     run = Run.at(tmp_path / "run")
     chosen = {what: condition for what, condition in moments(run).items() if what not in IN_A_STORE}
     kill_at(chosen, run, {**options, "output": run}, tmp_path, address=ray_address)
     after_half_of_the_scores = (tmp_path / f"{list(chosen).index(WITH_ITS_RAY) + 1}.log").read_text()
     assert 0 < shards_of(after_half_of_the_scores)[0] < NUM_SHARDS, "all was scored before the kill"
-    assert_same_content(run, Run(undisturbed))
+    assert_same_content(run, undisturbed)
     assert not list(Path(run.folder.path).rglob(f"{TEMPORARY}*"))
     assert not (run / "prepare_tasks").exists()
     assert not (run / "lease.json").exists()
 
 
 def test_an_actor_that_dies_and_a_second_driver_on_one_output(
-    options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
+    options: dict[str, Any], undisturbed: Run, ray_address: str, tmp_path: Path
 ) -> None:
     run = Run.at(tmp_path / "run")
     shown = {**options, "output": run, "debug": "true"}
@@ -160,10 +161,10 @@ def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     assert f"is being written by process {first.process.pid}" in second.output
     assert first.finish() == 0, first.output
     assert len(set(re.findall(r"ShardWorker\S+ pid=(\d+)", first.output))) == 2
-    assert_same_content(run, Run(undisturbed))
+    assert_same_content(run, undisturbed)
 
 
-def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_path: Path) -> None:
+def test_a_node_that_dies(options: dict[str, Any], undisturbed: Run, tmp_path: Path) -> None:
     run = Run.at(tmp_path / "run")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
@@ -176,11 +177,11 @@ def test_a_node_that_dies(options: dict[str, Any], undisturbed: Location, tmp_pa
         assert driver.finish() == 0, driver.output
     finally:
         cluster.shutdown()
-    assert_same_content(run, Run(undisturbed))
+    assert_same_content(run, undisturbed)
 
 
 def test_a_store_that_dies_while_shards_are_written(
-    ceph_store: Store, options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
+    ceph_store: Store, options: dict[str, Any], undisturbed: Run, ray_address: str, tmp_path: Path
 ) -> None:
     uri = f"s3://{make_bucket(ceph_store)}/run"
     run = Location(ceph_store.client(), uri.removeprefix("s3://"))
@@ -198,15 +199,15 @@ def test_a_store_that_dies_while_shards_are_written(
         again = Driver("score.py", wanted, tmp_path / "again.log", ceph_store.environment, ray_address)
         assert again.finish() == 0, again.output
     assert_left_as_it_was(Run(run), committed)
-    assert_same_content(Run(run), Run(undisturbed))
+    assert_same_content(Run(run), undisturbed)
 
 
 def test_a_driver_that_dies_in_each_stage_with_its_output_in_a_store(
-    ceph_store: Store, options: dict[str, Any], undisturbed: Location, ray_address: str, tmp_path: Path
+    ceph_store: Store, options: dict[str, Any], undisturbed: Run, ray_address: str, tmp_path: Path
 ) -> None:
     uri = f"s3://{make_bucket(ceph_store)}/run"
     run = Location(ceph_store.client(), uri.removeprefix("s3://"))
     chosen = {what: moments(Run(run))[what] for what in IN_A_STORE}
     kill_at(chosen, Run(run), {**options, "output": uri}, tmp_path, ceph_store.environment, ray_address)
-    assert_same_content(Run(run), Run(undisturbed))
+    assert_same_content(Run(run), undisturbed)
     assert not (run / "lease.json").exists()

@@ -104,10 +104,15 @@ assert not heavy, heavy
 assert not hasattr(davir_ray, "sort")
 from davir_ray import score
 assert score is davir_ray.score is sys.modules["davir_ray.api"].score
+import davir_ray.pipeline, davir_ray.stages.finetune
+late = {"torch._dynamo", "torch.distributed.fsdp", "transformers.modeling_utils", "aiohttp"} & sys.modules.keys()
+assert not late, late
 """
 
 
+@pytest.mark.slow
 def test_the_api_is_imported_when_it_is_asked_for() -> None:
+    """And a driver imports none of what takes seconds and only models, trainings and object stores need."""
     result = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

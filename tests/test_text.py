@@ -137,6 +137,7 @@ sys.stdout.write(ascii(dump(parse_as(RunConfig, sys.argv[1:]))))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", ["C", "UTF-8"])
 def test_a_configuration_is_the_same_whatever_editor_and_locale(tmp_path: Path, locale: str) -> None:
     text = "# é\nlimit: 3\nbase: m/é\nselect:\n  top_k: 2\noutput: |-\n  a\n  b\n"

@@ -31,7 +31,7 @@ from davir_ray.config.sources import DEFAULT_SPLIT, Source
 from davir_ray.errors import DataError, StorageError
 from davir_ray.run.location import CYCLE, DANGLING, LFS_POINTER, Location, each, file_system
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD
-from davir_ray.run.storage_errors import CONTINUES, STORE_ERRORS, explain
+from davir_ray.run.storage_errors import CONTINUES, explain, store_errors
 
 logger = logging.getLogger(__name__)
 
@@ -526,5 +526,5 @@ def open_source(
         return io.BufferedReader(_Stored(stored, file.uri, count), BUFFER_BYTES)
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{file.uri} cannot be opened: {explain(error, file.uri)}") from error
-    except STORE_ERRORS as error:
+    except store_errors() as error:
         raise StorageError(f"{file.uri}: {explain(error, file.uri)}. {CONTINUES}") from error

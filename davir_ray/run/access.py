@@ -10,7 +10,7 @@ from typing import Any
 
 from davir_ray.errors import OutputError, UserError
 from davir_ray.run.location import Location
-from davir_ray.run.storage_errors import LOCATION_ERRORS, explain, user_errors
+from davir_ray.run.storage_errors import explain, location_errors, user_errors
 
 PROBE_S = 9.0
 """Seconds that a probe may take before the store counts as unreachable."""
@@ -60,7 +60,7 @@ def probe_output(run: Location) -> None:
 def _step(run: Location, verb: str, work: Callable[[], None]) -> None:
     try:
         in_time(work)
-    except LOCATION_ERRORS as error:
+    except location_errors() as error:
         raise OutputError(f"output {run} cannot be {verb}: {explain(error, run)}") from error
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from davir_ray.run.storage_errors import STORE_ERRORS, storage_errors
+from davir_ray.run.storage_errors import storage_errors, store_errors
 from davir_ray.text import decoded
 
 log = logging.getLogger(__name__)
@@ -243,5 +243,5 @@ def remove_leftovers(folder: Location) -> None:
                 log.info("removing parts of %s, left by an incomplete upload", upload["Key"])
                 upload_id = upload["UploadId"]
                 folder.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload_id)
-        except STORE_ERRORS as error:  # listing uploads needs a permission that a run can do without
+        except store_errors() as error:  # listing uploads needs a permission that a run can do without
             log.warning("%s: parts of incomplete uploads, if there are any, stay: %s", folder, error)

@@ -6,22 +6,15 @@ keeps its traceback.
 """
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from davir_ray.errors import StorageError, UserError
 from davir_ray.text import one_line
 
-try:
-    from aiohttp import ClientError as TransportError
-    from botocore.exceptions import BotoCoreError, ClientError
-except ModuleNotFoundError:  # the kernel runs alone on machines without s3fs
-    STORE_ERRORS: tuple[type[Exception], ...] = (OSError,)
-else:
-    STORE_ERRORS = (OSError, BotoCoreError, ClientError, TransportError)
-
-LOCATION_ERRORS: tuple[type[Exception], ...] = (*STORE_ERRORS, StorageError, ValueError, ImportError)
-"""What the first use of a path may raise: its protocol may be unknown, or need a package that is missing."""
+_OF_STORES = {"aiohttp": ("ClientError",), "botocore.exceptions": ("BotoCoreError", "ClientError")}
+"""The errors of stores by their module."""
 
 CONTINUES = "The same command continues where this run stopped"
 """Last sentence of an error after which the user only needs to try again."""
@@ -66,7 +59,7 @@ _ERRNOS = {
 def explain(error: BaseException, place: object = "") -> str:
     """What a file system's error means and what to change; for an unknown one its type and text."""
     if isinstance(error, StorageError):  # translated before; one from a worker comes without the file system's error
-        if not isinstance(error.__cause__, STORE_ERRORS):
+        if not isinstance(error.__cause__, store_errors()):
             return str(error)
         error = error.__cause__
     bucket = str(place).partition("://")[2].split("/")[0] or "the bucket"
@@ -88,12 +81,26 @@ def explain(error: BaseException, place: object = "") -> str:
     return f"{type(error).__name__}: {one_line(error, 300)}; check path and access"
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """The errors that a call of a file system raises.
+
+    Those of stores are looked up where one was used: importing them takes every process of a run a third of a second.
+    """
+    found = (getattr(sys.modules.get(module), name, None) for module, names in _OF_STORES.items() for name in names)
+    return (OSError, *(kind for kind in found if kind is not None))
+
+
+def location_errors() -> tuple[type[Exception], ...]:
+    """The errors of the first use of a path, whose protocol may be unknown, or need a package that is missing."""
+    return (*store_errors(), StorageError, ValueError, ImportError)
+
+
 @contextmanager
 def storage_errors(place: object, *, may_be_absent: bool = False) -> Iterator[None]:
     """Turn what a file system raises into a StorageError, except FileNotFoundError with `may_be_absent`."""
     try:
         yield
-    except STORE_ERRORS as error:
+    except store_errors() as error:
         if may_be_absent and isinstance(error, FileNotFoundError):
             raise
         raise StorageError(f"{place}: {explain(error, place)}. {CONTINUES}") from error
@@ -104,5 +111,5 @@ def user_errors(place: object, error_class: type[UserError]) -> Iterator[None]:
     """Turn what a file system raises about a path that the user gave into an error of this class."""
     try:
         yield
-    except LOCATION_ERRORS as error:
+    except location_errors() as error:
         raise error_class(f"{place} cannot be used: {explain(error, place)}") from error

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.progress import tracked
+from davir_ray.engine.progress import ProgressCounter, tracked
 from davir_ray.engine.ray_train import run_on_workers
 from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import UserError
@@ -117,9 +117,6 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     if not run.continues_attempt(stage, "checkpoints", fingerprint):
         checkpoints.remove()
     run.note_attempt("checkpoints", fingerprint)
-    # Imported late: torch's code for training takes seconds, which a driver that trains nothing need not wait.
-    from davir_ray.stages.training_worker import train_on_rank
-
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
             plan = plan_training(training.base, training.config)
@@ -127,7 +124,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
                 log.info("%s: %s", stage, plan)
             # The name is also that of Ray Train's folder: the same training continues, another one starts over.
             training = replace(training, name=digest(fingerprint)[:16], config=plan.config)
-            work = partial(train_on_rank, training, counter)
+            work = partial(_train_on_rank, training, counter)
             result = run_on_workers(work, training.config, checkpoints, training.name)
     except UserError:
         run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
@@ -153,3 +150,10 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     # Checkpoints have three times the model's size, and only an unfinished training needs them.
     checkpoints.remove()
     return manifest
+
+
+def _train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any]:
+    """`train_on_rank`, imported by the worker alone: torch's code for training takes seconds, which no driver waits."""
+    from davir_ray.stages.training_worker import train_on_rank
+
+    return train_on_rank(training, counter)

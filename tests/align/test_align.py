@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
+from without_ray_train import without_ray_train
 
 from davir_ray import schema
 from davir_ray.align import sweep
@@ -97,6 +98,7 @@ def plain_logprob(model: Any, row: Any) -> float:
     return float(sum(logprobs_TV[at - 1, ids[0, at]] for at in places))
 
 
+@pytest.mark.slow
 def test_every_stage_writes_its_files_and_row_counts_reconcile(finished: Path) -> None:
     prepared = manifest(finished, "prepare").counts
     assert prepared["read"] == RECORDS + 2
@@ -116,6 +118,7 @@ def test_every_stage_writes_its_files_and_row_counts_reconcile(finished: Path) -
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_curves_and_the_held_out_loss_are_tracked(finished: Path) -> None:
     (folder,) = (finished / "tensorboard").iterdir()
     events = EventAccumulator(str(folder))
@@ -130,6 +133,7 @@ def test_the_curves_and_the_held_out_loss_are_tracked(finished: Path) -> None:
     assert events.Scalars("margins/held_out")[0].value == pairs.held_out.sum()
 
 
+@pytest.mark.slow
 def test_margins_are_those_of_plain_forwards(finished: Path, base_folder: Path) -> None:
     examples, margins = read(finished, "examples"), read(finished, "margins").set_index("pair_id")
     base, policy = (
@@ -137,9 +141,9 @@ def test_margins_are_those_of_plain_forwards(finished: Path, base_folder: Path) 
         for folder in (base_folder, finished / "policy")
     )
     beta = manifest(finished, "align").details["beta"]
-    shortest = examples.groupby("pair_id").num_response_tokens.sum().nsmallest(8).index
-    for pair_id in shortest:
-        chosen, rejected = examples[examples["pair_id"] == pair_id].itertuples()
+    pairs = sorted(examples.groupby("pair_id", sort=False), key=lambda pair: pair[1].num_response_tokens.sum())
+    for pair_id, pair in pairs[:8]:
+        chosen, rejected = pair.itertuples()
         assert (chosen.role, rejected.role) == ("chosen", "rejected")
         row = margins.loc[pair_id]
         rewards = []
@@ -152,6 +156,7 @@ def test_margins_are_those_of_plain_forwards(finished: Path, base_folder: Path) 
         assert row["loss"] == pytest.approx(np.log1p(np.exp(-row["margin"])))
 
 
+@pytest.mark.slow
 def test_the_default_beta_is_a_tenth_of_the_median_log_probability_of_what_is_trained_on(finished: Path) -> None:
     margins = read(finished, "margins")
     trained = margins[~margins["held_out"]]
@@ -159,6 +164,7 @@ def test_the_default_beta_is_a_tenth_of_the_median_log_probability_of_what_is_tr
     assert manifest(finished, "align").details["beta"] == pytest.approx(0.1 * np.median(np.abs(logprobs)), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_report_is_recomputed_from_the_margins(finished: Path) -> None:
     margins, facts = read(finished, "margins"), report(finished)
     prompts = read(finished, "examples")["prompt_hash"].to_numpy()[::2]
@@ -184,6 +190,7 @@ def test_the_report_is_recomputed_from_the_margins(finished: Path) -> None:
     assert "Fisher" in page
 
 
+@pytest.mark.slow
 def test_training_raised_the_margin(finished: Path) -> None:
     aligned = manifest(finished, "align").details
     assert aligned["loss_by_step"][0][1] == pytest.approx(np.log(2), abs=1e-4)
@@ -191,6 +198,7 @@ def test_training_raised_the_margin(finished: Path) -> None:
     assert report(finished)["parts"]["trained"]["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_skipped(copied: AlignRunConfig) -> None:
     before = {stage: manifest(copied.output, stage).content for stage in STAGES if stage != "report"}
     files = {
@@ -206,11 +214,13 @@ def test_a_finished_run_is_skipped(copied: AlignRunConfig) -> None:
 def test_another_loss_is_refused_then_redone_and_compared_with_the_first(
     copied: AlignRunConfig, finished: Path
 ) -> None:
-    other = replace(copied, align=replace(copied.align, loss="dpo"))
+    alone = replace(copied.finetune, num_workers=1)
+    other = replace(copied, align=replace(copied.align, loss="dpo"), finetune=alone)
     with pytest.raises(OutputError, match=r"objective\.loss"):
         run_alignment(other)
     frozen = manifest(copied.output, "freeze")
-    run_alignment(replace(other, overwrite=True))
+    with without_ray_train():
+        run_alignment(replace(other, overwrite=True))
     assert manifest(copied.output, "freeze") == frozen
     facts = report(Path(str(copied.output)))
     assert (facts["loss"], facts["beta"], facts["paper"]) == ("dpo", 0.1, 0.38)
@@ -237,6 +247,7 @@ def test_another_loss_is_refused_then_redone_and_compared_with_the_first(
             assert {name: figure["mean"] for name, figure in figures.items()} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_trainings_that_are_not_finished_or_on_other_pairs_are_not_compared_with(
     config: AlignRunConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +281,8 @@ def test_an_adapter_is_trained_and_measured_on_the_bases_weights(copied: AlignRu
     """On all pairs: by default none is held out."""
     output = Path(str(copied.output))
     recipe = replace(copied.finetune, lora_rank=4, learning_rate=1e-2, num_workers=1)
-    run_alignment(replace(copied, finetune=recipe, align=AlignConfig(), overwrite=True))
+    with without_ray_train():
+        run_alignment(replace(copied, finetune=recipe, align=AlignConfig(), overwrite=True))
     assert report(output)["parts"].keys() == {"trained"}
     assert Checkpoint.find(str(output / "policy")).is_adapter
     assert report(output)["parts"]["trained"]["margin"] > 0.1

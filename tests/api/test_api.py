@@ -126,6 +126,7 @@ def test_scores_have_the_bits_of_the_job(
     assert compared == 40
 
 
+@pytest.mark.slow
 def test_datasets_go_in_and_come_out_in_their_order(
     scored: ray.data.Dataset, rows: list[dict[str, Any]], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def test_datasets_go_in_and_come_out_in_their_order(
     assert best["mine"] == ranked["mine"][:11]
 
 
+@pytest.mark.slow
 def test_messages_that_datasets_keeps_as_json_are_messages(models: dict[str, Any]) -> None:
     """Tool calls have no one type. Every row has the text that the messages have."""
     template = (

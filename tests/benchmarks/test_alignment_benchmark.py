@@ -21,6 +21,7 @@ def pairs(tmp_path: Path) -> str:
     return str(tmp_path / "pairs.jsonl")
 
 
+@pytest.mark.slow
 def test_every_way_has_the_same_losses(pairs: str) -> None:
     found = run(AlignmentBenchmark(data=pairs, pairs=5, batch_size=2, repeats=1))
     assert found["largest_difference_of_losses"] < 1e-4

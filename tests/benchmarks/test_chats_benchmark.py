@@ -35,6 +35,7 @@ def test_both_encode_the_same_text(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_the_chats_are_as_promised_and_the_same_each_time() -> None:
     made = list(chats._generate(50))
     assert made == list(chats._generate(50))
@@ -47,6 +48,7 @@ def test_the_chats_are_as_promised_and_the_same_each_time() -> None:
             assert least <= len(message["content"].split()) <= most
 
 
+@pytest.mark.slow
 def test_a_base_is_measured_with_its_own_template(base_folder: Path, tmp_path: Path) -> None:
     base = shutil.copytree(base_folder, tmp_path / "base")
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"

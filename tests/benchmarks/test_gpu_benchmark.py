@@ -37,6 +37,7 @@ def without_packages(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 
 
+@pytest.mark.slow
 def test_it_starts_without_ray_and_most_other_packages(without_packages: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "jobs/benchmark.py", "gpu", "--smoke", "--json", str(tmp_path / "found.json")]
     command += ["--sections", "attention", "families", "scorer", "adapter"]
@@ -50,6 +51,7 @@ def test_it_starts_without_ray_and_most_other_packages(without_packages: dict[st
     assert found["adapter"]["found"] == "peft is not installed"
 
 
+@pytest.mark.slow
 def test_every_section_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in SECTIONS if name not in ("attention", "families", "scoring")]
     assert main(["--smoke", "--json", str(tmp_path / "found.json"), "--sections", *names]) == 0

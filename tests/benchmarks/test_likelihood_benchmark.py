@@ -153,6 +153,7 @@ def small(**changes: Any) -> LikelihoodBenchmark:
     return LikelihoodBenchmark(**options | changes)
 
 
+@pytest.mark.slow
 def test_the_result_holds_what_it_promises() -> None:
     result = run(small())
     assert result.keys() >= FIXED | {"training_speedup_vs_padded"}
@@ -195,12 +196,14 @@ def test_a_configuration_of_no_model_is_refused(wrong: str) -> None:
         run(small(random_init=wrong))
 
 
+@pytest.mark.slow
 def test_experts_are_measured_too() -> None:
     experts = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     result = run(small(random_init=json.dumps(experts)))
     assert result["max_abs_diff_vs_fp64"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_benchmark_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DAVIR_TEST_DATA", raising=False)
     (tmp_path / "config.json").write_text(json.dumps(TINY))

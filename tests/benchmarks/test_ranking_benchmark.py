@@ -45,6 +45,7 @@ def test_ids_are_distinct_and_values_as_asked(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_order_is_not_exact(tmp_path: Path) -> None:
     run_folder = Run.at(tmp_path)
     files = ranking._generate(run_folder.folder, RankingBenchmark(rows=100, shard_rows=50))

@@ -14,12 +14,15 @@ import pytest
 from drivers import Driver
 from object_store.conftest import make_bucket
 from object_store.stores import Store
+from without_ray_train import run_trial, without_ray_train
 
+from davir_ray.compare import trials
 from davir_ray.compare.job import compare
 from davir_ray.config.compare import CompareConfig
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.rank import RankOptions
 from davir_ray.config.run import GenerateConfig, RunConfig
+from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.selection import Part, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
@@ -61,17 +64,18 @@ def planted(make_checkpoint: Callable[..., Path], ray_session: None, tmp_path_fa
     (folder / "_pool").mkdir()
     for name, kept in (("_pool/pool", pool), ("heldout", rows(NUM_HELDOUT, 3, is_true=True) + leaked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    run_all(
-        RunConfig(
-            output=str(folder / "run"),
-            base=str(make_checkpoint(0)),
-            data=str(folder / "_pool" / "pool.jsonl"),
-            format="prompt_response",
-            prepare=PrepareConfig(max_tokens=128),
-            finetune=RECIPE,
-            select=SelectConfig(top_k=SELECTED),
-        )
+    config = RunConfig(
+        output=str(folder / "run"),
+        base=str(make_checkpoint(0)),
+        data=str(folder / "_pool" / "pool.jsonl"),
+        format="prompt_response",
+        prepare=PrepareConfig(max_tokens=128),
+        finetune=RECIPE,
+        score=ScoreConfig(num_actors=1),
+        select=SelectConfig(top_k=SELECTED),
     )
+    with without_ray_train():
+        run_all(config)
     return folder
 
 
@@ -108,7 +112,9 @@ def table_of(output: Path) -> pd.DataFrame:
     return table.assign(name=names).sort_values("name").reset_index(drop=True)
 
 
-def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path) -> None:
+def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine fine-tunes, of which none needs Ray Train; those of the other tests do."""
+    monkeypatch.setattr(trials, "_run_trial", run_trial)
     compare(settings(planted))
     output = planted / "compare"
     won = against_random(planted)
@@ -217,13 +223,14 @@ def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
     asked = [{"instruction": f"How many {word}?"} for word in PLACES[12:16]]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     parts = [Part(source="counts", top_k=1), Part(source="shrugs", all=True, repeat=2)]
-    run_all(
-        RunConfig(
-            output=str(tmp_path / "run"), base=str(make_checkpoint(0)), chat_template=str(template),
-            sources=[Source(name=file.stem, path=str(file), format="messages") for file in (counts, shrugs)],
-            prepare=PrepareConfig(max_tokens=128), finetune=RECIPE, select=SelectConfig(mixture=parts),
-        )
+    run = RunConfig(
+        output=str(tmp_path / "run"), base=str(make_checkpoint(0)), chat_template=str(template),
+        sources=[Source(name=file.stem, path=str(file), format="messages") for file in (counts, shrugs)],
+        prepare=PrepareConfig(max_tokens=128), finetune=RECIPE, score=ScoreConfig(num_actors=1),
+        select=SelectConfig(mixture=parts),
     )  # fmt: skip
+    with without_ray_train():
+        run_all(run)
     config = CompareConfig(
         run=str(tmp_path / "run"), output=str(tmp_path / "out"), heldout=str(heldout), heldout_format="messages",
         arms=["selection", "full"], readings=["epochs"], seeds=1, measures=["loss"],

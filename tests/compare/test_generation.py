@@ -62,6 +62,7 @@ def table_of(run: Run, folder: str) -> pa.Table:
     return pa.concat_tables([read_parquet(run / folder / name) for name in (run / folder).names()])
 
 
+@pytest.mark.slow
 def test_the_texts_are_those_of_one_process_in_a_run_of_their_own(
     prepared: Path, generated: Path, base_folder: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_run_goes_on_shard_by_shard(prepared: Path, generated: Path, base_fold
     assert redone.details["shards_done_by_this_driver"] == len(before)
 
 
+@pytest.mark.slow
 def test_only_the_sources_that_are_asked_for(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
     source, model = Run.at(prepared), Checkpoint.find(str(base_folder))
     run = Run.at(tmp_path / "run")
@@ -116,6 +118,7 @@ def test_only_the_sources_that_are_asked_for(prepared: Path, base_folder: Path, 
     assert len(rows) == manifest.counts["examples"] == ROWS
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_before_anything_is_loaded(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -128,14 +131,14 @@ def test_mistakes_are_told_before_anything_is_loaded(prepared: Path, base_folder
         generate(run, Checkpoint.find(str(base_folder)), CONFIG, pool())
 
 
+@pytest.mark.slow
 def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: Path, tmp_path: Path) -> None:
     """Texts are replaced by ones with known answers; the stage's files and counts follow."""
     run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
     answers = {row["example_id"]: row["response"] for row in table_of(source, "examples").to_pylist()}
     expected = sum("#### " in answer for answer in answers.values())
-    counts = {"examples": 2 * ROWS, "expected": expected, "strict": 0, "flexible": 0}
-    assert expected >= ROWS
-    assert match(run, examples=source).counts == counts
+    found = {"examples": 2 * ROWS, "expected": expected, "strict": 0, "flexible": 0}
+    assert match(run, examples=source).counts == found
     generations = table_of(run, "generations").to_pylist()
     generations = [row for row in generations if row["source"] == "gsm8k"]
     for number, row in enumerate(generations):
@@ -144,9 +147,9 @@ def test_matches_can_be_counted_again_from_the_files(prepared: Path, generated: 
     generations[5] |= {"output": None, "status": "out_of_memory"}
     examples = table_of(source, "examples")
     gold = examples.filter(np.isin(np.asarray(examples["example_id"]), [row["example_id"] for row in generations]))
-    found = matched(pa.Table.from_pylist(generations, GENERATIONS), gold)
-    assert found.schema.equals(MATCHES)
-    rows = found.to_pylist()
+    table = matched(pa.Table.from_pylist(generations, GENERATIONS), gold)
+    assert table.schema.equals(MATCHES)
+    rows = table.to_pylist()
     assert [row["strict"] for row in rows[:6]] == [True, False, False, True, False, None]
     assert [row["flexible"] for row in rows[:6]] == [True, True, False, True, True, None]
     for row in rows:
@@ -161,6 +164,7 @@ def test_of_several_turns_no_answer_is_expected() -> None:
     assert [(row["expected"], row["strict"]) for row in rows] == [("7", True), (None, None)]
 
 
+@pytest.mark.slow
 def test_matches_are_counted_by_source_and_redone_freely(prepared: Path, generated: Path, tmp_path: Path) -> None:
     run, source = Run.at(shutil.copytree(generated, tmp_path / "run")), Run.at(prepared)
     manifest = match(run, examples=source)

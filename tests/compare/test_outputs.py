@@ -60,6 +60,7 @@ def examples_of(run: Run) -> list[dict[str, Any]]:
     return [row for name in (run / "examples").names() for row in read_parquet(run / "examples" / name).to_pylist()]
 
 
+@pytest.mark.slow
 def test_every_instruction_once_in_order_as_alpaca_eval_reads_it(base_folder: Path, tmp_path: Path) -> None:
     source = prepared(tmp_path, base_folder, INSTRUCTIONS)
     model, run = Checkpoint.find(str(base_folder)), Run.at(tmp_path / "run")
@@ -118,6 +119,7 @@ def test_an_instruction_that_cannot_be_a_prompt_stops_it(
         prepared(tmp_path, base_folder, [*INSTRUCTIONS, row], chat=True, settings={"chat_template": CHATML})
 
 
+@pytest.mark.slow
 def test_the_texts_must_be_of_this_list(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()

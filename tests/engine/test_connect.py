@@ -71,6 +71,7 @@ def test_a_job_shows_its_result_and_what_its_workers_log(ray_address: str) -> No
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_debug_shows_what_any_process_prints(ray_address: str) -> None:
     result, lines = run_driver(ray_address, "--debug")
     assert result == f"the result {ray_address}\n"

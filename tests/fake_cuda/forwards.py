@@ -16,7 +16,7 @@ from families import PACKABLE, config_of, draw_examples
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from davir_ray.models.kernel import attention
+from davir_ray.models.kernel import by_length
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
 
@@ -58,7 +58,7 @@ def told(work: Callable[[str, Pack], torch.Tensor], family: str) -> dict[str, An
     examples = draw_examples()
     pack = Pack.of(examples)
     # A loop over lengths, which dropout and soft caps need, reads them from the CPU; here those would be fake, too.
-    attention.lengths_of = lambda _edges: list(pack.sequence_lengths)  # type: ignore[assignment]
+    by_length.lengths_of = lambda _edges: list(pack.sequence_lengths)  # type: ignore[assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             nll_R = work(family, pack)

@@ -69,6 +69,7 @@ def test_where_examples_are_alike_the_seeds_alone_give_the_t_interval() -> None:
     assert interval(outcome) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.2), (5, 0.2)])
 def test_an_interval_holds_the_truth_as_often_as_it_says(seeds: int, spread: float) -> None:
     draw, held, rounds = np.random.default_rng(5), 0, 200
@@ -95,6 +96,7 @@ def null_p_values(draw: np.random.Generator, rounds: int, *, set_spread: float) 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("set_spread", [0.0, 0.3])
 def test_a_random_set_wins_no_more_often_than_the_nominal_rate(set_spread: float) -> None:
     p = np.array(null_p_values(np.random.default_rng(7), 200, set_spread=set_spread))

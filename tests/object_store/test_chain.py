@@ -12,7 +12,11 @@ from drivers import Driver, assert_same_content
 from object_store.conftest import make_bucket
 from object_store.proxy import FaultyProxy
 from object_store.stores import Store
+from without_ray_train import without_ray_train
 
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
+from davir_ray.pipeline import run_all
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 
@@ -37,13 +41,12 @@ def rows(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_disk(rows: Path, base_folder: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_disk(rows: Path, base_folder: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run on a local disk."""
-    run = tmp_path_factory.mktemp("disk") / "run"
-    options = {"data": rows, "base": base_folder, "output": run, **SETTINGS}
-    driver = Driver("score.py", options, run.parent / "log", address=ray_address)
-    assert driver.finish() == 0, driver.output
-    return run
+    output = tmp_path_factory.mktemp("disk") / "run"
+    options = {"data": rows, "base": base_folder, "output": output, **SETTINGS}
+    with without_ray_train():
+        return run_all(parse_as(RunConfig, [f"--{name}={value}" for name, value in options.items()]))
 
 
 def upload(store: Store, rows: Path, base_folder: Path) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def test_every_path_in_a_store_throttled_or_not(
     environment: dict[str, str],
     rows: Path,
     base_folder: Path,
-    on_disk: Path,
+    on_disk: Run,
     ray_address: str,
     tmp_path: Path,
 ) -> None:
@@ -91,7 +94,7 @@ def test_every_path_in_a_store_throttled_or_not(
         assert grep(store.secret, left) == []
         assert grep(store.key, left) == []
     run = location(store, options["output"])
-    assert_same_content(run, Run.at(on_disk))
+    assert_same_content(run, on_disk)
     for path in run.folder.fs.find(run.folder.path):
         content = run.folder.fs.cat_file(path)
         assert store.secret.encode() not in content, path

@@ -58,6 +58,7 @@ def test_only_one_of_many_creates_a_file(place: Location) -> None:
     assert (place / "lease").read_bytes() == b"%d" % written.index(True)
 
 
+@pytest.mark.slow
 def test_a_folder_of_files_of_any_size_arrives_whole(place: Location, tmp_path: Path) -> None:
     source = tmp_path / "model"
     (source / "sub").mkdir(parents=True)
@@ -123,6 +124,7 @@ def test_a_lease_is_held_by_one_and_taken_from_the_dead(place: Location, monkeyp
         pass
 
 
+@pytest.mark.slow
 def test_of_two_drivers_one_goes_on_where_the_store_ignores_if_none_match(
     moto_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
+from without_ray_train import without_ray_train
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
@@ -42,7 +43,7 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.stages import training_worker as training
+from davir_ray.stages import finetune as stage
 from davir_ray.stages.finetune import Training, finetune
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.score import score
@@ -94,10 +95,16 @@ def finetune_in(target: Path, base_folder: Path, steps: StepLog | None = None, *
 def test_an_adapter_is_trained_scored_with_and_is_no_whole_model(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    run = Run.at(tmp_path / "run")
+    """After the training, Ctrl-C and the memory are the driver's again."""
+    run, interrupt = Run.at(tmp_path / "run"), signal.getsignal(signal.SIGINT)
     manifest = finetune_copy(
         prepared, base_folder, tmp_path / "run", **RECIPE | {"learning_rate": 1e-2}, lora_rank=16, num_workers=2
     )
+    assert signal.getsignal(signal.SIGINT) is interrupt
+    deadline = time.monotonic() + 60
+    while controllers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not controllers()
     losses = [loss for _, loss in manifest.details["loss_by_step"]]
     assert losses[-1] < losses[0]
     reference = Checkpoint.find(str(run / "reference"))
@@ -120,19 +127,6 @@ def controllers() -> list[str]:
         with suppress(psutil.NoSuchProcess):
             names.append(child.name())
     return [name for name in names if name.startswith("ray::TrainContr")]
-
-
-@pytest.mark.slow
-def test_after_a_training_ctrl_c_and_the_memory_are_the_drivers_again(
-    prepared: Path, base_folder: Path, tmp_path: Path
-) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    finetune_copy(prepared, base_folder, tmp_path / "run", **RECIPE, max_steps=1)
-    assert signal.getsignal(signal.SIGINT) is before
-    deadline = time.monotonic() + 60
-    while controllers() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not controllers()
 
 
 @pytest.mark.slow
@@ -204,7 +198,8 @@ def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt() -> None:
 def test_one_and_two_workers_take_the_same_steps_and_so_do_two_that_share_a_model(
     prepared: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    one = finetune_copy(prepared, base_folder, tmp_path / "one", **RECIPE, num_workers=1, export_epochs=True)
+    with without_ray_train():
+        one = finetune_copy(prepared, base_folder, tmp_path / "one", **RECIPE, num_workers=1, export_epochs=True)
     two = finetune_copy(prepared, base_folder, tmp_path / "two", **RECIPE, num_workers=2, tokens_per_pack=600)
     shared = finetune_copy(prepared, base_folder, tmp_path / "shared", **RECIPE | SHARDED, export_epochs=True)
     losses = [np.array(manifest.details["loss_by_step"]) for manifest in (one, two, shared)]
@@ -238,7 +233,8 @@ def test_one_and_two_workers_take_the_same_steps_and_so_do_two_that_share_a_mode
 @pytest.mark.slow
 def test_divergence_names_the_step_and_the_value(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
     recipe = RECIPE | {"learning_rate": 1e30, "max_failures": 0}
-    with pytest.raises(TrainingError, match=r"(nan|inf).* at step [2-6]; .*learning_rate \(now 1e\+30\)"):
+    message = r"(nan|inf).* at step [2-6]; .*learning_rate \(now 1e\+30\)"
+    with pytest.raises(TrainingError, match=message), without_ray_train():
         finetune_copy(prepared, base_folder, tmp_path / "run", **recipe)
     assert not (tmp_path / "run" / "reference").exists()
     assert Run.at(tmp_path / "run").manifest("finetune") is None
@@ -252,7 +248,7 @@ def test_a_base_with_nan_weights_is_refused_before_the_first_step(
     tensors = weights(base_folder)
     tensors["model.norm.weight"][:] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="not finite"):
+    with pytest.raises(ModelError, match="not finite"), without_ray_train():
         finetune_copy(prepared, broken, tmp_path / "run", **RECIPE, max_failures=0)
 
 
@@ -300,7 +296,7 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
         training.worker_device = lambda kind: torch.device("cpu")
         return training.train_on_rank(of_run, counter)
 
-    training.train_on_rank = train_worker
+    stage._train_on_rank = train_worker
     ray_train.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
     base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
     recipe = RECIPE | SHARDED | {"num_cpus": 2}
@@ -316,7 +312,8 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
 def undisturbed(prepared: Path, base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Weights of the long recipe without a death."""
     target = tmp_path_factory.mktemp("undisturbed") / "run"
-    finetune_copy(prepared, base_folder, target, **LONG)
+    with without_ray_train():
+        finetune_copy(prepared, base_folder, target, **LONG)
     return weights(target / "reference")
 
 
@@ -342,7 +339,7 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
     def train_worker(of_run: Training, counter: ProgressCounter) -> dict[str, Any]:
         import ray.train
 
-        from davir_ray.stages.training_worker import train_on_rank  # in the worker nothing is patched
+        from davir_ray.stages.training_worker import train_on_rank
 
         with open(pids, "a") as file:
             file.write(f"{os.getpid()} {ray.train.get_checkpoint() is not None}\n")
@@ -352,7 +349,7 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(
         wait_for_checkpoint(run)
         os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
 
-    monkeypatch.setattr(training, "train_on_rank", train_worker)
+    monkeypatch.setattr(stage, "_train_on_rank", train_worker)
     killer = threading.Thread(target=kill)
     killer.start()
     manifest = finetune_copy(prepared, base_folder, run, **LONG)

@@ -347,6 +347,7 @@ def test_a_cut_file_of_lines_has_the_rows_and_ids_of_an_uncut_one(
     assert done.done == done.total == sum(path.stat().st_size for path in data.iterdir())
 
 
+@pytest.mark.slow
 def test_the_lines_of_an_attempt_are_counted_once(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -374,6 +375,7 @@ def test_the_lines_of_an_attempt_are_counted_once(
     assert not (tmp_path / "run" / TASKS).exists()
 
 
+@pytest.mark.slow
 def test_an_attempt_with_another_plan_is_not_continued(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,7 @@ def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
         score(run, base, reference, config)
 
 
+@pytest.mark.slow
 def test_an_actor_that_cannot_load_its_model_says_why(
     prepared: Path, base_folder: Path, reference_folder: Path, tmp_path: Path
 ) -> None:

@@ -9,9 +9,7 @@ mixes examples in transformers 5.23 if use_cache is left on or a mask is passed;
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -66,50 +64,15 @@ def packed_attention(
         raise ValueError(f"a pack is one row of tokens; got {len(query)} rows")
     if on_flash(query) and not softcap and not dropout:
         return _attend_cuda(query, key, value, sequence_edges, longest_sequence, scaling, sliding_window), None
-    return _attend_by_length(query, key, value, sequence_edges_on_cpu, attend), None
+    # Imported late, as it imports torch's compiler, whose seconds a process that runs no model need not wait.
+    from davir_ray.models.kernel.by_length import attend_by_length
+
+    return attend_by_length(query, key, value, sequence_edges_on_cpu, attend), None
 
 
 def on_flash(query: torch.Tensor) -> bool:
     """Whether flash attention takes these queries: on a GPU, in half precision."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-
-
-# Not compiled: a loop over the sequences of this pack, which another pack would compile again.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_by_length(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    edges: torch.Tensor,
-    attend: Callable[..., torch.Tensor],
-) -> torch.Tensor:
-    """Attention of the pack's sequences, neighbours of one length at once."""
-    lengths = lengths_of(edges)
-    if sum(lengths) != query.shape[2]:
-        raise ValueError(f"the sequences of a pack have {sum(lengths)} tokens; got {query.shape[2]}")
-    outputs = []
-    for start, count, length in equal_runs(lengths):
-        end = start + count * length
-        # [heads, count * length, D] → [count, heads, length, D]
-        parts = (x[0, :, start:end].reshape(len(x[0]), count, length, -1).transpose(0, 1) for x in (query, key, value))
-        outputs.append(attend(*parts).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None]
-
-
-def lengths_of(edges: torch.Tensor) -> list[int]:
-    """The lengths of the sequences that lie between these edges."""
-    return edges.diff().tolist()
-
-
-def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Adjacent sequences of equal length as (first token, number of sequences, length)."""
-    runs: list[tuple[int, int, int]] = []
-    position = 0
-    for length, equal in groupby(lengths):
-        count = len(list(equal))
-        runs.append((position, count, length))
-        position += count * length
-    return runs
 
 
 def _attend(

@@ -8,12 +8,8 @@ import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from davir_ray.models.kernel.attention import (
-    PACKED_ATTENTION,
-    equal_runs,
-    packed_attention,
-    register_packed_attention,
-)
+from davir_ray.models.kernel.attention import PACKED_ATTENTION, packed_attention, register_packed_attention
+from davir_ray.models.kernel.by_length import equal_runs
 
 LENGTHS = (5, 9, 9, 9, 1, 30)
 HEADS, DIM = 4, 16

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.kernel import attention
+from davir_ray.models.kernel import by_length
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.training.memory import TrainedModel
@@ -66,7 +66,7 @@ def model_of(family: str, *, recompute: bool) -> PreTrainedModel:
 
 @pytest.fixture
 def pack(monkeypatch: pytest.MonkeyPatch) -> Pack:
-    monkeypatch.setattr(attention, "lengths_of", lambda _: LENGTHS)  # of fake tensors they cannot be read
+    monkeypatch.setattr(by_length, "lengths_of", lambda _: LENGTHS)  # of fake tensors they cannot be read
     return Pack.of([(np.zeros(length, np.int32), (1, length)) for length in LENGTHS])
 
 

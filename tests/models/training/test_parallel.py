@@ -259,6 +259,7 @@ def test_several_turns_and_a_rank_without_a_pack_are_tried() -> None:
     assert any(len(deal(examples.lengths[rows], examples.ids[rows], 48, 2)) > 1 for rows in rows_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_over_two_ranks_a_model_takes_the_steps_of_a_replicated_one(trained: Path, name: str) -> None:
     # In bfloat16 gradients of the norms' weights are rounded, too.
@@ -270,6 +271,7 @@ def test_sharded_over_two_ranks_a_model_takes_the_steps_of_a_replicated_one(trai
     assert_close(weights_of(trained, f"{name}-fsdp"), weights_of(trained, f"{name}-ddp"), room)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_each_rank_holds_its_part_of_the_weights(trained: Path, name: str) -> None:
     held = [json.loads((trained / f"{name}-held-{rank}.json").read_text()) for rank in range(2)]
@@ -278,6 +280,7 @@ def test_each_rank_holds_its_part_of_the_weights(trained: Path, name: str) -> No
     assert max(held) < 0.52 * whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTINUED)
 def test_a_sharded_run_continues_bit_for_bit_where_it_was_saved(trained: Path, name: str) -> None:
     for rank in range(2):
@@ -285,6 +288,7 @@ def test_a_sharded_run_continues_bit_for_bit_where_it_was_saved(trained: Path, n
     assert_close(weights_of(trained, f"{name}-continued"), weights_of(trained, f"{name}-fsdp"), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTINUED)
 def test_a_damaged_part_is_named_on_every_rank(trained: Path, name: str) -> None:
     for rank in range(2):
@@ -292,6 +296,7 @@ def test_a_damaged_part_is_named_on_every_rank(trained: Path, name: str) -> None
         assert re.fullmatch(r"shard-00002-\S+ does not match its checksum", message)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("name", CONTINUED)
 def test_a_run_saved_by_two_ranks_continues_on_one(trained: Path, name: str) -> None:
@@ -303,6 +308,7 @@ def test_a_run_saved_by_two_ranks_continues_on_one(trained: Path, name: str) -> 
     assert_close(found, weights_of(trained, f"{name}-fsdp"), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_alone")
 def test_any_part_that_is_damaged_or_missing_is_named(trained: Path, tmp_path: Path) -> None:
     trainer = trainer_of("tied")
@@ -315,6 +321,7 @@ def test_any_part_that_is_damaged_or_missing_is_named(trained: Path, tmp_path: P
                 trainer.load_state(state)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_alone")
 def test_the_state_of_the_other_strategy_is_refused(trained: Path, tmp_path: Path) -> None:
     replicated = Trainer(make(*CASES["tied"]), draw_examples(), CONFIG)

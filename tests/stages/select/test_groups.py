@@ -203,6 +203,7 @@ def test_a_floor_on_the_score_and_a_filter_go_together(run: Run) -> None:
     check(run, manifest, ranked[(ranked["davir"] >= 0.6) & (ranked["num_response_tokens"] <= 300)])
 
 
+@pytest.mark.slow
 def test_lowest_and_random_orders_are_grouped_too(run: Run) -> None:
     for config in (RankConfig(lowest=True), RankConfig(order="random", seed=3), RankConfig(order="length")):
         rank(run, config)
@@ -250,6 +251,7 @@ def test_a_mixture_takes_repeats_and_shuffles(run: Run) -> None:
     assert lines[0]["text"] == "a\nü"
 
 
+@pytest.mark.slow
 def test_a_mixture_again_is_the_same_bytes_and_another_seed_another_order(make_scores: MakeScores) -> None:
     found = []
     for name, shards, seed in [("one", 3, 0), ("two", 7, 0), ("three", 3, 1)]:
