@@ -85,9 +85,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None],
         monkeypatch.setattr(attention, "on_flash", lambda query: query.dtype in HALF)
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_as_documented(fault))
 
-    attention._varlen_options.cache_clear()
+    asked = (attention._one_split_is_taken, attention._varlen_parameters)
+    for function in asked:
+        function.cache_clear()
     yield install
-    attention._varlen_options.cache_clear()
+    for function in asked:
+        function.cache_clear()
 
 
 def make(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
