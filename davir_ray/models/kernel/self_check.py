@@ -21,6 +21,7 @@ from davir_ray.errors import ModelError
 from davir_ray.models.kernel.eager import eager_nll, use_attention
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.kernel.packing import Spans
+from davir_ray.text import one_line
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
@@ -167,8 +168,7 @@ class Expected:
                 f"{type(likelihood.model).__name__} leaves no room on this device for a pack: {error}"
             ) from error
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            log.info("the forward was refused: %s", error)
-            return "its forward refuses it"
+            return f"its forward refuses it: {one_line(error, 200)}"
         if gradient is None or self.gradients is None or not likelihood.packed:
             return None
         parts = torch.split(gradient[0], lengths)
