@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver l
     from transformers import PreTrainedModel
 
 MAX_VARIANTS = 64
-"""How often the code of a layer may be compiled. A variant each is needed for every kind of layer, for the short
-windows of the check at start-up, and for an adapter that is not there, switched on or off: 18 at most in the families
-that are tried. torch's own limit is 8, after which it silently runs the layer eagerly."""
+"""How often the code of a layer may be compiled. Each kind of layer needs a variant, and again for the short windows of
+the check at start-up, and for an adapter that is absent, switched on or switched off: Gemma 3 with an adapter needs 9.
+torch's own limit is 8, after which it silently runs the layer eagerly."""
 
 
 def layers_of(model: PreTrainedModel, *, otherwise: str) -> list[torch.nn.Module]:
