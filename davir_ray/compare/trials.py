@@ -103,6 +103,7 @@ class Trial:
             "chat_template": digest(template) if template else None,
             "versions": [GENERATION_VERSION, ANSWERS_VERSION],
         }
+        compiled = {"compile": True} if settings.score.compile else {}  # earlier versions compiled nothing
         return self.trained_with() | {
             "heldout": settings.heldout.require("prepare").content,
             "precision": settings.score.precision,
@@ -111,6 +112,7 @@ class Trial:
             "texts": texts if settings.matches or instructions else None,
             "numerics": NUMERICS_VERSION,
             "device": device_of(settings.score),
+            **compiled,
         }
 
     def completed(self) -> Manifest | None:

@@ -25,6 +25,9 @@ class ScoreConfig:
     """GPUs of one actor, fractions allowed. None: 1 if the cluster has any, else 0."""
     precision: Precision = "auto"
     """Type of weights and activations; auto is bfloat16 on a GPU that has it, else float32. Losses are float32."""
+    compile: bool = False
+    """Let torch compile the models' layers when an actor starts, which takes a minute or more; part of the numerics. A
+    model whose compiled layers do not give its own losses is refused. A CPU needs a C++ compiler, a GPU Triton."""
     tokens_per_pack: int | None = None
     """Token budget of one forward pass; halved automatically when the device runs out of memory. None: by device."""
     base_cache: str | None = None

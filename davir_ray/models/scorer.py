@@ -54,6 +54,8 @@ class ScorerSettings:
     """Of a GPU that several workers share."""
     precision: str = "auto"
     tokens_per_pack: int | None = None
+    compile: bool = False
+    """Whether the layers are compiled."""
     num_threads: int = 1
     """Number of CPU threads that the process computes with; another number may change the last bits."""
     keep_token_nll: str = "none"
@@ -83,12 +85,12 @@ class Scorer:
         dtype = resolve_dtype(settings.precision, device)
         self._autocast = uses_autocast(settings.autocast, device)
         self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])
-        self._base = Likelihood(base.model(dtype, device))
+        self._base = self._likelihood(base, dtype, device)
         base_attention = self_check(self._base, autocast=self._autocast)
         self._reference: Likelihood | None = None
         if reference is not None:
             adapted = reference.is_adapter
-            self._reference = self._attach(reference) if adapted else Likelihood(reference.model(dtype, device))
+            self._reference = self._attach(reference) if adapted else self._likelihood(reference, dtype, device)
         reference_attention = base_attention
         if self._reference is not None:
             reference_attention = self_check(self._reference, autocast=self._autocast)
@@ -108,6 +110,8 @@ class Scorer:
             "transformers": transformers.__version__,
             "base_attention": base_attention,
         }
+        if settings.compile:  # without it the text is that of earlier versions, whose cached losses stay valid
+            self._base_numerics["compile"] = True
         fell_back = {base_attention, reference_attention} != {"packed"}
         self.numerics = {**self._base_numerics, "reference_attention": reference_attention, "fell_back": fell_back}
         log.info("scoring with %s", self.numerics)
@@ -121,6 +125,12 @@ class Scorer:
         base = self._base_token_nlls(distinct, ids)
         reference = None if self._reference is None else self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, index, base, reference)
+
+    def _likelihood(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Likelihood:
+        likelihood = Likelihood(checkpoint.model(dtype, device))
+        if self._settings.compile:
+            likelihood.compile_layers()
+        return likelihood
 
     def _attach(self, adapter: Checkpoint) -> Likelihood:
         """Attach an adapter to the base; raises ModelError if switching it changes a bit of either's losses."""

@@ -70,9 +70,9 @@ def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneCo
     """Compute the losses of every example under the base alone, the frozen policy; frozen/ has the columns of scores/.
 
     They are computed in the arithmetic of the training, so that the policy starts equal to the frozen one: bfloat16
-    shifts the log-probability of a response by tenths of a nat.
+    shifts the log-probability of a response by tenths of a nat. So no layer is compiled, either.
     """
-    config = replace(config, precision=weights_precision(training))
+    config = replace(config, precision=weights_precision(training), compile=False)
     return score(
         run, base, None, config, keep_token_nll="none", stage="freeze", folder="frozen", autocast=training.precision
     )
@@ -84,6 +84,7 @@ def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: floa
         device=device_of(config),
         gpu_share=min(1.0, num_gpus_of(config) or 1.0),
         precision=config.precision,
+        compile=config.compile,
         tokens_per_pack=config.tokens_per_pack,
         num_threads=max(1, int(config.num_cpus)),
         keep_token_nll=keep_token_nll,
@@ -99,6 +100,8 @@ def _fingerprint(
     del kept["tokens_per_pack"], kept["gpu_share"]  # an out-of-memory error may halve the packs on the way
     if settings.device != "cpu":
         del kept["num_threads"]
+    if not settings.compile:  # scores of earlier versions, which compiled nothing, stay complete
+        del kept["compile"]
     fingerprint: dict[str, Any] = {
         "base": base.weights_digest(),
         "reference": None if reference is None else reference.weights_digest(),

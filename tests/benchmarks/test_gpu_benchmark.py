@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
-from davir_ray.benchmarks.gpu import exactness
+from davir_ray.benchmarks.gpu import exactness, speed
 from davir_ray.benchmarks.gpu.run import SECTIONS, main
+from davir_ray.benchmarks.gpu.shapes import SHAPES, draw, make
 from davir_ray.benchmarks.gpu.trial import Trial
+from davir_ray.models.kernel.likelihood import Likelihood
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -75,6 +79,31 @@ def test_what_is_not_exact_fails_and_the_others_run(monkeypatch: pytest.MonkeyPa
     found = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())}
     assert [found[name]["verdict"] for name in ("attention", "syncs", "memory")] == ["FAIL", "FAIL", ""]
     assert "ZeroDivisionError" in found["syncs"]["found"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_compiled_layers_are_measured_unless_they_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """With a compiler that writes no code, and then one that multiplies by a factor."""
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Any]) -> Any:
+        return lambda *inputs: [
+            factor * each if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+            for each in graph.forward(*inputs)
+        ]
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile_module(layer, **how, backend=backend))
+    trial = Trial(device=torch.device("cpu"), smoke=True, limit_s=9)
+    torch._dynamo.reset()
+    likelihood = Likelihood(make(SHAPES["Llama-3.2-1B"], torch.float32, trial.device, tiny=True))
+    score = partial(exactness.budgeted, likelihood, draw((5, 9), 500), 32)
+    speed._compiled_layers(trial, "Llama", likelihood, 1.0, score)
+    found = {row["name"]: row for row in trial.results}
+    if factor == 1.0:
+        assert found["variant Llama: compiling"]["values"]["seconds"] > 0
+        assert found["variant Llama: compiled layers"]["values"]["ratio"] > 0
+    else:
+        assert "refused: score.compile is true" in found["variant Llama: compiled layers"]["found"]
 
 
 def test_when_the_time_is_over_nothing_more_is_begun(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,23 @@ def test_the_adapters_losses_are_those_of_peft(base_folder: Path, adapter_folder
     peft = PeftModel.from_pretrained(plain, adapter_folder).double().eval()
     scores = scorer_of(base_folder, adapter_folder)(draw_table())
     assert scores["reference_nll"].to_pylist() == pytest.approx(sums(peft, draw_table()), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch's compiler needs")
+def test_compiled_layers_take_an_adapter_on_and_off(base_folder: Path, adapter_folder: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager", dtype=torch.float64)
+    base = sums(plain.eval(), draw_table())
+    peft = PeftModel.from_pretrained(plain, adapter_folder).double().eval()
+    settings = replace(SETTINGS, compile=True)
+    with_adapter, without = (scorer_of(base_folder, other, settings) for other in (adapter_folder, base_folder))
+    for _ in range(2):
+        scores = with_adapter(draw_table())
+        assert scores["reference_nll"].to_pylist() == pytest.approx(sums(peft, draw_table()), rel=1e-5)
+        assert scores["base_nll"].to_pylist() == pytest.approx(base, rel=1e-5)
+        assert scores["base_token_nll"].equals(without(draw_table())["base_token_nll"])
+    assert with_adapter.numerics["compile"] is True
+    assert "compile" not in scorer_of(base_folder, base_folder).numerics
 
 
 def test_there_is_one_copy_of_the_base(base_folder: Path, adapter_folder: Path) -> None:

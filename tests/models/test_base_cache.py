@@ -98,14 +98,18 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
         {"table": table_of([9, 5, 30, 4])},
         {"settings": replace(SETTINGS, precision="bfloat16")},
         {"settings": replace(SETTINGS, num_threads=2)},
+        {"settings": replace(SETTINGS, compile=True)},
         {"base": "another model or tokenizer"},
         {"version": 10_000},
     ],
-    ids=["ids", "tokens", "fewer", "order", "precision", "threads", "base", "version"],
+    ids=["ids", "tokens", "fewer", "order", "precision", "threads", "compiled", "base", "version"],
 )
 def test_what_the_losses_depend_on_never_hits(
     base_folder: Path, cache: BaseCache, counted: Counted, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
+    compile_module = torch.nn.Module.compile
+    # The layers are traced, but no code is written.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile_module(layer, **how, backend="eager"))
     counted(scorer_of(base_folder, base_folder, cache), TABLE)
     if "version" in change:
         monkeypatch.setattr("davir_ray.models.scorer.NUMERICS_VERSION", change["version"])

@@ -30,7 +30,7 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.prepare import Preparation, prepare
-from davir_ray.stages.score import score
+from davir_ray.stages.score import _fingerprint, score, scorer_settings
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -228,6 +228,18 @@ def test_scores_of_an_adapter_without_its_trained_modules_are_not_complete(
         return
     with pytest.raises(OutputError, match="score differs in modules_to_save"):
         score(run, base, reference, config)
+
+
+def test_scores_of_compiled_layers_are_not_those_of_a_run_without(base_folder: Path, tmp_path: Path) -> None:
+    run, base = Run.at(tmp_path / "run"), Checkpoint.find(str(base_folder))
+    Manifest(stage="prepare", fingerprint={}, counts={"prepared": 1}, files=[]).commit(run.folder)
+    config = ScoreConfig(precision="float32", compile=True)
+    settings = replace(scorer_settings(config, "sample", 1.0), num_threads=1)
+    fingerprint = _fingerprint(base, base, run.require("prepare"), settings)
+    done = Manifest(stage="score", fingerprint=fingerprint, counts={"scored": 1}, files=[]).commit(run.folder)
+    assert score(run, base, base, config) == done
+    with pytest.raises(OutputError, match=r"score differs in .*compile"):
+        score(run, base, base, replace(config, compile=False))
 
 
 @pytest.mark.slow

@@ -16,13 +16,16 @@ from davir_ray.benchmarks.gpu.trial import Trial
 from davir_ray.benchmarks.measure import useful_flops
 from davir_ray.benchmarks.workload import Example
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.device import gemm_flops
 from davir_ray.models.kernel import likelihood as kernel
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
+from davir_ray.models.kernel.self_check import self_check
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import Trainer
+from davir_ray.text import one_line
 
 _PREDICTED = {
     "Qwen2.5-0.5B": "43 to 46 %, 1,700 pairs/s", "Llama-3.2-1B": "57 to 61 %, 875 pairs/s",
@@ -91,20 +94,33 @@ def _timed(trial: Trial, job: Callable[[], object]) -> tuple[float, float]:
 
 
 def _variants(trial: Trial, name: str, likelihood: Likelihood, examples: Sequences, budget: int) -> None:
-    """What is gained by compiled layers, a compiled softmax, and Liger's kernels where they are installed."""
+    """What is gained by a compiled softmax, by compiled layers, and by Liger's kernels where they are installed."""
     score = partial(budgeted, likelihood, examples, budget)
     plain, _ = _timed(trial, score)
     with mock.patch.object(kernel, "token_nll", torch.compile(token_nll, dynamic=True)):
         _record_variant(trial, f"{name}: compiled softmax", plain, score)
+    _compiled_layers(trial, name, likelihood, plain, score)
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=likelihood.model)
-        _record_variant(trial, f"{name}: Liger", plain, score)
+        with torch.compiler.set_stance("force_eager"):
+            _record_variant(trial, f"{name}: Liger", plain, score)
     else:
         trial.record(f"variant {name}: Liger", None, "is not installed")
-    for layer in likelihood.model.get_decoder().layers:
-        layer.compile(dynamic=True)
+
+
+def _compiled_layers(
+    trial: Trial, name: str, likelihood: Likelihood, plain: float, score: Callable[[], object]
+) -> None:
+    """What `score.compile` gains, and how long the check at start-up takes, which compiles the layers."""
+    likelihood.compile_layers()
+    try:
+        taken = trial.seconds(lambda: self_check(likelihood))
+    except ModelError as error:
+        trial.record(f"variant {name}: compiled layers", None, f"refused: {one_line(error, 300)}")
+        return
+    trial.record(f"variant {name}: compiling", None, f"{taken:.0f} s at start-up", seconds=taken)
     _record_variant(trial, f"{name}: compiled layers", plain, score)
 
 

@@ -7,9 +7,8 @@ the keywords `sequence_edges`, `sequence_edges_on_cpu` and `longest_sequence`. P
 mixes examples in transformers 5.23 if use_cache is left on or a mask is passed; this does not rely on it.
 """
 
-import inspect
 import logging
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,9 +61,11 @@ def packed_attention(
         return attend(query, key, value).transpose(1, 2).contiguous(), None
     if len(query) != 1:
         raise ValueError(f"a pack is one row of tokens; got {len(query)} rows")
+    # Imported late, as both import torch's compiler, whose seconds a process that runs no model need not wait.
     if on_flash(query) and not softcap and not dropout:
-        return _attend_cuda(query, key, value, sequence_edges, longest_sequence, scaling, sliding_window), None
-    # Imported late, as it imports torch's compiler, whose seconds a process that runs no model need not wait.
+        from davir_ray.models.kernel.flash import attend_on_flash
+
+        return attend_on_flash(query, key, value, sequence_edges, longest_sequence, scaling, sliding_window), None
     from davir_ray.models.kernel.by_length import attend_by_length
 
     return attend_by_length(query, key, value, sequence_edges_on_cpu, attend), None
@@ -112,44 +113,3 @@ def _window_mask(length: int, sliding_window: int | None, device: torch.device) 
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < (sliding_window or length))
-
-
-def _attend_cuda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    edges: torch.Tensor,
-    longest: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Flash attention over all sequences of the pack in one launch."""
-    from torch.nn.attention.varlen import varlen_attn  # imported late: torch builds it for CUDA only
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = varlen_attn(
-        q, k, v, edges, edges, longest, longest,
-        scale=scaling, window_size=window, **_varlen_options(q.device, q.dtype),
-    )  # fmt: skip
-    return torch.as_tensor(out)[None]
-
-
-@cache
-def _varlen_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Options that this torch supports on this GPU: 2.11 always groups heads, and some kernels refuse one split."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
-    if "num_splits" not in known:
-        return options
-    heads = torch.zeros(2, 1, 64, device=device, dtype=dtype)
-    edges = torch.tensor([0, 2], device=device, dtype=torch.int32)
-    try:
-        varlen_attn(heads, heads, heads, edges, edges, 2, 2, window_size=(-1, 0), num_splits=1)
-    except RuntimeError as error:
-        log.info("flash attention may split keys, so the other sequences of a pack may change the last bits: %s", error)
-        return options
-    # With more splits the longest sequence of a pack decides in which order the others are summed.
-    return options | {"num_splits": 1}

@@ -10,6 +10,7 @@ Letters in tensor names: T tokens of the pack, R scored tokens of the pack, C ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,7 @@ from davir_ray.errors import ModelError
 from davir_ray.formulas.losses import token_nll
 from davir_ray.models.device import DeviceKind
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
+from davir_ray.models.kernel.layers import compile_layers, running_compiled
 from davir_ray.models.kernel.packing import Spans, scored_positions
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
@@ -142,11 +144,21 @@ class Likelihood(torch.nn.Module):
         self.model = model
         self.packed = model.config._attn_implementation == PACKED_ATTENTION
         """Whether packs are run without padding; the self-check clears it for models that cannot be packed exactly."""
+        self.compiled = False
+        """Whether the layers are compiled; for scoring only."""
         vocabulary = int(model.config.get_text_config().vocab_size)
         kind = chunks_for or model.device.type
         self._chunk_rows = max(1, min(_CHUNK_ROWS[kind], _CHUNK_LOGITS // vocabulary))
         self._block_rows = max(1, _CACHED_LOGITS // vocabulary) if kind == "cpu" else self._chunk_rows
         self._rope_types, self._rope_length = _length_dependent_rope(model.config.get_text_config())
+
+    def compile_layers(self) -> None:
+        """Run compiled layers from now on; call before `self_check`, which tries them.
+
+        ModelError if the model does not name its layers.
+        """
+        compile_layers(self.model)
+        self.compiled = True
 
     @property
     def one_pass_length(self) -> int | None:
@@ -171,7 +183,8 @@ class Likelihood(torch.nn.Module):
 
     def _nll(self, pack: Pack) -> torch.Tensor:
         pack = pack.to(self.model.device)
-        hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_padded(pack)
+        with running_compiled(self.model) if self.compiled else nullcontext():
+            hidden_RH = self._hidden_packed(pack) if self.packed else self._hidden_padded(pack)
         return self.head_nll(hidden_RH, pack.targets_R)
 
     def head_nll(self, hidden_RH: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from davir_ray.errors import ModelError
 from davir_ray.models.kernel.eager import eager_nll, use_attention
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.kernel.packing import Spans
+from davir_ray.text import one_line
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
@@ -42,33 +43,59 @@ def self_check(likelihood: Likelihood, *, autocast: bool = False, gradients: boo
 
     `autocast`: the work runs under bfloat16 autocast; `gradients`: it trains. Returns how the model will be run:
     'packed', or, with a warning, 'padded' and the name of its attention if packing is not exact (attention sinks,
-    ALiBi, linear attention). ModelError if padded losses differ, too, because the head does something unknown, or if
-    the model is not causal.
+    ALiBi, linear attention). ModelError if padded losses differ, too, because the head does something unknown, if the
+    model is not causal, or if its layers are compiled and then move losses by more than is allowed to eager ones.
     """
-    model, family = likelihood.model, type(likelihood.model).__name__
+    model = likelihood.model
     arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)
     with arithmetic, _short_windows(model), torch.set_grad_enabled(gradients):
-        expected = Expected.of(model, gradients=gradients)
-        _check_causal(model, expected)
-        if likelihood.packed:
-            fault = expected.fault_of(likelihood)
-            if fault is None:
-                return "packed"
-            log.warning("%s cannot be packed exactly (%s); it is run in padded batches, which is slower", family, fault)
-        likelihood.packed = False
-        for attention in ("sdpa", "eager"):
-            if attention == "sdpa" and not model._supports_sdpa:
-                continue
-            use_attention(model, attention)
-            fault = expected.fault_of(likelihood)
-            if fault is None:
-                return f"padded, {attention}"
+        with torch.compiler.set_stance("force_eager") if likelihood.compiled else nullcontext():
+            expected = Expected.of(model, gradients=gradients)
+            attention = _way_to_run(likelihood, expected)
+        if likelihood.compiled:
+            _check_compiled(likelihood, expected)
+    if likelihood.compiled:
+        # Layers with a window are compiled again for its full length: on every worker by the same pack, because torch
+        # may write other code for another pack.
+        with arithmetic:
+            probe(likelihood)
+    return attention
+
+
+def _way_to_run(likelihood: Likelihood, expected: Expected) -> str:
+    """How the model must be run for the expected losses; raises ModelError if there is no way."""
+    model, family = likelihood.model, type(likelihood.model).__name__
+    _check_causal(model, expected)
+    if likelihood.packed:
+        fault = expected.fault_of(likelihood)
+        if fault is None:
+            return "packed"
+        log.warning("%s cannot be packed exactly (%s); it is run in padded batches, which is slower", family, fault)
+    likelihood.packed = False
+    for attention in ("sdpa", "eager"):
+        if attention == "sdpa" and not model._supports_sdpa:
+            continue
+        use_attention(model, attention)
+        fault = expected.fault_of(likelihood)
+        if fault is None:
+            return f"padded, {attention}"
     raise ModelError(f"{family} cannot be scored exactly: {fault}")
+
+
+def _check_compiled(likelihood: Likelihood, expected: Expected) -> None:
+    """Raise ModelError unless compiled layers give the expected losses, within the limit of those that are not."""
+    with torch.inference_mode():  # as the work is: in another mode torch would compile them again
+        fault = expected.fault_of(likelihood)
+    if fault is not None:
+        raise ModelError(
+            f"score.compile is true, but with compiled layers {type(likelihood.model).__name__} cannot be scored "
+            f"exactly: {fault}; leave score.compile false"
+        )
 
 
 def probe(likelihood: Likelihood, examples: list[Example] | None = None) -> torch.Tensor:
     """Losses of the check's sequences: if they are bitwise equal before and after a step, the step changed nothing."""
-    with torch.no_grad():
+    with torch.inference_mode() if likelihood.compiled else torch.no_grad():
         return torch.as_tensor(likelihood(Pack.of(examples or check_examples(likelihood.model)))).cpu()
 
 
@@ -132,7 +159,8 @@ class Expected:
             nlls = _by_example(nll_R, self.examples)
             difference = self._difference(nlls, self.nlls)
             if not difference <= tolerance(exact=self.exact):
-                return f"losses differ by {difference:.3g} nats"
+                limit = tolerance(exact=self.exact)
+                return f"losses differ by {difference:.3g} nats, where {limit:g} are allowed"
             if likelihood.packed and (leaked := self._leaked(likelihood, nlls)):
                 return f"losses of a sequence change by {leaked:.3g} nats with the other sequences of its pack"
         except torch.OutOfMemoryError as error:
@@ -140,8 +168,7 @@ class Expected:
                 f"{type(likelihood.model).__name__} leaves no room on this device for a pack: {error}"
             ) from error
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            log.info("the forward was refused: %s", error)
-            return "its forward refuses it"
+            return f"its forward refuses it: {one_line(error, 200)}"
         if gradient is None or self.gradients is None or not likelihood.packed:
             return None
         parts = torch.split(gradient[0], lengths)

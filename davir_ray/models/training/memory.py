@@ -22,10 +22,10 @@ from davir_ray.models.adapter import add_adapter
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import DeviceKind, weights_precision
 from davir_ray.models.kernel.attention import PACKED_ATTENTION
+from davir_ray.models.kernel.layers import layers_of
 from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood
 from davir_ray.models.training.loop import recompute_activations
 from davir_ray.models.training.model import freeze_what_text_does_not_reach, switch_off_dropout
-from davir_ray.models.training.parallel import layers_of
 from davir_ray.text import one_line
 
 _SEQUENCE = 1024
@@ -81,7 +81,7 @@ class TrainedModel:
         model = self._built()
         inside: set[int] = set()
         if is_sharded := strategy == "fsdp":
-            inside = {id(parameter) for layer in layers_of(model) for parameter in layer.parameters()}
+            inside = {id(parameter) for layer in _layers(model) for parameter in layer.parameters()}
         num_parts = num_workers if is_sharded else 1
         trained = _num_bytes(_trained(model), num_parts)
         return TrainingMemory(
@@ -102,7 +102,7 @@ class TrainedModel:
     def _activations(self, num_parts: int, *, recompute: bool) -> int:
         """The most that a forward and backward pass of a pack allocates beside the model's weights and gradients."""
         model = self._built()
-        layers = layers_of(model) if num_parts > 1 else []
+        layers = _layers(model) if num_parts > 1 else []
         for layer in layers if self._autocast else []:
             layer.to(torch.bfloat16)  # the type that it is gathered in, so that autocast makes no copies
         num_tokens = self._config.tokens_per_pack or TOKENS_PER_PACK[self._kind]
@@ -185,6 +185,10 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int, num_bytes: int) -> None:
         self._alive.discard(key)
         self._now -= num_bytes
+
+
+def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return layers_of(model, otherwise="give --finetune.strategy ddp")
 
 
 def _tensors(found: Any) -> list[torch.Tensor]:

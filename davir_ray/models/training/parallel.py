@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from davir_ray.errors import ConfigError, DavirError, IntegrityError, ModelError
+from davir_ray.models.kernel.layers import layers_of
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.self_check import Example, check_examples, probe, tolerance
 
@@ -236,7 +237,7 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
         reduce_dtype=torch.float32 if autocast else None,
         cast_forward_inputs=False,
     )
-    for layer in layers_of(model):
+    for layer in layers_of(model, otherwise="use --finetune.strategy ddp"):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
     model.tie_weights()  # each name was given a tensor of its own
@@ -259,21 +260,6 @@ def sharded(make: Callable[[], Likelihood], device: torch.device, *, autocast: b
             f"{difference:.3g} nats per token; use --finetune.strategy ddp"
         )
     return likelihood
-
-
-def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The outermost modules that transformers keeps on one device, except any that holds an embedding or the head."""
-    names = set(model._no_split_modules or ())
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    shared = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
-    found: dict[str, torch.nn.Module] = {}
-    for name, module in model.named_modules():
-        is_inside = any(name.startswith(f"{outer}.") for outer in found)
-        if type(module).__name__ in names and not is_inside and shared.isdisjoint(map(id, module.parameters())):
-            found[name] = module
-    if not found:
-        raise ModelError(f"{type(model).__name__} does not name its layers; use --finetune.strategy ddp")
-    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
 """The start-up check with the attention of a GPU, emulated on a CPU: it must catch every fault that is planted."""
 
+import copy
 import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.attention.varlen
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3MoeConfig
 
-from davir_ray.models.kernel import attention
+from davir_ray.models.kernel import attention, flash
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.eager import eager_nll
-from davir_ray.models.kernel.likelihood import Likelihood
+from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.kernel.self_check import check_examples, self_check
 
 WINDOW = 4096
@@ -85,9 +88,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None],
         monkeypatch.setattr(attention, "on_flash", lambda query: query.dtype in HALF)
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_as_documented(fault))
 
-    attention._varlen_options.cache_clear()
+    asked = (flash._one_split_is_taken, flash._varlen_parameters)
+    for function in asked:
+        function.cache_clear()
     yield install
-    attention._varlen_options.cache_clear()
+    for function in asked:
+        function.cache_clear()
 
 
 def make(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -141,6 +147,62 @@ def test_a_long_window_is_checked_with_short_sequences_and_left_as_it_was(
     assert max(len(ids) for ids, _ in check_examples(model)) < 100
     assert model.config.sliding_window == WINDOW
     assert [module.sliding_window for module in windowed] == before
+
+
+@torch.library.custom_op("davir_ray_tests::varlen", mutates_args=())
+def varlen_operation(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: torch.Tensor, longest: int, scale: float,
+    left: int,
+) -> torch.Tensor:  # fmt: skip
+    """One operation for the compiler, as flash attention is."""
+    attend = varlen_as_documented(None)
+    return attend(
+        query, key, value, edges, edges, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True
+    ).contiguous()
+
+
+@varlen_operation.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+def test_compiled_layers_hold_one_attention_each_and_no_pack_compiles_them_again(
+    emulated: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the trial of what flash attention takes; and windows of the work are compiled at start-up, too."""
+    emulated(None)
+    graphs: list[int] = []
+
+    def varlen_attn(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+        max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False, num_splits: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        scale = scale if scale is not None else query.shape[2] ** -0.5
+        return varlen_operation(query, key, value, cu_seq_q, max_q, scale, window_size[0])  # type: ignore[no-any-return]
+
+    def counted(graph: torch.fx.GraphModule, _inputs: list[Any]) -> Any:
+        graphs.append(sum("varlen" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile_module(layer, **how, backend=counted))
+    torch._dynamo.reset()
+    likelihood = Likelihood(make(WINDOWED, torch.bfloat16))
+    eager = copy.deepcopy(likelihood)
+    likelihood.compile_layers()
+    assert self_check(likelihood) == "packed"
+    # A layer that sees everything, and one with the window of the check and its own.
+    assert graphs == [1, 1, 1]
+    draw = np.random.default_rng(0)
+    with torch.inference_mode():
+        for _ in range(20):
+            lengths = draw.integers(2, 60, draw.integers(1, 9)).tolist()
+            pack = Pack.of([(draw.integers(0, 100, length, dtype=np.int32), (1, length)) for length in lengths])
+            assert torch.equal(likelihood(pack), eager(pack))
+    assert graphs == [1, 1, 1]
+    torch._dynamo.reset()
 
 
 def test_the_arguments_are_those_of_torch() -> None:

@@ -27,12 +27,13 @@ from davir_ray.errors import ConfigError, IntegrityError, ModelError
 from davir_ray.models.adapter import add_adapter
 from davir_ray.models.device import uses_autocast
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
+from davir_ray.models.kernel.layers import layers_of
 from davir_ray.models.kernel.likelihood import Likelihood
 from davir_ray.models.kernel.packing import deal
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import Trainer, plan
 from davir_ray.models.training.model import save_reference
-from davir_ray.models.training.parallel import SHARDS_FILE, layers_of, sharded, together
+from davir_ray.models.training.parallel import SHARDS_FILE, sharded, together
 
 VOCABULARY = 61
 """Odd, as no other size here: the rows of two ranks differ in number."""
@@ -362,7 +363,7 @@ def test_one_rank_takes_the_steps_of_a_model_that_is_not_sharded_and_saves_a_pla
 def test_layers_are_sharded_by_themselves_and_what_the_kernel_uses_with_the_root() -> None:
     likelihood = shard(TIED, CONFIG)
     layers = list(likelihood.model.get_decoder().layers)
-    assert len(layers) == len(layers_of(make(TIED, CONFIG).model)) == 2
+    assert len(layers) == len(layers_of(make(TIED, CONFIG).model, otherwise="")) == 2
     assert [m for m in likelihood.modules() if isinstance(m, FSDPModule)] == [likelihood, *layers]
     assert likelihood.model.lm_head.weight is likelihood.model.get_input_embeddings().weight
 
@@ -370,8 +371,8 @@ def test_layers_are_sharded_by_themselves_and_what_the_kernel_uses_with_the_root
 def test_a_model_that_names_no_layers_is_refused() -> None:
     model = make(LLAMA, CONFIG).model
     model._no_split_modules = set()
-    with pytest.raises(ModelError, match="does not name its layers"):
-        layers_of(model)
+    with pytest.raises(ModelError, match="does not name its layers; use ddp"):
+        layers_of(model, otherwise="use ddp")
 
 
 @pytest.mark.usefixtures("_alone")
