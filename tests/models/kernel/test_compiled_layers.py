@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from families import EXPERTS, VOCABULARY, Example, config_of, draw_examples, make
+from scoring_tables import scoring_table
 from torch._inductor.compile_fx import compile_fx
 from transformers import AutoModelForCausalLM
 
 from davir_ray.errors import ModelError
+from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel import layers
 from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.kernel.self_check import self_check
+from davir_ray.models.scorer import Scorer, ScorerSettings
 
 Graph = torch.fx.GraphModule
 Backend = Callable[[Graph, list[Any]], Any]
@@ -131,6 +135,21 @@ def test_the_code_that_torch_writes_has_the_losses_of_transformers(
         ]
         again = torch.split(score(likelihood, others), Pack.of(others).num_scored)[at]
         torch.testing.assert_close(again, nll_R, rtol=1e-5 if family in EXPERTS else 0, atol=0)
+    assert len(graphs) == num_compiled
+
+
+@pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
+def test_a_scorer_compiles_when_it_starts_and_never_while_it_scores(
+    compile_with: Callable[[Backend], list[Graph]], base_folder: Path, reference_folder: Path, autocast: str
+) -> None:
+    graphs = compile_with(traced)
+    base, reference = (Checkpoint.find(str(folder)) for folder in (base_folder, reference_folder))
+    scorer = Scorer(base, reference, ScorerSettings(compile=True, autocast=autocast, tokens_per_pack=64))
+    num_compiled = len(graphs)
+    assert num_compiled > 0
+    for pack in draw_packs(4):
+        scores = scorer(scoring_table([(ids + 3, spans) for ids, spans in pack]))
+        assert set(scores["status"].to_pylist()) == {"ok"}
     assert len(graphs) == num_compiled
 
 
