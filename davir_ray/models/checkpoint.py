@@ -190,6 +190,8 @@ class Checkpoint:
         ModelError if it cannot be built.
         """
         config = self.config()
+        if attention == PACKED_ATTENTION:
+            register_packed_attention()
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -1,6 +1,8 @@
 """Which plan a fine-tune gets: the first that fits, in the order of what it costs."""
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,20 @@ def test_where_nothing_is_open_nothing_is_asked(
     assert plan_training(base, FinetuneConfig(use_gpu=False, gradient_checkpointing=True)).config.gradient_checkpointing
     shown = str(plan_training(base, FinetuneConfig(use_gpu=False), with_memory=True))
     assert shown.startswith("ddp on 1 CPU worker, keeping activations; ")
+
+
+FRESH = """
+import sys
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.training.memory import TrainedModel
+model = TrainedModel(Checkpoint.find(sys.argv[1]), FinetuneConfig(tokens_per_pack=64), "cpu")
+print(model.memory(strategy="ddp", num_workers=1, recompute=False).activations)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_built_no_model_can_plan(base_folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FRESH, str(base_folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 64 * 64 * 4
