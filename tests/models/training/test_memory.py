@@ -101,6 +101,7 @@ def eight_ranks() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "recompute"),
     [("Llama", False), ("Llama", True), ("Qwen2", True), ("Gemma2", False), ("Phi", False), ("Mixtral", True)],
