@@ -86,7 +86,7 @@ def checkpoint_is_known(run: Path) -> Callable[[], bool]:
     seen = set[Path]()
 
     def is_known() -> bool:
-        seen.update(run.glob("checkpoints/*/checkpoint_*/training_state.sha256"))
+        seen.update(run.glob("checkpoints/*/checkpoint_*/training_state.*.sha256"))
         return not all(path.exists() for path in seen)
 
     return is_known
