@@ -52,8 +52,8 @@ class FinetuneConfig:
     use_gpu: bool | None = None
     """Give each worker one GPU. None: true if the cluster has any."""
     checkpoint_every_minutes: float | None = 10.0
-    """Minutes between checkpoints; after a worker or the driver was killed, training continues from the last. None: by
-    steps alone."""
+    """Minutes between checkpoints; more where saving one, without its upload, takes longer than a twentieth of them.
+    After a worker or the driver was killed, training continues from the last. None: by steps alone."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints, besides those by minutes. None: by minutes alone."""
     max_failures: int = 3

@@ -17,21 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import ray.train
 import torch
 from ray.train.torch import get_device
 
 from davir_ray.engine.progress import ProgressCounter, WorkDone
 from davir_ray.engine.trackers import Step
-from davir_ray.errors import ConfigError, IntegrityError
+from davir_ray.errors import ConfigError, IntegrityError, StorageError
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE
 from davir_ray.models.device import device_name, resolve_dtype, uses_autocast, weights_precision, worker_device
 from davir_ray.models.training.loop import StepReport, Trainer
 from davir_ray.models.training.model import save_reference, trainable
-from davir_ray.models.training.parallel import replicated, sharded, together
+from davir_ray.models.training.parallel import add_checksums, replicated, sharded, together
 from davir_ray.run.files import FileEntry, digest, put_folder
 from davir_ray.run.location import Location
-from davir_ray.run.storage_errors import storage_errors
+from davir_ray.run.storage_errors import explain, storage_errors
 from davir_ray.stages.finetune import Training
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ _NUM_LOGGED = 50
 
 _UPLOAD_S = 3600
 """Seconds that a checkpoint waits for the upload of the one before."""
+
+_MAX_SHARE = 0.05
+"""Maximum share of the time that a training stands still for checkpoints by time."""
+
+_PART_BYTES = 2**24
+"""Bytes that are uploaded between two looks whether the checkpoint is still needed."""
 
 _MAX_CURVE_POINTS = 500
 """Maximum number of points of a loss curve in the manifest."""
@@ -67,14 +74,17 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
                 state = opened.enter_context(checkpoint.as_directory())
             together(partial(_continue, trainer, Path(state), checkpoint.path))
     is_first = ray.train.get_context().get_world_rank() == 0
+    checkpoints = Checkpoints(training, trainer, is_first=is_first)
     try:
         if config.use_gpu:
             trainer.fit_budget()
-        _take_steps(training, trainer, counter, is_first=is_first)
+        _take_steps(training, trainer, counter, checkpoints, is_first=is_first)
     except torch.OutOfMemoryError:  # Ray Train starts the workers again, and they continue from the last checkpoint
         noted.write_text(str(max(1, trainer.budget // 2)))
         raise
+    checkpoints.steps_are_taken = True
     files = _export(training, trainer, training.folder, is_first=is_first)  # not `together`: no step follows
+    checkpoints.model_is_written = is_first
     return {
         **trainer.summary(_MAX_CURVE_POINTS),
         "num_rows": len(objective),
@@ -114,10 +124,11 @@ def _continue(trainer: Trainer, state: Path, uri: str) -> None:
         raise ConfigError(f"the checkpoint {uri} cannot be continued from: {error}, or {start_over}") from error
 
 
-def _take_steps(training: Training, trainer: Trainer, counter: ProgressCounter, *, is_first: bool) -> None:
+def _take_steps(
+    training: Training, trainer: Trainer, counter: ProgressCounter, checkpoints: "Checkpoints", *, is_first: bool
+) -> None:
     """Take the remaining steps; after each, export the epoch, save a checkpoint and log, when due."""
     config, before, num_tokens = training.config, trainer.step, 0
-    checkpoints = Checkpoints(training, trainer, is_first=is_first)
     if is_first:
         counter.begin("steps")
         counter.report("steps", WorkDone(0, before=before))
@@ -157,15 +168,21 @@ class Checkpoints:
         self._trainer = trainer
         self._is_first = is_first
         self._last = time.monotonic()
+        self._last_s = 0.0
+        """Seconds that training stood still for the last one."""
         self._idle = threading.Event()
         """Set unless an upload of this rank goes on."""
         self._idle.set()
+        self.steps_are_taken = False
+        """No step follows: an upload that fails is no reason to train again."""
+        self.model_is_written = False
+        """No checkpoint is needed: an upload that goes on is given up."""
 
     def is_due(self, report: StepReport) -> bool:
         """Whether to save after this step: the same on every rank, by the clock of rank 0.
 
         By time, or at the end of an epoch if a minute of training would be lost; by time never before the last upload
-        has ended.
+        has ended, nor so often that the saving takes a twentieth of the time.
         """
         config = self._training.config
         if config.checkpoint_every_steps and report.step % config.checkpoint_every_steps == 0:
@@ -173,16 +190,22 @@ class Checkpoints:
         if config.checkpoint_every_minutes is None:
             return False
         seconds = 60 * min(config.checkpoint_every_minutes, 1 if report.ends_epoch else math.inf)
+        seconds = max(seconds, self._last_s / _MAX_SHARE)
         late = time.monotonic() - self._last > seconds or not self._is_first
         return self._trainer.agreed(late and self._idle.is_set())
 
     def save(self, report: StepReport) -> None:
         """Write the state to a local folder, and upload it while training goes on."""
         self._idle.wait(_UPLOAD_S)  # else the uploads to a slow store would fill the disk
+        started = time.monotonic()
+        self._save(report)
+        self._last = time.monotonic()
+        self._last_s = self._last - started
+
+    def _save(self, report: StepReport) -> None:
         metrics = dataclasses.asdict(report)
         if not (self._is_first or self._trainer.every_rank_saves):
             ray.train.report(metrics, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
-            self._last = time.monotonic()
             return
         folder = tempfile.mkdtemp(prefix=f"davir-{self._training.name}-")
         with ExitStack() as failed:
@@ -199,19 +222,40 @@ class Checkpoints:
                     delete_local_checkpoint_after_upload=False,
                 )
             failed.pop_all()  # the upload deletes it
-        self._last = time.monotonic()
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Upload as Ray Train does, and delete the local folder; called in a thread.
+        """Add the checksums, upload and delete the local folder; called in a thread.
 
-        Raises StorageError, which ends the worker.
+        Raises StorageError, which ends the worker; or SystemExit, which ends the upload alone, where the checkpoint is
+        not needed: Ray Train (2.60) passes on what is an Exception.
         """
+        storage = ray.train.get_context().get_storage()
+        filesystem, target = storage.storage_filesystem, storage.build_checkpoint_path_from_name(name)
         try:
+            with storage_errors(checkpoint.path):
+                add_checksums(Path(checkpoint.path))
             with storage_errors(self._training.run / "checkpoints"):
-                return ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+                filesystem.create_dir(target, recursive=False)  # Ray Train's folder exists on every node
+                for file in sorted(Path(checkpoint.path).iterdir()):
+                    self._copy(file, filesystem, f"{target}/{file.name}")
+        except StorageError as error:
+            if not self.steps_are_taken:
+                raise
+            place = self._training.run / "checkpoints"
+            log.warning("the last checkpoint in %s was not written; training ends without: %s", place, explain(error))
+            raise SystemExit from error
         finally:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
             self._idle.set()
+        return ray.train.Checkpoint(target, filesystem)
+
+    def _copy(self, file: Path, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
+        """Copy a file to the store; SystemExit as soon as the model is written."""
+        with file.open("rb") as source, filesystem.open_output_stream(path) as copy:
+            while part := source.read(_PART_BYTES):
+                if self.model_is_written:
+                    raise SystemExit
+                copy.write(part)
 
 
 def _export(training: Training, trainer: Trainer, name: str, *, is_first: bool) -> list[FileEntry]:

@@ -31,6 +31,7 @@ from davir_ray.models.scorer import Scorer, ScorerSettings
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.models.training.loop import Trainer
 from davir_ray.models.training.model import save_reference
+from davir_ray.models.training.parallel import add_checksums
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages.prepare import Preparation
 from davir_ray.stages.verify import _compare, plain_losses
@@ -151,6 +152,7 @@ def test_a_resumed_adapter_ends_bit_equal_and_its_state_leaves_the_base_out(
     first = new_trainer(base_folder)
     next(report for report in first.steps() if report.step == 2)
     first.save_state(tmp_path)
+    add_checksums(tmp_path)
     state = torch.load(tmp_path / "training_state.pt", weights_only=True)
     assert all("lora_" in name for name in state["model"])
     second = new_trainer(base_folder, seed=RECIPE.seed)
@@ -162,6 +164,7 @@ def test_a_resumed_adapter_ends_bit_equal_and_its_state_leaves_the_base_out(
 
 def test_a_state_of_another_model_is_refused(base_folder: Path, tmp_path: Path) -> None:
     new_trainer(base_folder).save_state(tmp_path)
+    add_checksums(tmp_path)
     full = Trainer(Likelihood(load(base_folder)), TrainingSet.of([draw_table()]), RECIPE)
     with pytest.raises(ValueError, match="another model"):
         full.load_state(tmp_path)

@@ -1,5 +1,6 @@
 """The fine-tune is the same for any number of workers and after any death, and says where it diverged."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,11 +19,13 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs
 import pytest
 import ray
 import ray.train.torch
 import torch
 from drivers import PACKAGE, Driver, checkpoint_is_known
+from fsspec.implementations.local import LocalFileSystem
 from ray.train.torch import TorchConfig
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -256,6 +259,45 @@ def test_workers_that_do_not_fit_are_refused_before_training(prepared: Path, bas
     for number, options in enumerate([{"num_workers": 99}, {"num_cpus": 99}, {"use_gpu": True}]):
         with pytest.raises(ClusterError, match="do not fit"):
             finetune_copy(prepared, base_folder, tmp_path / str(number), **RECIPE, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at once", "after the last step"])
+def test_a_store_that_takes_no_checkpoint_ends_a_training_that_goes_on_and_not_one_that_is_done(
+    prepared: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def train_worker(of_run: Training, counter: ProgressCounter) -> dict[str, Any]:
+        import ray.train
+
+        from davir_ray.stages import training_worker as training  # in the worker nothing is patched
+
+        ends = threading.Event()
+
+        class Full(LocalFileSystem):  # type: ignore[misc]
+            def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+                assert when == "at once" or ends.wait(120)
+                (tmp_path / "refused").touch()
+                raise OSError(errno.ENOSPC, "no space left")
+
+        def export(*given: Any, **options: Any) -> Any:
+            ends.set()
+            return exported(*given, **options)
+
+        exported, training._export = training._export, export
+        storage = ray.train.get_context().get_storage()
+        storage.storage_filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(Full()))
+        return training.train_on_rank(of_run, counter)
+
+    monkeypatch.setattr(stage, "_train_on_rank", train_worker)
+    recipe = RECIPE | {"checkpoint_every_steps": 4, "max_failures": 0}
+    if when == "at once":
+        # An upload ends no training whose last step is taken before: there are many.
+        with pytest.raises(StorageError, match="checkpoints: no space is left there"):
+            finetune_copy(prepared, base_folder, tmp_path / "run", **recipe | {"epochs": 1000})
+    else:
+        assert finetune_copy(prepared, base_folder, tmp_path / "run", **recipe).counts["steps"] == 6
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    assert (tmp_path / "refused").exists()
 
 
 # --- placement on GPUs -----------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def export_nothing(folder: Path, rank: int) -> None:
     model = LlamaForCausalLM._from_config(MODEL, attn_implementation=PACKED_ATTENTION)
     of_rank = training_of(folder)
     trainer = Trainer(DistributedDataParallel(Likelihood(model)), of_rank.objective(), replace(CONFIG, epochs=2))
-    training._take_steps(of_rank, trainer, NobodyListens(), is_first=rank == 0)  # type: ignore[arg-type]
+    checkpoints = training.Checkpoints(of_rank, trainer, is_first=rank == 0)
+    training._take_steps(of_rank, trainer, NobodyListens(), checkpoints, is_first=rank == 0)  # type: ignore[arg-type]
 
 
 CASES = {

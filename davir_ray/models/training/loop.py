@@ -251,7 +251,7 @@ class Trainer:
         return {"step": self._step, "loss": self._history[-1][0], "by_step": curves}
 
     def save_state(self, folder: Path) -> None:
-        """Write trained weights, optimiser and position, for `load_state`."""
+        """Write trained weights, optimiser and position, for `load_state` after parallel.py's `add_checksums`."""
         self._strategy.save(folder, self._optimizer, Position(self._step, self._history))
 
     def load_state(self, folder: Path) -> None:

@@ -103,11 +103,9 @@ class PairSet:
         both = _both(rows)
         order = self._order(both)
         parts = torch.split(nll_R.double(), self.num_tokens[both[order]].tolist())
-        in_order = torch.from_numpy(np.argsort(order)).to(nll_R.device)
+        in_order = _moved(np.argsort(order), nll_R.device)
         policy = -torch.stack([part.sum() for part in parts])[in_order]
-        frozen, num_tokens = (
-            torch.from_numpy(of[both]).to(nll_R.device) for of in (self.frozen_logprobs, self.num_tokens)
-        )
+        frozen, num_tokens = (_moved(of[both], nll_R.device) for of in (self.frozen_logprobs, self.num_tokens))
         logprobs = PairLogprobs(policy[::2], policy[1::2], frozen[::2], frozen[1::2])
         found = pair_loss(self.loss, logprobs, num_tokens[::2], num_tokens[1::2], self.beta)
         margin_N = found.chosen_reward_N - found.rejected_reward_N
@@ -117,6 +115,12 @@ class PairSet:
 
     def _order(self, both: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.argsort(self.examples.lengths[both], kind="stable")
+
+
+def _moved(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The values on a device; copied to a GPU from pinned memory, or the CPU would wait for the forward pass."""
+    values_N = torch.from_numpy(values)
+    return values_N if device.type == "cpu" else values_N.pin_memory().to(device, non_blocking=True)
 
 
 def _both(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -36,9 +36,10 @@ STATE_FILE = "training_state.pt"
 """The state of a replicated model."""
 
 SHARDS_FILE = "training_state.json"
-"""Position of a sharded model, with the names and checksums of the files that hold its state, one from each rank."""
+"""Position of a sharded model, with the names of the files that hold its state, one from each rank."""
 
-_CHECKSUM_FILE = "training_state.sha256"
+_CHECKSUM = ".sha256"
+"""Suffix of the file that holds the checksum of another, in place of its own."""
 
 Weights = dict[str, torch.Tensor]
 
@@ -90,7 +91,7 @@ class Replicated:
         return None
 
     def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Write trained weights, optimiser and position."""
+        """Write trained weights, optimiser and position; complete after `add_checksums`."""
         model = self.likelihood.model
         state = {
             "step": position.step,
@@ -99,7 +100,6 @@ class Replicated:
             "optimizer": optimizer.state_dict(),
         }
         torch.save(state, folder / STATE_FILE)
-        (folder / _CHECKSUM_FILE).write_text(_checksum(folder / STATE_FILE))
 
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
         """Load a saved state. IntegrityError if it is damaged, ConfigError if it is of the other strategy."""
@@ -171,16 +171,15 @@ class Sharded:
     def save(self, folder: Path, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write this rank's rows of weights and moments as safetensors to an empty folder of its own.
 
-        Rank 0 adds the position and all checksums. To be loaded, the files of all ranks must be in one folder.
+        Rank 0 adds the position and the names of all files. To be loaded, the files of all ranks must be in one folder,
+        each with its checksum (`add_checksums`).
         """
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(dict(_tensors(self.likelihood.model, optimizer)), storage_writer=writer)
-        own = {path.name: _checksum(path) for path in folder.iterdir()}
-        checksums = {name: sha for files in _from_all(own) for name, sha in files.items()}
+        names = [name for files in _from_all([path.name for path in folder.iterdir()]) for name in files]
         if dist.get_rank() == 0:
-            index = {"step": position.step, "history": position.history, "files": checksums}
+            index = {"step": position.step, "history": position.history, "files": sorted(names)}
             (folder / SHARDS_FILE).write_text(json.dumps(index))
-            (folder / _CHECKSUM_FILE).write_text(_checksum(folder / SHARDS_FILE))
 
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> Position:
         """Load a state that any number of ranks saved.
@@ -337,16 +336,23 @@ def _verified_index(folder: Path) -> dict[str, Any]:
     _check(folder, SHARDS_FILE)
     index: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_bytes())
     for name in sorted(index["files"])[dist.get_rank() :: dist.get_world_size()]:
-        _check(folder, name, index["files"][name])
+        _check(folder, name)
     return index
 
 
-def _check(folder: Path, name: str, checksum: str | None = None) -> None:
-    """Raise IntegrityError unless a file has this checksum; None: the one in the folder's checksum file."""
-    for needed in (name,) if checksum else (_CHECKSUM_FILE, name):
-        if not (folder / needed).is_file():
-            raise IntegrityError(f"{needed} is missing")
-    if _checksum(folder / name) != (checksum or (folder / _CHECKSUM_FILE).read_text(errors="replace")):
+def add_checksums(folder: Path) -> None:
+    """Write a checksum for each file of a saved state; calls no other rank, so that a thread may do it."""
+    for file in list(folder.iterdir()):
+        file.with_suffix(_CHECKSUM).write_text(_checksum(file))
+
+
+def _check(folder: Path, name: str) -> None:
+    """Raise IntegrityError unless a file has its checksum."""
+    file = folder / name
+    for needed in (file.with_suffix(_CHECKSUM), file):
+        if not needed.is_file():
+            raise IntegrityError(f"{needed.name} is missing")
+    if _checksum(file) != file.with_suffix(_CHECKSUM).read_text(errors="replace"):
         raise IntegrityError(f"{name} does not match its checksum")
 
 

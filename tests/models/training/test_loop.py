@@ -42,7 +42,7 @@ from davir_ray.models.training.loop import (
     plan,
 )
 from davir_ray.models.training.model import freeze_what_text_does_not_reach, save_reference, switch_off_dropout
-from davir_ray.models.training.parallel import STATE_FILE
+from davir_ray.models.training.parallel import STATE_FILE, add_checksums
 
 VOCABULARY = 60
 LLAMA = LlamaConfig(
@@ -267,6 +267,7 @@ def test_a_run_continues_bit_for_bit_where_it_was_stopped(
     killed = trainer_of(make(config))
     next(report for report in killed.steps() if report.step == last_step)
     killed.save_state(tmp_path)
+    add_checksums(tmp_path)
     torch.manual_seed(12345)
     continued = make(config)
     with torch.no_grad():
@@ -285,6 +286,7 @@ def test_a_run_continues_bit_for_bit_where_it_was_stopped(
 def test_a_damaged_state_is_refused(tmp_path: Path, at: int) -> None:
     trainer = trainer_of(make())
     trainer.save_state(tmp_path)
+    add_checksums(tmp_path)
     content = bytearray((tmp_path / STATE_FILE).read_bytes())
     content[at] ^= 1
     (tmp_path / STATE_FILE).write_bytes(bytes(content))
