@@ -36,8 +36,8 @@ class FinetuneConfig:
     tokens_per_pack: int | None = None
     """Token budget of one forward and backward pass; gradients accumulate over a batch's packs. None: by device."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: a third more compute for a fraction of the memory. None: where they
-    would not fit a GPU; on CPUs, whose packs are small, never."""
+    """Recompute activations in the backward pass: a third more compute for a fraction of the memory. None: if
+    they are estimated not to fit a GPU, or no estimate can be made; on CPUs, whose packs are small, never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
     num_workers: int | None = None
@@ -45,8 +45,9 @@ class FinetuneConfig:
     1 without GPUs and for each fine-tune of a comparison."""
     strategy: Literal["ddp", "fsdp"] | None = None
     """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes per parameter. fsdp: these are sharded
-    over the workers (FSDP2), for models that do not fit one GPU. The steps are the same. None: ddp, or fsdp where the
-    memory of a GPU, asked in the cluster, is less than ddp is estimated to take."""
+    over the workers (FSDP2), for models that do not fit one GPU. The steps are the same. None: ddp if it is
+    estimated to fit nine tenths of the cluster's smallest GPU, else fsdp if there are several workers; ddp on CPUs, and
+    where the estimate cannot be made."""
     num_cpus: int = 1
     """CPUs of one worker, and its number of threads where it trains on them."""
     use_gpu: bool | None = None

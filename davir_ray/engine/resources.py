@@ -1,5 +1,6 @@
 """The resources of the cluster, and the pools of actors that fit it."""
 
+import logging
 from typing import Literal, NamedTuple
 
 import ray
@@ -7,6 +8,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.errors import ClusterError
+from davir_ray.text import one_line
+
+log = logging.getLogger(__name__)
+
+_ASK_S = 120
+"""Seconds that nodes have to say which GPUs they have."""
 
 
 def driver_node() -> NodeAffinitySchedulingStrategy:
@@ -35,19 +42,36 @@ def accelerators() -> list[str]:
     return sorted(name.removeprefix(start) for name in ray.cluster_resources() if name.startswith(start))
 
 
-def gpu_memory() -> int | None:
-    """Bytes of the smallest GPU of the cluster, asked on each node that has one. None: no node's torch sees any."""
+class Gpu(NamedTuple):
+    """What is true of each GPU of the cluster."""
+
+    num_bytes: int
+    """The memory of the smallest."""
+    has_bfloat16: bool
+
+
+def smallest_gpu() -> Gpu | None:
+    """The least that a GPU of the cluster has, asked on each node with one. None, with a warning: no node said."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
-    task = ray.remote(num_cpus=0, max_retries=2)(_memory_of_this_node)
+    task = ray.remote(num_cpus=0)(_gpus_of_this_node)
     there = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes]
-    return min((size for size in ray.get([one.remote() for one in there]) if size is not None), default=None)
+    try:
+        found = [gpu for gpus in ray.get([one.remote() for one in there], timeout=_ASK_S) for gpu in gpus]
+    except ray.exceptions.RayError as error:
+        log.warning("the memory of the GPUs is not known: %s", one_line(error, 200))
+        return None
+    if not found:
+        log.warning("the memory of the GPUs is not known: torch sees none on the nodes that have them")
+        return None
+    return Gpu(min(gpu.num_bytes for gpu in found), all(gpu.has_bfloat16 for gpu in found))
 
 
-def _memory_of_this_node() -> int | None:
+def _gpus_of_this_node() -> list[Gpu]:
     import torch  # imported late: in the task alone
 
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-    return min(sizes, default=None)
+    return [Gpu(size, has_bfloat16) for size in sizes]
 
 
 def pool_size(wanted: int | None, num_cpus: float, num_gpus: float) -> int:

@@ -198,6 +198,8 @@ class Checkpoint:
                     config, trust_remote_code=self.trust_remote_code, attn_implementation=attention
                 )
         except (ValueError, KeyError, RuntimeError, ImportError) as error:
+            if isinstance(error, KeyError) and PACKED_ATTENTION in str(error):  # a table of its own, see `model`
+                return self.skeleton("eager")
             raise ModelError(f"{self.uri} is not a causal language model: {one_line(error)}") from error
         return model
 

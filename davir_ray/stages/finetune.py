@@ -21,7 +21,7 @@ from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, TrainingSet
 from davir_ray.run.files import FileEntry, digest, in_folder, read_parquet
 from davir_ray.run.folder import Run
-from davir_ray.run.location import each
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.stages.training_plan import plan_training
@@ -119,11 +119,9 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     run.note_attempt("checkpoints", fingerprint)
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
-            plan = plan_training(training.base, training.config)
-            if plan.memory is not None:
-                log.info("%s: %s", stage, plan)
             # The name is also that of Ray Train's folder: the same training continues, another one starts over.
-            training = replace(training, name=digest(fingerprint)[:16], config=plan.config)
+            name = digest(fingerprint)[:16]
+            training = replace(training, name=name, config=_planned(training, checkpoints / f"{name}.strategy"))
             work = partial(_train_on_rank, training, counter)
             result = run_on_workers(work, training.config, checkpoints, training.name)
     except UserError:
@@ -150,6 +148,18 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     # Checkpoints have three times the model's size, and only an unfinished training needs them.
     checkpoints.remove()
     return manifest
+
+
+def _planned(training: Training, noted: Location) -> FinetuneConfig:
+    """The settings of the plan. Unless it is given, the strategy is that which this training began with, as noted:
+    checkpoints of another could not be continued from, and the cluster may be another now.
+    """
+    config = training.config
+    if config.strategy is None and noted.exists():
+        config = replace(config, strategy="fsdp" if noted.read_text() == "fsdp" else "ddp")
+    config = plan_training(training.base, config).config
+    noted.write_text(str(config.strategy))
+    return config
 
 
 def _train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from davir_ray.config.training import SAVE_MEMORY, FinetuneConfig
 from davir_ray.engine.ray_train import with_workers
-from davir_ray.engine.resources import gpu_memory
+from davir_ray.engine.resources import smallest_gpu
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.text import format_bytes
@@ -63,8 +63,13 @@ def plan_training(base: Checkpoint, config: FinetuneConfig, *, with_memory: bool
         return TrainingPlan(config=config)
     from davir_ray.models.training.memory import TrainedModel  # imported late: see above
 
-    model = TrainedModel(base, config, "cuda" if config.use_gpu else "cpu")
-    return choose(model, config, gpu_memory() if config.use_gpu else None)
+    gpu = smallest_gpu() if config.use_gpu else None
+    has_bfloat16 = bool(config.use_gpu) if gpu is None else gpu.has_bfloat16
+    model = TrainedModel(base, config, "cuda" if config.use_gpu else "cpu", has_bfloat16=has_bfloat16)
+    plan = choose(model, config, gpu and gpu.num_bytes)
+    if not with_memory:
+        log.info("the fine-tune's plan: %s", plan)
+    return plan
 
 
 def choose(model: TrainedModel, config: FinetuneConfig, capacity: int | None) -> TrainingPlan:
@@ -81,22 +86,24 @@ def choose(model: TrainedModel, config: FinetuneConfig, capacity: int | None) ->
     if capacity is None:
         strategies, choices = strategies[:1], choices[-1:]
     options = [(strategy, recompute) for strategy in strategies for recompute in choices]
-    plan = TrainingPlan(config=config, capacity=capacity)
+    safest = replace(config, strategy=strategies[0], gradient_checkpointing=choices[-1])
+    plan = TrainingPlan(config=safest, capacity=capacity)
     for strategy, recompute in options:
         try:
             state = model.state(strategy=strategy, num_workers=num_workers)
-            config = replace(config, strategy=strategy, gradient_checkpointing=choices[-1])
+            safest = replace(safest, strategy=strategy)
             if capacity and state.total > _USABLE * capacity and (strategy, recompute) != options[-1]:
                 continue
             memory = model.memory(strategy=strategy, num_workers=num_workers, recompute=recompute)
         except ModelError as error:  # it cannot be sharded, or its passes cannot be tried
-            log.warning("finetune: %s", error)
-            return replace(plan, config=config)
-        plan = replace(plan, config=replace(config, gradient_checkpointing=recompute), memory=memory)
+            log.warning("the memory of the fine-tune is not known: %s", error)
+            return TrainingPlan(config=safest, capacity=capacity)
+        plan = replace(plan, config=replace(safest, gradient_checkpointing=recompute), memory=memory)
         if capacity is None or memory.total <= _USABLE * capacity:
             return plan
-    log.warning(
-        "finetune: %s may be too little; packs are halved until they fit, and if none does, %s",
-        format_bytes(capacity or 0), SAVE_MEMORY,
-    )  # fmt: skip
+    if plan.memory is not None and capacity is not None:
+        log.warning(
+            "the fine-tune needs about %s on each GPU, and the smallest has %s; packs are halved until they fit, and "
+            "if none does, %s", format_bytes(plan.memory.total), format_bytes(capacity), SAVE_MEMORY,
+        )  # fmt: skip
     return plan

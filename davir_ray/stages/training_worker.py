@@ -173,6 +173,8 @@ class Checkpoints:
         self._idle = threading.Event()
         """Set unless an upload of this rank goes on."""
         self._idle.set()
+        self._given_up = False
+        """An upload failed after the last step."""
         self.steps_are_taken = False
         """No step follows: an upload that fails is no reason to train again."""
         self.model_is_written = False
@@ -232,6 +234,7 @@ class Checkpoints:
         storage = ray.train.get_context().get_storage()
         filesystem, target = storage.storage_filesystem, storage.build_checkpoint_path_from_name(name)
         try:
+            self._end_if_not_needed()
             with storage_errors(checkpoint.path):
                 add_checksums(Path(checkpoint.path))
             with storage_errors(self._training.run / "checkpoints"):
@@ -243,18 +246,23 @@ class Checkpoints:
                 raise
             place = self._training.run / "checkpoints"
             log.warning("the last checkpoint in %s was not written; training ends without: %s", place, explain(error))
+            self._given_up = True
             raise SystemExit from error
         finally:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
             self._idle.set()
         return ray.train.Checkpoint(target, filesystem)
 
+    def _end_if_not_needed(self) -> None:
+        """Raise SystemExit if the model is written, or an earlier upload was given up, which Ray Train counts."""
+        if self.model_is_written or self._given_up:
+            raise SystemExit
+
     def _copy(self, file: Path, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
         """Copy a file to the store; SystemExit as soon as the model is written."""
         with file.open("rb") as source, filesystem.open_output_stream(path) as copy:
             while part := source.read(_PART_BYTES):
-                if self.model_is_written:
-                    raise SystemExit
+                self._end_if_not_needed()
                 copy.write(part)
 
 

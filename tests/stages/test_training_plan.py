@@ -4,17 +4,21 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.resources import Gpu, smallest_gpu
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.memory import TrainingMemory
-from davir_ray.stages import training_plan
+from davir_ray.run.location import Location
+from davir_ray.stages import finetune, training_plan
 from davir_ray.stages.training_plan import choose, plan_training
 
 GPUS = FinetuneConfig(num_workers=8, use_gpu=True)
@@ -77,7 +81,7 @@ def test_passes_are_not_tried_where_the_weights_alone_do_not_fit() -> None:
 
 @pytest.mark.parametrize(
     ("problem", "capacity", "strategy"),
-    [("fsdp", 100, "ddp"), ("activations", 300, "ddp"), ("activations", 100, "fsdp")],
+    [("ddp", 300, "ddp"), ("fsdp", 100, "ddp"), ("activations", 300, "ddp"), ("activations", 100, "fsdp")],
 )
 def test_what_cannot_be_estimated_is_recomputed_and_said(
     problem: str, capacity: int, strategy: str, caplog: pytest.LogCaptureFixture
@@ -93,7 +97,7 @@ def test_too_little_memory_is_said(caplog: pytest.LogCaptureFixture) -> None:
         choose(Model(), GPUS, 20_000_000)  # type: ignore[arg-type]
         assert not caplog.text
         choose(Model(), GPUS, 20)  # type: ignore[arg-type]
-    assert "may be too little; packs are halved" in caplog.text
+    assert "needs about 0.034 kB on each GPU, and the smallest has 0.02 kB; packs are halved" in caplog.text
 
 
 @pytest.fixture
@@ -108,17 +112,54 @@ def test_on_gpus_the_plan_follows_their_memory(
 ) -> None:
     base = Checkpoint.find(str(base_folder))
     config = FinetuneConfig(tokens_per_pack=512)
-    monkeypatch.setattr(training_plan, "gpu_memory", lambda: 10**12)
+    monkeypatch.setattr(training_plan, "smallest_gpu", lambda: Gpu(10**12, True))
     roomy = plan_training(base, config)
     assert (roomy.config.strategy, roomy.config.gradient_checkpointing) == ("ddp", False)
     assert (roomy.config.num_workers, roomy.config.use_gpu) == (8, True)
     assert roomy.memory is not None
-    monkeypatch.setattr(training_plan, "gpu_memory", lambda: roomy.memory.state)
+    monkeypatch.setattr(training_plan, "smallest_gpu", lambda: Gpu(roomy.memory.state, True))
     tight = plan_training(base, config)
     assert (tight.config.strategy, tight.config.num_workers) == ("fsdp", 8)
     assert tight.memory is not None
     assert tight.memory.total < roomy.memory.total
     assert f"of {training_plan.format_bytes(roomy.memory.state)} on each (weights " in str(tight)
+
+
+def test_a_gpu_without_bfloat16_is_planned_in_float32(
+    eight_gpus: None, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, config = Checkpoint.find(str(base_folder)), FinetuneConfig(tokens_per_pack=512, lora_rank=4)
+    plans = []
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(training_plan, "smallest_gpu", partial(Gpu, 10**12, has_bfloat16))
+        plans.append(plan_training(base, config).memory)
+    half, full = plans
+    assert half is not None
+    assert full is not None
+    assert full.weights > 1.8 * half.weights
+    assert full.activations > half.activations
+
+
+def test_a_node_whose_torch_sees_no_gpu_says_so(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the real node, which claims to have one."""
+    nodes = [node | {"Resources": node["Resources"] | {"GPU": 1.0}} for node in ray.nodes()]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert smallest_gpu() is None
+    assert "torch sees none" in caplog.text
+
+
+def test_a_training_keeps_the_strategy_that_it_began_with(
+    eight_gpus: None, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, noted = Checkpoint.find(str(base_folder)), Location.of(tmp_path / "name.strategy")
+    training = SimpleNamespace(base=base, config=FinetuneConfig(tokens_per_pack=64))
+    for num_bytes, given, expected in ((10**6, None, "fsdp"), (10**12, None, "fsdp"), (10**6, "ddp", "ddp")):
+        monkeypatch.setattr(training_plan, "smallest_gpu", partial(Gpu, num_bytes, True))
+        training.config = replace(training.config, strategy=given)
+        assert finetune._planned(training, noted).strategy == expected  # type: ignore[arg-type]
+    assert noted.read_text() == "ddp"
 
 
 def test_where_nothing_is_open_nothing_is_asked(
@@ -127,7 +168,7 @@ def test_where_nothing_is_open_nothing_is_asked(
     def asked() -> None:
         raise AssertionError("the cluster was asked for its memory")
 
-    monkeypatch.setattr(training_plan, "gpu_memory", asked)
+    monkeypatch.setattr(training_plan, "smallest_gpu", asked)
     base = Checkpoint.find(str(base_folder))
     given = plan_training(base, FinetuneConfig(strategy="fsdp", gradient_checkpointing=False))
     assert (given.config.strategy, given.config.gradient_checkpointing) == ("fsdp", False)
@@ -143,7 +184,7 @@ import sys
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.memory import TrainedModel
-model = TrainedModel(Checkpoint.find(sys.argv[1]), FinetuneConfig(tokens_per_pack=64), "cpu")
+model = TrainedModel(Checkpoint.find(sys.argv[1]), FinetuneConfig(tokens_per_pack=64), "cpu", has_bfloat16=False)
 print(model.memory(strategy="ddp", num_workers=1, recompute=False).activations)
 """
 

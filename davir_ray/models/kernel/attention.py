@@ -49,7 +49,7 @@ def packed_attention(
     """Attend causally within each sequence; query [1, heads, T, D], result [1, T, heads, D].
 
     `sequence_edges` are the cumulative sums of the lengths from 0, int32, on the device and again on the CPU; tensors,
-    because a compiled layer is compiled again for other values of anything else. Without them each row of the batch is
+    because a compiled layer is compiled again for other tuples. Without them each row of the batch is
     one sequence. What a model asks for by other keywords (attention sinks, ALiBi) is ignored here: self_check.py finds
     such models.
     """

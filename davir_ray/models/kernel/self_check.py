@@ -44,7 +44,7 @@ def self_check(likelihood: Likelihood, *, autocast: bool = False, gradients: boo
     `autocast`: the work runs under bfloat16 autocast; `gradients`: it trains. Returns how the model will be run:
     'packed', or, with a warning, 'padded' and the name of its attention if packing is not exact (attention sinks,
     ALiBi, linear attention). ModelError if padded losses differ, too, because the head does something unknown, if the
-    model is not causal, or if its layers are compiled and then move losses by more than is allowed to eager ones.
+    model is not causal, or if compiled layers differ by more than uncompiled ones may.
     """
     model = likelihood.model
     arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)

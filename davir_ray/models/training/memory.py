@@ -7,7 +7,7 @@ run on fake tensors: they have shapes and no values, so a 70B model passes in se
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -57,12 +57,14 @@ class TrainingMemory:
 
 
 class TrainedModel:
-    """A base as a fine-tune with these settings would train it on devices of a kind, without its weights."""
+    """A base as a fine-tune with these settings would train it on devices of a kind, without its weights.
 
-    def __init__(self, base: Checkpoint, config: FinetuneConfig, kind: DeviceKind) -> None:
-        """ModelError if it cannot be built."""
+    Every method raises ModelError if the model cannot be built. Dropout is left out, whose masks take little.
+    """
+
+    def __init__(self, base: Checkpoint, config: FinetuneConfig, kind: DeviceKind, *, has_bfloat16: bool) -> None:
         self._config, self._kind = config, kind
-        self._autocast = kind == "cuda" if config.precision == "auto" else config.precision == "bfloat16"
+        self._autocast = has_bfloat16 if config.precision == "auto" else config.precision == "bfloat16"
         self._half_weights = self._autocast and weights_precision(config) != "float32"
         self._make = partial(base.skeleton, PACKED_ATTENTION)
 
@@ -72,15 +74,17 @@ class TrainedModel:
         try:
             activations = self._activations(num_workers if strategy == "fsdp" else 1, recompute=recompute)
         except Exception as error:  # whatever a family's code does with tensors that have no values
-            name = type(self._built()).__name__
+            name = type(self._counted).__name__
             raise ModelError(f"what {name} needs for its activations cannot be estimated: {one_line(error)}") from error
         return TrainingMemory(**vars(state) | {"activations": activations})
 
     def state(self, *, strategy: str, num_workers: int) -> TrainingMemory:
-        """The memory without activations."""
-        model = self._built()
+        """The memory without activations; ModelError if a model cannot be sharded that would have to be."""
+        model = self._counted
         inside: set[int] = set()
         if is_sharded := strategy == "fsdp":
+            if model.is_remote_code():
+                raise ModelError(f"{type(model).__name__} comes with its own code, so it cannot be sharded")
             inside = {id(parameter) for layer in _layers(model) for parameter in layer.parameters()}
         num_parts = num_workers if is_sharded else 1
         trained = _num_bytes(_trained(model), num_parts)
@@ -92,10 +96,15 @@ class TrainedModel:
             activations=0,
         )
 
+    @cached_property
+    def _counted(self) -> PreTrainedModel:
+        return self._built()
+
     def _built(self) -> PreTrainedModel:
         model: PreTrainedModel = self._make().to(torch.bfloat16 if self._half_weights else torch.float32)
         if self._config.lora_rank is not None:
-            add_adapter(model, self._config, self._config.lora_rank)
+            with torch.random.fork_rng(devices=[]):
+                add_adapter(model, self._config, self._config.lora_rank)
         freeze_what_text_does_not_reach(model)
         return model
 
@@ -103,40 +112,43 @@ class TrainedModel:
         """The most that a forward and backward pass of a pack allocates beside the model's weights and gradients."""
         model = self._built()
         layers = _layers(model) if num_parts > 1 else []
-        for layer in layers if self._autocast else []:
-            layer.to(torch.bfloat16)  # the type that it is gathered in, so that autocast makes no copies
+        if self._autocast:
+            for layer in layers:
+                layer.to(torch.bfloat16)  # the type that it is gathered in, so that autocast makes no copies
+        in_forward, in_backward = _held_for_layers(layers, num_parts)
         num_tokens = self._config.tokens_per_pack or TOKENS_PER_PACK[self._kind]
         length = min(_SEQUENCE, num_tokens)
         with FakeTensorMode():
-            _make_fake(model)
-            likelihood = Likelihood(model, self._kind).train()
-            switch_off_dropout(model)  # with dropout, attention on a CPU is written out; on a GPU it is not
-            if recompute:
-                recompute_activations(model)
-            for layer in layers:
-                for parameter in _trained(layer):  # summed over the devices at once, and not kept
-                    parameter.register_post_accumulate_grad_hook(_forget_gradient)  # type: ignore[no-untyped-call]
-            for parameter in [] if layers else _trained(model):
-                parameter.grad = torch.zeros_like(parameter)  # that of an earlier pack, which this one's is added to
+            likelihood = self._fake(model, layers, recompute=recompute)
+            # Rows of equal length, for which packed attention needs no places.
             ids_NL = torch.zeros(-(-num_tokens // length), length, dtype=torch.int64)
+            places = {"position_ids": torch.arange(length).expand_as(ids_NL), "attention_mask": None}
             with _Allocations() as allocations:
-                forward, backward = _layers_at_work(layers, num_parts)
+                allocations.hold(in_forward)
                 with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                    allocations.hold(forward)
-                    # Rows of equal length, for which packed attention needs no places.
-                    hidden_NLH = model.base_model(
-                        input_ids=ids_NL,
-                        position_ids=torch.arange(length).expand_as(ids_NL),
-                        attention_mask=None,
-                        use_cache=False,
-                    ).last_hidden_state
-                    hidden_NLH.register_hook(lambda _: allocations.hold(backward - forward))
+                    hidden_NLH = model.base_model(input_ids=ids_NL, use_cache=False, **places).last_hidden_state
+                    hidden_NLH.register_hook(lambda _: allocations.hold(in_backward - in_forward))
                     nll_R = likelihood.head_nll(hidden_NLH.flatten(0, 1), ids_NL.flatten())
                 nll_R.sum().backward()  # type: ignore[no-untyped-call]
         return int(allocations.maximum)
 
+    def _fake(self, model: PreTrainedModel, layers: list[torch.nn.Module], *, recompute: bool) -> Likelihood:
+        """The model with fake weights, ready for a pass; `layers` are those of a sharded one, else none."""
+        _make_fake(model)
+        likelihood = Likelihood(model, self._kind).train()
+        switch_off_dropout(model)  # with dropout, attention on a CPU is written out; on a GPU it is not
+        if recompute:
+            recompute_activations(model)
+        for layer in layers:
+            for parameter in _trained(layer):  # summed over the devices at once, and not kept
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)  # type: ignore[no-untyped-call]
+        if not layers:
+            for parameter in _trained(model):
+                parameter.grad = torch.zeros_like(parameter)  # that of an earlier pack, which this one's is added to
+        return likelihood
 
-def _layers_at_work(layers: list[torch.nn.Module], num_workers: int) -> tuple[int, int]:
+
+def _held_for_layers(layers: list[torch.nn.Module], num_workers: int) -> tuple[int, int]:
     """Bytes that a sharded model holds for the layer that runs, forward and backward, at most.
 
     Forward: the layer, and the buffer that the next one is gathered in. Backward: the next one, too, and the layer's

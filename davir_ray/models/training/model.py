@@ -33,7 +33,7 @@ def trainable(
 def freeze_what_text_does_not_reach(model: PreTrainedModel) -> None:
     """Freeze a vision tower and the like: data-parallel training would wait forever for their gradients."""
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    reached = {id(parameter) for part in parts for parameter in part.parameters()}
+    reached = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)

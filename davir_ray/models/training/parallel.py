@@ -335,6 +335,8 @@ def _verified_index(folder: Path) -> dict[str, Any]:
     _check_strategy(folder, STATE_FILE, "ddp")
     _check(folder, SHARDS_FILE)
     index: dict[str, Any] = json.loads((folder / SHARDS_FILE).read_bytes())
+    if isinstance(index["files"], dict):
+        raise ConfigError("an earlier version of davir_ray wrote it")
     for name in sorted(index["files"])[dist.get_rank() :: dist.get_world_size()]:
         _check(folder, name)
     return index

@@ -1,6 +1,7 @@
 """The memory of a fine-tune, estimated, against torch's own trackers of the step that is taken."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Described(Checkpoint):
 
 def estimated(family: str, config: FinetuneConfig = SETTINGS, **plan: Any) -> Any:
     plan = {"strategy": "ddp", "num_workers": 1} | plan
-    return TrainedModel(Described(uri=family, files=()), config, "cuda").memory(**plan)
+    return TrainedModel(Described(uri=family, files=()), config, "cuda", has_bfloat16=True).memory(**plan)
 
 
 def model_of(family: str, *, recompute: bool) -> PreTrainedModel:
@@ -159,3 +160,24 @@ def test_a_model_whose_passes_cannot_be_tried_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
     with pytest.raises(ModelError, match="LlamaForCausalLM needs for its activations cannot be estimated: a value is"):
         estimated("Llama", recompute=True)
+
+
+@pytest.mark.parametrize(("family", "options"), [("Falcon", {}), ("GPTJ", {"rotary_dim": 16})])
+def test_a_family_with_attentions_of_its_own_is_estimated_with_its_eager_one(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "n_positions": 256}
+    getattr(transformers, f"{family}Config")(**shape, **options).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    model = TrainedModel(Checkpoint(uri=str(tmp_path)), FinetuneConfig(tokens_per_pack=256), "cuda", has_bfloat16=True)
+    found = model.memory(strategy="ddp", num_workers=1, recompute=False)
+    # Weights of attention are written out: of 4 heads and 2 layers, at least twice in half precision.
+    assert found.activations > 2 * 2 * 4 * 256**2 * 2
+
+
+def test_code_of_its_own_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "is_remote_code", lambda _: True)
+    model = TrainedModel(Described(uri="Llama", files=()), SETTINGS, "cuda", has_bfloat16=True)
+    assert model.state(strategy="ddp", num_workers=8).total > 0
+    with pytest.raises(ModelError, match="comes with its own code, so it cannot be sharded"):
+        model.state(strategy="fsdp", num_workers=8)
