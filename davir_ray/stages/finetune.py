@@ -121,7 +121,7 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
             # The name is also that of Ray Train's folder: the same training continues, another one starts over.
             name = digest(fingerprint)[:16]
-            training = replace(training, name=name, config=_planned(training, checkpoints / f"{name}.strategy"))
+            training = replace(training, name=name, config=_planned(training, checkpoints, name))
             work = partial(_train_on_rank, training, counter)
             result = run_on_workers(work, training.config, checkpoints, training.name)
     except UserError:
@@ -150,12 +150,13 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
     return manifest
 
 
-def _planned(training: Training, noted: Location) -> FinetuneConfig:
+def _planned(training: Training, checkpoints: Location, name: str) -> FinetuneConfig:
     """The settings of the plan. Unless it is given, the strategy is that which this training began with, as noted:
     checkpoints of another could not be continued from, and the cluster may be another now.
     """
-    config = training.config
-    if config.strategy is None and noted.exists():
+    config, noted = training.config, checkpoints / f"{name}.strategy"
+    has_begun = (checkpoints / name).exists()  # a plan whose workers did not fit the cluster binds no other
+    if config.strategy is None and has_begun and noted.exists():
         config = replace(config, strategy="fsdp" if noted.read_text() == "fsdp" else "ddp")
     config = plan_training(training.base, config).config
     noted.write_text(str(config.strategy))

@@ -39,14 +39,17 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine import ray_train
 from davir_ray.engine.connect import own_interrupts
 from davir_ray.engine.progress import ProgressCounter
+from davir_ray.engine.resources import Gpu
 from davir_ray.engine.trackers import Step
 from davir_ray.engine.tracking import StepLog, Tracking
 from davir_ray.errors import ClusterError, ModelError, StorageError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.training.memory import TrainedModel
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import finetune as stage
+from davir_ray.stages import training_plan
 from davir_ray.stages.finetune import Training, finetune
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.score import score
@@ -305,7 +308,7 @@ def test_a_store_that_takes_no_checkpoint_ends_a_training_that_goes_on_and_not_o
 
 @pytest.mark.slow
 def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_folder: Path, tmp_path: Path) -> None:
-    """Of two logical GPUs, which Ray counts and nobody has: placement is tested here, and nothing that runs on CUDA.
+    """Of two logical GPUs, which Ray counts and nobody has: the plan is made for them and followed.
 
     The workers train on the CPU over gloo, where they would choose their GPUs and nccl.
     """
@@ -320,6 +323,8 @@ def test_each_worker_is_given_a_logical_gpu_of_its_own(prepared: Path, base_fold
     assert [one["device"] for one in placed] == [f"cuda:{one['gpus'][0]}" for one in placed]
     assert all(one["resources"] == {"CPU": 2, "GPU": 1} for one in placed)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "reference").config.vocab_size > 0
+    details = Run.at(tmp_path / "run").require("finetune").details
+    assert [details[name] for name in ("workers", "strategy", "gradient_checkpointing")] == [2, "fsdp", False]
 
 
 def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
@@ -341,9 +346,13 @@ def train_on_logical_gpus(folder: Path, base_folder: Path) -> None:
     stage._train_on_rank = train_worker
     ray_train.TorchTrainer = partial(ray.train.torch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
     base, spec = Checkpoint.find(str(base_folder)), {"any": "spec"}
-    recipe = RECIPE | SHARDED | {"num_cpus": 2}
+    recipe = RECIPE | {"num_cpus": 2, "tokens_per_pack": 64}
     with pytest.raises(ClusterError, match=r"3 training workers .* do not fit .* room for 2;"):
         finetune(Run.at(folder / "run"), base, FinetuneConfig(**recipe | {"num_workers": 3}), spec)
+    model = TrainedModel(base, FinetuneConfig(**recipe), "cuda", has_bfloat16=False)
+    whole = model.memory(strategy="ddp", num_workers=2, recompute=True).total
+    parts = model.memory(strategy="fsdp", num_workers=2, recompute=False).total
+    training_plan.smallest_gpu = lambda: Gpu((whole + parts) // 2 / 0.9, has_bfloat16=False)
     finetune(Run.at(folder / "run"), base, FinetuneConfig(**recipe), spec)
 
 

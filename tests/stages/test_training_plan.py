@@ -153,13 +153,19 @@ def test_a_node_whose_torch_sees_no_gpu_says_so(
 def test_a_training_keeps_the_strategy_that_it_began_with(
     eight_gpus: None, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, noted = Checkpoint.find(str(base_folder)), Location.of(tmp_path / "name.strategy")
-    training = SimpleNamespace(base=base, config=FinetuneConfig(tokens_per_pack=64))
-    for num_bytes, given, expected in ((10**6, None, "fsdp"), (10**12, None, "fsdp"), (10**6, "ddp", "ddp")):
+    training = SimpleNamespace(base=Checkpoint.find(str(base_folder)), config=FinetuneConfig(tokens_per_pack=64))
+
+    def planned(num_bytes: int, given: str | None = None) -> str | None:
         monkeypatch.setattr(training_plan, "smallest_gpu", partial(Gpu, num_bytes, True))
         training.config = replace(training.config, strategy=given)
-        assert finetune._planned(training, noted).strategy == expected  # type: ignore[arg-type]
-    assert noted.read_text() == "ddp"
+        return finetune._planned(training, Location.of(tmp_path), "name").strategy  # type: ignore[arg-type]
+
+    assert planned(10**12) == "ddp"
+    assert planned(10**6) == "fsdp"  # nothing has begun
+    (tmp_path / "name").mkdir()  # Ray Train's
+    assert planned(10**12) == "fsdp"
+    assert planned(10**6, given="ddp") == "ddp"
+    assert (tmp_path / "name.strategy").read_text() == "ddp"
 
 
 def test_where_nothing_is_open_nothing_is_asked(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,19 @@ def test_the_state_of_the_other_strategy_is_refused(trained: Path, tmp_path: Pat
     add_checksums(tmp_path)
     with pytest.raises(ConfigError, match=r"give --finetune\.strategy ddp"):
         trainer_of("tied").load_state(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_alone")
+def test_the_state_of_an_earlier_version_is_refused(trained: Path, tmp_path: Path) -> None:
+    """Version 0.2.0 kept the checksums of a sharded state in its index."""
+    state = Path(shutil.copytree(trained / "tied-state", tmp_path / "state"))
+    index = json.loads((state / SHARDS_FILE).read_text())
+    index["files"] = {name: (state / name).with_suffix(".sha256").read_text() for name in index["files"]}
+    (state / SHARDS_FILE).write_text(json.dumps(index))
+    (state / SHARDS_FILE).with_suffix(".sha256").write_text(sha256((state / SHARDS_FILE).read_bytes()).hexdigest())
+    with pytest.raises(ConfigError, match="an earlier version of davir_ray wrote it"):
+        trainer_of("tied").load_state(state)
 
 
 @pytest.mark.usefixtures("_alone")
