@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import random
 import re
 import signal
 import time
@@ -162,6 +163,33 @@ def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     assert first.finish() == 0, first.output
     assert len(set(re.findall(r"ShardWorker\S+ pid=(\d+)", first.output))) == 2
     assert_same_content(run, undisturbed)
+
+
+def test_of_hundreds_of_small_shards_a_kill_loses_one_for_each_actor_at_most(
+    options: dict[str, Any], ray_address: str, tmp_path: Path
+) -> None:
+    """Shards are sent in groups, but committed one by one: at a random moment, first the driver, then an actor."""
+    run = Run.at(tmp_path / "run")
+    wanted = {**options, "output": run, "prepare.shard_rows": 1, "score.num_actors": 2, "debug": "true"}
+    first = Driver("score.py", wanted, tmp_path / "first.log", address=ray_address)
+    moment = random.randint(1, 60)
+    first.wait_for(lambda: len((run / "scores").names()) >= moment, f"{moment} scores")
+    first.kill()
+    time.sleep(2)
+    committed = (run / "scores").listed()
+    second = Driver("score.py", wanted, tmp_path / "second.log", address=ray_address)
+    moment = len(committed) + random.randint(1, 60)
+    second.wait_for(lambda: len((run / "scores").names()) >= moment, f"{moment} scores")
+    pids = sorted(set(re.findall(r"ShardWorker\S+ pid=(\d+)", second.output)))
+    os.kill(int(random.choice(pids)), signal.SIGKILL)
+    assert second.finish() == 0, second.output
+    to_do, done = shards_of(second.output)
+    assert done == len(committed) < to_do
+    scored = run.require("score")
+    assert len(scored.files) == to_do + done == run.require("prepare").counts["prepared"]
+    assert scored.details["retries"] <= 1
+    assert_left_as_it_was(run, committed)
+    assert not (run / "scores_commits").exists()
 
 
 def test_a_node_that_dies(options: dict[str, Any], undisturbed: Run, tmp_path: Path) -> None:

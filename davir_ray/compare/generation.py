@@ -1,7 +1,6 @@
 """generate: examples + a model → generations/, one file for each shard, through a pool of Ray actors."""
 
-import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 import pyarrow.compute as pc
@@ -37,7 +36,6 @@ def generate(
     `chat_template` is the text of the template that the examples were rendered with (None: the tokenizer's).
     ModelError for an adapter without its base, ConfigError if one of the configured sources has no examples.
     """
-    started = time.monotonic()
     holder = examples or run
     prepared = holder.require("prepare")
     _check_model(model, base)
@@ -75,8 +73,7 @@ def generate(
         new_detail="shards_done_by_this_driver",
         count_tokens=lambda table: int(pc.sum(table["num_new_tokens"]).as_py() or 0),
     )
-    manifest = stream.fill(partial(Generator, model=model, settings=settings, base=base), pool)
-    return run.commit(replace(manifest, seconds=time.monotonic() - started))
+    return stream.fill(partial(Generator, model=model, settings=settings, base=base), pool)
 
 
 def generated_from(run: Run, examples: Run) -> tuple[Manifest, Manifest]:

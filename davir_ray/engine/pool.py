@@ -1,4 +1,4 @@
-"""A stage that sends shards of examples through a pool of Ray actors and writes a file for each, as scoring does.
+"""A stage that sends shards of examples through a pool of Ray actors, which write a file for each, as scoring does.
 
 The shard is the unit of work, commit and resume: a shard whose file exists is done. Scoring and generation are such
 stages.
@@ -21,17 +21,24 @@ import ray.data
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.engine.connect import own_errors, whole_block_context
 from davir_ray.engine.console import configure_worker_logging
-from davir_ray.engine.progress import ProgressCounter, tracked
+from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool, side_cpus
-from davir_ray.engine.shards import NAMED, CommittedShard, Shards, ShardSink, committed_shard, num_tokens, read_named
+from davir_ray.engine.shards import Shards, num_tokens, read_named, whole_shards
 from davir_ray.errors import IntegrityError
+from davir_ray.run.commits import CommitNotes, CommittedShard, ShardFolder
 from davir_ray.run.files import FileEntry, in_folder, total_rows
 from davir_ray.run.folder import Run
-from davir_ray.run.location import each
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_GROUP_BYTES = 2**18
+"""Maximum bytes on disk of several shards that are sent together: each group costs Ray Data as much time as a small
+model takes for a few such shards."""
+
+_GROUPS_PER_ACTOR = 16
+"""Minimum number of groups for each actor, if the shards are enough: so all actors end at about the same time."""
 
 
 class Model(Protocol):
@@ -71,11 +78,14 @@ class Stream:
     """Counts the tokens that the rows of a file took, for the progress."""
 
     def fill(self, load: Callable[[], Model], config: ScoreConfig) -> Manifest:
-        """Process every shard that no earlier attempt did, with the model that each actor gets from `load`.
+        """Process every shard that no earlier attempt did, with the model that each actor gets from `load`, and commit.
 
-        Returns the manifest, which is not committed yet. Raises IntegrityError if rows were lost.
+        Raises IntegrityError if rows were lost.
         """
-        committed = self._committed()
+        started = time.monotonic()
+        folder = ShardFolder(place=self.run / self.folder, schema=self.schema, fingerprint=json.dumps(self.fingerprint))
+        notes = CommitNotes(self.run / f"{self.folder}_commits", folder.fingerprint)
+        committed = self._committed(folder, notes)
         done = {shard.entry.name for shard in committed}
         # Longest first, so that the pool does not end on one long shard.
         pending = sorted((shard for shard in self.shards if shard.name not in done), key=lambda shard: -shard.bytes)
@@ -91,7 +101,7 @@ class Stream:
             unscored=rows_before - sum(shard.statuses.get("ok", 0) for shard in committed),
         )
         with tracked(self.run, start) as counter:
-            new = self._send(pending, load, config, counter) if pending else []
+            new = self._send(pending, load, config, counter, folder, notes) if pending else []
             totals = counter.totals()
         shards = sorted(committed + new, key=lambda shard: shard.entry.name)
         entries = [shard.entry for shard in shards]
@@ -106,25 +116,27 @@ class Stream:
         details = {"numerics": [json.loads(text) for text in numerics], self.new_detail: len(new)}
         if totals is not None:
             details |= {"throughput": totals.throughput, "retries": totals.retries}
-        return Manifest(
+        manifest = Manifest(
             stage=self.stage,
             fingerprint=self.fingerprint,
             counts={"examples": num_rows, self.ok_count: statuses["ok"], **dict(sorted(statuses.items()))},
             files=in_folder(self.folder, entries),
             details=details,
+            seconds=time.monotonic() - started,
         )
+        manifest = self.run.commit(manifest)
+        notes.remove()
+        return manifest
 
-    def _committed(self) -> list[CommittedShard]:
+    def _committed(self, folder: ShardFolder, notes: CommitNotes) -> list[CommittedShard]:
         """The shards that earlier attempts have done, without damaged ones, which are done again.
 
         If they were done with other settings they are removed with --overwrite; else OutputError names what differs.
         """
-        folder = self.run / self.folder
-        rows = {shard.name: shard.rows for shard in self.shards}
-        found = each(lambda name: committed_shard(folder / name, self.schema, rows.get(name)), folder.names(".parquet"))
-        there = [shard for shard in found if shard is not None]
-        now = json.loads(json.dumps(self.fingerprint))
-        changed = [line for shard in there for line in differences(json.loads(shard.fingerprint), now)]
+        there = folder.committed(notes.read(), {shard.name: shard.rows for shard in self.shards})
+        now = json.loads(folder.fingerprint)
+        fingerprints = {shard.fingerprint for shard in there}
+        changed = [line for before in sorted(fingerprints) for line in differences(json.loads(before), now)]
         if not changed:
             return there
         if self.run.overwrite:
@@ -133,23 +145,33 @@ class Stream:
         raise self.run.other_attempt(self.stage, list(dict.fromkeys(changed)))
 
     def _send(
-        self, pending: list[FileEntry], load: Callable[[], Model], config: ScoreConfig, counter: ProgressCounter
+        self,
+        pending: list[FileEntry],
+        load: Callable[[], Model],
+        config: ScoreConfig,
+        counter: ProgressCounter,
+        folder: ShardFolder,
+        notes: CommitNotes,
     ) -> list[CommittedShard]:
-        """Read each shard, send it whole to an actor, and write its file; returns the new shards."""
+        """Read each shard and send it whole to an actor, which commits it; returns the new shards."""
         num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
-        pool = plan_pool(config).at_most(len(pending))
+        pool = plan_pool(config)
+        source = Shards(
+            pending,
+            partial(read_named, self.examples / "examples", self.columns),
+            max_shards_per_task=max(1, len(pending) // (_GROUPS_PER_ACTOR * pool.max_size)),
+            max_bytes_per_task=_GROUP_BYTES,
+        )
+        pool = pool.at_most(source.num_tasks)
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
-        source = Shards(pending, partial(read_named, self.examples / "examples", self.columns))
-        fingerprint = json.dumps(self.fingerprint)
-        sink = ShardSink(self.run / self.folder, self.schema, fingerprint, counter.report, self.count_tokens)
         context = whole_block_context(config.no_progress_timeout_s)
         with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):
-            (
+            dataset = (
                 ray.data.read_datasource(source, **source.read_options | {"num_cpus": side_cpus(num_cpus) / 2})
                 # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
                 .map_batches_internal(
                     ShardWorker,
-                    fn_constructor_args=(self.stage, counter, self.columns, load),
+                    fn_constructor_args=(self, counter, folder, load),
                     batch_size=None,
                     batch_format="pyarrow",
                     compute=ray.data.ActorPoolStrategy(
@@ -158,28 +180,48 @@ class Stream:
                     num_cpus=num_cpus,
                     num_gpus=num_gpus,
                 )
-                .write_datasink(sink, ray_remote_args={"num_cpus": side_cpus(num_cpus)})
             )
-        return sink.shards
+            new: list[CommittedShard] = []
+            try:
+                for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                    for text in batch["committed"].to_pylist():
+                        new.append(CommittedShard.from_json(text, folder.fingerprint))
+                        notes.add(new[-1])
+            finally:
+                notes.write()
+        return new
 
 
 class ShardWorker:
-    """Actor: runs a model on blocks, each of which is a whole shard."""
+    """Actor: runs a model on shards and commits each as soon as it is done."""
 
-    def __init__(self, stage: str, counter: ProgressCounter, columns: list[str], load: Callable[[], Model]) -> None:
+    def __init__(
+        self, stream: Stream, counter: ProgressCounter, folder: ShardFolder, load: Callable[[], Model]
+    ) -> None:
         configure_worker_logging()
-        self._stage, self._counter, self._columns = stage, counter, columns
+        self._stream, self._counter, self._folder = stream, counter, folder
         self._model = load()
         self._numerics = json.dumps(self._model.numerics)
         gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
-        log.info("%s: an actor is ready on node %s", stage, ray.get_runtime_context().get_node_id()[:8])
+        log.info("%s: an actor is ready on node %s", stream.stage, ray.get_runtime_context().get_node_id()[:8])
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Columns of examples in; columns of the stage out, with the shard's name and the numerics."""
-        started, shard = time.monotonic(), str(block["shard"][0])
-        self._counter.begin(shard)
-        done = self._model(block.select(self._columns))
-        log.debug("%s: %s, %d rows, %.1f s", self._stage, shard, block.num_rows, time.monotonic() - started)
-        for name in NAMED:
-            done = done.append_column(name, block[name])
-        return done.append_column("numerics", pa.repeat(self._numerics, done.num_rows))
+        """Process one whole shard, or several; returns a row for each, the CommittedShard as JSON."""
+        shards = list(whole_shards(block))
+        found = []
+        for name, examples in shards:
+            # An actor that died may have committed some shards of the group that it had.
+            done = self._folder.read(name, examples.num_rows) if len(shards) > 1 else None
+            found.append(done or self._commit(name, examples))
+        return pa.table({"committed": [shard.to_json() for shard in found]})
+
+    def _commit(self, name: str, examples: pa.Table) -> CommittedShard:
+        started, stream = time.monotonic(), self._stream
+        self._counter.begin(name)
+        table = self._model(examples.select(stream.columns))
+        shard = self._folder.commit(name, table, self._numerics)
+        log.debug("%s: %s, %d rows, %.1f s", stream.stage, name, table.num_rows, time.monotonic() - started)
+        unscored = table.num_rows - shard.statuses.get("ok", 0)
+        tokens = stream.count_tokens(table)
+        self._counter.report(name, WorkDone(table.num_rows, rows=table.num_rows, tokens=tokens, unscored=unscored))
+        return shard

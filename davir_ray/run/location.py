@@ -146,6 +146,11 @@ class Location:
         with storage_errors(self):
             return bool(self.fs.exists(self.path))
 
+    def info(self) -> FileInfo:
+        """Size and mark of the file; raises FileNotFoundError if it does not exist."""
+        with storage_errors(self, may_be_absent=True):
+            return file_info(self.fs.info(self.path))
+
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the finished files directly in this folder; empty if there is no folder."""
         return [name for name in self.listed() if name.endswith(suffix)]

@@ -28,7 +28,8 @@ _STAGES = (
         shown_counts=("prepared", "left_out", "rejected"), takes_hours=True,
     ),
     Stage(
-        name="freeze", writes=("frozen", "frozen_cache"), reads=("prepare",), shown_counts=("scored",), takes_hours=True
+        name="freeze", writes=("frozen", "frozen_commits", "frozen_cache"), reads=("prepare",),
+        shown_counts=("scored",), takes_hours=True,
     ),
     Stage(
         name="align", writes=("checkpoints", "policy", "policy_epochs"), reads=("freeze",),
@@ -39,8 +40,8 @@ _STAGES = (
         shown_counts=("steps",), takes_hours=True,
     ),
     Stage(
-        name="score", writes=("scores",), reads=("prepare", "align", "finetune"), shown_counts=("scored",),
-        takes_hours=True,
+        name="score", writes=("scores", "scores_commits"), reads=("prepare", "align", "finetune"),
+        shown_counts=("scored",), takes_hours=True,
     ),
     Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
     Stage(name="rank", writes=("ranked",), reads=("score",), shown_counts=("ranked",)),
@@ -50,7 +51,7 @@ _STAGES = (
     ),
     Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select")),
     # The following are stages of a comparison, or of one of its fine-tunes.
-    Stage(name="generate", writes=("generations",), reads=("prepare",), takes_hours=True),
+    Stage(name="generate", writes=("generations", "generations_commits"), reads=("prepare",), takes_hours=True),
     Stage(name="match", writes=("matches",), reads=("generate",)),
     Stage(name="outputs", writes=("outputs.json",), reads=("generate",)),
     Stage(name="trial"),

@@ -15,6 +15,9 @@ from davir_ray.errors import IntegrityError
 from davir_ray.run.files import FileEntry, total_rows
 from davir_ray.run.location import Location
 
+IDS_CHECKED = "ids_checked"
+"""Key in the details of prepare's manifest: True since its ids are checked there."""
+
 _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""
 

@@ -34,6 +34,7 @@ from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
+from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.stages.lines import rows_of_parts
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,8 @@ def prepare(
             reports_of_tasks = _run(work, done)
         report = _sum(reports_of_tasks)
         counts = _checked_counts(report, max_bad_fraction, rows_per_record=2 if are_pairs(sources) else 1)
-    except DataError:
+        check_ids(run.folder, [entry for entry in report.files if entry.name.startswith("examples/")])
+    except (DataError, IntegrityError):
         run.note_attempt(TASKS, attempt, binding=False)  # the user is about to correct the data
         raise
     manifest = Manifest(
@@ -183,6 +185,7 @@ def prepare(
         counts=counts,
         files=sorted(report.files, key=lambda entry: entry.name),
         details={
+            IDS_CHECKED: True,
             "first_reject": report.first_reject,
             "by_source": {
                 source.name: _understood(source, work, reports_of_tasks, shows=at < _SHOWN_SOURCES)

@@ -1,6 +1,5 @@
 """score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors."""
 
-import time
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
-from davir_ray.stages.ids import check_ids
+from davir_ray.stages.ids import IDS_CHECKED, check_ids
 
 _SAMPLED_ROWS = 200
 """Minimum number of rows whose token losses are kept with keep_token_nll sample."""
@@ -40,7 +39,6 @@ def score(
     `examples` is the run that holds the examples; None: this one. The last three parameters are for `freeze`, which has
     no reference.
     """
-    started = time.monotonic()
     examples = examples or run
     prepared = examples.require("prepare")
     # Twice the wanted rows in expectation: a sample by hash may be smaller than its mean, and 200 are guaranteed.
@@ -49,6 +47,8 @@ def score(
     fingerprint = _fingerprint(base, reference, prepared, settings)
     if done := run.completed(stage, fingerprint):
         return done
+    if not prepared.details.get(IDS_CHECKED):  # prepared by a version that checked them here
+        check_ids(examples / "examples", prepared.files_in("examples"))
     stream = Stream(
         stage=stage,
         run=run,
@@ -61,9 +61,7 @@ def score(
         ok_count="scored",
         new_detail="shards_scored_by_this_driver",
     )
-    manifest = stream.fill(partial(Scorer, base, reference, settings, base_cache(base, config)), config)
-    check_ids(run / folder, manifest.files_in(folder))
-    return run.commit(replace(manifest, seconds=time.monotonic() - started))
+    return stream.fill(partial(Scorer, base, reference, settings, base_cache(base, config)), config)
 
 
 def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,13 +18,14 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.engine.connect import whole_block_context
-from davir_ray.engine.pool import Stream
+from davir_ray.engine.pool import ShardWorker, Stream
 from davir_ray.engine.progress import WorkDone
 from davir_ray.engine.resources import pool_size
-from davir_ray.engine.shards import CommittedShard, Shards, ShardSink, committed_shard, num_tokens
+from davir_ray.engine.shards import Shards
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
+from davir_ray.run.commits import CommittedShard, ShardFolder
 from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -89,61 +91,88 @@ def test_bits_are_equal_for_any_number_of_actors_and_close_for_any_shards(
         np.testing.assert_allclose(one[column], other[column], rtol=1e-6, atol=1e-6 * one["base_nll"].max())
 
 
-def unheard(shard: str, told: WorkDone) -> None:
-    """Nobody listens."""
+class Told:
+    """A counter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.done: dict[str, WorkDone] = {}
+
+    def begin(self, key: str) -> None:
+        self.begun.append(key)
+
+    def report(self, key: str, work: WorkDone) -> None:
+        self.done[key] = work
 
 
-def block(rows: int, shard: str, shard_rows: int) -> pa.Table:
-    columns = {field.name: pa.nulls(rows, field.type) for field in SCORES}
-    columns |= {"num_prompt_tokens": pa.array([3] * rows, pa.int32())}
-    columns |= {"num_response_tokens": pa.array([4] * rows, pa.int32())}
-    columns |= {"status": pa.array(["zero_base_nll", *["ok"] * rows][:rows]), "shard": pa.array([shard] * rows)}
-    return pa.table(columns | {"shard_rows": pa.array([shard_rows] * rows), "numerics": pa.array(["{}"] * rows)})
+class Model:
+    """Gives the first example of every shard another status."""
+
+    numerics: ClassVar[dict[str, Any]] = {"kind": "none"}
+
+    def __call__(self, examples: pa.Table) -> pa.Table:
+        rows = examples.num_rows
+        columns = {field.name: pa.nulls(rows, field.type) for field in SCORES}
+        columns |= {"num_prompt_tokens": pa.array([3] * rows, pa.int32())}
+        columns |= {"num_response_tokens": pa.array([4] * rows, pa.int32())}
+        return pa.table(columns | {"status": pa.array(["zero_base_nll", *["ok"] * rows][:rows])})
 
 
-def test_the_sink_writes_a_whole_shard_under_its_name(tmp_path: Path) -> None:
+def named(rows: int, shard: str, shard_rows: int) -> pa.Table:
+    ids = pa.array(range(rows), pa.int64())
+    return pa.table({"example_id": ids, "shard": [shard] * rows, "shard_rows": pa.array([shard_rows] * rows)})
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> ShardWorker:
     run = Run.at(tmp_path)
-    told = dict[str, WorkDone]()
-    shards = ShardSink(run / "scores", SCORES, "mark", told.__setitem__, num_tokens).write(
-        [block(3, "part-7.parquet", 3)], None
-    )
-    assert told == {"part-7.parquet": WorkDone(3, rows=3, tokens=21, unscored=1)}
+    stream = Stream(
+        stage="score", run=run, folder="scores", schema=SCORES, fingerprint={}, examples=run, shards=[],
+        columns=["example_id"], ok_count="scored", new_detail="new",
+    )  # fmt: skip
+    folder = ShardFolder(place=run / "scores", schema=SCORES, fingerprint='"mark"')
+    return ShardWorker(stream, Told(), folder, Model)  # type: ignore[arg-type]
+
+
+def test_an_actor_commits_each_shard_of_a_block_under_its_name(tmp_path: Path, worker: ShardWorker) -> None:
+    committed = worker(pa.concat_tables([named(3, "a.parquet", 3), named(1, "b.parquet", 1)]))["committed"].to_pylist()
+    shards = [CommittedShard.from_json(text, '"mark"') for text in committed]
     assert [(shard.entry.name, shard.entry.rows, shard.statuses) for shard in shards] == [
-        ("part-7.parquet", 3, {"ok": 2, "zero_base_nll": 1})
-    ]
-    written = read_parquet(run / "scores" / "part-7.parquet")
-    assert written.schema.metadata[FINGERPRINT_KEY] == b"mark"
+        ("a.parquet", 3, {"ok": 2, "zero_base_nll": 1}), ("b.parquet", 1, {"zero_base_nll": 1}),
+    ]  # fmt: skip
+    told = worker._counter
+    assert isinstance(told, Told)
+    assert told.done["a.parquet"] == WorkDone(3, rows=3, tokens=21, unscored=1)
+    written = read_parquet(Run.at(tmp_path) / "scores" / "a.parquet")
+    assert written.schema.metadata[FINGERPRINT_KEY] == b'"mark"'
     assert written.schema.remove_metadata().equals(SCORES)
+
+
+def test_what_an_actor_that_died_had_committed_of_a_block_is_not_done_again(worker: ShardWorker) -> None:
+    shards = [named(2, f"{name}.parquet", 2) for name in "abc"]
+    first = worker(pa.concat_tables(shards[:2]))["committed"].to_pylist()
+    again = worker(pa.concat_tables(shards))["committed"].to_pylist()
+    told = worker._counter
+    assert isinstance(told, Told)
+    assert told.begun == ["a.parquet", "b.parquet", "c.parquet"]
+    for text, before in zip(again, first, strict=False):
+        assert CommittedShard.from_json(text, "") == CommittedShard.from_json(before, "")
 
 
 @pytest.mark.parametrize(
     "torn",
     [
-        block(2, "a.parquet", 3),
-        block(4, "a.parquet", 3),
-        pa.concat_tables([block(1, "a.parquet", 2), block(1, "b.parquet", 2)]),
-        block(0, "a.parquet", 0),
+        named(2, "a.parquet", 3),
+        named(4, "a.parquet", 3),
+        pa.concat_tables([named(1, "a.parquet", 2), named(1, "b.parquet", 1), named(1, "a.parquet", 2)]),
+        named(0, "a.parquet", 0),
     ],
-    ids=["a part", "more", "two shards", "empty"],
+    ids=["a part", "more", "two parts", "empty"],
 )
-def test_the_sink_refuses_a_block_that_is_not_one_whole_shard(tmp_path: Path, torn: pa.Table) -> None:
-    with pytest.raises(IntegrityError, match="not one whole shard"):
-        ShardSink(Run.at(tmp_path) / "scores", SCORES, "mark", unheard, num_tokens).write([torn], None)
+def test_an_actor_refuses_a_shard_that_is_not_whole(tmp_path: Path, worker: ShardWorker, torn: pa.Table) -> None:
+    with pytest.raises(IntegrityError, match="arrived in one block"):
+        worker(torn)
     assert not (tmp_path / "scores").exists()
-
-
-def test_a_damaged_footer_is_told_from_other_settings(tmp_path: Path) -> None:
-    """A bit of the fingerprint's text would otherwise look like a shard of other settings."""
-    folder = Run.at(tmp_path) / "scores"
-    sink = ShardSink(folder, SCORES, json.dumps({"base": "abc"}), unheard, num_tokens)
-    sink.write([block(3, "part-0.parquet", 3)], None)
-    place = folder / "part-0.parquet"
-    found = committed_shard(place, SCORES, 3)
-    assert found is not None
-    assert json.loads(found.fingerprint) == {"base": "abc"}
-    assert committed_shard(place, SCORES, 4) is None
-    place.write_bytes(place.read_bytes().replace(b'"abc"', b'"abd"'))
-    assert committed_shard(place, SCORES, 3) is None
 
 
 def test_rows_that_were_lost_or_are_too_many_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +185,8 @@ def test_rows_that_were_lost_or_are_too_many_are_noticed(tmp_path: Path, monkeyp
     )  # fmt: skip
 
     def filled(written: list[CommittedShard]) -> Manifest:
+        for shard in written:
+            (run / "scores" / shard.entry.name).write_bytes(b"x" * 9)
         monkeypatch.setattr(Stream, "_send", lambda *_: written)
         return stream.fill(lambda: pytest.fail("a model was loaded"), ScoreConfig())
 
