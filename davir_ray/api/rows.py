@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray.data
 
 from davir_ray.engine.connect import own_errors, whole_block_context
-from davir_ray.engine.shuffle import Change, in_driver
+from davir_ray.engine.shuffle import Change
 from davir_ray.errors import ConfigError
 
 Rows = TypeVar("Rows", ray.data.Dataset, datasets.Dataset)
@@ -37,14 +37,23 @@ def read_here(dataset: datasets.Dataset, names: Iterable[str]) -> pa.Table:
     return table
 
 
-def collect_blocks(rows: ray.data.Dataset, names: Iterable[str], summarise: Change, schema: pa.Schema) -> pa.Table:
-    """Bring a small table, with this schema, of some columns of each block into the driver; returns them as one."""
+def collect_blocks(
+    rows: ray.data.Dataset,
+    names: Iterable[str],
+    summarise: Change,
+    schema: pa.Schema,
+    merge: Change = lambda table: table,
+) -> pa.Table:
+    """Bring a small table, with this schema, of some columns of each block into the driver; returns them merged."""
 
     def summary(block: pa.Table) -> pa.Table:
         return summarise(block) if block.num_rows else schema.empty_table()
 
     summaries = rows.select_columns(list(names)).map_batches(summary, batch_size=None, batch_format="pyarrow")
-    return in_driver(summaries, schema)
+    with own_errors():
+        tables = ray.get(summaries.to_arrow_refs())
+    # An empty block comes back without its columns (2.60).
+    return merge(pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)]))
 
 
 def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:

@@ -16,9 +16,10 @@ import ray.data
 
 from davir_ray.api.rows import Rows, check_choice, check_dataset, collect_blocks, in_order, read_here, run_blocks
 from davir_ray.config.selection import Order, RankConfig, SelectConfig
+from davir_ray.engine.shuffle import Change
 from davir_ray.errors import ConfigError
 from davir_ray.formulas.shares import prefix_rows
-from davir_ray.stages.rank import Collect, value_column
+from davir_ray.stages.rank import value_column
 from davir_ray.stages.select.candidates import reaches
 from davir_ray.stages.select.limits import GroupCount, limits_by_file
 
@@ -27,6 +28,9 @@ BIN_RANKS = 50_000
 
 _COUNTED = pa.schema([("bin", pa.int64()), ("rows", pa.int64()), ("tokens", pa.int64())])
 _RANKS = pa.schema([("rank", pa.int64()), ("tokens", pa.int64())])
+
+Collect = Callable[[Change, pa.Schema], pa.Table]
+"""Makes a small table, with this schema, of each part of the rows; returns these tables as one."""
 
 
 def select(

@@ -23,7 +23,10 @@ _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 2**16, 2**22
 BYTES_PER_TOKEN = 4
 """A guess at the bytes of a token in a source file."""
 
-_SHARD_CHARACTERS = 256 * 2**20
+_SHARD_CHARACTERS = 64 * 2**20
+"""A shard with more is full: every task that reads it holds it a few times."""
+
+_TEXT_COLUMNS = ("prompt", "response", "record")
 
 _REJECT_ROWS = 20_000
 
@@ -75,7 +78,7 @@ class ShardWriter:
         for row in item:
             self._rows.append(row)
             self._tokens += len(row["input_ids"])
-            self._characters += len(row["prompt"]) + len(row["response"]) + len(row["record"] or "")
+            self._characters += sum(len(row[column] or "") for column in _TEXT_COLUMNS)
         full = len(self._rows) >= self._shard_rows or self._tokens >= self._shard_tokens
         if full or self._characters >= _SHARD_CHARACTERS:
             self._write_shard()
@@ -101,6 +104,8 @@ class ShardWriter:
     def _write_shard(self) -> None:
         table = pa.Table.from_pylist(self._rows, self._schema)
         self._write(f"examples/{self._task}-{self._num_shards:05d}.parquet", table)
+        text_bytes = sum(table[column].nbytes for column in _TEXT_COLUMNS) // table.num_rows
+        self.report.text_bytes_per_row = max(self.report.text_bytes_per_row, text_bytes)
         for column in COUNTED:
             self.report.sums[column] += sum(row[column] for row in self._rows)
         self._num_shards += 1

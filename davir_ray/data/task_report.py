@@ -16,6 +16,9 @@ SHOWN_EXAMPLES = 3
 COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
 """Columns whose sums a report contains."""
 
+TEXT_BYTES = "text_bytes_per_row"
+"""Key in the details of prepare's manifest: the field of the report."""
+
 _COUNTERS = ("reasons", "sums", "replaced", "columns", "role_tokens")
 
 
@@ -32,6 +35,8 @@ class TaskReport:
     """Number of bytes read from the sources so far, as stored."""
     files: list[FileEntry] = field(default_factory=list)
     """Files written; each name begins with its folder, examples/ or rejects/."""
+    text_bytes_per_row: int = 0
+    """Bytes of the text of a row in memory, the mean of the shard in which it is largest."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Number of rejected rows by reason."""
     sums: Counter[str] = field(default_factory=Counter)
@@ -55,6 +60,7 @@ class TaskReport:
         self.num_turns_left_out += other.num_turns_left_out
         self.num_bytes += other.num_bytes
         self.files += other.files
+        self.text_bytes_per_row = max(self.text_bytes_per_row, other.text_bytes_per_row)
         self.reasons.update(other.reasons)
         self.sums.update(other.sums)
         self.replaced.update(other.replaced)

@@ -19,11 +19,12 @@ import ray
 import ray.data
 
 from davir_ray.config.scoring import ScoreConfig
+from davir_ray.engine.blocks import ShardBlocks, num_tokens, read_named, whole_shards
 from davir_ray.engine.connect import own_errors, whole_block_context
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool, side_cpus
-from davir_ray.engine.shards import Shards, num_tokens, read_named, whole_shards
+from davir_ray.engine.shards import grouped
 from davir_ray.errors import IntegrityError
 from davir_ray.run.commits import CommitNotes, CommittedShard, ShardFolder
 from davir_ray.run.files import FileEntry, in_folder, total_rows
@@ -156,13 +157,10 @@ class Stream:
         """Read each shard and send it whole to an actor, which commits it; returns the new shards."""
         num_cpus, num_gpus = actor_cpus(config.num_cpus), num_gpus_of(config)
         pool = plan_pool(config)
-        source = Shards(
-            pending,
-            partial(read_named, self.examples / "examples", self.columns),
-            max_shards_per_task=max(1, len(pending) // (_GROUPS_PER_ACTOR * pool.max_size)),
-            max_bytes_per_task=_GROUP_BYTES,
-        )
-        pool = pool.at_most(source.num_tasks)
+        max_shards = max(1, len(pending) // (_GROUPS_PER_ACTOR * pool.max_size))
+        groups = grouped(pending, max_shards=max_shards, max_bytes=_GROUP_BYTES)
+        source = ShardBlocks(groups, partial(read_named, self.examples / "examples", self.columns))
+        pool = pool.at_most(len(groups))
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
         context = whole_block_context(config.no_progress_timeout_s)
         with own_errors("score.no_progress_timeout_s"), ray.data.DataContext.current(context):

@@ -1,32 +1,51 @@
-"""Operations over all shards: collect a small table from each, write a file for each, or group rows across shards.
+"""Operations over all shards, in plain Ray tasks: make a small table, write files, or group rows across shards.
 
-Only what a shard's task returns is moved; the driver sees summaries and the entries of files.
+A task reads a few shards, and only what it returns is moved: the driver sees summaries and the entries of files. Rows
+that are grouped pass through Ray's object store, which spills to disk what does not fit. What a worker or a node that
+dies had made is made again.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
+import ray
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 
-from davir_ray.engine.connect import own_errors, whole_block_context
+from davir_ray.engine.connect import own_errors
 from davir_ray.engine.resources import num_cpus
-from davir_ray.engine.shards import Shards
+from davir_ray.engine.shards import Shards, grouped
 from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry
 
-_MAX_PARTITIONS = 200
-"""Ray's default, which costs seconds where there are only a few groups."""
+_TASKS_PER_CPU = 4
+_LEAST_TASK_BYTES = 2 * 2**20
+"""Bytes on disk that take about as long to read as a task takes to start, where its worker runs."""
 
-_WRITTEN = pa.schema([("written", pa.string())])
-"""A Written as JSON; null if a task had nothing to write."""
+_TASK_BYTES = 32 * 2**20
+"""Maximum bytes on disk that a task with several shards reads; they take a few times as many in memory."""
+
+_GROUPS_PER_TASK = 10
+"""Maximum number of groups that a task makes, where there are more than tasks: every reading task makes an object for
+every such task, and each object costs the driver about 2 kB."""
+
+_MAX_RETRIES = 20
+"""Number of workers that may die with a task before it fails."""
+
+_WIDE_BYTES = 2**30
+"""Bytes of a table above which its text gets 64-bit offsets: 32-bit ones end at 2 GiB."""
+
+_WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 Change = Callable[[pa.Table], pa.Table]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,20 +58,28 @@ class Written:
 
 @dataclass(frozen=True)
 class Round:
-    """One shuffle: groups rows by the number in `column`, in any order; `work` makes a small table of each group.
+    """Groups rows by the number in `column`, in any order; `work` gets each group that has rows.
 
-    That table must not be empty: an empty block comes back without its columns (2.60).
+    Rows with a number below 0 are dropped. What `work` returns is a table with the column of the next round, or after
+    the last one anything small.
     """
 
     column: str
     num_groups: int
-    work: Change
+    work: Callable[[pa.Table], Any]
 
 
-def collect(shards: Shards, summarise: Change, schema: pa.Schema) -> pa.Table:
-    """Make a small table of each shard, with this schema; returns them as one table in the driver."""
-    shards = shards.then(lambda _, table: summarise(table), num_cpus())
-    return in_driver(ray.data.read_datasource(shards, **shards.read_options), schema)
+def collect(shards: Shards, summarise: Change, schema: pa.Schema, merge: Change | None = None) -> pa.Table:
+    """Make a small table of each shard, with this schema; returns them as one table in the driver.
+
+    With `merge` a task makes a still smaller table of all of them, and the driver gets that one alone.
+    """
+    summaries = _of_groups(shards, lambda names, read: _concatenated(schema, (summarise(read(name)) for name in names)))
+    if merge is None:
+        return _concatenated(schema, _results(summaries))
+    job = ray.put(lambda *tables: merge(_concatenated(schema, tables)))
+    (merged,) = _results([_call.remote(job, *summaries)])
+    return merged
 
 
 def gather(shards: Shards, schema: pa.Schema) -> pa.Table:
@@ -65,32 +92,32 @@ def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None
 
     `write(name, rows)` writes the file of one shard; it returns None where it has nothing to write.
     """
-    shards = shards.then(lambda name, table: _to_row(write(name, table)), num_cpus())
-    return _from_rows(in_driver(ray.data.read_datasource(shards, **shards.read_options), _WRITTEN).to_pylist())
+    written = _results(_of_groups(shards, lambda names, read: [write(name, read(name)) for name in names]))
+    found = [one for group in written for one in group if one is not None]
+    return sorted(found, key=lambda one: one.entry.name)
 
 
-def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[dict[str, Any]]:
-    """Group rows across shards, in one round or several; returns the rows that the last round made.
+def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[Any]:
+    """Group rows across shards, in one round or several; returns what the last round made of each group.
 
     `assign` adds the first round's column to the table of a shard, and drops what is not needed.
     """
-    if shards.fit_one_task and all(each.num_groups == 1 for each in rounds):  # a shuffle would take seconds
-        whole = shards.as_one(assign, *(partial(_in_groups, each) for each in rounds))
-        with own_errors():
-            return list(ray.data.read_datasource(whole, **whole.read_options).take_all())
-    shards = shards.then(lambda _, table: assign(table), num_cpus())
-    with own_errors(), ray.data.DataContext.current(whole_block_context()):
-        dataset = ray.data.read_datasource(shards, **shards.read_options)
-        for each in rounds:
-            grouped = dataset.groupby(each.column, num_partitions=min(each.num_groups, _MAX_PARTITIONS))
-            dataset = grouped.map_groups(each.work, batch_format="pyarrow")
-        return list(dataset.take_all())
-
-
-def _in_groups(round_: Round, table: pa.Table) -> pa.Table:
-    """What the round makes of the groups of a table."""
-    numbers = table[round_.column]
-    return pa.concat_tables(round_.work(table.filter(pc.equal(numbers, number))) for number in pc.unique(numbers))
+    shuffles = [_Shuffle(each, _edges(each.num_groups)) for each in rounds]
+    first = shuffles[0]
+    made = _of_groups(
+        shards,
+        lambda names, read: first.parts([assign(read(name)) for name in names]),
+        num_returns=first.num_parts,
+    )
+    for shuffle, following in zip(shuffles, [*shuffles[1:], None], strict=True):
+        job = ray.put(partial(shuffle.work, following=following))
+        num_returns = 1 if following is None else following.num_parts
+        # Each task takes its part of what every task before it made.
+        parts = zip(*(refs if isinstance(refs, list) else [refs] for refs in made), strict=True)
+        made = [
+            _call.options(num_returns=num_returns).remote(job, number, *of_all) for number, of_all in enumerate(parts)
+        ]
+    return [result for results in _results(made) for result in results]
 
 
 def assign_part(table: pa.Table, column: str, num_parts: int) -> pa.Table:
@@ -103,36 +130,113 @@ def exchange(
     assign: Change,
     num_bins: int,
     write: Callable[[int, pa.Table], FileEntry],
-    rounds_before: Sequence[Round] = (),
+    rounds_before: Iterable[Round] = (),
 ) -> list[FileEntry]:
     """Group the rows by bin and write each bin as one file; returns the entries, sorted by name.
 
     `assign`, or the last of the rounds before, adds the column `bin`; rows of a bin below 0 are not written.
-    `write(number, rows)` gets a whole bin, in any order. It writes the file itself, because a Datasink would not see
-    bins: blocks after map_groups may be split, merged or empty (2.60).
+    `write(number, rows)` gets a whole bin, in any order.
     """
-    rows = regroup(shards, assign, *rounds_before, Round("bin", num_bins, partial(_write_bin, write)))
-    return [written.entry for written in _from_rows(rows)]
+
+    def write_bin(rows: pa.Table) -> FileEntry:
+        return write(int(rows["bin"][0].as_py()), rows)
+
+    entries: list[FileEntry] = regroup(shards, assign, *rounds_before, Round("bin", num_bins, write_bin))
+    return sorted(entries, key=lambda entry: entry.name)
 
 
-def in_driver(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
-    """Execute a dataset of small tables with this schema; returns them as one table in the driver."""
-    with own_errors():
-        tables = ray.get(dataset.to_arrow_refs())
-    # An empty block comes back without its columns (2.60).
-    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
+@dataclass(frozen=True)
+class _Shuffle:
+    """A round, and which groups each of its tasks makes."""
+
+    round: Round
+    edges: npt.NDArray[np.int64]
+    """Task t makes the groups from edges[t] up to edges[t + 1]."""
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.edges) - 1
+
+    def parts(self, tables: list[pa.Table]) -> Any:
+        """The rows for each task, sorted by group; None for each if there is no table.
+
+        If there is one task, its rows alone: Ray wants no list of one.
+        """
+        if not tables:
+            return [None] * self.num_parts if self.num_parts > 1 else None
+        table = _as_one(tables)
+        numbers = np.asarray(table[self.round.column])
+        order = np.argsort(numbers, kind="stable")
+        starts = np.searchsorted(numbers[order], self.edges)
+        # Copies: a slice would be stored with all of its buffers.
+        found = [table.take(pa.array(order[start:end])) for start, end in pairwise(starts)]
+        return found if self.num_parts > 1 else found[0]
+
+    def work(self, part: int, *given: pa.Table | None, following: "_Shuffle | None") -> Any:
+        """Make the groups of a task from its rows of all tasks before; returns them, or their parts to follow."""
+        tables = [table for table in given if table is not None]
+        by_table = [np.asarray(table[self.round.column]) for table in tables]
+        made = []
+        for number in range(self.edges[part], self.edges[part + 1]):
+            ends = [np.searchsorted(numbers, [number, number + 1]) for numbers in by_table]
+            rows = [table.slice(start, end - start) for table, (start, end) in zip(tables, ends, strict=True)]
+            if group := [table for table in rows if table.num_rows]:
+                made.append(self.round.work(_as_one(group)))
+        return made if following is None else following.parts(made)
 
 
-def _write_bin(write: Callable[[int, pa.Table], FileEntry], rows: pa.Table) -> pa.Table:
-    number = int(rows["bin"][0].as_py())
-    return _to_row(Written(write(number, rows)) if number >= 0 else None)
+def _edges(num_groups: int) -> npt.NDArray[np.int64]:
+    num_tasks = min(num_groups, max(1, int(_TASKS_PER_CPU * num_cpus()), num_groups // _GROUPS_PER_TASK))
+    return np.linspace(0, num_groups, num_tasks + 1).astype(np.int64)
 
 
-def _to_row(written: Written | None) -> pa.Table:
-    return pa.table([[None if written is None else json.dumps(asdict(written))]], _WRITTEN)
+def _of_groups(
+    shards: Shards, work: Callable[[list[str], Callable[[str], pa.Table]], Any], *, num_returns: int = 1
+) -> list[Any]:
+    """Start tasks that call `work(names, read)` for the names of a few shards; returns their references.
+
+    There are only as many tasks as keep the cluster busy, and none for less than it costs itself.
+    """
+    total_bytes = sum(shard.bytes for shard in shards.entries)
+    num_tasks = min(_TASKS_PER_CPU * num_cpus(), max(1, total_bytes / _LEAST_TASK_BYTES))
+    groups = grouped(shards.entries, max_shards=max(1, int(len(shards.entries) / num_tasks)), max_bytes=_TASK_BYTES)
+    read = shards.read
+    job = ray.put(lambda names: work(names, read))
+    call = _call.options(num_returns=num_returns)
+    return [call.remote(job, [shard.name for shard in group]) for group in groups]
 
 
-def _from_rows(rows: list[dict[str, Any]]) -> list[Written]:
-    found = [json.loads(row["written"]) for row in rows if row["written"] is not None]
-    written = [Written(FileEntry(**one["entry"]), one["facts"]) for one in found]
-    return sorted(written, key=lambda one: one.entry.name)
+def _call_here(job: Callable[..., Any], *arguments: Any) -> Any:
+    return job(*arguments)
+
+
+_call: Any = ray.remote(max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(_call_here)
+
+
+def _results(refs: list[Any]) -> list[Any]:
+    """What tasks return; raises ProgressError if none of them ends for as long as Ray Data's own limit."""
+    limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s
+    pending = refs
+    try:
+        with own_errors():
+            while pending:
+                ended, pending = ray.wait(pending, timeout=limit if limit > 0 else None)
+                if not ended:
+                    raise ExecutionTimeoutError(f"no task has ended: {len(pending)} are left. timeout: {limit:g}s.")
+                ray.get(ended)  # raises the error of a task as soon as it has one
+            return list(ray.get(refs))
+    finally:
+        for ref in pending:
+            ray.cancel(ref)
+
+
+def _as_one(tables: list[pa.Table]) -> pa.Table:
+    """All rows in one chunk for each column, with 64-bit offsets where 32-bit ones might not do."""
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if table.nbytes > _WIDE_BYTES:
+        table = table.cast(pa.schema([field.with_type(_WIDE.get(field.type, field.type)) for field in table.schema]))
+    return table.combine_chunks()
+
+
+def _concatenated(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)]).combine_chunks()

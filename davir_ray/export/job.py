@@ -38,6 +38,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import user_errors
 from davir_ray.schema import REJECTS, SELECTED
+from davir_ray.stages.select.plan import rows_with_text
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _files(run: Run, options: ExportOptions) -> list[FileEntry]:
 
 def _write(run: Run, files: list[FileEntry], options: ExportOptions, writer: _Writer) -> list[Written]:
     """Write every row, by rank or at random."""
-    num_bins = max(1, -(-total_rows(files) // BIN_ROWS))
+    num_bins = max(1, -(-total_rows(files) // rows_with_text(run, BIN_ROWS)))
     if options.rows != "scored":
         shards = Shards(files, partial(read_columns, run / options.rows, None))
         if not options.shuffle:
@@ -163,9 +164,7 @@ def _write(run: Run, files: list[FileEntry], options: ExportOptions, writer: _Wr
         shards = Shards(both, partial(_ranked_or_text, run))
         assign = partial(assign_part, column="example_id", num_parts=num_bins)
         rounds = [Round("part", num_bins, partial(_joined, num_rows=total_rows(files), num_bins=num_bins, seed=seed))]
-    rows = regroup(shards, assign, *rounds, Round("bin", num_bins, partial(_write_bin, writer)))
-    found = [json.loads(row["written"]) for row in rows if row["written"] is not None]
-    return [Written(FileEntry(**one["entry"]), one["facts"]) for one in found]
+    return regroup(shards, assign, *rounds, Round("bin", num_bins, partial(_write_bin, writer)))
 
 
 def _ranked_or_text(run: Run, name: str) -> pa.Table:
@@ -183,9 +182,6 @@ def _joined(table: pa.Table, num_rows: int, num_bins: int, seed: int | None) -> 
     """The ranked rows of a part with their text, and the bin of each."""
     is_ranked = table["rank"].is_valid()
     ranked, texts = table.filter(is_ranked), table.filter(pc.invert(is_ranked))
-    if ranked.num_rows == 0:  # none of the part has a rank; a table without rows would come back without columns
-        row = texts.slice(0, 1)
-        return row.append_column("place", pa.array([0], pa.uint64())).append_column("bin", pa.array([-1], pa.int64()))
     at = pc.index_in(ranked["example_id"], value_set=texts["example_id"].combine_chunks())
     if at.null_count:
         raise IntegrityError(f"{at.null_count} rows of ranked/ are not in examples/; rank again")
@@ -206,11 +202,9 @@ def _to_bin(table: pa.Table, num_bins: int, seed: int | None, num_rows: int = 0)
     return table.append_column("bin", pa.array(numbers.astype(np.int64), pa.int64()))
 
 
-def _write_bin(writer: _Writer, rows: pa.Table) -> pa.Table:
-    number = int(rows["bin"][0].as_py())
+def _write_bin(writer: _Writer, rows: pa.Table) -> Written:
     in_order = rows.sort_by([("place", "ascending"), ("example_id", "ascending")])
-    written = json.dumps(asdict(writer.write(number, in_order))) if number >= 0 else None
-    return pa.table({"written": pa.array([written], pa.string())})
+    return writer.write(int(rows["bin"][0].as_py()), in_order)
 
 
 def _facts(

@@ -25,18 +25,16 @@ _IDS_PER_PART = 2_000_000
 def check_ids(folder: Location, shards: list[FileEntry]) -> None:
     """Raise IntegrityError if two rows of these shards have the same example_id."""
     num_parts = 1 + total_rows(shards) // _IDS_PER_PART
-    found = regroup(
+    repeated = regroup(
         Shards(shards, partial(read_columns, folder, ["example_id"])),
         partial(assign_part, column="example_id", num_parts=num_parts),
-        Round("part", num_parts, _repeated_id),
+        Round("part", num_parts, _repeated_ids),
     )
-    repeated = [row["example_id"] for row in found if row["example_id"] >= 0]
-    if repeated:
-        raise IntegrityError(f"two rows have the same example_id {repeated[0]}; rename a source to draw new ids")
+    if found := [example_id for ids in repeated for example_id in ids]:
+        raise IntegrityError(f"two rows have the same example_id {found[0]}; rename a source to draw new ids")
 
 
-def _repeated_id(group: pa.Table) -> pa.Table:
-    """One id that occurs twice, or -1."""
-    ids = np.sort(np.asarray(group["example_id"]))
-    repeated = ids[1:][ids[1:] == ids[:-1]]
-    return pa.table({"example_id": pa.array(repeated[:1] if len(repeated) else [-1], pa.int64())})
+def _repeated_ids(part: pa.Table) -> list[int]:
+    """The first id that occurs twice, if any."""
+    ids = np.sort(np.asarray(part["example_id"]))
+    return [int(repeated) for repeated in ids[1:][ids[1:] == ids[:-1]][:1]]

@@ -19,7 +19,7 @@ from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, columns, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import SHARD_ROWS, ShardWriter, shard_tokens
-from davir_ray.data.task_report import COUNTED, TaskReport
+from davir_ray.data.task_report import COUNTED, TEXT_BYTES, TaskReport
 from davir_ray.data.tokens import Encoder
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
@@ -186,6 +186,7 @@ def prepare(
         files=sorted(report.files, key=lambda entry: entry.name),
         details={
             IDS_CHECKED: True,
+            TEXT_BYTES: report.text_bytes_per_row,
             "first_reject": report.first_reject,
             "by_source": {
                 source.name: _understood(source, work, reports_of_tasks, shows=at < _SHOWN_SOURCES)

@@ -41,8 +41,8 @@ _SAMPLES_PER_BIN = 200
 _SAMPLED = pa.schema({"key": pa.uint64(), "example_id": pa.int64()})
 _COUNTED = pa.schema({"bin": pa.int64(), "rows": pa.int64()})
 
-Collect = Callable[[Change, pa.Schema], pa.Table]
-"""Makes a small table, with this schema, of each part of the rows; returns these tables as one."""
+Collect = Callable[[Change, pa.Schema, Change], pa.Table]
+"""Makes a small table, with this schema, of each part of the rows, and of them a smaller one, which it returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +136,12 @@ def find_bins(
             drawn = hashing.drawn(ids, share, "boundaries")
             return pa.table({"key": keys[drawn], "example_id": ids[drawn]})
 
-        sample = collected(drawn_keys, _SAMPLED)
-        keys, ids = ranking.boundaries(np.asarray(sample["key"]), np.asarray(sample["example_id"]), num_bins)
+        def boundaries(sample: pa.Table) -> pa.Table:
+            keys, ids = ranking.boundaries(np.asarray(sample["key"]), np.asarray(sample["example_id"]), num_bins)
+            return pa.table({"key": keys, "example_id": ids})
+
+        found = collected(drawn_keys, _SAMPLED, boundaries)
+        keys, ids = np.asarray(found["key"]), np.asarray(found["example_id"])
     return Bins(config=config, boundary_keys=keys, boundary_ids=ids, id_column=id_column)
 
 
@@ -149,10 +153,12 @@ def count_bins(collected: Collect, bins: Bins) -> npt.NDArray[np.int64]:
         numbers, rows = np.unique(bins.numbers(keys, ids), return_counts=True)
         return pa.table({"bin": numbers, "rows": rows})
 
-    counted = collected(count, _COUNTED)
-    rows_by_bin = np.zeros(len(bins), np.int64)
-    np.add.at(rows_by_bin, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
-    return rows_by_bin
+    def total(counted: pa.Table) -> pa.Table:
+        rows_by_bin = np.zeros(len(bins), np.int64)
+        np.add.at(rows_by_bin, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
+        return pa.table({"rows": rows_by_bin})
+
+    return np.asarray(collected(count, _COUNTED, total)["rows"]).copy()
 
 
 def write_bin(

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
+from davir_ray.engine.blocks import ShardBlocks
 from davir_ray.engine.connect import whole_block_context
 from davir_ray.engine.pool import ShardWorker, Stream
 from davir_ray.engine.progress import WorkDone
 from davir_ray.engine.resources import pool_size
-from davir_ray.engine.shards import Shards
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
@@ -208,7 +208,8 @@ def test_every_shard_is_one_block_whatever_its_size() -> None:
     def describe(table: pa.Table) -> pa.Table:
         return pa.table({"name": [",".join(sorted(set(table["name"].to_pylist())))], "rows": [table.num_rows]})
 
-    shards = Shards([FileEntry(name=name, rows=rows, bytes=1, sha256="") for name, rows in sizes.items()], read)
+    groups = [[FileEntry(name=name, rows=rows, bytes=1, sha256="")] for name, rows in sizes.items()]
+    shards = ShardBlocks(groups, read)
     context = whole_block_context(60)
     assert context.target_max_block_size is None
     with ray.data.DataContext.current(context):

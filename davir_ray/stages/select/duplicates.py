@@ -21,9 +21,6 @@ lists these files, so that a missing one is noticed."""
 _ROWS_PER_PART = 2_000_000
 """Rows that one task compares; 32 MB."""
 
-_NONE = pa.table({"rank": pa.array([-1], pa.int64()), "bin": pa.array([-1], pa.int64())})
-"""Stands for no duplicate: a round must not return an empty table."""
-
 
 def find_duplicates(run: Run, files: list[FileEntry]) -> list[FileEntry]:
     """Write the ranks of duplicates; returns the files. Rows are grouped by hash, then ranks by file of ranked/."""
@@ -66,8 +63,6 @@ def _later_copies(group: pa.Table, first_ranks: npt.NDArray[np.int64]) -> pa.Tab
     hashes, ranks = np.asarray(group["content_hash"]), np.asarray(group["rank"])
     order = np.lexsort((ranks, hashes))
     repeated = ranks[order][1:][hashes[order][1:] == hashes[order][:-1]]
-    if not len(repeated):
-        return _NONE
     file = np.searchsorted(first_ranks, repeated, side="right") - 1
     return pa.table({"rank": pa.array(repeated, pa.int64()), "bin": pa.array(file, pa.int64())})
 

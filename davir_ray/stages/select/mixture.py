@@ -14,9 +14,10 @@ from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, total_rows, 
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.schema import SELECTED
+from davir_ray.stages.select.plan import rows_with_text
 
 BIN_ROWS = 50_000
-"""Rows with their text that one task shuffles and writes; about 100 MB."""
+"""Maximum number of rows with their text that one task shuffles and writes; about 100 MB."""
 
 
 def write_mixture(
@@ -27,7 +28,7 @@ def write_mixture(
     A copy's place depends on (seed, example_id, number of the copy) alone, so the same mixture has the same bytes.
     """
     repeats = {part.source: part.repeat for part in config.mixture}
-    num_bins = -(-total_rows(files) * max(repeats.values()) // BIN_ROWS)
+    num_bins = -(-total_rows(files) * max(repeats.values()) // rows_with_text(run, BIN_ROWS))
     return exchange(
         Shards(files, partial(read_columns, run / "selected", None)),
         partial(_repeat, repeats=repeats, seed=config.shuffle_seed, num_bins=num_bins),

@@ -9,14 +9,19 @@ import numpy as np
 import pyarrow as pa
 
 from davir_ray.config.selection import RankConfig
+from davir_ray.data.task_report import TEXT_BYTES
 from davir_ray.engine.shuffle import collect
 from davir_ray.errors import ConfigError
 from davir_ray.run.files import FileEntry
+from davir_ray.run.folder import Run
 from davir_ray.stages.rank import Bins, order_keys
 from davir_ray.stages.select.candidates import Candidates, Choice
 
 BIN_ROWS = 50_000
-"""Rows with their text that one task sorts and writes; about 100 MB."""
+"""Maximum number of rows with their text that one task sorts and writes; about 100 MB."""
+
+_BIN_BYTES = 256 * 2**20
+"""Bytes of text that make fewer rows enough."""
 
 _PIECES = pa.schema({
     "file": pa.string(), "start": pa.int64(), "group": pa.string(), "source": pa.string(),
@@ -59,7 +64,8 @@ class Plan:
     @classmethod
     def of(cls, choice: Choice, files: list[FileEntry]) -> Self:
         """Plan the files by one scan of the selected rows; raises ConfigError if there are none."""
-        cut = partial(_cut_into_pieces, candidates=choice.candidates, range_rows=BIN_ROWS)
+        range_rows = rows_with_text(choice.candidates.run, BIN_ROWS)
+        cut = partial(_cut_into_pieces, candidates=choice.candidates, range_rows=range_rows)
         pieces = collect(choice.shards(files), cut, _PIECES)
         if not pieces.num_rows:
             raise ConfigError(
@@ -78,6 +84,12 @@ class Plan:
         return Bins(
             config=config, boundary_keys=np.array(keys[1:], np.uint64), boundary_ids=np.array(ids[1:], np.int64)
         )
+
+
+def rows_with_text(run: Run, most: int) -> int:
+    """At most so many rows of a run whose text fits a task; versions that did not count the text's bytes took most."""
+    row_bytes = int(run.require("prepare").details.get(TEXT_BYTES, 0))
+    return max(1, min(most, _BIN_BYTES // max(1, row_bytes)))
 
 
 def _cut_into_pieces(table: pa.Table, candidates: Candidates, range_rows: int) -> pa.Table:

@@ -1,0 +1,166 @@
+"""Rows that are grouped across shards are those that pandas groups, and come back whole after a death."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from davir_ray.engine import shuffle
+from davir_ray.engine.shards import Shards, grouped
+from davir_ray.engine.shuffle import Round, Written, collect, exchange, gather, regroup, write_shards
+from davir_ray.errors import DataError
+from davir_ray.run.files import FileEntry
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SCHEMA = pa.schema({"number": pa.int64(), "text": pa.string()})
+
+
+def rows_of(name: str) -> pa.Table:
+    """Rows of numbers -1 to 8, drawn by the shard's number; shard 3 has none."""
+    shard = int(name)
+    numbers = np.random.default_rng(shard).integers(-1, 9, 0 if shard == 3 else 20)
+    return pa.table({"number": numbers, "text": [f"{shard}-{at}" for at in range(len(numbers))]}, schema=SCHEMA)
+
+
+@pytest.fixture
+def shards() -> Shards:
+    sizes = [2**20 * (1 + number % 3) for number in range(7)]
+    return Shards([FileEntry(name=str(n), rows=20, bytes=size, sha256="") for n, size in enumerate(sizes)], rows_of)
+
+
+@pytest.fixture
+def expected(shards: Shards) -> pd.DataFrame:
+    return pd.concat([rows_of(entry.name).to_pandas() for entry in shards.entries])
+
+
+def test_shards_are_grouped_in_order_by_number_and_bytes() -> None:
+    entries = [FileEntry(name=str(n), rows=1, bytes=size, sha256="") for n, size in enumerate([5, 5, 90, 200, 1, 1, 1])]
+    groups = grouped(entries, max_shards=2, max_bytes=100)
+    assert [[entry.name for entry in group] for group in groups] == [["0", "1"], ["2"], ["3"], ["4", "5"], ["6"]]
+
+
+def test_small_tables_come_back_in_order_or_merged(shards: Shards, expected: pd.DataFrame) -> None:
+    assert gather(shards, SCHEMA).to_pandas().equals(expected.reset_index(drop=True))
+    counted = pa.schema({"rows": pa.int64()})
+    rows = collect(shards, lambda table: pa.table({"rows": [table.num_rows]}), counted)
+    assert rows["rows"].to_pylist() == [20, 20, 20, 0, 20, 20, 20]
+    total = collect(
+        shards,
+        lambda table: pa.table({"rows": [table.num_rows]}),
+        counted,
+        lambda table: pa.table({"rows": [sum(table["rows"].to_pylist())]}),
+    )
+    assert total.to_pylist() == [{"rows": 120}]
+
+
+@pytest.mark.parametrize("groups_per_task", [1, 100], ids=["a task each", "one task"])
+def test_a_group_has_all_its_rows(
+    shards: Shards, expected: pd.DataFrame, groups_per_task: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shuffle, "_TASKS_PER_CPU", 0.01)
+    monkeypatch.setattr(shuffle, "_GROUPS_PER_TASK", groups_per_task)
+    found = regroup(shards, lambda table: table, Round("number", 9, lambda rows: sorted(rows["text"].to_pylist())))
+    assert found == [sorted(texts) for number, texts in expected.groupby("number")["text"] if number >= 0]
+
+
+def test_a_second_round_takes_what_the_first_made(shards: Shards, expected: pd.DataFrame) -> None:
+    """First by number, where groups below 3 make no row, then by the number's parity."""
+
+    def parity(rows: pa.Table) -> pa.Table:
+        rows = rows.slice(0, 0) if rows["number"][0].as_py() < 3 else rows
+        return rows.append_column("parity", pa.array(np.asarray(rows["number"]) % 2))
+
+    found = regroup(
+        shards, lambda table: table, Round("number", 9, parity), Round("parity", 2, lambda rows: rows.num_rows)
+    )
+    kept = expected["number"][expected["number"] >= 3] % 2
+    assert found == kept.groupby(kept).size().tolist()
+
+
+def test_nothing_to_group_is_nothing(shards: Shards) -> None:
+    no_row = Round("number", 9, lambda rows: rows)
+    assert regroup(shards, lambda table: table.slice(0, 0), no_row, no_row) == []
+    assert regroup(Shards([], rows_of), lambda table: table, no_row) == []
+    assert gather(Shards([], rows_of), SCHEMA).equals(SCHEMA.empty_table())
+
+
+def test_files_are_written_where_shards_are_read(shards: Shards) -> None:
+    def write(name: str, rows: pa.Table) -> Written | None:
+        return Written(FileEntry(name=f"{name}.txt", rows=rows.num_rows, bytes=0, sha256="")) if rows.num_rows else None
+
+    written = write_shards(shards, write)
+    assert [one.entry.name for one in written] == ["0.txt", "1.txt", "2.txt", "4.txt", "5.txt", "6.txt"]
+
+
+def test_text_beyond_32_bits_has_64_bit_offsets(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shuffle, "_WIDE_BYTES", 300)  # in the driver; workers have their own
+    wide = shuffle._as_one([rows_of("0"), rows_of("1")])
+    assert wide.schema.field("text").type == pa.large_string()
+    assert wide.cast(SCHEMA).equals(pa.concat_tables([rows_of("0"), rows_of("1")]).combine_chunks())
+    mixed = shuffle._as_one([rows_of("0"), wide])
+    assert mixed.num_rows == 60
+
+
+def test_an_error_of_a_task_is_what_it_was(shards: Shards) -> None:
+    def refuse(table: pa.Table) -> pa.Table:
+        raise DataError("no such row")
+
+    with pytest.raises(DataError, match=r"^no such row$"):
+        regroup(shards, refuse, Round("number", 9, lambda rows: rows))
+
+
+def write_once_killed(number: int, rows: pa.Table, mark: Path) -> FileEntry:
+    """The first worker that gets here dies."""
+    if number == 4 and not mark.exists():
+        mark.write_text("here")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return FileEntry(name=f"{number}", rows=rows.num_rows, bytes=0, sha256="")
+
+
+def test_a_worker_that_dies_changes_nothing(shards: Shards, expected: pd.DataFrame, tmp_path: Path) -> None:
+    entries = exchange(
+        shards,
+        lambda table: table.rename_columns(["bin", "text"]),
+        9,
+        partial(write_once_killed, mark=tmp_path / "mark"),
+    )
+    assert (tmp_path / "mark").exists()
+    sizes = expected["number"][expected["number"] >= 0].value_counts().sort_index()
+    assert {int(entry.name): entry.rows for entry in entries} == sizes.to_dict()
+
+
+SPILLING = """
+    import numpy as np, pyarrow as pa, ray
+    from davir_ray.engine.shards import Shards
+    from davir_ray.engine.shuffle import Round, regroup
+    from davir_ray.run.files import FileEntry
+
+    ray.init("local", num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False)
+    num_rows = 2**16
+
+    def read(name):
+        values = np.random.default_rng(int(name)).integers(0, 2**62, (10, num_rows))
+        return pa.table({"group": values[0] % 12, **{f"column {at}": row for at, row in enumerate(values)}})
+
+    shards = Shards([FileEntry(name=str(n), rows=num_rows, bytes=4 * 2**20, sha256="") for n in range(60)], read)
+    sums = regroup(shards, lambda table: table, Round("group", 12, lambda rows: (rows.num_rows, rows.nbytes)))
+    assert sum(rows for rows, _ in sums) == 60 * num_rows, sums
+    assert sum(size for _, size in sums) > 3 * 80 * 2**20
+"""
+
+
+@pytest.mark.slow
+def test_rows_that_do_not_fit_the_object_store_are_spilled() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SPILLING)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
