@@ -7,6 +7,7 @@ import json.decoder
 import logging
 import os
 import shutil
+import tempfile
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
@@ -45,6 +46,9 @@ os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
 
 # Ray gives an agent of a node 15 s to start, which takes longer where several nodes start on two cores.
 os.environ.setdefault("RAY_agent_register_timeout_ms", str(120_000))
+
+# Digests of large files are kept in the user's cache; the tests leave nothing there.
+os.environ.setdefault("DAVIR_RAY_CACHE", tempfile.mkdtemp(prefix="davir-cache-"))
 
 # Tests build models of their own, which Checkpoint does not load.
 register_packed_attention()

@@ -6,7 +6,6 @@ missing, and a worker that finds every file at its full size sends no request.
 
 import errno
 import logging
-import os
 import shutil
 import socket
 import uuid
@@ -19,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from davir_ray.errors import ModelError
-from davir_ray.run.files import content_digest, digest
+from davir_ray.run.files import content_digest, digest, user_cache
 from davir_ray.run.location import TEMPORARY, Location, each
 from davir_ray.run.storage_errors import explain, storage_errors
 
@@ -72,8 +71,7 @@ def forget_from_store(files: tuple[RemoteFile, ...]) -> None:
 
 
 def _copy_of(files: tuple[RemoteFile, ...]) -> Path:
-    cache = Path(os.environ.get("DAVIR_RAY_CACHE", Path.home() / ".cache" / "davir_ray")) / "checkpoints"
-    return cache / digest([(file.name, file.digest) for file in files])[:32]
+    return user_cache() / "checkpoints" / digest([(file.name, file.digest) for file in files])[:32]
 
 
 def download_missing(

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +18,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from davir_ray.errors import IntegrityError
+from davir_ray.errors import IntegrityError, StorageError
 from davir_ray.run.location import TEMPORARY, Location, file_info
 from davir_ray.run.storage_errors import storage_errors
 from davir_ray.text import one_line
+
+log = logging.getLogger(__name__)
+
+_KEPT_FROM_BYTES = 2**24
+"""Bytes of a file from which its digest is kept on the disk: fewer are read in milliseconds."""
+
+_SETTLED_NS = 2 * 10**9
+"""Age of a file from which its digest is kept: one that was changed just now may change again at the same time."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 FINGERPRINT_KEY = b"davir_ray.fingerprint"
 """Key in a Parquet file's metadata of the fingerprint that the file was written under, by which a resumed stage
@@ -59,10 +73,37 @@ def file_digest(place: Location) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _local_digest(path: str, *_: int) -> str:
-    """SHA-256 of a local file, computed again only where the file behind the path, its size or its times differ."""
+def _local_digest(path: str, *identity: int) -> str:
+    """SHA-256 of a local file, computed again only where the file behind the path, its size or its times differ.
+
+    Those of large files are kept on the disk, so that a 70B is not read at every start.
+    """
+    num_bytes, times_ns = identity[2], identity[3:]
+    if num_bytes < _KEPT_FROM_BYTES:
+        return _computed(path)
+    kept = Location.of(user_cache() / "digests" / digest([os.path.abspath(path), *identity]))
+    try:
+        if _DIGEST.fullmatch(found := kept.read_text()):
+            return found
+    except (FileNotFoundError, StorageError) as error:
+        log.debug("%s is read for its digest: %s", path, error)
+    found = _computed(path)
+    if time.time_ns() - max(times_ns) > _SETTLED_NS:
+        try:
+            kept.write_text(found)
+        except StorageError as error:
+            log.debug("the digest of %s is not kept: %s", path, error)
+    return found
+
+
+def _computed(path: str) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_cache() -> Path:
+    """The folder of this user for what any run may use again."""
+    return Path(os.environ.get("DAVIR_RAY_CACHE") or Path("~/.cache/davir_ray").expanduser())
 
 
 def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:

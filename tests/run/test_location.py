@@ -17,6 +17,7 @@ import s3fs
 from botocore.exceptions import BotoCoreError
 
 from davir_ray.errors import IntegrityError, OutputError, StorageError
+from davir_ray.run import files
 from davir_ray.run.files import (
     FINGERPRINT_KEY,
     FileEntry,
@@ -412,6 +413,37 @@ def test_a_digest_depends_on_the_value_and_not_on_the_order_of_names() -> None:
 def test_a_file_digest_changes_with_the_content(local: Location) -> None:
     (local / "a").write_bytes(b"content")
     assert file_digest(local / "a") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_large_file_is_read_once_for_all_processes(
+    local: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as neither it nor its times change, and not if it was changed a moment ago."""
+    monkeypatch.setattr(files, "_KEPT_FROM_BYTES", 5)
+    monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
+    read: list[str] = []
+    compute = files._computed
+    monkeypatch.setattr(files, "_computed", lambda path: (read.append(path), compute(path))[1])
+    place, settled = local / "a", files._SETTLED_NS
+
+    def digest_in_a_new_process() -> str:
+        files._local_digest.cache_clear()
+        return file_digest(place)
+
+    for content in (b"content", b"another"):
+        place.write_bytes(content)
+        monkeypatch.setattr(files, "_SETTLED_NS", settled)
+        assert [digest_in_a_new_process() for _ in range(2)] == [hashlib.sha256(content).hexdigest()] * 2
+        assert len(read) == 2  # it is too new
+        monkeypatch.setattr(files, "_SETTLED_NS", -settled)
+        assert [digest_in_a_new_process() for _ in range(3)] == [hashlib.sha256(content).hexdigest()] * 3
+        assert len(read) == 3
+        read.clear()
+    for kept in (tmp_path / "cache" / "digests").iterdir():
+        kept.write_text("torn")
+    assert digest_in_a_new_process() == hashlib.sha256(b"another").hexdigest()
+    monkeypatch.setenv("DAVIR_RAY_CACHE", str(local / "a"))  # not a folder
+    assert digest_in_a_new_process() == hashlib.sha256(b"another").hexdigest()
 
 
 def test_a_file_of_another_content_but_the_same_size_has_another_digest(local: Location) -> None:
