@@ -1,4 +1,4 @@
-"""Constructed runs: scores and examples with chosen values, committed as the score stage would."""
+"""Constructed runs: scores and examples with chosen values, committed as prepare and score would."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def _table(rows: int, schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
 
 @pytest.fixture
 def make_scores(tmp_path: Path) -> MakeScores:
-    """Write scores/ and examples/ with the given columns, cut into shards, and the score stage's manifest."""
+    """Write scores/ and examples/ with the given columns, cut into shards, and the manifests of prepare and score."""
 
     def make(davir: Sequence[float | None], *, num_shards: int = 3, name: str = "run", **columns: Any) -> Run:
         run = Run.at(tmp_path / name)
@@ -43,12 +43,18 @@ def make_scores(tmp_path: Path) -> MakeScores:
         text = {"prompt": [f"prompt {i}" for i in columns["example_id"]], "response": ["r"] * rows}
         scores = _table(rows, SCORES, columns)
         examples = _table(rows, EXAMPLES, {**columns, **text, "source_file": ["f"] * rows, "source_row": range(rows)})
-        files = []
+        files, texts = [], []
         for number, part in enumerate(np.array_split(np.arange(rows), min(num_shards, rows))):
             place, (start, count) = f"part-{number:05d}.parquet", (int(part[0]), len(part))
             files.append(write_parquet(run / "scores" / place, scores.slice(start, count)))
-            write_parquet(run / "examples" / place, examples.slice(start, count))
+            texts.append(write_parquet(run / "examples" / place, examples.slice(start, count)))
         ok = list(columns["status"]).count("ok")
+        Manifest(
+            stage="prepare",
+            fingerprint={"made": name},
+            counts={"prepared": rows, "rejected": 0},
+            files=in_folder("examples", texts),
+        ).write(run.folder)
         Manifest(
             stage="score",
             fingerprint={"made": name},

@@ -368,3 +368,4 @@ def test_reports_add_up_and_survive_their_text(tmp_path: Path) -> None:
     assert sum(entry.rows for entry in total.files if entry.name.startswith("examples/")) == 8
     assert total.sums["num_response_tokens"] == first.sums["num_response_tokens"] + second.sums["num_response_tokens"]
     assert total.first_reject == first.first_reject
+    assert total.text_bytes_per_row == max(first.text_bytes_per_row, second.text_bytes_per_row) > 0

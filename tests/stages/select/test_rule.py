@@ -1,6 +1,7 @@
 """Each rule takes the prefix of the ranking that it means, and refuses what it cannot mean."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from davir_ray.schema import SELECTED
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import rank
 from davir_ray.stages.select import plan
+from davir_ray.stages.select.plan import rows_with_text
 from davir_ray.stages.select.rule import select
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
@@ -65,6 +67,17 @@ def test_top_fraction_is_the_floor_of_the_exact_decimal(
 ) -> None:
     run = ranked_run(make_scores, rows)
     check_prefix(run, select(run, BY_DAVIR, SelectConfig(top_fraction=fraction)), expected)
+
+
+def test_files_hold_fewer_rows_where_texts_are_long(make_scores: MakeScores, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ranked_run(make_scores)
+    prepared = run.require("prepare")
+    replace(prepared, details={"text_bytes_per_row": 10**6}).write(run.folder)
+    monkeypatch.setattr(plan, "_BIN_BYTES", 4 * 10**6 + 1)
+    selected = select(run, BY_DAVIR, SelectConfig(top_k=50))
+    check_prefix(run, selected, 50)
+    assert max(entry.rows for entry in selected.files_in("selected")) == 4
+    assert rows_with_text(run, 3) == 3
 
 
 def test_top_fraction_counts_ranked_rows_only(make_scores: MakeScores) -> None:
