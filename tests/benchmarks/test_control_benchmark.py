@@ -58,7 +58,7 @@ def test_every_shard_is_scored_once_and_a_resume_scores_the_rest(tmp_path: Path)
 @pytest.mark.slow
 def test_a_driver_that_fails_is_told_with_its_reason(tmp_path: Path, ray_session: None) -> None:
     settings = ControlBenchmark(shards=20)
-    reason = pytest.raises(ProgressError, match="status 2; .*base is not a folder")
+    reason = pytest.raises(ProgressError, match=r"status 2; .*base is not a folder")
     with control._driver(tmp_path, "whole", settings) as process, reason:
         control._wait_for_files(process, tmp_path / "whole", 1)
 
