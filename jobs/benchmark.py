@@ -5,6 +5,8 @@
     python jobs/benchmark.py align [--json FILE]                       a step of preference training, against TRL's
     python jobs/benchmark.py scaling [--json FILE]                     the scoring stage: 1, 2 and 4 actors, time to
                                                                        the first shard
+    python jobs/benchmark.py control --shards 1000 [--json FILE]       many small shards: commits per second, the
+                                                                       driver's CPU and memory, a resume
     python jobs/benchmark.py chats [--json FILE]                       rendering and tokenising chats, against the
                                                                        tokenizer alone
     python jobs/benchmark.py gpu [--json FILE]                         a GPU: exactness, memory, speed; needs neither
@@ -27,7 +29,7 @@ def main() -> int:
 
         return try_gpu(sys.argv[2:])
 
-    from davir_ray.benchmarks import alignment, chats, likelihood, ranking, scaling
+    from davir_ray.benchmarks import alignment, chats, control, likelihood, ranking, scaling
     from davir_ray.cli import run_job
     from davir_ray.errors import ConfigError
 
@@ -36,6 +38,7 @@ def main() -> int:
         ranking.RankingBenchmark: ranking.run,
         alignment.AlignmentBenchmark: alignment.run,
         scaling.ScalingBenchmark: scaling.run,
+        control.ControlBenchmark: control.run,
         chats.ChatsBenchmark: chats.run,
     }
 
@@ -47,7 +50,7 @@ def main() -> int:
         if settings.json is not None:
             Path(settings.json).write_text(text + "\n")
 
-    names = ("likelihood", "ranking", "align", "scaling", "chats")
+    names = ("likelihood", "ranking", "align", "scaling", "control", "chats")
     return run_job(measure, dict(zip(names, run, strict=True)), __doc__)
 
 

@@ -64,6 +64,7 @@ def test_help_shows_the_command_to_submit() -> None:
         ["scaling", "--actors", "[0]"],
         ["scaling", "--model", "m", "--random_init", "r"],
         ["scaling", "--shards_per_actor", "1"],
+        ["control", "--shards", "many"],
         ["chats", "--templates", "[no_such]"],
         ["chats", "--base", "b", "--templates", "[qwen3]"],
         ["sorting"],

@@ -39,6 +39,7 @@ from davir_ray.models.scorer import INPUT_COLUMNS, Scorer
 from davir_ray.run.files import in_folder, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
+from davir_ray.stages.ids import IDS_CHECKED
 from davir_ray.stages.score import score, scorer_settings
 
 log = logging.getLogger(__name__)
@@ -247,6 +248,7 @@ def write_shards(run: Run, examples: Sequence[Example], num_shards: int) -> None
         fingerprint={"benchmark": counts["prepared"]},
         counts=counts,
         files=in_folder("examples", files),
+        details={IDS_CHECKED: True},  # they are consecutive
     ).write(run.folder)
 
 
