@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from davir_ray.complete import found_inputs, record_complete
 from davir_ray.config.rank import RankOptions
 from davir_ray.config.run import RunConfig
 from davir_ray.config.yaml import dump
@@ -16,9 +17,9 @@ from davir_ray.inputs import (
     prepare_inputs,
     scored_with,
     with_formats,
-    written_by,
 )
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.places import written_by
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
@@ -41,6 +42,7 @@ def run_all(config: RunConfig) -> Run:
     config = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
+    inputs = found_inputs(preparation.base, reference, preparation.chat_template)
     with (
         connected_to(run, is_shared=config.output_is_shared),
         run.writing(dump(config)),
@@ -55,6 +57,7 @@ def run_all(config: RunConfig) -> Run:
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
+        record_complete(run, inputs)
         tracking.log_results(counts_of(run, "score", "rank", "select"))
     return run
 

@@ -19,17 +19,20 @@ ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
     "text": set(),
+    "versions": set(),
     "config": {"errors", "text"},
     "run": {"errors", "schema", "text", "config"},
     "terminal": {"run", "text"},
     "cli": {"errors", "text", "config", "run", "terminal"},
     "formulas": set(),
     "data": {"errors", "schema", "text", "config", "run"},
-    "models": {"errors", "schema", "text", "config", "run", "data", "formulas"},
+    "models": {"errors", "schema", "text", "versions", "config", "run", "data", "formulas"},
     "report": {"errors", "schema", "config", "run", "data", "formulas"},
     "engine": {"errors", "schema", "text", "config", "run", "formulas", "terminal"},
-    "stages": {"errors", "schema", "text", "config", "run", "data", "formulas", "models", "report", "engine"},
-}
+    "stages": {
+        "errors", "schema", "text", "versions", "config", "run", "data", "formulas", "models", "report", "engine",
+    },
+}  # fmt: skip
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 
 

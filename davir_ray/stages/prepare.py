@@ -36,13 +36,11 @@ from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.stages.lines import rows_of_parts
+from davir_ray.versions import PREPARE_VERSION
 
 log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
-PREPARE_VERSION = 2
-"""To be increased with any change that may make other examples of the same records; part of the fingerprint."""
-
 TASKS = "prepare_tasks"
 """Folder of the reports of finished tasks while the stage runs; a restarted driver does not repeat these tasks."""
 
