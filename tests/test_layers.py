@@ -120,6 +120,19 @@ def test_the_api_is_imported_when_it_is_asked_for() -> None:
     assert result.returncode == 0, result.stderr
 
 
+DRIVER = """
+import sys
+import davir_ray.pipeline
+heavy = {"torch", "ray.train", "matplotlib", "scipy", "transformers.modeling_utils"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_what_only_later_stages_need_is_imported_by_these() -> None:
+    result = subprocess.run([sys.executable, "-c", DRIVER], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 WITHOUT_RAY = """
 import sys
 

@@ -124,8 +124,11 @@ class Checkpoint:
         """The model's configuration, without its weights."""
         return self._load("AutoConfig")
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer. ModelError if there is none, or it cannot be loaded."""
+    def tokenizer(self, known_class: type[Any] | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer. ModelError if there is none, or it cannot be loaded.
+
+        `known_class` is the class that another process found it to have: to find it, transformers imports torch.
+        """
         from transformers import PreTrainedTokenizerBase
 
         names = {file.name for file in self.files} or _names_in(self._folder())
@@ -138,7 +141,7 @@ class Checkpoint:
             "tokenizer files of the model that it was trained from into it"
         )
         try:
-            tokenizer = self._load("AutoTokenizer")
+            tokenizer = self._load(known_class or "AutoTokenizer")
         except ModelError as error:
             if has_vocabulary:
                 raise
@@ -280,15 +283,17 @@ class Checkpoint:
         """Whether it is on the hub, rather than in a folder."""
         return "://" not in self.uri and not Path(self.uri).is_absolute()
 
-    def _load(self, auto_class: str, **kwargs: Any) -> Any:
+    def _load(self, loader: str | type[Any], **kwargs: Any) -> Any:
+        """What transformers loads by a class, or by one of its own that is named, so that it is imported only here."""
         import transformers
 
-        folder = str(self._folder(weights=auto_class == "AutoModelForCausalLM"))
+        folder = str(self._folder(weights=loader == "AutoModelForCausalLM"))
         try:
             with quiet():
-                return getattr(transformers, auto_class).from_pretrained(
-                    folder, trust_remote_code=self.trust_remote_code, **kwargs
-                )
+                if not isinstance(loader, str):
+                    return loader.from_pretrained(folder, **kwargs)
+                auto_class = getattr(transformers, loader)
+                return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except _LOAD_ERRORS as error:
             reason = one_line(error)
             if not self.trust_remote_code and "trust_remote_code" in reason:

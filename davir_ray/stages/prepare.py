@@ -5,7 +5,7 @@ import operator
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -73,10 +73,17 @@ class Preparation:
     limit: int | None = None
     prompts_only: bool = False
     """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
+    tokenizer_class: type[Any] | None = None
+    """The class of the base's tokenizer, where it is known; see Checkpoint.tokenizer."""
+
+    def for_workers(self) -> "Preparation":
+        """The same for processes that need no torch to load the tokenizer, unless its class is code of the base."""
+        found = type(self.base.tokenizer())
+        return replace(self, tokenizer_class=found if found.__module__.startswith("transformers.") else None)
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """The reader that turns records of these sources into examples."""
-        tokenizer = self.base.tokenizer()
+        tokenizer = self.base.tokenizer(self.tokenizer_class)
         has_template = (self.chat_template or tokenizer.chat_template) is not None
         # Strings need no template; conversations do, and a base without one is refused here.
         uses = any(
@@ -165,7 +172,7 @@ def prepare(
                 run=run,
                 reports=reports,
                 tasks=[task.with_rows(rows) for task in tasks],
-                preparation=preparation,
+                preparation=preparation.for_workers(),
                 max_bad_fraction=max_bad_fraction,
                 total_bytes=sum(sizes),
                 counter=counter,

@@ -17,7 +17,6 @@ from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
 from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.models.tokenizer import tokenizer_digest
-from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.run.files import FileEntry, read_parquet, write_file
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -75,6 +74,8 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     if run.completed("report", fingerprint):
         facts: dict[str, Any] = json.loads((run / FACTS).read_bytes())
         return facts
+    from davir_ray.report import ReportInputs, render_page, summarise  # imported late: the charts' libraries are slow
+
     scored, ranked = run.require("score"), run.require("rank")
     shown, with_tokens = _excerpts(run, tokenizer, manifests["prepare"].files_in("examples"), ranked.files_in("ranked"))
     facts = summarise(
