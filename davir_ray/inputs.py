@@ -6,23 +6,21 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from davir_ray.config.run import InputConfig, OutputConfig, RunConfig
-from davir_ray.config.scoring import ScoreConfig
+from davir_ray.config.run import InputConfig, RunConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.yaml import load
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.detection import with_format
 from davir_ray.data.formats import check_chat_template, needs_chat
 from davir_ray.engine.trackers import check_tracker
-from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
+from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.size import num_ids
 from davir_ray.models.tokenizer import check_same_encoding
-from davir_ray.run.access import check_readable, probe_output
+from davir_ray.places import check_places, read_template, written_by
+from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run
-from davir_ray.run.location import Location
 from davir_ray.run.manifest import CONFIG_FILE, Manifest, differences
-from davir_ray.run.storage_errors import user_errors
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 
 log = logging.getLogger(__name__)
@@ -47,15 +45,10 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
 
     `models` are models besides the base that must be readable.
     """
-    warn_without_effect(config)
+    config.warn_without_effect()
     run = Run.at(config.output or "", overwrite=config.overwrite)
     check_tracker(config.track, run)
-    paths = [path for source in config.all_sources() for path in source.paths]
-    places: list[tuple[str, type[UserError]]] = [(path, DataError) for path in paths]
-    places += [(model, ModelError) for model in (config.base, *models) if model]
-    places += [(place, ConfigError) for place in (config.chat_template, config.score.base_cache) if place]
-    probe_output(run.folder)
-    check_readable(places)
+    check_places(config, run, *models)
     base = Checkpoint.find(config.base or "", config.trust_remote_code)
     template = read_template(config.chat_template)
     check_chat_template(template, config.all_sources(), config.prepare)
@@ -64,20 +57,6 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
     )
     check_base(preparation, config.all_sources())
     return run, preparation
-
-
-def warn_without_effect(config: OutputConfig) -> None:
-    """Warn about settings without effect; they are no error, because one file may serve several commands."""
-    if unused := config.without_effect():
-        log.warning("without effect: %s", "; ".join(f"{name} ({why})" for name, why in unused.items()))
-
-
-def read_template(file: str | None) -> str | None:
-    """The text of a chat template's file; raises ConfigError if it cannot be read."""
-    if file is None:
-        return None
-    with user_errors(f"chat_template {file}", ConfigError):
-        return Location.of(file).read_text()
 
 
 def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation) -> Manifest:
@@ -89,11 +68,6 @@ def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation) -> M
         max_bad_fraction=config.max_bad_fraction,
         written=written_by(run, config.score),
     )
-
-
-def written_by(run: Run, score: ScoreConfig) -> list[Location]:
-    """The locations that a job writes to; they may be inside a data folder, and are never read as data."""
-    return [run.folder, *([Location.of(score.base_cache)] if score.base_cache else [])]
 
 
 def check_base(preparation: Preparation, sources: list[Source]) -> None:

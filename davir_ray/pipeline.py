@@ -1,8 +1,11 @@
 """The main job from start to end: prepare, finetune, score, rank, select, report."""
 
-import logging
-from typing import Any
+from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING, Any
+
+from davir_ray.complete import found_inputs, record_complete
 from davir_ray.config.rank import RankOptions
 from davir_ray.config.run import RunConfig
 from davir_ray.config.yaml import dump
@@ -16,20 +19,20 @@ from davir_ray.inputs import (
     prepare_inputs,
     scored_with,
     with_formats,
-    written_by,
 )
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.places import written_by
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
-from davir_ray.stages.dry_run import describe_run
-from davir_ray.stages.finetune import finetune
 from davir_ray.stages.prepare import Preparation, scoring_spec
 from davir_ray.stages.rank import rank
 from davir_ray.stages.report import report
-from davir_ray.stages.score import score
 from davir_ray.stages.select.rule import check_count, select
-from davir_ray.stages.verify import Verification, verify
+
+# Stages that load a model are imported by the functions that run them, because torch takes seconds to import.
+if TYPE_CHECKING:
+    from davir_ray.stages.verify import Verification
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def run_all(config: RunConfig) -> Run:
     config = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
+    inputs = found_inputs(preparation.base, reference, preparation.chat_template)
     with (
         connected_to(run, is_shared=config.output_is_shared),
         run.writing(dump(config)),
@@ -48,6 +52,9 @@ def run_all(config: RunConfig) -> Run:
     ):
         examples = prepare_inputs(run, config, preparation)
         check_count(config.select, examples.counts["prepared"], "prepared")
+        from davir_ray.stages.finetune import finetune
+        from davir_ray.stages.score import score
+
         if reference is None:
             spec = scoring_spec(preparation, config.all_sources())
             finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
@@ -55,6 +62,7 @@ def run_all(config: RunConfig) -> Run:
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
+        record_complete(run, inputs)
         tracking.log_results(counts_of(run, "score", "rank", "select"))
     return run
 
@@ -74,6 +82,8 @@ def finetune_only(config: RunConfig) -> Run:
         Tracking(run, config.track) as tracking,
     ):
         prepare_inputs(run, config, preparation)
+        from davir_ray.stages.finetune import finetune
+
         spec = scoring_spec(preparation, config.all_sources())
         finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
         run.remember(dump(config))
@@ -95,6 +105,8 @@ def rank_only(options: RankOptions) -> Run:
 
 def dry_run(config: RunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading weights; returns lines for the user."""
+    from davir_ray.stages.dry_run import describe_run
+
     config.require_input()
     config.select.require_rule()
     config = with_formats(config)
@@ -110,6 +122,8 @@ def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: boo
 
     Code that comes with a model is run only with `trust_remote_code`, whatever the run's configuration says.
     """
+    from davir_ray.stages.verify import verify
+
     run = Run.at(output)
     check_readable([(str(run), OutputError)])
     run.require("score")

@@ -49,8 +49,10 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     """The one line of a command line that must fail with status 2 and without a model."""
 
     def check(argv: list[str], job: Callable[[RunConfig], object] = run_all) -> str:
-        monkeypatch.setattr("davir_ray.pipeline.finetune", lambda *a, **k: pytest.fail("the fine-tune was started"))
-        monkeypatch.setattr("davir_ray.pipeline.score", lambda *a, **k: pytest.fail("scoring was started"))
+        monkeypatch.setattr(
+            "davir_ray.stages.finetune.finetune", lambda *a, **k: pytest.fail("the fine-tune was started")
+        )
+        monkeypatch.setattr("davir_ray.stages.score.score", lambda *a, **k: pytest.fail("scoring was started"))
         capsys.readouterr()
         assert run_job(lambda config: job(config) and None, RunConfig, "", argv) == 2
         out, err = capsys.readouterr()

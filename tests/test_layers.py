@@ -19,17 +19,20 @@ ABOVE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
     "text": set(),
+    "versions": set(),
     "config": {"errors", "text"},
     "run": {"errors", "schema", "text", "config"},
     "terminal": {"run", "text"},
     "cli": {"errors", "text", "config", "run", "terminal"},
     "formulas": set(),
     "data": {"errors", "schema", "text", "config", "run"},
-    "models": {"errors", "schema", "text", "config", "run", "data", "formulas"},
+    "models": {"errors", "schema", "text", "versions", "config", "run", "data", "formulas"},
     "report": {"errors", "schema", "config", "run", "data", "formulas"},
     "engine": {"errors", "schema", "text", "config", "run", "formulas", "terminal"},
-    "stages": {"errors", "schema", "text", "config", "run", "data", "formulas", "models", "report", "engine"},
-}
+    "stages": {
+        "errors", "schema", "text", "versions", "config", "run", "data", "formulas", "models", "report", "engine",
+    },
+}  # fmt: skip
 """Parts of the package and what each may import of it, beside itself. What is not listed may import all."""
 
 
@@ -114,6 +117,19 @@ assert not late, late
 def test_the_api_is_imported_when_it_is_asked_for() -> None:
     """And a driver imports none of what takes seconds and only models, trainings and object stores need."""
     result = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+DRIVER = """
+import sys
+import davir_ray.pipeline
+heavy = {"torch", "ray.train", "matplotlib", "scipy", "transformers.modeling_utils"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_what_only_later_stages_need_is_imported_by_these() -> None:
+    result = subprocess.run([sys.executable, "-c", DRIVER], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

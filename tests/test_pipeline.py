@@ -669,7 +669,7 @@ def test_a_limit_above_the_models_positions_is_refused(config: RunConfig, untouc
 def test_more_than_all_is_refused_before_the_fine_tune(
     config: RunConfig, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("davir_ray.pipeline.finetune", lambda *a, **k: pytest.fail("the fine-tune was started"))
+    monkeypatch.setattr("davir_ray.stages.finetune.finetune", lambda *a, **k: pytest.fail("the fine-tune was started"))
     with pytest.raises(ConfigError, match="top_k"):
         run_all(replace(config, output=str(tmp_path / "run"), limit=5, select=SelectConfig(top_k=11)))
 

@@ -23,8 +23,9 @@ from davir_ray.config.yaml import dump
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.conversation import Conversation
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.inputs import last_config, read_template
+from davir_ray.inputs import last_config
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.places import read_template
 from davir_ray.run.files import digest
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import CONFIG_HEAD

@@ -11,8 +11,9 @@ from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.ray_train import check_workers
 from davir_ray.engine.tracking import Tracking, counts_of
-from davir_ray.inputs import check_inputs, prepare_inputs, with_formats, written_by
+from davir_ray.inputs import check_inputs, prepare_inputs, with_formats
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.places import written_by
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
 from davir_ray.stages.dry_run import describe_run

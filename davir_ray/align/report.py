@@ -32,7 +32,8 @@ def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> N
         dataclasses.asdict(config),
         sweep_table(trained) if others else (),
     )
-    write_report(run, facts, render_alignment(facts), manifests, started)
+    made_of = {stage: found.content for stage, found in manifests.items()}
+    write_report(run, facts, render_alignment(facts), made_of, started)
 
 
 def _trained(run: Run, pairs: pa.Table) -> Trained:

@@ -37,8 +37,9 @@ from davir_ray.engine.connect import connected_to
 from davir_ray.engine.trackers import check_tracker
 from davir_ray.engine.tracking import Tracking
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
-from davir_ray.inputs import check_base, last_config, read_template, scored_with, warn_without_effect, written_by
+from davir_ray.inputs import check_base, last_config, scored_with
 from davir_ray.models.training.loop import num_steps
+from davir_ray.places import read_template, written_by
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.files import read_parquet, write_parquet
 from davir_ray.run.folder import Run
@@ -59,7 +60,7 @@ the thousands of rows that scoring takes at a time, one actor would do a whole b
 def compare(config: CompareConfig) -> Run:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
-    warn_without_effect(config)
+    config.warn_without_effect()
     run, output = Run.at(config.run or ""), Run.at(config.output or "", overwrite=config.overwrite)
     check_tracker(config.track, output)
     inputs = [path for source in config.all_heldout() for path in source.paths]

@@ -29,12 +29,12 @@ from davir_ray.engine.tracking import StepLog, Tracking
 from davir_ray.errors import ConfigError, DavirError, OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.generator import GENERATION_VERSION
-from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.run.files import digest, in_folder
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.stages.finetune import finetune, what_matters
 from davir_ray.stages.score import score
+from davir_ray.versions import NUMERICS_VERSION
 
 log = logging.getLogger(__name__)
 

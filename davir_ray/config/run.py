@@ -4,6 +4,7 @@ A YAML file and dotted options on the command line set the same fields (see cli.
 never the whole configuration.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,8 @@ from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -79,6 +82,11 @@ class OutputConfig:
             for section, reason in self.reasons_without_effect().items()
             if reason and f"{name}.".startswith(f"{section}.")
         }
+
+    def warn_without_effect(self) -> None:
+        """Warn about settings without effect; they are no error, because one file may serve several commands."""
+        if unused := self.without_effect():
+            log.warning("without effect: %s", "; ".join(f"{name} ({why})" for name, why in unused.items()))
 
     def reasons_without_effect(self) -> dict[str, str | None]:
         """For each section or field that other settings can disable, the reason if they do, else None."""

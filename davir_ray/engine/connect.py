@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 import ray
-import ray.train
 from ray._private import services
 from ray.data import DataContext
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 
 from davir_ray import errors
 from davir_ray.engine.console import LOG_LEVEL, LogStream, quiet_ray, quieten, shows_all
@@ -165,8 +164,8 @@ def _check_answer(address: str) -> None:
 
 
 @contextmanager
-def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
-    """Raise a DavirError of a worker as itself, without Ray's wrappers around it.
+def own_errors(limit: str = NO_PROGRESS, wrapper: type[Exception] = RayError) -> Iterator[None]:
+    """Raise a DavirError of a worker as itself, without Ray's wrappers around it; `wrapper` is one that is no RayError.
 
     A run that makes no progress raises ProgressError; `limit` is the name of the setting that sets the time limit.
     """
@@ -179,7 +178,7 @@ def own_errors(limit: str = NO_PROGRESS) -> Iterator[None]:
             f"the run is stuck ({limit}): {reason} Look for a worker or node that hangs, or raise the limit if one "
             f"shard or task takes longer. {CONTINUES}"
         ) from error
-    except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+    except (RayError, wrapper) as error:
         # Ray keeps only the text of the traceback where a user function or an actor's constructor fails (2.60).
         text = str(error)
         if ours := [found for found in _OWN_ERROR.findall(text) if hasattr(errors, found[0])]:

@@ -97,7 +97,7 @@ def run_on_workers(
         ),
     )
     try:
-        with own_errors(), own_interrupts():
+        with own_errors(wrapper=ray.train.TrainingFailedError), own_interrupts():
             trainer.fit()
     except ray.train.WorkerGroupError as error:
         if "OutOfMemoryError" not in str(error):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from davir_ray.config.training import FinetuneConfig
@@ -20,7 +19,8 @@ from davir_ray.errors import ConfigError, ModelError
 from davir_ray.formulas.hashing import seed_from
 from davir_ray.text import one_line
 
-if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
+if TYPE_CHECKING:  # both take seconds to import, and a driver that only looks at an adapter needs neither
+    import torch
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def add_adapter(model: PreTrainedModel, config: FinetuneConfig, rank: int) -> No
     ConfigError if no module matches the targets. The new weights are float32 whatever the base's type, because the
     optimiser's steps are small.
     """
+    import torch
     from peft import LoraConfig  # imported late: scoring full references does not need peft
 
     torch.manual_seed(seed_from("lora", config.seed))
@@ -160,7 +161,7 @@ def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None
     """Raise ModelError if a weight of an adapter does not fit the base's shape, as after a resize of the embeddings."""
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged or not a safetensors file: {error}") from error
     for key, shape in found.items():
@@ -195,4 +196,4 @@ class _Weight(NamedTuple):
         """Whether the weight has another value now; a parameter that replaced it may be a copy of it."""
         if now is self.parameter:
             return (now.data_ptr(), now._version) != (self.address, self.version)
-        return now.dtype != self.parameter.dtype or not torch.equal(now, self.parameter)
+        return now.dtype != self.parameter.dtype or not now.equal(self.parameter)

@@ -17,11 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import is_accelerate_available
-from transformers.utils import logging as hf_logging
 
 from davir_ray.errors import ModelError
 from davir_ray.models.adapter import (
@@ -34,15 +30,16 @@ from davir_ray.models.adapter import (
 )
 from davir_ray.models.download import RemoteFile, fetch_from_store, forget_from_store, host, store_files
 from davir_ray.models.hub import fetch_from_hub, repository_files, resolve
-from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
+from davir_ray.models.kernel.packing import PACKED_ATTENTION
 from davir_ray.run.access import PROBE_S, in_time
 from davir_ray.run.files import file_digest
 from davir_ray.run.location import LFS_POINTER, LFS_POINTER_BYTES, Location
 from davir_ray.run.storage_errors import user_errors
 from davir_ray.text import BYTE_ORDER_MARK, one_line
 
-if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
-    from transformers import PreTrainedModel
+if TYPE_CHECKING:  # both take seconds to import, and a checkpoint can be found and identified without them
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPEC_FILE = "scoring_spec.json"
 """Saved with a reference: how its examples were rendered and tokenised, so that scoring cannot silently differ."""
@@ -53,6 +50,9 @@ CONFIGS = ("config.json", ADAPTER_CONFIG)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"
+"""Folder of a checkpoint with further chat templates."""
+
 _DESCRIPTIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 """Endings of the small files: configuration, tokenizer, index of the weights. Pickles, GGUF, ONNX and the formats of
 other libraries (consolidated.*) are never downloaded."""
@@ -122,10 +122,15 @@ class Checkpoint:
 
     def config(self) -> Any:
         """The model's configuration, without its weights."""
-        return self._load(AutoConfig)
+        return self._load("AutoConfig")
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer. ModelError if there is none, or it cannot be loaded."""
+    def tokenizer(self, known_class: type[Any] | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer. ModelError if there is none, or it cannot be loaded.
+
+        `known_class` is the class that another process found it to have: to find it, transformers imports torch.
+        """
+        from transformers import PreTrainedTokenizerBase
+
         names = {file.name for file in self.files} or _names_in(self._folder())
         has_vocabulary = any(
             name.startswith(("tokenizer.", "vocab", "tekken.")) or name.endswith((".model", ".tiktoken"))
@@ -136,7 +141,7 @@ class Checkpoint:
             "tokenizer files of the model that it was trained from into it"
         )
         try:
-            tokenizer = self._load(AutoTokenizer)
+            tokenizer = self._load(known_class or "AutoTokenizer")
         except ModelError as error:
             if has_vocabulary:
                 raise
@@ -163,18 +168,22 @@ class Checkpoint:
 
         ModelError if the files lack any of its weights.
         """
+        from transformers.utils import is_accelerate_available
+
+        from davir_ray.models.kernel.attention import register_packed_attention
+
         register_packed_attention()
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         if is_accelerate_available():
             # Straight to the device: by way of the host, its memory would have to hold the model, too.
             options["device_map"] = {"": device}
         try:
-            model, info = self._load(AutoModelForCausalLM, attn_implementation=attention, **options)
+            model, info = self._load("AutoModelForCausalLM", attn_implementation=attention, **options)
         except ModelError as error:
             if not (isinstance(error.__cause__, KeyError) and PACKED_ATTENTION in str(error.__cause__)):
                 raise
             # Families with their own table of attentions (Falcon, GPT-J) look the name up when they are built.
-            model, info = self._load(AutoModelForCausalLM, attn_implementation="eager", **options)
+            model, info = self._load("AutoModelForCausalLM", attn_implementation="eager", **options)
         if absent := sorted(info["missing_keys"]):
             # transformers would fill them with random numbers, different ones in every process.
             raise ModelError(
@@ -189,6 +198,11 @@ class Checkpoint:
 
         ModelError if it cannot be built.
         """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from davir_ray.models.kernel.attention import register_packed_attention
+
         config = self.config()
         if attention == PACKED_ATTENTION:
             register_packed_attention()
@@ -240,6 +254,20 @@ class Checkpoint:
         names = {*filter(_is_content, _names_in(folder)), *self._weight_names(folder)}
         return {name: file_digest(Location.of(folder / name)) for name in sorted(names)}
 
+    def content(self) -> dict[str, str]:
+        """What identifies the whole checkpoint: the model, and the files that its tokenizer and templates are made of.
+
+        More than `weights_digest`, and known without loading anything; ModelError if a weights file is missing.
+        """
+        if self.is_hub_name:
+            return self.weights_digest()
+        if self.files:
+            return {file.name: file.digest for file in self.files if _is_read(file.name)}
+        folder = Path(self.uri)
+        names = [name for name in _names_in(folder) if _is_read(name)]
+        names += [str(path.relative_to(folder)) for path in (folder / _TEMPLATES).glob("*")]
+        return self.weights_digest() | {name: file_digest(Location.of(folder / name)) for name in sorted(names)}
+
     def spec(self) -> dict[str, Any] | None:
         """The scoring spec that came with a reference, if it has one."""
         file = self._folder() / SPEC_FILE
@@ -255,10 +283,16 @@ class Checkpoint:
         """Whether it is on the hub, rather than in a folder."""
         return "://" not in self.uri and not Path(self.uri).is_absolute()
 
-    def _load(self, auto_class: Any, **kwargs: Any) -> Any:
-        folder = str(self._folder(weights=auto_class is AutoModelForCausalLM))
+    def _load(self, loader: str | type[Any], **kwargs: Any) -> Any:
+        """What transformers loads by a class, or by one of its own that is named, so that it is imported only here."""
+        import transformers
+
+        folder = str(self._folder(weights=loader == "AutoModelForCausalLM"))
         try:
             with quiet():
+                if not isinstance(loader, str):
+                    return loader.from_pretrained(folder, **kwargs)
+                auto_class = getattr(transformers, loader)
                 return auto_class.from_pretrained(folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except _LOAD_ERRORS as error:
             reason = one_line(error)
@@ -316,6 +350,8 @@ class Checkpoint:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Switch off transformers' progress bars for the block: each of many actors would draw its own."""
+    from transformers.utils import logging as hf_logging
+
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -386,5 +422,5 @@ def _is_description(name: str, trust_remote_code: bool) -> bool:
     """Whether a file is one of the small ones that describe a model; chat templates and code may be in subfolders."""
     if name.endswith(".py"):
         return trust_remote_code
-    in_place = "/" not in name or name.startswith("additional_chat_templates/")
+    in_place = "/" not in name or name.startswith(f"{_TEMPLATES}/")
     return in_place and name.endswith(_DESCRIPTIONS)

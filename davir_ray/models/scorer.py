@@ -23,10 +23,11 @@ from davir_ray.models.adapter import adapter_switched_off
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import DeviceKind, device_name, resolve_dtype, uses_autocast, worker_device
-from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, TOKENS_PER_PACK, Likelihood, Pack
+from davir_ray.models.kernel.likelihood import TOKENS_PER_PACK, Likelihood, Pack
 from davir_ray.models.kernel.self_check import probe, self_check
 from davir_ray.models.memory import TokenBudget
 from davir_ray.schema import SCORES, Status
+from davir_ray.versions import NUMERICS_VERSION
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 
@@ -25,6 +23,8 @@ class ModelSize:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelSize":
         """The size of a checkpoint's model, without reading its weights. ModelError if it cannot be built."""
+        from torch.nn import Linear
+
         model = checkpoint.skeleton()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         text = model.config.get_text_config()
@@ -37,7 +37,7 @@ class ModelSize:
             linear_edges=sum(
                 module.in_features + module.out_features
                 for module in model.modules()
-                if isinstance(module, torch.nn.Linear) and module is not head
+                if isinstance(module, Linear) and module is not head
             ),
         )
 

@@ -46,6 +46,11 @@ class Manifest:
         """Digest of the files' content: what a following stage depends on."""
         return digest([(entry.name, entry.sha256) for entry in self.files])
 
+    @property
+    def checksum(self) -> str:
+        """Digest of the whole manifest: its files, and all that it says of them."""
+        return digest(json.loads(json.dumps(asdict(self))))
+
     def damage(self, run: Location, *, trust_marks: bool = True) -> list[str]:
         """A line for each file of the stage that is missing or has changed since the stage was committed.
 

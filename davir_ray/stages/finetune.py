@@ -17,7 +17,6 @@ from davir_ray.engine.ray_train import run_on_workers
 from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import UserError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, TrainingSet
 from davir_ray.run.files import FileEntry, digest, in_folder, read_parquet
 from davir_ray.run.folder import Run
@@ -25,6 +24,7 @@ from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.stages.training_plan import plan_training
+from davir_ray.versions import NUMERICS_VERSION
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import operator
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -36,13 +36,11 @@ from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.stages.lines import rows_of_parts
+from davir_ray.versions import PREPARE_VERSION
 
 log = logging.getLogger(__name__)
 
 _TASK_BYTES = 32 * 2**20
-PREPARE_VERSION = 2
-"""To be increased with any change that may make other examples of the same records; part of the fingerprint."""
-
 TASKS = "prepare_tasks"
 """Folder of the reports of finished tasks while the stage runs; a restarted driver does not repeat these tasks."""
 
@@ -75,10 +73,17 @@ class Preparation:
     limit: int | None = None
     prompts_only: bool = False
     """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
+    tokenizer_class: type[Any] | None = None
+    """The class of the base's tokenizer, where it is known; see Checkpoint.tokenizer."""
+
+    def for_workers(self) -> "Preparation":
+        """The same for processes that need no torch to load the tokenizer, unless its class is code of the base."""
+        found = type(self.base.tokenizer())
+        return replace(self, tokenizer_class=found if found.__module__.startswith("transformers.") else None)
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """The reader that turns records of these sources into examples."""
-        tokenizer = self.base.tokenizer()
+        tokenizer = self.base.tokenizer(self.tokenizer_class)
         has_template = (self.chat_template or tokenizer.chat_template) is not None
         # Strings need no template; conversations do, and a base without one is refused here.
         uses = any(
@@ -167,7 +172,7 @@ def prepare(
                 run=run,
                 reports=reports,
                 tasks=[task.with_rows(rows) for task in tasks],
-                preparation=preparation,
+                preparation=preparation.for_workers(),
                 max_bad_fraction=max_bad_fraction,
                 total_bytes=sum(sizes),
                 counter=counter,

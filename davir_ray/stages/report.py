@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,18 @@ from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
 from davir_ray.models.kernel.packing import scored_positions
-from davir_ray.report import ReportInputs, render_page, summarise
+from davir_ray.models.tokenizer import tokenizer_digest
 from davir_ray.run.files import FileEntry, read_parquet, write_file
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.manifest import Manifest, library_versions
 from davir_ray.run.stages import leading_to
 from davir_ray.schema import EXAMPLES, RANKED, REJECTS, SCORES, RejectReason
 
 log = logging.getLogger(__name__)
+
+FACTS = "report.json"
+"""What the page shows, as JSON."""
 
 MAX_ROWS = 200_000
 """Maximum number of rows that the figures are computed from; a larger run is sampled by hash, and the page says so."""
@@ -53,7 +55,7 @@ Rows = list[dict[str, Any]]
 
 
 def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write the page and the same facts as JSON; returns the facts. Always redone, as it takes seconds.
+    """Write the page and the same facts as JSON, unless that is already done; returns the facts.
 
     With the base's tokenizer the page shows the tokens of examples whose token losses were kept. `planted` is the
     known truth about the demo's data.
@@ -61,11 +63,24 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     started = time.monotonic()
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
     manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
+    settings = dataclasses.asdict(config)
+    fingerprint = {
+        "stages": {stage: manifest.checksum for stage, manifest in manifests.items()},
+        "config": settings,
+        "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
+        "planted": planted,
+        "versions": library_versions(),
+    }
+    if run.completed("report", fingerprint):
+        facts: dict[str, Any] = json.loads((run / FACTS).read_bytes())
+        return facts
+    from davir_ray.report import ReportInputs, render_page, summarise  # imported late: the charts' libraries are slow
+
     scored, ranked = run.require("score"), run.require("rank")
     shown, with_tokens = _excerpts(run, tokenizer, manifests["prepare"].files_in("examples"), ranked.files_in("ranked"))
     facts = summarise(
         ReportInputs(
-            config=dataclasses.asdict(config),
+            config=settings,
             manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
             scores=_sampled_scores(run, scored, manifests["select"]),
             num_scored=scored.counts["examples"],
@@ -77,16 +92,15 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
             planted=planted,
         )
     )
-    write_report(run, facts, render_page(facts), manifests, started)
+    write_report(run, facts, render_page(facts), fingerprint, started)
     return facts
 
 
-def write_report(run: Run, facts: dict[str, Any], page: str, made_of: Mapping[str, Manifest], started: float) -> None:
+def write_report(run: Run, facts: dict[str, Any], page: str, fingerprint: dict[str, Any], started: float) -> None:
     """Write the facts as JSON, the page, and their manifest; `started` is time.monotonic() at the stage's start."""
     facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     run.clear("report")
-    files = [write_file(run / "report.json", facts_json.encode()), write_file(run / "report.html", page.encode())]
-    fingerprint = {stage: manifest.content for stage, manifest in made_of.items()}
+    files = [write_file(run / FACTS, facts_json.encode()), write_file(run / "report.html", page.encode())]
     run.commit(
         Manifest(stage="report", fingerprint=fingerprint, counts={}, files=files, seconds=time.monotonic() - started)
     )

@@ -11,12 +11,12 @@ from davir_ray.engine.resources import device_of, num_gpus_of
 from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
-from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
+from davir_ray.versions import NUMERICS_VERSION
 
 _SAMPLED_ROWS = 200
 """Minimum number of rows whose token losses are kept with keep_token_nll sample."""

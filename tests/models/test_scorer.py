@@ -14,9 +14,10 @@ from scoring_tables import scoring_table
 from transformers import AutoModelForCausalLM
 
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.kernel.likelihood import NUMERICS_VERSION, Likelihood, Pack
+from davir_ray.models.kernel.likelihood import Likelihood, Pack
 from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings, is_sampled
 from davir_ray.schema import SCORES
+from davir_ray.versions import NUMERICS_VERSION
 
 RARE = 700
 """A token that only the examples of one test hold."""

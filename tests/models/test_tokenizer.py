@@ -1,6 +1,7 @@
 """Tokenizers: which of them encode alike, and what changes the digest of one."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,23 @@ def test_the_tokenizer_digest_is_that_of_the_same_tokenizer_loaded_again(
     tokenizer: PreTrainedTokenizerFast, base_folder: Path
 ) -> None:
     assert tokenizer_digest(Checkpoint.find(str(base_folder)).tokenizer()) == tokenizer_digest(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer"])
+def test_a_tokenizer_of_a_known_class_is_the_one_that_transformers_finds(
+    base_folder: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    base = Checkpoint.find(str(tmp_path / "base"))
+    found = base.tokenizer()
+    again = base.tokenizer(type(found))
+    assert type(again) is type(found)
+    assert tokenizer_digest(again) == tokenizer_digest(found)
+    assert again.backend_tokenizer.to_str() == found.backend_tokenizer.to_str()
+    for text in ("Say x.", " two  spaces\n", "</s> 12"):
+        assert again.encode(text) == found.encode(text)
 
 
 @pytest.mark.parametrize("special", [False, True])

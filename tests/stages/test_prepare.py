@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray import cloudpickle
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
@@ -559,3 +562,25 @@ def test_a_bad_beginning_does_not_stop_a_good_corpus(base_folder: Path, tmp_path
     preparation = settings(base_folder, max_tokens=1024, shard_rows=4096)
     manifest = prepare(run, [source(tmp_path / "a.jsonl")], preparation, max_bad_fraction=0.06)
     assert manifest.counts["rejected"] == 1200
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from ray import cloudpickle
+preparation, source = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
+reader = preparation.reader([source])
+heavy = {"torch", "ray.train", "matplotlib", "scipy", "transformers.models.auto"} & sys.modules.keys()
+assert not heavy, heavy
+print(reader._encoder.tokenizer.encode("Say x."))
+"""
+
+
+def test_a_worker_loads_a_fast_tokenizer_without_torch(base_folder: Path, tmp_path: Path) -> None:
+    preparation = settings(base_folder).for_workers()
+    (tmp_path / "work").write_bytes(cloudpickle.dumps((preparation, source(tmp_path / "rows.jsonl"))))
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path / "work")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == preparation.base.tokenizer().encode("Say x.")

@@ -24,7 +24,6 @@ from davir_ray.engine.progress import WorkDone
 from davir_ray.engine.resources import pool_size
 from davir_ray.errors import ClusterError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.kernel.likelihood import NUMERICS_VERSION
 from davir_ray.run.commits import CommittedShard, ShardFolder
 from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, read_parquet
 from davir_ray.run.folder import Run
@@ -33,6 +32,7 @@ from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
 from davir_ray.stages.prepare import Preparation, prepare
 from davir_ray.stages.score import _fingerprint, score, scorer_settings
+from davir_ray.versions import NUMERICS_VERSION
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-log = logging.getLogger(__name__)
+from davir_ray.models.kernel.packing import PACKED_ATTENTION as PACKED_ATTENTION
 
-PACKED_ATTENTION = "davir_packed"
-"""The name that `register_packed_attention` gives it; a model is loaded with attn_implementation=PACKED_ATTENTION."""
+log = logging.getLogger(__name__)
 
 
 def register_packed_attention() -> None:

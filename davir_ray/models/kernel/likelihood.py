@@ -31,10 +31,6 @@ from davir_ray.models.kernel.packing import Spans, scored_positions
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
 
-NUMERICS_VERSION = 2
-"""Increased when a change here may change the bits of a score; part of the score stage's fingerprint. Not for what
-changed on GPUs alone before any had run this."""
-
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 """Hidden states that the head is applied to at once, at most."""
 

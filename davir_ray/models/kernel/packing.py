@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+PACKED_ATTENTION = "davir_packed"
+"""The name of the attention in kernel/attention.py; a model is loaded with attn_implementation=PACKED_ATTENTION."""
+
 Rows = npt.NDArray[np.int64]
 
 Spans = Sequence[int] | npt.NDArray[np.int32]
