@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _KEPT_FROM_BYTES = 2**24
 """Bytes of a file from which its digest is kept on the disk: fewer are read in milliseconds."""
 
+_BATCH_ROWS, _BATCH_BYTES = 1024, 2**24
+"""Rows that Arrow encodes at once by default, and bytes that make fewer rows enough."""
+
 _SETTLED_NS = 2 * 10**9
 """Age of a file from which its digest is kept: one that was changed just now may change again at the same time."""
 
@@ -150,7 +153,10 @@ def write_parquet(place: Location, table: pa.Table, extra: Mapping[bytes, bytes]
     """Write a table as one Parquet file, atomically, with `extra` added to its schema metadata."""
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(extra or {})})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    # Pages end between batches of rows: a page of a thousand rows of long texts would be held a few times.
+    batch_rows = _BATCH_BYTES // max(1, table.nbytes // max(1, table.num_rows))
+    batch_size = min(max(1, batch_rows), _BATCH_ROWS)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, write_batch_size=batch_size)
     return write_file(place, sink.getvalue().to_pybytes(), table.num_rows)
 
 

@@ -20,8 +20,8 @@ from davir_ray.stages.select.candidates import Candidates, Choice
 BIN_ROWS = 50_000
 """Maximum number of rows with their text that one task sorts and writes; about 100 MB."""
 
-_BIN_BYTES = 256 * 2**20
-"""Bytes of text that make fewer rows enough."""
+_BIN_BYTES = 128 * 2**20
+"""Bytes of text that make fewer rows enough: the task holds them four times."""
 
 _PIECES = pa.schema({
     "file": pa.string(), "start": pa.int64(), "group": pa.string(), "source": pa.string(),
