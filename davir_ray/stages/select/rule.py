@@ -8,7 +8,7 @@ and only those are exchanged with their text. The result is exact for any number
 import logging
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -56,8 +56,10 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
     choice = Choice(candidates, limits_by_file(eligible, config))
     plan = Plan.of(choice, files)
 
+    text_bytes = {entry.name: entry.bytes for entry in run.require("prepare").files_in("examples")}
+    with_text = [replace(entry, bytes=entry.bytes + text_bytes[entry.name]) for entry in scored.files_in("scores")]
     selected = exchange(
-        Shards(scored.files_in("scores"), partial(_read_with_text, candidates, plan)),
+        Shards(with_text, partial(_read_with_text, candidates, plan)),
         partial(plan.bins(rank_config).assign, last_bin=len(plan.ranges) - 1),
         len(plan.ranges),
         partial(_write_range, choice=choice, plan=plan, metadata=file_metadata(run, rank_config, fingerprint)),
