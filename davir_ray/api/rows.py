@@ -42,9 +42,11 @@ def collect_blocks(
     names: Iterable[str],
     summarise: Change,
     schema: pa.Schema,
-    merge: Change = lambda table: table,
+    *,
+    merge: Change | None = None,
+    finish: Change | None = None,
 ) -> pa.Table:
-    """Bring a small table, with this schema, of some columns of each block into the driver; returns them merged."""
+    """Bring a small table, with this schema, of some columns of each block here; returns them merged and finished."""
 
     def summary(block: pa.Table) -> pa.Table:
         return summarise(block) if block.num_rows else schema.empty_table()
@@ -53,7 +55,10 @@ def collect_blocks(
     with own_errors():
         tables = ray.get(summaries.to_arrow_refs())
     # An empty block comes back without its columns (2.60).
-    return merge(pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)]))
+    whole = pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables if table.num_rows)])
+    for change in (merge, finish):
+        whole = whole if change is None else change(whole)
+    return whole
 
 
 def run_blocks(dataset: ray.data.Dataset) -> list[ray.ObjectRef[pa.Table]]:

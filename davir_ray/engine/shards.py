@@ -16,8 +16,13 @@ class Shards:
     entries: list[FileEntry]
     read: Callable[[str], pa.Table]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(entry.bytes for entry in self.entries)
 
-def grouped(shards: list[FileEntry], *, max_shards: int, max_bytes: int) -> list[list[FileEntry]]:
+
+def grouped(shards: list[FileEntry], *, max_shards: int, max_bytes: float) -> list[list[FileEntry]]:
     """Neighbouring shards in groups of at most `max_shards` and, where there are several, `max_bytes` on disk."""
     groups: list[list[FileEntry]] = []
     size = 0

@@ -5,6 +5,7 @@ that are grouped pass through Ray's object store, which spills to disk what does
 dies had made is made again.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +29,18 @@ _TASKS_PER_CPU = 4
 _LEAST_TASK_BYTES = 2 * 2**20
 """Bytes on disk that take about as long to read as a task takes to start, where its worker runs."""
 
-_TASK_BYTES = 32 * 2**20
-"""Maximum bytes on disk that a task with several shards reads; they take a few times as many in memory."""
+_MAX_TASKS = 500
+"""Maximum number of tasks that read, unless they would keep too many bytes."""
 
-_GROUPS_PER_TASK = 10
-"""Maximum number of groups that a task makes, where there are more than tasks: every reading task makes an object for
-every such task, and each object costs the driver about 2 kB."""
+_KEPT_BYTES = 128 * 2**20
+"""Maximum bytes on disk of several shards whose rows a task keeps; they take a few times as many in memory."""
+
+_MAX_OBJECTS = 100_000
+"""Number of objects of a shuffle at most, if memory allows: each task that reads makes one for each task that groups,
+and each costs the driver about 2 kB."""
+
+_GROUPED_BYTES = 2**28
+"""Bytes on disk of the shards that a task which groups may take its rows from, even if that makes more objects."""
 
 _MAX_RETRIES = 20
 """Number of workers that may die with a task before it fails."""
@@ -69,17 +76,30 @@ class Round:
     work: Callable[[pa.Table], Any]
 
 
-def collect(shards: Shards, summarise: Change, schema: pa.Schema, merge: Change | None = None) -> pa.Table:
+def collect(
+    shards: Shards,
+    summarise: Change,
+    schema: pa.Schema,
+    *,
+    merge: Change | None = None,
+    finish: Change | None = None,
+) -> pa.Table:
     """Make a small table of each shard, with this schema; returns them as one table in the driver.
 
-    With `merge` a task makes a still smaller table of all of them, and the driver gets that one alone.
+    `merge` makes a smaller table, with the same schema, of several; `finish` makes what the driver gets of the whole.
+    Both work in tasks.
     """
-    summaries = _of_groups(shards, lambda names, read: _concatenated(schema, (summarise(read(name)) for name in names)))
-    if merge is None:
+
+    def merged(tables: Iterable[pa.Table]) -> pa.Table:
+        whole = _concatenated(schema, tables)
+        return whole if merge is None else merge(whole)
+
+    summaries = _of_groups(shards, lambda names, read: merged(summarise(read(name)) for name in names))
+    if merge is None and finish is None:
         return _concatenated(schema, _results(summaries))
-    job = ray.put(lambda *tables: merge(_concatenated(schema, tables)))
-    (merged,) = _results([_call.remote(job, *summaries)])
-    return merged
+    job = ray.put(lambda *tables: merged(tables) if finish is None else finish(merged(tables)))
+    (found,) = _results([_call.remote(job, *summaries)])
+    return found
 
 
 def gather(shards: Shards, schema: pa.Schema) -> pa.Table:
@@ -102,11 +122,13 @@ def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[Any]:
 
     `assign` adds the first round's column to the table of a shard, and drops what is not needed.
     """
-    shuffles = [_Shuffle(each, _edges(each.num_groups)) for each in rounds]
+    groups = _grouped_for_tasks(shards, max_bytes=_KEPT_BYTES)
+    shuffles = [_Shuffle(each, _edges(each.num_groups, shards, len(groups))) for each in rounds]
     first = shuffles[0]
     made = _of_groups(
         shards,
         lambda names, read: first.parts([assign(read(name)) for name in names]),
+        groups=groups,
         num_returns=first.num_parts,
     )
     for shuffle, following in zip(shuffles, [*shuffles[1:], None], strict=True):
@@ -185,24 +207,32 @@ class _Shuffle:
         return made if following is None else following.parts(made)
 
 
-def _edges(num_groups: int) -> npt.NDArray[np.int64]:
-    num_tasks = min(num_groups, max(1, int(_TASKS_PER_CPU * num_cpus()), num_groups // _GROUPS_PER_TASK))
-    return np.linspace(0, num_groups, num_tasks + 1).astype(np.int64)
+def _edges(num_groups: int, shards: Shards, num_reading: int) -> npt.NDArray[np.int64]:
+    """The first group of each task that groups, and the end."""
+    few_objects = min(_TASKS_PER_CPU * num_cpus(), _MAX_OBJECTS / max(1, num_reading))
+    num_tasks = min(num_groups, max(1, few_objects, shards.num_bytes / _GROUPED_BYTES))
+    return np.linspace(0, num_groups, int(num_tasks) + 1).astype(np.int64)
+
+
+def _grouped_for_tasks(shards: Shards, *, max_bytes: float = math.inf) -> list[list[FileEntry]]:
+    """The shards of each task: as many tasks as keep the cluster busy, and none for less than it costs itself."""
+    num_tasks = min(_TASKS_PER_CPU * num_cpus(), _MAX_TASKS, max(1, shards.num_bytes / _LEAST_TASK_BYTES))
+    max_shards = math.ceil(len(shards.entries) / max(1, num_tasks))
+    return grouped(shards.entries, max_shards=max(1, max_shards), max_bytes=max_bytes)
 
 
 def _of_groups(
-    shards: Shards, work: Callable[[list[str], Callable[[str], pa.Table]], Any], *, num_returns: int = 1
+    shards: Shards,
+    work: Callable[[list[str], Callable[[str], pa.Table]], Any],
+    *,
+    groups: list[list[FileEntry]] | None = None,
+    num_returns: int = 1,
 ) -> list[Any]:
-    """Start tasks that call `work(names, read)` for the names of a few shards; returns their references.
-
-    There are only as many tasks as keep the cluster busy, and none for less than it costs itself.
-    """
-    total_bytes = sum(shard.bytes for shard in shards.entries)
-    num_tasks = min(_TASKS_PER_CPU * num_cpus(), max(1, total_bytes / _LEAST_TASK_BYTES))
-    groups = grouped(shards.entries, max_shards=max(1, int(len(shards.entries) / num_tasks)), max_bytes=_TASK_BYTES)
+    """Start tasks that call `work(names, read)` for the names of a few shards; returns their references."""
     read = shards.read
     job = ray.put(lambda names: work(names, read))
     call = _call.options(num_returns=num_returns)
+    groups = _grouped_for_tasks(shards) if groups is None else groups
     return [call.remote(job, [shard.name for shard in group]) for group in groups]
 
 

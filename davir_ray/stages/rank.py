@@ -7,10 +7,9 @@ rank. The ranks are the same for any number of ties, shards and workers, and the
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +40,15 @@ _SAMPLES_PER_BIN = 200
 _SAMPLED = pa.schema({"key": pa.uint64(), "example_id": pa.int64()})
 _COUNTED = pa.schema({"bin": pa.int64(), "rows": pa.int64()})
 
-Collect = Callable[[Change, pa.Schema, Change], pa.Table]
-"""Makes a small table, with this schema, of each part of the rows, and of them a smaller one, which it returns."""
+
+class Collect(Protocol):
+    """Makes a small table, with this schema, of each part of the rows; see engine.shuffle.collect."""
+
+    def __call__(
+        self, summarise: Change, schema: pa.Schema, /, *, merge: Change | None = None, finish: Change | None = None
+    ) -> pa.Table:
+        """Return the tables merged and finished."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,7 @@ def find_bins(
             keys, ids = ranking.boundaries(np.asarray(sample["key"]), np.asarray(sample["example_id"]), num_bins)
             return pa.table({"key": keys, "example_id": ids})
 
-        found = collected(drawn_keys, _SAMPLED, boundaries)
+        found = collected(drawn_keys, _SAMPLED, finish=boundaries)
         keys, ids = np.asarray(found["key"]), np.asarray(found["example_id"])
     return Bins(config=config, boundary_keys=keys, boundary_ids=ids, id_column=id_column)
 
@@ -153,12 +159,14 @@ def count_bins(collected: Collect, bins: Bins) -> npt.NDArray[np.int64]:
         numbers, rows = np.unique(bins.numbers(keys, ids), return_counts=True)
         return pa.table({"bin": numbers, "rows": rows})
 
-    def total(counted: pa.Table) -> pa.Table:
-        rows_by_bin = np.zeros(len(bins), np.int64)
-        np.add.at(rows_by_bin, np.asarray(counted["bin"]), np.asarray(counted["rows"]))
-        return pa.table({"rows": rows_by_bin})
+    counted = collected(count, _COUNTED, merge=_summed)
+    rows_by_bin = np.zeros(len(bins), np.int64)
+    rows_by_bin[np.asarray(counted["bin"])] = np.asarray(counted["rows"])
+    return rows_by_bin
 
-    return np.asarray(collected(count, _COUNTED, total)["rows"]).copy()
+
+def _summed(counted: pa.Table) -> pa.Table:
+    return counted.group_by("bin").aggregate([("rows", "sum")]).rename_columns(_COUNTED.names)
 
 
 def write_bin(
