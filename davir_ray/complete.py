@@ -1,8 +1,8 @@
 """A run that is complete already, known from a record of what it was made from: without Ray, and without torch.
 
 The record is written when every stage is complete, by a driver that made all checks. While everything in it is the
-same, the checks and the fingerprints of all stages would be, too, so a driver that finds it unchanged has nothing to
-do. Whatever else a driver finds is left to the stages, which say what differs, and redo or refuse it.
+same, a driver has nothing to do, whatever devices the cluster has now. Whatever else a driver finds is left to the
+stages, which say what differs, and redo or refuse it.
 """
 
 import json
@@ -41,7 +41,7 @@ def complete_run(config: RunConfig) -> Run | None:
         return None
     try:
         return _unchanged(config)
-    except (DavirError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (DavirError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         log.debug("whether the run is complete is left to its stages: %s", error)  # if it is a mistake, they report it
         return None
 

@@ -26,6 +26,9 @@ BYTES_PER_TOKEN = 4
 _SHARD_CHARACTERS = 64 * 2**20
 """A shard with more is full: every task that reads it holds it a few times."""
 
+_MANY_ROWS, _MUCH_TEXT = 1000, 32 * 2**20
+"""Rows or bytes of a shard whose mean says something about the corpus."""
+
 _TEXT_COLUMNS = ("prompt", "response", "record")
 
 _REJECT_ROWS = 20_000
@@ -104,8 +107,10 @@ class ShardWriter:
     def _write_shard(self) -> None:
         table = pa.Table.from_pylist(self._rows, self._schema)
         self._write(f"examples/{self._task}-{self._num_shards:05d}.parquet", table)
-        text_bytes = sum(table[column].nbytes for column in _TEXT_COLUMNS) // table.num_rows
-        self.report.text_bytes_per_row = max(self.report.text_bytes_per_row, text_bytes)
+        text_bytes = sum(table[column].nbytes for column in _TEXT_COLUMNS)
+        self.report.sums["text_bytes"] += text_bytes
+        if table.num_rows >= _MANY_ROWS or text_bytes >= _MUCH_TEXT:  # else one long row would be the mean
+            self.report.text_bytes_per_row = max(self.report.text_bytes_per_row, text_bytes // table.num_rows)
         for column in COUNTED:
             self.report.sums[column] += sum(row[column] for row in self._rows)
         self._num_shards += 1

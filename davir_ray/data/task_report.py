@@ -36,11 +36,11 @@ class TaskReport:
     files: list[FileEntry] = field(default_factory=list)
     """Files written; each name begins with its folder, examples/ or rejects/."""
     text_bytes_per_row: int = 0
-    """Bytes of the text of a row in memory, the mean of the shard in which it is largest."""
+    """Bytes of the text of a row in memory: the largest mean of a shard that is not small."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Number of rejected rows by reason."""
     sums: Counter[str] = field(default_factory=Counter)
-    """Sums of the COUNTED columns."""
+    """Sums of the COUNTED columns, and `text_bytes`, of the text in memory."""
     replaced: Counter[str] = field(default_factory=Counter)
     """Number of values that were replaced in the JSON of the records: NOT_FINITE and BYTES."""
     first_reject: str | None = None

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool, side_cpus
 from davir_ray.engine.shards import grouped
-from davir_ray.errors import IntegrityError
+from davir_ray.errors import IntegrityError, StorageError
 from davir_ray.run.commits import CommitNotes, CommittedShard, ShardFolder
 from davir_ray.run.files import FileEntry, in_folder, total_rows
 from davir_ray.run.folder import Run
@@ -169,7 +169,7 @@ class Stream:
                 # map_batches refuses whole blocks on GPUs (2.60); otherwise they are the same.
                 .map_batches_internal(
                     ShardWorker,
-                    fn_constructor_args=(self, counter, folder, load),
+                    fn_constructor_args=(replace(self, shards=[]), counter, folder, load),
                     batch_size=None,
                     batch_format="pyarrow",
                     compute=ray.data.ActorPoolStrategy(
@@ -186,7 +186,10 @@ class Stream:
                         new.append(CommittedShard.from_json(text, folder.fingerprint))
                         notes.add(new[-1])
             finally:
-                notes.write()
+                try:
+                    notes.write()
+                except StorageError as error:  # a later driver reads these shards instead
+                    log.warning("the last committed shards are not noted: %s", error)
         return new
 
 
@@ -210,7 +213,9 @@ class ShardWorker:
         for name, examples in shards:
             # An actor that died may have committed some shards of the group that it had.
             done = self._folder.read(name, examples.num_rows) if len(shards) > 1 else None
-            found.append(done or self._commit(name, examples))
+            if done is None or done.fingerprint != self._folder.fingerprint:  # of an actor of a driver before
+                done = self._commit(name, examples)
+            found.append(done)
         return pa.table({"committed": [shard.to_json() for shard in found]})
 
     def _commit(self, name: str, examples: pa.Table) -> CommittedShard:

@@ -6,6 +6,7 @@ dies had made is made again.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.resources import num_cpus
 from davir_ray.engine.shards import Shards, grouped
+from davir_ray.errors import IntegrityError
 from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry
 
@@ -39,8 +41,17 @@ _MAX_OBJECTS = 100_000
 """Number of objects of a shuffle at most, if memory allows: each task that reads makes one for each task that groups,
 and each costs the driver about 2 kB."""
 
+_OBJECT_BYTES = 2**18
+"""Least bytes of an object, if there are so many: Ray passes those below 100 kB through the driver."""
+
 _GROUPED_BYTES = 2**28
 """Bytes on disk of the shards that a task which groups may take its rows from, even if that makes more objects."""
+
+_READ_BYTES = 2**31
+"""Maximum bytes on disk of several shards that a task reads one by one: it must end within the limit of no progress."""
+
+_LOOK_S = 1.0
+"""Seconds between two looks at tasks that have not ended."""
 
 _MAX_RETRIES = 20
 """Number of workers that may die with a task before it fails."""
@@ -98,7 +109,8 @@ def collect(
     if merge is None and finish is None:
         return _concatenated(schema, _results(summaries))
     job = ray.put(lambda *tables: merged(tables) if finish is None else finish(merged(tables)))
-    (found,) = _results([_call.remote(job, *summaries)])
+    last = _call.remote(job, *summaries)
+    (found,) = _results([last], [*summaries, last])
     return found
 
 
@@ -117,29 +129,30 @@ def write_shards(shards: Shards, write: Callable[[str, pa.Table], Written | None
     return sorted(found, key=lambda one: one.entry.name)
 
 
-def regroup(shards: Shards, assign: Change, *rounds: Round) -> list[Any]:
+def regroup(shards: Shards, assign: Change, *rounds: Round, kept: float = 1.0) -> list[Any]:
     """Group rows across shards, in one round or several; returns what the last round made of each group.
 
-    `assign` adds the first round's column to the table of a shard, and drops what is not needed.
+    `assign` adds the first round's column to the table of a shard, and drops what is not needed; `kept` is the share of
+    the shards' bytes that is left.
     """
-    groups = _grouped_for_tasks(shards, max_bytes=_KEPT_BYTES)
-    shuffles = [_Shuffle(each, _edges(each.num_groups, shards, len(groups))) for each in rounds]
+    groups = _grouped_for_tasks(shards, max_bytes=_KEPT_BYTES / kept)
+    shuffles = [_Shuffle(each, _edges(each.num_groups, kept * shards.num_bytes, len(groups))) for each in rounds]
     first = shuffles[0]
     made = _of_groups(
         shards,
         lambda names, read: first.parts([assign(read(name)) for name in names]),
         groups=groups,
-        num_returns=first.num_parts,
+        num_returns=1 + first.num_parts,
     )
+    tasks = [ended for ended, *_ in made]
     for shuffle, following in zip(shuffles, [*shuffles[1:], None], strict=True):
         job = ray.put(partial(shuffle.work, following=following))
-        num_returns = 1 if following is None else following.num_parts
+        call = _call if following is None else _call.options(num_returns=1 + following.num_parts)
         # Each task takes its part of what every task before it made.
-        parts = zip(*(refs if isinstance(refs, list) else [refs] for refs in made), strict=True)
-        made = [
-            _call.options(num_returns=num_returns).remote(job, number, *of_all) for number, of_all in enumerate(parts)
-        ]
-    return [result for results in _results(made) for result in results]
+        parts = zip(*(of_task[1:] for of_task in made), strict=True)
+        made = [call.remote(job, number, *of_all) for number, of_all in enumerate(parts)]
+        tasks += made if following is None else [ended for ended, *_ in made]
+    return [result for results in _results(made, tasks) for result in results]
 
 
 def assign_part(table: pa.Table, column: str, num_parts: int) -> pa.Table:
@@ -153,6 +166,7 @@ def exchange(
     num_bins: int,
     write: Callable[[int, pa.Table], FileEntry],
     rounds_before: Iterable[Round] = (),
+    kept: float = 1.0,
 ) -> list[FileEntry]:
     """Group the rows by bin and write each bin as one file; returns the entries, sorted by name.
 
@@ -163,7 +177,7 @@ def exchange(
     def write_bin(rows: pa.Table) -> FileEntry:
         return write(int(rows["bin"][0].as_py()), rows)
 
-    entries: list[FileEntry] = regroup(shards, assign, *rounds_before, Round("bin", num_bins, write_bin))
+    entries: list[FileEntry] = regroup(shards, assign, *rounds_before, Round("bin", num_bins, write_bin), kept=kept)
     return sorted(entries, key=lambda entry: entry.name)
 
 
@@ -179,20 +193,23 @@ class _Shuffle:
     def num_parts(self) -> int:
         return len(self.edges) - 1
 
-    def parts(self, tables: list[pa.Table]) -> Any:
-        """The rows for each task, sorted by group; None for each if there is no table.
+    def parts(self, tables: list[pa.Table]) -> list[pa.Table | None]:
+        """The rows for each task, sorted by group, after a None that tells the driver that they are made.
 
-        If there is one task, its rows alone: Ray wants no list of one.
+        IntegrityError if there is a number that no group has.
         """
         if not tables:
-            return [None] * self.num_parts if self.num_parts > 1 else None
+            return [None] * (1 + self.num_parts)
         table = _as_one(tables)
         numbers = np.asarray(table[self.round.column])
+        if len(numbers) and not numbers.max() < self.edges[-1]:
+            raise IntegrityError(
+                f"the column {self.round.column} has {numbers.max()}, above its {self.edges[-1]} groups"
+            )
         order = np.argsort(numbers, kind="stable")
         starts = np.searchsorted(numbers[order], self.edges)
         # Copies: a slice would be stored with all of its buffers.
-        found = [table.take(pa.array(order[start:end])) for start, end in pairwise(starts)]
-        return found if self.num_parts > 1 else found[0]
+        return [None, *(table.take(pa.array(order[start:end])) for start, end in pairwise(starts))]
 
     def work(self, part: int, *given: pa.Table | None, following: "_Shuffle | None") -> Any:
         """Make the groups of a task from its rows of all tasks before; returns them, or their parts to follow."""
@@ -207,18 +224,18 @@ class _Shuffle:
         return made if following is None else following.parts(made)
 
 
-def _edges(num_groups: int, shards: Shards, num_reading: int) -> npt.NDArray[np.int64]:
-    """The first group of each task that groups, and the end."""
-    few_objects = min(_TASKS_PER_CPU * num_cpus(), _MAX_OBJECTS / max(1, num_reading))
-    num_tasks = min(num_groups, max(1, few_objects, shards.num_bytes / _GROUPED_BYTES))
-    return np.linspace(0, num_groups, int(num_tasks) + 1).astype(np.int64)
+def _edges(num_groups: int, num_bytes: float, num_reading: int) -> npt.NDArray[np.int64]:
+    """The first group of each task that groups rows of so many bytes on disk, and the end."""
+    few_objects = min(_MAX_OBJECTS, num_bytes / _OBJECT_BYTES) / max(1, num_reading)
+    num_tasks = max(1, min(_TASKS_PER_CPU * num_cpus(), few_objects), num_bytes / _GROUPED_BYTES)
+    return np.linspace(0, num_groups, min(num_groups, int(num_tasks)) + 1).astype(np.int64)
 
 
-def _grouped_for_tasks(shards: Shards, *, max_bytes: float = math.inf) -> list[list[FileEntry]]:
+def _grouped_for_tasks(shards: Shards, *, max_bytes: float = _READ_BYTES) -> list[list[FileEntry]]:
     """The shards of each task: as many tasks as keep the cluster busy, and none for less than it costs itself."""
     num_tasks = min(_TASKS_PER_CPU * num_cpus(), _MAX_TASKS, max(1, shards.num_bytes / _LEAST_TASK_BYTES))
     max_shards = math.ceil(len(shards.entries) / max(1, num_tasks))
-    return grouped(shards.entries, max_shards=max(1, max_shards), max_bytes=max_bytes)
+    return grouped(shards.entries, max_shards=max(1, max_shards), max_bytes=min(max_bytes, _READ_BYTES))
 
 
 def _of_groups(
@@ -243,17 +260,21 @@ def _call_here(job: Callable[..., Any], *arguments: Any) -> Any:
 _call: Any = ray.remote(max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(_call_here)
 
 
-def _results(refs: list[Any]) -> list[Any]:
-    """What tasks return; raises ProgressError if none of them ends for as long as Ray Data's own limit."""
+def _results(refs: list[Any], tasks: list[Any] | None = None) -> list[Any]:
+    """What tasks return; raises the error of the first task that fails, and ProgressError if none ends for too long.
+
+    `tasks` has a small result of each task that these depend on, and of themselves. The limit is Ray Data's own.
+    """
     limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s
-    pending = refs
+    pending, last = list(refs if tasks is None else tasks), time.monotonic()
     try:
         with own_errors():
             while pending:
-                ended, pending = ray.wait(pending, timeout=limit if limit > 0 else None)
-                if not ended:
+                ended, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S, fetch_local=False)
+                ray.get(ended)
+                last = time.monotonic() if ended else last
+                if 0 < limit < time.monotonic() - last:
                     raise ExecutionTimeoutError(f"no task has ended: {len(pending)} are left. timeout: {limit:g}s.")
-                ray.get(ended)  # raises the error of a task as soon as it has one
             return list(ray.get(refs))
     finally:
         for ref in pending:

@@ -186,7 +186,11 @@ def _joined(table: pa.Table, num_rows: int, num_bins: int, seed: int | None) -> 
     if at.null_count:
         raise IntegrityError(f"{at.null_count} rows of ranked/ are not in examples/; rank again")
     for column in _TEXT_COLUMNS:
-        ranked = ranked.set_column(SELECTED.get_field_index(column), SELECTED.field(column), texts[column].take(at))
+        ranked = ranked.set_column(
+            SELECTED.get_field_index(column),
+            SELECTED.field(column),
+            texts[column].take(at).cast(SELECTED.field(column).type),
+        )
     return _to_bin(ranked, num_bins, seed, num_rows)
 
 

@@ -34,7 +34,7 @@ _BATCH_ROWS, _BATCH_BYTES = 1024, 2**24
 _SETTLED_NS = 2 * 10**9
 """Age of a file from which its digest is kept: one that was changed just now may change again at the same time."""
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile(b"[0-9a-f]{64}")
 
 FINGERPRINT_KEY = b"davir_ray.fingerprint"
 """Key in a Parquet file's metadata of the fingerprint that the file was written under, by which a resumed stage
@@ -81,17 +81,17 @@ def _local_digest(path: str, *identity: int) -> str:
 
     Those of large files are kept on the disk, so that a 70B is not read at every start.
     """
-    num_bytes, times_ns = identity[2], identity[3:]
+    begun_ns, num_bytes, times_ns = time.time_ns(), identity[2], identity[3:]
     if num_bytes < _KEPT_FROM_BYTES:
         return _computed(path)
     kept = Location.of(user_cache() / "digests" / digest([os.path.abspath(path), *identity]))
     try:
-        if _DIGEST.fullmatch(found := kept.read_text()):
-            return found
+        if _DIGEST.fullmatch(kept.read_bytes()):
+            return kept.read_text()
     except (FileNotFoundError, StorageError) as error:
         log.debug("%s is read for its digest: %s", path, error)
     found = _computed(path)
-    if time.time_ns() - max(times_ns) > _SETTLED_NS:
+    if begun_ns - max(times_ns) > _SETTLED_NS:
         try:
             kept.write_text(found)
         except StorageError as error:
@@ -106,7 +106,7 @@ def _computed(path: str) -> str:
 
 def user_cache() -> Path:
     """The folder of this user for what any run may use again."""
-    return Path(os.environ.get("DAVIR_RAY_CACHE") or Path("~/.cache/davir_ray").expanduser())
+    return Path(os.environ.get("DAVIR_RAY_CACHE") or os.path.expanduser("~/.cache/davir_ray"))
 
 
 def write_file(place: Location, content: bytes, rows: int = 0) -> FileEntry:
@@ -131,7 +131,7 @@ def put_folder(place: Location, local: Path, last: Collection[str] = ()) -> list
             name=file.relative_to(local).as_posix(),
             rows=0,
             bytes=file.stat().st_size,
-            sha256=file_digest(Location.of(file)),
+            sha256=content_digest(Location.of(file)),
         )
         for file in files
     ]

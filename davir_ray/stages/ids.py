@@ -22,13 +22,19 @@ _IDS_PER_PART = 2_000_000
 """Ids that one task compares; 16 MB."""
 
 
+_ID_BYTES = 16
+"""Bytes of an id and the number of its part."""
+
+
 def check_ids(folder: Location, shards: list[FileEntry]) -> None:
     """Raise IntegrityError if two rows of these shards have the same example_id."""
-    num_parts = 1 + total_rows(shards) // _IDS_PER_PART
+    num_rows = total_rows(shards)
+    num_parts = 1 + num_rows // _IDS_PER_PART
     repeated = regroup(
         Shards(shards, partial(read_columns, folder, ["example_id"])),
         partial(assign_part, column="example_id", num_parts=num_parts),
         Round("part", num_parts, _repeated_ids),
+        kept=_ID_BYTES * num_rows / max(1, sum(entry.bytes for entry in shards)),
     )
     if found := [example_id for ids in repeated for example_id in ids]:
         raise IntegrityError(f"two rows have the same example_id {found[0]}; rename a source to draw new ids")

@@ -191,7 +191,7 @@ def prepare(
         files=sorted(report.files, key=lambda entry: entry.name),
         details={
             IDS_CHECKED: True,
-            TEXT_BYTES: report.text_bytes_per_row,
+            TEXT_BYTES: max(report.text_bytes_per_row, report.sums["text_bytes"] // counts["prepared"]),
             "first_reject": report.first_reject,
             "by_source": {
                 source.name: _understood(source, work, reports_of_tasks, shows=at < _SHOWN_SOURCES)

@@ -109,7 +109,8 @@ def rank(run: Run, config: RankConfig) -> Manifest:
         metadata=file_metadata(run, config, fingerprint),
     )
     scores = Shards(shards, partial(read_columns, run / "scores", None))
-    files = exchange(scores, partial(bins.assign, last_bin=last_bin), last_bin + 1, write)
+    kept = rows_by_bin[: last_bin + 1].sum() / num_examples
+    files = exchange(scores, partial(bins.assign, last_bin=last_bin), last_bin + 1, write, kept=kept)
     if total_rows(files) != last_rank:
         raise IntegrityError(f"{last_rank} rows were to be ranked but {total_rows(files)} were written")
     manifest = Manifest(

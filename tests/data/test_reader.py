@@ -368,4 +368,16 @@ def test_reports_add_up_and_survive_their_text(tmp_path: Path) -> None:
     assert sum(entry.rows for entry in total.files if entry.name.startswith("examples/")) == 8
     assert total.sums["num_response_tokens"] == first.sums["num_response_tokens"] + second.sums["num_response_tokens"]
     assert total.first_reject == first.first_reject
-    assert total.text_bytes_per_row == max(first.text_bytes_per_row, second.text_bytes_per_row) > 0
+    assert total.sums["text_bytes"] == first.sums["text_bytes"] + second.sums["text_bytes"] > 0
+
+
+@pytest.mark.parametrize("many", [3, 100])
+def test_the_text_of_a_row_is_the_mean_of_a_shard_that_is_not_small(
+    tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_MANY_ROWS", many)
+    report = write(Location.of(tmp_path), 9, shard_rows=5)
+    tables = [read_parquet(Location.of(tmp_path) / entry.name) for entry in report.files]
+    sizes = [sum(table[name].nbytes for name in ("prompt", "response", "record")) for table in tables]
+    assert report.sums["text_bytes"] == pytest.approx(sum(sizes), rel=0.3)
+    assert (report.text_bytes_per_row > 0) == (many == 3)

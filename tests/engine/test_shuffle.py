@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import ray.data
 
 from davir_ray.engine import shuffle
 from davir_ray.engine.shards import Shards, grouped
 from davir_ray.engine.shuffle import Round, Written, collect, exchange, gather, regroup, write_shards
-from davir_ray.errors import DataError
+from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import FileEntry
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -54,7 +56,7 @@ def test_a_billion_rows_make_few_objects(monkeypatch: pytest.MonkeyPatch) -> Non
     entries = [FileEntry(name=str(n), rows=50_000, bytes=3_400_000, sha256="") for n in range(20_000)]
     shards = Shards(entries, rows_of)
     reading = shuffle._grouped_for_tasks(shards, max_bytes=shuffle._KEPT_BYTES)
-    edges = shuffle._edges(5000, shards, len(reading))
+    edges = shuffle._edges(5000, shards.num_bytes, len(reading))
     assert len(reading) <= 550
     assert len(reading) * (len(edges) - 1) < 150_000
     assert max(np.diff(edges)) <= 25
@@ -125,6 +127,30 @@ def test_text_beyond_32_bits_has_64_bit_offsets(shards: Shards, monkeypatch: pyt
     assert wide.cast(SCHEMA).equals(pa.concat_tables([rows_of("0"), rows_of("1")]).combine_chunks())
     mixed = shuffle._as_one([rows_of("0"), wide])
     assert mixed.num_rows == 60
+
+
+def test_a_number_that_no_group_has_is_refused(shards: Shards) -> None:
+    with pytest.raises(IntegrityError, match=r"the column number has 8, above its 8 groups"):
+        regroup(shards, lambda table: table, Round("number", 8, lambda rows: rows))
+
+
+@pytest.mark.slow
+def test_stages_that_go_on_are_not_stuck(shards: Shards) -> None:
+    """Every task is much shorter than the limit, and all those that read are longer."""
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_no_progress_timeout_s = 20
+
+    def slowly(table: pa.Table) -> pa.Table:
+        time.sleep(4)
+        return table
+
+    with ray.data.DataContext.current(context):
+        rows = regroup(
+            Shards([entry for entry in shards.entries for _ in range(3)], rows_of),
+            slowly,
+            Round("number", 9, lambda rows: rows.num_rows),
+        )
+    assert len(rows) == 9
 
 
 def test_an_error_of_a_task_is_what_it_was(shards: Shards) -> None:

@@ -159,6 +159,18 @@ def test_what_an_actor_that_died_had_committed_of_a_block_is_not_done_again(work
         assert CommittedShard.from_json(text, "") == CommittedShard.from_json(before, "")
 
 
+def test_a_shard_that_another_drivers_actor_committed_is_done_again(tmp_path: Path, worker: ShardWorker) -> None:
+    other = ShardFolder(place=Run.at(tmp_path) / "scores", schema=SCORES, fingerprint='"another"')
+    other.commit("a.parquet", Model()(named(2, "a.parquet", 2)), "{}")
+    worker(pa.concat_tables([named(2, "a.parquet", 2), named(2, "b.parquet", 2)]))
+    told = worker._counter
+    assert isinstance(told, Told)
+    assert told.begun == ["a.parquet", "b.parquet"]
+    again = other.read("a.parquet", 2)
+    assert again is not None
+    assert again.fingerprint == '"mark"'
+
+
 @pytest.mark.parametrize(
     "torn",
     [

@@ -63,6 +63,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         partial(plan.bins(rank_config).assign, last_bin=len(plan.ranges) - 1),
         len(plan.ranges),
         partial(_write_range, choice=choice, plan=plan, metadata=file_metadata(run, rank_config, fingerprint)),
+        kept=plan.num_rows / scored.counts["examples"],
     )
     if total_rows(selected) != plan.num_rows:
         raise IntegrityError(f"{plan.num_rows} rows were to be selected but {total_rows(selected)} were written")
