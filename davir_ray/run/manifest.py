@@ -148,7 +148,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results may depend on; no stage is redone for them, but the report."""
+    """Versions of Python and of the packages that results may depend on; of the stages, the report alone is redone."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

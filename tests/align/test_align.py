@@ -268,6 +268,7 @@ def test_a_password_is_refused_and_not_repeated() -> None:
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_frozen_losses_in_other_arithmetic_than_the_training_are_refused(config: AlignRunConfig) -> None:
     training = replace(config.finetune, precision="auto", use_gpu=False)
     check_arithmetic(training, config.score)

@@ -236,8 +236,8 @@ def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores
         patch.setattr(
             ranking,
             "exchange",
-            lambda shards, assign, num_bins, write: exchange_as_it_is(
-                shards, assign, num_bins, partial(write_once_killed, write=write, mark=mark)
+            lambda shards, assign, num_bins, write, **more: exchange_as_it_is(
+                shards, assign, num_bins, partial(write_once_killed, write=write, mark=mark), **more
             ),
         )
         manifest = rank(run, RankConfig())

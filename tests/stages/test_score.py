@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
+from davir_ray.engine import pool
 from davir_ray.engine.blocks import ShardBlocks
 from davir_ray.engine.connect import whole_block_context
 from davir_ray.engine.pool import ShardWorker, Stream
@@ -124,7 +125,9 @@ def named(rows: int, shard: str, shard_rows: int) -> pa.Table:
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> ShardWorker:
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardWorker:
+    """An actor's worker in this process, whose logging stays as it is."""
+    monkeypatch.setattr(pool, "configure_worker_logging", lambda: None)
     run = Run.at(tmp_path)
     stream = Stream(
         stage="score", run=run, folder="scores", schema=SCORES, fingerprint={}, examples=run, shards=[],
