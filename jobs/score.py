@@ -15,15 +15,17 @@ from davir_ray.config.run import RunConfig
 def main(config: RunConfig) -> None:
     """Run the chain and print where the result is; with --dry_run, only print what would be done."""
     # Imported here, so that a mistake in the options, or a run that is complete, is reported before torch and Ray load.
+    if config.dry_run:
+        from davir_ray.pipeline import dry_run
+
+        print("\n".join(dry_run(config)))
+        return
     from davir_ray.complete import complete_run
 
-    run = None if config.dry_run else complete_run(config)
+    run = complete_run(config)
     if run is None:
-        from davir_ray.pipeline import dry_run, run_all
+        from davir_ray.pipeline import run_all
 
-        if config.dry_run:
-            print("\n".join(dry_run(config)))
-            return
         run = run_all(config)
     print(f"selected: {run / 'selected'}\nreport:   {run / 'report.html'}")
 

@@ -165,7 +165,7 @@ def _check_answer(address: str) -> None:
 
 @contextmanager
 def own_errors(limit: str = NO_PROGRESS, wrapper: type[Exception] = RayError) -> Iterator[None]:
-    """Raise a DavirError of a worker as itself, without Ray's wrappers around it; `wrapper` is one that is no RayError.
+    """Raise a DavirError of a worker as itself, without the RayError, or the `wrapper`, around it.
 
     A run that makes no progress raises ProgressError; `limit` is the name of the setting that sets the time limit.
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,8 +62,6 @@ _WIDE_BYTES = 2**30
 _WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 Change = Callable[[pa.Table], pa.Table]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

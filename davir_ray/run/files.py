@@ -86,8 +86,8 @@ def _local_digest(path: str, *identity: int) -> str:
         return _computed(path)
     kept = Location.of(user_cache() / "digests" / digest([os.path.abspath(path), *identity]))
     try:
-        if _DIGEST.fullmatch(kept.read_bytes()):
-            return kept.read_text()
+        if _DIGEST.fullmatch(text := kept.read_bytes()):
+            return text.decode()
     except (FileNotFoundError, StorageError) as error:
         log.debug("%s is read for its digest: %s", path, error)
     found = _computed(path)
