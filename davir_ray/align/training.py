@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from davir_ray.config.align import AlignConfig
@@ -12,10 +13,10 @@ from davir_ray.engine.resources import num_gpus_of
 from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import ConfigError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet
+from davir_ray.models.training.pairs import FROZEN_COLUMNS, PAIR_COLUMNS, PairSet, write_pairs
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
-from davir_ray.run.location import each
+from davir_ray.run.location import each_in_turn
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages.finetune import Training, recipe_of, train
 
@@ -39,7 +40,8 @@ def align(
         run=run,
         base=base,
         config=config,
-        objective=partial(_read_pairs, run, shards, objective),
+        write=partial(_write_pairs, run, shards, objective.heldout_fraction),
+        objective=partial(PairSet.mapped, config=objective),
         spec=spec,
         folder="policy",
         dropout=False,
@@ -69,7 +71,7 @@ def check_arithmetic(training: FinetuneConfig, scoring: ScoreConfig) -> None:
         )
 
 
-def _read_pairs(run: Run, shards: list[str], objective: AlignConfig) -> PairSet:
-    examples = each(lambda name: read_parquet(run / "examples" / name, PAIR_COLUMNS), shards)
-    frozen = each(lambda name: read_parquet(run / "frozen" / name, FROZEN_COLUMNS), shards)
-    return PairSet.of(zip(examples, frozen, strict=True), objective)
+def _write_pairs(run: Run, shards: list[str], heldout_fraction: float, folder: Path) -> None:
+    examples = each_in_turn(lambda name: read_parquet(run / "examples" / name, PAIR_COLUMNS), shards)
+    frozen = each_in_turn(lambda name: read_parquet(run / "frozen" / name, FROZEN_COLUMNS), shards)
+    write_pairs(folder, zip(examples, frozen, strict=True), heldout_fraction)

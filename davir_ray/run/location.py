@@ -6,8 +6,9 @@ import posixpath
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -34,6 +35,8 @@ _S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts":
 HEAD, whose answer has no body to recognise it by. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS take precedence where set."""
 
 _THREADS = 32
+_AHEAD = 4
+"""Results that are computed before they are asked for, where each may be large."""
 """Concurrent requests where many files are looked at: they wait for the store, not for this process."""
 
 DANGLING = "dangling link"
@@ -103,7 +106,8 @@ class FileInfo(NamedTuple):
 def file_info(info: Mapping[str, Any]) -> FileInfo:
     """Size and mark of a file, from fsspec's answer about it."""
     mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-    return FileInfo(int(info["size"]), None if mark is None else str(mark).strip('"'))
+    num_bytes = int(info.get("size") or 0)  # None where a web server does not say
+    return FileInfo(num_bytes, None if mark is None else str(mark).strip('"'))
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,18 @@ def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Resu
     """Apply `work` to every item in threads, for requests to a store; returns the results in order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, items))
+
+
+def each_in_turn(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """Like `each`, but the results come one by one, and only a few are computed ahead of the one that is taken."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        begun: deque[Future[_Result]] = deque()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > _AHEAD:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def remove_leftovers(folder: Location) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from davir_ray.config.training import FinetuneConfig
@@ -17,10 +18,10 @@ from davir_ray.engine.ray_train import run_on_workers
 from davir_ray.engine.tracking import StepLog
 from davir_ray.errors import UserError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, TrainingSet
+from davir_ray.models.training.examples import TRAINING_COLUMNS, Objective, TrainingSet, write_examples
 from davir_ray.run.files import FileEntry, digest, in_folder, read_parquet
 from davir_ray.run.folder import Run
-from davir_ray.run.location import Location, each
+from davir_ray.run.location import Location, each_in_turn
 from davir_ray.run.manifest import Manifest
 from davir_ray.run.progress import Progress
 from davir_ray.stages.training_plan import plan_training
@@ -50,8 +51,10 @@ class Training:
     run: Run
     base: Checkpoint
     config: FinetuneConfig
-    objective: Callable[[], Objective]
-    """Reads the training data; called in each worker."""
+    write: Callable[[Path], None]
+    """Writes the training data to a local folder; called by one worker of each node."""
+    objective: Callable[[Path], Objective]
+    """Maps the data of such a folder; called in each worker."""
     spec: dict[str, Any]
     """The scoring spec that is saved with the model."""
     folder: str
@@ -79,19 +82,24 @@ def finetune(
     """
     holder = examples or run
     prepared = holder.require("prepare")
-    folder, shards = holder / "examples", [entry.name for entry in prepared.files_in("examples")]
+    shards = [entry.name for entry in prepared.files_in("examples")]
     training = Training(
         stage="finetune",
         run=run,
         base=base,
         config=config,
-        objective=lambda: TrainingSet.of(each(lambda name: read_parquet(folder / name, TRAINING_COLUMNS), shards)),
+        write=partial(_write_examples, holder / "examples", shards),
+        objective=TrainingSet.mapped,
         spec=spec,
         folder="reference",
         steps=steps,
     )
     fingerprint = {"base": base.weights_digest(), "examples": prepared.content, **recipe_of(config)}
     return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"])
+
+
+def _write_examples(examples: Location, shards: list[str], folder: Path) -> None:
+    write_examples(folder, each_in_turn(lambda name: read_parquet(examples / name, TRAINING_COLUMNS), shards))
 
 
 def recipe_of(config: FinetuneConfig) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from davir_ray.engine.trackers import Step
 from davir_ray.errors import ConfigError, IntegrityError, StorageError
 from davir_ray.models.checkpoint import CONFIGS, SPEC_FILE
 from davir_ray.models.device import device_name, resolve_dtype, uses_autocast, weights_precision, worker_device
+from davir_ray.models.training.examples import Objective
 from davir_ray.models.training.loop import StepReport, Trainer
 from davir_ray.models.training.model import save_reference, trainable
-from davir_ray.models.training.parallel import add_checksums, replicated, sharded, together
+from davir_ray.models.training.parallel import add_checksums, from_all, replicated, sharded, together
 from davir_ray.run.files import FileEntry, digest, put_folder
 from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import explain, storage_errors
@@ -62,7 +63,7 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
     config = training.config
     if not config.use_gpu:
         torch.set_num_threads(config.num_cpus)
-    objective = together(training.objective)
+    objective = _objective(training)
     model = _load(training)
     trainer = together(lambda: Trainer(model, objective, config))
     noted = _noted_budget(training, model)
@@ -91,6 +92,27 @@ def train_on_rank(training: Training, counter: ProgressCounter) -> dict[str, Any
         "details": objective.details,
         "files": [dataclasses.asdict(entry) for entry in files],
     }
+
+
+def _objective(training: Training) -> Objective:
+    """The objective over one copy of the data on this node, which the node's first worker writes.
+
+    Every worker maps the files; then they are removed, so that workers that die later leave none behind.
+    """
+    context = ray.train.get_context()
+    writes = context.get_local_rank() == 0
+    with ExitStack() as written:
+        own = together(lambda: _written(training, written) if writes else None)
+        folders = {node: folder for node, folder in from_all((context.get_node_rank(), own)) if folder is not None}
+        return together(lambda: training.objective(folders[context.get_node_rank()]))
+
+
+def _written(training: Training, written: ExitStack) -> Path:
+    """A new folder with the training data, which is removed when `written` is closed."""
+    with storage_errors(tempfile.gettempdir()):
+        folder = Path(written.enter_context(tempfile.TemporaryDirectory(prefix="davir-training-")))
+        training.write(folder)
+    return folder
 
 
 def _noted_budget(training: Training, model: Any) -> Location:

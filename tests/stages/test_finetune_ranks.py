@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray.train
 import torch
 import torch.distributed as dist
 from ranks import run_two_ranks
@@ -22,7 +23,7 @@ from davir_ray.errors import DavirError, IntegrityError, ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.kernel.attention import PACKED_ATTENTION, register_packed_attention
 from davir_ray.models.kernel.likelihood import Likelihood
-from davir_ray.models.training.examples import Objective, TrainingSet
+from davir_ray.models.training.examples import Objective, TrainingSet, write_examples
 from davir_ray.models.training.loop import Trainer
 from davir_ray.run.folder import Run
 from davir_ray.stages import training_worker as training
@@ -39,18 +40,31 @@ MODEL = LlamaConfig(
 
 
 @dataclass(frozen=True)
-class ReadAlike:
-    """Reads the same examples on each rank, but for one, whose copy is damaged."""
+class WriteAlike:
+    """Writes the same examples on each node, but for one, which cannot read them."""
 
     damaged_on: int | None
 
-    def __call__(self) -> Objective:
+    def __call__(self, folder: Path) -> None:
         if dist.get_rank() == self.damaged_on:
             raise IntegrityError(f"the copy of rank {self.damaged_on} is damaged")
         ids = np.arange(8 * 6).reshape(8, 6) % MODEL.vocab_size
         kinds = {"example_id": pa.int64(), "input_ids": pa.list_(pa.int32()), "response_spans": pa.list_(pa.int32())}
         rows = [{"example_id": row, "input_ids": ids[row].tolist(), "response_spans": [3, 6]} for row in range(8)]
-        return TrainingSet.of([pa.Table.from_pylist(rows, pa.schema(kinds))])
+        write_examples(folder, [pa.Table.from_pylist(rows, pa.schema(kinds))])
+
+
+class OnNode:
+    """The context of a group whose ranks have a node each, or one together."""
+
+    def __init__(self, *, alone: bool) -> None:
+        self._alone = alone
+
+    def get_local_rank(self) -> int:
+        return 0 if self._alone else dist.get_rank()
+
+    def get_node_rank(self) -> int:
+        return dist.get_rank() if self._alone else 0
 
 
 class WithoutTokenizer(Checkpoint):
@@ -77,7 +91,8 @@ def training_of(folder: Path, damaged_on: int | None = None) -> Training:
         run=Run.at(folder),
         base=base,
         config=CONFIG,
-        objective=ReadAlike(damaged_on),
+        write=WriteAlike(damaged_on),
+        objective=TrainingSet.mapped,
         spec={},
         folder="reference",
     )
@@ -85,7 +100,22 @@ def training_of(folder: Path, damaged_on: int | None = None) -> Training:
 
 def read_damaged(folder: Path, rank: int) -> None:
     """One rank cannot read what it is to train on."""
-    training.train_on_rank(training_of(folder, damaged_on=1), NobodyListens())  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.train, "get_context", lambda: OnNode(alone=True))
+        training.train_on_rank(training_of(folder, damaged_on=1), NobodyListens())  # type: ignore[arg-type]
+
+
+def share_one_copy(of_rank: Training, folder: Path, rank: int) -> Objective:
+    """Both ranks of a node map the same files, which nobody else can open any more; notes the files of this rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.train, "get_context", lambda: OnNode(alone=False))
+        examples = training._objective(of_rank)
+    mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = sorted((inode, name) for *_, inode, name in (line for line in mapped if "davir-training-" in line[-1]))
+    assert len(files) == 5
+    assert all(name.endswith(" (deleted)") for _, name in files)
+    (folder / f"mapped-{rank}").write_text(str(files))
+    return examples
 
 
 def export_nothing(folder: Path, rank: int) -> None:
@@ -94,7 +124,8 @@ def export_nothing(folder: Path, rank: int) -> None:
     register_packed_attention()
     model = LlamaForCausalLM._from_config(MODEL, attn_implementation=PACKED_ATTENTION)
     of_rank = training_of(folder)
-    trainer = Trainer(DistributedDataParallel(Likelihood(model)), of_rank.objective(), replace(CONFIG, epochs=2))
+    examples = share_one_copy(of_rank, folder, rank)
+    trainer = Trainer(DistributedDataParallel(Likelihood(model)), examples, replace(CONFIG, epochs=2))
     checkpoints = training.Checkpoints(of_rank, trainer, is_first=rank == 0)
     training._take_steps(of_rank, trainer, NobodyListens(), checkpoints, is_first=rank == 0)  # type: ignore[arg-type]
 
@@ -123,6 +154,7 @@ def test_an_error_that_one_rank_meets_is_raised_on_all(tmp_path: Path) -> None:
     run_two_ranks(__file__, tmp_path)
     for case, message in CASES.items():
         assert [(tmp_path / f"{case.__name__}-{rank}").read_text() for rank in range(2)] == [message, message]
+    assert (tmp_path / "mapped-0").read_text() == (tmp_path / "mapped-1").read_text()
 
 
 if __name__ == "__main__":

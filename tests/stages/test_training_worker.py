@@ -71,7 +71,7 @@ class NobodyListens:
 def training_of(**options: Any) -> Training:
     return Training(
         stage="finetune", run=Run.at("memory://run"), base=None, config=FinetuneConfig(**options),  # type: ignore[arg-type]
-        objective=lambda: None, spec={}, folder="reference", name="name",  # type: ignore[arg-type, return-value]
+        write=lambda _: None, objective=lambda _: None, spec={}, folder="reference", name="name",  # type: ignore[arg-type, return-value]
     )  # fmt: skip
 
 

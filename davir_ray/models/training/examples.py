@@ -1,8 +1,10 @@
-"""The training data of a fine-tune, in the memory of each worker, and the objective that is minimised over it."""
+"""The training data of a fine-tune, one copy a node, and the objective that is minimised over it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 from davir_ray.errors import DataError
 from davir_ray.models.kernel.likelihood import Pack
+from davir_ray.models.training.arrays import ArrayFiles
 
 
 class Objective(Protocol):
@@ -52,19 +55,41 @@ class Objective(Protocol):
 TRAINING_COLUMNS = ["example_id", "input_ids", "response_spans"]
 """Columns of examples that training reads."""
 
-_TRAINING_SCHEMA = pa.schema(
-    [
-        pa.field("example_id", pa.int64()),
-        # 64-bit offsets: a corpus may have more than 2**31 tokens.
-        pa.field("input_ids", pa.large_list(pa.int32())),
-        pa.field("response_spans", pa.large_list(pa.int32())),
-    ]
-)
+_KINDS: dict[str, type[np.generic]] = {
+    "ids": np.int64,
+    "tokens": np.int32,
+    "token_edges": np.int64,
+    "spans": np.int32,
+    "span_edges": np.int64,
+}
+
+
+def write_examples(folder: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables with TRAINING_COLUMNS as the files of a TrainingSet; one table is in memory at a time.
+
+    Examples whose first scored token nothing predicts are left out. DataError if none is left.
+    """
+    files = ArrayFiles(folder, _KINDS)
+    ends = {"token_edges": 0, "span_edges": 0}
+    for table in tables:
+        table = table.filter(pc.greater(pc.list_value_length(table["response_spans"]), 0))
+        table = table.filter(pc.greater(pc.list_element(table["response_spans"], 0), 0))
+        if not table.num_rows:
+            continue
+        files.append("ids", table["example_id"])
+        for edges, values, column in zip(ends, ("tokens", "spans"), TRAINING_COLUMNS[1:], strict=True):
+            lists = table[column].combine_chunks()
+            files.append(values, lists.flatten())
+            edges_N1 = ends[edges] + np.cumsum([0, *np.asarray(lists.value_lengths())])
+            files.append(edges, edges_N1 if ends[edges] == 0 else edges_N1[1:])
+            ends[edges] = int(edges_N1[-1])
+    if not ends["token_edges"]:
+        raise DataError("no example can be trained on: none has a scored token that another token precedes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """All examples of a run in memory, as flat arrays: 4 bytes per token. The loss is that of the response tokens."""
+    """All examples of a run as flat arrays, mapped from files. The loss is that of the response tokens."""
 
     measures: ClassVar[tuple[str, ...]] = ("loss",)
 
@@ -75,21 +100,16 @@ class TrainingSet:
     span_edges: npt.NDArray[np.int64]
 
     @classmethod
+    def mapped(cls, folder: Path) -> Self:
+        """The examples that `write_examples` wrote; the folder may be removed at once."""
+        return cls(**ArrayFiles(folder, _KINDS).mapped())
+
+    @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> Self:
-        """Read tables with TRAINING_COLUMNS; examples whose first scored token nothing predicts are left out."""
-        table = pa.concat_tables([table.select(TRAINING_COLUMNS) for table in tables]).cast(_TRAINING_SCHEMA)
-        table = table.filter(pc.greater(pc.list_value_length(table["response_spans"]), 0))
-        table = table.filter(pc.greater(pc.list_element(table["response_spans"], 0), 0))
-        if not table.num_rows:
-            raise DataError("no example can be trained on: none has a scored token that another token precedes")
-        tokens, spans = (table[name].combine_chunks() for name in TRAINING_COLUMNS[1:])
-        return cls(
-            ids=np.asarray(table["example_id"]),
-            tokens=tokens.flatten().to_numpy(),
-            token_edges=_edges(tokens),
-            spans=spans.flatten().to_numpy(),
-            span_edges=_edges(spans),
-        )
+        """The examples of tables with TRAINING_COLUMNS, in files that nobody else sees."""
+        with TemporaryDirectory(prefix="davir-training-") as folder:
+            write_examples(Path(folder), tables)
+            return cls.mapped(Path(folder))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,8 +146,3 @@ class TrainingSet:
 
     def _spans(self, row: int) -> npt.NDArray[np.int32]:
         return self.spans[self.span_edges[row] : self.span_edges[row + 1]]
-
-
-def _edges(lists: pa.LargeListArray) -> npt.NDArray[np.int64]:
-    lengths = np.asarray(lists.value_lengths()).astype(np.int64)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

@@ -1,8 +1,10 @@
 """The data of preference training: pairs with the frozen policy's log-probabilities, and the loss over them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,7 +18,8 @@ from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas.hashing import drawn
 from davir_ray.formulas.losses import PairLogprobs, pair_loss
 from davir_ray.models.kernel.likelihood import Pack
-from davir_ray.models.training.examples import TRAINING_COLUMNS, TrainingSet
+from davir_ray.models.training.arrays import ArrayFiles
+from davir_ray.models.training.examples import TRAINING_COLUMNS, TrainingSet, write_examples
 from davir_ray.schema import Status
 
 PAIR_COLUMNS = [*TRAINING_COLUMNS, "pair_id", "prompt_hash", "num_response_tokens"]
@@ -29,9 +32,39 @@ DAVIR_DPO_BETA = 0.1
 """The beta of DPO that DavIR-DPO matches: its gradient is DPO's at beta / |log-probability| (arXiv 2310.13008)."""
 
 
+_KINDS: dict[str, type[np.generic]] = {
+    "pair_ids": np.int64,
+    "frozen_logprobs": np.float64,
+    "num_response_tokens": np.int64,
+}
+
+
+def write_pairs(folder: Path, shards: Iterable[tuple[pa.Table, pa.Table]], heldout_fraction: float) -> None:
+    """Write tables with PAIR_COLUMNS, each with a table of FROZEN_COLUMNS of the same rows, as the files of a PairSet.
+
+    Held-out pairs, and pairs of which a response has no frozen log-probability, are left out. DataError if none is
+    left.
+    """
+    files = ArrayFiles(folder, _KINDS)
+
+    def written() -> Iterator[pa.Table]:
+        for examples, frozen in shards:
+            table = _usable(examples, frozen, heldout_fraction)
+            files.append("pair_ids", np.asarray(table["pair_id"])[::2])
+            files.append("frozen_logprobs", -np.asarray(table["base_nll"]))
+            files.append("num_response_tokens", table["num_response_tokens"])
+            yield table
+
+    try:
+        write_examples(folder, written())
+    except DataError as error:
+        none = "no pair can be trained on: none has frozen log-probabilities, or all are held out"
+        raise DataError(none) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
-    """Pairs in memory; both responses of a pair are in one pack, and the loss is the mean over pairs.
+    """Pairs mapped from files; both responses of a pair are in one pack, and the loss is the mean over pairs.
 
     The measures are means over a batch: the loss; the share of pairs whose chosen response has the higher reward; the
     margin and both rewards; the log-probability of both responses under the policy, in nats, summed over tokens.
@@ -52,24 +85,24 @@ class PairSet:
     )  # fmt: skip
 
     @classmethod
-    def of(cls, shards: Iterable[tuple[pa.Table, pa.Table]], config: AlignConfig) -> Self:
-        """Read tables with PAIR_COLUMNS, each with a table of FROZEN_COLUMNS of the same rows.
-
-        Held-out pairs, and pairs of which a response has no frozen log-probability, are left out. DataError if none is
-        left.
-        """
-        table = pa.concat_tables([_usable(examples, frozen, config.heldout_fraction) for examples, frozen in shards])
-        if not table.num_rows:
-            raise DataError("no pair can be trained on: none has frozen log-probabilities, or all are held out")
-        logprobs = -np.asarray(table["base_nll"])
+    def mapped(cls, folder: Path, config: AlignConfig) -> Self:
+        """The pairs that `write_pairs` wrote; the folder may be removed at once."""
+        arrays = ArrayFiles(folder, _KINDS).mapped()
         return cls(
-            examples=TrainingSet.of([table.select(TRAINING_COLUMNS)]),
-            ids=np.asarray(table["pair_id"])[::2],
-            frozen_logprobs=logprobs,
-            num_tokens=np.asarray(table["num_response_tokens"]).astype(np.int64),
+            examples=TrainingSet.mapped(folder),
+            ids=arrays["pair_ids"],
+            frozen_logprobs=arrays["frozen_logprobs"],
+            num_tokens=arrays["num_response_tokens"],
             loss=config.loss,
-            beta=beta_of(config, logprobs),
+            beta=beta_of(config, arrays["frozen_logprobs"]),
         )
+
+    @classmethod
+    def of(cls, shards: Iterable[tuple[pa.Table, pa.Table]], config: AlignConfig) -> Self:
+        """The pairs of such tables as `write_pairs` takes, in files that nobody else sees."""
+        with TemporaryDirectory(prefix="davir-training-") as folder:
+            write_pairs(Path(folder), shards, config.heldout_fraction)
+            return cls.mapped(Path(folder), config)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -176,7 +176,7 @@ class Sharded:
         """
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(dict(_tensors(self.likelihood.model, optimizer)), storage_writer=writer)
-        names = [name for files in _from_all([path.name for path in folder.iterdir()]) for name in files]
+        names = [name for files in from_all([path.name for path in folder.iterdir()]) for name in files]
         if dist.get_rank() == 0:
             index = {"step": position.step, "history": position.history, "files": sorted(names)}
             (folder / SHARDS_FILE).write_text(json.dumps(index))
@@ -316,15 +316,16 @@ def together(work: Callable[[], T]) -> T:
         done = work()
     except DavirError as error:
         problem = error
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        problem = next((found for found in _from_all(problem) if found is not None), None)
+    problem = next((found for found in from_all(problem) if found is not None), None)
     if problem is not None:
         raise problem
     return cast(T, done)
 
 
-def _from_all(own: Any) -> list[Any]:
+def from_all(own: Any) -> list[Any]:
     """The objects of all ranks, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
