@@ -13,15 +13,14 @@ from typing import Any
 from davir_ray.config.run import RunConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.yaml import dump, load
-from davir_ray.data.files import list_files
+from davir_ray.data.files import SourceFile, list_files
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.places import check_places, read_template, written_by
 from davir_ray.run.access import check_readable
-from davir_ray.run.files import file_digest
 from davir_ray.run.folder import Run
 from davir_ray.run.lease import LEASE_FILE
-from davir_ray.run.location import Location
+from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, library_versions
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import STAGES
@@ -116,4 +115,5 @@ def _with_formats_of(noted: RunConfig, config: RunConfig) -> RunConfig:
 
 def _digests(source: Source, written: list[Location]) -> dict[str, str]:
     """The digest of each file of a source, by relative path."""
-    return {file.relative_path: file_digest(Location.of(file.uri)) for file in list_files(source, written)}
+    files = list_files(source, written)
+    return dict(zip((file.relative_path for file in files), each(SourceFile.digest, files), strict=True))

@@ -11,6 +11,7 @@ from davir_ray.config.sources import Source
 from davir_ray.config.yaml import load
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.detection import with_format
+from davir_ray.data.files import SourceFile, list_files
 from davir_ray.data.formats import check_chat_template, needs_chat
 from davir_ray.engine.trackers import check_tracker
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
@@ -29,15 +30,22 @@ log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=InputConfig)
 
 
-def with_formats(config: Config, *, pairs: bool = False) -> Config:
-    """The settings with the format of every source, found where it is auto; see davir_ray.data.detection.
+def with_formats(config: Config, *, pairs: bool = False) -> tuple[Config, list[list[SourceFile]]]:
+    """The settings with the format of every source, found where it is auto, and the files of each source.
 
     It comes before everything that depends on a source's name or format: ids, fingerprints and the remembered settings.
+    See davir_ray.data.detection.
     """
     check_readable([(path, DataError) for source in config.all_sources() for path in source.paths])
     written = written_by(Run.at(config.output or ""), config.score)
-    sources = [with_format(source, config.prepare, pairs=pairs, written=written) for source in config.all_sources()]
-    return replace(config, format=sources[0].format) if config.data is not None else replace(config, sources=sources)
+    files = [list_files(source, written) for source in config.all_sources()]
+    sources = [
+        with_format(source, listed, config.prepare, pairs=pairs)
+        for source, listed in zip(config.all_sources(), files, strict=True)
+    ]
+    if config.data is not None:
+        return replace(config, format=sources[0].format), files
+    return replace(config, sources=sources), files
 
 
 def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Preparation]:
@@ -59,14 +67,14 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
     return run, preparation
 
 
-def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation) -> Manifest:
-    """Prepare the job's sources."""
+def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation, files: list[list[SourceFile]]) -> Manifest:
+    """Prepare the job's sources, each of which has these files."""
     return prepare(
         run,
         config.all_sources(),
         preparation,
         max_bad_fraction=config.max_bad_fraction,
-        written=written_by(run, config.score),
+        files=files,
     )
 
 

@@ -41,7 +41,7 @@ def run_all(config: RunConfig) -> Run:
     """Run the chain from raw data to a ranked, selected set and its report; complete stages are skipped."""
     config.require_input()
     config.select.require_rule()
-    config = with_formats(config)
+    config, files = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     inputs = found_inputs(preparation.base, reference, preparation.chat_template)
@@ -50,7 +50,7 @@ def run_all(config: RunConfig) -> Run:
         run.writing(dump(config)),
         Tracking(run, config.track) as tracking,
     ):
-        examples = prepare_inputs(run, config, preparation)
+        examples = prepare_inputs(run, config, preparation, files)
         check_count(config.select, examples.counts["prepared"], "prepared")
         from davir_ray.stages.finetune import finetune
         from davir_ray.stages.score import score
@@ -74,14 +74,14 @@ def finetune_only(config: RunConfig) -> Run:
     if config.reference is not None:
         raise ConfigError(f"reference is {config.reference!r}, so there is nothing to train; leave it out")
     config.require_input()
-    config = with_formats(config)
+    config, files = with_formats(config)
     run, preparation = check_inputs(config)
     with (
         connected_to(run, is_shared=config.output_is_shared),
         run.writing(dump(config)),
         Tracking(run, config.track) as tracking,
     ):
-        prepare_inputs(run, config, preparation)
+        prepare_inputs(run, config, preparation, files)
         from davir_ray.stages.finetune import finetune
 
         spec = scoring_spec(preparation, config.all_sources())
@@ -109,7 +109,7 @@ def dry_run(config: RunConfig) -> list[str]:
 
     config.require_input()
     config.select.require_rule()
-    config = with_formats(config)
+    config, _ = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
     reference = _given_reference(config, preparation)
     training = None if reference else config.finetune

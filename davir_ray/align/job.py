@@ -28,7 +28,7 @@ reads them instead of computing them again, if training and scoring use the same
 def run_alignment(config: AlignRunConfig) -> Run:
     """Go from preference data to a trained policy and its report; stages that are complete are skipped."""
     config.require_input()
-    config = with_formats(config, pairs=True)
+    config, files = with_formats(config, pairs=True)
     run, preparation = check_inputs(config)
     base, others = preparation.base, finished_runs(config.beside)
     spec = scoring_spec(preparation, config.all_sources())
@@ -41,7 +41,7 @@ def run_alignment(config: AlignRunConfig) -> Run:
         if run.manifest("align") is None:
             check_workers(config.finetune)
             check_arithmetic(config.finetune, config.score)
-        prepare_inputs(run, config, preparation)
+        prepare_inputs(run, config, preparation, files)
         check_comparable(run, others, is_shared=config.output_is_shared)
         freeze(run, base, scoring, config.finetune)
         align(run, base, config.finetune, config.align, spec, tracking.steps)
@@ -62,7 +62,7 @@ def run_alignment(config: AlignRunConfig) -> Run:
 def dry_run(config: AlignRunConfig) -> list[str]:
     """Check settings, files, tokenizers and the cluster without loading a weight; returns the lines to print."""
     config.require_input()
-    config = with_formats(config, pairs=True)
+    config, _ = with_formats(config, pairs=True)
     run, preparation = check_inputs(config)
     finished_runs(config.beside)
     return describe_run(run, config, preparation, config.finetune, written_by(run, config.score))

@@ -32,6 +32,7 @@ from davir_ray.config.run import RunConfig, Tracker
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
 from davir_ray.data.detection import with_format
+from davir_ray.data.files import list_files
 from davir_ray.data.formats import needs_chat
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.trackers import check_tracker
@@ -122,7 +123,7 @@ def compare(config: CompareConfig) -> Run:
 def _with_formats(config: CompareConfig, run_config: RunConfig, output: Run) -> CompareConfig:
     """The settings with the format of every held-out source, found where it is auto."""
     written = written_by(output, run_config.score)
-    sources = [with_format(source, run_config.prepare, written=written) for source in config.all_heldout()]
+    sources = [with_format(source, list_files(source, written), run_config.prepare) for source in config.all_heldout()]
     if config.heldout is not None:
         return dataclasses.replace(config, heldout_format=sources[0].format)
     return dataclasses.replace(config, heldout_sources=sources)

@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.data.conversation import MARKS, is_filled
-from davir_ray.data.files import Slice, list_files
+from davir_ray.data.files import Slice, SourceFile
 from davir_ray.data.formats import (
     FORMATS,
     MEDIA_COLUMNS,
@@ -24,7 +23,6 @@ from davir_ray.data.formats import (
 )
 from davir_ray.data.records import Record, read_records
 from davir_ray.errors import ConfigError, DataError
-from davir_ray.run.location import Location
 from davir_ray.text import shorten
 
 log = logging.getLogger(__name__)
@@ -35,19 +33,16 @@ _MIN_SHARE = 0.5
 """Share of the sampled records that must have a format's columns; the others may be bad rows."""
 
 
-def with_format(
-    source: Source, options: PrepareConfig, *, pairs: bool = False, written: Sequence[Location] = ()
-) -> Source:
-    """The source with its format, after the check that its first records lose nothing by it.
+def with_format(source: Source, files: list[SourceFile], options: PrepareConfig, *, pairs: bool = False) -> Source:
+    """The source with its format, after the check that its first records, those of its files, lose nothing by it.
 
-    A format that is found is logged in one line with what was seen. With `pairs` it must be one of pairs. Files in the
-    places `written` by the job are not read. Raises ConfigError for a format or a column that does not fit, DataError
-    for data that fit no format or several, and for columns that would change the prompt and are not read.
+    A format that is found is logged in one line with what was seen. With `pairs` it must be one of pairs. Raises
+    ConfigError for a format or a column that does not fit, DataError for data that fit no format or several, and for
+    columns that would change the prompt and are not read.
     """
     if source.format != "auto":
         _check_kind(source, pairs)
         check_columns(source)
-    files = list_files(source, written)
     rows = chain.from_iterable(read_records(Slice(file)) for file in files)
     records = [row for row in islice(rows, SAMPLED_RECORDS) if isinstance(row, Record)]
     if source.format == "auto":

@@ -29,7 +29,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from davir_ray.config.sources import DEFAULT_SPLIT, Source
 from davir_ray.errors import DataError, StorageError
-from davir_ray.run.location import CYCLE, DANGLING, LFS_POINTER, Location, each, file_system
+from davir_ray.run.files import file_digest
+from davir_ray.run.location import CYCLE, DANGLING, LFS_POINTER, FileInfo, Location, each, file_info, file_system
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD
 from davir_ray.run.storage_errors import CONTINUES, explain, store_errors
 
@@ -77,6 +78,13 @@ class SourceFile:
     """Path below the source's root, so that it stays the same when the root moves; part of example_id."""
     layout: Layout
     num_bytes: int
+    mark: str | None = None
+    """Etag or modification time (see FileInfo) when it was listed."""
+
+    def digest(self) -> str:
+        """A string that changes when the content does (see file_digest), without another look at a remote file."""
+        place = Location.of(self.uri)
+        return f"{self.num_bytes}-{self.mark}" if self.mark and not place.is_local else file_digest(place)
 
 
 class Slice(NamedTuple):
@@ -139,8 +147,8 @@ class _Found:
 
     fs: Any
     root: str
-    sizes: dict[str, int]
-    """Number of bytes by path; paths are written as the file system does."""
+    infos: dict[str, FileInfo]
+    """Size and mark by path; paths are written as the file system does."""
     is_datasets_folder: bool = False
     has_splits: bool = False
 
@@ -179,10 +187,11 @@ def list_files(source: Source, written: Iterable[Location] = ()) -> list[SourceF
                 uri=path if isinstance(one.fs, LocalFileSystem) else one.fs.unstrip_protocol(path),
                 relative_path=_relative(path, root),
                 layout="arrow" if one.is_datasets_folder else _layout(path) or "jsonl",
-                num_bytes=num_bytes,
+                num_bytes=info.bytes,
+                mark=info.mark,
             )
             for one in found
-            for path, num_bytes in one.sizes.items()
+            for path, info in one.infos.items()
         ]
     for file in files:
         try:
@@ -215,10 +224,10 @@ def _find(path: str, split: str, written: list[Location]) -> _Found:
                 return found
             infos = fs.find(stripped, detail=True)
             data = _data_among(fs, stripped, infos, infos, written)
-            return _Found(fs=fs, root=stripped, sizes=_keep_readable(stripped, data))
+            return _Found(fs=fs, root=stripped, infos=_keep_readable(stripped, data))
         if _layout(stripped) is None:
             raise DataError(f"{path} has an extension that is not supported; give {_ACCEPTED}")
-        return _Found(fs=fs, root=posixpath.dirname(stripped), sizes={stripped: _size(fs.info(stripped))})
+        return _Found(fs=fs, root=posixpath.dirname(stripped), infos={stripped: file_info(fs.info(stripped))})
     except DataError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own for access and credentials
@@ -241,7 +250,7 @@ def _find_glob(fs: Any, pattern: str, written: list[Location]) -> _Found:
     # A pattern without ** matches at one depth only, so what it finds is enough to recognise runs and models.
     around = fs.find(root, detail=True) if "**" in pattern else infos
     data = _data_among(fs, root, infos, around, written)
-    return _Found(fs=fs, root=root, sizes=_keep_readable(root, data, pattern))
+    return _Found(fs=fs, root=root, infos=_keep_readable(root, data, pattern))
 
 
 def _fixed_part(pattern: str) -> str:
@@ -349,19 +358,19 @@ def _find_datasets_folder(fs: Any, root: str, split: str) -> _Found | None:
         if fs.lexists(absent[0]):
             raise _dangling(absent[0])
         raise DataError(f"{absent[0]} does not exist, but {folder}/state.json names it; restore it")
-    sizes = {path: _size(fs.info(path)) for path in paths}
-    return _Found(fs=fs, root=root, sizes=sizes, is_datasets_folder=True, has_splits=has_splits)
+    infos = {path: file_info(fs.info(path)) for path in paths}
+    return _Found(fs=fs, root=root, infos=infos, is_datasets_folder=True, has_splits=has_splits)
 
 
-def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, int]:
-    """Number of bytes by path of the files with a supported extension; a warning counts the others."""
+def _keep_readable(root: str, infos: dict[str, Any], asked: str | None = None) -> dict[str, FileInfo]:
+    """Size and mark by path of the files with a supported extension; a warning counts the others."""
     for path, info in infos.items():
         if info["type"] == DANGLING:
             raise _dangling(path)
         if info["type"] == CYCLE:
             logger.warning("%s is a link to a folder that contains it, and is not followed", path)
     files = {path: info for path, info in infos.items() if info["type"] == "file"}
-    kept = {path: _size(info) for path, info in files.items() if _layout(path) is not None}
+    kept = {path: file_info(info) for path, info in files.items() if _layout(path) is not None}
     skipped = Counter(posixpath.splitext(path)[1] or "no extension" for path in files if path not in kept)
     counts = ", ".join(f"{count} {extension}" for extension, count in sorted(skipped.items()))
     if not kept:
@@ -395,32 +404,33 @@ def _hub_files(source: Source, found: re.Match[str]) -> list[SourceFile]:
         data_files = datasets.load_dataset_builder(name, config, revision=revision).config.data_files or {}
         uris = {str(split): [str(uri) for uri in files] for split, files in data_files.items()}
         places = {uri: file_system(uri) for uri in uris.get(source.split, [])}
-        sizes = {uri: _size(fs.info(path)) for uri, (fs, path) in places.items()}
+        infos = {uri: file_info(fs.info(path)) for uri, (fs, path) in places.items()}
     except Exception as error:  # a missing library, no network, no such data set, a configuration to choose
         raise DataError(
             f"{found.string} neither exists here nor loads from the hub ({first_line(error)}); correct the path (a "
             f"configuration and a revision are given as {name}:CONFIG@REVISION), or name the files as "
             f"hf://datasets/{name}/…"
         ) from error
-    if not sizes:
+    if not infos:
         splits = ", ".join(uris) or "none"
         raise DataError(f"the hub's {name} has no split {source.split!r}; set split to one of: {splits}")
     files = []
-    for uri, num_bytes in sizes.items():
+    for uri, info in infos.items():
         layout = _layout(uri)
         if layout is None:
             raise DataError(f"the hub's {name} has {uri}, whose extension is not supported; give {_ACCEPTED}")
         # Without the revision, an unchanged row keeps its example_id when another file of the repository changes.
         files.append(
             SourceFile(
-                source=source.name, uri=uri, relative_path=_HUB_ROOT.sub("", uri), layout=layout, num_bytes=num_bytes
+                source=source.name,
+                uri=uri,
+                relative_path=_HUB_ROOT.sub("", uri),
+                layout=layout,
+                num_bytes=info.bytes,
+                mark=info.mark,
             )
         )
     return files
-
-
-def _size(info: dict[str, Any]) -> int:
-    return int(info.get("size") or 0)  # None where a web server does not say
 
 
 def _relative(path: str, root: str) -> str:
@@ -441,15 +451,25 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}".encode(errors="backslashreplace").decode()
 
 
-def plan_tasks(files: Iterable[SourceFile], target_bytes: int) -> list[list[Slice]]:
+Cut = Callable[[SourceFile], list[tuple["Slice", int]]]
+"""Cuts a file into slices, with the number of bytes of each."""
+
+
+def plan_tasks(
+    files: list[SourceFile],
+    target_bytes: int,
+    apply: Callable[[Cut, list[SourceFile]], list[list[tuple[Slice, int]]]] = each,
+) -> list[list[Slice]]:
     """Group consecutive slices into tasks of about `target_bytes` of storage; depends on files and target only.
+
+    `apply` cuts the files.
 
     A Parquet file is cut between row groups. Uncompressed JSON lines are cut at multiples of the target; the rows of
     such slices are not counted yet. A task exceeds the target if a single row group or other file does. If a Parquet
     footer cannot be read, read_records reports it. Raises DataError if a file cannot be opened, StorageError if the
     storage fails, because the plan must be the same when the files are.
     """
-    return _grouped(chain.from_iterable(each(partial(_cut, target_bytes=target_bytes), files)), target_bytes)
+    return _grouped(chain.from_iterable(apply(partial(_cut, target_bytes=target_bytes), files)), target_bytes)
 
 
 def _grouped(sized: Iterable[tuple[_T, int]], target_bytes: int) -> list[list[_T]]:

@@ -123,4 +123,6 @@ class ShardWriter:
         self._rejects = []
 
     def _write(self, name: str, table: pa.Table) -> None:
-        self.report.files.append(replace(write_parquet(self._run / name, table), name=name))
+        entry = write_parquet(self._run / name, table)
+        # By its mark a restarted driver knows that the file is unchanged, and need not read it.
+        self.report.files.append(replace(entry, name=name, mark=(self._run / name).info().mark))

@@ -6,7 +6,6 @@ dies had made is made again.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-import ray.data
-from ray.data.exceptions import ExecutionTimeoutError
 
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.resources import num_cpus
 from davir_ray.engine.shards import Shards, grouped
+from davir_ray.engine.tasks import call, results_of
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas.hashing import hash_parts
 from davir_ray.run.files import FileEntry
@@ -49,12 +47,6 @@ _GROUPED_BYTES = 2**28
 
 _READ_BYTES = 2**31
 """Maximum bytes on disk of several shards that a task reads one by one: it must end within the limit of no progress."""
-
-_LOOK_S = 1.0
-"""Seconds between two looks at tasks that have not ended."""
-
-_MAX_RETRIES = 20
-"""Number of workers that may die with a task before it fails."""
 
 _WIDE_BYTES = 2**30
 """Bytes of a table above which its text gets 64-bit offsets: 32-bit ones end at 2 GiB."""
@@ -107,7 +99,7 @@ def collect(
     if merge is None and finish is None:
         return _concatenated(schema, _results(summaries))
     job = ray.put(lambda *tables: merged(tables) if finish is None else finish(merged(tables)))
-    last = _call.remote(job, *summaries)
+    last = call.remote(job, *summaries)
     (found,) = _results([last], [*summaries, last])
     return found
 
@@ -145,10 +137,10 @@ def regroup(shards: Shards, assign: Change, *rounds: Round, kept: float = 1.0) -
     tasks = [ended for ended, *_ in made]
     for shuffle, following in zip(shuffles, [*shuffles[1:], None], strict=True):
         job = ray.put(partial(shuffle.work, following=following))
-        call = _call if following is None else _call.options(num_returns=1 + following.num_parts)
+        start = call if following is None else call.options(num_returns=1 + following.num_parts)
         # Each task takes its part of what every task before it made.
         parts = zip(*(of_task[1:] for of_task in made), strict=True)
-        made = [call.remote(job, number, *of_all) for number, of_all in enumerate(parts)]
+        made = [start.remote(job, number, *of_all) for number, of_all in enumerate(parts)]
         tasks += made if following is None else [ended for ended, *_ in made]
     return [result for results in _results(made, tasks) for result in results]
 
@@ -246,37 +238,17 @@ def _of_groups(
     """Start tasks that call `work(names, read)` for the names of a few shards; returns their references."""
     read = shards.read
     job = ray.put(lambda names: work(names, read))
-    call = _call.options(num_returns=num_returns)
+    start = call.options(num_returns=num_returns)
     groups = _grouped_for_tasks(shards) if groups is None else groups
-    return [call.remote(job, [shard.name for shard in group]) for group in groups]
-
-
-def _call_here(job: Callable[..., Any], *arguments: Any) -> Any:
-    return job(*arguments)
-
-
-_call: Any = ray.remote(max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(_call_here)
+    return [start.remote(job, [shard.name for shard in group]) for group in groups]
 
 
 def _results(refs: list[Any], tasks: list[Any] | None = None) -> list[Any]:
-    """What tasks return; raises the error of the first task that fails, and ProgressError if none ends for too long.
-
-    `tasks` has a small result of each task that these depend on, and of themselves. The limit is Ray Data's own.
-    """
-    limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s
-    pending, last = list(refs if tasks is None else tasks), time.monotonic()
-    try:
-        with own_errors():
-            while pending:
-                ended, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S, fetch_local=False)
-                ray.get(ended)
-                last = time.monotonic() if ended else last
-                if 0 < limit < time.monotonic() - last:
-                    raise ExecutionTimeoutError(f"no task has ended: {len(pending)} are left. timeout: {limit:g}s.")
-            return list(ray.get(refs))
-    finally:
-        for ref in pending:
-            ray.cancel(ref)
+    """What tasks return, in their order; `tasks` has a small result of each task that they depend on, and of theirs."""
+    for _ in results_of(refs if tasks is None else tasks):
+        pass
+    with own_errors():
+        return list(ray.get(refs))
 
 
 def _as_one(tables: list[pa.Table]) -> pa.Table:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from davir_ray.text import one_line
 
 log = logging.getLogger(__name__)
 
-_KEPT_FROM_BYTES = 2**24
+_KEPT_FROM_BYTES = 2**20
 """Bytes of a file from which its digest is kept on the disk: fewer are read in milliseconds."""
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 2**24
@@ -69,10 +69,62 @@ def file_digest(place: Location) -> str:
     """A string that changes when the file's content does: SHA-256 of a local file, size and etag of a remote one."""
     with storage_errors(place, may_be_absent=True):
         if place.is_local:
-            stat = Path(place.path).stat()
-            return _local_digest(place.path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            return _local_digest(place.path, *_identity(place.path))
         info = file_info(place.fs.info(place.path))
     return content_digest(place) if info.mark is None else f"{info.bytes}-{info.mark}"
+
+
+class ReadDigest(NamedTuple):
+    """The digest of a local file that was read for it, perhaps on another machine."""
+
+    sha256: str
+    num_bytes: int
+    mtime_ns: int
+    begun_ns: int
+    """When the reading began."""
+
+
+def read_digest(place: Location) -> ReadDigest:
+    """The digest of a local file, read now; for `keep_digest`."""
+    with storage_errors(place):
+        begun_ns, stat = time.time_ns(), Path(place.path).stat()
+        return ReadDigest(content_digest(place), stat.st_size, stat.st_mtime_ns, begun_ns)
+
+
+def keep_digest(place: Location, found: ReadDigest) -> None:
+    """Keep the digest of a large local file on the disk, unless it may have changed since it was read."""
+    identity = _identity(place.path)
+    if (found.num_bytes, found.mtime_ns) != (identity.num_bytes, identity.mtime_ns):
+        return
+    if found.num_bytes < _KEPT_FROM_BYTES or found.begun_ns - max(identity.mtime_ns, identity.ctime_ns) <= _SETTLED_NS:
+        return
+    try:
+        _place_kept(place.path, identity).write_text(found.sha256)
+    except StorageError as error:
+        log.debug("the digest of %s is not kept: %s", place, error)
+
+
+def takes_reading(place: Location) -> bool:
+    """Whether a local file would be read to tell its digest; a small one does not count."""
+    if not place.is_local:
+        return False
+    identity = _identity(place.path)
+    return identity.num_bytes >= _KEPT_FROM_BYTES and _kept_digest(place.path, identity) is None
+
+
+class _Identity(NamedTuple):
+    """What changes when a local file is written again or replaced by another."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def _identity(path: str) -> _Identity:
+    stat = Path(path).stat()
+    return _Identity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
@@ -81,27 +133,27 @@ def _local_digest(path: str, *identity: int) -> str:
 
     Those of large files are kept on the disk, so that a 70B is not read at every start.
     """
-    begun_ns, num_bytes, times_ns = time.time_ns(), identity[2], identity[3:]
-    if num_bytes < _KEPT_FROM_BYTES:
-        return _computed(path)
-    kept = Location.of(user_cache() / "digests" / digest([os.path.abspath(path), *identity]))
+    if kept := _kept_digest(path, _Identity(*identity)):
+        return kept
+    place = Location.of(path)
+    found = read_digest(place)
+    keep_digest(place, found)
+    return found.sha256
+
+
+def _kept_digest(path: str, identity: _Identity) -> str | None:
+    if identity.num_bytes < _KEPT_FROM_BYTES:
+        return None
     try:
-        if _DIGEST.fullmatch(text := kept.read_bytes()):
-            return text.decode()
+        text = _place_kept(path, identity).read_bytes()
     except (FileNotFoundError, StorageError) as error:
         log.debug("%s is read for its digest: %s", path, error)
-    found = _computed(path)
-    if begun_ns - max(times_ns) > _SETTLED_NS:
-        try:
-            kept.write_text(found)
-        except StorageError as error:
-            log.debug("the digest of %s is not kept: %s", path, error)
-    return found
+        return None
+    return text.decode() if _DIGEST.fullmatch(text) else None
 
 
-def _computed(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _place_kept(path: str, identity: _Identity) -> Location:
+    return Location.of(user_cache() / "digests" / digest([os.path.abspath(path), *identity]))
 
 
 def user_cache() -> Path:

@@ -57,21 +57,8 @@ class Manifest:
         A file of the same size and mark counts as unchanged if `trust_marks`; one with another mark may be a copy, so
         its content is read.
         """
-        there = _listed(run, self.files)
-        resized = {entry.name: f"{entry.bytes} bytes → {found}" for entry, found in _other_sizes(self.files, there)}
-        lines = [f"{name}: {change}" for name, change in resized.items()]
-        doubtful = [
-            entry
-            for entry in self.files
-            if entry.name not in resized and not (trust_marks and entry.mark and entry.mark == there[entry.name].mark)
-        ]
-        digests = each(lambda entry: content_digest(run / entry.name), doubtful)
-        lines += [
-            f"{entry.name}: sha256 {entry.sha256[:12]}… → {found[:12]}…"
-            for entry, found in zip(doubtful, digests, strict=True)
-            if entry.sha256 != found
-        ]
-        return sorted(lines)
+        found = damaged(run, self.files, trust_marks=trust_marks)
+        return [f"{name}: {change}" for name, change in sorted(found.items())]
 
     def commit(self, run: Location) -> Self:
         """Complete the stage: check the size of every file, then write the manifest; returns it with the files' marks.
@@ -110,6 +97,23 @@ class Manifest:
         if digest(body) != checksum:
             raise IntegrityError(f"{place} does not match its own checksum; delete it to redo the stage {stage}")
         return cls(**{**body, "files": [FileEntry(**entry) for entry in body["files"]]})
+
+
+def damaged(run: Location, files: list[FileEntry], *, trust_marks: bool = True) -> dict[str, str]:
+    """What has become of each file that is missing or has changed, by name; see `Manifest.damage`."""
+    there = _listed(run, files)
+    changed = {entry.name: f"{entry.bytes} bytes → {found}" for entry, found in _other_sizes(files, there)}
+    doubtful = [
+        entry
+        for entry in files
+        if entry.name not in changed and not (trust_marks and entry.mark and entry.mark == there[entry.name].mark)
+    ]
+    digests = each(lambda entry: content_digest(run / entry.name), doubtful)
+    return changed | {
+        entry.name: f"sha256 {entry.sha256[:12]}… → {found[:12]}…"
+        for entry, found in zip(doubtful, digests, strict=True)
+        if entry.sha256 != found
+    }
 
 
 def _other_sizes(files: Iterable[FileEntry], there: Mapping[str, FileInfo]) -> Iterator[tuple[FileEntry, int | str]]:

@@ -6,16 +6,11 @@ A row keeps the index, and so the id, that it has in an uncut file. That takes o
 import json
 import logging
 from collections.abc import Iterable
-from typing import Any
-
-import ray.data
-from ray import cloudpickle
 
 from davir_ray.data.files import Slice
 from davir_ray.data.records import count_lines
-from davir_ray.engine.connect import own_errors
 from davir_ray.engine.progress import WorkDone, tracked
-from davir_ray.engine.resources import actor_cpus, pool_size
+from davir_ray.engine.tasks import in_tasks
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.progress import Progress
@@ -56,19 +51,14 @@ def _counts(run: Run, parts: list[Slice]) -> list[int]:
         len(files), sum(file.num_bytes for file in files) / 1e6, len(parts),
     )  # fmt: skip
     groups = [parts[at : at + _PARTS_PER_TASK] for at in range(0, len(parts), _PARTS_PER_TASK)]
-    items = [{"number": number, "parts": cloudpickle.dumps(group)} for number, group in enumerate(groups)]
-    num_cpus, counts, num_counted = actor_cpus(1), dict[int, list[int]](), 0
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _count_task, compute=ray.data.TaskPoolStrategy(min(len(items), pool_size(None, num_cpus, 0))), num_cpus=num_cpus
-    )
-    with tracked(run, Progress(stage="prepare", unit="parts counted", total=len(parts))) as counter, own_errors():
-        for row in dataset.iter_rows():
-            counts[row["number"]] = row["counts"]
-            num_counted += len(row["counts"])
+    counts, num_counted = dict[int, list[int]](), 0
+    with tracked(run, Progress(stage="prepare", unit="parts counted", total=len(parts))) as counter:
+        for index, of_group in in_tasks(_count_group, groups):
+            counts[index] = of_group
+            num_counted += len(of_group)
             counter.report("all", WorkDone(num_counted))
-    return [num_lines for number in sorted(counts) for num_lines in counts[number]]
+    return [num_lines for index in range(len(groups)) for num_lines in counts[index]]
 
 
-def _count_task(row: dict[str, Any]) -> dict[str, Any]:
-    """Count the lines of a group of pickled parts."""
-    return {"number": row["number"], "counts": [count_lines(piece) for piece in cloudpickle.loads(row["parts"])]}
+def _count_group(parts: list[Slice]) -> list[int]:
+    return [count_lines(part) for part in parts]

@@ -4,12 +4,12 @@ import logging
 import operator
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
-import ray.data
 from ray import cloudpickle
 
 from davir_ray.config.prepare import PrepareConfig
@@ -21,17 +21,16 @@ from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import SHARD_ROWS, ShardWriter, shard_tokens
 from davir_ray.data.task_report import COUNTED, TEXT_BYTES, TaskReport
 from davir_ray.data.tokens import Encoder
-from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
-from davir_ray.engine.resources import actor_cpus, pool_size
+from davir_ray.engine.tasks import each_in_tasks, in_tasks
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import tokenizer_digest
-from davir_ray.run.files import content_digest, digest, file_digest
+from davir_ray.run.files import digest, keep_digest, read_digest, takes_reading
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
-from davir_ray.run.manifest import Manifest
+from davir_ray.run.manifest import Manifest, damaged
 from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
@@ -53,6 +52,12 @@ _WORKER_BYTES = 4 * 2**20
 _MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
 """Rows between two checks of max_bad_fraction."""
+
+_HASHED_HERE = 2**30
+"""Bytes of local files up to which the driver reads them for their digests."""
+
+_CUT_PER_TASK = 256
+"""Files that one task looks into, to cut them."""
 
 _SHOWN_SOURCES = 4
 """Number of sources of which the manifest keeps examples, for the report to show."""
@@ -111,13 +116,12 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The arguments of a worker."""
+    """What every task is given."""
 
     run: Run
     reports: Location
     """Folder that a task writes its report to when it has finished."""
-    tasks: list[Task]
-    """All tasks; the number of one is its index."""
+    sources: list[Source]
     preparation: Preparation
     max_bad_fraction: float
     total_bytes: int
@@ -132,27 +136,34 @@ def prepare(
     *,
     max_bad_fraction: float,
     written: Sequence[Location] = (),
+    files: Sequence[list[SourceFile]] | None = None,
 ) -> Manifest:
     """Turn the sources into tokenised shards and named rejects.
 
-    Files in the run, or in other places `written` by the job, are not read as data.
+    `files` are those of each source. None: they are listed, without those in the run or in other places `written` by
+    the job.
     """
     started = time.monotonic()
-    files = {source.name: list_files(source, [run.folder, *written]) for source in sources}
+    if files is None:
+        files = [list_files(source, [run.folder, *written]) for source in sources]
     fingerprint = _fingerprint(sources, files, preparation)
     if complete := run.completed("prepare", fingerprint):
         (run / TASKS).remove()  # a driver may have died after writing the manifest and before this
         return complete
     # With a limit each source is one task, which stops after that many records.
     task_bytes = _TASK_BYTES if preparation.limit is None else UNLIMITED
-    tasks = [Task(source, slices) for source in sources for slices in plan_tasks(files[source.name], task_bytes)]
+    tasks = [
+        Task(source, slices)
+        for source, listed in zip(sources, files, strict=True)
+        for slices in plan_tasks(listed, task_bytes, _cut_side_by_side)
+    ]
     attempt = _attempt(fingerprint, tasks)
     reports = run / TASKS / digest(attempt)[:16]
     if not run.continues_attempt("prepare", TASKS, attempt):
         run.clear("prepare")
     run.note_attempt(TASKS, attempt)
     done = _finished(run, reports)
-    sizes = [file.num_bytes for listed in files.values() for file in listed]
+    sizes = [file.num_bytes for listed in files for file in listed]
     log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), len(sizes))
     before = _sum(done)
     start = Progress(
@@ -171,13 +182,13 @@ def prepare(
             work = Work(
                 run=run,
                 reports=reports,
-                tasks=[task.with_rows(rows) for task in tasks],
+                sources=sources,
                 preparation=preparation.for_workers(),
                 max_bad_fraction=max_bad_fraction,
                 total_bytes=sum(sizes),
                 counter=counter,
             )
-            reports_of_tasks = _run(work, done)
+            reports_of_tasks = _run(work, [task.with_rows(rows) for task in tasks], done)
         report = _sum(reports_of_tasks)
         counts = _checked_counts(report, max_bad_fraction, rows_per_record=2 if are_pairs(sources) else 1)
         check_ids(run.folder, [entry for entry in report.files if entry.name.startswith("examples/")])
@@ -193,10 +204,7 @@ def prepare(
             IDS_CHECKED: True,
             TEXT_BYTES: max(report.text_bytes_per_row, report.sums["text_bytes"] // counts["prepared"]),
             "first_reject": report.first_reject,
-            "by_source": {
-                source.name: _understood(source, work, reports_of_tasks, shows=at < _SHOWN_SOURCES)
-                for at, source in enumerate(sources)
-            },
+            "by_source": _by_source(sources, preparation.config, tasks, reports_of_tasks),
         },
         seconds=time.monotonic() - started,
     )
@@ -207,18 +215,19 @@ def prepare(
 
 def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
     """Reports of the tasks that an earlier attempt finished and whose files are unchanged, by number."""
-    found = {}
-    for name in reports.names(".json"):
+    read: dict[str, TaskReport | None] = {}
+    for name, text in each(lambda name: (name, (reports / name).read_bytes()), reports.names(".json")):
         try:
-            report = TaskReport.from_json((reports / name).read_bytes().decode())
-            written = [entry.sha256 for entry in report.files]
-            whole = each(lambda entry: content_digest(run / entry.name), report.files) == written
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            whole = False
-        if whole:
-            found[int(name.removesuffix(".json"))] = report
-        else:
+            read[name] = TaskReport.from_json(text.decode())
+        except (ValueError, KeyError, TypeError):
+            read[name] = None
+    changed = damaged(run.folder, [entry for report in read.values() if report for entry in report.files])
+    found = {}
+    for name, report in read.items():
+        if report is None or any(entry.name in changed for entry in report.files):
             log.warning("the files that %s lists are lost or damaged; its task is done again", reports / name)
+        else:
+            found[int(name.removesuffix(".json"))] = report
     return found
 
 
@@ -236,16 +245,16 @@ def scoring_spec(preparation: Preparation, sources: list[Source]) -> dict[str, A
     }
 
 
-def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], preparation: Preparation) -> dict[str, Any]:
+def _fingerprint(sources: list[Source], files: Sequence[list[SourceFile]], preparation: Preparation) -> dict[str, Any]:
     score_turns = preparation.config.score_turns
     return {
         "sources": {
             source.name: {
                 "format": source.format,
                 "rendering": rendering(source),
-                "files": {f.relative_path: file_digest(Location.of(f.uri)) for f in files[source.name]},
+                "files": _digests(listed),
             }
-            for source in sources
+            for source, listed in zip(sources, files, strict=True)
         },
         "order": [source.name for source in sources],
         "encoding": scoring_spec(preparation, sources),
@@ -257,6 +266,22 @@ def _fingerprint(sources: list[Source], files: dict[str, list[SourceFile]], prep
         **({"chat": TODAY.isoformat()} if preparation.config.chat else {}),
         **({"score_turns": score_turns} if score_turns != "marked" else {}),
     }
+
+
+def _digests(files: list[SourceFile]) -> dict[str, str]:
+    """The digest of each file, by relative path; many bytes that must be read for it are read in tasks."""
+    unread = [(Location.of(file.uri), file.num_bytes) for file in files if takes_reading(Location.of(file.uri))]
+    if sum(num_bytes for _, num_bytes in unread) > _HASHED_HERE:
+        places = [place for place, _ in unread]
+        for place, found in zip(places, each_in_tasks(read_digest, places, per_task=1), strict=True):
+            keep_digest(place, found)
+    return dict(zip((file.relative_path for file in files), each(SourceFile.digest, files), strict=True))
+
+
+def _cut_side_by_side(cut: Callable[[SourceFile], Any], files: list[SourceFile]) -> list[Any]:
+    """Cut files, which takes a look into large ones: into many in tasks."""
+    num_large = sum(file.num_bytes > _TASK_BYTES for file in files)
+    return each_in_tasks(cut, files, per_task=_CUT_PER_TASK, worthwhile=num_large > _CUT_PER_TASK)
 
 
 def _attempt(fingerprint: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
@@ -281,11 +306,27 @@ def _sum(reports: dict[int, TaskReport]) -> TaskReport:
     return reduce(operator.iadd, (reports[number] for number in sorted(reports)), TaskReport())
 
 
-def _understood(source: Source, work: Work, reports: dict[int, TaskReport], *, shows: bool) -> dict[str, Any]:
+def _by_source(
+    sources: list[Source], config: PrepareConfig, tasks: list[Task], reports: dict[int, TaskReport]
+) -> dict[str, dict[str, Any]]:
+    """How each source was read, by name."""
+    numbers: dict[str, list[int]] = {source.name: [] for source in sources}
+    for number in sorted(reports):
+        numbers[tasks[number].source.name].append(number)
+    return {
+        source.name: _understood(
+            source,
+            config,
+            _sum({number: reports[number] for number in numbers[source.name]}),
+            shows=at < _SHOWN_SOURCES,
+        )
+        for at, source in enumerate(sources)
+    }
+
+
+def _understood(source: Source, config: PrepareConfig, report: TaskReport, *, shows: bool) -> dict[str, Any]:
     """How a source was read and what became of its rows, for the reader of the report; `shows` keeps examples."""
-    report = _sum({number: one for number, one in reports.items() if work.tasks[number].source == source})
     read = columns(source).keys() - set(source.ignore_columns)
-    config = work.preparation.config
     chat = "always" if needs_chat(source, config) else "where_messages" if uses_chat(source, config) else "never"
     return {
         "format": source.format,
@@ -304,21 +345,17 @@ def _understood(source: Source, work: Work, reports: dict[int, TaskReport], *, s
     }
 
 
-def _run(work: Work, done: dict[int, TaskReport]) -> dict[int, TaskReport]:
+def _run(work: Work, tasks: list[Task], done: dict[int, TaskReport]) -> dict[int, TaskReport]:
     """Prepare the tasks that are not done; returns the reports of all, by number."""
     reports, so_far = dict(done), _sum(done)
-    if pending := [number for number in range(len(work.tasks)) if number not in done]:
-        num_cpus, worthwhile = actor_cpus(1), 1 + work.total_bytes // _WORKER_BYTES
-        dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).flat_map(
-            _prepare_task,
-            fn_kwargs={"work": cloudpickle.dumps(work)},
-            compute=ray.data.TaskPoolStrategy(min(len(pending), worthwhile, pool_size(None, num_cpus, 0))),
-            num_cpus=num_cpus,
-        )
-        with own_errors():
-            for row in dataset.iter_rows():
-                reports[row["number"]] = TaskReport.from_json(row["report"])
-                so_far += reports[row["number"]]
+    pending = [(number, task) for number, task in enumerate(tasks) if number not in done]
+    if pending:
+        at_once = 1 + work.total_bytes // _WORKER_BYTES
+        with closing(in_tasks(partial(_prepare_task, cloudpickle.dumps(work)), pending, at_once=at_once)) as results:
+            for index, text in results:
+                number, _ = pending[index]
+                reports[number] = TaskReport.from_json(text)
+                so_far += reports[number]
                 so_far.check_rejects(work.max_bad_fraction, work.total_bytes)
     return reports
 
@@ -356,9 +393,9 @@ def _checked_counts(report: TaskReport, max_bad_fraction: float, rows_per_record
     return counts | dict(sorted(report.replaced.items()))
 
 
-def _prepare_task(row: dict[str, Any], work: bytes) -> list[dict[str, Any]]:
-    """Prepare one task of a pickled Work."""
-    return _preparer(work)(row)
+def _prepare_task(work: bytes, numbered: tuple[int, Task]) -> str:
+    """Prepare one task, given with its number, of a pickled Work; returns its report as JSON."""
+    return _preparer(work)(*numbered)
 
 
 @lru_cache(maxsize=1)
@@ -375,19 +412,17 @@ class Preparer:
         # A task has one CPU, and a tokenizer would start a thread for each CPU of the machine.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._work = work
-        sources = [task.source for task in work.tasks]
-        self._reader = work.preparation.reader(sources)
-        self._schema = PAIRS if are_pairs(sources) else EXAMPLES
+        self._reader = work.preparation.reader(work.sources)
+        self._schema = PAIRS if are_pairs(work.sources) else EXAMPLES
         given = work.preparation.config.shard_rows
         self._shard_rows = max(given or SHARD_ROWS, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
         # With a limit of rows the bytes say nothing of what will be read.
         total_bytes = work.total_bytes if work.preparation.limit is None else 0
         self._limits = {} if given else {"shard_tokens": shard_tokens(total_bytes)}
 
-    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Prepare the task with the number row['item']; returns one row with its report as JSON."""
-        work, number, reader = self._work, row["item"], self._reader
-        task = work.tasks[number]
+    def __call__(self, number: int, task: Task) -> str:
+        """Prepare one task; returns its report as JSON."""
+        work, reader = self._work, self._reader
         reader.report = TaskReport()
         work.counter.begin(str(number))
         writer = ShardWriter(
@@ -407,7 +442,7 @@ class Preparer:
         self._report(number, report)
         text = report.to_json()
         (work.reports / f"{number:05d}.json").write_text(text)
-        return [{"number": number, "report": text}]
+        return text
 
     def _report(self, number: int, report: TaskReport) -> None:
         done = WorkDone(

@@ -10,6 +10,7 @@ import pytest
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.detection import with_format
+from davir_ray.data.files import list_files
 from davir_ray.data.formats import FORMATS
 from davir_ray.errors import ConfigError, DataError
 
@@ -71,7 +72,7 @@ def write(folder: Path, rows: list[Any]) -> str:
 
 def found(folder: Path, rows: list[Any], pairs: bool = False, chat: bool = False, **options: Any) -> Source:
     source = Source(name="s", path=write(folder, rows), **options)
-    return with_format(source, PrepareConfig(chat=chat), pairs=pairs)
+    return with_format(source, list_files(source), PrepareConfig(chat=chat), pairs=pairs)
 
 
 def test_every_format_has_rows_here() -> None:
@@ -89,7 +90,7 @@ def test_each_form_is_found(tmp_path: Path, form: str, row: dict[str, Any]) -> N
 def test_real_files_are_found(data_folder: Path) -> None:
     for name, form in (("alpaca_9k", "alpaca"), ("gsm8k_train", "gsm8k"), ("hh_harmless_pairs_1k", "preference")):
         source = Source(name="s", path=str(data_folder / f"{name}.jsonl.gz"))
-        assert with_format(source, PrepareConfig(), pairs=form == "preference").format == form
+        assert with_format(source, list_files(source), PrepareConfig(), pairs=form == "preference").format == form
 
 
 def test_a_format_is_told_in_one_line_with_what_was_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

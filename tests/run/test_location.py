@@ -422,8 +422,8 @@ def test_a_large_file_is_read_once_for_all_processes(
     monkeypatch.setattr(files, "_KEPT_FROM_BYTES", 5)
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
     read: list[str] = []
-    compute = files._computed
-    monkeypatch.setattr(files, "_computed", lambda path: (read.append(path), compute(path))[1])
+    compute = files.content_digest
+    monkeypatch.setattr(files, "content_digest", lambda place: (read.append(place.path), compute(place))[1])
     place, settled = local / "a", files._SETTLED_NS
 
     def digest_in_a_new_process() -> str:

@@ -22,6 +22,7 @@ from ray import cloudpickle
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Format, Source
 from davir_ray.data.detection import with_format
+from davir_ray.data.files import list_files
 from davir_ray.data.shards import shard_tokens
 from davir_ray.data.task_report import TaskReport
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
@@ -417,12 +418,12 @@ def test_a_worker_tokenises_in_one_thread_unless_the_user_says_otherwise(
     (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
     prepare_task = module._prepare_task
 
-    def watched(row: dict[str, Any], work: bytes) -> list[dict[str, Any]]:
+    def watched(work: bytes, numbered: tuple[int, Any]) -> str:
         with pytest.MonkeyPatch.context() as patch:  # the worker serves other tests
             patch.setenv("TOKENIZERS_PARALLELISM", given or "")
             if given is None:
                 patch.delenv("TOKENIZERS_PARALLELISM")
-            done = prepare_task(row, work)
+            done: str = prepare_task(work, numbered)
             (tmp_path / "seen").write_text(os.environ.get("TOKENIZERS_PARALLELISM", "not set"))
         return done
 
@@ -482,7 +483,7 @@ def test_what_the_data_leave_out_is_counted(base_folder: Path, tmp_path: Path) -
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     auto = Source(name="s", path=str(tmp_path / "a.jsonl"))
     preparation = settings(base_folder, chat_template=CHAT)
-    found = with_format(auto, preparation.config)
+    found = with_format(auto, list_files(auto), preparation.config)
     run = Run.at(str(tmp_path / "run"))
     manifest = prepare(run, [found], preparation, max_bad_fraction=0.2)
     counted = ("read", "prepared", "left_out", "rejected", "not_text")
