@@ -7,6 +7,10 @@
                                                                        the first shard
     python jobs/benchmark.py control --shards 1000 [--json FILE]       many small shards: commits per second, the
                                                                        driver's CPU and memory, a resume
+    python jobs/benchmark.py start [--json FILE]                       what a user waits for: a complete run, a new
+                                                                       ranking, the first scored shard
+    python jobs/benchmark.py nodes --nodes 50 [--json FILE]            the pool on simulated nodes: placement, losses,
+                                                                       growing and shrinking
     python jobs/benchmark.py chats [--json FILE]                       rendering and tokenising chats, against the
                                                                        tokenizer alone
     python jobs/benchmark.py gpu [--json FILE]                         a GPU: exactness, memory, speed; needs neither
@@ -29,7 +33,7 @@ def main() -> int:
 
         return try_gpu(sys.argv[2:])
 
-    from davir_ray.benchmarks import alignment, chats, control, likelihood, ranking, scaling
+    from davir_ray.benchmarks import alignment, chats, control, likelihood, nodes, ranking, scaling, start
     from davir_ray.cli import run_job
     from davir_ray.errors import ConfigError
 
@@ -39,6 +43,8 @@ def main() -> int:
         alignment.AlignmentBenchmark: alignment.run,
         scaling.ScalingBenchmark: scaling.run,
         control.ControlBenchmark: control.run,
+        start.StartBenchmark: start.run,
+        nodes.NodesBenchmark: nodes.run,
         chats.ChatsBenchmark: chats.run,
     }
 
@@ -50,7 +56,7 @@ def main() -> int:
         if settings.json is not None:
             Path(settings.json).write_text(text + "\n")
 
-    names = ("likelihood", "ranking", "align", "scaling", "control", "chats")
+    names = ("likelihood", "ranking", "align", "scaling", "control", "start", "nodes", "chats")
     return run_job(measure, dict(zip(names, run, strict=True)), __doc__)
 
 

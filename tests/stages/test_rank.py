@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from process_memory import anonymous_bytes
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
@@ -293,3 +295,33 @@ def test_any_number_of_workers_writes_the_same_rows_in_the_same_files(
 
 def read_scores(run: Run, name: str) -> pa.Table:
     return read_parquet(run / "scores" / name)
+
+
+def test_the_driver_gets_one_number_a_bin_whatever_the_number_of_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """5,000 shards of 1,000 bins each: every shard's own counts would be 80 MB."""
+    monkeypatch.undo()
+    num_shards, num_bins, rows = 5_000, 1_000, 1_200
+
+    def read(name: str) -> pa.Table:
+        values = np.random.default_rng(int(name)).random(rows)
+        ids = np.arange(int(name) * rows, (int(name) + 1) * rows)
+        return pa.table({"example_id": ids, "davir": values, "status": ["ok"] * rows})
+
+    entries = [FileEntry(name=str(number), rows=rows, bytes=10 * rows, sha256="") for number in range(num_shards)]
+    collected = partial(collect, Shards(entries, read))
+    got: list[int] = []
+
+    def watched(*given: Any, **options: Any) -> pa.Table:
+        table = collected(*given, **options)
+        got.append(table.nbytes)
+        return table
+
+    before = anonymous_bytes()
+    bins = find_bins(watched, num_shards * rows, RankConfig(), num_shards * rows // num_bins)
+    rows_by_bin = count_bins(watched, bins)
+    assert len(bins) == num_bins
+    assert rows_by_bin.sum() == num_shards * rows
+    assert max(got) <= 16 * num_bins
+    assert anonymous_bytes() - before < 30 * 2**20

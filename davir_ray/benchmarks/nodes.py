@@ -1,0 +1,306 @@
+"""The scoring stage's pool on many simulated nodes of one logical GPU each, with a model that only waits.
+
+Nodes are lost and replaced while it works, some shards take three times as long, and a second cluster grows and shrinks
+by itself. Everything is read from the committed files and from what each actor notes, not from what the driver says.
+"""
+
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import yaml
+from ray.cluster_utils import Cluster
+
+from davir_ray.config.checks import check
+from davir_ray.config.scoring import ScoreConfig
+from davir_ray.engine.connect import connected
+from davir_ray.engine.pool import Stream
+from davir_ray.engine.resources import num_nodes
+from davir_ray.errors import ClusterError, IntegrityError
+from davir_ray.run.files import in_folder, write_parquet
+from davir_ray.run.folder import Run
+from davir_ray.run.manifest import Manifest, library_versions
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = pa.schema(
+    [("example_id", pa.int64()), ("status", pa.string()), ("node", pa.string()), ("begun", pa.float64())]
+)
+
+_STRAGGLERS, _SLOWER = 20, 3
+"""One shard of so many takes so many times as long."""
+
+_EXAMPLE_TOKENS = 4
+
+_OBJECT_STORE_BYTES = 80 * 2**20
+_NODE_ARGS = {"include_log_monitor": False, "object_store_memory": _OBJECT_STORE_BYTES}
+
+_START_S = 300
+"""Seconds that a cluster has to start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodesBenchmark:
+    """Score shards with a model that waits, on simulated nodes that come and go.
+
+    50 nodes take about 12 GB of memory on this machine. The clusters are local and are ended with the benchmark.
+    """
+
+    json: str | None = None
+    """File for the result."""
+    nodes: int = 50
+    """Number of nodes of one logical GPU."""
+    shards_per_node: int = 24
+    """Number of shards, for each node."""
+    seconds: float = 10.0
+    """Seconds that the model waits for a shard."""
+    lost: int = 12
+    """Number of nodes that are lost, and replaced, one after another, from a quarter of the shards on."""
+    lost_every_seconds: float = 5.0
+    """Seconds between two losses."""
+    autoscaled: int = 6
+    """Number of nodes that the second cluster grows to. 0: there is none."""
+
+    def __post_init__(self) -> None:
+        least = {"nodes": 2, "shards_per_node": 4, "lost": 0, "autoscaled": 0}
+        for name, minimum in least.items():
+            check(getattr(self, name) >= minimum, name, getattr(self, name), f"at least {minimum}")
+        check(self.lost < self.nodes, "lost", self.lost, f"fewer than the {self.nodes} nodes")
+
+
+class Waiter:
+    """Stands for the models of an actor: it waits for each shard, and notes where and when it began."""
+
+    numerics: dict[str, Any] = {}  # noqa: RUF012 - the protocol's attribute
+
+    def __init__(self, notes: str, seconds: float) -> None:
+        self._seconds = seconds
+        self._node = ray.get_runtime_context().get_node_id()
+        self._notes = Path(notes) / f"{uuid.uuid4().hex}.jsonl"
+
+    def __call__(self, examples: pa.Table) -> pa.Table:
+        """One row for each example, after some seconds."""
+        begun, number = time.time(), examples["example_id"][0].as_py()
+        with self._notes.open("a") as file:
+            file.write(json.dumps({"shard": number, "node": self._node, "begun": begun}) + "\n")
+        time.sleep(self._seconds * (_SLOWER if number % _STRAGGLERS == 0 else 1))
+        rows = examples.num_rows
+        columns = [examples["example_id"], ["ok"] * rows, [self._node] * rows, [begun] * rows]
+        return pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+
+
+def run(settings: NodesBenchmark) -> dict[str, Any]:
+    """Score on both clusters; returns the contents of the JSON file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(Path(folder), settings)
+
+
+def measure(folder: Path, settings: NodesBenchmark) -> dict[str, Any]:
+    """The result of `run`; leaves the runs in the folder."""
+    result: dict[str, Any] = {"settings": asdict(settings), "lost": _on_nodes_that_are_lost(folder / "lost", settings)}
+    if settings.autoscaled:
+        result["autoscaled"] = _on_nodes_that_come(folder / "autoscaled", settings)
+    machine = {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}
+    return {**result, "versions": library_versions(), "machine": {**machine, "date": time.strftime("%Y-%m-%d")}}
+
+
+def _on_nodes_that_are_lost(folder: Path, settings: NodesBenchmark) -> dict[str, Any]:
+    num_shards = settings.nodes * settings.shards_per_node
+    _write_examples(folder, num_shards)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **_NODE_ARGS})
+    try:
+        nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=1, **_NODE_ARGS) for _ in range(settings.nodes)]
+        cluster.wait_for_nodes(timeout=_START_S)
+        with _driver(folder, settings, {"num_gpus": 1.0}, cluster.address) as driver:
+            _wait_for_shards(driver, folder, num_shards / 4)
+            losses = []
+            for node in nodes[: settings.lost]:
+                node.kill_raylet()
+                losses.append(time.time())
+                cluster.add_node(wait=False, num_cpus=1, num_gpus=1, **_NODE_ARGS)
+                time.sleep(settings.lost_every_seconds)
+            driver.wait()
+        return {"nodes_lost": len(losses), **_found(driver, folder, num_shards, settings.nodes)}
+    finally:
+        cluster.shutdown()
+
+
+def _on_nodes_that_come(folder: Path, settings: NodesBenchmark) -> dict[str, Any]:
+    num_shards = settings.autoscaled * settings.shards_per_node
+    _write_examples(folder, num_shards)
+    with _autoscaled_cluster(folder, settings.autoscaled) as address:
+        with _driver(folder, settings, {"num_gpus": 1.0, "autoscale": [1, settings.autoscaled]}, address) as driver:
+            driver.wait()
+        return _found(driver, folder, num_shards, settings.autoscaled)
+
+
+@contextmanager
+def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
+    """A Ray whose autoscaler adds and removes simulated nodes; its processes are ended after the block."""
+    example = Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml"
+    config = yaml.safe_load(example.read_text()) | {"idle_timeout_minutes": 0.2, "max_workers": num_nodes}
+    config["available_node_types"] = {
+        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+        "gpu": {
+            "resources": {"CPU": 1, "GPU": 1, "object_store_memory": _OBJECT_STORE_BYTES},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": num_nodes,
+        },
+    }
+    (folder / "cluster.yaml").write_text(json.dumps(config))
+    port = _free_port()
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    command += [f"--autoscaling-config={folder / 'cluster.yaml'}", "--include-dashboard=false"]
+    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--node-ip-address=127.0.0.1"]
+    environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    with (folder / "cluster.log").open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+            try:
+                started.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                log.debug("process %d has ended by itself", started.pid)
+        process.wait()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _write_examples(folder: Path, num_shards: int) -> None:
+    """A run that looks prepared: shards of one example."""
+    run, files = Run.at(folder / "prepared"), []
+    (folder / "notes").mkdir(parents=True)
+    for number in range(num_shards):
+        table = pa.table({"example_id": pa.array([number]), "input_ids": [[1] * _EXAMPLE_TOKENS]})
+        files.append(write_parquet(run / "examples" / f"{number:05d}.parquet", table))
+    counts = {"prepared": num_shards, "rejected": 0}
+    Manifest(stage="prepare", fingerprint={}, counts=counts, files=in_folder("examples", files)).write(run.folder)
+
+
+@contextmanager
+def _driver(
+    folder: Path, settings: NodesBenchmark, options: dict[str, Any], address: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that scores the shards; it has ended after the block."""
+    code = "import sys; from davir_ray.benchmarks.nodes import drive; drive(sys.argv[1])"
+    given = json.dumps({"folder": str(folder), "seconds": settings.seconds, "options": options})
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    with (folder / "driver.log").open("wb") as output:
+        command = [sys.executable, "-c", code, given]
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def drive(given: str) -> None:
+    """Score the shards as the stage does, in a process of its own."""
+    settings = json.loads(given)
+    folder, seconds = Path(settings["folder"]), settings["seconds"]
+    examples = Run.at(folder / "prepared")
+    stream = Stream(
+        stage="score",
+        run=Run.at(folder / "run"),
+        folder="scores",
+        schema=_SCHEMA,
+        fingerprint={},
+        examples=examples,
+        shards=examples.require("prepare").files_in("examples"),
+        columns=["example_id", "input_ids"],
+        ok_count="scored",
+        new_detail="shards_scored_by_this_driver",
+        count_tokens=lambda table: table.num_rows * _EXAMPLE_TOKENS,
+    )
+    notes = str(folder / "notes")
+    with connected():
+        stream.fill(lambda: Waiter(notes, seconds), ScoreConfig(**settings["options"]))
+        ended = {"cpu_seconds": time.process_time(), "resident_mib": psutil.Process().memory_info().rss / 2**20}
+        if "autoscale" in settings["options"]:
+            ended["seconds_until_the_nodes_had_left"] = _seconds_until_alone()
+    (folder / "ended.json").write_text(json.dumps(ended))
+
+
+def _seconds_until_alone() -> float:
+    """Wait until the autoscaler has removed all nodes but the head."""
+    started = time.monotonic()
+    while num_nodes() > 1:
+        if time.monotonic() - started > _START_S:
+            raise ClusterError(f"{num_nodes() - 1} nodes that nobody needs are still there after {_START_S} s")
+        time.sleep(1)
+    return time.monotonic() - started
+
+
+def _wait_for_shards(driver: "subprocess.Popen[bytes]", folder: Path, number: float) -> None:
+    while len(list((folder / "run" / "scores").glob("*.parquet"))) < number:
+        if driver.poll() is not None:
+            _check_ended(driver, folder)
+        time.sleep(0.5)
+
+
+def _check_ended(driver: "subprocess.Popen[bytes]", folder: Path) -> None:
+    if driver.returncode != 0:
+        text = (folder / "driver.log").read_text(errors="replace")[-1000:]
+        raise ClusterError(f"the driver ended with status {driver.returncode}; the end of its output: {text}")
+
+
+def _found(driver: "subprocess.Popen[bytes]", folder: Path, num_shards: int, num_gpus: int) -> dict[str, Any]:
+    """What the files say: nothing lost or doubled, and how busy the GPUs were in the middle of the run."""
+    _check_ended(driver, folder)
+    files = sorted((folder / "run" / "scores").glob("*.parquet"))
+    rows = [pq.read_table(file).to_pylist()[0] | {"ended": file.stat().st_mtime} for file in files]
+    begun = [json.loads(line) for note in (folder / "notes").iterdir() for line in note.read_text().splitlines()]
+    if sorted(row["example_id"] for row in rows) != list(range(num_shards)):
+        raise IntegrityError(f"{len(rows)} shards of {num_shards} were committed")
+    start, end = min(row["begun"] for row in rows), max(row["ended"] for row in rows)
+    window = (start + (end - start) / 4, end - (end - start) / 4)
+    busy = sum(max(0.0, min(row["ended"], window[1]) - max(row["begun"], window[0])) for row in rows)
+    times = Counter(note["shard"] for note in begun)
+    return {
+        "shards": len(rows),
+        "shards_begun_twice": sum(number > 1 for number in times.values()),
+        "nodes_used": len({note["node"] for note in begun}),
+        "most_at_once_on_a_node": max(_most_at_once(rows, node) for node in {row["node"] for row in rows}),
+        "busy_share": busy / (num_gpus * (window[1] - window[0])),
+        "seconds": end - start,
+        "driver": json.loads((folder / "ended.json").read_text()),
+    }
+
+
+def _most_at_once(rows: list[dict[str, Any]], node: str) -> int:
+    """The largest number of shards that a node worked on at the same time."""
+    edges = sorted(
+        edge for row in rows if row["node"] == node for edge in ((row["begun"], 1), (row["ended"] - 0.05, -1))
+    )
+    most = now = 0
+    for _, change in edges:
+        now += change
+        most = max(most, now)
+    return most
