@@ -25,7 +25,7 @@ from davir_ray.places import written_by
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
-from davir_ray.stages.prepare import Preparation, scoring_spec
+from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
 from davir_ray.stages.rank import rank
 from davir_ray.stages.report import report
 from davir_ray.stages.select.rule import check_count, select
@@ -147,7 +147,8 @@ def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> No
 def _tokenizer(run: Run, config: RunConfig, trust_remote_code: bool) -> Any:
     """The base's tokenizer, for the tokens that the report shows; None if it can no longer be loaded."""
     try:
-        return scored_with(run, "base", config.base or "", trust_remote_code).tokenizer()
+        base = scored_with(run, "base", config.base or "", trust_remote_code)
+        return base.tokenizer(run.require("prepare").details.get(TOKENIZER_CLASS))
     except ModelError as error:
         log.warning("the report shows no tokens: %s", error)
         return None

@@ -7,6 +7,7 @@
                                                                        the first shard
     python jobs/benchmark.py control --shards 1000 [--json FILE]       many small shards: commits per second, the
                                                                        driver's CPU and memory, a resume
+    python jobs/benchmark.py prepare --data FILE [--json FILE]         rows prepared per second, against datasets.map
     python jobs/benchmark.py start [--json FILE]                       what a user waits for: a complete run, a new
                                                                        ranking, the first scored shard
     python jobs/benchmark.py nodes --nodes 50 [--json FILE]            the pool on simulated nodes: placement, losses,
@@ -33,7 +34,7 @@ def main() -> int:
 
         return try_gpu(sys.argv[2:])
 
-    from davir_ray.benchmarks import alignment, chats, control, likelihood, nodes, ranking, scaling, start
+    from davir_ray.benchmarks import alignment, chats, control, likelihood, nodes, preparing, ranking, scaling, start
     from davir_ray.cli import run_job
     from davir_ray.errors import ConfigError
 
@@ -43,6 +44,7 @@ def main() -> int:
         alignment.AlignmentBenchmark: alignment.run,
         scaling.ScalingBenchmark: scaling.run,
         control.ControlBenchmark: control.run,
+        preparing.PrepareBenchmark: preparing.run,
         start.StartBenchmark: start.run,
         nodes.NodesBenchmark: nodes.run,
         chats.ChatsBenchmark: chats.run,
@@ -56,7 +58,7 @@ def main() -> int:
         if settings.json is not None:
             Path(settings.json).write_text(text + "\n")
 
-    names = ("likelihood", "ranking", "align", "scaling", "control", "start", "nodes", "chats")
+    names = ("likelihood", "ranking", "align", "scaling", "control", "prepare", "start", "nodes", "chats")
     return run_job(measure, dict(zip(names, run, strict=True)), __doc__)
 
 

@@ -1,6 +1,7 @@
 """A complete and unchanged run is known without Ray and torch; whatever differs is left to the stages."""
 
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -144,10 +145,10 @@ HEAVY = {
 
 JOB = """
 import runpy, sys
-sys.argv = ["score.py", *sys.argv[2:]]
+sys.argv = sys.argv[1:]
 status = 0
 try:
-    runpy.run_path("jobs/score.py", run_name="__main__")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     status = end.code
 heavy = {heavy} & sys.modules.keys()
@@ -159,7 +160,14 @@ sys.exit(status)
 def test_the_job_says_so_without_what_takes_seconds_to_import_and_changes_nothing(config: RunConfig, run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     said = subprocess.run(
-        [sys.executable, "-c", JOB.replace("{heavy}", repr(HEAVY)), "--", "--config", str(run / "config.yaml")],
+        [
+            sys.executable,
+            "-c",
+            JOB.replace("{heavy}", repr(HEAVY)),
+            "jobs/score.py",
+            "--config",
+            str(run / "config.yaml"),
+        ],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -170,6 +178,26 @@ def test_the_job_says_so_without_what_takes_seconds_to_import_and_changes_nothin
     assert said.stderr.splitlines() == [f"{stage}: complete, skipped" for stage in stages]
     assert said.stdout == f"selected: {run / 'selected'}\nreport:   {run / 'report.html'}\n"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_another_ranking_needs_no_torch_in_its_driver(
+    config: RunConfig, run: Path, ray_address: str, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    job = JOB.replace("{heavy}", repr({"torch", "ray.train"}))
+    said = subprocess.run(
+        [sys.executable, "-c", job, "jobs/rank.py", "--output", str(tmp_path / "run"), "--select.top_k", "3"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert "select: 3 of" in said.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the report shows no tokens" not in said.stderr
+    assert page != (run / "report.html").read_text()
 
 
 def test_the_report_is_made_again_where_something_differs_and_only_there(config: RunConfig, run: Path) -> None:

@@ -124,12 +124,15 @@ class Checkpoint:
         """The model's configuration, without its weights."""
         return self._load("AutoConfig")
 
-    def tokenizer(self, known_class: type[Any] | None = None) -> PreTrainedTokenizerBase:
+    def tokenizer(self, known_class: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer. ModelError if there is none, or it cannot be loaded.
 
-        `known_class` is the class that another process found it to have: to find it, transformers imports torch.
+        `known_class` is the class that another process found it to have (see `class_name`): to find it, transformers
+        imports torch.
         """
         from transformers import PreTrainedTokenizerBase
+
+        from davir_ray.models.tokenizer import class_named
 
         names = {file.name for file in self.files} or _names_in(self._folder())
         has_vocabulary = any(
@@ -141,7 +144,7 @@ class Checkpoint:
             "tokenizer files of the model that it was trained from into it"
         )
         try:
-            tokenizer = self._load(known_class or "AutoTokenizer")
+            tokenizer = self._load(class_named(known_class) or "AutoTokenizer")
         except ModelError as error:
             if has_vocabulary:
                 raise

@@ -1,6 +1,8 @@
 """Tokenizers: a digest that identifies one, and a check that two of them encode text alike."""
 
+import importlib
 import json
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +14,21 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that decides how text is encoded: vocabulary, merges, normalisation, special tokens."""
     added = sorted((i, str(token), token.special) for i, token in tokenizer.added_tokens_decoder.items())
     return digest([_encoding(tokenizer), added, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
+
+
+def class_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Where transformers defines the class of a tokenizer, as module:class; None for code that comes with a model."""
+    found = type(tokenizer)
+    return f"{found.__module__}:{found.__qualname__}" if found.__module__.startswith("transformers.") else None
+
+
+def class_named(name: str | None) -> type[Any] | None:
+    """The class of that `class_name`; None if this version of transformers has none."""
+    module, _, qualname = (name or "").partition(":")
+    try:
+        return getattr(importlib.import_module(module), qualname, None) if qualname else None
+    except ImportError:
+        return None
 
 
 def check_same_encoding(

@@ -26,7 +26,7 @@ from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.tasks import each_in_tasks, in_tasks
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.tokenizer import tokenizer_digest
+from davir_ray.models.tokenizer import class_name, tokenizer_digest
 from davir_ray.run.files import digest, keep_digest, read_digest, takes_reading
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
@@ -53,6 +53,9 @@ _MAX_SHARDS = 20_000
 _CHECK_ROWS = 1000
 """Rows between two checks of max_bad_fraction."""
 
+TOKENIZER_CLASS = "tokenizer_class"
+"""Key in the manifest's details of the class of the base's tokenizer, with which it is loaded without torch."""
+
 _HASHED_HERE = 2**30
 """Bytes of local files up to which the driver reads them for their digests."""
 
@@ -78,13 +81,8 @@ class Preparation:
     limit: int | None = None
     prompts_only: bool = False
     """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
-    tokenizer_class: type[Any] | None = None
+    tokenizer_class: str | None = None
     """The class of the base's tokenizer, where it is known; see Checkpoint.tokenizer."""
-
-    def for_workers(self) -> "Preparation":
-        """The same for processes that need no torch to load the tokenizer, unless its class is code of the base."""
-        found = type(self.base.tokenizer())
-        return replace(self, tokenizer_class=found if found.__module__.startswith("transformers.") else None)
 
     def reader(self, sources: list[Source]) -> ExampleReader:
         """The reader that turns records of these sources into examples."""
@@ -165,6 +163,7 @@ def prepare(
     done = _finished(run, reports)
     sizes = [file.num_bytes for listed in files for file in listed]
     log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), len(sizes))
+    tokenizer_class = class_name(preparation.base.tokenizer())
     before = _sum(done)
     start = Progress(
         stage="prepare",
@@ -183,7 +182,7 @@ def prepare(
                 run=run,
                 reports=reports,
                 sources=sources,
-                preparation=preparation.for_workers(),
+                preparation=replace(preparation, tokenizer_class=tokenizer_class),
                 max_bad_fraction=max_bad_fraction,
                 total_bytes=sum(sizes),
                 counter=counter,
@@ -202,6 +201,7 @@ def prepare(
         files=sorted(report.files, key=lambda entry: entry.name),
         details={
             IDS_CHECKED: True,
+            TOKENIZER_CLASS: tokenizer_class,
             TEXT_BYTES: max(report.text_bytes_per_row, report.sums["text_bytes"] // counts["prepared"]),
             "first_reject": report.first_reject,
             "by_source": _by_source(sources, preparation.config, tasks, reports_of_tasks),

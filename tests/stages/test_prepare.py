@@ -27,6 +27,7 @@ from davir_ray.data.shards import shard_tokens
 from davir_ray.data.task_report import TaskReport
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.tokenizer import class_name
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
@@ -578,7 +579,8 @@ print(reader._encoder.tokenizer.encode("Say x."))
 
 
 def test_a_worker_loads_a_fast_tokenizer_without_torch(base_folder: Path, tmp_path: Path) -> None:
-    preparation = settings(base_folder).for_workers()
+    preparation = settings(base_folder)
+    preparation = replace(preparation, tokenizer_class=class_name(preparation.base.tokenizer()))
     (tmp_path / "work").write_bytes(cloudpickle.dumps((preparation, source(tmp_path / "rows.jsonl"))))
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(tmp_path / "work")], capture_output=True, text=True, check=False
