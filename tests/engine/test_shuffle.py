@@ -207,3 +207,63 @@ def test_rows_that_do_not_fit_the_object_store_are_spilled() -> None:
         [sys.executable, "-c", textwrap.dedent(SPILLING)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+LOST_NODE = """
+    import sys, threading, time, uuid
+    from pathlib import Path
+    import numpy as np, pyarrow as pa, ray
+    from ray.cluster_utils import Cluster
+    from davir_ray.engine.shards import Shards
+    from davir_ray.engine.shuffle import exchange
+    from davir_ray.run.files import FileEntry
+
+    folder, num_shards, num_rows, num_bins = Path(sys.argv[1]), 40, 2**15, 6
+
+    def read(name):
+        time.sleep(0.3)
+        (folder / f"read-{name}-{uuid.uuid4().hex}").write_text(ray.get_runtime_context().get_node_id())
+        values = np.random.default_rng(int(name)).integers(0, 2**40, num_rows)
+        return pa.table({"bin": values % num_bins, "value": values})
+
+    def write(number, rows):
+        (folder / f"bin-{number}").write_text(str(int(np.asarray(rows["value"]).sum())))
+        return FileEntry(name=str(number), rows=rows.num_rows, bytes=0, sha256="")
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
+    node = cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+
+    def lose():
+        while len(list(folder.glob("read-*"))) < num_shards // 2:
+            time.sleep(0.02)
+        assert not list(folder.glob("bin-*")), "all was read before the loss"
+        node.kill_raylet()
+
+    threading.Thread(target=lose).start()
+    try:
+        ray.init(cluster.address, log_to_driver=False)
+        files = [FileEntry(name=str(n), rows=num_rows, bytes=2**19, sha256="") for n in range(num_shards)]
+        entries = exchange(Shards(files, read), lambda table: table, num_bins, write)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    read_on = [file.read_text() for file in folder.glob("read-*")]
+    assert len(set(read_on)) == 2 and len(read_on) > num_shards, (len(set(read_on)), len(read_on))
+    values = np.concatenate([np.random.default_rng(n).integers(0, 2**40, num_rows) for n in range(num_shards)])
+    for number in range(num_bins):
+        assert int((folder / f"bin-{number}").read_text()) == int(values[values % num_bins == number].sum())
+    assert [entry.rows for entry in entries] == [int((values % num_bins == n).sum()) for n in range(num_bins)]
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_changes_nothing(tmp_path: Path) -> None:
+    """What it had read is read again on the other; the sums are NumPy's own."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOST_NODE), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
