@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import yaml
 from ray.cluster_utils import Cluster
 
 from davir_ray.config.checks import check
@@ -51,6 +51,15 @@ _EXAMPLE_TOKENS = 4
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 _NODE_ARGS = {"include_log_monitor": False, "object_store_memory": _OBJECT_STORE_BYTES}
+
+_EMPTY = (
+    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+    "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
+)  # fmt: skip
+"""What the configuration of a cluster must name, though simulated nodes have none of them."""
+
+_WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+"""Environment of all processes of a cluster: `ray start` asks for a token by default, and other ways to start do not."""
 
 _START_S = 300
 """Seconds that a cluster has to start."""
@@ -154,27 +163,41 @@ def _on_nodes_that_come(folder: Path, settings: NodesBenchmark) -> dict[str, Any
 @contextmanager
 def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
     """A Ray whose autoscaler adds and removes simulated nodes; its processes are ended after the block."""
-    example = Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml"
-    config = yaml.safe_load(example.read_text()) | {"idle_timeout_minutes": 0.2, "max_workers": num_nodes}
-    config["available_node_types"] = {
-        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
-        "gpu": {
-            "resources": {"CPU": 1, "GPU": 1, "object_store_memory": _OBJECT_STORE_BYTES},
-            "node_config": {},
-            "min_workers": 0,
-            "max_workers": num_nodes,
+    gpu = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": _OBJECT_STORE_BYTES}, "max_workers": num_nodes}
+    config = {
+        "cluster_name": "simulated",
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+            "gpu": {"node_config": {}, "min_workers": 0, **gpu},
+        },
+        "max_workers": num_nodes,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.2,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in _EMPTY},
     }
     (folder / "cluster.yaml").write_text(json.dumps(config))
     port = _free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--autoscaling-config={folder / 'cluster.yaml'}", "--include-dashboard=false"]
-    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--node-ip-address=127.0.0.1"]
-    environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    command.append(f"--object-store-memory={_OBJECT_STORE_BYTES}")
+    environment = {**os.environ, **_WITHOUT_TOKEN, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     with (folder / "cluster.log").open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    address = f"{ray.util.get_node_ip_address()}:{port}"
     try:
-        yield f"127.0.0.1:{port}"
+        _wait_for_ray(process, address, folder / "cluster.log")
+        yield address
     finally:
         for started in [*psutil.Process(process.pid).children(recursive=True), process]:
             try:
@@ -184,9 +207,16 @@ def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
         process.wait()
 
 
-def _free_port() -> int:
-    import socket
+def _wait_for_ray(process: "subprocess.Popen[bytes]", address: str, output: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while "Ray runtime started" not in output.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            text = output.read_text(errors="replace")[-1000:]
+            raise ClusterError(f"no Ray was started at {address}; the end of its output: {text}")
+        time.sleep(0.2)
 
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -210,7 +240,7 @@ def _driver(
     """A process that scores the shards; it has ended after the block."""
     code = "import sys; from davir_ray.benchmarks.nodes import drive; drive(sys.argv[1])"
     given = json.dumps({"folder": str(folder), "seconds": settings.seconds, "options": options})
-    environment = {**os.environ, "RAY_ADDRESS": address}
+    environment = {**os.environ, **_WITHOUT_TOKEN, "RAY_ADDRESS": address}
     with (folder / "driver.log").open("wb") as output:
         command = [sys.executable, "-c", code, given]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
