@@ -59,7 +59,7 @@ _EMPTY = (
 """What the configuration of a cluster must name, though simulated nodes have none of them."""
 
 _WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}
-"""Environment of all processes of a cluster: `ray start` asks for a token by default, and other ways to start do not."""
+"""Environment of all processes of a cluster: `ray start` asks for a token by default, and Cluster does not."""
 
 _START_S = 300
 """Seconds that a cluster has to start."""

@@ -88,8 +88,12 @@ class Run:
         manifest = self.manifest(stage)
         takes_hours = STAGES[stage].takes_hours
         if manifest is None:
-            later = [name for name in from_stage(stage)[1:] if STAGES[name].takes_hours and self.manifest(name)]
-            if not takes_hours or not later:
+            if not takes_hours:
+                return None
+            complete = (self / "manifests").entries()
+            names = [name for name in from_stage(stage)[1:] if manifest_file(self.folder, name).name in complete]
+            later = [name for name in names if STAGES[name].takes_hours and self.manifest(name)]
+            if not later:
                 return None
             problem, changed = "holds another run", [f"its manifest, which is missing although {later[0]} is complete"]
         elif changed := differences(manifest.fingerprint, json.loads(json.dumps(fingerprint))):
@@ -122,10 +126,13 @@ class Run:
 
     def clear(self, stage: str) -> None:
         """Remove a stage and all that follow it, manifests first, so that no half-removed stage looks complete."""
+        there = self.folder.entries()  # one request, where each name would take two
+        manifests = (self / "manifests").entries() if "manifests" in there else {}
         for name in reversed(from_stage(stage)):
-            self.uncommit(name)
-        for name in from_stage(stage):
-            for folder in STAGES[name].writes:
+            if manifest_file(self.folder, name).name in manifests:
+                self.uncommit(name)
+        for folder in dict.fromkeys(folder for name in from_stage(stage) for folder in STAGES[name].writes):
+            if folder in there:
                 (self / folder).remove()
 
     # Unfinished stages
@@ -181,12 +188,13 @@ class Run:
         """Whether the folder is a run already; raises OutputError if it has other files, which a stage might delete."""
         config = self / CONFIG_FILE
         with user_errors(self, OutputError):
-            if config.exists():
+            there = self.folder.entries()
+            if CONFIG_FILE in there:
                 if not config.read_text().startswith(CONFIG_HEAD):
                     raise OutputError(f"{config} was not written by davir_ray; choose an empty or a new --output")
                 return True
             names = [name for stage in STAGES.values() for name in stage.writes]
-            taken = [name for name in (*names, "manifests") if (self / name).exists()]
+            taken = [name for name in (*names, "manifests") if name in there]
         if taken:
             raise OutputError(f"{self} holds {taken[0]} but no run of davir_ray; choose an empty or a new --output")
         return False

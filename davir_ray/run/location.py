@@ -159,14 +159,18 @@ class Location:
         """Sorted names of the finished files directly in this folder; empty if there is no folder."""
         return [name for name in self.listed() if name.endswith(suffix)]
 
-    def listed(self) -> dict[str, FileInfo]:
-        """The finished files directly in this folder, by name, from one listing; empty if there is no folder."""
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What is directly in this folder, by name, from one listing; empty if there is no folder."""
         self.fs.invalidate_cache()
         try:
             with storage_errors(self, may_be_absent=True):
-                infos = {posixpath.basename(info["name"]): info for info in self.fs.ls(self.path, detail=True)}
+                return {posixpath.basename(info["name"]): info for info in self.fs.ls(self.path, detail=True)}
         except FileNotFoundError:
             return {}
+
+    def listed(self) -> dict[str, FileInfo]:
+        """The finished files directly in this folder, by name, from one listing; empty if there is no folder."""
+        infos = self.entries()
         files = {name: info for name, info in infos.items() if info["type"] == "file"}
         return {name: file_info(files[name]) for name in sorted(files) if name and not name.startswith(TEMPORARY)}
 
