@@ -43,9 +43,11 @@ def with_formats(config: Config, *, pairs: bool = False) -> tuple[Config, list[l
         with_format(source, listed, config.prepare, pairs=pairs)
         for source, listed in zip(config.all_sources(), files, strict=True)
     ]
-    if config.data is not None:
-        return replace(config, format=sources[0].format), files
-    return replace(config, sources=sources), files
+    if config.data is None:
+        return replace(config, sources=sources), files
+    config = replace(config, format=sources[0].format)
+    (source,) = config.all_sources()  # it is named after its format
+    return config, [[replace(file, source=source.name) for file in listed] for listed in files]
 
 
 def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Preparation]:

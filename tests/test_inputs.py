@@ -168,19 +168,20 @@ def test_a_found_format_gives_the_settings_of_the_format_given(tmp_path: Path) -
     """Its name, and so every id, and what config.yaml remembers, are those of the same command with --format."""
     (tmp_path / "a.csv").write_text("instruction,output\nAdd.,2\n")
     place = {"output": str(tmp_path / "run"), "base": "b", "data": str(tmp_path / "a.csv")}
-    given = with_formats(RunConfig(**place, format="alpaca"))
-    assert with_formats(RunConfig(**place)) == given == RunConfig(**place, format="alpaca")
+    given, files = with_formats(RunConfig(**place, format="alpaca"))
+    assert with_formats(RunConfig(**place)) == (given, files)
+    assert given == RunConfig(**place, format="alpaca")
     assert load(RunConfig, dump(given)) == given
     assert [source.name for source in given.all_sources()] == ["alpaca"]
     named = RunConfig(output="o", base="b", sources=[Source(name="mine", path=place["data"])])
-    assert with_formats(named).sources == [Source(name="mine", path=place["data"], format="alpaca")]
+    assert with_formats(named)[0].sources == [Source(name="mine", path=place["data"], format="alpaca")]
 
 
 def test_a_mixture_is_checked_when_the_source_has_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
     place = {"output": str(tmp_path / "run"), "base": "b", "data": str(tmp_path / "a.jsonl")}
     good, bad = (SelectConfig(mixture=[Part(source=name, all=True)]) for name in ("gsm8k", "alpaca"))
-    assert with_formats(RunConfig(**place, select=good)).format == "gsm8k"
+    assert with_formats(RunConfig(**place, select=good))[0].format == "gsm8k"
     with pytest.raises(ConfigError, match="alpaca"):
         with_formats(RunConfig(**place, select=bad))
 

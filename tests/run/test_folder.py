@@ -67,7 +67,7 @@ def test_a_disk_that_fails_is_a_storage_error(local: Location) -> None:
     assert progress.error.startswith(f"{local}/config.yaml/below: FileExistsError")
 
 
-@pytest.mark.parametrize("num_removed", range(12))
+@pytest.mark.parametrize("num_removed", range(6))
 def test_a_removal_that_is_interrupted_leaves_no_stage_that_looks_complete_and_is_not(
     num_removed: int, local: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:

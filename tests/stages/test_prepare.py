@@ -25,9 +25,11 @@ from davir_ray.data.detection import with_format
 from davir_ray.data.files import list_files
 from davir_ray.data.shards import shard_tokens
 from davir_ray.data.task_report import TaskReport
+from davir_ray.engine.tasks import each_in_tasks
 from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import class_name
+from davir_ray.run import files as run_files
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
@@ -587,3 +589,46 @@ def test_a_worker_loads_a_fast_tokenizer_without_torch(base_folder: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == preparation.base.tokenizer().encode("Say x.")
+
+
+def test_files_that_are_given_are_not_listed_again(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / "data" / f"{number}.jsonl").write_text(json.dumps(GOOD | {"input": str(number)}))
+    data = source(tmp_path / "data")
+    files = list_files(data)
+    (tmp_path / "data" / "later.jsonl").write_text(json.dumps(GOOD | {"input": "later"}))
+    options = settings(base_folder, max_tokens=200)
+    manifest = prepare(Run.at(tmp_path / "run"), [data], options, max_bad_fraction=0, files=[files])
+    check_books(tmp_path / "run", manifest, 3)
+
+
+def test_many_bytes_and_many_files_are_looked_into_in_tasks(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the result of a driver that looks into them itself."""
+    (tmp_path / "data").mkdir()
+    rows = [GOOD | {"input": str(number)} for number in range(30)]
+    for number in range(5):
+        table = pa.Table.from_pylist(rows[6 * number : 6 * number + 6])
+        pq.write_table(table, tmp_path / "data" / f"{number}.parquet", row_group_size=2)
+    data, options = source(tmp_path / "data"), settings(base_folder, max_tokens=200)
+    monkeypatch.setattr(module, "_TASK_BYTES", 2000)
+    monkeypatch.setattr(run_files, "_KEPT_FROM_BYTES", 1)
+    here = prepare(Run.at(tmp_path / "here"), [data], options, max_bad_fraction=0)
+    monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_HASHED_HERE", 0)
+    monkeypatch.setattr(module, "_CUT_PER_TASK", 2)
+    run_files._local_digest.cache_clear()
+    used: list[int] = []
+
+    def noted(work: Any, items: Any, **how: Any) -> list[Any]:
+        used.append(len(items))
+        return each_in_tasks(work, items, **how)
+
+    monkeypatch.setattr(module, "each_in_tasks", noted)
+    there = prepare(Run.at(tmp_path / "there"), [data], options, max_bad_fraction=0)
+    assert used == [5, 5], "the digests, then the footers"
+    assert there.fingerprint == here.fingerprint
+    assert there.content == here.content
+    assert len(there.files) > 5
