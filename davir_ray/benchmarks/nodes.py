@@ -163,18 +163,21 @@ def _on_nodes_that_come(folder: Path, settings: NodesBenchmark) -> dict[str, Any
 @contextmanager
 def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
     """A Ray whose autoscaler adds and removes simulated nodes; its processes are ended after the block."""
+    port = _free_port()
+    address = f"{ray.util.get_node_ip_address()}:{port}"
     gpu = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": _OBJECT_STORE_BYTES}, "max_workers": num_nodes}
     config = {
         "cluster_name": "simulated",
         "provider": {
             "type": "fake_multinode",
+            "gcs_address": address,
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "available_node_types": {
-            "head": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
             "gpu": {"node_config": {}, "min_workers": 0, **gpu},
         },
         "max_workers": num_nodes,
@@ -187,14 +190,12 @@ def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
         **{name: [] for name in _EMPTY},
     }
     (folder / "cluster.yaml").write_text(json.dumps(config))
-    port = _free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--autoscaling-config={folder / 'cluster.yaml'}", "--include-dashboard=false"]
     command.append(f"--object-store-memory={_OBJECT_STORE_BYTES}")
     environment = {**os.environ, **_WITHOUT_TOKEN, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     with (folder / "cluster.log").open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    address = f"{ray.util.get_node_ip_address()}:{port}"
     try:
         _wait_for_ray(process, address, folder / "cluster.log")
         yield address
