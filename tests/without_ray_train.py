@@ -25,12 +25,6 @@ class OnlyRank:
     def get_world_rank(self) -> int:
         return 0
 
-    def get_local_rank(self) -> int:
-        return 0
-
-    def get_node_rank(self) -> int:
-        return 0
-
 
 def _run_here(
     work: Callable[[], dict[str, Any]], config: FinetuneConfig, storage: Location, name: str

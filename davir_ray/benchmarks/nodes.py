@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import signal
 import socket
 import subprocess
 import sys
@@ -200,11 +199,12 @@ def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
         _wait_for_ray(process, address, folder / "cluster.log")
         yield address
     finally:
-        for started in [*psutil.Process(process.pid).children(recursive=True), process]:
-            try:
-                started.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                log.debug("process %d has ended by itself", started.pid)
+        try:
+            for started in psutil.Process(process.pid).children(recursive=True):
+                started.kill()
+        except psutil.NoSuchProcess as error:
+            log.debug("it has ended by itself: %s", error)
+        process.kill()
         process.wait()
 
 

@@ -78,7 +78,7 @@ def measure(folder: Path, settings: PrepareBenchmark) -> dict[str, Any]:
     tokenizer.save_pretrained(folder / "base")
     preparation = Preparation(base=Checkpoint.find(str(folder / "base")), config=PrepareConfig(max_tokens=_MAX_TOKENS))
     source = Source(name="alpaca", path=str(folder / "data"), format="alpaca")
-    num_cpus = int(ray.cluster_resources()["CPU"]) - 1
+    num_cpus = max(1, int(ray.cluster_resources()["CPU"]) - 1)
     process, seconds, grown = psutil.Process(), dict[str, list[float]](), []
     for turn in range(settings.repeats):
         before, started = process.memory_info().rss, time.monotonic()

@@ -18,7 +18,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -78,13 +78,21 @@ class SourceFile:
     """Path below the source's root, so that it stays the same when the root moves; part of example_id."""
     layout: Layout
     num_bytes: int
-    mark: str | None = None
+    mark: str | None = field(default=None, compare=False)
     """Etag or modification time (see FileInfo) when it was listed."""
 
     def digest(self) -> str:
-        """A string that changes when the content does (see file_digest), without another look at a remote file."""
+        """A string that changes when the content does (see file_digest), without another look at a file with an etag.
+
+        DataError if a local file has changed since it was listed: its parts would not be those of the content.
+        """
         place = Location.of(self.uri)
-        return f"{self.num_bytes}-{self.mark}" if self.mark and not place.is_local else file_digest(place)
+        if not place.is_local:
+            return f"{self.num_bytes}-{self.mark}" if self.mark else file_digest(place)
+        found = file_digest(place)
+        if self.mark is not None and place.info() != FileInfo(self.num_bytes, self.mark):
+            raise DataError(f"{self.uri} was changed while the run read it; start the run again when it is complete")
+        return found
 
 
 class Slice(NamedTuple):
@@ -462,7 +470,7 @@ def plan_tasks(
 ) -> list[list[Slice]]:
     """Group consecutive slices into tasks of about `target_bytes` of storage; depends on files and target only.
 
-    `apply` cuts the files.
+    `apply` calls the function that cuts a file for each of them, and returns the results in order.
 
     A Parquet file is cut between row groups. Uncompressed JSON lines are cut at multiples of the target; the rows of
     such slices are not counted yet. A task exceeds the target if a single row group or other file does. If a Parquet

@@ -66,7 +66,7 @@ def in_tasks(
 ) -> Generator[tuple[int, _Result]]:
     """Call `work` on each item in a task with a CPU; yields the index of the item and the result, as tasks end.
 
-    At most `at_once` run at the same time, and no more than leave room for the reads of a pool.
+    At most `at_once` run at the same time, and no more than fit the cluster with a CPU left over.
     """
     num_cpus = actor_cpus(1)
     room = min(at_once or len(items), pool_size(None, num_cpus, 0))
@@ -79,7 +79,7 @@ def in_tasks(
 def each_in_tasks(
     work: Callable[[_Item], _Result], items: Sequence[_Item], *, per_task: int, worthwhile: bool = True
 ) -> list[_Result]:
-    """Like `each`, with so many items in a Ray task, if that is worthwhile; returns the results in order."""
+    """Like `each`, with `per_task` items in each Ray task; in this process unless `worthwhile`."""
     if not worthwhile:
         return each(work, items)
     groups = [items[at : at + per_task] for at in range(0, len(items), per_task)]

@@ -25,10 +25,13 @@ def class_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def class_named(name: str | None) -> type[Any] | None:
     """The class of that `class_name`; None if this version of transformers has none."""
     module, _, qualname = (name or "").partition(":")
+    if not module.startswith("transformers."):
+        return None
     try:
-        return getattr(importlib.import_module(module), qualname, None) if qualname else None
+        found = getattr(importlib.import_module(module), qualname, None)
     except ImportError:
         return None
+    return found if isinstance(found, type) else None
 
 
 def check_same_encoding(

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +49,8 @@ class FileEntry:
     bytes: int
     sha256: str
     mark: str | None = field(default=None, compare=False)
-    """Etag or modification time (see FileInfo) when the stage was committed. It says nothing about the content, so two
-    entries are equal whatever it is."""
+    """Etag or modification time (see FileInfo) when the file was written, or the stage committed. It says nothing about
+    the content, so two entries are equal whatever it is."""
 
 
 def digest(value: Any) -> str:
@@ -69,7 +68,7 @@ def file_digest(place: Location) -> str:
     """A string that changes when the file's content does: SHA-256 of a local file, size and etag of a remote one."""
     with storage_errors(place, may_be_absent=True):
         if place.is_local:
-            return _local_digest(place.path, *_identity(place.path))
+            return _local_digest(place.path)
         info = file_info(place.fs.info(place.path))
     return content_digest(place) if info.mark is None else f"{info.bytes}-{info.mark}"
 
@@ -92,10 +91,14 @@ def read_digest(place: Location) -> ReadDigest:
 
 
 def keep_digest(place: Location, found: ReadDigest) -> None:
-    """Keep the digest of a large local file on the disk, unless it may have changed since it was read."""
+    """Remember the digest of a local file, that of a large one on the disk, unless it has changed since it was read.
+
+    One that was changed a moment ago may change again within the same time, so it is not kept on the disk.
+    """
     identity = _identity(place.path)
     if (found.num_bytes, found.mtime_ns) != (identity.num_bytes, identity.mtime_ns):
         return
+    _KNOWN[place.path, identity] = found.sha256
     if found.num_bytes < _KEPT_FROM_BYTES or found.begun_ns - max(identity.mtime_ns, identity.ctime_ns) <= _SETTLED_NS:
         return
     try:
@@ -109,7 +112,8 @@ def takes_reading(place: Location) -> bool:
     if not place.is_local:
         return False
     identity = _identity(place.path)
-    return identity.num_bytes >= _KEPT_FROM_BYTES and _kept_digest(place.path, identity) is None
+    known = _KNOWN.get((place.path, identity)) or _kept_digest(place.path, identity)
+    return identity.num_bytes >= _KEPT_FROM_BYTES and known is None
 
 
 class _Identity(NamedTuple):
@@ -122,22 +126,27 @@ class _Identity(NamedTuple):
     ctime_ns: int
 
 
+_KNOWN: dict[tuple[str, _Identity], str] = {}
+"""The digests that this process has read."""
+
+
 def _identity(path: str) -> _Identity:
     stat = Path(path).stat()
     return _Identity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-@lru_cache(maxsize=4096)
-def _local_digest(path: str, *identity: int) -> str:
+def _local_digest(path: str) -> str:
     """SHA-256 of a local file, computed again only where the file behind the path, its size or its times differ.
 
     Those of large files are kept on the disk, so that a 70B is not read at every start.
     """
-    if kept := _kept_digest(path, _Identity(*identity)):
-        return kept
-    place = Location.of(path)
-    found = read_digest(place)
-    keep_digest(place, found)
+    identity = _identity(path)
+    known = _KNOWN.get((path, identity)) or _kept_digest(path, identity)
+    if known is not None:
+        _KNOWN[path, identity] = known
+        return known
+    found = read_digest(Location.of(path))
+    keep_digest(Location.of(path), found)
     return found.sha256
 
 

@@ -35,9 +35,10 @@ _S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts":
 HEAD, whose answer has no body to recognise it by. AWS_RETRY_MODE and AWS_MAX_ATTEMPTS take precedence where set."""
 
 _THREADS = 32
-_AHEAD = 4
-"""Results that are computed before they are asked for, where each may be large."""
 """Concurrent requests where many files are looked at: they wait for the store, not for this process."""
+
+_AHEAD = 16
+"""Results that are computed before they are asked for, where each may be large."""
 
 DANGLING = "dangling link"
 

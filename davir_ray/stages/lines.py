@@ -6,6 +6,7 @@ A row keeps the index, and so the id, that it has in an uncut file. That takes o
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import closing
 
 from davir_ray.data.files import Slice
 from davir_ray.data.records import count_lines
@@ -52,8 +53,9 @@ def _counts(run: Run, parts: list[Slice]) -> list[int]:
     )  # fmt: skip
     groups = [parts[at : at + _PARTS_PER_TASK] for at in range(0, len(parts), _PARTS_PER_TASK)]
     counts, num_counted = dict[int, list[int]](), 0
-    with tracked(run, Progress(stage="prepare", unit="parts counted", total=len(parts))) as counter:
-        for index, of_group in in_tasks(_count_group, groups):
+    start = Progress(stage="prepare", unit="parts counted", total=len(parts))
+    with tracked(run, start) as counter, closing(in_tasks(_count_group, groups)) as results:
+        for index, of_group in results:
             counts[index] = of_group
             num_counted += len(of_group)
             counter.report("all", WorkDone(num_counted))

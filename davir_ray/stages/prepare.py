@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
+import ray.data
 from ray import cloudpickle
 
 from davir_ray.config.prepare import PrepareConfig
@@ -21,10 +22,11 @@ from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import SHARD_ROWS, ShardWriter, shard_tokens
 from davir_ray.data.task_report import COUNTED, TEXT_BYTES, TaskReport
 from davir_ray.data.tokens import Encoder
+from davir_ray.engine.connect import whole_block_context
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.tasks import each_in_tasks, in_tasks
-from davir_ray.errors import DataError, IntegrityError
+from davir_ray.errors import ClusterError, DataError, IntegrityError, StorageError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import class_name, tokenizer_digest
 from davir_ray.run.files import digest, keep_digest, read_digest, takes_reading
@@ -35,6 +37,7 @@ from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.stages.lines import rows_of_parts
+from davir_ray.text import format_bytes
 from davir_ray.versions import PREPARE_VERSION
 
 log = logging.getLogger(__name__)
@@ -270,11 +273,17 @@ def _fingerprint(sources: list[Source], files: Sequence[list[SourceFile]], prepa
 
 def _digests(files: list[SourceFile]) -> dict[str, str]:
     """The digest of each file, by relative path; many bytes that must be read for it are read in tasks."""
-    unread = [(Location.of(file.uri), file.num_bytes) for file in files if takes_reading(Location.of(file.uri))]
-    if sum(num_bytes for _, num_bytes in unread) > _HASHED_HERE:
-        places = [place for place, _ in unread]
-        for place, found in zip(places, each_in_tasks(read_digest, places, per_task=1), strict=True):
-            keep_digest(place, found)
+    places = [Location.of(file.uri) for file in files]
+    unread = {place: file.num_bytes for place, file in zip(places, files, strict=True) if takes_reading(place)}
+    if (num_bytes := sum(unread.values())) > _HASHED_HERE:
+        log.info("prepare: reading %s of %d files for their digests", format_bytes(num_bytes), len(unread))
+        try:
+            # A large file may take longer than a task may that makes no progress.
+            with ray.data.DataContext.current(whole_block_context(0)):
+                for place, found in zip(unread, each_in_tasks(read_digest, list(unread), per_task=1), strict=True):
+                    keep_digest(place, found)
+        except (StorageError, ClusterError) as error:
+            log.warning("the nodes do not read the data for their digests; the driver does (%s)", error)
     return dict(zip((file.relative_path for file in files), each(SourceFile.digest, files), strict=True))
 
 

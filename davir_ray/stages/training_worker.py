@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import posixpath
 import shutil
 import tempfile
@@ -99,18 +100,26 @@ def _objective(training: Training) -> Objective:
 
     Every worker maps the files; then they are removed, so that workers that die later leave none behind.
     """
-    context = ray.train.get_context()
-    writes = context.get_local_rank() == 0
+    node = ray.get_runtime_context().get_node_id()  # Ray Train's ranks of nodes are by address, which two may share
+    nodes, rank = from_all(node), ray.train.get_context().get_world_rank()
     with ExitStack() as written:
-        own = together(lambda: _written(training, written) if writes else None)
-        folders = {node: folder for node, folder in from_all((context.get_node_rank(), own)) if folder is not None}
-        return together(lambda: training.objective(folders[context.get_node_rank()]))
+        own = together(lambda: _written(training, node, written) if nodes.index(node) == rank else None)
+        folder = from_all(own)[nodes.index(node)]
+        return together(lambda: training.objective(folder))
 
 
-def _written(training: Training, written: ExitStack) -> Path:
-    """A new folder with the training data, which is removed when `written` is closed."""
-    with storage_errors(tempfile.gettempdir()):
-        folder = Path(written.enter_context(tempfile.TemporaryDirectory(prefix="davir-training-")))
+def _written(training: Training, node: str, written: ExitStack) -> Path:
+    """A new folder with the training data, which is removed when `written` is closed.
+
+    What an attempt left on this node that was killed while it wrote is removed first.
+    """
+    prefix = f"davir-training-{digest([str(training.run), training.name, node])[:16]}-"
+    with storage_errors(os.environ.get("TMPDIR", "/tmp")):
+        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # On NFS a file that is mapped cannot be removed: it goes with the last process.
+        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+        folder = Path(written.enter_context(made))
         training.write(folder)
     return folder
 

@@ -1,5 +1,6 @@
 """The benchmark of a start times commands from outside; how long they take decides nothing."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 folder.mkdir()
 (folder / "part-00000.parquet").touch()
-time.sleep(1)
+time.sleep(3)
+(folder / "ended").touch()
 """
 
 
 def test_a_command_counts_to_its_end_or_to_its_first_shard(tmp_path: Path) -> None:
+    written, ended = tmp_path / "a" / "part-00000.parquet", tmp_path / "a" / "ended"
+    started = time.time()
     first = seconds_of(["-c", WRITES_A_SHARD, str(tmp_path / "a")], tmp_path / "a")
-    whole = seconds_of(["-c", WRITES_A_SHARD, str(tmp_path / "b")])
-    assert first > 0
-    assert whole >= 1
+    assert first >= written.stat().st_mtime - started - 0.1
+    assert first < ended.stat().st_mtime - started, "it waited for the end"
+    assert seconds_of(["-c", WRITES_A_SHARD, str(tmp_path / "b")]) >= 3
 
 
 def test_a_command_that_fails_is_told_with_its_output(tmp_path: Path) -> None:

@@ -79,3 +79,17 @@ def test_tasks_of_which_none_ends_are_given_up_and_cancelled(tmp_path: Path) -> 
     while (tmp_path / "0.pid").exists() and not (tmp_path / "0.ended").exists():
         assert time.monotonic() < deadline, "it goes on"
         time.sleep(0.1)
+
+
+def test_who_closes_the_results_begins_no_more_tasks(tmp_path: Path) -> None:
+    def work(item: int) -> int:
+        (tmp_path / str(item)).touch()
+        time.sleep(0.2)
+        return item
+
+    with closing(in_tasks(work, range(100), at_once=2)) as results:
+        next(results)
+    num_begun = len(list(tmp_path.iterdir()))
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) <= num_begun + 2
+    assert num_begun < 10

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.tokenizer import check_same_encoding, tokenizer_digest
+from davir_ray.models.tokenizer import check_same_encoding, class_name, class_named, tokenizer_digest
 
 NAMES = ("base", "reference")
 
@@ -101,3 +101,18 @@ def test_an_added_token_that_changes_how_text_is_encoded_changes_the_digest(
     other.add_tokens(["return"], special_tokens=special)
     assert other("return x")["input_ids"] != tokenizer("return x")["input_ids"]
     assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", "transformers", "transformers.nothing:Tokenizer", "transformers.utils:nothing", "os:getcwd"]
+)
+def test_a_class_that_is_not_there_is_none(name: str | None) -> None:
+    """As in a run that another version of transformers has written: the tokenizer's class is found anew."""
+    assert class_named(name) is None
+
+
+def test_a_class_is_found_by_its_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    name = class_name(tokenizer)
+    assert name is not None
+    assert class_named(name) is type(tokenizer)
+    assert class_named("transformers.utils:logging") is None, "a module is no class"

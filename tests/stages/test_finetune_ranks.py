@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -55,16 +56,21 @@ class WriteAlike:
 
 
 class OnNode:
-    """The context of a group whose ranks have a node each, or one together."""
+    """Ray's and Ray Train's contexts of a group whose ranks have a node each, or one together."""
 
     def __init__(self, *, alone: bool) -> None:
         self._alone = alone
 
-    def get_local_rank(self) -> int:
-        return 0 if self._alone else dist.get_rank()
+    def get_world_rank(self) -> int:
+        return dist.get_rank()
 
-    def get_node_rank(self) -> int:
-        return dist.get_rank() if self._alone else 0
+    def get_node_id(self) -> str:
+        return f"node of {dist.get_rank()}" if self._alone else "the node"
+
+
+def place_on(patch: pytest.MonkeyPatch, *, alone: bool) -> None:
+    for module, name in ((ray, "get_runtime_context"), (ray.train, "get_context")):
+        patch.setattr(module, name, lambda: OnNode(alone=alone))
 
 
 class WithoutTokenizer(Checkpoint):
@@ -101,14 +107,14 @@ def training_of(folder: Path, damaged_on: int | None = None) -> Training:
 def read_damaged(folder: Path, rank: int) -> None:
     """One rank cannot read what it is to train on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray.train, "get_context", lambda: OnNode(alone=True))
+        place_on(patch, alone=True)
         training.train_on_rank(training_of(folder, damaged_on=1), NobodyListens())  # type: ignore[arg-type]
 
 
 def share_one_copy(of_rank: Training, folder: Path, rank: int) -> Objective:
     """Both ranks of a node map the same files, which nobody else can open any more; notes the files of this rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray.train, "get_context", lambda: OnNode(alone=False))
+        place_on(patch, alone=False)
         examples = training._objective(of_rank)
     mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     files = sorted((inode, name) for *_, inode, name in (line for line in mapped if "davir-training-" in line[-1]))

@@ -26,10 +26,11 @@ from davir_ray.data.files import list_files
 from davir_ray.data.shards import shard_tokens
 from davir_ray.data.task_report import TaskReport
 from davir_ray.engine.tasks import each_in_tasks
-from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError
+from davir_ray.errors import DataError, IntegrityError, ModelError, OutputError, StorageError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import class_name
 from davir_ray.run import files as run_files
+from davir_ray.run import manifest as manifests
 from davir_ray.run.files import FileEntry, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
@@ -603,8 +604,9 @@ def test_files_that_are_given_are_not_listed_again(base_folder: Path, tmp_path: 
     check_books(tmp_path / "run", manifest, 3)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
 def test_many_bytes_and_many_files_are_looked_into_in_tasks(
-    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool
 ) -> None:
     """With the result of a driver that looks into them itself."""
     (tmp_path / "data").mkdir()
@@ -619,7 +621,7 @@ def test_many_bytes_and_many_files_are_looked_into_in_tasks(
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "_HASHED_HERE", 0)
     monkeypatch.setattr(module, "_CUT_PER_TASK", 2)
-    run_files._local_digest.cache_clear()
+    run_files._KNOWN.clear()
     used: list[int] = []
 
     def noted(work: Any, items: Any, **how: Any) -> list[Any]:
@@ -627,8 +629,72 @@ def test_many_bytes_and_many_files_are_looked_into_in_tasks(
         return each_in_tasks(work, items, **how)
 
     monkeypatch.setattr(module, "each_in_tasks", noted)
+    monkeypatch.setattr(run_files, "content_digest", lambda place: pytest.fail(f"the driver reads {place}"))
+    if not is_kept:  # then it is remembered all the same
+        (tmp_path / "cache").write_text("not a folder")
     there = prepare(Run.at(tmp_path / "there"), [data], options, max_bad_fraction=0)
     assert used == [5, 5], "the digests, then the footers"
     assert there.fingerprint == here.fingerprint
     assert there.content == here.content
     assert len(there.files) > 5
+
+
+def test_data_that_the_nodes_cannot_read_is_read_by_the_driver(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A complete stage needs no node that sees its data."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    data, options, run = source(tmp_path / "a.jsonl"), settings(base_folder, max_tokens=200), Run.at(tmp_path / "run")
+    complete = prepare(run, [data], options, max_bad_fraction=0)
+    monkeypatch.setattr(run_files, "_KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr(module, "_HASHED_HERE", 0)
+    monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
+    run_files._KNOWN.clear()
+
+    def unseen(place: Any) -> Any:
+        raise StorageError(f"{place}: it does not exist")
+
+    monkeypatch.setattr(module, "read_digest", unseen)
+    assert prepare(run, [data], options, max_bad_fraction=0) == complete
+    assert "the driver does" in caplog.text
+
+
+def test_a_file_that_grows_after_it_was_listed_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    """Its parts would end where the listing says."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + "\n")
+    data, options = source(tmp_path / "a.jsonl"), settings(base_folder, max_tokens=200)
+    files = list_files(data)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps(GOOD | {"input": "later"}) + "\n")
+    with pytest.raises(DataError, match="was changed while the run read it"):
+        prepare(Run.at(tmp_path / "run"), [data], options, max_bad_fraction=0, files=[files])
+
+
+def test_what_an_attempt_has_written_is_read_only_where_it_was_changed(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [GOOD | {"input": str(number)} for number in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(module, "_TASK_BYTES", 300)
+    run, data, options = Run.at(tmp_path / "run"), source(tmp_path / "a.jsonl"), settings(base_folder, max_tokens=200)
+
+    def crash(*_: object) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "commit", crash)
+        with pytest.raises(CrashError):
+            prepare(run, [data], options, max_bad_fraction=0)
+    shards = sorted((tmp_path / "run" / "examples").iterdir())
+    assert len(shards) > 2
+    os.utime(shards[1], (1, 1))  # as a copy would
+    read: list[str] = []
+    compute = manifests.content_digest
+
+    def noted(place: Any) -> str:
+        read.append(place.name)
+        return compute(place)
+
+    monkeypatch.setattr(manifests, "content_digest", noted)
+    prepare(run, [data], options, max_bad_fraction=0)
+    assert read == [shards[1].name]

@@ -107,7 +107,7 @@ class TrainingSet:
     @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> Self:
         """The examples of tables with TRAINING_COLUMNS, in files that nobody else sees."""
-        with TemporaryDirectory(prefix="davir-training-") as folder:
+        with TemporaryDirectory(prefix="davir-training-", ignore_cleanup_errors=True) as folder:
             write_examples(Path(folder), tables)
             return cls.mapped(Path(folder))
 

@@ -100,7 +100,7 @@ class PairSet:
     @classmethod
     def of(cls, shards: Iterable[tuple[pa.Table, pa.Table]], config: AlignConfig) -> Self:
         """The pairs of such tables as `write_pairs` takes, in files that nobody else sees."""
-        with TemporaryDirectory(prefix="davir-training-") as folder:
+        with TemporaryDirectory(prefix="davir-training-", ignore_cleanup_errors=True) as folder:
             write_pairs(Path(folder), shards, config.heldout_fraction)
             return cls.mapped(Path(folder), config)
 
