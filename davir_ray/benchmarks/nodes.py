@@ -39,9 +39,7 @@ from davir_ray.run.manifest import Manifest, library_versions
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = pa.schema(
-    [("example_id", pa.int64()), ("status", pa.string()), ("node", pa.string()), ("begun", pa.float64())]
-)
+_SCHEMA = pa.schema([("example_id", pa.int64()), ("status", pa.string())])
 
 _STRAGGLERS, _SLOWER = 20, 3
 """One shard of so many takes so many times as long."""
@@ -94,7 +92,10 @@ class NodesBenchmark:
 
 
 class Waiter:
-    """Stands for the models of an actor: it waits for each shard, and notes where and when it began."""
+    """Stands for the models of an actor: it waits for each shard, and notes where and when.
+
+    What it returns is the same anywhere, as scores are: a worker may outlive its node by a shard that another has done.
+    """
 
     numerics: dict[str, Any] = {}  # noqa: RUF012 - the protocol's attribute
 
@@ -105,13 +106,16 @@ class Waiter:
 
     def __call__(self, examples: pa.Table) -> pa.Table:
         """One row for each example, after some seconds."""
-        begun, number = time.time(), examples["example_id"][0].as_py()
-        with self._notes.open("a") as file:
-            file.write(json.dumps({"shard": number, "node": self._node, "begun": begun}) + "\n")
+        number = examples["example_id"][0].as_py()
+        note = {"shard": number, "node": self._node, "begun": time.time()}
+        self._write(note)
         time.sleep(self._seconds * (_SLOWER if number % _STRAGGLERS == 0 else 1))
-        rows = examples.num_rows
-        columns = [examples["example_id"], ["ok"] * rows, [self._node] * rows, [begun] * rows]
-        return pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+        self._write(note | {"ended": time.time()})
+        return pa.table({"example_id": examples["example_id"], "status": ["ok"] * examples.num_rows}, schema=_SCHEMA)
+
+    def _write(self, note: dict[str, Any]) -> None:
+        with self._notes.open("a") as file:
+            file.write(json.dumps(note) + "\n")
 
 
 def run(settings: NodesBenchmark) -> dict[str, Any]:
@@ -306,16 +310,18 @@ def _found(driver: "subprocess.Popen[bytes]", folder: Path, num_shards: int, num
     """What the files say: nothing lost or doubled, and how busy the GPUs were in the middle of the run."""
     _check_ended(driver, folder)
     files = sorted((folder / "run" / "scores").glob("*.parquet"))
-    rows = [pq.read_table(file).to_pylist()[0] | {"ended": file.stat().st_mtime} for file in files]
-    begun = [json.loads(line) for note in (folder / "notes").iterdir() for line in note.read_text().splitlines()]
-    if sorted(row["example_id"] for row in rows) != list(range(num_shards)):
-        raise IntegrityError(f"{len(rows)} shards of {num_shards} were committed")
+    ids = [number for file in files for number in pq.read_table(file)["example_id"].to_pylist()]
+    if sorted(ids) != list(range(num_shards)):
+        raise IntegrityError(f"{len(set(ids))} shards of {num_shards} were committed, {len(ids)} rows in all")
+    notes = [json.loads(line) for note in (folder / "notes").iterdir() for line in note.read_text().splitlines()]
+    begun, ended = ([note for note in notes if ("ended" in note) == has] for has in (False, True))
+    rows = list({note["shard"]: note for note in ended}.values())
     start, end = min(row["begun"] for row in rows), max(row["ended"] for row in rows)
     window = (start + (end - start) / 4, end - (end - start) / 4)
     busy = sum(max(0.0, min(row["ended"], window[1]) - max(row["begun"], window[0])) for row in rows)
     times = Counter(note["shard"] for note in begun)
     return {
-        "shards": len(rows),
+        "shards": len(files),
         "shards_begun_twice": sum(number > 1 for number in times.values()),
         "nodes_used": len({note["node"] for note in begun}),
         "most_at_once_on_a_node": max(_most_at_once(rows, node) for node in {row["node"] for row in rows}),
@@ -327,9 +333,7 @@ def _found(driver: "subprocess.Popen[bytes]", folder: Path, num_shards: int, num
 
 def _most_at_once(rows: list[dict[str, Any]], node: str) -> int:
     """The largest number of shards that a node worked on at the same time."""
-    edges = sorted(
-        edge for row in rows if row["node"] == node for edge in ((row["begun"], 1), (row["ended"] - 0.05, -1))
-    )
+    edges = sorted(edge for row in rows if row["node"] == node for edge in ((row["begun"], 1), (row["ended"], -1)))
     most = now = 0
     for _, change in edges:
         now += change
