@@ -104,7 +104,14 @@ class Stream:
         with tracked(self.run, start) as counter:
             new = self._send(pending, load, config, counter, folder, notes) if pending else []
             totals = counter.totals()
-        shards = sorted(committed + new, key=lambda shard: shard.entry.name)
+        # A worker that outlives its node or its driver may have written a shard once more: that file is read.
+        noted = {shard.entry.name: shard for shard in committed + new}
+        shards = sorted(folder.committed(noted, self._rows), key=lambda shard: shard.entry.name)
+        if foreign := [shard.entry.name for shard in shards if shard.fingerprint != folder.fingerprint]:
+            raise IntegrityError(
+                f"{folder.place / foreign[0]} was written with other settings meanwhile; delete it, find what else "
+                "writes there, and give the same command again"
+            )
         entries = [shard.entry for shard in shards]
         if total_rows(entries) != num_rows:
             raise IntegrityError(
@@ -129,12 +136,17 @@ class Stream:
         notes.remove()
         return manifest
 
+    @property
+    def _rows(self) -> dict[str, int]:
+        """Number of rows of each shard, by name."""
+        return {shard.name: shard.rows for shard in self.shards}
+
     def _committed(self, folder: ShardFolder, notes: CommitNotes) -> list[CommittedShard]:
         """The shards that earlier attempts have done, without damaged ones, which are done again.
 
         If they were done with other settings they are removed with --overwrite; else OutputError names what differs.
         """
-        there = folder.committed(notes.read(), {shard.name: shard.rows for shard in self.shards})
+        there = folder.committed(notes.read(), self._rows)
         now = json.loads(folder.fingerprint)
         fingerprints = {shard.fingerprint for shard in there}
         changed = [line for before in sorted(fingerprints) for line in differences(json.loads(before), now)]

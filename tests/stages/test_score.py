@@ -190,7 +190,9 @@ def test_an_actor_refuses_a_shard_that_is_not_whole(tmp_path: Path, worker: Shar
     assert not (tmp_path / "scores").exists()
 
 
-def test_rows_that_were_lost_or_are_too_many_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stage(tmp_path: Path) -> tuple[Stream, ShardFolder]:
+    """A stage of two shards of three rows, and the folder of its files."""
     run = Run.at(tmp_path)
     Manifest(stage="prepare", fingerprint={}, counts={"rejected": 0}, files=[]).write(run.folder)
     shards = [FileEntry(name=f"part-{number}.parquet", rows=3, bytes=9, sha256="") for number in range(2)]
@@ -198,20 +200,48 @@ def test_rows_that_were_lost_or_are_too_many_are_noticed(tmp_path: Path, monkeyp
         stage="score", run=run, folder="scores", schema=SCORES, fingerprint={}, examples=run, shards=shards, columns=[],
         ok_count="scored", new_detail="new",
     )  # fmt: skip
+    return stream, ShardFolder(place=run / "scores", schema=SCORES, fingerprint="{}")
 
-    def filled(written: list[CommittedShard]) -> Manifest:
-        for shard in written:
-            (run / "scores" / shard.entry.name).write_bytes(b"x" * 9)
-        monkeypatch.setattr(Stream, "_send", lambda *_: written)
-        return stream.fill(lambda: pytest.fail("a model was loaded"), ScoreConfig())
 
-    statuses = {"ok": 2, "zero_base_nll": 1}
-    written = [CommittedShard(entry=entry, statuses=statuses, numerics="{}", fingerprint="{}") for entry in shards]
-    assert filled(written).counts == {"examples": 6, "scored": 4, "ok": 4, "zero_base_nll": 2}
-    more = replace(written[1], entry=replace(shards[1], rows=4))
-    for wrong, rows in ((written[:1], 3), ([written[0], more], 7)):
+def commit(folder: ShardFolder, number: int, rows: int = 3, numerics: str = "{}") -> CommittedShard:
+    return folder.commit(f"part-{number}.parquet", Model()(named(rows, "any", rows)), numerics)
+
+
+def fill(stream: Stream, sent: list[CommittedShard], monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """The stage whose actors have committed these shards."""
+    monkeypatch.setattr(Stream, "_committed", lambda *_: [])
+    monkeypatch.setattr(Stream, "_send", lambda *_: sent)
+    return stream.fill(lambda: pytest.fail("a model was loaded"), ScoreConfig())
+
+
+def test_rows_that_were_lost_or_are_too_many_are_noticed(
+    stage: tuple[Stream, ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, folder = stage
+    first = commit(folder, 0)
+    for sent, rows in (([first], 3), ([first, commit(folder, 1, rows=4)], 7)):
         with pytest.raises(IntegrityError, match=f"6 examples were prepared but {rows} rows of scores written"):
-            filled(wrong)
+            fill(stream, sent, monkeypatch)
+    found = fill(stream, [first, commit(folder, 1)], monkeypatch)
+    assert found.counts == {"examples": 6, "scored": 4, "ok": 4, "zero_base_nll": 2}
+
+
+def test_a_shard_that_a_worker_wrote_after_its_successor_counts_as_it_is(
+    stage: tuple[Stream, ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It outlived its node on another kind of GPU, whose bits and name are others."""
+    stream, folder = stage
+    sent = [commit(folder, 0), commit(folder, 1)]
+    late = commit(folder, 1, numerics='{"device_name": "another"}')
+    manifest = fill(stream, sent, monkeypatch)
+    assert manifest.counts == {"examples": 6, "scored": 4, "ok": 4, "zero_base_nll": 2}
+    assert [entry.sha256 for entry in manifest.files] == [sent[0].entry.sha256, late.entry.sha256]
+    assert late.entry.sha256 != sent[1].entry.sha256
+    assert manifest.details["numerics"] == [{"device_name": "another"}, {}]
+    assert manifest.damage(stream.run.folder, trust_marks=False) == []
+    commit(replace(folder, fingerprint='{"settings": 2}'), 0)
+    with pytest.raises(IntegrityError, match=r"part-0\.parquet was written with other settings"):
+        fill(replace(stream, fingerprint={}), sent, monkeypatch)
 
 
 def test_every_shard_is_one_block_whatever_its_size() -> None:
