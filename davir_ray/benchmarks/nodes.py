@@ -1,7 +1,8 @@
 """The scoring stage's pool on many simulated nodes of one logical GPU each, with a model that only waits.
 
 Nodes are lost and replaced while it works, some shards take three times as long, and a second cluster grows and shrinks
-by itself. Everything is read from the committed files and from what each actor notes, not from what the driver says.
+by itself. What was done, where and when is read from the committed files and the actors' notes; the driver reports only
+its own CPU and memory, and how long the nodes took to leave.
 """
 
 import json
@@ -56,7 +57,7 @@ _EMPTY = (
 """What the configuration of a cluster must name, though simulated nodes have none of them."""
 
 _WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}
-"""Environment of all processes of a cluster: `ray start` asks for a token by default, and Cluster does not."""
+"""For `ray start`, which asks for a token where it finds one, and for the drivers."""
 
 _START_S = 300
 """Seconds that a cluster has to start."""
@@ -82,7 +83,7 @@ class NodesBenchmark:
     lost_every_seconds: float = 5.0
     """Seconds between two losses."""
     autoscaled: int = 6
-    """Number of nodes that the second cluster grows to. 0: there is none."""
+    """Number of worker nodes that the second cluster grows to. 0: there is none."""
 
     def __post_init__(self) -> None:
         least = {"nodes": 2, "shards_per_node": 4, "lost": 0, "autoscaled": 0}

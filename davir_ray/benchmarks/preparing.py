@@ -1,4 +1,4 @@
-"""The prepare stage beside `datasets.map` with the same tokenizer, on the same files and the same number of processes.
+"""The prepare stage beside `datasets` (load_dataset and map) with the same tokenizer, files and number of processes.
 
 The rival does less: it renders Alpaca's prompt and tokenises prompt and response, without spans, ids, hashes, rejects
 and the columns of text.
@@ -138,5 +138,7 @@ def _map(folder: Path, turn: int, tokenizer: PreTrainedTokenizerFast, num_proces
         }
 
     cache = str(folder / f"cache-{turn}")
-    data = datasets.load_dataset("json", data_dir=str(folder / "data"), split="train", cache_dir=cache)
+    files = [str(file) for file in sorted((folder / "data").iterdir())]
+    num_loading = min(num_processes, len(files))
+    data = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache, num_proc=num_loading)
     data.map(encode, batched=True, num_proc=num_processes, remove_columns=data.column_names)

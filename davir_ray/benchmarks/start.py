@@ -39,7 +39,7 @@ _BARE = {
         "ray.get(ray.remote(Actor).remote().ready.remote())"
     ),
 }
-"""What a complete run, a ranking and a first shard could not do without, in the same order."""
+"""Lower bounds for the complete run, the ranking and the first shard, in this order."""
 
 _POLL_S = 0.02
 _LIMIT_S = 600
@@ -50,7 +50,7 @@ _LIMIT_S = 600
 class StartBenchmark:
     """Measure the seconds of a complete run's command, of a new ranking, and until a first shard is scored.
 
-    Each starts a Ray of its own on this machine. The jobs are those of a checkout, beside the package.
+    Commands that need Ray start their own on this machine. The jobs are those of a checkout, beside the package.
     """
 
     json: str | None = None

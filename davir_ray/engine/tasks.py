@@ -1,6 +1,6 @@
-"""Plain Ray tasks, and what they return, as they end.
+"""Plain Ray tasks, whose results are yielded as they end.
 
-What a worker or a node that dies had to do is done again.
+A task whose worker or node dies is done again, up to twenty times.
 """
 
 import time
@@ -39,8 +39,9 @@ call: Any = ray.remote(max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(_
 def results_of(refs: Iterable[Any], at_once: int | None = None) -> Generator[Any]:
     """Yield what tasks return, as they end; close the iterator to cancel those that have not ended.
 
-    Where only so many may run `at_once`, a reference is taken, and so its task started, when another has ended. Raises
-    the error of the first task that fails, and ProgressError if none ends for too long. The limit is Ray Data's own.
+    With `at_once`, at most so many references are pending: a lazy iterator starts a task only when another has ended.
+    Raises the error of the first task that fails, and ProgressError if none ends for too long. The limit is Ray Data's
+    own.
     """
     limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s
     waiting, pending, last = iter(refs), list[Any](), time.monotonic()

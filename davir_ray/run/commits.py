@@ -28,8 +28,8 @@ _SEAL_KEY = b"davir_seal"
 _NOTED_EVERY_S = 5.0
 """Minimum of seconds between two notes; a later driver reads the shards that were committed since the last one."""
 
-_MAX_SHARE = 0.01
-"""Maximum share of a stage's time between two notes: about a thousand notes in a week."""
+_NOTED_EVERY_SHARE = 0.01
+"""Minimum of the time between two notes, as a share of the stage's time so far: under a thousand notes in a week."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,10 @@ class CommitNotes:
         return {shard.entry.name: shard for note in notes for shard in note}
 
     def add(self, shard: CommittedShard) -> None:
-        """Note a shard, together with others that are added within a few seconds."""
+        """Note a shard, together with those that are added until the next note is due."""
         self._pending.append(shard)
         now = time.monotonic()
-        if now - self._last > max(_NOTED_EVERY_S, _MAX_SHARE * (now - self._started)):
+        if now - self._last > max(_NOTED_EVERY_S, _NOTED_EVERY_SHARE * (now - self._started)):
             self.write()
 
     def write(self) -> None:

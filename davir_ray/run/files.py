@@ -65,7 +65,10 @@ def content_digest(place: Location) -> str:
 
 
 def file_digest(place: Location) -> str:
-    """A string that changes when the file's content does: SHA-256 of a local file, size and etag of a remote one."""
+    """A string that changes when the file's content does.
+
+    SHA-256 of a local file; size and etag (or time of modification) of a remote one, if its store tells them.
+    """
     with storage_errors(place, may_be_absent=True):
         if place.is_local:
             return _local_digest(place.path)

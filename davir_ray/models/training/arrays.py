@@ -1,6 +1,7 @@
 """Flat arrays in the files of a folder: written piece by piece, and mapped by every process that reads them.
 
-A mapped array lies in the page cache, once for all processes of a node, and the system may drop what is not being read.
+A mapped array lies in the page cache, once for all processes of a node, and the kernel can evict what is not in use
+(unless the folder is on a tmpfs, which is memory).
 """
 
 from collections.abc import Mapping

@@ -67,7 +67,8 @@ _KINDS: dict[str, type[np.generic]] = {
 def write_examples(folder: Path, tables: Iterable[pa.Table]) -> None:
     """Write tables with TRAINING_COLUMNS as the files of a TrainingSet; one table is in memory at a time.
 
-    Examples whose first scored token nothing predicts are left out. DataError if none is left.
+    Examples without a scored token are left out, and those whose first token is scored, which nothing predicts.
+    DataError if none is left.
     """
     files = ArrayFiles(folder, _KINDS)
     ends = {"token_edges": 0, "span_edges": 0}
