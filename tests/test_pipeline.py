@@ -36,6 +36,7 @@ from davir_ray.run.files import read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.status import status
+from davir_ray.stages.prepare import TOKENIZER_CLASS
 
 LIMIT = 150
 MAX_TOKENS = 320
@@ -523,6 +524,11 @@ def test_only_their_own_flag_lets_other_jobs_run_the_code_of_a_runs_model(copied
     assert ran.exists()
     ran.unlink()
     rank_only(RankOptions(output=str(run), changes={"select.top_k": 4}, trust_remote_code=True))
+    assert not ran.exists(), "the tokenizer's class is transformers' own, as prepare has noted"
+    prepared_by_0_2 = manifest(copied.output, "prepare")
+    del prepared_by_0_2.details[TOKENIZER_CLASS]
+    prepared_by_0_2.write(run.folder)
+    rank_only(RankOptions(output=str(run), changes={"select.top_k": 5}, trust_remote_code=True))
     assert ran.exists()
     assert prepare_heldout(run, before, replace(heldout, trust_remote_code=True)).base.trust_remote_code
 

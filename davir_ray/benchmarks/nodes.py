@@ -57,7 +57,7 @@ _EMPTY = (
 """What the configuration of a cluster must name, though simulated nodes have none of them."""
 
 _WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}
-"""For `ray start`, which asks for a token where it finds one, and for the drivers."""
+"""For `ray start`, which asks for a token where it finds one, and for its driver."""
 
 _START_S = 300
 """Seconds that a cluster has to start."""
@@ -141,7 +141,7 @@ def _on_nodes_that_are_lost(folder: Path, settings: NodesBenchmark) -> dict[str,
     try:
         nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=1, **_NODE_ARGS) for _ in range(settings.nodes)]
         cluster.wait_for_nodes(timeout=_START_S)
-        with _driver(folder, settings, {"num_gpus": 1.0}, cluster.address) as driver:
+        with _driver(folder, settings, {"num_gpus": 1.0}, {"RAY_ADDRESS": cluster.address}) as driver:
             _wait_for_shards(driver, folder, num_shards / 4)
             losses = []
             for node in nodes[: settings.lost]:
@@ -159,7 +159,8 @@ def _on_nodes_that_come(folder: Path, settings: NodesBenchmark) -> dict[str, Any
     num_shards = settings.autoscaled * settings.shards_per_node
     _write_examples(folder, num_shards)
     with _autoscaled_cluster(folder, settings.autoscaled) as address:
-        with _driver(folder, settings, {"num_gpus": 1.0, "autoscale": [1, settings.autoscaled]}, address) as driver:
+        options = {"num_gpus": 1.0, "autoscale": [1, settings.autoscaled]}
+        with _driver(folder, settings, options, {"RAY_ADDRESS": address, **_WITHOUT_TOKEN}) as driver:
             driver.wait()
         return _found(driver, folder, num_shards, settings.autoscaled)
 
@@ -241,12 +242,12 @@ def _write_examples(folder: Path, num_shards: int) -> None:
 
 @contextmanager
 def _driver(
-    folder: Path, settings: NodesBenchmark, options: dict[str, Any], address: str
+    folder: Path, settings: NodesBenchmark, options: dict[str, Any], variables: dict[str, str]
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that scores the shards; it has ended after the block."""
+    """A process that scores the shards, with more variables in its environment; it has ended after the block."""
     code = "import sys; from davir_ray.benchmarks.nodes import drive; drive(sys.argv[1])"
     given = json.dumps({"folder": str(folder), "seconds": settings.seconds, "options": options})
-    environment = {**os.environ, **_WITHOUT_TOKEN, "RAY_ADDRESS": address}
+    environment = {**os.environ, **variables}
     with (folder / "driver.log").open("wb") as output:
         command = [sys.executable, "-c", code, given]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

@@ -18,7 +18,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from process_memory import anonymous_bytes
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
@@ -301,6 +300,8 @@ def test_the_driver_gets_one_number_a_bin_whatever_the_number_of_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """5,000 shards of 1,000 bins each: every shard's own counts would be 80 MB."""
+    from process_memory import anonymous_bytes  # here: workers that import this module do not find it
+
     monkeypatch.undo()
     num_shards, num_bins, rows = 5_000, 1_000, 1_200
 
