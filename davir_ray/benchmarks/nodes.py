@@ -26,6 +26,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
 from davir_ray.config.checks import check
@@ -212,6 +213,7 @@ def _autoscaled_cluster(folder: Path, num_nodes: int) -> Iterator[str]:
             log.debug("it has ended by itself: %s", error)
         process.kill()
         process.wait()
+        reset_ray_address()  # or every later ray.init() on this machine would look for this Ray
 
 
 def _wait_for_ray(process: "subprocess.Popen[bytes]", address: str, output: Path) -> None:

@@ -32,9 +32,9 @@ _JOBS = Path(davir_ray.__file__).parents[1] / "jobs"
 
 _BARE = {
     "bare_python_seconds": "pass",
-    "bare_task_seconds": "import ray; ray.init(log_to_driver=False); ray.get(ray.remote(lambda: 1).remote())",
+    "bare_task_seconds": "import ray; ray.init('local', log_to_driver=False); ray.get(ray.remote(lambda: 1).remote())",
     "bare_actor_seconds": (
-        "import ray; ray.init(log_to_driver=False)\n"
+        "import ray; ray.init('local', log_to_driver=False)\n"
         "class Actor:\n    def ready(self):\n        import torch, transformers.modeling_utils\n"
         "ray.get(ray.remote(Actor).remote().ready.remote())"
     ),
