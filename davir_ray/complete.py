@@ -11,16 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from davir_ray.config.run import RunConfig
-from davir_ray.config.sources import Source
 from davir_ray.config.yaml import dump, load
-from davir_ray.data.files import SourceFile, list_files
+from davir_ray.data.files import digests_of, list_files
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.places import check_places, read_template, written_by
 from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run
 from davir_ray.run.lease import LEASE_FILE
-from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, library_versions
 from davir_ray.run.progress import Progress
 from davir_ray.run.stages import STAGES
@@ -88,7 +86,9 @@ def _unchanged(config: RunConfig) -> Run | None:
     if any(manifest.damage(run.folder) for manifest in manifests.values()):
         return None
     read = {name: source["files"] for name, source in manifests["prepare"].fingerprint["sources"].items()}
-    if read != {source.name: _digests(source, written_by(run, config.score)) for source in config.all_sources()}:
+    if read != {
+        source.name: digests_of(list_files(source, written_by(run, config.score))) for source in config.all_sources()
+    }:
         return None
     config.warn_without_effect()
     for stage in manifests:
@@ -111,9 +111,3 @@ def _with_formats_of(noted: RunConfig, config: RunConfig) -> RunConfig:
             for source in config.sources
         ],
     )
-
-
-def _digests(source: Source, written: list[Location]) -> dict[str, str]:
-    """The digest of each file of a source, by relative path."""
-    files = list_files(source, written)
-    return dict(zip((file.relative_path for file in files), each(SourceFile.digest, files), strict=True))

@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import ray
 import ray._private.state
 import torch
 
+from davir_ray.benchmarks.processes import python_process
 from davir_ray.benchmarks.scaling import save_pair, write_shards
 from davir_ray.benchmarks.workload import SMALL_LLAMA, load_examples, load_model
 from davir_ray.cli import exit_status
@@ -178,18 +178,12 @@ def _driver(
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that scores the shards into a run; it has ended after the block."""
     given = {"folder": str(folder), "name": name, "actors": settings.actors, "warm_up": warm_up}
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     (folder / name).mkdir(exist_ok=True)
     for note in (_BEGUN, _ENDED):
         (folder / name / note).unlink(missing_ok=True)
-    with (folder / name / "log.txt").open("ab") as output:
-        command = [sys.executable, "-c", _DRIVER, json.dumps(given)]
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
+    variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with python_process(_DRIVER, given, folder / name / "log.txt", variables) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def drive(given: str) -> int:

@@ -29,6 +29,7 @@ import ray
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
+from davir_ray.benchmarks.processes import python_process
 from davir_ray.config.checks import check
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.engine.connect import connected
@@ -47,6 +48,8 @@ _STRAGGLERS, _SLOWER = 20, 3
 """One shard of so many takes so many times as long."""
 
 _EXAMPLE_TOKENS = 4
+
+_DRIVER = "import sys; from davir_ray.benchmarks.nodes import drive; drive(sys.argv[1])"
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 _NODE_ARGS = {"include_log_monitor": False, "object_store_memory": _OBJECT_STORE_BYTES}
@@ -247,17 +250,9 @@ def _driver(
     folder: Path, settings: NodesBenchmark, options: dict[str, Any], variables: dict[str, str]
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that scores the shards, with more variables in its environment; it has ended after the block."""
-    code = "import sys; from davir_ray.benchmarks.nodes import drive; drive(sys.argv[1])"
-    given = json.dumps({"folder": str(folder), "seconds": settings.seconds, "options": options})
-    environment = {**os.environ, **variables}
-    with (folder / "driver.log").open("wb") as output:
-        command = [sys.executable, "-c", code, given]
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
+    given = {"folder": str(folder), "seconds": settings.seconds, "options": options}
+    with python_process(_DRIVER, given, folder / "driver.log", variables) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def drive(given: str) -> None:

@@ -95,6 +95,11 @@ class SourceFile:
         return found
 
 
+def digests_of(files: list[SourceFile]) -> dict[str, str]:
+    """The digest of each file, by relative path."""
+    return dict(zip((file.relative_path for file in files), each(SourceFile.digest, files), strict=True))
+
+
 class Slice(NamedTuple):
     """The part of a file that a task reads: the whole file if nothing else is given."""
 

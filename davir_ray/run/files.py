@@ -67,7 +67,7 @@ def content_digest(place: Location) -> str:
 def file_digest(place: Location) -> str:
     """A string that changes when the file's content does.
 
-    SHA-256 of a local file; size and etag (or time of modification) of a remote one, if its store tells them.
+    SHA-256 of a local file; size and etag (or time of modification) of a remote one, if its store has them.
     """
     with storage_errors(place, may_be_absent=True):
         if place.is_local:
@@ -111,12 +111,11 @@ def keep_digest(place: Location, found: ReadDigest) -> None:
 
 
 def takes_reading(place: Location) -> bool:
-    """Whether a local file would be read to tell its digest; a small one does not count."""
+    """Whether a local file would be read for its digest; a small one does not count."""
     if not place.is_local:
         return False
     identity = _identity(place.path)
-    known = _KNOWN.get((place.path, identity)) or _kept_digest(place.path, identity)
-    return identity.num_bytes >= _KEPT_FROM_BYTES and known is None
+    return identity.num_bytes >= _KEPT_FROM_BYTES and _known_digest(place.path, identity) is None
 
 
 class _Identity(NamedTuple):
@@ -144,13 +143,17 @@ def _local_digest(path: str) -> str:
     Those of large files are kept on the disk, so that a 70B is not read at every start.
     """
     identity = _identity(path)
-    known = _KNOWN.get((path, identity)) or _kept_digest(path, identity)
-    if known is not None:
-        _KNOWN[path, identity] = known
+    if known := _known_digest(path, identity):
         return known
     found = read_digest(Location.of(path))
     keep_digest(Location.of(path), found)
     return found.sha256
+
+
+def _known_digest(path: str, identity: _Identity) -> str | None:
+    if (path, identity) not in _KNOWN and (kept := _kept_digest(path, identity)):
+        _KNOWN[path, identity] = kept
+    return _KNOWN.get((path, identity))
 
 
 def _kept_digest(path: str, identity: _Identity) -> str | None:

@@ -16,7 +16,7 @@ from ray import cloudpickle
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import TODAY, ChatTemplate
-from davir_ray.data.files import Slice, SourceFile, list_files, plan_tasks
+from davir_ray.data.files import Slice, SourceFile, digests_of, list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, columns, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import SHARD_ROWS, ShardWriter, shard_tokens
@@ -284,7 +284,7 @@ def _digests(files: list[SourceFile]) -> dict[str, str]:
                     keep_digest(place, found)
         except (StorageError, ClusterError) as error:
             log.warning("the nodes do not read the data for their digests; the driver does (%s)", error)
-    return dict(zip((file.relative_path for file in files), each(SourceFile.digest, files), strict=True))
+    return digests_of(files)
 
 
 def _cut_side_by_side(cut: Callable[[SourceFile], Any], files: list[SourceFile]) -> list[Any]:
