@@ -13,6 +13,7 @@ from davir_ray.errors import ConfigError
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")  # first, as a process has either tokens or none
 def test_nodes_that_are_lost_or_come_late_lose_and_double_nothing(tmp_path: Path) -> None:
     settings = NodesBenchmark(nodes=3, shards_per_node=20, seconds=1, lost=1, lost_every_seconds=1, autoscaled=2)
     result = nodes.measure(tmp_path, settings)
