@@ -8,8 +8,14 @@ import numpy as np
 from davir_ray.config.compare import TrialName
 from davir_ray.report.comparison import LOSS, ComparisonInputs, Measured, TrialFacts
 
-TRIAL = TrialFacts(num_examples=100, num_response_tokens=3000, num_steps=12, final_loss=1.25, seconds=4.0)
+TRIAL = TrialFacts(row_set=0, num_examples=100, num_response_tokens=3000, num_steps=12, final_loss=1.25, seconds=4.0)
+PAIRS = [("selection", "random"), ("selection", "lowest"), ("selection", "full"), ("lowest", "random")]
 ARMS = {"selection": 1.0, "random": 1.5, "lowest": 2.0}
+
+
+def distinct(num: int) -> np.ndarray:
+    """Hashes of so many prompts."""
+    return np.random.default_rng(num).integers(0, 2**63 - 1, num)
 
 
 def trial_names(sizes: tuple[int, ...] = (100,), readings: tuple[str, ...] = ("epochs", "steps")) -> list[TrialName]:
@@ -31,6 +37,7 @@ def comparison_inputs(names: list[TrialName] | None = None, **fields: Any) -> Co
         for name in names
     }
     sources = np.array(["alpaca"] * 40 + ["gsm8k"] * 20)
+    drawn = {name: replace(TRIAL, row_set=name.seed if name.arm == "random" else 0) for name in names}
     inputs = ComparisonInputs(
         settings={"seeds": 3, "arms": list(ARMS)},
         run="run1",
@@ -38,9 +45,20 @@ def comparison_inputs(names: list[TrialName] | None = None, **fields: Any) -> Co
         recipe={"epochs": 3},
         heldout={"read": 66, "left_out": 2, "rejected": 1, "prepared": 63},
         in_training_pool=2,
-        trials=dict.fromkeys(names, TRIAL),
+        trials=drawn,
+        pairs=PAIRS,
+        margins={"loss": 0.02, "exact_match": 0.02},
         measures=[
-            Measured(measure=LOSS, sources=sources, weights=tokens, values=values, base=tokens * 3, without_value=1)
+            Measured(
+                measure=LOSS,
+                sources=sources,
+                prompts=distinct(60),
+                lengths=tokens.astype(np.int64),
+                weights=tokens,
+                values=values,
+                base=tokens * 3,
+                without_value=1,
+            )
         ],
     )
     return replace(inputs, **fields)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from davir_ray.data.reader import stable_id
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect, gather
 from davir_ray.errors import DataError, IntegrityError
@@ -64,6 +65,13 @@ def read_losses(trial: Run, heldout: Run) -> pa.Table:
             f"{trial / 'scores'} does not hold every held-out example; delete {trial} to train it again"
         )
     return table
+
+
+def read_prompts(heldout: Run) -> npt.NDArray[np.int64]:
+    """A hash of the prompt of each held-out example, in the order of the files."""
+    names = [entry.name for entry in heldout.require("prepare").files_in("examples")]
+    prompts = each(lambda name: read_parquet(heldout / "examples" / name, ["prompt"])["prompt"].to_pylist(), names)
+    return np.array([stable_id(prompt) for of_shard in prompts for prompt in of_shard], dtype=np.int64)
 
 
 def read_matches(trial: Run) -> pa.Table:

@@ -9,17 +9,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from davir_ray.compare.heldout import read_losses, read_matches
+from davir_ray.compare.heldout import read_losses, read_matches, read_prompts
 from davir_ray.compare.trials import Trial
-from davir_ray.config.compare import CompareConfig, TrialName
+from davir_ray.config.compare import DRAWN, CompareConfig, TrialName
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.formulas.statistics import Ints
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
+    LOSS_BY_EXAMPLE,
     STRICT,
     ComparisonInputs,
     Measured,
     TrialFacts,
+    contrasts_table,
     render_comparison,
     results_table,
     summarise_comparison,
@@ -42,9 +45,11 @@ def report_comparison(
     losses = {trial.name: read_losses(trial.run, heldout) for trial in trials}
     first = losses[trials[0].name]
     leaked = np.isin(np.asarray(first["content_hash"]), left_out)
-    measures = [_loss_of(losses, first, leaked)] if "loss" in config.measures else []
+    prompts = read_prompts(heldout)
+    measures = _losses_of(losses, first, prompts, leaked) if "loss" in config.measures else []
     if "exact_match" in config.measures:
-        measures += _matches_of(trials, first, leaked)
+        measures += _matches_of(trials, first, prompts, leaked)
+    order = [measure for wanted in config.measures for measure in measures if measure.measure.margin_of == wanted]
     facts, table = summarise_comparison(
         ComparisonInputs(
             settings=dataclasses.asdict(config),
@@ -54,7 +59,9 @@ def report_comparison(
             heldout=prepared.counts,
             in_training_pool=int(leaked.sum()),
             trials={trial.name: _facts_of(trial) for trial in trials},
-            measures=measures,
+            pairs=config.contrasts(),
+            margins=config.all_margins(),
+            measures=order,
         )
     )
     facts_json = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
@@ -62,6 +69,7 @@ def report_comparison(
         committed_parquet(output / LEFT_OUT)[0],
         write_parquet(output / "comparison.parquet", table),
         write_parquet(output / "results.parquet", results_table(facts)),
+        write_parquet(output / "tests.parquet", contrasts_table(facts)),
         write_file(output / "comparison.json", facts_json.encode()),
         write_file(output / "comparison.html", render_comparison(facts).encode()),
     ]
@@ -73,23 +81,39 @@ def report_comparison(
     )
 
 
-def _loss_of(losses: dict[TrialName, pa.Table], first: pa.Table, leaked: npt.NDArray[np.bool_]) -> Measured:
-    """Nats and tokens of the held-out examples that no model was trained on and for which every model has a loss."""
+def _losses_of(
+    losses: dict[TrialName, pa.Table], first: pa.Table, prompts: Ints, leaked: npt.NDArray[np.bool_]
+) -> list[Measured]:
+    """The losses of the held-out examples that no model was trained on and for which every model has one.
+
+    They are weighted by tokens, and then by example.
+    """
     base = first["base_nll"].to_numpy()
     nll = {name: table["reference_nll"].to_numpy() for name, table in losses.items()}
     valued = np.isfinite(np.stack([base, *nll.values()])).all(axis=0)
     kept = ~leaked & valued
-    return Measured(
+    num_tokens = first["num_response_tokens"].to_numpy()[kept].astype(np.int64)
+    by_token = Measured(
         measure=LOSS,
         sources=_sources(first)[kept],
-        weights=first["num_response_tokens"].to_numpy()[kept].astype(np.float64),
+        prompts=prompts[kept],
+        lengths=num_tokens,
+        weights=num_tokens.astype(np.float64),
         values={name: values[kept] for name, values in nll.items()},
         base=base[kept],
         without_value=int((~leaked & ~valued).sum()),
     )
+    by_example = dataclasses.replace(
+        by_token,
+        measure=LOSS_BY_EXAMPLE,
+        weights=np.ones(len(num_tokens)),
+        values={name: values / num_tokens for name, values in by_token.values.items()},
+        base=base[kept] / num_tokens,
+    )
+    return [by_token, by_example]
 
 
-def _matches_of(trials: list[Trial], first: pa.Table, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
+def _matches_of(trials: list[Trial], first: pa.Table, prompts: Ints, leaked: npt.NDArray[np.bool_]) -> list[Measured]:
     """Exact match, strict and flexible, on the held-out examples that have an expected answer."""
     found = {trial.name: read_matches(trial.run) for trial in trials}
     ids = next(iter(found.values()))["example_id"]
@@ -100,6 +124,8 @@ def _matches_of(trials: list[Trial], first: pa.Table, leaked: npt.NDArray[np.boo
         Measured(
             measure=measure,
             sources=_sources(first)[rows][kept],
+            prompts=prompts[rows][kept],
+            lengths=first["num_response_tokens"].to_numpy()[rows][kept].astype(np.int64),
             weights=np.ones(int(kept.sum())),
             values={
                 name: matches[column].filter(pa.array(kept)).to_numpy().astype(np.float64)
@@ -118,6 +144,7 @@ def _sources(table: pa.Table) -> npt.NDArray[np.str_]:
 def _facts_of(trial: Trial) -> TrialFacts:
     measured, rows = trial.run.require("trial"), trial.examples.require("prepare")
     return TrialFacts(
+        row_set=trial.name.seed if trial.name.arm in DRAWN else 0,
         num_examples=measured.counts["examples"],
         num_response_tokens=rows.counts["num_response_tokens"],
         num_steps=measured.counts["steps"],

@@ -1,7 +1,7 @@
 """The configuration of jobs/compare.py: what is trained, on how much data, how often, and what is measured."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from davir_ray.config.checks import check, check_fields, check_no_secret
 from davir_ray.config.run import GenerateConfig, OutputConfig
@@ -28,6 +28,8 @@ class TrialName(NamedTuple):
     def __str__(self) -> str:
         return f"{self.arm}-{self.rows}-{self.reading}-seed{self.seed}"
 
+
+_MARGIN = 0.02
 
 _SET_BY_COMPARISON = ("seed", "max_steps", "export_epochs")
 """Settings of a fine-tune that the comparison sets itself."""
@@ -73,6 +75,13 @@ class CompareConfig(OutputConfig):
     measures: list[MeasureName] = field(default_factory=lambda: ["loss"])
     """What is measured. loss: nats per response token. exact_match: the share of generated answers that end in the
     right number, on the held-out sources in generate.sources."""
+    tests: list[str] = field(default_factory=list)
+    """The differences that are tested, such as [selection vs random, lowest vs full]. The first is the primary test: on
+    the first measure and reading, all sources together; all others are corrected for their number. Empty: the selection
+    against random, then against each other arm, and each other arm against random."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """Size of a difference that would not matter, by measure. Two arms are called level only where a test shows that
+    they differ by less. A measure that is not given has 0.02: nats per response token, or a share of the questions."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     """How answers are generated for exact_match and for the instructions."""
     instructions: str | None = None
@@ -99,6 +108,32 @@ class CompareConfig(OutputConfig):
         check_fields(self, "", lists, bool, "at least one")
         check_fields(self, "", [*lists, "sizes"], lambda values: len(set(values)) == len(values), "without repetition")
         self._check_recipe()
+        known = get_args(MeasureName)
+        for name, margin in self.margins.items():
+            check(name in known, "a measure in margins", name, " or ".join(known))
+            check(margin > 0, f"margins.{name}", margin, "above 0")
+        self.contrasts()
+
+    def all_margins(self) -> dict[str, float]:
+        """The margin of every measure."""
+        return {name: self.margins.get(name, _MARGIN) for name in get_args(MeasureName)}
+
+    def contrasts(self) -> list[tuple[str, str]]:
+        """The pairs of arms that are tested, the primary test first; ConfigError if `tests` has something else."""
+        if self.tests:
+            pairs = [self._pair(test) for test in self.tests]
+            check(len(set(pairs)) == len(pairs), "tests", self.tests, "without repetition")
+            return pairs
+        first: ArmName = "selection" if "selection" in self.arms else self.arms[0]
+        others = sorted((arm for arm in self.arms if arm != first), key=lambda arm: arm != "random")
+        against = [(arm, "random") for arm in others[1:]] if others[:1] == ["random"] else []
+        return [*((first, arm) for arm in others), *against]
+
+    def _pair(self, test: str) -> tuple[str, str]:
+        arm, separator, against = test.partition(" vs ")
+        named = arm in self.arms and against in self.arms and arm != against
+        check(bool(separator) and named, "a test", test, f"ARM vs OTHER, two of the arms {', '.join(self.arms)}")
+        return arm, against
 
     def _check_heldout(self) -> None:
         if self.heldout is not None and self.heldout_sources:

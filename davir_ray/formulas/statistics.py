@@ -1,43 +1,60 @@
-"""Does one arm train a better model than another? Means, 95 % intervals and paired tests on held-out examples.
+"""Does one arm train a better model than another? Means, 95 % intervals and tests on held-out examples.
 
 A measure of a model is a ratio: the sum of its values over the examples divided by the sum of their weights (nats by
-tokens, correct answers by questions). A measure of an arm is the mean over its models, one for each seed. There are two
-sources of variance, and both are included:
+tokens, correct answers by questions). A measure of an arm is the mean over its models. Interval and p-value come from
+one estimate and one variance: mean ± t(df) √variance, with the degrees of freedom of Satterthwaite (1946).
 
-- The choice of held-out examples. They are resampled (bootstrap), with the same draws for all arms, so that the arms
-  stay paired.
-- The seeds. Three seeds cannot be resampled: the percentiles of a bootstrap of three numbers are their minimum and
-  maximum, an interval that contains the mean in only three of four cases. Their part is drawn from Student's t instead,
-  with their standard error and the degrees of freedom of Welch and Satterthwaite: about S - 1 where the seeds vary more
-  than the examples.
+Two things are sampled, and cross: the held-out examples, which all models share, and the models. What a model does on
+an example is mean + model + example + model × example (a two-way layout with random effects; Searle, Casella and
+McCulloch, Variance Components, 1992, chapter 4). So
 
-An arm that draws its rows for each seed varies with the draw. An arm that is one set of rows, such as a selection, does
-not. Compared with a drawn arm, the question is whether it does better than one more draw would; so the variance of a
-single draw is added. Without it, any set that is merely lucky would count as better.
+    variance of a difference = variance over examples + max(0, MS - I) × (Σq² of one arm + Σq² of the other)
 
-The letters in names are dimensions: S seeds, E examples, B bootstrap replicates, A arms.
+- The variance over examples is that of the difference of the arms' mean values, whose ratio is linearised (Cochran,
+  Sampling Techniques, 1977, chapter 6). Examples with the same prompt are one cluster, and the sources are strata. Each
+  residual is divided by one minus its share of the weight, because a few long responses would else fit their own
+  ratio: with one source this is the jackknife. The degrees of freedom are those of the effective number of clusters
+  (Kish, Survey Sampling, 1965).
+- MS is the variance between the units of an arm, and I the part of it that is noise over the examples, which the
+  variance over examples contains already: it is counted once. q is a unit's share of the arm's models.
+- A unit is a model where all of an arm's models have the same rows. Where the rows vary (draws, or selections of
+  several runs), all models of one set of rows are a unit, as they share its luck.
+- Arms whose units are of one kind (seeds, draws or runs), in one size and schedule, share one estimate of MS and of I:
+  from three seeds each, no arm alone could say how much models vary.
+
+The letters in names are dimensions: S models, E examples, C clusters, U units.
 """
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
-NUM_REPLICATES = 4000
-"""Number of bootstrap replicates: enough for the ends of an interval to vary by only about 2 % of its width."""
+MIN_DIFFERING = 10
+"""Number of examples on which two arms must differ before a share of right answers is tested."""
 
-_MAX_COUNTS = 2**22
-"""Maximum number of counts in memory at a time while examples are resampled."""
+_NUM_FLIPS = 9999
+"""Number of random assignments of signs: the least p-value is 1e-4."""
+
+_LEAST_P = 1e-300
+"""A p-value is never 0: Student's tail is not, where its number underflows."""
+
+_TAIL = 0.975
+
+Kind = Literal["seeds", "draws", "runs"]
+"""What the units of an arm are: models on the same rows, draws of rows, or the selections of several runs."""
 
 
 class Interval(NamedTuple):
-    """A 95 % interval. From a single example it is a point, which says nothing."""
+    """A 95 % interval, not adjusted for other tests. NaN at both ends where no variance is known."""
 
     low: float
     high: float
@@ -47,11 +64,79 @@ class Interval(NamedTuple):
         return Interval(*(float(min(max(end, lowest), highest)) for end in self))
 
 
-class Spread(NamedTuple):
-    """A part of the variance of a mean, with its degrees of freedom."""
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The held-out examples that every arm is measured on."""
 
-    variance: float
-    degrees: int
+    weights_E: Floats
+    """Weight of each example: its tokens, or 1."""
+    clusters_E: Ints
+    """Number of the prompt of each example, from 0: examples with the same prompt are drawn together."""
+    strata_E: Ints
+    """Number of the source of each example, from 0: the number of examples of a source is fixed."""
+
+    @classmethod
+    def independent(cls, weights_E: Floats) -> "Examples":
+        """Examples of one source with prompts of their own."""
+        num = len(weights_E)
+        return cls(weights_E=weights_E, clusters_E=np.arange(num), strata_E=np.zeros(num, np.int64))
+
+    @cached_property
+    def cluster_shares(self) -> Floats:
+        """Each cluster's share of the weight; clusters of a prompt that occurs in several sources are one a source."""
+        return self.summed(self.weights_E / self.weights_E.sum())
+
+    @property
+    def num_clusters(self) -> int:
+        """The number of clusters."""
+        return len(self.cluster_shares)
+
+    @cached_property
+    def _cluster_of(self) -> Ints:
+        """The cluster, from 0, that each example is in."""
+        both_E2 = np.stack([self.strata_E, self.clusters_E], axis=1)
+        return np.asarray(np.unique(both_E2, axis=0, return_inverse=True)[1]).ravel()
+
+    @cached_property
+    def _stratum_of(self) -> Ints:
+        """The stratum of each cluster, from 0; strata of a single cluster, which show no variance, are put together."""
+        first_C = np.unique(self._cluster_of, return_index=True)[1]
+        _, stratum_C, counts = np.unique(self.strata_E[first_C], return_inverse=True, return_counts=True)
+        single_C = counts[stratum_C] == 1
+        if single_C.any():
+            # A lone single stratum joins the largest of the others.
+            stratum_C[single_C] = len(counts) if single_C.sum() > 1 else int(np.argmax(counts))
+        return np.asarray(np.unique(stratum_C, return_inverse=True)[1])
+
+    @cached_property
+    def degrees(self) -> float:
+        """Degrees of freedom of a variance over the examples; 0 if there is only one cluster."""
+        num_clusters = self.num_clusters
+        effective = 1.0 / float((self.cluster_shares**2).sum()) if num_clusters else 0.0
+        free = (num_clusters - 1 - int(self._stratum_of.max(initial=0))) if num_clusters > 1 else 0
+        return min(float(free), max(1.0, effective - 1)) if free else 0.0
+
+    def summed(self, values_E: Floats) -> Floats:
+        """The sums over each cluster, along the last axis."""
+        if values_E.ndim == 1:
+            return np.asarray(np.bincount(self._cluster_of, weights=values_E), dtype=np.float64)
+        return np.stack([np.bincount(self._cluster_of, weights=row) for row in values_E])
+
+    def residuals(self, values_E: Floats) -> Floats:
+        """What each cluster adds to the ratio: sums of (value - ratio × weight) / total weight, of shape C or UC."""
+        total = self.weights_E.sum()
+        ratio = values_E.sum(axis=-1, keepdims=True) / total
+        return self.summed((values_E - ratio * self.weights_E) / total)
+
+    def variance(self, residuals_C: Floats) -> float:
+        """The variance over the examples of a ratio, or of a difference of ratios, with these residuals."""
+        if len(residuals_C) < 2:
+            return 0.0
+        num_in = np.bincount(self._stratum_of)
+        free_C = residuals_C * (1 - 1 / len(residuals_C)) / np.maximum(1 - self.cluster_shares, 0.5)
+        means = np.bincount(self._stratum_of, weights=free_C) / num_in
+        squares = np.bincount(self._stratum_of, weights=(free_C - means[self._stratum_of]) ** 2)
+        return float((squares * num_in / np.maximum(num_in - 1, 1)).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,104 +144,280 @@ class Outcome:
     """The values of one arm's models on the held-out examples."""
 
     values_SE: Floats
-    """One row for each seed."""
-    weights_E: Floats
-    """Weights of the examples, the same for every arm."""
-    draws_rows: bool = False
-    """Whether each seed was trained on rows drawn for it."""
-    takes_all: bool = False
-    """Whether the arm was trained on every row, so that no other draw is possible."""
+    row_sets: Sequence[int] = ()
+    """For each model the number of the draw, or of the run, whose rows it was trained on; empty: all have the same."""
+    kind: Kind = "seeds"
+    """What a set of rows is, where they vary."""
+    group: Hashable = None
+    """Arms of the same group and kind share the estimate of how much their units vary: of one size and schedule."""
 
     @property
-    def num_seeds(self) -> int:
+    def num_models(self) -> int:
         """The number of models."""
         return len(self.values_SE)
 
-    @property
-    def mean(self) -> float:
-        """The measure, averaged over the seeds."""
-        return float(self.by_seed.mean())
+    @cached_property
+    def unit_of(self) -> Ints:
+        """The unit of each model: its set of rows if these vary, else the model itself."""
+        sets = np.unique(self.row_sets, return_inverse=True)[1] if len(self.row_sets) else np.empty(0, np.int64)
+        return np.asarray(sets) if sets.max(initial=0) else np.arange(self.num_models)
 
     @property
-    def by_seed(self) -> Floats:
-        """The measure of each model."""
-        return np.asarray(self.values_SE.sum(axis=1) / self.weights_E.sum())
+    def units(self) -> Kind:
+        """What the units are."""
+        return self.kind if len(set(self.row_sets)) > 1 else "seeds"
 
-    def spread(self) -> list[Spread]:
-        """The variance of the mean over the seeds; empty for one seed, from which it cannot be estimated."""
-        if self.num_seeds < 2:
-            return []
-        return [Spread(float(self.by_seed.var(ddof=1)) / self.num_seeds, self.num_seeds - 1)]
+    @cached_property
+    def unit_values(self) -> Floats:
+        """Mean values of each unit's models."""
+        return np.stack([self.values_SE[self.unit_of == unit].mean(axis=0) for unit in range(self.num_units)])
+
+    @property
+    def num_units(self) -> int:
+        """The number of units."""
+        return int(self.unit_of.max()) + 1
+
+    @property
+    def squared_shares(self) -> float:
+        """Σq²: the variance of the mean over the models is so many times that of a unit."""
+        return float((np.bincount(self.unit_of) ** 2).sum()) / self.num_models**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean or a difference, with its interval and p-value from one variance."""
+
+    mean: float
+    variance: float
+    degrees: float
+    """Degrees of freedom; 0 where no variance is known."""
+
+    @property
+    def interval(self) -> Interval:
+        """The mean ± t(degrees) × √variance."""
+        if not self.degrees:
+            return Interval(math.nan, math.nan)
+        half = float(stats.t.ppf(_TAIL, self.degrees)) * math.sqrt(self.variance)
+        return Interval(self.mean - half, self.mean + half)
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value for a true value of 0; NaN where no variance is known, or none was seen."""
+        if not self.degrees:
+            return math.nan
+        if self.variance == 0:
+            return 1.0 if self.mean == 0 else math.nan
+        return max(_LEAST_P, float(2 * stats.t.sf(abs(self.mean) / math.sqrt(self.variance), self.degrees)))
+
+    def p_beyond(self, margin: float) -> float:
+        """The p-value for a true value of at least `margin` in size: small if the two are equivalent.
+
+        Two one-sided tests (Schuirmann, 1987); below 0.05 where the 90 % interval is within the margin.
+        """
+        if not self.degrees or self.variance == 0:
+            return math.nan
+        scale = math.sqrt(self.variance)
+        least = min(margin + self.mean, margin - self.mean) / scale
+        return max(_LEAST_P, float(stats.t.sf(least, self.degrees)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The difference of two arms on the same examples: the first minus the second."""
+    """The first arm minus the second, on the same examples."""
 
-    mean: float
-    interval: Interval
-    p: float
-    """p-value for equal arms, from the variance over examples and seeds; with one seed, over examples alone."""
-    p_examples: float
-    """p-value for equal models: a paired t-test over the examples, for these particular models."""
+    estimate: Estimate
+    """Over examples and units: with one model of each arm, over examples alone."""
+    of_models: Estimate
+    """Over examples alone: what these particular models show."""
+    another_draw: Estimate | None
+    """The first arm minus one more draw of the second, None where the draws' own variance is not known."""
+    num_differing: int
+    """Number of examples on which the arms' means differ."""
+    one_unit_each: bool
+    """Whether nothing is known of how much models vary: the p-value is then for these particular models."""
+    p_flips: float | None
+    """For shares of right answers: the p-value of random signs over the examples, for these particular models."""
+
+
+class _Part(NamedTuple):
+    """A mean square, how often it is in a variance, and its degrees of freedom."""
+
+    mean_square: float
+    times: float
+    degrees: float
+
+
+class _Between(NamedTuple):
+    """How much the units of some arms vary."""
+
+    mean_square: float
+    """MS: variance between units."""
+    noise: float
+    """I: the part of it that is noise over the examples."""
+    degrees: int
+    noise_degrees: float
 
 
 class Panel:
-    """Outcomes of several arms on the same examples with the same weights; the examples are resampled once for all."""
+    """Outcomes of several arms on the same examples."""
 
-    def __init__(self, outcomes: Mapping[Hashable, Outcome], seed: int = 0) -> None:
-        self._outcomes, self._seed = outcomes, seed
-        means_AE = np.stack([outcome.values_SE.mean(axis=0) for outcome in outcomes.values()])
-        weights_E = next(iter(outcomes.values())).weights_E
-        self._num_examples = len(weights_E)
-        replicates_BA = resampled(means_AE, weights_E, NUM_REPLICATES, seed)
-        self._replicates = {name: replicates_BA[:, place] for place, name in enumerate(outcomes)}
+    def __init__(self, outcomes: Mapping[Hashable, Outcome], examples: Examples) -> None:
+        self._outcomes, self._examples = outcomes, examples
+        groups: dict[Hashable, list[Outcome]] = {}
+        for outcome in outcomes.values():
+            groups.setdefault((outcome.group, outcome.units), []).append(outcome)
+        self._between = {group: self._pooled(found) for group, found in groups.items()}
 
-    def interval(self, name: Hashable) -> Interval:
-        """The interval of an arm's mean."""
-        return _interval(self._replicates[name], self._num_examples, self._outcomes[name].spread(), self._seed)
+    def mean(self, name: Hashable) -> Estimate:
+        """The arm's mean over its models."""
+        outcome = self._outcomes[name]
+        return self._estimate(outcome.values_SE.mean(axis=0), self._between_units([outcome]))
 
-    def difference(self, name: Hashable, other: Hashable) -> Difference:
-        """The first arm minus the second."""
+    def by_model(self, name: Hashable) -> Floats:
+        """The measure of each model of an arm."""
+        return np.asarray(self._outcomes[name].values_SE.sum(axis=1) / self._examples.weights_E.sum())
+
+    def share(self, name: Hashable) -> Interval:
+        """The interval of an arm's share of right answers."""
+        return share_interval(self.mean(name), self._examples.num_clusters)
+
+    def difference_of_shares(self, name: Hashable, other: Hashable) -> Interval:
+        """The interval of a difference of shares from those of the two (Newcombe's hybrid score, 1998).
+
+        It takes the two for independent, which is too wide where they agree on most questions, and is never a point:
+        for arms that differ on too few questions for a test.
+        """
+        (share, low, high), (others, others_low, others_high) = (
+            (self.mean(one).mean, *self.share(one)) for one in (name, other)
+        )
+        below, above = math.hypot(share - low, others_high - others), math.hypot(high - share, others - others_low)
+        return Interval(share - others - below, share - others + above)
+
+    def difference(self, name: Hashable, other: Hashable, *, shares: bool = False) -> Difference:
+        """The first arm minus the second; `shares`: the values are answers, right (1) or wrong (0)."""
         arm, against = self._outcomes[name], self._outcomes[other]
         difference_E = arm.values_SE.mean(axis=0) - against.values_SE.mean(axis=0)
-        mean = float(difference_E.sum() / arm.weights_E.sum())
-        # A fixed set is compared with one more draw of the other arm, whose variance is that of a single seed.
-        more_draws = against.num_seeds if against.draws_rows and not (arm.draws_rows or arm.takes_all) else 0
-        drawn = [Spread(part.variance * (1 + more_draws), part.degrees) for part in against.spread()]
-        spreads = [*arm.spread(), *drawn]
-        examples = _spread_of_examples(difference_E, arm.weights_E)
+        between, more = self._between_units([arm, against]), self._one_more(arm, against)
         return Difference(
-            mean=mean,
-            interval=_interval(
-                self._replicates[name] - self._replicates[other], self._num_examples, spreads, self._seed
-            ),
-            p=_p_value(mean, [*examples, *spreads]),
-            p_examples=_p_value(mean, examples),
+            estimate=self._estimate(difference_E, between),
+            of_models=self._estimate(difference_E),
+            another_draw=None if more is None else self._estimate(difference_E, [*between, *more]),
+            num_differing=int((difference_E != 0).sum()),
+            one_unit_each=not any(self._between[one.group, one.units].degrees for one in (arm, against)),
+            p_flips=sign_flips(self._examples.summed(difference_E)) if shares else None,
         )
 
+    def _between_units(self, outcomes: Sequence[Outcome]) -> list[_Part]:
+        """The parts of the variance of a mean, or of a difference, that come from the units of these arms."""
+        times: dict[Hashable, float] = {}
+        for outcome in outcomes:
+            its_group = (outcome.group, outcome.units)
+            times[its_group] = times.get(its_group, 0.0) + outcome.squared_shares
+        parts = []
+        for group, share in times.items():
+            between = self._between[group]
+            if between.mean_square > between.noise:
+                parts.append(_Part(between.mean_square, share, between.degrees))
+                parts.append(_Part(between.noise, -share, between.noise_degrees))
+        return parts
 
-def over_seeds(values: Sequence[float]) -> Interval | None:
-    """The interval of the mean of one value for each seed, by Student's t; None for a single seed."""
-    if len(values) < 2:
+    def _one_more(self, arm: Outcome, against: Outcome) -> list[_Part] | None:
+        """The variance of one draw: between draws, less what a draw's seeds explain; None where it is not known."""
+        if against.units != "draws" or arm.units == "draws":
+            return None
+        by_model, unit_of_S = against.values_SE.sum(axis=1) / self._examples.weights_E.sum(), against.unit_of
+        models_U = np.bincount(unit_of_S)
+        within = int((models_U - 1).sum())
+        if not within:
+            return None
+        means_U = np.bincount(unit_of_S, weights=by_model) / models_U
+        seeds = float(((by_model - means_U[unit_of_S]) ** 2).sum()) / within
+        between, share = self._between[against.group, against.units], float((1 / models_U).mean())
+        if between.mean_square <= share * seeds:
+            return []
+        return [_Part(between.mean_square, 1.0, between.degrees), _Part(seeds, -share, within)]
+
+    def _estimate(self, mean_E: Floats, between: Sequence[_Part] = ()) -> Estimate:
+        """A mean, or a difference of means, with the variance over examples and these parts between units."""
+        examples = self._examples
+        parts = [_Part(examples.variance(examples.residuals(mean_E)), 1.0, examples.degrees), *between]
+        variance = sum(part.mean_square * part.times for part in parts)
+        times: dict[tuple[float, float], float] = {}  # a mean square that occurs twice is one random number
+        for part in parts:
+            key = (part.mean_square, part.degrees)
+            times[key] = times.get(key, 0.0) + part.times
+        squares = sum((square * number) ** 2 / free for (square, free), number in times.items() if free)
+        degrees = variance**2 / squares if squares and examples.degrees else examples.degrees
+        mean = float(mean_E.sum() / examples.weights_E.sum())
+        return Estimate(mean=mean, variance=variance, degrees=degrees)
+
+    def _pooled(self, outcomes: list[Outcome]) -> _Between:
+        """The variance between the units of each arm, and its noise, pooled over the arms."""
+        squares, noise, degrees = 0.0, 0.0, 0
+        for outcome in outcomes:
+            if (free := outcome.num_units - 1) == 0:
+                continue
+            values_UE = outcome.unit_values
+            by_unit = values_UE.sum(axis=1) / self._examples.weights_E.sum()
+            residuals_UC = self._examples.residuals(values_UE)
+            squares += float(((by_unit - by_unit.mean()) ** 2).sum())
+            noise += sum(self._examples.variance(row) for row in residuals_UC - residuals_UC.mean(axis=0))
+            degrees += free
+        if not degrees:
+            return _Between(0.0, 0.0, 0, 0.0)
+        noise_degrees = degrees * max(1.0, self._examples.degrees)
+        return _Between(squares / degrees, noise / degrees, degrees, noise_degrees)
+
+
+def share_interval(estimate: Estimate, num_clusters: int) -> Interval:
+    """The interval of a share of right answers: Jeffreys' on the effective number of questions, never a point.
+
+    So many independent questions would give the estimate's variance, fewer where t is wider than with all clusters'
+    degrees of freedom (Korn and Graubard, Survey Methodology 24, 1998). Where all answers are right, or all wrong, no
+    variance is seen, and it is the number of clusters.
+    """
+    share = min(max(estimate.mean, 0.0), 1.0)
+    number = float(num_clusters)
+    if estimate.variance > 0 and 0 < share < 1:
+        number = share * (1 - share) / estimate.variance
+        number *= (
+            float(stats.t.ppf(_TAIL, max(1, num_clusters - 1)) / stats.t.ppf(_TAIL, max(1.0, estimate.degrees))) ** 2
+        )
+    right, wrong = share * number, (1 - share) * number
+    low = float(stats.beta.ppf(1 - _TAIL, right + 0.5, wrong + 0.5)) if share > 0 else 0.0
+    high = float(stats.beta.ppf(_TAIL, right + 0.5, wrong + 0.5)) if share < 1 else 1.0
+    return Interval(low, high)
+
+
+def sign_flips(differences_C: Floats, seed: int = 0) -> float:
+    """The p-value of the hypothesis that each difference might as well have the other sign; at least 1e-4.
+
+    The share of random assignments of signs whose sum is at least as far from 0 (Fisher, 1935), the observed one
+    included (Phipson and Smyth, 2010).
+    """
+    sizes_C = np.abs(differences_C[differences_C != 0])
+    observed = abs(float(differences_C.sum())) * (1 - 1e-12)  # equal sums may differ in their last bit
+    draw, num_beyond, left = np.random.default_rng(seed), 0, _NUM_FLIPS
+    while left:
+        rows = min(left, max(1, 2**22 // max(1, len(sizes_C))))
+        signs = draw.integers(0, 2, (rows, len(sizes_C)), dtype=np.int8) * 2 - 1
+        num_beyond += int((np.abs(signs @ sizes_C) >= observed).sum())
+        left -= rows
+    return (1 + num_beyond) / (1 + _NUM_FLIPS)
+
+
+def seed_correlation(arms: Sequence[Mapping[int, float]]) -> float | None:
+    """The correlation between arms of what a seed adds, from the measures of models by seed; None if it is not known.
+
+    Tests take it for 0. A positive one, as of adapters that begin with the same values, makes them cautious.
+    """
+    seeds = sorted(set.intersection(*(set(arm) for arm in arms))) if len(arms) > 1 else []
+    if len(seeds) < 2:
         return None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return Interval(float(np.mean(values)) - half, float(np.mean(values)) + half)
-
-
-def resampled(values_AE: Floats, weights_E: Floats, num_replicates: int, seed: int) -> Floats:
-    """Measures on examples drawn with replacement, of shape BA; every arm gets the same draws."""
-    draw, num = np.random.default_rng(seed), len(weights_E)
-    sums_EA = np.column_stack([values_AE.T, weights_E])
-    block = max(1, _MAX_COUNTS // num)
-    blocks = []
-    for start in range(0, num_replicates, block):
-        rows = min(block, num_replicates - start)
-        places_BE = draw.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
-        counts_BE = np.bincount(places_BE.ravel(), minlength=rows * num).reshape(rows, num)
-        blocks.append(counts_BE.astype(np.float64) @ sums_EA)
-    sums_BA = np.concatenate(blocks)
-    return np.asarray(sums_BA[:, :-1] / sums_BA[:, -1:])
+    values_AS = np.array([[arm[seed] for seed in seeds] for arm in arms])
+    covariances_AA = np.atleast_2d(np.cov(values_AS))
+    own, num = float(np.trace(covariances_AA)), len(arms)
+    return float((covariances_AA.sum() - own) / (num - 1) / own) if own else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -170,37 +431,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def _spread_of_examples(difference_E: Floats, weights_E: Floats) -> list[Spread]:
-    """The variance of the mean difference, as in a paired t-test."""
-    num = len(difference_E)
-    if num < 2:
-        return []
-    return [Spread(float(difference_E.var(ddof=1)) / num / float(weights_E.mean()) ** 2, num - 1)]
-
-
-def _interval(replicates_B: Floats, num_examples: int, spreads: Sequence[Spread], seed: int) -> Interval:
-    """Percentiles of the replicates, each shifted by a draw from the distribution of the seeds' mean."""
-    scale = math.sqrt(sum(part.variance for part in spreads))
-    if scale:
-        degrees = _degrees([Spread(float(replicates_B.var()), max(1, num_examples - 1)), *spreads])
-        # Quantiles in random order: random draws from so heavy a tail would make the ends of the interval noisy.
-        order_B = np.random.default_rng([seed, 1]).permutation(len(replicates_B))
-        replicates_B = replicates_B + scale * stats.t.ppf((order_B + 0.5) / len(replicates_B), degrees)
-    low, high = np.percentile(replicates_B, (2.5, 97.5))
-    return Interval(float(low), float(high))
-
-
-def _p_value(mean: float, spreads: Sequence[Spread]) -> float:
-    """Two-sided p-value by Student's t; NaN where no variance is known."""
-    if not spreads:
-        return math.nan
-    total = sum(part.variance for part in spreads)
-    if total == 0:
-        return 1.0 if mean == 0 else 0.0
-    return float(2 * stats.t.sf(abs(mean) / math.sqrt(total), _degrees(spreads)))
-
-
-def _degrees(spreads: Sequence[Spread]) -> float:
-    """Degrees of freedom of a sum of variances, by Welch and Satterthwaite; at least one of them must not be 0."""
-    total = sum(part.variance for part in spreads)
-    return total**2 / sum(part.variance**2 / part.degrees for part in spreads)
+def over_seeds(values: Sequence[float]) -> Interval | None:
+    """The interval of the mean of one value for each seed, by Student's t; None for a single seed."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(_TAIL, len(values) - 1) * stats.sem(values))
+    return Interval(float(np.mean(values)) - half, float(np.mean(values)) + half)

@@ -3,6 +3,9 @@
 Pure functions: no files, no models. An arm is a set of rows to train on; each arm is trained with several seeds, in a
 size (`rows`) and a schedule (`reading`: as many epochs, or as many steps, as the full set). Held-out losses are nats
 per token; the other measures have units of their own.
+
+Where there are several sizes, the best is chosen on one half of the held-out prompts, and everything is reported on the
+other: a size that is the best by luck is not reported with its luck.
 """
 
 import math
@@ -18,16 +21,17 @@ import pyarrow as pa
 
 from davir_ray.config.compare import DRAWN, TrialName
 from davir_ray.errors import DataError
-from davir_ray.formulas.statistics import Floats, Outcome, Panel, holm
+from davir_ray.formulas.hashing import drawn
+from davir_ray.formulas.statistics import Examples, Floats, Ints, Outcome, Panel, seed_correlation
 from davir_ray.report import charts
+from davir_ray.report.contrasts import ON_AVERAGE, Contrast, Scope, contrasts_of, corrected
 from davir_ray.report.facts import json_ready, named_values
 from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
 
 SELECTION, FULL, RANDOM = "selection", "full", "random"
-BASELINES = (RANDOM, FULL)
-"""Arms that every other arm is tested against."""
 
-SIGNIFICANT = 0.05
+Key = tuple[str, int, str]
+"""An arm, its size and its schedule."""
 
 ARM_MEANING = {
     "selection": "the rows that the run selected, or its mixture if it has one",
@@ -48,13 +52,15 @@ LIMITS = [
     "small base need not hold for a large one, which may already know what a small model learns first.",
     "A loss is not a judgement: a lower loss on held-out answers means that such answers became likelier, not that "
     "a person would prefer what the model writes.",
-    "With few seeds the spread between models is uncertain. Intervals and p-values account for it by Student’s t with "
-    "one degree of freedom less than seeds, so with two or three seeds only large differences are detected; if none is "
-    "detected, there may still be one.",
-    "The selection is one set of rows. Against arms that are drawn, the question is whether it does better than one "
-    "more draw would. With another reference or another pool, other rows would have been selected.",
-    "p (these models) accounts for the held-out examples alone: it says whether these very models differ, not whether "
-    "newly trained models would.",
+    "With few seeds the spread between models is uncertain. Intervals and p-values account for it by Student’s t, with "
+    "one estimate for all arms of a size and schedule, so with two or three seeds only large differences are detected; "
+    "“not resolved” does not mean that there is none.",
+    "Models of several seeds on one set of rows say whether these rows train a better model, not whether the method "
+    "would choose such rows again: with another reference or another pool, other rows would be selected. Several runs, "
+    "whose references are trained anew, say that.",
+    "Intervals are of 95 % each, not adjusted for the number of intervals. All p-values but the primary test’s are.",
+    "Models of different arms that have the same seed are taken for independent. If they are alike, the tests are "
+    "cautious.",
     "Held-out rows that occur word for word in the run’s training pool are left out. Paraphrases and near copies are "
     "not found.",
 ]
@@ -62,6 +68,7 @@ LIMITS = [
 _SECTIONS = [
     ("glance", "At a glance"),
     ("results", "Results"),
+    ("lengths", "By length"),
     ("arms", "Arms"),
     ("heldout", "Held-out data"),
     ("limits", "Known limits"),
@@ -85,7 +92,6 @@ TABLE = pa.schema(
 )
 """comparison.parquet: a row for each model, measure and source; source is null for all sources together."""
 
-_TEST = ("mean", "low", "high", "p", "p_holm", "p_examples")
 RESULTS = pa.schema(
     [
         ("measure", pa.string()),
@@ -94,14 +100,42 @@ RESULTS = pa.schema(
         ("reading", pa.string()),
         ("arm", pa.string()),
         ("num_heldout", pa.int64()),
+        ("num_models", pa.int64()),
+        ("num_units", pa.int64()),
+        ("units", pa.string()),
         ("mean", pa.float64()),
         ("low", pa.float64()),
         ("high", pa.float64()),
-        *((f"against_{baseline}_{name}", pa.float64()) for baseline in BASELINES for name in _TEST),
     ]
 )
-"""results.parquet: a row for each measure, source, size, reading and arm, with the mean over the seeds, its 95 %
-interval, and the difference from each baseline with interval and p-values; null where there is no such difference."""
+"""results.parquet: a row for each measure, source, size, reading and arm, with the mean over its models and its 95 %
+interval, over how many of what (seeds, draws or runs)."""
+
+TESTS = pa.schema(
+    [
+        ("measure", pa.string()),
+        ("source", pa.string()),
+        ("rows", pa.int64()),
+        ("reading", pa.string()),
+        ("arm", pa.string()),
+        ("against", pa.string()),
+        ("question", pa.string()),
+        ("primary", pa.bool_()),
+        ("num_heldout", pa.int64()),
+        ("num_differing", pa.int64()),
+        *((name, pa.float64()) for name in ("mean", "low", "high", "margin", "degrees")),
+        *((name, pa.float64()) for name in ("p", "p_holm", "p_level", "p_level_holm", "p_models")),
+        ("untested", pa.string()),
+        ("verdict", pa.string()),
+    ]
+)
+"""tests.parquet: a row for each difference on the page, see Contrast."""
+
+_TEST_KEY = ("measure", "source", "rows", "reading", "arm", "against", "question")
+"""What identifies a row of TESTS."""
+
+NUM_LENGTHS = 4
+"""Ranges of length, with about as many held-out examples each, that the loss is shown for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +148,37 @@ class Measure:
     """Name in the header of a table column."""
     unit: str
     lower_is_better: bool
-    most: float = math.inf
-    """Largest possible value."""
+    margin_of: str
+    """The measure in the settings whose margin counts."""
+    is_share: bool = False
+    """Whether the values are answers, right (1) or wrong (0)."""
+    tested: bool = True
+    """Whether differences are tested; else they are only shown with their intervals."""
 
 
-LOSS = Measure(name="loss", title="Held-out loss", short="loss", unit="nats per response token", lower_is_better=True)
+LOSS = Measure(
+    name="loss",
+    title="Held-out loss",
+    short="loss",
+    unit="nats per response token",
+    lower_is_better=True,
+    margin_of="loss",
+)
+LOSS_BY_EXAMPLE = replace(
+    LOSS,
+    name="loss_by_example",
+    title="Held-out loss, the mean of each example’s mean",
+    short="loss by example",
+    tested=False,
+)
 STRICT = Measure(
     name="exact_match",
     title="Exact match of the marked answer",
     short="strict exact match",
     unit="share of the questions",
     lower_is_better=False,
-    most=1,
+    margin_of="exact_match",
+    is_share=True,
 )
 FLEXIBLE = replace(
     STRICT, name="exact_match_flexible", title="Exact match of the last number", short="flexible exact match"
@@ -136,6 +189,8 @@ FLEXIBLE = replace(
 class TrialFacts:
     """What is reported about one fine-tune."""
 
+    row_set: int
+    """Number of the draw, or of the run, whose rows the model was trained on."""
     num_examples: int
     num_response_tokens: int
     num_steps: int
@@ -151,6 +206,10 @@ class Measured:
     measure: Measure
     sources: npt.NDArray[np.str_]
     """Source of each example."""
+    prompts: Ints
+    """Hash of the prompt of each example: those with the same prompt are one cluster."""
+    lengths: Ints
+    """Response tokens of each example."""
     weights: Floats
     """Weight of each example: its tokens, or 1."""
     values: Mapping[TrialName, Floats]
@@ -159,6 +218,24 @@ class Measured:
     """The values of the untrained base."""
     without_value: int = 0
     """Number of held-out examples that are left out because a model has no value for them."""
+
+    def of(self, rows: npt.NDArray[np.bool_]) -> "Measured":
+        """The measure of these examples alone."""
+        return replace(
+            self,
+            sources=self.sources[rows],
+            prompts=self.prompts[rows],
+            lengths=self.lengths[rows],
+            weights=self.weights[rows],
+            values={name: values[rows] for name, values in self.values.items()},
+            base=None if self.base is None else self.base[rows],
+        )
+
+    @property
+    def examples(self) -> Examples:
+        """The examples, clustered by prompt and stratified by source."""
+        clusters, strata = (np.unique(of, return_inverse=True)[1] for of in (self.prompts, self.sources))
+        return Examples(weights_E=self.weights, clusters_E=clusters, strata_E=strata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +246,10 @@ class ComparisonInputs:
     run: str
     base: str
     recipe: dict[str, Any]
+    pairs: Sequence[tuple[str, str]]
+    """The pairs of arms that are tested, the primary test first."""
+    margins: Mapping[str, float]
+    """By measure of the settings, the size of a difference that would not matter."""
     heldout: dict[str, int]
     """Counts of the held-out data's prepare stage."""
     in_training_pool: int
@@ -189,32 +270,56 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
     # The full set is compared with every size and schedule.
     settings = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
     settings = settings or {(name.rows, name.reading) for name in inputs.trials}
-    results, base_results, table = [], [], []
+    primary_rows, primary_reading = next(iter(inputs.trials)).rows, _primary_reading(inputs, settings)
+    chosen = None
+    if len(sizes := sorted({rows for rows, _ in settings})) > 1:
+        halves = [drawn(measured.prompts, 0.5, "choosing half") for measured in measures]
+        chosen = _chosen(inputs, measures[0].of(halves[0]), sizes, primary_reading)
+        measures = [measured.of(~half) for measured, half in zip(measures, halves, strict=True)]
+        primary_rows = chosen["rows"]
+    elif sizes:
+        primary_rows = sizes[0]
+    contrasts: list[Contrast] = []
+    results, base_results, by_length, table = [], [], [], []
     for measured in measures:
         names = np.unique(measured.sources).tolist()
         for source in [None, *names] if len(names) > 1 else [None]:
-            rows = slice(None) if source is None else measured.sources == source
-            name, weights = {"measure": measured.measure.name, "source": source}, measured.weights[rows]
-            values = {trial: values[rows] for trial, values in measured.values.items()}
-            results += [name | row for row in _results(measured.measure, values, weights, sorted(settings))]
-            if measured.base is not None:
-                base = Outcome(values_SE=measured.base[None, rows], weights_E=weights)
-                base_results.append(name | _mean(measured.measure, Panel({None: base}), None, base))
+            part = measured if source is None else measured.of(measured.sources == source)
+            name = {"measure": measured.measure.name, "source": source}
+            outcomes = _outcomes(inputs.trials, part.values)
+            panel = Panel(outcomes, part.examples)
+            results += [name | row for row in _results(part, panel, outcomes, sorted(settings))]
+            contrasts += _contrasts(inputs, part, source, panel, outcomes, sorted(settings))
+            if source is None and measured.measure is LOSS:
+                by_length = list(_by_length(inputs, part, sorted(settings)))
+            if part.base is not None:
+                base = Panel({None: Outcome(values_SE=part.base[None])}, part.examples)
+                base_results.append(name | _mean(part.measure, base, None))
             for trial, trained in inputs.trials.items():
-                value = float(values[trial].sum()) / float(weights.sum())
-                table.append(name | trial._asdict() | asdict(trained) | {"value": value, "num_heldout": len(weights)})
+                value = float(part.values[trial].sum()) / float(part.weights.sum())
+                table.append(
+                    name | trial._asdict() | asdict(trained) | {"value": value, "num_heldout": len(part.weights)}
+                )
+    tested = corrected(
+        contrasts,
+        lambda one: (
+            (one.arm, one.against, one.question) == (*inputs.pairs[0], ON_AVERAGE)
+            and (one.measure, one.source) == (measures[0].measure.name, None)
+            and (one.rows, one.reading) == (primary_rows, primary_reading)
+        ),
+    )
     sources, num_rows = np.unique(measures[0].sources, return_counts=True)
     facts = {
-        "format": 1,
+        "format": 2,
         "run": inputs.run,
         "base": inputs.base,
-        "seeds": inputs.settings["seeds"],
         "arms": _arms(inputs.trials),
         "measures": [
             {
                 **asdict(measured.measure),
                 "sources": np.unique(measured.sources),
                 "without_value": measured.without_value,
+                "margin": inputs.margins[measured.measure.margin_of],
             }
             for measured in measures
         ],
@@ -223,11 +328,18 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
             "left_out": inputs.heldout.get("left_out", 0),
             "rejected": inputs.heldout["rejected"],
             "in_training_pool": inputs.in_training_pool,
+            "chosen_on": 0 if chosen is None else chosen["num_heldout"],
             "measured": len(measures[0].sources),
+            "prompts": len(np.unique(measures[0].prompts)),
             "sources": [{"source": name, "rows": rows} for name, rows in zip(sources, num_rows, strict=True)],
         },
         "results": results,
         "base_results": base_results,
+        "contrasts": [asdict(one) | {"verdict": one.verdict} for one in tested],
+        "num_tests": sum(one.p is not None and not one.primary for one in tested),
+        "chosen": chosen,
+        "by_length": by_length,
+        "seed_correlation": _seed_correlation(inputs.trials, measures[0], (primary_rows, primary_reading)),
         "limits": LIMITS,
         "recipe": named_values(inputs.recipe),
         "settings": named_values(inputs.settings),
@@ -236,48 +348,139 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
     return ready | {"skills": _skills(ready)}, pa.Table.from_pylist(table, TABLE)
 
 
-def _results(
-    measure: Measure, values: Mapping[TrialName, Floats], weights: Floats, settings: Sequence[tuple[int, str]]
-) -> Iterator[dict[str, Any]]:
-    """Mean of every arm in each setting (size and schedule), and its differences from the baselines."""
-    seeds: dict[tuple[str, int, str], list[Floats]] = {}
+def _primary_reading(inputs: ComparisonInputs, settings: set[tuple[int, str]]) -> str:
+    """The first of the configured readings that was trained."""
+    trained = {reading for _, reading in settings}
+    configured: list[str] = inputs.settings.get("readings", [])
+    return next(reading for reading in [*configured, *sorted(trained)] if reading in trained)
+
+
+def _chosen(inputs: ComparisonInputs, half: Measured, sizes: Sequence[int], reading: str) -> dict[str, Any]:
+    """The size with which the first arm of the primary test does best on the choosing half."""
+    if not len(half.weights) or len(half.weights) == sum(map(len, (m.weights for m in inputs.measures[:1]))):
+        raise DataError("too few held-out prompts to choose a size on one half of them; give more, or one size")
+    arm = inputs.pairs[0][0]
+    outcomes = _outcomes(inputs.trials, half.values)
+    panel = Panel(outcomes, half.examples)
+    by_size = [
+        {"rows": rows, "mean": panel.mean(key).mean} for rows in sizes if (key := (arm, rows, reading)) in outcomes
+    ]
+    sign = 1 if half.measure.lower_is_better else -1
+    best = min(by_size, key=lambda row: (sign * row["mean"], row["rows"]))
+    return {"rows": best["rows"], "arm": arm, "reading": reading, "by_size": by_size, "num_heldout": len(half.weights)}
+
+
+def _outcomes(trials: Mapping[TrialName, TrialFacts], values: Mapping[TrialName, Floats]) -> dict[Hashable, Outcome]:
+    """The models of each arm, size and schedule, in the order of their seeds."""
+    models: dict[Key, list[TrialName]] = {}
     for trial in sorted(values, key=lambda trial: trial.seed):
-        seeds.setdefault((trial.arm, trial.rows, trial.reading), []).append(values[trial])
-    outcomes: dict[Hashable, Outcome] = {
+        models.setdefault((trial.arm, trial.rows, trial.reading), []).append(trial)
+    return {
         key: Outcome(
-            values_SE=np.stack(models), weights_E=weights, draws_rows=key[0] in DRAWN, takes_all=key[0] == FULL
+            values_SE=np.stack([values[trial] for trial in found]),
+            row_sets=[trials[trial].row_set for trial in found],
+            kind="draws" if key[0] in DRAWN else "runs",
+            group=FULL if key[0] == FULL else key[1:],
         )
-        for key, models in seeds.items()
+        for key, found in models.items()
     }
-    panel = Panel(outcomes)
+
+
+def _compared(outcomes: Mapping[Hashable, Outcome], setting: tuple[int, str]) -> dict[str, Key]:
+    """The arms that are compared in a size and schedule, by name."""
+    keys: Iterator[Any] = iter(outcomes)
+    return {key[0]: key for key in keys if key[0] == FULL or key[1:] == setting}
+
+
+def _results(
+    part: Measured, panel: Panel, outcomes: Mapping[Hashable, Outcome], settings: Sequence[tuple[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """Mean of every arm in each setting (size and schedule)."""
     for setting in settings:
-        compared = {key[0]: key for key in seeds if key[0] == FULL or key[1:] == setting}
-        tests = {baseline: _tests(panel, baseline, compared) for baseline in BASELINES if baseline in compared}
-        for arm, key in compared.items():
+        for arm, key in _compared(outcomes, setting).items():
+            outcome = outcomes[key]
             yield {
                 "rows": setting[0],
                 "reading": setting[1],
                 "arm": arm,
-                "num_heldout": len(weights),
-                **_mean(measure, panel, key, outcomes[key]),
-                "by_seed": outcomes[key].by_seed,
-                "against": {baseline: found[arm] for baseline, found in tests.items() if arm in found},
+                "num_heldout": len(part.weights),
+                "num_models": outcome.num_models,
+                "num_units": outcome.num_units,
+                "units": outcome.units,
+                **_mean(part.measure, panel, key),
+                "by_seed": panel.by_model(key),
             }
 
 
-def _mean(measure: Measure, panel: Panel, name: Hashable, outcome: Outcome) -> dict[str, float]:
-    """The mean over the seeds with its interval, cut to the values that are possible."""
-    return {"mean": outcome.mean, **panel.interval(name).clipped(0.0, measure.most)._asdict()}
+def _contrasts(
+    inputs: ComparisonInputs,
+    part: Measured,
+    source: str | None,
+    panel: Panel,
+    outcomes: Mapping[Hashable, Outcome],
+    settings: Sequence[tuple[int, str]],
+) -> Iterator[Contrast]:
+    """The differences of the wanted pairs in each setting; without p-values where the measure is not tested."""
+    measure = part.measure
+    for rows, reading in settings:
+        scope = Scope(
+            measure=measure.name,
+            source=source,
+            rows=rows,
+            reading=reading,
+            is_share=measure.is_share,
+            lower_is_better=measure.lower_is_better,
+            margin=inputs.margins[measure.margin_of],
+            num_heldout=len(part.weights),
+            tested=measure.tested,
+        )
+        yield from contrasts_of(scope, inputs.pairs, _compared(outcomes, (rows, reading)), panel)
 
 
-def _tests(panel: Panel, baseline: str, arms: Mapping[str, Hashable]) -> dict[str, dict[str, float]]:
-    """Every other arm against the baseline, p-values corrected for the number of arms (Holm)."""
-    found = {arm: panel.difference(key, arms[baseline]) for arm, key in arms.items() if arm != baseline}
-    corrected = holm([test.p for test in found.values()])
-    return {
-        arm: {"mean": test.mean, **test.interval._asdict(), "p": test.p, "p_holm": p, "p_examples": test.p_examples}
-        for (arm, test), p in zip(found.items(), corrected, strict=True)
-    }
+def _by_length(
+    inputs: ComparisonInputs, part: Measured, settings: Sequence[tuple[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """For each range of held-out lengths, every arm minus the second arm of the primary test; these are not tested."""
+    edges = np.unique(np.quantile(part.lengths, np.linspace(0, 1, NUM_LENGTHS + 1)[1:-1], method="higher"))
+    range_E = np.searchsorted(edges, part.lengths, side="right")
+    for place in np.unique(range_E).tolist():
+        some = part.of(range_E == place)
+        outcomes = _outcomes(inputs.trials, some.values)
+        panel = Panel(outcomes, some.examples)
+        for setting in settings:
+            arms = _compared(outcomes, setting)
+            for arm in arms if (against := inputs.pairs[0][1]) in arms else ():
+                if arm != against:
+                    found = panel.difference(arms[arm], arms[against]).estimate
+                    yield {
+                        "shortest": int(some.lengths.min()),
+                        "longest": int(some.lengths.max()),
+                        "num_heldout": len(some.weights),
+                        "rows": setting[0],
+                        "reading": setting[1],
+                        "arm": arm,
+                        "against": against,
+                        "mean": found.mean,
+                        **found.interval._asdict(),
+                    }
+
+
+def _seed_correlation(
+    trials: Mapping[TrialName, TrialFacts], measured: Measured, setting: tuple[int, str]
+) -> float | None:
+    """How alike the models of one seed are in different arms of the primary size and schedule."""
+    arms: dict[str, dict[int, float]] = {}
+    for trial in trials:
+        if (trial.rows, trial.reading) == setting:
+            arms.setdefault(trial.arm, {})[trial.seed] = float(measured.values[trial].sum() / measured.weights.sum())
+    return seed_correlation(list(arms.values()))
+
+
+def _mean(measure: Measure, panel: Panel, name: Hashable) -> dict[str, float]:
+    """The mean over the models with its interval, within the values that are possible."""
+    found = panel.mean(name)
+    interval = panel.share(name) if measure.is_share else found.interval
+    return {"mean": found.mean, **interval.clipped(0.0, 1.0 if measure.is_share else math.inf)._asdict()}
 
 
 def _arms(trials: Mapping[TrialName, TrialFacts]) -> list[dict[str, Any]]:
@@ -296,24 +499,30 @@ def _arms(trials: Mapping[TrialName, TrialFacts]) -> list[dict[str, Any]]:
 
 def results_table(facts: dict[str, Any]) -> pa.Table:
     """The results of the facts as the table RESULTS."""
-    rows = [
-        row | {f"against_{baseline}_{name}": test[name] for baseline, test in row["against"].items() for name in test}
-        for row in facts["results"]
-    ]
-    return pa.Table.from_pylist(rows, RESULTS)
+    return pa.Table.from_pylist(facts["results"], RESULTS)
+
+
+def contrasts_table(facts: dict[str, Any]) -> pa.Table:
+    """The differences of the facts as the table TESTS."""
+    return pa.Table.from_pylist(facts["contrasts"], TESTS)
 
 
 def render_comparison(facts: dict[str, Any]) -> str:
     """Return the page as HTML; the same facts give the same bytes."""
-    functions = {"verdict": verdict, "p_value": p_value, "number": number, "decimal": decimal}
+    functions = {"p_value": p_value, "replicates": replicates, "number": number, "decimal": decimal}
     template = environment().get_template("comparison.html.j2", globals=functions)
     return template.render(
         facts=facts,
-        sections=_SECTIONS,
+        sections=[(id, name) for id, name in _SECTIONS if id != "lengths" or facts["by_length"]],
+        primary=next((one for one in facts["contrasts"] if one["primary"]), None),
+        measures={measure["name"]: measure for measure in facts["measures"]},
+        tests={tuple(one[name] for name in _TEST_KEY): one for one in facts["contrasts"]},
         columns=_columns(facts),
         skills=_by_setting(facts["skills"]),
         parts=_parts(facts),
         findings=_by_setting(_findings(facts)),
+        lengths=_lengths(facts),
+        drawn=DRAWN,
         arm_meaning=ARM_MEANING,
         reading_meaning=READING_MEANING,
     )
@@ -351,38 +560,44 @@ def _skills(facts: dict[str, Any]) -> list[dict[str, Any]]:
             "rows": rows,
             "reading": reading,
             "arm": arm,
-            "cells": [_cell(column, found.get(column["key"]), facts["seeds"]) for column in columns],
+            "cells": [_cell(column, found.get(column["key"])) for column in columns],
         }
         for (rows, reading, arm), found in _by_arm(facts).items()
     ]
 
 
-def _cell(column: dict[str, Any], row: dict[str, Any] | None, seeds: int) -> dict[str, Any] | None:
-    """One measure of an arm, and the verdict of its test against random; None where it was not measured."""
+def _cell(column: dict[str, Any], row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One measure of an arm; None where it was not measured."""
     if row is None:
         return None
     return {
         "measure": column["measure"]["name"],
         "source": column["source"],
         **{name: row[name] for name in ("mean", "low", "high")},
-        "against_random": verdict(row.get("against", {}).get(RANDOM), column["measure"], seeds),
     }
 
 
 def _findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The selection compared with each baseline: a row of cells, one for each measure and source."""
+    """The tested pairs: for each a row of differences, one for each measure and source."""
+    found: dict[tuple[Any, ...], dict[Any, dict[str, Any]]] = {}
+    for one in facts["contrasts"]:
+        pair = one["rows"], one["reading"], one["arm"], one["against"], one["question"]
+        found.setdefault(pair, {})[one["measure"], one["source"]] = one
+    names = ("rows", "reading", "arm", "against", "question")
+    rows = [
+        dict(zip(names, pair, strict=True))
+        | {"cells": [{"column": column, "test": tests.get(column["key"])} for column in _columns(facts)]}
+        for pair, tests in found.items()
+    ]
+    return sorted(rows, key=itemgetter("rows", "reading"))
+
+
+def _lengths(facts: dict[str, Any]) -> list[tuple[tuple[int, str], list[tuple[str, list[dict[str, Any]]]]]]:
+    """The losses by length: for each size and schedule a row for each arm, with a difference for each range."""
+    rows = sorted(facts["by_length"], key=itemgetter("rows", "reading", "arm", "shortest"))
     return [
-        {
-            "rows": rows,
-            "reading": reading,
-            "baseline": baseline,
-            "cells": [
-                {"column": column, "test": found[column["key"]]["against"][baseline]} for column in _columns(facts)
-            ],
-        }
-        for (rows, reading, arm), found in _by_arm(facts).items()
-        if arm == SELECTION
-        for baseline in next(iter(found.values()))["against"]
+        (setting, [(arm, list(cells)) for arm, cells in groupby(of_setting, itemgetter("arm"))])
+        for setting, of_setting in groupby(rows, itemgetter("rows", "reading"))
     ]
 
 
@@ -418,13 +633,13 @@ def _parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def verdict(test: dict[str, Any] | None, measure: dict[str, Any], seeds: int) -> str:
-    """The result of a test in words; empty if only one model of each arm was trained."""
-    if test is None or test["p_holm"] is None or seeds < 2:
-        return ""
-    if test["p_holm"] >= SIGNIFICANT:
-        return "no difference shown"
-    return "better" if (test["mean"] < 0) == measure["lower_is_better"] else "worse"
+def replicates(row: dict[str, Any]) -> str:
+    """What an arm's interval is over, in words: the models of one set of rows, draws of rows, or several runs."""
+    units, models = row["num_units"], row["num_models"]
+    if row["units"] == "seeds":
+        return "1 model" if models == 1 else f"{models} models on one set of rows"
+    named = f"{units} {'draws' if row['units'] == 'draws' else 'runs’ selections'}"
+    return named if models == units else f"{named}, {models} models"
 
 
 def p_value(p: float | None) -> str:
