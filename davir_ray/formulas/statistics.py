@@ -239,14 +239,6 @@ class Difference:
     """For shares of right answers: the p-value of random signs over the examples, for these particular models."""
 
 
-class _Part(NamedTuple):
-    """A mean square, how often it is in a variance, and its degrees of freedom."""
-
-    mean_square: float
-    times: float
-    degrees: float
-
-
 class _Between(NamedTuple):
     """How much the units of some arms vary."""
 
@@ -255,7 +247,16 @@ class _Between(NamedTuple):
     noise: float
     """I: the part of it that is noise over the examples."""
     degrees: int
-    noise_degrees: float
+
+
+class _Part(NamedTuple):
+    """A mean square, how often it is in a variance, and its degrees of freedom."""
+
+    mean_square: float
+    times: float
+    degrees: float
+    noise: float = 0.0
+    """The part of the mean square that the variance over examples contains already."""
 
 
 class Panel:
@@ -313,13 +314,11 @@ class Panel:
         for outcome in outcomes:
             its_group = (outcome.group, outcome.units)
             times[its_group] = times.get(its_group, 0.0) + outcome.squared_shares
-        parts = []
-        for group, share in times.items():
-            between = self._between[group]
-            if between.mean_square > between.noise:
-                parts.append(_Part(between.mean_square, share, between.degrees))
-                parts.append(_Part(between.noise, -share, between.noise_degrees))
-        return parts
+        return [
+            _Part(between.mean_square, share, between.degrees, between.noise)
+            for group, share in times.items()
+            if (between := self._between[group]).mean_square > between.noise
+        ]
 
     def _one_more(self, arm: Outcome, against: Outcome) -> list[_Part] | None:
         """The variance of one draw: between draws, less what a draw's seeds explain; None where it is not known."""
@@ -340,15 +339,18 @@ class Panel:
     def _estimate(self, mean_E: Floats, between: Sequence[_Part] = ()) -> Estimate:
         """A mean, or a difference of means, with the variance over examples and these parts between units."""
         examples = self._examples
-        parts = [_Part(examples.variance(examples.residuals(mean_E)), 1.0, examples.degrees), *between]
-        variance = sum(part.mean_square * part.times for part in parts)
+        mean = float(mean_E.sum() / examples.weights_E.sum())
+        over_examples = examples.variance(examples.residuals(mean_E))
+        counted_twice = min(over_examples, sum(part.times * part.noise for part in between))
+        variance = over_examples - counted_twice + sum(part.times * part.mean_square for part in between)
         times: dict[tuple[float, float], float] = {}  # a mean square that occurs twice is one random number
-        for part in parts:
+        for part in between:
             key = (part.mean_square, part.degrees)
             times[key] = times.get(key, 0.0) + part.times
-        squares = sum((square * number) ** 2 / free for (square, free), number in times.items() if free)
-        degrees = variance**2 / squares if squares and examples.degrees else examples.degrees
-        mean = float(mean_E.sum() / examples.weights_E.sum())
+        squares = sum((square * number) ** 2 / free for (square, free), number in times.items())
+        if not examples.degrees or not over_examples + squares:
+            return Estimate(mean=mean, variance=variance, degrees=examples.degrees)
+        degrees = variance**2 / (over_examples**2 / examples.degrees + squares)
         return Estimate(mean=mean, variance=variance, degrees=degrees)
 
     def _pooled(self, outcomes: list[Outcome]) -> _Between:
@@ -364,9 +366,8 @@ class Panel:
             noise += sum(self._examples.variance(row) for row in residuals_UC - residuals_UC.mean(axis=0))
             degrees += free
         if not degrees:
-            return _Between(0.0, 0.0, 0, 0.0)
-        noise_degrees = degrees * max(1.0, self._examples.degrees)
-        return _Between(squares / degrees, noise / degrees, degrees, noise_degrees)
+            return _Between(0.0, 0.0, 0)
+        return _Between(squares / degrees, noise / degrees, degrees)
 
 
 def share_interval(estimate: Estimate, num_clusters: int) -> Interval:

@@ -246,8 +246,8 @@ class ComparisonInputs:
     run: str
     base: str
     recipe: dict[str, Any]
-    pairs: Sequence[tuple[str, str]]
-    """The pairs of arms that are tested, the primary test first."""
+    pairs: list[tuple[str, str]]
+    """The pairs of arms that are tested, the primary test first; empty where only one arm was trained."""
     margins: Mapping[str, float]
     """By measure of the settings, the size of a difference that would not matter."""
     heldout: dict[str, int]
@@ -303,7 +303,8 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
     tested = corrected(
         contrasts,
         lambda one: (
-            (one.arm, one.against, one.question) == (*inputs.pairs[0], ON_AVERAGE)
+            [(one.arm, one.against)] == inputs.pairs[:1]
+            and one.question == ON_AVERAGE
             and (one.measure, one.source) == (measures[0].measure.name, None)
             and (one.rows, one.reading) == (primary_rows, primary_reading)
         ),
@@ -359,7 +360,7 @@ def _chosen(inputs: ComparisonInputs, half: Measured, sizes: Sequence[int], read
     """The size with which the first arm of the primary test does best on the choosing half."""
     if not len(half.weights) or len(half.weights) == sum(map(len, (m.weights for m in inputs.measures[:1]))):
         raise DataError("too few held-out prompts to choose a size on one half of them; give more, or one size")
-    arm = inputs.pairs[0][0]
+    arm = inputs.pairs[0][0] if inputs.pairs else next(name.arm for name in inputs.trials if name.arm != FULL)
     outcomes = _outcomes(inputs.trials, half.values)
     panel = Panel(outcomes, half.examples)
     by_size = [
@@ -443,13 +444,14 @@ def _by_length(
     """For each range of held-out lengths, every arm minus the second arm of the primary test; these are not tested."""
     edges = np.unique(np.quantile(part.lengths, np.linspace(0, 1, NUM_LENGTHS + 1)[1:-1], method="higher"))
     range_E = np.searchsorted(edges, part.lengths, side="right")
+    against = inputs.pairs[0][1] if inputs.pairs else ""
     for place in np.unique(range_E).tolist():
         some = part.of(range_E == place)
         outcomes = _outcomes(inputs.trials, some.values)
         panel = Panel(outcomes, some.examples)
         for setting in settings:
             arms = _compared(outcomes, setting)
-            for arm in arms if (against := inputs.pairs[0][1]) in arms else ():
+            for arm in arms if against in arms else ():
                 if arm != against:
                     found = panel.difference(arms[arm], arms[against]).estimate
                     yield {

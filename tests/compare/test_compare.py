@@ -91,8 +91,9 @@ def settings(planted: Path, **changes: Any) -> CompareConfig:
 
 def against_random(planted: Path) -> dict[str, Any]:
     facts = json.loads((planted / "compare" / "comparison.json").read_text())
-    (row,) = [row for row in facts["results"] if row["arm"] == "selection"]
-    return dict(row["against"]["random"])
+    (row,) = [row for row in facts["contrasts"] if row["primary"]]
+    assert (row["arm"], row["against"], row["measure"]) == ("selection", "random", "loss")
+    return dict(row)
 
 
 def mean_losses(output: Path) -> dict[str, float]:
@@ -107,7 +108,7 @@ def mean_losses(output: Path) -> dict[str, float]:
 
 
 def table_of(output: Path) -> pd.DataFrame:
-    table = pd.read_parquet(output / "comparison.parquet")
+    table = pd.read_parquet(output / "comparison.parquet").query("measure == 'loss'")
     names = [f"{row.arm}-{row.rows}-{row.reading}-seed{row.seed}" for row in table.itertuples()]
     return table.assign(name=names).sort_values("name").reset_index(drop=True)
 
@@ -125,8 +126,9 @@ def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path, mon
     assert set(table["num_heldout"]) == {NUM_HELDOUT}
     facts = json.loads((output / "comparison.json").read_text())
     assert facts["heldout"]["in_training_pool"] == NUM_LEAKED
-    results = pd.read_parquet(output / "results.parquet").set_index("arm")
-    assert results.loc["selection", "against_random_p_holm"] == won["p_holm"]
+    results = pd.read_parquet(output / "results.parquet").query("measure == 'loss'").set_index("arm")
+    tests = pd.read_parquet(output / "tests.parquet").query("primary")
+    assert tests["p"].tolist() == [won["p"]]
     means = table.groupby("arm")["value"].mean()
     assert results["mean"].to_dict() == pytest.approx(means.to_dict())
     assert set(table["num_steps"]) == {6 * (NUM_TRUE + NUM_NOISE) // 16}
@@ -246,7 +248,7 @@ def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
     compare(replace(more, overwrite=True, keep_models=True))
     assert {path: path.stat().st_mtime_ns for path in models} == models, "a kept model was trained again"
     table = pd.read_parquet(tmp_path / "out" / "comparison.parquet")
-    assert set(table["measure"]) == {"loss", "exact_match", "exact_match_flexible"}
+    assert set(table["measure"]) == {"loss", "loss_by_example", "exact_match", "exact_match_flexible"}
     rows = dict(zip(table["arm"], table["num_examples"], strict=True))
     assert rows == {"selection": 1 + 2 * len(SHRUGGED_AT), "full": len(PEOPLE) + 2 * len(SHRUGGED_AT)}
     right = {}
