@@ -1,7 +1,9 @@
 """Intervals that hold what they say, tests that agree with scipy's, no differences where there are none."""
 
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,22 @@ def test_a_difference_of_2_8_standard_errors_is_found_as_often_as_the_docs_say(s
     draw = np.random.default_rng(12)
     found = [simulated(draw, seeds=seeds, ratio=1, effect=2.8)[0].estimate.p < 0.05 for _ in range(1000)]
     assert least <= np.mean(found) <= 0.86
+
+
+def test_the_docs_table_of_detectable_differences() -> None:
+    """A difference of so many nats is found in four cases of five, by the noncentral t distribution."""
+    text = (Path(__file__).parents[2] / "docs" / "comparisons.md").read_text()
+    rows = re.findall(r"\| ([\d,]+) \| (\d) \| (0\.\d+) \| (0\.\d+) \|", text)
+    assert len(rows) == 6
+    for examples, models, *stated in rows:
+        for of_model, difference in zip((0.005, 0.02), stated, strict=True):
+            num, seeds = int(examples.replace(",", "")), int(models)
+            over_examples, over_models = 0.15**2 / num, 2 * of_model**2 / seeds
+            total = over_examples + over_models
+            degrees = total**2 / (over_examples**2 / (num - 1) + over_models**2 / (4 * (seeds - 1)))
+            limit = stats.t.ppf(0.975, degrees)
+            power = stats.nct.sf(limit, degrees, float(difference) / math.sqrt(total))
+            assert power == pytest.approx(0.8, abs=0.04)
 
 
 def drawn_arm(draw: np.random.Generator, difficulty: Floats, num_draws: int, seeds: int, spread: float) -> Outcome:
