@@ -13,7 +13,7 @@ from davir_ray.schema import MARGINS
 
 
 def finished_runs(places: Sequence[str]) -> list[Run]:
-    """The runs in these folders; ConfigError if one cannot be read, is not finished, or lacks columns of the margins."""
+    """The runs in these folders; ConfigError if one cannot be read, is not finished, or has other columns."""
     check_readable([(place, ConfigError) for place in places])
     runs = []
     for place in places:

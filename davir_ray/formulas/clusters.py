@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 _LEVEL = 0.95
 _LEAST_CLUSTERS = 4
-"""Without one of three clusters, a correlation is often ±1."""
+"""Without one of three clusters, a correlation is often ±1, which Fisher's z cannot express."""
 
 _ROUNDING = 1e-12
 """A difference of correlations below this is that of rounding errors."""
@@ -111,6 +111,8 @@ def pearson(x_N: Floats, y_N: Floats, clusters: Clusters) -> Measure | None:
     if num < _LEAST_CLUSTERS:
         return Measure(value, np.full(num, np.nan))
     without_C = _fisher_z(total_6[:, None] - sums_6C)
+    if not np.isfinite(without_C).all():
+        return Measure(value, np.full(num, np.nan))
     return Measure(value, (num - 1) / num * (without_C.mean() - without_C))
 
 
@@ -220,8 +222,8 @@ def share_interval(share: Estimate, clusters: Clusters) -> Interval:
         return Interval(0.0, 1.0)
     pairs = Component(_variance(share.errors(), clusters.num), clusters.num - 1)
     variance, degrees = _sum([pairs, share.seeds()])
-    if share.values_S.min() == share.values_S.max() and p in (0.0, 1.0):
-        effective = clusters.num_pairs**2 / float((sizes_C**2).sum())
+    if p in (0.0, 1.0):
+        effective, degrees = clusters.num_pairs**2 / float((sizes_C**2).sum()), pairs.degrees
     else:
         largest = float(clusters.num_pairs * len(share.values_S))
         effective = min(largest, p * (1 - p) / variance) if variance else largest
@@ -319,7 +321,7 @@ def _variance(errors: Floats, num_clusters: int) -> float:
 
 
 def _sum(parts: Sequence[Component]) -> Component:
-    """The sum of components, with the degrees of freedom of Welch and Satterthwaite."""
+    """The sum of components, with Welch and Satterthwaite's degrees of freedom; if all are 0, those of the first."""
     total = sum(part.variance for part in parts)
     squares = sum(part.variance**2 / part.degrees for part in parts)
-    return Component(total, total**2 / squares if squares else math.inf)
+    return Component(total, total**2 / squares if squares else parts[0].degrees)

@@ -156,7 +156,6 @@ def test_the_variances_over_seeds_and_pairs_are_those_of_a_two_way_table() -> No
     pairs = of_pairs / cells
     of_variance = num_pairs * np.var(squared) * (num_pairs / (num_pairs - 1) / num_pairs**2) ** 2
     pair_degrees = min(2 * pairs**2 / of_variance, num_pairs - 1)
-    # One of the two factors of V is the correction N / (N − 1), which both V² and Var(V) contain.
     total = pairs + seeds.variance
     degrees = total**2 / (pairs**2 / pair_degrees + seeds.variance**2 / seeds.degrees)
     assert (interval.high - interval.low) / 2 == pytest.approx(stats.t.ppf(0.975, degrees) * math.sqrt(total))
@@ -177,8 +176,8 @@ def wilson(share: float, num: float, critical: float) -> list[float]:
     def beyond(truth: float) -> float:
         return abs(share - truth) - critical * math.sqrt(truth * (1 - truth) / num)
 
-    low = optimize.brentq(beyond, 1e-12, share) if share > 1e-9 else 0.0
-    high = optimize.brentq(beyond, share, 1 - 1e-12) if share < 1 - 1e-9 else 1.0
+    low = optimize.brentq(beyond, 1e-12, min(share, 1 - 1e-12)) if share > 0 else 0.0
+    high = optimize.brentq(beyond, max(share, 1e-12), 1 - 1e-12) if share < 1 else 1.0
     return [float(low), float(high)]
 
 
