@@ -279,7 +279,7 @@ def test_the_error_of_a_difference_is_that_of_a_bootstrap_of_the_same_pairs_for_
 
 _SLOPES = (0.5, 0.8)
 _OFFSETS = (0.5, 0.9)
-_SEED_SPREAD = 0.2
+_SEED_SPREAD = 0.1
 
 
 def _truth(of: Callable[[float], float], centre: float, spread: float) -> float:
@@ -340,11 +340,12 @@ def _coverage(num_pairs: int, num_seeds: int, degrees: float, repeats: int) -> d
 @pytest.mark.parametrize("num_seeds", [1, 3, 8])
 @pytest.mark.parametrize("num_pairs", [80, 400])
 def test_intervals_of_heavy_tailed_margins_contain_the_truth(num_pairs: int, num_seeds: int) -> None:
-    repeats = {1: 1500, 3: 1000, 8: 500}[num_seeds]
+    """In 94 to 98 of 100 cases; with 3 seeds that differ more than this, in 91 to 96."""
+    repeats = {1: 800, 3: 500, 8: 250}[num_seeds]
     found = _coverage(num_pairs, num_seeds, 3.0, repeats)
-    margin = 2.5 * math.sqrt(0.05 * 0.95 / repeats)
+    chance = 2.5 * math.sqrt(0.05 * 0.95 / repeats)
     for name, coverage in found.items():
-        assert 0.93 - margin <= coverage <= 0.975 + margin, (name, found)
+        assert 0.935 - chance <= coverage <= 0.975 + chance, (name, found)
 
 
 @pytest.mark.slow
