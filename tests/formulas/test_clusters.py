@@ -106,6 +106,16 @@ def test_spearman_with_ties_and_its_error_are_those_of_scipy_and_a_bootstrap_of_
     assert error_of(found) ** 2 == pytest.approx((num - 1) / num * np.sum((without - np.mean(without)) ** 2), rel=0.06)
 
 
+def test_the_error_of_spearman_with_few_different_values_is_that_of_leaving_out_each_cluster() -> None:
+    draw = np.random.default_rng(8)
+    x_N = draw.choice(3, 600, p=[0.7, 0.2, 0.1]).astype(np.float64)
+    y_N = np.minimum(2.0, x_N * (draw.random(600) < 0.6) + draw.choice(2, 600, p=[0.8, 0.2]))
+    found = spearman(x_N, y_N, Clusters.of(np.arange(600)))
+    rows = np.arange(600)
+    without = [np.arctanh(stats.spearmanr(x_N[rows != row], y_N[rows != row]).statistic) for row in rows]
+    assert error_of(found) ** 2 == pytest.approx(599 / 600 * np.sum((without - np.mean(without)) ** 2), rel=0.02)
+
+
 def test_correlations_do_not_depend_on_units_or_on_a_large_constant() -> None:
     x_N, y_N, keys_N = rounded_pairs()
     clusters = Clusters.of(keys_N)
