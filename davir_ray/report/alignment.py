@@ -46,8 +46,8 @@ LIMITS = [
     "whether its margin is that of the loss or the plain difference of log-ratios.",
     "Intervals treat prompts as independent, and pairs with the same prompt as one cluster. Those of one training "
     "describe its policy alone: another seed gives another policy.",
-    "Two intervals that overlap do not mean that there is no difference, nor do two that are apart mean that there is "
-    "one: settings are compared by tests on the same pairs. “No difference shown” does not mean that they are equal.",
+    "Two intervals that overlap do not mean that there is no difference: settings are compared by tests on the same "
+    "pairs. “No difference shown” does not mean that they are equal.",
     "A few pairs with margins far larger than the others’ decide Pearson’s correlation, and its interval is then too "
     "narrow; Spearman’s holds.",
 ]
