@@ -35,7 +35,7 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
     aligned, scored = run.require("align"), run.require("score")
     details = {name: aligned.details[name] for name in ("loss", "beta")}
     fingerprint = {"scores": scored.content, "policy": aligned.content, **asdict(objective), **details}
-    fingerprint["columns"] = MARGINS.names  # earlier versions wrote no prompt_hash
+    fingerprint["columns"] = MARGINS.names  # a table with other columns is made again
     if done := run.completed("margins", fingerprint):
         return done
     run.clear("margins")
