@@ -103,7 +103,7 @@ PAIR_COLUMNS = [
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair are adjacent, in this order"),
 ]
 _MARGINS = [
-    PAIR_COLUMNS[0],
+    *PAIR_COLUMNS[:2],
     _ID[2],
     Column("held_out", pa.bool_(), "the pair was not trained on (align.heldout_fraction)"),
     Column("num_chosen_tokens", pa.int32(), "scored tokens of the chosen response"),

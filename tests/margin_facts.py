@@ -12,18 +12,23 @@ from davir_ray.schema import MARGINS, Status
 CURVE = [[step, 0.7 - step / 1000] for step in range(1, 101)]
 
 
-def margin_table(count: int = 200, unknown: int = 3) -> pa.Table:
-    """Pairs of which every fifth is held out; the margin grows with the chosen response's length."""
+def margin_table(count: int = 200, unknown: int = 3, *, seed: int = 0, shift: float = 0.0) -> pa.Table:
+    """Pairs of which every fifth prompt is held out; the margin grows with the chosen response's length.
+
+    Two pairs have the same prompt. Tables of other seeds have the same pairs with other margins, from `shift` on.
+    """
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 300, (count, 2))
-    margin = 0.01 * (lengths[:, 0] - lengths[:, 1]) + draw.normal(0, 1, count)
+    draw = np.random.default_rng([1, seed])
+    margin = shift + 0.01 * (lengths[:, 0] - lengths[:, 1]) + draw.normal(0, 1, count)
     known = np.arange(count) >= unknown
     values = {name: draw.normal(-100, 10, count) for name in MARGINS.names if name.startswith(("frozen_", "policy_"))}
     values |= {"margin": margin, "chosen_reward": margin, "rejected_reward": 0 * margin, "loss": np.exp(-margin)}
     columns = {
         "pair_id": pa.array(range(count), pa.int64()),
+        "prompt_hash": pa.array([1_000_003 * (number // 2) for number in range(count)], pa.int64()),
         "source": pa.repeat("hh", count),
-        "held_out": pa.array([number % 5 == 0 for number in range(count)]),
+        "held_out": pa.array([number // 2 % 5 == 0 for number in range(count)]),
         "num_chosen_tokens": pa.array(lengths[:, 0], pa.int32()),
         "num_rejected_tokens": pa.array(lengths[:, 1], pa.int32()),
         "status": pa.array([Status.OK if ok else Status.OUT_OF_MEMORY for ok in known], pa.string()),

@@ -35,6 +35,7 @@ def margins(run: Run, objective: AlignConfig) -> Manifest:
     aligned, scored = run.require("align"), run.require("score")
     details = {name: aligned.details[name] for name in ("loss", "beta")}
     fingerprint = {"scores": scored.content, "policy": aligned.content, **asdict(objective), **details}
+    fingerprint["columns"] = MARGINS.names  # a table with other columns is made again
     if done := run.completed("margins", fingerprint):
         return done
     run.clear("margins")
@@ -107,6 +108,7 @@ def _measure(name: str, table: pa.Table, *, loss: str, beta: float, held_out: fl
     }
     columns = {
         "pair_id": chosen["pair_id"],
+        "prompt_hash": chosen["prompt_hash"],
         "source": chosen["source"],
         "held_out": is_held_out(np.asarray(chosen["prompt_hash"]), held_out),
         "num_chosen_tokens": num_tokens[0],

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from davir_ray.config.align import AlignRunConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.report.alignment import Trained, alignment_facts, parts_of, render_alignment, sweep_table
+from davir_ray.report.alignment import Trained, alignment_facts, measured_pairs, render_alignment, sweep_table
 from davir_ray.run.folder import Run
 from davir_ray.run.stages import leading_to
 from davir_ray.schema import MARGINS
@@ -38,7 +38,7 @@ def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> N
 
 def _trained(run: Run, pairs: pa.Table) -> Trained:
     align = run.require("align")
-    return Trained(place=str(run), fingerprint=align.fingerprint, details=align.details, parts=parts_of(pairs))
+    return Trained(place=str(run), fingerprint=align.fingerprint, details=align.details, pairs=measured_pairs(pairs))
 
 
 def _pairs(run: Run) -> pa.Table:

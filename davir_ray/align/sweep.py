@@ -7,11 +7,13 @@ from davir_ray.errors import ConfigError
 from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
+from davir_ray.run.manifest import CONFIG_FILE
 from davir_ray.run.storage_errors import user_errors
+from davir_ray.schema import MARGINS
 
 
 def finished_runs(places: Sequence[str]) -> list[Run]:
-    """The runs in these folders; ConfigError if one cannot be read or is not a finished preference training."""
+    """The runs in these folders; ConfigError if one cannot be read, is not finished, or has other columns."""
     check_readable([(place, ConfigError) for place in places])
     runs = []
     for place in places:
@@ -21,6 +23,11 @@ def finished_runs(places: Sequence[str]) -> list[Run]:
         if missing:
             raise ConfigError(
                 f"beside names {place}, which has no complete {missing[0]} stage; name finished runs of jobs/align.py"
+            )
+        if run.require("margins").fingerprint.get("columns") != MARGINS.names:
+            raise ConfigError(
+                f"beside names {place}, whose margins/ an earlier version wrote, with other columns; have them written "
+                f"again, which takes seconds: python jobs/align.py --config {run / CONFIG_FILE}"
             )
         runs.append(run)
     return runs

@@ -4,20 +4,33 @@ Pure functions: no files, no models. Log-probabilities are nats, lengths respons
 None.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy import stats
 
 from davir_ray.config.align import PAIR_LOSSES
-from davir_ray.formulas.statistics import over_seeds
+from davir_ray.formulas.clusters import (
+    Clusters,
+    Comparison,
+    Estimate,
+    Measure,
+    compare_correlations,
+    compare_shares,
+    correlation_interval,
+    mean,
+    mean_interval,
+    pearson,
+    share_interval,
+    spearman,
+)
+from davir_ray.formulas.statistics import Interval, holm
 from davir_ray.report import charts
+from davir_ray.report.comparison import p_value
 from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment
 from davir_ray.report.sources import source_facts
@@ -31,7 +44,12 @@ LIMITS = [
     "On the training pairs they include memorisation; held-out pairs show what generalises.",
     "The paper’s correlations are for another model, data and recipe, which it does not state. Nor does it state "
     "whether its margin is that of the loss or the plain difference of log-ratios.",
-    "Intervals treat the pairs as independent and describe one training: another seed gives another policy.",
+    "Intervals treat prompts as independent, and pairs with the same prompt as one cluster. Those of one training "
+    "describe its policy alone: another seed gives another policy.",
+    "Two intervals that overlap do not mean that there is no difference: settings are compared by tests on the same "
+    "pairs. “No difference shown” does not mean that they are equal.",
+    "A few pairs with margins far larger than the others’ decide Pearson’s correlation, and its interval is then too "
+    "narrow; Spearman’s holds.",
 ]
 
 _SECTIONS = [
@@ -46,7 +64,12 @@ _SECTIONS = [
 _MEANS = [field.name for field in MARGINS if pa.types.is_floating(field.type)]
 """Columns of the margins that are reported as means over the pairs."""
 
-_LEVEL = 0.95
+_PARTS = ("trained", "held_out")
+_CORRELATIONS = ("pearson", "spearman", "plain", "plain_spearman")
+_COMPARED = ("accuracy", "pearson", "spearman", "plain")
+"""Measures in which the settings of a sweep are compared. Margins of different losses have different units."""
+
+_SIGNIFICANT = 0.05
 _NEAR_CERTAIN_NATS = 1.0
 """DavIR-DPO divides by the frozen loss: below this value, rounding errors have a large effect."""
 
@@ -99,47 +122,94 @@ def alignment_facts(
 def parts_of(margins: pa.Table) -> dict[str, dict[str, Any]]:
     """Measures of the pairs trained on and of those held out; a part without any measured pair is absent."""
     measured = margins.filter(pc.equal(margins["status"], "ok"))
-    held_out = np.asarray(measured["held_out"])
-    parts = {"trained": measured.filter(pa.array(~held_out)), "held_out": measured.filter(pa.array(held_out))}
+    parts = {name: _only(measured, name) for name in _PARTS}
     return {name: _part(table) for name, table in parts.items() if table.num_rows}
 
 
+def _only(pairs: pa.Table, part: str) -> pa.Table:
+    return pairs.filter(pairs["held_out"] if part == "held_out" else pc.invert(pairs["held_out"]))
+
+
 def _part(table: pa.Table) -> dict[str, Any]:
-    """Means over pairs, and the correlation of the margin with the difference in length."""
-    columns = {name: np.asarray(table[name]) for name in (*_MEANS, "num_chosen_tokens", "num_rejected_tokens")}
-    margin = columns["margin"]
-    gain_chosen, gain_rejected = (
-        columns[f"policy_{role}"] - columns[f"frozen_{role}"] for role in ("chosen", "rejected")
-    )
-    frozen = np.concatenate([columns[f"frozen_{role}"] for role in ("chosen", "rejected")])
-    difference = (columns["num_chosen_tokens"] - columns["num_rejected_tokens"]).astype(np.float64)
-    num_higher = int((margin > 0).sum())
-    interval = stats.binomtest(num_higher, len(margin)).proportion_ci(_LEVEL, method="wilson")
+    """Means over pairs, and the correlations of the margin with the difference in length."""
+    frozen = np.concatenate([np.asarray(table[f"frozen_{role}"]) for role in ("chosen", "rejected")])
+    pairs = measured_pairs(table)
+    difference, margin = np.asarray(pairs["difference"]), np.asarray(pairs["margin"])
+    clusters = Clusters.of(np.asarray(pairs["prompt_hash"]))
+    found = {name: _figure(name, estimate, clusters) for name, estimate in _estimates([pairs], clusters).items()}
+
+    def correlations(**names: str) -> dict[str, Any]:
+        shown: dict[str, Any] = {}
+        for title, name in names.items():
+            shown |= {title: found[name]["mean"], f"{title}_interval": found[name]["interval"]}
+        return shown
+
     return {
-        "pairs": len(margin),
-        "accuracy": num_higher / len(margin),
-        "accuracy_interval": [float(interval.low), float(interval.high)],
-        **{name: float(np.mean(columns[name])) for name in _MEANS},
+        "pairs": table.num_rows,
+        "prompts": clusters.num,
+        "accuracy": found["accuracy"]["mean"],
+        "accuracy_interval": found["accuracy"]["interval"],
+        **{name: float(np.mean(np.asarray(table[name]))) for name in _MEANS},
         "margin_median": float(np.median(margin)),
         "near_certain": int((np.abs(frozen) < _NEAR_CERTAIN_NATS).sum()),
         "difference": float(difference.mean()),
-        "length": _correlations(difference, margin),
-        "length_of_gains": _correlations(difference, gain_chosen - gain_rejected),
+        "length": correlations(pearson="pearson", spearman="spearman"),
+        "length_of_gains": correlations(pearson="plain", spearman="plain_spearman"),
         "band": _band(difference, margin),
     }
 
 
-def _correlations(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Pearson correlation with Fisher's 95 % interval, and Spearman; None if one of the two does not vary."""
-    if len(margin) < 4 or np.ptp(margin) == 0 or np.ptp(difference) == 0:
-        return {"pearson": None, "pearson_interval": None, "spearman": None}
-    pearson = stats.pearsonr(difference, margin)
-    interval = pearson.confidence_interval(_LEVEL)
-    return {
-        "pearson": float(pearson.statistic),
-        "pearson_interval": [float(interval.low), float(interval.high)],
-        "spearman": float(stats.spearmanr(difference, margin).statistic),
+def measured_pairs(margins: pa.Table) -> pa.Table:
+    """What the measures need of rows of MARGINS: one row for each pair that has a margin, in the order of the ids.
+
+    `difference` is chosen minus rejected tokens; `gain` is the plain difference of the log-ratios, in nats.
+    """
+    known = margins.filter(pc.equal(margins["status"], "ok")).sort_by("pair_id")
+    column = {
+        name: np.asarray(known[name]) for name in MARGINS.names if name.startswith(("num_", "policy_", "frozen_"))
     }
+    gains = [column[f"policy_{role}"] - column[f"frozen_{role}"] for role in ("chosen", "rejected")]
+    difference = column["num_chosen_tokens"] - column["num_rejected_tokens"]
+    made = {"difference": difference.astype(np.float64), "gain": gains[0] - gains[1]}
+    return pa.table({**{name: known[name] for name in ("pair_id", "prompt_hash", "held_out", "margin")}, **made})
+
+
+def _estimates(policies: Sequence[pa.Table], clusters: Clusters) -> dict[str, Estimate | None]:
+    """The estimate of each measure over policies of one setting, from their measured pairs, which are the same.
+
+    Correlations are on the scale of Fisher's z, and None if a policy lacks them.
+    """
+    by_policy: dict[str, list[Measure | None]] = {}
+    for pairs in policies:
+        difference, margin, gain = (np.asarray(pairs[name]) for name in ("difference", "margin", "gain"))
+        for name, measure in {
+            "accuracy": mean((margin > 0).astype(np.float64), clusters),
+            "margin": mean(margin, clusters),
+            "pearson": pearson(difference, margin, clusters),
+            "spearman": spearman(difference, margin, clusters),
+            "plain": pearson(difference, gain, clusters),
+            "plain_spearman": spearman(difference, gain, clusters),
+        }.items():
+            by_policy.setdefault(name, []).append(measure)
+    found: dict[str, Estimate | None] = {}
+    for name, measures in by_policy.items():
+        known = [measure for measure in measures if measure is not None]
+        found[name] = Estimate.of(known) if len(known) == len(policies) else None
+    return found
+
+
+def _figure(name: str, estimate: Estimate | None, clusters: Clusters) -> dict[str, Any]:
+    """A measure as the report shows it: mean and 95 % interval, each None where it is not defined."""
+    if estimate is None:
+        return {"mean": None, "interval": None}
+    interval: Interval | None
+    if name == "accuracy":
+        shown, interval = estimate.mean, share_interval(estimate, clusters)
+    elif name in _CORRELATIONS:
+        shown, interval = float(np.tanh(estimate.mean)), correlation_interval(estimate)
+    else:
+        shown, interval = estimate.mean, mean_interval(estimate)
+    return {"mean": shown, "interval": list(interval) if interval else None}
 
 
 def _band(difference: npt.NDArray[np.float64], margin: npt.NDArray[np.float64]) -> list[dict[str, float]]:
@@ -163,8 +233,8 @@ class Trained:
     """Fingerprint of its align stage."""
     details: Mapping[str, Any]
     """Details of its align stage: loss and beta."""
-    parts: Mapping[str, Mapping[str, Any]]
-    """The measures of its pairs, from `parts_of`."""
+    pairs: pa.Table
+    """Its pairs, from `measured_pairs`."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -185,12 +255,21 @@ class Trained:
         return {**self.settings, "recipe": recipe}
 
 
-def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
-    """A row for each setting, in order of appearance: means over its seeds with their 95 % intervals.
+class _Together(NamedTuple):
+    """The policies of one or two settings on the pairs that all of them have measured."""
 
-    A training that occurs twice counts once. Each measure is {"mean", "interval"}, with the interval by Student's t
-    over the seeds; the interval is None for one seed, and both are None if a seed lacks the measure. `differs` lists
-    the differences from the first training's settings, except the loss and beta.
+    policies: list[pa.Table]
+    clusters: Clusters
+
+
+def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """A row for each setting, in order of appearance: means over its seeds, and how it compares with the first setting.
+
+    A training that occurs twice counts once. `parts` has the measures on the pairs that all seeds have measured; each
+    is {"mean", "interval"}, both None if a seed lacks the measure. The interval of several seeds contains the variance
+    over seeds and over prompts; that of one seed describes its policy alone. `against` has the differences from the
+    first setting, on the pairs that both have measured: this setting minus the first. `p_holm` is corrected for all
+    tests of the table. `differs` lists the differences from the first training's settings, except the loss and beta.
     """
     once: dict[str, Trained] = {}
     for one in trained:
@@ -198,44 +277,91 @@ def sweep_table(trained: Sequence[Trained]) -> list[dict[str, Any]]:
     groups: dict[str, list[Trained]] = {}
     for one in once.values():
         groups.setdefault(digest(one.without_seed), []).append(one)
-    rows = []
-    for group in groups.values():
-        loss = group[0].details["loss"]
-        lines = differences(trained[0].without_seed, group[0].without_seed)
-        parts = [part for part in ("trained", "held_out") if all(part in one.parts for one in group)]
-        rows.append(
-            {
-                "loss": loss,
-                "loss_name": PAIR_LOSSES[loss].title,
-                "beta": group[0].details["beta"],
-                "paper": PAIR_LOSSES[loss].paper_correlation,
-                "differs": [line for line in lines if not line.startswith(("objective.loss: ", "objective.beta: "))],
-                "seeds": [one.settings["recipe"]["seed"] for one in group],
-                "places": [one.place for one in group],
-                "parts": {part: _over_seeds([one.parts[part] for one in group]) for part in parts},
-            }
-        )
+    first, *others = groups.values()
+    rows = [_sweep_row(first, first, {}), *(_sweep_row(group, first, _against(group, first)) for group in others)]
+    tests = [test for row in rows for part in row["against"].values() for test in part["measures"].values()]
+    for test, p_holm in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"], test["verdict"] = p_holm, _verdict(test["difference"], p_holm)
     return rows
 
 
-def _over_seeds(parts: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and interval of each measure over the seeds; the interval is cut to the values that are possible."""
-    measures = {
-        "accuracy": ([part["accuracy"] for part in parts], 0.0, 1.0),
-        "margin": ([part["margin"] for part in parts], -math.inf, math.inf),
-        "pearson": ([part["length"]["pearson"] for part in parts], -1.0, 1.0),
-        "spearman": ([part["length"]["spearman"] for part in parts], -1.0, 1.0),
-        "plain": ([part["length_of_gains"]["pearson"] for part in parts], -1.0, 1.0),
+def _sweep_row(group: Sequence[Trained], first: Sequence[Trained], against: dict[str, Any]) -> dict[str, Any]:
+    loss = group[0].details["loss"]
+    lines = differences(first[0].without_seed, group[0].without_seed)
+    return {
+        "loss": loss,
+        "loss_name": PAIR_LOSSES[loss].title,
+        "beta": group[0].details["beta"],
+        "paper": PAIR_LOSSES[loss].paper_correlation,
+        "differs": [line for line in lines if not line.startswith(("objective.loss: ", "objective.beta: "))],
+        "seeds": [one.settings["recipe"]["seed"] for one in group],
+        "places": [one.place for one in group],
+        "parts": {
+            part: {
+                "pairs": found.clusters.num_pairs,
+                "prompts": found.clusters.num,
+                "measures": {
+                    name: _figure(name, estimate, found.clusters)
+                    for name, estimate in _estimates(found.policies, found.clusters).items()
+                },
+            }
+            for part in _PARTS
+            if (found := _together(group, part))
+        },
+        "against": against,
     }
-    found: dict[str, dict[str, Any]] = {}
-    for name, (values, lowest, highest) in measures.items():
-        if None in values:
-            found[name] = {"mean": None, "interval": None}
-        else:
-            interval = over_seeds(values)
-            clipped = list(interval.clipped(lowest, highest)) if interval else None
-            found[name] = {"mean": float(np.mean(values)), "interval": clipped}
-    return found
+
+
+def _together(trained: Sequence[Trained], part: str) -> _Together | None:
+    """The policies on the pairs of a part that all have measured, in the same order; None if there is no such pair."""
+    policies = [_only(one.pairs, part) for one in trained]
+    common = policies[0]["pair_id"].combine_chunks()
+    for pairs in policies[1:]:
+        common = common.filter(pc.is_in(common, value_set=pairs["pair_id"].combine_chunks()))
+    if not len(common):
+        return None
+    policies = [pairs.filter(pc.is_in(pairs["pair_id"], value_set=common)) for pairs in policies]
+    return _Together(policies, Clusters.of(np.asarray(policies[0]["prompt_hash"])))
+
+
+def _against(group: Sequence[Trained], first: Sequence[Trained]) -> dict[str, Any]:
+    """A setting minus the first, for each part; measures that one of the two lacks are absent."""
+    parts = {}
+    for part in _PARTS:
+        if (found := _together([*group, *first], part)) is None:
+            continue
+        ours = _estimates(found.policies[: len(group)], found.clusters)
+        theirs = _estimates(found.policies[len(group) :], found.clusters)
+        measures = {}
+        for name in _COMPARED:
+            one, other = ours[name], theirs[name]
+            if one is None or other is None:
+                continue
+            if name == "accuracy":
+                test = compare_shares(one, other, found.clusters)
+            else:
+                test = compare_correlations(one, other)
+            measures[name] = _shown(test)
+        parts[part] = {
+            "pairs": found.clusters.num_pairs,
+            "prompts": found.clusters.num,
+            "over_seeds": min(len(group), len(first)) > 1,
+            "measures": measures,
+        }
+    return parts
+
+
+def _shown(test: Comparison) -> dict[str, Any]:
+    interval = list(test.interval) if test.interval else None
+    return {"difference": test.difference, "interval": interval, "p": test.p}
+
+
+def _verdict(difference: float, p_holm: float) -> str:
+    if np.isnan(p_holm):
+        return "not tested"
+    if p_holm >= _SIGNIFICANT:
+        return "no difference shown"
+    return "higher" if difference > 0 else "lower"
 
 
 def render_alignment(facts: dict[str, Any]) -> str:
@@ -249,4 +375,4 @@ def render_alignment(facts: dict[str, Any]) -> str:
     }
     template = environment().get_template("alignment.html.j2")
     sections = [(id, name) for id, name in _SECTIONS if id not in ("sweep", "sources") or facts[id]]
-    return template.render(facts=facts, charts=drawn, sections=sections)
+    return template.render(facts=facts, charts=drawn, sections=sections, p_value=p_value)

@@ -32,7 +32,9 @@ from davir_ray.config.yaml import dump
 from davir_ray.errors import ClusterError, ConfigError, DataError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.pairs import is_held_out
+from davir_ray.run.files import in_folder, write_parquet
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 
 RECORDS = 60
@@ -239,12 +241,35 @@ def test_another_loss_is_refused_then_redone_and_compared_with_the_first(
         ("davir_dpo", [0], []),
     ]
     for row, of_its_own in zip(compared["sweep"], (facts, report(finished)), strict=True):
-        for part, figures in row["parts"].items():
-            shown = of_its_own["parts"][part]
+        for part, found in row["parts"].items():
+            shown, figures = of_its_own["parts"][part], found["measures"]
+            assert (found["pairs"], found["prompts"]) == (shown["pairs"], shown["prompts"])
             expected = {name: shown[name] for name in ("accuracy", "margin")}
             expected |= {name: shown["length"][name] for name in ("pearson", "spearman")}
-            expected["plain"] = shown["length_of_gains"]["pearson"]
+            expected |= {
+                f"plain{name}": shown["length_of_gains"][of]
+                for name, of in (("", "pearson"), ("_spearman", "spearman"))
+            }
             assert {name: figure["mean"] for name, figure in figures.items()} == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_margins_of_an_earlier_version_are_made_again_and_refused_beside_another_run(copied: AlignRunConfig) -> None:
+    """They had no prompt_hash, and no columns in their fingerprint."""
+    output = Path(str(copied.output))
+    before = read(output, "margins")
+    entries = [
+        write_parquet(Location.of(file), pq.read_table(file).drop_columns("prompt_hash"))
+        for file in sorted((output / "margins").iterdir())
+    ]
+    made = manifest(output, "margins")
+    fingerprint = {name: value for name, value in made.fingerprint.items() if name != "columns"}
+    Run.at(output).commit(replace(made, fingerprint=fingerprint, files=in_folder("margins", entries)))
+    with pytest.raises(ConfigError, match=r"earlier version.*jobs/align\.py --config .*config\.yaml"):
+        dry_run(replace(copied, output=f"{output}-2", beside=[str(output)]))
+    run_alignment(copied)
+    pd.testing.assert_frame_equal(read(output, "margins"), before)
+    dry_run(replace(copied, output=f"{output}-2", beside=[str(output)]))
 
 
 @pytest.mark.slow
