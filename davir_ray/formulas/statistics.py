@@ -430,11 +430,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     steps = p[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps)) if len(order) else steps
     return [float(value) for value in adjusted]
-
-
-def over_seeds(values: Sequence[float]) -> Interval | None:
-    """The interval of the mean of one value for each seed, by Student's t; None for a single seed."""
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf(_TAIL, len(values) - 1) * stats.sem(values))
-    return Interval(float(np.mean(values)) - half, float(np.mean(values)) + half)

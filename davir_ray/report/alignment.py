@@ -30,9 +30,8 @@ from davir_ray.formulas.clusters import (
 )
 from davir_ray.formulas.statistics import Interval, holm
 from davir_ray.report import charts
-from davir_ray.report.comparison import p_value
 from davir_ray.report.facts import json_ready, named_values, stage_facts
-from davir_ray.report.page import environment
+from davir_ray.report.page import environment, p_value
 from davir_ray.report.sources import source_facts
 from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences

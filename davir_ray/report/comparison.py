@@ -26,7 +26,7 @@ from davir_ray.formulas.statistics import Examples, Floats, Ints, Outcome, Panel
 from davir_ray.report import charts
 from davir_ray.report.contrasts import ON_AVERAGE, Contrast, Scope, contrasts_of, corrected
 from davir_ray.report.facts import json_ready, named_values
-from davir_ray.report.page import NOT_DEFINED, decimal, environment, number
+from davir_ray.report.page import decimal, environment, number, p_value
 
 SELECTION, FULL, RANDOM = "selection", "full", "random"
 
@@ -642,10 +642,3 @@ def replicates(row: dict[str, Any]) -> str:
         return "1 model" if models == 1 else f"{models} models on one set of rows"
     named = f"{units} {'draws' if row['units'] == 'draws' else 'runs’ selections'}"
     return named if models == units else f"{named}, {models} models"
-
-
-def p_value(p: float | None) -> str:
-    """A p-value as text; the exact value is not meaningful below 0.001."""
-    if p is None:
-        return NOT_DEFINED
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

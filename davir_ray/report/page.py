@@ -143,6 +143,13 @@ def decimal(value: float | None, places: int = 3) -> str:
     return written.replace("-", "−")
 
 
+def p_value(p: float | None) -> str:
+    """A p-value as text; the exact value is not meaningful below 0.001."""
+    if p is None:
+        return NOT_DEFINED
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def share(value: float | None, places: int = 1) -> str:
     """A fraction of 1 as a percentage."""
     return NOT_DEFINED if value is None else f"{100 * value:.{places}f} %"
