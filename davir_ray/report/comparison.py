@@ -1,11 +1,12 @@
 """The report of a comparison: from the models' measurements to facts, tables and the page.
 
 Pure functions: no files, no models. An arm is a set of rows to train on; each arm is trained with several seeds, in a
-size (`rows`) and a schedule (`reading`: as many epochs, or as many steps, as the full set). Held-out losses are nats
-per token; the other measures have units of their own.
+size (`rows`) and a schedule (`reading`: equal tokens, equal epochs, or as many steps as the full set). Held-out losses
+are nats per token; the other measures have units of their own.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.config.compare import DRAWN, TrialName
+from davir_ray.config.compare import DRAWN, MAX_PASSES, TrialName
 from davir_ray.errors import DataError
 from davir_ray.formulas.statistics import Floats, Outcome, Panel, holm
 from davir_ray.report import charts
@@ -31,7 +32,7 @@ SIGNIFICANT = 0.05
 
 ARM_MEANING = {
     "selection": "the rows that the run selected, or its mixture if it has one",
-    "random": "the same number of rows, drawn by hash, different ones for each seed",
+    "random": "the same number of rows, drawn by hash",
     "random_matched": "drawn rows with the same histogram of response lengths and the same number of response tokens",
     "lowest": "the same number of rows, from the other end of the ranking",
     "rho": "the same number of rows, the highest by RHO summed over the response (base minus reference loss, not "
@@ -39,6 +40,8 @@ ARM_MEANING = {
     "full": "every prepared example",
 }
 READING_MEANING = {
+    "tokens": "every arm is trained for as many response tokens as random rows of its size have in the recipe’s number "
+    "of epochs, so an arm of short responses takes more steps",
     "epochs": "every arm is trained for the recipe’s number of epochs, so a smaller set takes fewer steps",
     "steps": "every arm is trained for the number of optimiser steps that the full set takes, so a smaller set is "
     "repeated",
@@ -81,6 +84,9 @@ TABLE = pa.schema(
         ("num_examples", pa.int64()),
         ("num_response_tokens", pa.int64()),
         ("num_steps", pa.int64()),
+        ("row_set", pa.int64()),
+        ("num_shared", pa.int64()),
+        ("num_trained_tokens", pa.int64()),
     ]
 )
 """comparison.parquet: a row for each model, measure and source; source is null for all sources together."""
@@ -136,8 +142,14 @@ FLEXIBLE = replace(
 class TrialFacts:
     """What is reported about one fine-tune."""
 
+    row_set: int
+    """Number of the draw, or of the run, whose rows the model was trained on."""
     num_examples: int
+    num_shared: int
+    """Different rows that are also in the selection of that size; with several runs, in that of the first."""
     num_response_tokens: int
+    num_trained_tokens: int
+    """Response tokens that the model was trained on, each counted every time: by the mean of its rows."""
     num_steps: int
     final_loss: float
     """Loss of the last batch, nats per token."""
@@ -208,8 +220,12 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         "format": 1,
         "run": inputs.run,
         "base": inputs.base,
-        "seeds": inputs.settings["seeds"],
+        "seeds": min(Counter((name.arm, name.rows, name.reading) for name in inputs.trials).values()),
         "arms": _arms(inputs.trials),
+        "sizes_without_steps": _sizes_without_steps(inputs),
+        "equal_models": _equal_models(inputs),
+        "outside_selection": bool(inputs.settings.get("outside_selection")),
+        "match_prompts": bool(inputs.settings.get("match_prompts")),
         "measures": [
             {
                 **asdict(measured.measure),
@@ -290,8 +306,31 @@ def _arms(trials: Mapping[TrialName, TrialFacts]) -> list[dict[str, Any]]:
         by_field = {field: [facts[field] for facts in found] for field in found[0]}
         means = {field: np.mean(values) for field, values in by_field.items()}
         ranges = {field: [min(values), max(values)] for field, values in by_field.items()}
-        arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
+        counts = {"num_models": len(found), "num_sets": len(set(by_field["row_set"]))}
+        arms.append({"arm": arm, "rows": rows, "reading": reading, **counts, **means, "ranges": ranges})
     return arms
+
+
+def _sizes_without_steps(inputs: ComparisonInputs) -> list[int]:
+    """Sizes for which the schedule `steps` was asked for and left out, as it takes too many passes."""
+    if "steps" not in inputs.settings.get("readings", ()):
+        return []
+    sizes = {name.rows for name in inputs.trials if name.arm != FULL}
+    return sorted(sizes - {name.rows for name in inputs.trials if name.reading == "steps"})
+
+
+def _equal_models(inputs: ComparisonInputs) -> list[dict[str, Any]]:
+    """Arms several models of which took the same steps: a fine-tune of all weights with all rows in each batch."""
+    recipe = inputs.recipe
+    if recipe.get("lora_rank") is not None:
+        return []
+    models = Counter(
+        (name.arm, name.rows, name.reading, facts.row_set)
+        for name, facts in inputs.trials.items()
+        if facts.num_examples <= recipe.get("batch_size", 0)
+    )
+    same = sorted({(arm, rows) for (arm, rows, *_), count in models.items() if count > 1})
+    return [{"arm": arm, "rows": rows} for arm, rows in same]
 
 
 def results_table(facts: dict[str, Any]) -> pa.Table:
@@ -316,6 +355,7 @@ def render_comparison(facts: dict[str, Any]) -> str:
         findings=_by_setting(_findings(facts)),
         arm_meaning=ARM_MEANING,
         reading_meaning=READING_MEANING,
+        max_passes=MAX_PASSES,
     )
 
 

@@ -383,6 +383,21 @@ def few_rows(inputs: ComparisonInputs) -> ComparisonInputs:
     )  # fmt: skip
 
 
+def matched_without_steps(inputs: ComparisonInputs) -> ComparisonInputs:
+    """Arms of which one is matched in prompts, too, and a schedule that was asked for and left out."""
+
+    def renamed(values: Any) -> Any:
+        return {name._replace(arm=name.arm.replace("lowest", "random_matched")): of for name, of in values.items()}
+
+    found: ComparisonInputs = kept_trials(lambda name: name.reading != "steps")(inputs)
+    return replace(
+        found,
+        trials=renamed(found.trials),
+        measures=[replace(m, values=renamed(m.values)) for m in found.measures],
+        settings={**found.settings, "readings": ["epochs", "steps"], "match_prompts": True},
+    )
+
+
 COMPARISON: Options = {
     "measures": {
         "loss": unchanged,
@@ -428,7 +443,12 @@ COMPARISON: Options = {
             inputs, trials={name: replace(facts, final_loss=float("nan")) for name, facts in inputs.trials.items()}
         ),
     },
-    "settings": {"some": unchanged, "no recipe": lambda inputs: replace(inputs, recipe={})},
+    "settings": {
+        "some": unchanged,
+        "no recipe": lambda inputs: replace(inputs, recipe={}),
+        "batches of all rows": lambda inputs: replace(inputs, recipe={**inputs.recipe, "batch_size": 10_000}),
+    },
+    "rows": {"one run's": unchanged, "matched, in schedules without steps": matched_without_steps},
 }
 
 
