@@ -166,7 +166,7 @@ def _check_replicates(runs: list[Run], configs: list[RunConfig]) -> None:
     def made_of(run: Run, config: RunConfig) -> dict[str, Any]:
         recipe = None if config.reference else {**what_matters(config.finetune), "seed": None}
         return {
-            "examples": run.require("prepare").content,
+            "prepared examples": run.require("prepare").content,
             "base": run.require("score").fingerprint["base"],
             "rank": dataclasses.asdict(config.rank),
             "select": dataclasses.asdict(config.select),
