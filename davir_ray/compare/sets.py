@@ -93,14 +93,10 @@ class RowSets:
         finished = self._runs[0 if is_drawn else number]
         # The lengths of random_matched are those of each run's selection in turn.
         selection = selections[number % len(selections) if arm != "random" else 0]
-        selected = np.unique(np.concatenate([_ids(table) for table in selections]))
-        ids = finished.rows_of(
-            arm,
-            selection,
-            number,
-            without=selected if is_drawn and self._config.outside_selection else None,
-            match_prompts=self._config.match_prompts,
-        )
+        without = None
+        if is_drawn and self._config.outside_selection:
+            without = np.unique(np.concatenate([_ids(table) for table in selections]))
+        ids = finished.rows_of(arm, selection, number, without=without, match_prompts=self._config.match_prompts)
         examples = self._output.within(f"sets/{name}")
         write_set(examples, finished, ids)
         num_shared = int(np.isin(ids, _ids(selections[0])).sum())
@@ -130,7 +126,7 @@ class RowSets:
         if reading == "steps":
             return num_steps(full.num_trainable, recipe.batch_size, recipe.epochs)
         budget = rows.num_rows * recipe.epochs * full.num_response_tokens / max(1, full.num_trainable)
-        per_row = rows.num_response_tokens / max(1, rows.num_trainable)
+        per_row = max(1, rows.num_response_tokens) / max(1, rows.num_trainable)
         return steps_for(budget / per_row, max(1, rows.num_trainable), recipe.batch_size)
 
     def readings(self, size: int, recipe: FinetuneConfig) -> list[str]:
