@@ -8,7 +8,10 @@ import numpy as np
 from davir_ray.config.compare import TrialName
 from davir_ray.report.comparison import LOSS, ComparisonInputs, Measured, TrialFacts
 
-TRIAL = TrialFacts(row_set=0, num_examples=100, num_response_tokens=3000, num_steps=12, final_loss=1.25, seconds=4.0)
+TRIAL = TrialFacts(
+    row_set=0, num_examples=100, num_shared=7, num_response_tokens=3000, num_trained_tokens=9000, num_steps=12,
+    final_loss=1.25, seconds=4.0,
+)  # fmt: skip
 PAIRS = [("selection", "random"), ("selection", "lowest"), ("selection", "full"), ("lowest", "random")]
 ARMS = {"selection": 1.0, "random": 1.5, "lowest": 2.0}
 

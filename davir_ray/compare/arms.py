@@ -22,7 +22,7 @@ from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.hashing import sample_rows, seed_from
-from davir_ray.formulas.length_matching import length_bins, matched_draw
+from davir_ray.formulas.length_matching import length_cells, matched_draw
 from davir_ray.formulas.shares import proportional
 from davir_ray.run.files import in_folder, read_parquet, total_rows, write_parquet
 from davir_ray.run.folder import Run
@@ -48,9 +48,32 @@ _MATCHING_ROWS = 500
 """In each range of lengths, matching draws from a pool of _MATCHING_POOL rows for each wanted row, plus
 _MATCHING_ROWS."""
 
-_ROWS = pa.schema([("group", pa.string()), ("example_id", pa.int64()), ("tokens", pa.int64())])
+_OUTSIDE = "are outside the selection (outside_selection)"
+
+_LENGTHS = {"tokens": "num_response_tokens", "prompt_tokens": "num_prompt_tokens"}
+"""Names of the lengths here, and in the scores."""
+
+_IDS = pa.schema([("example_id", pa.int64()), *((name, pa.int64()) for name in _LENGTHS)])
+_ROWS = pa.schema([("group", pa.string()), *_IDS])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
-_FOUND = pa.schema([*_KEYS, ("example_id", pa.int64()), ("tokens", pa.int64())])
+_FOUND = pa.schema([*_KEYS, *_IDS])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matching:
+    """The ranges of lengths in which random_matched has as many rows as the selection."""
+
+    edges: list[int]
+    with_prompts: bool
+
+    def prompts(self, rows: pa.Table) -> Ints | None:
+        """Prompt lengths; None where they are not matched."""
+        return np.asarray(rows["prompt_tokens"]).astype(np.int64) if self.with_prompts else None
+
+    def labels(self, rows: pa.Table) -> list[str]:
+        """Group and range of each row."""
+        cells = length_cells(_tokens(rows), self.prompts(rows), self.edges)
+        return [f"{group}/{cell}" for group, cell in zip(rows["group"].to_pylist(), cells, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ class FinishedRun:
         return {part.source for part in self.select.mixture if part.all}
 
     def selection(self, size: int | None) -> pa.Table:
-        """Group, example_id and scored tokens of the rows that the run's rule selects at a size; None: at its own.
+        """Group, example_id and lengths of the rows that the run's rule selects at a size; None: at its own.
 
         Every arm takes the same number of rows from a group: a group is a source if there is a mixture, else all rows
         are one group. At another size, the filters and the balance stay, and quotas and the parts of a mixture that do
@@ -80,11 +103,14 @@ class FinishedRun:
         """
         config = self.select if size is None else self._resized(size)
         files = self.run.require("rank").files_in("ranked")
-        duplicates = files_with_duplicates(self.run, self.run.require("select"))
-        candidates = Candidates(run=self.run, rank_config=self.rank, config=config, duplicates=duplicates)
+        candidates = self._candidates(config, "num_prompt_tokens")
         pools, _ = candidates.count(files)
         choice = Choice(candidates, limits_by_file(pools, config))
         return collect(choice.shards(files), partial(_rows, by_source=bool(config.mixture)), _ROWS)
+
+    def _candidates(self, config: SelectConfig, *also: str) -> Candidates:
+        duplicates = files_with_duplicates(self.run, self.run.require("select"))
+        return Candidates(run=self.run, rank_config=self.rank, config=config, duplicates=duplicates, also=also)
 
     def _resized(self, size: int) -> SelectConfig:
         """The rule for another number of rows."""
@@ -110,68 +136,95 @@ class FinishedRun:
         cut = [group for group in selection["group"].to_pylist() if group not in self.taken_whole]
         return len(cut) or selection.num_rows
 
-    def rows_of(self, arm: str, selection: pa.Table, seed: int) -> Ints:
-        """Ids of the rows that an arm trains on: from each group, as many as the selection has."""
+    def rows_of(
+        self, arm: str, selection: pa.Table, draw: int, *, without: Ints | None = None, match_prompts: bool = False
+    ) -> Ints:
+        """Ids of the rows that an arm trains on: from each group, as many as the selection has.
+
+        They are rows that pass the selection's filters. A drawn arm takes none of the ids in `without`, which are in
+        ascending order; with `match_prompts`, random_matched has the selection's prompt lengths, too. ConfigError if
+        there are too few rows.
+        """
         whole = pc.is_in(selection["group"], value_set=pa.array(sorted(self.taken_whole), pa.string()))
         kept, cut = selection.filter(whole), selection.filter(pc.invert(whole))
         match arm:
             case "random_matched":
-                cut = self._matched(cut, seed)
+                matching = _Matching(edges=self.select.length_edges, with_prompts=match_prompts)
+                cut = self._matched(cut, draw, matching, without)
             case "random":
-                cut = self._best(cut, RankConfig(order="random", seed=seed_from(arm, seed)))
+                cut = self._best(arm, cut, RankConfig(order="random", seed=seed_from(arm, draw)), without)
             case "rho":
-                cut = self._best(cut, RankConfig(order="rho_sum"))
+                cut = self._best(arm, cut, RankConfig(order="rho_sum"))
             case "lowest":
-                cut = self._best(cut, replace(self.rank, lowest=not self.rank.lowest, most=None))
+                cut = self._best(arm, cut, replace(self.rank, lowest=not self.rank.lowest, most=None))
         ids = np.concatenate([np.asarray(table["example_id"]).astype(np.int64) for table in (kept, cut)])
         if len(ids) != selection.num_rows or len(np.unique(ids)) != len(ids):
             raise IntegrityError(f"the arm {arm} has {len(ids)} rows, the selection {selection.num_rows}")
         return np.sort(ids)
 
-    def _best(self, cut: pa.Table, order: RankConfig) -> pa.Table:
+    def _best(self, arm: str, cut: pa.Table, order: RankConfig, without: Ints | None = None) -> pa.Table:
         """The first rows of each group in the order, as many as there are in `cut`."""
         wanted = Counter(cut["group"].to_pylist())
-        found = self._first(order, wanted, None)
+        found = self._first(order, wanted, None, without)
         tables = []
         for group, rows in wanted.items():
             there = found.filter(pc.equal(found["group"], group)).slice(0, rows)
             if there.num_rows < rows:
-                named = f" of {group}" if group else ""
-                raise ConfigError(f"{rows} rows{named} are selected, but only {there.num_rows} have {order.order}")
+                where = f" of {group}" if group else ""
+                raise ConfigError(
+                    f"the arm {arm} needs {rows} rows{where}, but only {there.num_rows} that pass the selection's "
+                    f"filters {_OUTSIDE if without is not None else 'can be ranked by ' + order.order}; leave the arm "
+                    "out, or select fewer rows"
+                )
             tables.append(there)
         return pa.concat_tables([_FOUND.empty_table(), *tables])
 
-    def _matched(self, cut: pa.Table, seed: int) -> pa.Table:
+    def _matched(self, cut: pa.Table, draw: int, matching: _Matching, without: Ints | None) -> pa.Table:
         """Rows drawn at random with the lengths of those in `cut`."""
-        edges = self.select.length_edges
-        tokens, groups = np.asarray(cut["tokens"]).astype(np.int64), cut["group"].to_pylist()
-        labels = _labelled(groups, tokens, edges)
-        pool = {label: _MATCHING_POOL * rows + _MATCHING_ROWS for label, rows in Counter(labels).items()}
-        order = RankConfig(order="random", seed=seed_from("random_matched", seed))
-        found = self._first(order, pool, edges)
+        groups = cut["group"].to_pylist()
+        pool = {label: _MATCHING_POOL * rows + _MATCHING_ROWS for label, rows in Counter(matching.labels(cut)).items()}
+        order = RankConfig(order="random", seed=seed_from("random_matched", draw))
+        found = self._first(order, pool, matching, without)
         of_group = np.array([label.rpartition("/")[0] for label in found["group"].to_pylist()], dtype=np.str_)
         tables = [_FOUND.empty_table()]
         for group in sorted(set(groups)):
             there = found.filter(pa.array(of_group == group))
-            lengths = np.asarray(there["tokens"]).astype(np.int64)
-            wanted = tokens[np.array([name == group for name in groups])]
+            wanted = cut.filter(pa.array([name == group for name in groups]))
             try:
-                rows = matched_draw(np.asarray(there["key"]), lengths, wanted, edges)
+                rows = matched_draw(
+                    np.asarray(there["key"]),
+                    _tokens(there),
+                    _tokens(wanted),
+                    matching.edges,
+                    prompts=matching.prompts(there),
+                    wanted_prompts=matching.prompts(wanted),
+                )
             except ValueError as error:
-                raise ConfigError(f"the arm random_matched cannot be drawn: {error}") from error
+                where = f" that pass the selection's filters {_OUTSIDE}" if without is not None else ""
+                raise ConfigError(f"the arm random_matched cannot be drawn: {error}{where}; leave it out") from error
             tables.append(there.take(pa.array(rows)))
         return pa.concat_tables(tables)
 
-    def _first(self, order: RankConfig, wanted: Mapping[str, int], edges: list[int] | None) -> pa.Table:
+    def _first(
+        self, order: RankConfig, wanted: Mapping[str, int], matching: _Matching | None, without: Ints | None
+    ) -> pa.Table:
         """At least the first `wanted` rows of each group in an order, sorted; all rows of a group that has fewer.
 
-        With `edges`, each group is split into ranges of length.
+        Only rows that pass the selection's filters and are not among `without` count. With `matching`, each group is
+        split into ranges of length.
         """
-        files = self.run.require("score").files_in("scores")
-        columns = sorted({"source", "num_response_tokens", "example_id", *key_columns(order)})
-        scores = Shards(files, partial(read_columns, self.run / "scores", columns))
-        keys = partial(_keys, order=order, by_source=bool(self.select.mixture), edges=edges)
-        share = min(1.0, _SAMPLED_KEYS / total_rows(files))
+        columns = sorted({"source", *_LENGTHS.values(), "example_id", *key_columns(order)})
+        candidates = self._candidates(replace(self.select, min_score=None), *columns)
+        scores = self._scores(candidates, columns)
+        keys = partial(
+            _keys,
+            candidates=candidates,
+            order=order,
+            by_source=bool(self.select.mixture),
+            matching=matching,
+            without=None if without is None else ray.put(without),
+        )
+        share = min(1.0, _SAMPLED_KEYS / total_rows(scores.entries))
         sample = collect(scores, lambda table: keys(sample_rows(table, share, "row sets")).select(_KEYS.names), _KEYS)
         last = _cuts(sample, wanted, share)
         found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND)
@@ -182,20 +235,55 @@ class FinishedRun:
             found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND)
         return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
 
+    def _scores(self, candidates: Candidates, columns: list[str]) -> Shards:
+        """The scored rows: those of ranked/ where duplicates are dropped, which are known by their rank."""
+        if not self.select.drop_duplicates:
+            files = self.run.require("score").files_in("scores")
+            return Shards(files, partial(read_columns, self.run / "scores", columns))
+        ranked = self.run.require("rank")
+        if ranked.counts["ranked"] < ranked.counts["rankable"]:
+            raise ConfigError(
+                f"{self.run} has {ranked.counts['ranked']} of {ranked.counts['rankable']} ranks (rank.most), so which "
+                "other rows are duplicates is not known; run jobs/rank.py with --rank.most null, or give --arms "
+                "'[selection, full]'"
+            )
+        return Shards(ranked.files_in("ranked"), candidates.read)
 
-def _keys(table: pa.Table, *, order: RankConfig, by_source: bool, edges: list[int] | None) -> pa.Table:
-    """Group, key in the order, example_id and tokens of the rows that can be ranked."""
+
+def _keys(
+    table: pa.Table,
+    *,
+    candidates: Candidates,
+    order: RankConfig,
+    by_source: bool,
+    matching: _Matching | None,
+    without: ray.ObjectRef[Ints] | None,
+) -> pa.Table:
+    """Group, key in the order, example_id and lengths of the rows that an arm may take."""
+    if not table.num_rows:
+        return _FOUND.empty_table()
+    eligible = candidates.eligible(table)
+    if without is not None:
+        eligible &= ~_among(np.asarray(table["example_id"]), ray.get(without))
+    table = table.filter(pa.array(eligible))
     rankable, keys, ids = order_keys(table, order)
     table = table.filter(pa.array(rankable))
-    groups = table["source"].to_pylist() if by_source else [""] * table.num_rows
-    tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
-    if edges is not None:
-        groups = _labelled(groups, tokens, edges)
-    return pa.table([pa.array(groups, pa.string()), keys, ids, tokens], schema=_FOUND)
+    groups = table["source"] if by_source else pa.array([""] * table.num_rows, pa.string())
+    lengths = [table[column] for column in _LENGTHS.values()]
+    rows = pa.table([groups, pa.array(keys), pa.array(ids), *lengths], names=_FOUND.names).cast(_FOUND)
+    return rows if matching is None else rows.set_column(0, "group", pa.array(matching.labels(rows), pa.string()))
 
 
-def _labelled(groups: list[str], tokens: Ints, edges: list[int]) -> list[str]:
-    return [f"{group}/{number}" for group, number in zip(groups, length_bins(tokens, edges), strict=True)]
+def _tokens(rows: pa.Table) -> Ints:
+    return np.asarray(rows["tokens"]).astype(np.int64)
+
+
+def _among(ids: Ints, others: Ints) -> npt.NDArray[np.bool_]:
+    """Whether each id is one of the others, which are in ascending order."""
+    if not len(others):
+        return np.zeros(len(ids), dtype=bool)
+    places = np.minimum(np.searchsorted(others, ids), len(others) - 1)
+    return np.asarray(others[places] == ids)
 
 
 def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
@@ -206,7 +294,8 @@ def _in_proportion(total: int, pools: Mapping[str, int]) -> dict[str, int]:
 
 def _rows(selected: pa.Table, by_source: bool) -> pa.Table:
     groups = selected["source"] if by_source else pa.array([""] * selected.num_rows, pa.string())
-    return pa.table([groups, selected["example_id"], selected["num_response_tokens"]], names=_ROWS.names)
+    lengths = [selected[column] for column in _LENGTHS.values()]
+    return pa.table([groups, selected["example_id"], *lengths], names=_ROWS.names)
 
 
 def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str, int]:

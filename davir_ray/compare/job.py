@@ -1,6 +1,6 @@
 """The job of a comparison: does the run's selection train a better model than other sets of rows do?
 
-finished run ─► sets of rows ─► a fine-tune for each arm, size, schedule and seed ─► held-out measures ─► table and page
+finished runs ─► sets of rows ─► a fine-tune for each arm, size, schedule and seed ─► held-out measures ─► the page
 
 <output>/
   heldout/            the held-out data, prepared as the run's data were
@@ -16,18 +16,21 @@ finished run ─► sets of rows ─► a fine-tune for each arm, size, schedule
 import dataclasses
 import json
 import logging
+from collections import Counter
+from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
 import pyarrow as pa
 
-from davir_ray.compare.arms import FinishedRun, write_set
+from davir_ray.compare.arms import FinishedRun
 from davir_ray.compare.exact_match import check_expected
 from davir_ray.compare.heldout import check_left, in_training_pool
 from davir_ray.compare.outputs import prepare_instructions
 from davir_ray.compare.report import LEFT_OUT, report_comparison
+from davir_ray.compare.sets import RowSets
 from davir_ray.compare.trials import Trial, TrialSettings, plan_trials, run_trials
-from davir_ray.config.compare import DRAWN, CompareConfig, TrialName
+from davir_ray.config.compare import FULL, MAX_PASSES, CompareConfig, TrialName
 from davir_ray.config.run import RunConfig, Tracker
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
@@ -39,14 +42,12 @@ from davir_ray.engine.trackers import check_tracker
 from davir_ray.engine.tracking import Tracking
 from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.inputs import check_base, last_config, scored_with
-from davir_ray.models.training.loop import num_steps
 from davir_ray.places import read_template, written_by
 from davir_ray.run.access import check_readable, probe_output
-from davir_ray.run.files import read_parquet, write_parquet
+from davir_ray.run.files import digest, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import differences
 from davir_ray.run.progress import Progress
-from davir_ray.schema import Status
 from davir_ray.stages.finetune import what_matters
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
 from davir_ray.stages.training_plan import plan_training
@@ -62,25 +63,26 @@ def compare(config: CompareConfig) -> Run:
     """Train every arm, measure it, and write the table and its page; arms that are complete are skipped."""
     config.require()
     config.warn_without_effect()
-    run, output = Run.at(config.run or ""), Run.at(config.output or "", overwrite=config.overwrite)
+    runs, output = [Run.at(run) for run in config.runs], Run.at(config.output or "", overwrite=config.overwrite)
     check_tracker(config.track, output)
     inputs = [path for source in config.all_heldout() for path in source.paths]
     inputs += [config.instructions] if config.instructions else []
-    check_readable([(str(run), OutputError), *((path, DataError) for path in inputs)])
+    check_readable([*((str(run), OutputError) for run in runs), *((path, DataError) for path in inputs)])
     probe_output(output.folder)
-    run_config = last_config(run)
+    run_configs = [last_config(run) for run in runs]
+    run, run_config = runs[0], run_configs[0]
     config = _with_formats(config, run_config, output)
-    finished = _finished(run, run_config)
+    finished = [_finished(*of_run) for of_run in zip(runs, run_configs, strict=True)]
+    _check_replicates(runs, run_configs)
     recipe = _recipe(run_config, config.recipe)
     preparation = _preparation(run, run_config, config)
     # A comparison has its own folder: stages of a run would take its files for theirs.
-    if str(output) == str(run) or set((output / "manifests").names()) - {"compare.json"}:
+    if str(output) in map(str, runs) or set((output / "manifests").names()) - {"compare.json"}:
         raise OutputError(f"{output} holds a run of jobs/score.py; choose another --output for the comparison")
-    with (
-        connected_to(run, is_shared=config.output_is_shared),
-        connected_to(output, is_shared=config.output_is_shared),
-        output.writing(dump(config)),
-    ):
+    with ExitStack() as opened:
+        for place in (*runs, output):
+            opened.enter_context(connected_to(place, is_shared=config.output_is_shared))
+        opened.enter_context(output.writing(dump(config)))
         heldout = output.within("heldout")
         prepare(
             heldout,
@@ -158,6 +160,35 @@ def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
     return FinishedRun(run, run_config.rank, run_config.select)
 
 
+def _check_replicates(runs: list[Run], configs: list[RunConfig]) -> None:
+    """Check that several runs differ in the reference alone, and that each has a reference of its own."""
+
+    def made_of(run: Run, config: RunConfig) -> dict[str, Any]:
+        recipe = None if config.reference else {**what_matters(config.finetune), "seed": None}
+        return {
+            "prepared examples": run.require("prepare").content,
+            "base": run.require("score").fingerprint["base"],
+            "rank": dataclasses.asdict(config.rank),
+            "select": dataclasses.asdict(config.select),
+            "finetune": recipe,
+        }
+
+    references: dict[str, Run] = {}
+    for run, config in zip(runs, configs, strict=True):
+        if changed := differences(made_of(runs[0], configs[0]), made_of(run, config)):
+            raise ConfigError(
+                f"{run} cannot be compared together with {runs[0]}, from which it differs in {'; '.join(changed)}; "
+                "several runs differ in the reference's seed alone"
+            )
+        reference = digest(run.require("score").fingerprint["reference"])
+        if other := references.get(reference):
+            raise ConfigError(
+                f"{run} and {other} have the same reference, so they are no replicates; train one anew with another "
+                "--finetune.seed"
+            )
+        references[reference] = run
+
+
 def _recipe(run_config: RunConfig, changes: dict[str, Any]) -> FinetuneConfig:
     """The run's recipe with the changes; ConfigError if one is of the wrong type, or the run's recipe is not known."""
     if run_config.reference and not changes:
@@ -214,45 +245,50 @@ def _write_progress(output: Run, done: int, total: int) -> None:
 
 
 def _trials(
-    config: CompareConfig, finished: FinishedRun, recipe: FinetuneConfig, settings: TrialSettings, output: Run
+    config: CompareConfig, runs: list[FinishedRun], recipe: FinetuneConfig, settings: TrialSettings, output: Run
 ) -> list[Trial]:
     """Every fine-tune of the comparison, after its rows are written; the first seed of all arms comes first."""
-    own = finished.selection(None)
-    own_size = finished.size_of(own)
-    selections = {}
-    for size in config.sizes or [own_size]:
-        selections[size] = own if size == own_size else finished.selection(size)
-        if (possible := finished.size_of(selections[size])) != size:
-            raise ConfigError(f"sizes has {size}, but the run's rule can take only {possible} rows; leave it out")
-    full = finished.run  # with a mixture not every example, but its sources and repeats
-    if finished.repeats and ("full" in config.arms or "steps" in config.readings):
-        full = output.within("sets/full")
-        write_set(full, finished, None)
-    counts = full.require("prepare").counts
-    num_trainable = counts.get("trainable")  # counted in a set that `write_set` wrote
-    if num_trainable is None:
-        num_trainable = counts["prepared"] - finished.run.require("score").counts.get(Status.NO_PREDICTOR, 0)
-    full_steps = num_steps(num_trainable, recipe.batch_size, recipe.epochs)
+    sets = RowSets(config, runs, output)
+    readings = {size: sets.readings(size, recipe) for size in sets.sizes}
+    others = [arm for arm in config.arms if arm != FULL]
+    if others and not any(readings.values()):
+        raise ConfigError(
+            f"readings is {config.readings!r}, which is left out for all sizes ({', '.join(map(str, readings))}), as "
+            f"it takes more than {MAX_PASSES} passes over a set; give --readings '[tokens]'"
+        )
     trials: dict[TrialName, Trial] = {}
-    for size, selection in selections.items():
-        sets: dict[str, Run] = {}  # finding the rows of a set takes scans of the run
-        for seed, arm in product(range(config.seeds), config.arms):
-            if arm == "full":  # both schedules are the same
-                examples, rows, schedules = full, counts["prepared"], ["epochs"]
-            else:
-                name = f"{arm}-{size}" + (f"-seed{seed}" if arm in DRAWN else "")
-                if name not in sets:
-                    sets[name] = output.within(f"sets/{name}")
-                    write_set(sets[name], finished, finished.rows_of(arm, selection, seed))
-                examples, rows, schedules = sets[name], size, list(config.readings)
+    for model in range(max(map(config.num_models, config.arms))):
+        trained = [arm for arm in config.arms if model < config.num_models(arm)]
+        for (size, schedules), arm in product(readings.items(), trained):
+            if arm == FULL:  # every schedule is the same
+                rows, num_rows, schedules = sets.full, sets.full.num_rows, ["epochs"]
+            elif schedules:
+                rows, num_rows = sets.of(arm, size, model), size
             for schedule in schedules:
-                max_steps = full_steps if schedule == "steps" else None
-                trial_name = TrialName(arm, rows, schedule, seed)
-                trials[trial_name] = Trial(
-                    name=trial_name,
-                    run=output.within(f"arms/{trial_name}"),
-                    examples=examples,
-                    recipe=dataclasses.replace(recipe, seed=seed, max_steps=max_steps),
+                name = TrialName(arm, num_rows, schedule, model)
+                steps = sets.max_steps(schedule, rows, recipe)
+                trials[name] = Trial(
+                    name=name,
+                    run=output.within(f"arms/{name}"),
+                    rows=rows,
+                    recipe=dataclasses.replace(recipe, seed=model, max_steps=steps),
                     settings=settings,
                 )
-    return sorted(trials.values(), key=lambda trial: trial.name.seed)
+    _warn_of_equal_steps(trials, recipe)
+    return list(trials.values())
+
+
+def _warn_of_equal_steps(trials: dict[TrialName, Trial], recipe: FinetuneConfig) -> None:
+    """Warn of arms several models of which take the same steps, as a batch has all of their rows."""
+    models = Counter(
+        (name.arm, name.rows, name.reading, trial.rows.number)
+        for name, trial in trials.items()
+        if trial.rows.fits_batch(recipe)
+    )
+    if same := sorted({f"{arm}-{rows}" for (arm, rows, *_), count in models.items() if count > 1}):
+        log.warning(
+            "compare: a batch of %d has all rows of %s, so models on the same rows take the same steps whatever "
+            "their seed (but for the base's dropout, if it has any), and are no replicates; give --recipe "
+            "'{batch_size: …}' below their rows",
+            recipe.batch_size, ", ".join(same),
+        )  # fmt: skip

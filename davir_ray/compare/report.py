@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 
 from davir_ray.compare.heldout import read_losses, read_matches, read_prompts
 from davir_ray.compare.trials import Trial
-from davir_ray.config.compare import DRAWN, CompareConfig, TrialName
+from davir_ray.config.compare import CompareConfig, TrialName
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.formulas.statistics import Ints
+from davir_ray.models.training.loop import rows_in
 from davir_ray.report.comparison import (
     FLEXIBLE,
     LOSS,
@@ -53,7 +54,7 @@ def report_comparison(
     facts, table = summarise_comparison(
         ComparisonInputs(
             settings=dataclasses.asdict(config),
-            run=config.run or "",
+            run=", ".join(config.runs),
             base=base,
             recipe=dataclasses.asdict(recipe),
             heldout=prepared.counts,
@@ -142,12 +143,15 @@ def _sources(table: pa.Table) -> npt.NDArray[np.str_]:
 
 
 def _facts_of(trial: Trial) -> TrialFacts:
-    measured, rows = trial.run.require("trial"), trial.examples.require("prepare")
+    measured, tokens = trial.run.require("trial"), trial.examples.require("prepare").counts["num_response_tokens"]
+    num_rows, num_steps = measured.counts["examples"], measured.counts["steps"]
     return TrialFacts(
-        row_set=trial.name.seed if trial.name.arm in DRAWN else 0,
-        num_examples=measured.counts["examples"],
-        num_response_tokens=rows.counts["num_response_tokens"],
-        num_steps=measured.counts["steps"],
+        row_set=trial.rows.number,
+        num_examples=num_rows,
+        num_shared=trial.rows.num_shared,
+        num_response_tokens=tokens,
+        num_trained_tokens=round(rows_in(num_steps, num_rows, trial.recipe.batch_size) * tokens / num_rows),
+        num_steps=num_steps,
         final_loss=measured.details["final_loss"],
         seconds=measured.seconds,
     )

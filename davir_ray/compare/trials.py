@@ -18,6 +18,7 @@ from davir_ray.compare.answers import ANSWERS_VERSION
 from davir_ray.compare.exact_match import match
 from davir_ray.compare.generation import generate
 from davir_ray.compare.outputs import write_outputs
+from davir_ray.compare.sets import RowSet
 from davir_ray.config.compare import TrialName
 from davir_ray.config.run import GenerateConfig, Tracker
 from davir_ray.config.scoring import ScoreConfig
@@ -78,12 +79,17 @@ class Trial:
     name: TrialName
     run: Run
     """Folder of the trial's own stages."""
-    examples: Run
-    """Run with the training rows as its prepared examples."""
+    rows: RowSet
+    """The training rows."""
     recipe: FinetuneConfig
     settings: TrialSettings
     steps: StepLog | None = None
     """Where the fine-tune reports its steps for tracking."""
+
+    @property
+    def examples(self) -> Run:
+        """Run with the training rows as its prepared examples."""
+        return self.rows.examples
 
     def trained_with(self) -> dict[str, Any]:
         """The part of the fingerprint that determines the model."""

@@ -10,9 +10,15 @@ from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 
 ArmName = Literal["selection", "random", "random_matched", "lowest", "rho", "full"]
-Reading = Literal["epochs", "steps"]
+Reading = Literal["tokens", "epochs", "steps"]
 DRAWN: tuple[ArmName, ...] = ("random", "random_matched")
-"""Arms that draw new rows for each seed."""
+"""Arms whose rows are drawn."""
+FULL: ArmName = "full"
+RANKED: tuple[ArmName, ...] = ("selection", "lowest", "rho")
+"""Arms whose rows follow from the scores of a run."""
+MAX_PASSES = 20
+"""Maximum number of passes over a set of rows in the schedule `steps`: with more, a model would be compared for how it
+memorises."""
 MeasureName = Literal["loss", "exact_match"]
 
 
@@ -39,8 +45,10 @@ _SET_BY_COMPARISON = ("seed", "max_steps", "export_epochs")
 class CompareConfig(OutputConfig):
     """Fine-tune the base on a run's selection and on other sets of rows, and measure each on held-out data."""
 
-    run: str | None = None
-    """Folder of a finished run of jobs/score.py, which is only read."""
+    run: str | list[str] | None = None
+    """Folder of a finished run of jobs/score.py, which is only read. A list of runs of the same data, each with a
+    reference trained anew (another finetune.seed): model s of an arm has the rows that run s selected, counted modulo
+    the number of runs, so that the models are replicates of the method and not of one selection."""
     heldout: str | list[str] | None = None
     """Data to measure on when there is one source: a file, a folder, a glob, a list of these, or a hub name."""
     heldout_format: FormatOption | None = "auto"
@@ -59,17 +67,28 @@ class CompareConfig(OutputConfig):
     """The sets of rows to train on. selection: the run's selection (its mixture, if there is one). random: as many
     rows, drawn by hash. random_matched: drawn rows with the same histogram of response lengths and as many response
     tokens. lowest: the lowest ranked. rho: the highest by rho_sum. full: every prepared example. Rows are drawn and
-    ranked among all scored rows, without the filters, balance and quotas of the selection. With a mixture, each arm
-    takes as many rows of each source as the mixture; full takes all rows of these sources and repeats them as the
-    mixture does."""
+    ranked among the scored rows that pass the selection's filters (min_response_tokens, max_response_tokens,
+    drop_duplicates), without its min_score, balance and quotas. With a mixture, each arm takes as many rows of each
+    source as the mixture; full takes all rows of these sources and repeats them as the mixture does."""
     sizes: list[int] = field(default_factory=list)
     """Sizes of the selection for the learning curve, in rows (with a mixture: rows of the sources that are not taken
     whole). Empty: the run's own size."""
-    readings: list[Reading] = field(default_factory=lambda: ["epochs", "steps"])
-    """How long each arm is trained: for the recipe's number of epochs, or for as many optimiser steps as every prepared
-    example takes in that number of epochs."""
-    seeds: int = 3
-    """Number of models to train for each arm, each with its own data order and, where rows are drawn, its own draw."""
+    outside_selection: bool = False
+    """Draw the rows of random and random_matched among those that no run selected."""
+    match_prompts: bool = False
+    """Match the histogram of prompt lengths in random_matched, too: the same number of rows in each range of response
+    lengths and of prompt lengths (select.length_edges of the run)."""
+    readings: list[Reading] = field(default_factory=lambda: ["tokens", "epochs"])
+    """How long each arm is trained. tokens: for as many response tokens as random rows of that size have in the
+    recipe's epochs, the same number in every arm. epochs: for the recipe's number of epochs. steps: for as many
+    optimiser steps as every prepared example takes in that number of epochs; left out for sizes where that is more
+    than 20 passes. full is trained for the recipe's epochs."""
+    seeds: int | dict[str, int] = 3
+    """Number of models to train for each arm, each with its own data order; by arm with a default for the others:
+    '{random: 8, default: 4}'."""
+    seeds_per_draw: int = 1
+    """Number of models on each draw of random and random_matched. 1: each model has a draw of its own. With 2 or more,
+    the variation between draws and the variation between models on the same rows can be told apart."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Fields of finetune that differ from the run's own, such as {epochs: 1}."""
     measures: list[MeasureName] = field(default_factory=lambda: ["loss"])
@@ -100,8 +119,11 @@ class CompareConfig(OutputConfig):
         for name in ("run", "instructions", "heldout"):
             check_no_secret(name, getattr(self, name))
         self._check_heldout()
+        self._check_models()
         check_fields(self, "", ["max_bad_fraction"], lambda share: 0 <= share <= 1, "from 0 to 1")
-        check_fields(self, "", ["heldout_limit", "arms_at_once", "seeds"], lambda count: count >= 1, "at least 1")
+        check_fields(
+            self, "", ["heldout_limit", "arms_at_once", "seeds_per_draw"], lambda count: count >= 1, "at least 1"
+        )
         for rows in self.sizes:
             check(rows >= 1, "a size", rows, "at least 1")
         lists = ("arms", "readings", "measures")
@@ -135,6 +157,27 @@ class CompareConfig(OutputConfig):
         check(bool(separator) and named, "a test", test, f"ARM vs OTHER, two of the arms {', '.join(self.arms)}")
         return arm, against
 
+    def _check_models(self) -> None:
+        """Check the runs and the number of models of each arm."""
+        for run in self.runs:
+            check(self.runs.count(run) == 1, "a run", run, "given once")
+        if isinstance(self.seeds, int):
+            check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        else:
+            known = [*get_args(ArmName), "default"]
+            for name, number in self.seeds.items():
+                check(name in known, "an arm of seeds", name, f"one of {', '.join(known)}")
+                check(number >= 1, f"seeds of {name}", number, "at least 1")
+            for arm in self.arms:
+                if not {arm, "default"} & set(self.seeds):
+                    raise ConfigError(f"seeds is {self.seeds!r}, with no number for {arm}; add it, or a default")
+        for arm in RANKED:
+            if arm in self.arms and self.num_models(arm) < len(self.runs):
+                raise ConfigError(
+                    f"seeds is {self.seeds!r}, so {arm} has fewer models than there are runs ({len(self.runs)}), and "
+                    f"some selections would not be trained on; give {arm} {len(self.runs)} models, or fewer runs"
+                )
+
     def _check_heldout(self) -> None:
         if self.heldout is not None and self.heldout_sources:
             raise ConfigError("both heldout and heldout_sources are given; give exactly one of the two")
@@ -164,6 +207,23 @@ class CompareConfig(OutputConfig):
         except TypeError as error:
             raise ConfigError(f"recipe is {self.recipe!r}; its values must have the types of finetune's") from error
 
+    @property
+    def runs(self) -> list[str]:
+        """The runs as a list, also where there is one."""
+        return [self.run] if isinstance(self.run, str) else self.run or []
+
+    def num_models(self, arm: str) -> int:
+        """Number of models of an arm."""
+        if isinstance(self.seeds, int):
+            return self.seeds
+        return self.seeds[arm] if arm in self.seeds else self.seeds["default"]
+
+    def row_set(self, arm: str, model: int) -> int:
+        """Number of the draw, or of the run, whose rows a model of an arm is trained on."""
+        if arm in DRAWN:
+            return model // self.seeds_per_draw
+        return model % max(1, len(self.runs)) if arm in RANKED else 0
+
     def all_heldout(self) -> list[Source]:
         """The held-out sources, with --heldout as one source named after its format."""
         if self.heldout is None:
@@ -184,7 +244,11 @@ class CompareConfig(OutputConfig):
     def reasons_without_effect(self) -> dict[str, str | None]:
         """See OutputConfig."""
         no_match = None if "exact_match" in self.measures else "measures has no exact_match"
+        no_draw = None if set(self.arms) & set(DRAWN) else "no arm is drawn"
         return {
+            "seeds_per_draw": no_draw,
+            "outside_selection": no_draw,
+            "match_prompts": None if "random_matched" in self.arms else "random_matched is not among the arms",
             "generate": no_match if self.instructions is None else None,
             "generate.sources": no_match,
             "instructions_chat": "no instructions are given" if self.instructions is None else None,

@@ -17,14 +17,30 @@ def length_bins(lengths: Ints, edges: list[int]) -> Ints:
     return np.searchsorted(edges, lengths, side="right").astype(np.int64)
 
 
-def matched_draw(keys: Keys, lengths: Ints, wanted: Ints, edges: list[int]) -> Ints:
+def length_cells(lengths: Ints, prompts: Ints | None, edges: list[int]) -> Ints:
+    """The cell of each row: its range of response lengths and, with `prompts`, its range of prompt lengths."""
+    bins = length_bins(lengths, edges)
+    return bins if prompts is None else bins * (len(edges) + 1) + length_bins(prompts, edges)
+
+
+def matched_draw(
+    keys: Keys,
+    lengths: Ints,
+    wanted: Ints,
+    edges: list[int],
+    *,
+    prompts: Ints | None = None,
+    wanted_prompts: Ints | None = None,
+) -> Ints:
     """Rows drawn from a pool with these lengths, in the order of their random keys, to match the wanted lengths.
 
     From each range of lengths, the wanted number of rows is drawn. Then drawn rows are swapped for others of their
-    range until the total number of tokens matches, or is as close as swaps can bring it. The result depends on the
-    keys, not on the order of the pool. Raises ValueError if a range of the pool has fewer rows than are wanted.
+    range until the total number of tokens matches, or is as close as swaps can bring it. With the lengths of prompts,
+    a range is a pair of a range of response lengths and one of prompt lengths: both histograms are then those of the
+    wanted rows, but the total number of tokens is matched for responses alone. The result depends on the keys, not on
+    the order of the pool. Raises ValueError if a range of the pool has fewer rows than are wanted.
     """
-    bins, wanted_bins = length_bins(lengths, edges), length_bins(wanted, edges)
+    bins, wanted_bins = length_cells(lengths, prompts, edges), length_cells(wanted, wanted_prompts, edges)
     drawn: list[Ints] = []
     others: list[Ints] = []
     missing = 0

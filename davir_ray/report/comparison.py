@@ -1,14 +1,15 @@
 """The report of a comparison: from the models' measurements to facts, tables and the page.
 
 Pure functions: no files, no models. An arm is a set of rows to train on; each arm is trained with several seeds, in a
-size (`rows`) and a schedule (`reading`: as many epochs, or as many steps, as the full set). Held-out losses are nats
-per token; the other measures have units of their own.
+size (`rows`) and a schedule (`reading`: equal tokens, equal epochs, or as many steps as the full set). Held-out losses
+are nats per token; the other measures have units of their own.
 
 Where there are several sizes, the best is chosen on one half of the held-out prompts, and everything is reported on the
 other: a size that is the best by luck is not reported with its luck.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.config.compare import DRAWN, TrialName
+from davir_ray.config.compare import DRAWN, MAX_PASSES, TrialName
 from davir_ray.errors import DataError
 from davir_ray.formulas.hashing import drawn
 from davir_ray.formulas.statistics import Examples, Floats, Ints, Outcome, Panel, seed_correlation
@@ -35,7 +36,7 @@ Key = tuple[str, int, str]
 
 ARM_MEANING = {
     "selection": "the rows that the run selected, or its mixture if it has one",
-    "random": "the same number of rows, drawn by hash, different ones for each seed",
+    "random": "the same number of rows, drawn by hash",
     "random_matched": "drawn rows with the same histogram of response lengths and the same number of response tokens",
     "lowest": "the same number of rows, from the other end of the ranking",
     "rho": "the same number of rows, the highest by RHO summed over the response (base minus reference loss, not "
@@ -43,6 +44,8 @@ ARM_MEANING = {
     "full": "every prepared example",
 }
 READING_MEANING = {
+    "tokens": "every arm is trained for as many response tokens as random rows of its size have in the recipe’s number "
+    "of epochs, so an arm of short responses takes more steps",
     "epochs": "every arm is trained for the recipe’s number of epochs, so a smaller set takes fewer steps",
     "steps": "every arm is trained for the number of optimiser steps that the full set takes, so a smaller set is "
     "repeated",
@@ -88,6 +91,9 @@ TABLE = pa.schema(
         ("num_examples", pa.int64()),
         ("num_response_tokens", pa.int64()),
         ("num_steps", pa.int64()),
+        ("row_set", pa.int64()),
+        ("num_shared", pa.int64()),
+        ("num_trained_tokens", pa.int64()),
     ]
 )
 """comparison.parquet: a row for each model, measure and source; source is null for all sources together."""
@@ -192,7 +198,11 @@ class TrialFacts:
     row_set: int
     """Number of the draw, or of the run, whose rows the model was trained on."""
     num_examples: int
+    num_shared: int
+    """Different rows that are also in the selection of that size; with several runs, in that of the first."""
     num_response_tokens: int
+    num_trained_tokens: int
+    """Response tokens that the model was trained on, each counted every time: by the mean of its rows."""
     num_steps: int
     final_loss: float
     """Loss of the last batch, nats per token."""
@@ -270,15 +280,15 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
     # The full set is compared with every size and schedule.
     settings = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
     settings = settings or {(name.rows, name.reading) for name in inputs.trials}
-    primary_rows, primary_reading = next(iter(inputs.trials)).rows, _primary_reading(inputs, settings)
-    chosen = None
-    if len(sizes := sorted({rows for rows, _ in settings})) > 1:
-        halves = [drawn(measured.prompts, 0.5, "choosing half") for measured in measures]
+    sizes = sorted({rows for rows, _ in settings})
+    primary_rows, primary_reading, chosen = sizes[0], _primary_reading(inputs, settings), None
+    halves = [drawn(measured.prompts, 0.5, "choosing half") for measured in measures]
+    can_choose = all(len(np.unique(measures[0].prompts[half])) > 1 for half in (halves[0], ~halves[0]))
+    if len(sizes) > 1 and can_choose:
         chosen = _chosen(inputs, measures[0].of(halves[0]), sizes, primary_reading)
-        measures = [measured.of(~half) for measured, half in zip(measures, halves, strict=True)]
+        reported = [measured.of(~half) for measured, half in zip(measures, halves, strict=True)]
+        measures = [measured for measured in reported if len(measured.weights)]
         primary_rows = chosen["rows"]
-    elif sizes:
-        primary_rows = sizes[0]
     contrasts: list[Contrast] = []
     results, base_results, by_length, table = [], [], [], []
     for measured in measures:
@@ -315,6 +325,10 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         "run": inputs.run,
         "base": inputs.base,
         "arms": _arms(inputs.trials),
+        "sizes_without_steps": _sizes_without_steps(inputs),
+        "equal_models": _equal_models(inputs),
+        "outside_selection": bool(inputs.settings.get("outside_selection")),
+        "match_prompts": bool(inputs.settings.get("match_prompts")),
         "measures": [
             {
                 **asdict(measured.measure),
@@ -339,6 +353,7 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         "contrasts": [asdict(one) | {"verdict": one.verdict} for one in tested],
         "num_tests": sum(one.p is not None and not one.primary for one in tested),
         "chosen": chosen,
+        "too_few_to_choose": len(sizes) > 1 and not can_choose,
         "by_length": by_length,
         "seed_correlation": _seed_correlation(inputs.trials, measures[0], (primary_rows, primary_reading)),
         "limits": LIMITS,
@@ -357,10 +372,9 @@ def _primary_reading(inputs: ComparisonInputs, settings: set[tuple[int, str]]) -
 
 
 def _chosen(inputs: ComparisonInputs, half: Measured, sizes: Sequence[int], reading: str) -> dict[str, Any]:
-    """The size with which the first arm of the primary test does best on the choosing half."""
-    if not len(half.weights) or len(half.weights) == sum(map(len, (m.weights for m in inputs.measures[:1]))):
-        raise DataError("too few held-out prompts to choose a size on one half of them; give more, or one size")
-    arm = inputs.pairs[0][0] if inputs.pairs else next(name.arm for name in inputs.trials if name.arm != FULL)
+    """The size with which the primary test's first arm, or else the first one there is, does best on this half."""
+    trained = [name.arm for name in inputs.trials if name.arm != FULL]
+    arm = next(arm for arm in [*(arm for arm, _ in inputs.pairs[:1]), *trained] if arm in trained)
     outcomes = _outcomes(inputs.trials, half.values)
     panel = Panel(outcomes, half.examples)
     by_size = [
@@ -495,8 +509,31 @@ def _arms(trials: Mapping[TrialName, TrialFacts]) -> list[dict[str, Any]]:
         by_field = {field: [facts[field] for facts in found] for field in found[0]}
         means = {field: np.mean(values) for field, values in by_field.items()}
         ranges = {field: [min(values), max(values)] for field, values in by_field.items()}
-        arms.append({"arm": arm, "rows": rows, "reading": reading, **means, "ranges": ranges})
+        counts = {"num_models": len(found), "num_sets": len(set(by_field["row_set"]))}
+        arms.append({"arm": arm, "rows": rows, "reading": reading, **counts, **means, "ranges": ranges})
     return arms
+
+
+def _sizes_without_steps(inputs: ComparisonInputs) -> list[int]:
+    """Sizes for which the schedule `steps` was asked for and left out, as it takes too many passes."""
+    if "steps" not in inputs.settings.get("readings", ()):
+        return []
+    sizes = {name.rows for name in inputs.trials if name.arm != FULL}
+    return sorted(sizes - {name.rows for name in inputs.trials if name.reading == "steps"})
+
+
+def _equal_models(inputs: ComparisonInputs) -> list[dict[str, Any]]:
+    """Arms several models of which took the same steps: a fine-tune of all weights with all rows in each batch."""
+    recipe = inputs.recipe
+    if recipe.get("lora_rank") is not None:
+        return []
+    models = Counter(
+        (name.arm, name.rows, name.reading, facts.row_set)
+        for name, facts in inputs.trials.items()
+        if facts.num_examples <= recipe.get("batch_size", 0)
+    )
+    same = sorted({(arm, rows) for (arm, rows, *_), count in models.items() if count > 1})
+    return [{"arm": arm, "rows": rows} for arm, rows in same]
 
 
 def results_table(facts: dict[str, Any]) -> pa.Table:
@@ -527,6 +564,7 @@ def render_comparison(facts: dict[str, Any]) -> str:
         drawn=DRAWN,
         arm_meaning=ARM_MEANING,
         reading_meaning=READING_MEANING,
+        max_passes=MAX_PASSES,
     )
 
 

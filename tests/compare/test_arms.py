@@ -26,6 +26,7 @@ DRAW = np.random.default_rng(0)
 DAVIR = DRAW.normal(0, 1, ROWS).round(2)
 RHO = DRAW.normal(0, 1, ROWS)
 TOKENS = DRAW.integers(1, 300, ROWS)
+PROMPTS = DRAW.integers(1, 300, ROWS)
 SOURCES = np.where(np.arange(ROWS) % 4 == 0, "gsm8k", "alpaca")
 
 
@@ -33,7 +34,10 @@ def finished(
     make_scores: Callable[..., Run], config: SelectConfig, order: RankConfig = RankConfig(), **options: Any
 ) -> FinishedRun:
     """A constructed run, ranked and selected by the real stages."""
-    columns = {"source": SOURCES, "rho_sum": RHO, "num_response_tokens": TOKENS, "content_hash": range(ROWS)}
+    columns = {
+        "source": SOURCES, "rho_sum": RHO, "num_response_tokens": TOKENS, "content_hash": range(ROWS),
+        "num_prompt_tokens": PROMPTS,
+    }  # fmt: skip
     run = make_scores(DAVIR, **columns | options)
     names = (run / "examples").names()
     files = in_folder("examples", [entry_of(Run(run / "examples" / name)) for name in names])
@@ -86,6 +90,107 @@ def test_the_worst_rows_of_a_run_that_takes_the_lowest_are_the_highest(make_scor
     selection = run.selection(None)
     chosen = {arm: set(run.rows_of(arm, selection, 0).tolist()) for arm in ("selection", "lowest")}
     assert chosen == {"selection": best(-DAVIR, 60), "lowest": best(DAVIR, 60)}
+
+
+COPIES = np.random.default_rng(3).integers(0, 200, ROWS)
+"""Hashes of contents of which most are there more than once."""
+
+FILTERS: list[tuple[SelectConfig, RankConfig]] = [
+    (SelectConfig(top_k=40, min_response_tokens=60), RankConfig()),
+    (SelectConfig(top_k=40, max_response_tokens=200, drop_duplicates=True), RankConfig()),
+    (SelectConfig(top_k=40, drop_duplicates=True), RankConfig(order="rho_sum", lowest=True)),
+    (SelectConfig(min_score=1.3, min_response_tokens=20), RankConfig()),
+]
+
+
+def may_be_taken(config: SelectConfig, order: RankConfig) -> np.ndarray:
+    """The rows that pass the filters, one by one: of each content the first of the run's ranking, and its length."""
+    values = {"davir": DAVIR, "rho_sum": RHO}[order.order] * (-1 if order.lowest else 1)
+    seen: set[int] = set()
+    kept = []
+    for row in np.lexsort((np.arange(ROWS), -values)).tolist():
+        is_copy = config.drop_duplicates and COPIES[row] in seen
+        seen.add(COPIES[row])
+        fits = (config.min_response_tokens or 0) <= TOKENS[row] <= (config.max_response_tokens or 1000)
+        if fits and not is_copy:
+            kept.append(row)
+    return np.array(sorted(kept))
+
+
+@pytest.mark.parametrize("sampled", [20_000, 40])
+@pytest.mark.parametrize(("config", "order"), FILTERS)
+def test_the_filters_of_the_selection_bind_every_arm(
+    make_scores: Any, config: SelectConfig, order: RankConfig, sampled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_sets, "_SAMPLED_KEYS", sampled)
+    run, pool = finished(make_scores, config, order, content_hash=COPIES), may_be_taken(config, order)
+    selection = run.selection(None)
+    size = selection.num_rows
+    assert size < len(pool) < ROWS
+    assert set(run.rows_of("rho", selection, 0).tolist()) == best(RHO, size, pool)
+    values = {"davir": DAVIR, "rho_sum": RHO}[order.order] * (-1 if order.lowest else 1)
+    assert set(run.rows_of("lowest", selection, 0).tolist()) == best(-values, size, pool)
+    for arm in ("random", "random_matched"):
+        draws = [run.rows_of(arm, selection, draw).tolist() for draw in range(3)]
+        assert all(set(rows) <= set(pool.tolist()) and len(rows) == size for rows in draws)
+        assert len({tuple(rows) for rows in draws}) == 3
+
+
+def test_a_content_with_many_copies_is_drawn_no_more_often_than_another(make_scores: Any) -> None:
+    """Half of the rows are copies of one: of the others every second is drawn, and so is it."""
+    copied = np.where(np.arange(ROWS) < ROWS // 2, 0, np.arange(ROWS))
+    config = SelectConfig(top_k=100, drop_duplicates=True)
+    run = finished(make_scores, config, content_hash=copied)
+    selection = run.selection(None)
+    drawn = [set(copied[run.rows_of("random", selection, draw)].tolist()) for draw in range(12)]
+    assert all(len(contents) == 100 for contents in drawn)
+    times = sum(0 in contents for contents in drawn)
+    assert 1 <= times <= 11  # of 12 draws, by half: all or none once in two thousand
+
+
+def test_duplicates_beyond_the_ranks_that_were_kept_are_not_guessed(make_scores: Any) -> None:
+    config = SelectConfig(top_k=40, drop_duplicates=True)
+    run = finished(make_scores, config, RankConfig(most=100), content_hash=COPIES)
+    with pytest.raises(ConfigError, match=r"100 of 400 ranks \(rank.most\).*--rank.most null"):
+        run.rows_of("random", run.selection(None), 0)
+    without = finished(make_scores, SelectConfig(top_k=40), RankConfig(most=100), name="without")
+    assert max(without.rows_of("lowest", without.selection(None), 0)) > 0
+
+
+def test_draws_from_outside_the_selection_have_none_of_it(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(top_k=60))
+    selection = run.selection(None)
+    without = np.sort(np.asarray(selection["example_id"]))
+    for arm in ("random", "random_matched"):
+        rows = run.rows_of(arm, selection, 0, without=without)
+        assert len(set(rows.tolist())) == 60
+        assert not set(rows.tolist()) & set(without.tolist())
+    most = run.selection(250)
+    without = np.sort(np.asarray(most["example_id"]))
+    outside = r"are outside the selection \(outside_selection\)"
+    with pytest.raises(ConfigError, match=rf"the arm random needs 250 rows, but only 150 that pass .* {outside}"):
+        run.rows_of("random", most, 0, without=without)
+    with pytest.raises(ConfigError, match=rf"random_matched cannot be drawn: .* that has \d+ .*{outside}"):
+        run.rows_of("random_matched", most, 0, without=without)
+
+
+@pytest.mark.parametrize("mixture", [[], [Part(source="alpaca", top_k=40), Part(source="gsm8k", top_k=20)]])
+def test_prompt_lengths_are_matched_on_request(make_scores: Any, mixture: list[Part]) -> None:
+    config = SelectConfig(mixture=mixture) if mixture else SelectConfig(top_k=60)
+    run = finished(make_scores, config)
+    selection = run.selection(None)
+    wanted, bounds = np.asarray(selection["example_id"]), [0, *config.length_edges, 10**9]
+    rows = run.rows_of("random_matched", selection, 0, match_prompts=True)
+    for lengths in (TOKENS, PROMPTS):
+        for source in ("alpaca", "gsm8k") if mixture else ("",):
+            found, expected = (
+                np.histogram(lengths[ids][(SOURCES[ids] == source) | (source == "")], bounds)[0]
+                for ids in (rows, wanted)
+            )
+            assert found.tolist() == expected.tolist()
+    plain = run.rows_of("random_matched", selection, 0)
+    histograms = [np.histogram(PROMPTS[ids], bounds)[0].tolist() for ids in (plain, wanted)]
+    assert histograms[0] != histograms[1]
 
 
 def test_the_rows_do_not_depend_on_the_shards(make_scores: Any) -> None:

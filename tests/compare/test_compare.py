@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 NOUNS, COLOURS = PEOPLE[:16], PLACES[:8]
 NUM_TRUE, NUM_NOISE, NUM_HELDOUT, NUM_LEAKED = 110, 210, 100, 5
-SELECTED = 80
+SELECTED = 100
 RECIPE = FinetuneConfig(epochs=6, batch_size=16, learning_rate=3e-3, gradient_checkpointing=False, precision="float32")
 SEEDS = 3
 
@@ -132,6 +132,18 @@ def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path, mon
     means = table.groupby("arm")["value"].mean()
     assert results["mean"].to_dict() == pytest.approx(means.to_dict())
     assert set(table["num_steps"]) == {6 * (NUM_TRUE + NUM_NOISE) // 16}
+    mine = table[table["arm"] == "selection"]
+    rows = pd.read_parquet(output / "sets" / f"selection-{SELECTED}" / "examples")
+    assert (mine["row_set"] == 0).all()
+    assert (mine["num_shared"] == SELECTED).all()
+    # Steps of 16, of which each pass over the hundred rows has seven: 17 passes and one step.
+    tokens = (17 * SELECTED + 16) * rows["num_response_tokens"].mean()
+    assert mine["num_trained_tokens"].tolist() == [round(tokens)] * SEEDS
+    drawn = table[table["arm"] == "random"].sort_values("seed")
+    assert drawn["row_set"].tolist() == list(range(SEEDS))
+    for seed, shared in zip(drawn["seed"], drawn["num_shared"], strict=True):
+        draw = pd.read_parquet(output / "sets" / f"random-{SELECTED}-seed{seed}" / "examples")
+        assert shared == len(set(draw["example_id"]) & set(rows["example_id"]))
     assert not list(output.glob("arms/*/reference"))
     assert (output / "comparison.html").stat().st_size > 10_000
 

@@ -7,6 +7,7 @@ import pytest
 from davir_ray.cli import parse_as
 from davir_ray.config.compare import CompareConfig
 from davir_ray.config.sources import Source
+from davir_ray.config.yaml import dump, load
 from davir_ray.errors import ConfigError
 
 WHOLE: dict[str, Any] = {"run": "run1", "output": "out", "heldout": "data", "heldout_format": "alpaca"}
@@ -22,6 +23,29 @@ def test_a_whole_configuration_by_command_line() -> None:
     assert [source.name for source in config.all_heldout()] == ["alpaca"]
 
 
+def test_runs_and_seeds_by_arm_by_command_line() -> None:
+    argv = ["--run", "[run1, run2]", "--seeds", "{random: 8, default: 4}", "--seeds_per_draw", "2"]
+    config = parse_as(CompareConfig, argv)
+    assert config.runs == ["run1", "run2"]
+    assert [config.num_models(arm) for arm in ("random", "selection", "full")] == [8, 4, 4]
+    assert [config.row_set("random", model) for model in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [config.row_set("selection", model) for model in range(4)] == [0, 1, 0, 1]
+    assert [config.row_set("full", model) for model in range(4)] == [0, 0, 0, 0]
+    one = CompareConfig(run="run1", seeds=5)
+    assert (one.runs, one.num_models("rho"), one.readings) == (["run1"], 5, ["tokens", "epochs"])
+    assert [one.row_set(arm, 3) for arm in ("random", "selection")] == [3, 0]
+    assert load(CompareConfig, dump(config)) == config
+    # Fewer models than runs are enough where the rows come from one run.
+    CompareConfig(run=["run1", "run2"], arms=["random", "full"], seeds=1)
+
+
+def test_settings_of_draws_without_a_drawn_arm_have_no_effect() -> None:
+    config = CompareConfig(arms=["selection"], seeds_per_draw=2, outside_selection=True, match_prompts=True)
+    assert config.without_effect().keys() == {"seeds_per_draw", "outside_selection", "match_prompts"}
+    drawn = CompareConfig(arms=["random"], seeds_per_draw=2, outside_selection=True, match_prompts=True)
+    assert drawn.without_effect().keys() == {"match_prompts"}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -33,6 +57,14 @@ def test_a_whole_configuration_by_command_line() -> None:
         ({"arms": ["random", "random"]}, "without repetition"),
         ({"sizes": [0]}, "a size is 0"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": {"default": 3, "lowest": 0}}, "seeds of lowest is 0"),
+        ({"seeds": {"default": 3, "rand": 8}}, "an arm of seeds is 'rand'; it must be one of selection, random, "),
+        ({"seeds": {"random": 8}, "arms": ["random", "full"]}, "with no number for full; add it, or a default"),
+        ({"seeds_per_draw": 0}, "seeds_per_draw is 0"),
+        ({"run": ["run1", "run1"]}, "a run is 'run1'; it must be given once"),
+        ({"run": ["run1", "run2"], "seeds": 1}, "so selection has fewer models than there are runs"),
+        ({"run": ["run1", "run2"], "seeds": {"rho": 1, "default": 2}}, "so rho has fewer models than there are runs"),
+        ({"run": ["run1", "s3://key:secret@host/run"]}, "with a password in it"),
         ({"heldout": None}, "heldout_format is given without heldout"),
         ({"heldout_sources": [Source(name="a", path="b", format="alpaca")]}, "exactly one of the two"),
         ({"generate": {"sources": ["gsm8k"]}}, "the held-out sources are alpaca"),

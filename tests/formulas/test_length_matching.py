@@ -29,6 +29,26 @@ def test_as_many_rows_in_each_range_and_as_many_tokens(seed: int, size: int) -> 
     assert abs(int(found.sum()) - int(wanted.sum())) <= (0 if size > 5 else 100)
 
 
+@settings(max_examples=50)
+@given(st.integers(0, 2**32), st.integers(1, 60))
+def test_with_prompts_both_histograms_are_those_that_are_wanted(seed: int, size: int) -> None:
+    """And as many response tokens; those of the prompts agree as their ranges do."""
+    draw = np.random.default_rng(seed)
+    lengths, prompts = (np.clip(draw.lognormal(4, 1, 2000).astype(np.int64), 1, 700) for _ in range(2))
+    chosen = draw.choice(2000, size, replace=False)
+    wanted, wanted_prompts = lengths[chosen], prompts[chosen]
+    rows = matched_draw(keys(2000, seed), lengths, wanted, EDGES, prompts=prompts, wanted_prompts=wanted_prompts)
+    assert len(set(rows.tolist())) == size
+    bounds = [0, *EDGES, 10**9]
+    for found, expected in ((lengths[rows], wanted), (prompts[rows], wanted_prompts)):
+        assert np.histogram(found, bounds)[0].tolist() == np.histogram(expected, bounds)[0].tolist()
+    pairs = [np.histogram2d(*lists, bins=(bounds, bounds))[0] for lists in (
+        (lengths[rows], prompts[rows]), (wanted, wanted_prompts),
+    )]  # fmt: skip
+    assert (pairs[0] == pairs[1]).all()
+    assert abs(int(lengths[rows].sum()) - int(wanted.sum())) <= (0 if size > 20 else 100)
+
+
 def test_the_order_of_the_pool_does_not_matter() -> None:
     draw = np.random.default_rng(1)
     lengths, own = draw.integers(1, 300, 500), keys(500)

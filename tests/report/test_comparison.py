@@ -255,11 +255,12 @@ def test_several_sizes_are_chosen_on_one_half_of_the_prompts_and_reported_on_the
     assert "on half of the held-out prompts" in section(render_comparison(facts), "glance")
 
 
-def test_a_size_cannot_be_chosen_on_a_single_prompt() -> None:
+def test_a_size_is_not_chosen_on_a_single_prompt() -> None:
     inputs = comparison_inputs(trial_names((50, 100), ("epochs",)))
     one = replace(inputs.measures[0], prompts=np.zeros(60, np.int64))
-    with pytest.raises(DataError, match="too few held-out prompts"):
-        summarise_comparison(replace(inputs, measures=[one]))
+    facts, _ = summarise_comparison(replace(inputs, measures=[one]))
+    assert (facts["chosen"], facts["too_few_to_choose"], facts["heldout"]["measured"]) == (None, True, 60)
+    assert "too few held-out prompts to choose" in section(render_comparison(facts), "glance")
 
 
 def test_the_loss_by_length_and_by_example_is_shown_and_not_tested() -> None:
@@ -456,11 +457,76 @@ def test_the_arms_are_reported_as_means_over_their_seeds_with_the_range_where_th
     assert text.count("2,900") == 3
 
 
-def test_the_page_says_that_the_rules_of_the_selection_do_not_bind_the_other_arms() -> None:
-    facts, _ = summarise_comparison(comparison_inputs())
-    text = section(render_comparison(facts), "arms")
-    assert "all scored rows of the source: random, lowest. The selection’s own" in text
-    assert "min_response_tokens, max_response_tokens, drop_duplicates, balance and quotas do not apply to them." in text
+def arms_of(names: list[TrialName] | None = None, **fields: Any) -> str:
+    """Text of the page's section of the arms, each white space one blank."""
+    facts, _ = summarise_comparison(comparison_inputs(names, **fields))
+    return " ".join(section(render_comparison(facts), "arms").split())
+
+
+def test_the_page_says_which_rules_of_the_selection_bind_the_other_arms() -> None:
+    text = arms_of()
+    assert "min_response_tokens, max_response_tokens and drop_duplicates: random, lowest. The selection’s" in text
+    assert "min_score, balance and quotas do not apply to them." in text
+    assert "Drawn rows may be selected ones, too" in text
+    assert "Drawn rows are none that a run selected." in arms_of(settings={"outside_selection": True})
     few = [name for name in trial_names() if name.arm in ("selection", "full")]
-    facts, _ = summarise_comparison(comparison_inputs(few))
-    assert "do not apply" not in section(render_comparison(facts), "arms")
+    assert "do not apply" not in arms_of(few)
+    matched = [TrialName("random_matched", SIZE, "tokens", seed) for seed in SEEDS]
+    assert "prompt lengths" not in arms_of(matched)
+    assert "as many rows in each range of prompt lengths, too" in arms_of(matched, settings={"match_prompts": True})
+
+
+def test_the_page_says_what_the_models_of_an_arm_are_replicates_of() -> None:
+    names = [name for name in trial_names((SIZE,), ("tokens",)) if name.arm != "full"]
+    inputs = comparison_inputs(names)
+    of_one = arms_of(
+        names,
+        trials={name: replace(TRIAL, row_set=name.seed if name.arm == "random" else 0) for name in names},
+    )
+    assert "selection, lowest: every model of an arm has the same rows, those of one run." in of_one
+    assert "replicates of the method: their" not in of_one
+    assert "Several models were trained on each draw" not in of_one
+    sets = {name: replace(TRIAL, row_set=name.seed if name.arm != "random" else name.seed // 2) for name in names}
+    text = arms_of(names, trials=sets)
+    assert "have 3 sets of rows, those of 3 runs" in text
+    assert "replicates of the method: their" in text
+    assert "Several models were trained on each draw" in text
+    facts, _ = summarise_comparison(replace(inputs, trials=sets))
+    counts = {row["arm"]: (row["num_models"], row["num_sets"]) for row in facts["arms"]}
+    assert counts == {"selection": (3, 3), "random": (3, 2), "lowest": (3, 3)}
+
+
+def test_the_page_names_arms_whose_models_take_the_same_steps() -> None:
+    names = trial_names((SIZE,), ("tokens",))
+    drawn = {name: replace(TRIAL, row_set=name.seed if name.arm == "random" else 0) for name in names}
+    recipe = {"batch_size": TRIAL.num_examples, "lora_rank": None}
+
+    def named(**changes: Any) -> bool:
+        text = arms_of(names, trials=drawn, recipe=recipe | changes)
+        found = (
+            "A batch has all rows of these arms: full (1,000 rows), lowest (100 rows), selection (100 rows)." in text
+        )
+        assert found == ("take the same steps" in text)
+        return found
+
+    assert named()
+    assert not named(batch_size=TRIAL.num_examples - 1)
+    assert not named(lora_rank=4)
+
+
+def test_the_page_shows_what_was_trained_on_and_says_what_was_left_out() -> None:
+    names = [name for name in trial_names((50, SIZE)) if (name.rows, name.reading) != (50, "steps")]
+    trials = {name: replace(TRIAL, num_shared=11 + name.seed, num_trained_tokens=8123) for name in names}
+    text = arms_of(names, trials=trials, settings={"readings": ["epochs", "steps"]})
+    assert "1211 to 13" in text
+    assert "8,123" in text
+    assert "“same steps” is left out for 50 rows: it would take more than 20 passes" in text
+    assert "is left out for" not in arms_of(settings={"readings": ["epochs", "steps"]})
+    assert "same learning rate, which was tuned for none of them" in text
+
+
+def test_the_page_says_how_many_models_an_arm_has() -> None:
+    names = [TrialName("selection", SIZE, "tokens", seed) for seed in range(2)]
+    names += [TrialName("random", SIZE, "tokens", seed) for seed in range(5)]
+    facts, _ = summarise_comparison(comparison_inputs(names, settings={"seeds": {"random": 5, "default": 2}}))
+    assert "same recipe, 2 to 5 models each" in Outline(render_comparison(facts)).text

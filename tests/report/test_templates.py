@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from comparison_facts import comparison_inputs, trial_names
+from comparison_facts import comparison_inputs, distinct, trial_names
 from jinja2 import nodes
 from jinja2.runtime import Undefined
 from margin_facts import CURVE, manifests, margin_table
@@ -23,7 +24,7 @@ from run_facts import example, manifest, report_inputs
 from davir_ray import schema
 from davir_ray.config.compare import TrialName
 from davir_ray.report import ReportInputs, charts, render_page, summarise
-from davir_ray.report.alignment import Trained, alignment_facts, parts_of, render_alignment, sweep_table
+from davir_ray.report.alignment import Trained, alignment_facts, measured_pairs, render_alignment, sweep_table
 from davir_ray.report.comparison import (
     FLEXIBLE,
     STRICT,
@@ -268,15 +269,17 @@ def with_others(*changes: dict[str, Any]) -> Change:
     """A sweep of this training and others, each with another recipe or objective, or without some of the parts."""
 
     def change(inputs: Alignment) -> Alignment:
-        parts = parts_of(inputs["margins"])
+        measured = measured_pairs(inputs["margins"])
+        of_part = {"held_out": measured["held_out"], "trained": pc.invert(measured["held_out"])}
         trained = []
         for seed, changed in enumerate([{}, *changes]):
             objective = {"loss": "dpo", "beta": None, "heldout_fraction": 0.0} | changed.get("objective", {})
             recipe = {"seed": seed, "learning_rate": 1e-6} | changed.get("recipe", {})
-            there = {name: part for name, part in parts.items() if name in changed.get("parts", parts)}
+            kept = [of_part[name] for name in changed.get("parts", of_part)]
+            pairs = measured.filter(reduce(pc.or_, kept)) if kept else measured.slice(0, 0)
             fingerprint = {"base": "b", "examples": "e", "frozen": f"{seed}", "objective": objective, "recipe": recipe}
             details = {"loss": objective["loss"], "beta": 0.1}
-            trained.append(Trained(place=f"runs/{seed}", fingerprint=fingerprint, details=details, parts=there))
+            trained.append(Trained(place=f"runs/{seed}", fingerprint=fingerprint, details=details, pairs=pairs))
         return {**inputs, "sweep": sweep_table(trained)}
 
     return change
@@ -344,7 +347,11 @@ def comparison() -> ComparisonInputs:
 def answers(inputs: ComparisonInputs, measure: Any, sources: list[str]) -> Measured:
     draw = np.random.default_rng(1)
     values = {name: (draw.random(len(sources)) < 0.4).astype(float) for name in inputs.trials}
-    return Measured(measure=measure, sources=np.array(sources), weights=np.ones(len(sources)), values=values)
+    num = len(sources)
+    return Measured(
+        measure=measure, sources=np.array(sources), prompts=distinct(num), lengths=np.arange(num), weights=np.ones(num),
+        values=values,
+    )  # fmt: skip
 
 
 def kept_trials(kept: Callable[[TrialName], bool]) -> Change:
@@ -373,14 +380,41 @@ def few_rows(inputs: ComparisonInputs) -> ComparisonInputs:
     """One held-out example of each measure, the first."""
     return replace(
         inputs,
-        measures=[
-            replace(
-                m, sources=m.sources[:1], weights=m.weights[:1], base=None if m.base is None else m.base[:1],
-                values={name: values[:1] for name, values in m.values.items()},
-            )
-            for m in inputs.measures
-        ],
-    )  # fmt: skip
+        measures=[m.of(np.arange(len(m.weights)) < 1) for m in inputs.measures],
+    )
+
+
+def matched_without_steps(inputs: ComparisonInputs) -> ComparisonInputs:
+    """Arms of which one is matched in prompts, too, and a schedule that was asked for and left out."""
+
+    def renamed(values: Any) -> Any:
+        return {name._replace(arm=name.arm.replace("lowest", "random_matched")): of for name, of in values.items()}
+
+    found: ComparisonInputs = kept_trials(lambda name: name.reading != "steps")(inputs)
+    return replace(
+        found,
+        trials=renamed(found.trials),
+        measures=[replace(m, values=renamed(m.values)) for m in found.measures],
+        settings={**found.settings, "readings": ["epochs", "steps"], "match_prompts": True},
+    )
+
+
+def hardly_different(inputs: ComparisonInputs) -> ComparisonInputs:
+    """Losses of all models that are those of the base, give or take a thousandth of a nat."""
+    draw, (measured,) = np.random.default_rng(2), inputs.measures
+    weights = measured.weights
+    values = {name: weights * (1 + draw.normal(0, 1e-3, len(weights))) for name in measured.values}
+    return replace(inputs, measures=[replace(measured, values=values)])
+
+
+def several_models_a_draw(inputs: ComparisonInputs) -> ComparisonInputs:
+    return replace(
+        inputs,
+        trials={
+            name: replace(facts, row_set=name.seed // 2 if name.arm == "random" else 0)
+            for name, facts in inputs.trials.items()
+        },
+    )
 
 
 COMPARISON: Options = {
@@ -394,6 +428,7 @@ COMPARISON: Options = {
                 answers(inputs, FLEXIBLE, ["gsm8k"] * 20),
             ],
         ),
+        "losses that hardly differ": hardly_different,
         "answers": lambda inputs: replace(inputs, measures=[answers(inputs, STRICT, ["gsm8k"] * 20)]),
         "loss, and answers that nobody has": lambda inputs: replace(
             inputs, measures=[*inputs.measures, answers(inputs, STRICT, [])]
@@ -428,7 +463,13 @@ COMPARISON: Options = {
             inputs, trials={name: replace(facts, final_loss=float("nan")) for name, facts in inputs.trials.items()}
         ),
     },
-    "settings": {"some": unchanged, "no recipe": lambda inputs: replace(inputs, recipe={})},
+    "settings": {
+        "some": unchanged,
+        "no recipe": lambda inputs: replace(inputs, recipe={}),
+        "batches of all rows": lambda inputs: replace(inputs, recipe={**inputs.recipe, "batch_size": 10_000}),
+    },
+    "draws": {"of one model": unchanged, "of several": several_models_a_draw},
+    "rows": {"one run's": unchanged, "matched, in schedules without steps": matched_without_steps},
 }
 
 

@@ -66,6 +66,20 @@ def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int | 
     return max_steps or epochs * math.ceil(num_examples / batch_size)
 
 
+def rows_in(steps: int, num_examples: int, batch_size: int) -> int:
+    """Number of rows in so many steps: the last batch of an epoch has what the others left."""
+    epochs, more = divmod(steps, math.ceil(num_examples / batch_size))
+    return epochs * num_examples + more * batch_size
+
+
+def steps_for(rows: float, num_examples: int, batch_size: int) -> int:
+    """Number of steps, at least 1, whose number of rows is nearest to `rows`; of two, the smaller."""
+    epochs, more = divmod(rows, num_examples)
+    steps = int(epochs) * math.ceil(num_examples / batch_size) + int(more // batch_size)
+    fewer, larger = (rows_in(count, num_examples, batch_size) for count in (steps, steps + 1))
+    return max(1, steps if rows - fewer <= larger - rows else steps + 1)
+
+
 def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
     """Share of the peak learning rate at a step, counted from 1: linear warm-up, then a cosine to 0."""
     warmup = math.ceil(warmup_ratio * total)

@@ -36,10 +36,12 @@ class Candidates:
     config: SelectConfig
     duplicates: frozenset[str]
     """Files of ranked/ that contain duplicates."""
+    also: tuple[str, ...] = ()
+    """Columns that are read besides those that a selection depends on."""
 
     def read(self, file: str) -> pa.Table:
-        """The columns of a file of ranked/ that a selection depends on, and its name in the column `file`."""
-        columns = {"rank", "source", "num_response_tokens", *key_columns(self.rank_config)}
+        """The columns of a file of ranked/ that are needed, and its name in the column `file`."""
+        columns = {"rank", "source", "num_response_tokens", *key_columns(self.rank_config), *self.also}
         table = read_parquet(self.run / "ranked" / file, sorted(columns))
         return table.append_column("file", pa.repeat(file, table.num_rows))
 
@@ -65,6 +67,10 @@ class Candidates:
         for reason, leaves_out in reversed(self.filters.items()):
             outcomes[leaves_out(table)] = reason
         return outcomes
+
+    def eligible(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Whether each row of a file may be selected: no filter leaves it out."""
+        return np.asarray(self.outcomes(table) == _ELIGIBLE)
 
     def groups(self, table: pa.Table) -> npt.NDArray[np.str_]:
         """The group of each row; without balance, quotas or mixture all rows are in one group."""
@@ -107,7 +113,7 @@ class Choice:
 
     def selected(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Whether each row of a file, as the candidates read it, is selected."""
-        eligible, groups = self.candidates.outcomes(table) == _ELIGIBLE, self.candidates.groups(table)
+        eligible, groups = self.candidates.eligible(table), self.candidates.groups(table)
         tokens = np.asarray(table["num_response_tokens"]).astype(np.int64)
         selected = np.zeros(table.num_rows, bool)
         for group, limit in self.limits[table["file"][0].as_py()].items():

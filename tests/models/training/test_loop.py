@@ -40,6 +40,8 @@ from davir_ray.models.training.loop import (
     learning_rate_factor,
     num_steps,
     plan,
+    rows_in,
+    steps_for,
 )
 from davir_ray.models.training.model import freeze_what_text_does_not_reach, save_reference, switch_off_dropout
 from davir_ray.models.training.parallel import STATE_FILE, add_checksums
@@ -127,6 +129,15 @@ def test_each_epoch_of_the_plan_is_a_permutation(num_examples: int, batch_size: 
         assert sorted(np.concatenate([batch.rows for batch in own]).tolist()) == list(range(num_examples))
         assert [batch.ends_epoch for batch in own] == [False] * (len(own) - 1) + [True]
         assert all(len(batch.rows) == batch_size for batch in own[:-1])
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 90), st.floats(0.1, 300))
+def test_the_rows_of_steps_are_those_of_the_plan(num_examples: int, batch_size: int, steps: int, rows: float) -> None:
+    batches = list(plan(num_examples, batch_size, 1, 0, max_steps=max(steps, 400)))
+    seen = np.cumsum([len(batch.rows) for batch in batches])
+    assert rows_in(steps, num_examples, batch_size) == seen[steps - 1]
+    found = steps_for(rows, num_examples, batch_size)
+    assert found == 1 + np.argmin(np.abs(seen - rows))
 
 
 def test_the_plan_depends_on_seed_and_epoch_only() -> None:
@@ -239,6 +250,24 @@ def test_the_same_run_gives_the_same_bits() -> None:
     first, second = make(), make()
     assert [r.loss for r in run(trainer_of(first))] == [r.loss for r in run(trainer_of(second))]
     assert_same_bits(weights(first), weights(second))
+
+
+def test_where_a_batch_has_all_rows_the_seed_changes_dropout_alone() -> None:
+    """So that models without it are the same, whatever their packs; where rows are in several batches they differ."""
+
+    def trained(config: PretrainedConfig, batch_size: int, seed: int) -> Weights:
+        model = make(config)
+        run(trainer_of(model, replace(CONFIG, batch_size=batch_size, seed=seed, tokens_per_pack=40)))
+        return weights(model)
+
+    def differs(config: PretrainedConfig, batch_size: int) -> bool:
+        first, second = (trained(config, batch_size, seed) for seed in (0, 1))
+        return any(not torch.equal(first[name], second[name]) for name in first)
+
+    assert not differs(LLAMA, batch_size=20)
+    assert not differs(LLAMA, batch_size=64)
+    assert differs(LLAMA, batch_size=19)
+    assert differs(GPT2, batch_size=20)
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_changes_no_weight() -> None:
