@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import ray
 
 from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
@@ -74,6 +75,31 @@ class _Matching:
         """Group and range of each row."""
         cells = length_cells(_tokens(rows), self.prompts(rows), self.edges)
         return [f"{group}/{cell}" for group, cell in zip(rows["group"].to_pylist(), cells, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSet:
+    """A set of rows to train on."""
+
+    number: int
+    """Number of the draw, or of the run, that the rows come from."""
+    examples: Run
+    """Run with the rows as its prepared examples."""
+    num_rows: int
+    """Rows with their repeats in a mixture."""
+    num_trainable: int
+    """Of these, rows that can be trained on: a token precedes the first one that is scored."""
+    num_response_tokens: int
+    num_shared: int
+    """Different rows that the first run also selected at this size."""
+
+    def fits_batch(self, recipe: FinetuneConfig) -> bool:
+        """Whether each step of a fine-tune of all weights is taken on all rows, whatever its seed.
+
+        The seed then changes the base's dropout alone, if it has any: the packs of a batch do not depend on the order
+        in which its rows were drawn.
+        """
+        return recipe.lora_rank is None and self.num_trainable <= recipe.batch_size
 
 
 @dataclass(frozen=True)
