@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import ray
 
 from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
@@ -57,6 +58,7 @@ _IDS = pa.schema([("example_id", pa.int64()), *((name, pa.int64()) for name in _
 _ROWS = pa.schema([("group", pa.string()), *_IDS])
 _KEYS = pa.schema([("group", pa.string()), ("key", pa.uint64())])
 _FOUND = pa.schema([*_KEYS, *_IDS])
+_IN_ORDER = [("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,31 @@ class _Matching:
         """Group and range of each row."""
         cells = length_cells(_tokens(rows), self.prompts(rows), self.edges)
         return [f"{group}/{cell}" for group, cell in zip(rows["group"].to_pylist(), cells, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSet:
+    """A set of rows to train on."""
+
+    number: int
+    """Number of the draw, or of the run, that the rows come from."""
+    examples: Run
+    """Run with the rows as its prepared examples."""
+    num_rows: int
+    """Rows with their repeats in a mixture."""
+    num_trainable: int
+    """Of these, rows that can be trained on: a token precedes the first one that is scored."""
+    num_response_tokens: int
+    num_shared: int
+    """Different rows that the first run also selected at this size."""
+
+    def fits_batch(self, recipe: FinetuneConfig) -> bool:
+        """Whether each step of a fine-tune of all weights is taken on all rows, whatever its seed.
+
+        The seed then changes the base's dropout alone, if it has any: the packs of a batch do not depend on the order
+        in which its rows were drawn.
+        """
+        return recipe.lora_rank is None and self.num_trainable <= recipe.batch_size
 
 
 @dataclass(frozen=True)
@@ -227,13 +254,15 @@ class FinishedRun:
         share = min(1.0, _SAMPLED_KEYS / total_rows(scores.entries))
         sample = collect(scores, lambda table: keys(sample_rows(table, share, "row sets")).select(_KEYS.names), _KEYS)
         last = _cuts(sample, wanted, share)
-        found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND)
+        # Ranges of length may have so few sampled rows that their cut is far too high.
+        fewest = None if matching is None else partial(_first_of, wanted)
+        found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND, merge=fewest)
         there = Counter(found["group"].to_pylist())
         short = {group for group, rows in wanted.items() if there[group] < rows and last[group] < _MAX_KEY}
         if short:  # the sample put the cut too low
             last |= dict.fromkeys(short, _MAX_KEY)
-            found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND)
-        return found.sort_by([("group", "ascending"), ("key", "ascending"), ("example_id", "ascending")])
+            found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND, merge=fewest)
+        return found.sort_by(_IN_ORDER)
 
     def _scores(self, candidates: Candidates, columns: list[str]) -> Shards:
         """The scored rows: those of ranked/ where duplicates are dropped, which are known by their rank."""
@@ -308,6 +337,17 @@ def _cuts(sample: pa.Table, wanted: Mapping[str, int], share: float) -> dict[str
         place = int(expected if share == 1 else expected + 5 * expected**0.5 + 25)
         cuts[group] = int(there[place]) if place < len(there) else _MAX_KEY
     return cuts
+
+
+def _first_of(wanted: Mapping[str, int], found: pa.Table) -> pa.Table:
+    """The first wanted rows of each group, sorted."""
+    found = found.sort_by(_IN_ORDER).combine_chunks()
+    if not found.num_rows:
+        return found
+    encoded = found["group"].chunk(0).dictionary_encode()
+    codes, limits = np.asarray(encoded.indices), np.array([wanted[group] for group in encoded.dictionary.to_pylist()])
+    starts = np.searchsorted(codes, np.arange(len(limits)))  # the codes ascend, as the groups do
+    return found.filter(pa.array(np.arange(len(codes)) - starts[codes] < limits[codes]))
 
 
 def _up_to(last: Mapping[str, int], found: pa.Table) -> pa.Table:

@@ -5,14 +5,13 @@ random_matched) are drawn from the first run's pool; the full set is the first r
 """
 
 import logging
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.compare.arms import FinishedRun, write_set
+from davir_ray.compare.arms import FinishedRun, RowSet, write_set
 from davir_ray.config.compare import DRAWN, MAX_PASSES, CompareConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
@@ -21,31 +20,6 @@ from davir_ray.run.folder import Run
 from davir_ray.schema import Status
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSet:
-    """A set of rows to train on."""
-
-    number: int
-    """Number of the draw, or of the run, that the rows come from."""
-    examples: Run
-    """Run with the rows as its prepared examples."""
-    num_rows: int
-    """Rows with their repeats in a mixture."""
-    num_trainable: int
-    """Of these, rows that can be trained on: a token precedes the first one that is scored."""
-    num_response_tokens: int
-    num_shared: int
-    """Different rows that the first run also selected at this size."""
-
-    def fits_batch(self, recipe: FinetuneConfig) -> bool:
-        """Whether each step of a fine-tune of all weights is taken on all rows, whatever its seed.
-
-        The seed then changes the base's dropout alone, if it has any: the packs of a batch do not depend on the order
-        in which its rows were drawn.
-        """
-        return recipe.lora_rank is None and self.num_trainable <= recipe.batch_size
 
 
 class RowSets:

@@ -15,10 +15,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from davir_ray.compare.answers import ANSWERS_VERSION
+from davir_ray.compare.arms import RowSet
 from davir_ray.compare.exact_match import match
 from davir_ray.compare.generation import generate
 from davir_ray.compare.outputs import write_outputs
-from davir_ray.compare.sets import RowSet
 from davir_ray.config.compare import TrialName
 from davir_ray.config.run import GenerateConfig, Tracker
 from davir_ray.config.scoring import ScoreConfig

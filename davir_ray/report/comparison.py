@@ -44,8 +44,8 @@ ARM_MEANING = {
     "full": "every prepared example",
 }
 READING_MEANING = {
-    "tokens": "every arm is trained for as many response tokens as random rows of its size have in the recipe’s number "
-    "of epochs, so an arm of short responses takes more steps",
+    "tokens": "every arm is trained for as many response tokens, to the nearest step, as random rows of its size have "
+    "in the recipe’s number of epochs, so an arm of short responses takes more steps",
     "epochs": "every arm is trained for the recipe’s number of epochs, so a smaller set takes fewer steps",
     "steps": "every arm is trained for the number of optimiser steps that the full set takes, so a smaller set is "
     "repeated",

@@ -11,6 +11,7 @@ import pytest
 from davir_ray.compare import arms as row_sets
 from davir_ray.compare.arms import FinishedRun, write_set
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
+from davir_ray.engine import shuffle
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.length_matching import length_bins
 from davir_ray.run.files import FileEntry, in_folder, read_parquet
@@ -191,6 +192,28 @@ def test_prompt_lengths_are_matched_on_request(make_scores: Any, mixture: list[P
     plain = run.rows_of("random_matched", selection, 0)
     histograms = [np.histogram(PROMPTS[ids], bounds)[0].tolist() for ids in (plain, wanted)]
     assert histograms[0] != histograms[1]
+
+
+def test_the_driver_gets_no_more_rows_of_a_range_than_matching_may_need(
+    make_scores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a range has hardly a row in the sample, so that its cut is no cut."""
+    run = finished(make_scores, SelectConfig(top_k=20))
+    selection = run.selection(None)
+    expected = run.rows_of("random_matched", selection, 0, match_prompts=True)
+    tables = []
+
+    def collect(*given: Any, **options: Any) -> pa.Table:
+        tables.append(shuffle.collect(*given, **options))
+        return tables[-1]
+
+    monkeypatch.setattr(row_sets, "collect", collect)
+    assert run.rows_of("random_matched", selection, 0, match_prompts=True).tolist() == expected.tolist()
+    assert tables[-1].num_rows > 100
+    monkeypatch.setattr(row_sets, "_SAMPLED_KEYS", 40)
+    monkeypatch.setattr(row_sets, "_MATCHING_ROWS", 1)
+    assert len(run.rows_of("random_matched", selection, 0, match_prompts=True)) == 20
+    assert 20 <= tables[-1].num_rows <= 3 * 20
 
 
 def test_the_rows_do_not_depend_on_the_shards(make_scores: Any) -> None:
