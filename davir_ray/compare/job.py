@@ -10,7 +10,8 @@ finished runs ─► sets of rows ─► a fine-tune for each arm, size, schedul
                       their generations/ and matches/, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
   left_out.parquet    held-out rows that are in the run's training pool
-  comparison.json, comparison.html, results.parquet, comparison.parquet, and their manifest manifests/compare.json
+  comparison.json, comparison.html, results.parquet, tests.parquet, comparison.parquet, and their manifest
+  manifests/compare.json
 """
 
 import dataclasses
