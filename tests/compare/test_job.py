@@ -14,7 +14,7 @@ from davir_ray.compare.arms import FinishedRun
 from davir_ray.compare.trials import Trial
 from davir_ray.config.compare import CompareConfig
 from davir_ray.config.run import RunConfig
-from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 from davir_ray.models.training.loop import plan
@@ -64,8 +64,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
         name = run.folder.name
         assert name not in found.written, "a set is written once"
         found.written[name] = rows
-        counts = {"prepared": len(rows), "trainable": len(rows), "num_response_tokens": 0}
-        counts["num_response_tokens"] = len(rows) * MEANS.get(name.split("-")[0], TOKENS)
+        num_rows = (ROWS if rows is None else len(rows)) * finished.repeats.get("", 1)
+        counts = {"prepared": num_rows, "trainable": num_rows}
+        counts["num_response_tokens"] = num_rows * MEANS.get(name.split("-")[0], TOKENS)
         Manifest(stage="prepare", fingerprint={}, counts=counts, files=[]).write(run.folder)
 
     monkeypatch.setattr(FinishedRun, "selection", selection)
@@ -205,6 +206,24 @@ def test_equal_tokens_are_equal_for_rows_of_any_length(made: Made) -> None:
             assert abs(tokens - wanted) <= per_row * min(batch_size, OWN_SIZE) / 2
             steps[trial.name.arm] = trial.recipe.max_steps
         assert steps["selection"] > steps["random"] > steps["lowest"] >= 1
+
+
+def test_the_repeats_of_a_mixture_are_rows_that_are_trained_on(made: Made) -> None:
+    """Thirty rows, each twice, beside a full set of a hundred rows, each twice: 50 steps are 6.25 passes."""
+    mixture = SelectConfig(mixture=[Part(source="", top_k=OWN_SIZE, repeat=2)])
+    made.runs[0] = replace(made.runs[0], select=mixture)
+    found = made.trials(arms=["selection", "random", "full"], seeds=1, readings=["tokens", "steps"])
+    of_name = {str(trial.name): trial for trial in found}
+    assert of_name.keys() == {
+        "selection-30-tokens-seed0", "selection-30-steps-seed0", "random-30-tokens-seed0", "random-30-steps-seed0",
+        "full-200-epochs-seed0",
+    }  # fmt: skip
+    assert made.written["full"] is None
+    assert of_name["selection-30-steps-seed0"].recipe.max_steps == 200 * EPOCHS // BATCH
+    for arm, per_row in (("selection", MEANS["selection"]), ("random", TOKENS)):
+        tokens = rows_trained(of_name[f"{arm}-30-tokens-seed0"]) * per_row
+        assert abs(tokens - 2 * OWN_SIZE * TOKENS * EPOCHS) <= per_row * BATCH / 2
+    assert of_name["full-200-epochs-seed0"].rows.num_shared == OWN_SIZE
 
 
 def test_steps_are_left_out_where_they_would_pass_too_often_over_a_set(
