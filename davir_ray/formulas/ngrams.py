@@ -6,7 +6,6 @@ of each text, and the end. Two different n-grams have the same hash with a proba
 
 import hashlib
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +47,10 @@ _WITHOUT_SPACES = (
 """Thai, Lao, Burmese, Khmer, kana and Han: their scripts have no spaces between words."""
 
 
+_LAST_LETTER = 0x323AF
+"""The last of Unicode 15, except for selectors of variants, which say nothing."""
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text without what differs between copies: NFKC, casefold, no punctuation, symbols or white space.
 
@@ -60,10 +63,18 @@ def words_of(text: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _word() -> re.Pattern[str]:
     """A word in any script; Python's own \\w has no combining marks, which are the vowels of many scripts."""
-    runs = groupby(range(sys.maxunicode + 1), lambda point: unicodedata.category(chr(point))[0] in "LMN")
-    points = [list(run) for is_part, run in runs if is_part]
-    parts = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in points)
-    return re.compile(f"[{_WITHOUT_SPACES}]|(?:(?![{_WITHOUT_SPACES}])[{parts}])+")
+    is_alone = re.compile(f"[{_WITHOUT_SPACES}]").match
+
+    def kind(point: int) -> str:
+        character = chr(point)
+        is_part = unicodedata.category(character)[0] in "LMN"
+        return "" if not is_part else "alone" if is_alone(character) else "run"
+
+    ranges: dict[str, list[str]] = {"": [], "alone": [], "run": []}
+    for found, run in groupby(range(_LAST_LETTER + 1), kind):
+        points = list(run)
+        ranges[found].append(f"{chr(points[0])}-{chr(points[-1])}")
+    return re.compile(f"[{''.join(ranges['run'])}]+|[{''.join(ranges['alone'])}]")
 
 
 def text_hash(words: Sequence[str]) -> int:
