@@ -38,6 +38,8 @@ def comparison_inputs(names: list[TrialName] | None = None, **fields: Any) -> Co
         recipe={"epochs": 3},
         heldout={"read": 66, "left_out": 2, "rejected": 1, "prepared": 63},
         in_training_pool=2,
+        in_pool_by_reason={"word_for_word": 1, "same_prompt": 0, "near_copy": 1},
+        num_pool_rows_not_read=7,
         trials=dict.fromkeys(names, TRIAL),
         measures=[
             Measured(measure=LOSS, sources=sources, weights=tokens, values=values, base=tokens * 3, without_value=1)

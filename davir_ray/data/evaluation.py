@@ -21,7 +21,7 @@ from davir_ray.data.files import Slice, SourceFile, digests_of, list_files
 from davir_ray.data.own_text import texts_of
 from davir_ray.data.records import Record, Reject, read_records
 from davir_ray.errors import DataError
-from davir_ray.formulas.ngrams import Grouped, Hashes, Indices, hashed_words, windows, words_of
+from davir_ray.formulas.ngrams import Grouped, Hashes, Indices, equal_pairs, hashed_words, windows, words_of
 from davir_ray.run.location import Location
 
 NUM_WORDS = 13
@@ -148,13 +148,9 @@ class EvaluationWords:
     def _found(self, hashes_N: Hashes, places_N: Indices) -> list[tuple[int, int]]:
         """The places of hashes that are looked for, each with the indices of that hash here."""
         num_bits = len(self.passes_F).bit_length() - 1
-        likely = np.flatnonzero(self.passes_F[hashes_N >> np.uint64(64 - num_bits)])
-        first, last = (np.searchsorted(self.hashes_H, hashes_N[likely], side) for side in ("left", "right"))
-        return [
-            (int(places_N[likely[at]]), number)
-            for at in np.flatnonzero(last > first)
-            for number in range(first[at], last[at])
-        ]
+        (likely,) = np.nonzero(self.passes_F[hashes_N >> np.uint64(64 - num_bits)])
+        values, numbers = equal_pairs(hashes_N[likely], self.hashes_H)
+        return list(zip(places_N[likely[values]].tolist(), numbers.tolist(), strict=True))
 
 
 def _chunks(one: EvaluationSet) -> Iterable[list[Record]]:

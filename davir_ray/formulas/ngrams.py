@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -164,6 +164,14 @@ def _starts(texts_G: Indices, num_texts: int) -> Indices:
     return np.concatenate([[0], np.cumsum(np.bincount(texts_G, minlength=num_texts))]).astype(np.int64)
 
 
+def equal_pairs(values_N: npt.NDArray[Any], known_K: npt.NDArray[Any]) -> tuple[Indices, Indices]:
+    """Every pair of an index of a value and an index of a known one that is equal to it; the known ones are sorted."""
+    first_N, last_N = (np.searchsorted(known_K, values_N, side) for side in ("left", "right"))
+    counts_N = last_N - first_N
+    within_P = np.arange(counts_N.sum()) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+    return np.repeat(np.arange(len(values_N)), counts_N), np.repeat(first_N, counts_N) + within_P
+
+
 def jaccard(one_S: Hashes, other_S: Hashes) -> float:
     """Size of the intersection of two sets by that of their union; each set is without repetition, and not empty."""
     shared = len(np.intersect1d(one_S, other_S, assume_unique=True))
@@ -233,12 +241,8 @@ class KnownTexts:
         """
         (filled,) = np.nonzero(np.diff(grams.starts_T1))
         signatures_QP = signatures(_without_empty(grams))
-        keys = band_keys(signatures_QP).ravel()
-        first, last = (np.searchsorted(self.keys_K, keys, side) for side in ("left", "right"))
-        counts = last - first
-        queries = np.repeat(np.arange(len(filled)).repeat(_BANDS), counts)
-        within = np.arange(len(queries)) - np.repeat(np.cumsum(counts) - counts, counts)
-        pairs = np.unique(np.stack([queries, self.texts_K[np.repeat(first, counts) + within]], axis=1), axis=0)
+        bands, keys = equal_pairs(band_keys(signatures_QP).ravel(), self.keys_K)
+        pairs = np.unique(np.stack([bands // _BANDS, self.texts_K[keys]], axis=1), axis=0)
         agreeing = (signatures_QP[pairs[:, 0]] == self.signatures_TP[pairs[:, 1]]).mean(axis=1)
         pairs = pairs[agreeing >= self.threshold - _SLACK]
         own = {query: np.unique(grams.of(int(filled[query]))) for query in np.unique(pairs[:, 0]).tolist()}

@@ -55,8 +55,9 @@ LIMITS = [
     "more draw would. With another reference or another pool, other rows would have been selected.",
     "p (these models) accounts for the held-out examples alone: it says whether these very models differ, not whether "
     "newly trained models would.",
-    "Held-out rows that occur word for word in the run’s training pool are left out. Paraphrases and near copies are "
-    "not found.",
+    "Held-out rows are left out if the run’s training pool has the same text, the same prompt (of five words or more), "
+    "or a near copy (5-grams of words with a Jaccard similarity of at least 0.7). Paraphrases, translations and shared "
+    "passages of longer texts are not found.",
 ]
 
 _SECTIONS = [
@@ -173,6 +174,10 @@ class ComparisonInputs:
     """Counts of the held-out data's prepare stage."""
     in_training_pool: int
     """Number of held-out rows that are left out because the run contains them too."""
+    in_pool_by_reason: Mapping[str, int]
+    """These rows by the reason, one of davir_ray.compare.copies.Reason."""
+    num_pool_rows_not_read: int
+    """Number of rows of the run of which only the rendered text is compared."""
     trials: Mapping[TrialName, TrialFacts]
     measures: list[Measured]
 
@@ -223,6 +228,8 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
             "left_out": inputs.heldout.get("left_out", 0),
             "rejected": inputs.heldout["rejected"],
             "in_training_pool": inputs.in_training_pool,
+            "in_pool_by_reason": dict(inputs.in_pool_by_reason),
+            "pool_rows_not_read": inputs.num_pool_rows_not_read,
             "measured": len(measures[0].sources),
             "sources": [{"source": name, "rows": rows} for name, rows in zip(sources, num_rows, strict=True)],
         },

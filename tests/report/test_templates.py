@@ -419,7 +419,11 @@ COMPARISON: Options = {
     "left out": {
         "some": unchanged,
         "none": lambda inputs: replace(
-            inputs, in_training_pool=0, measures=[replace(m, without_value=0) for m in inputs.measures]
+            inputs,
+            in_training_pool=0,
+            in_pool_by_reason={},
+            num_pool_rows_not_read=0,
+            measures=[replace(m, without_value=0) for m in inputs.measures],
         ),
     },
     "training": {

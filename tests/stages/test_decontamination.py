@@ -18,7 +18,7 @@ from davir_ray.schema import RejectReason
 from davir_ray.stages.dry_run import preview
 from davir_ray.stages.prepare import EVALUATION_SETS, Preparation, prepare
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 LEAKED = "A farmer has seventeen sheep and all but nine of them run away, how many sheep are left?"
 OTHER = "Three painters paint three walls in three hours; how many walls do nine painters paint in nine?"
