@@ -49,8 +49,8 @@ NUM_WORDS = 5
 """Words of an n-gram. A text of fewer words is one n-gram: a near copy of what has the same words, and of nothing
 else."""
 MIN_JACCARD = 0.7
-"""Least similarity of near copies: what Lee et al. (2022, arXiv 2107.06499) and those after them take, or a little
-less."""
+"""Least similarity of near copies. Those who deduplicate take 0.8 (Lee et al., 2022, arXiv 2107.06499) or 0.75
+(FineWeb); a held-out row is rather left out too early than too late."""
 MIN_PROMPT_WORDS = 5
 """A prompt of fewer words, or none, as in text that is to be continued, says nothing about where a row is from."""
 MAX_SAME_PROMPT = 10
@@ -73,7 +73,7 @@ LEFT_OUT = pa.schema(
         *(EXAMPLES.field(name) for name in ("example_id", "content_hash", "source", "source_file", "source_row")),
         ("reason", pa.string()),
         ("jaccard", pa.float64()),  # of a near copy: the highest with a row of the pool
-        ("pool_example_id", pa.int64()),  # that row, or the first one with the text or prompt
+        ("pool_example_id", pa.int64()),  # that row, or one with the text or prompt
     ]
 )
 """left_out.parquet: a row for each held-out row that is not measured on."""
@@ -86,7 +86,7 @@ _FOUND = pa.schema(
         ("reason", pa.int64()),  # index in Reason
         ("jaccard", pa.float64()),
         ("pool_example_id", pa.int64()),
-        ("num_rows", pa.int64()),
+        ("num_rows", pa.int64()),  # of the pool that is not read; 0 for a held-out row
     ]
 )
 _NOT_READ = -1
@@ -145,7 +145,7 @@ def _find(run: Run, heldout: Run, sources: Mapping[str, list[Source]], options: 
     more = {"reason": reasons, "jaccard": first["jaccard"], "pool_example_id": first["pool_example_id"]}
     for name, values in more.items():
         table = table.append_column(name, values if isinstance(values, pa.ChunkedArray) else pa.array(values))
-    return LeftOut(table.cast(LEFT_OUT), int(np.asarray(found["num_rows"])[numbers == _NOT_READ].sum()))
+    return LeftOut(table.cast(LEFT_OUT), int(np.asarray(found["num_rows"]).sum()))
 
 
 def _examples(run: Run, columns: list[str]) -> Shards:
@@ -233,13 +233,15 @@ def _find_in_shard(index: _Index, reader: _Reader, table: pa.Table) -> pa.Table:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # a task has one CPU, and rensa would start a thread for each
     said, num_not_read = reader.read(table)
     ids, contents = (np.asarray(table[name]) for name in ("example_id", "content_hash"))
+    contents, row_of_content = np.unique(contents, return_index=True)
+    asked, row_of_prompt = np.unique(said.prompts_T, return_index=True)
     same_text, hashes = equal_pairs(contents, index.hashes_H)
-    same_prompt, prompts = equal_pairs(said.prompts_T, index.prompts_P)
+    same_prompt, prompts = equal_pairs(asked, index.prompts_P)
     copies = index.texts.copies(said.grams)
     no_jaccard = [np.full(len(pairs), np.nan) for pairs in (same_text, same_prompt)]
     parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = [
-        (index.rows_of_hash_H[hashes], no_jaccard[0], same_text),
-        (index.rows_of_prompt_P[prompts], no_jaccard[1], same_prompt),
+        (index.rows_of_hash_H[hashes], no_jaccard[0], row_of_content[same_text]),
+        (index.rows_of_prompt_P[prompts], no_jaccard[1], row_of_prompt[same_prompt]),
         (copies.known_N, copies.jaccard_N, copies.texts_N),
     ]
     found = pa.concat_tables(
@@ -249,7 +251,7 @@ def _find_in_shard(index: _Index, reader: _Reader, table: pa.Table) -> pa.Table:
                 pa.array(np.full(len(heldout), reason)),
                 pa.array(jaccard, pa.float64(), from_pandas=True),
                 pa.array(ids[pool]),
-                pa.array(np.ones(len(heldout), np.int64)),
+                pa.array(np.zeros(len(heldout), np.int64)),
             ],
             schema=_FOUND,
         )
@@ -260,7 +262,7 @@ def _find_in_shard(index: _Index, reader: _Reader, table: pa.Table) -> pa.Table:
 
 
 def _best(table: pa.Table) -> pa.Table:
-    """For each held-out row and reason the row of the pool that is most similar, and the number of these rows."""
+    """For each held-out row and reason the row of the pool that is most similar, and the sum of `num_rows`."""
     order = [("jaccard", "descending"), ("pool_example_id", "ascending")]
     grouped = table.sort_by(order).group_by(["heldout", "reason"], use_threads=False)
     found = grouped.aggregate([("jaccard", "first"), ("pool_example_id", "first"), ("num_rows", "sum")])

@@ -30,6 +30,9 @@ is 0.9998; with one of 0.2 in one of twenty pairs."""
 _SLACK = 0.2
 """An estimate further than this below the threshold, five standard errors, is not verified."""
 
+_MAX_PAIRS = 1_000_000
+"""Number of pairs, one for each band, that are in memory at a time: where many texts are alike there are very many."""
+
 _SEED = 1
 
 _MAX_KNOWN_WORDS = 1_000_000
@@ -241,10 +244,20 @@ class KnownTexts:
         """
         (filled,) = np.nonzero(np.diff(grams.starts_T1))
         signatures_QP = signatures(_without_empty(grams))
-        bands, keys = equal_pairs(band_keys(signatures_QP).ravel(), self.keys_K)
-        pairs = np.unique(np.stack([bands // _BANDS, self.texts_K[keys]], axis=1), axis=0)
-        agreeing = (signatures_QP[pairs[:, 0]] == self.signatures_TP[pairs[:, 1]]).mean(axis=1)
-        pairs = pairs[agreeing >= self.threshold - _SLACK]
+        keys_QB = band_keys(signatures_QP)
+        counts_QB = np.searchsorted(self.keys_K, keys_QB, "right") - np.searchsorted(self.keys_K, keys_QB)
+        part_Q = np.cumsum(counts_QB.sum(axis=1)) // _MAX_PAIRS
+        found = [Copies(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+        for part in np.unique(part_Q[counts_QB.any(axis=1)]).tolist():
+            (queries,) = np.nonzero(part_Q == part)
+            bands, keys = equal_pairs(keys_QB[queries].ravel(), self.keys_K)
+            pairs = np.unique(np.stack([queries[bands // _BANDS], self.texts_K[keys]], axis=1), axis=0)
+            agreeing = (signatures_QP[pairs[:, 0]] == self.signatures_TP[pairs[:, 1]]).mean(axis=1)
+            found.append(self._verified(grams, filled, pairs[agreeing >= self.threshold - _SLACK]))
+        return Copies(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+    def _verified(self, grams: Grouped, filled: Indices, pairs: Indices) -> Copies:
+        """The pairs of an index in `filled` and a known text that are near copies."""
         own = {query: np.unique(grams.of(int(filled[query]))) for query in np.unique(pairs[:, 0]).tolist()}
         exact = np.array([jaccard(own[query], self.sets.of(known)) for query, known in pairs.tolist()], np.float64)
         near = exact >= self.threshold

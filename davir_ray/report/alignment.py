@@ -20,7 +20,7 @@ from davir_ray.formulas.statistics import over_seeds
 from davir_ray.report import charts
 from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment
-from davir_ray.report.sources import source_facts
+from davir_ray.report.sources import evaluation_facts, source_facts
 from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 from davir_ray.schema import MARGINS
@@ -90,6 +90,7 @@ def alignment_facts(
         "curves": {"loss": aligned["loss_by_step"], **aligned["measures_by_step"]},
         "limits": LIMITS,
         "sources": source_facts(manifests["prepare"], settings),
+        "evaluation_sets": evaluation_facts(manifests["prepare"]),
         "settings": named_values(settings),
         "stages": stage_facts(manifests),
     }

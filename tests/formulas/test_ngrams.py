@@ -3,12 +3,14 @@
 import random
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from davir_ray.formulas import ngrams as module
 from davir_ray.formulas.ngrams import (
     Grouped,
     KnownTexts,
@@ -129,7 +131,7 @@ def varied(draw: random.Random, num_texts: int) -> Texts:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_near_copies_are_those_of_all_pairs(seed: int) -> None:
+def test_near_copies_are_those_of_all_pairs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = varied(random.Random(seed), 150)
     random.Random(seed).shuffle(texts)
     known, looked_up = texts[::2], texts[1::2]
@@ -144,6 +146,9 @@ def test_near_copies_are_those_of_all_pairs(seed: int) -> None:
     pairs = list(zip(found.texts_N.tolist(), found.known_N.tolist(), strict=True))
     assert dict(zip(pairs, found.jaccard_N.tolist(), strict=True)) == expected
     assert len(pairs) == len(expected) > 20
+    monkeypatch.setattr(module, "_MAX_PAIRS", 40)
+    few = index.copies(ngrams(hashed_words(looked_up), 5))
+    assert [part.tolist() for part in few] == [part.tolist() for part in found]
     assert min(expected.values()) < 0.8
 
 
@@ -156,6 +161,19 @@ def test_a_similarity_below_the_threshold_is_no_copy_whatever_the_bands_say() ->
     assert len(index.copies(ngrams(hashed_words([other]), 5)).texts_N) == 0
     index = KnownTexts.of(ngrams(hashed_words([words]), 5), 0.6)
     assert index.copies(ngrams(hashed_words([other]), 5)).jaccard_N.tolist() == [80 / 120]
+
+
+def test_many_equal_texts_are_all_found_with_few_of_their_pairs_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_PAIRS", 50_000)
+    equal = [[f"w{number}" for number in range(9)]] * 200
+    index = KnownTexts.of(ngrams(hashed_words(equal), 5), 0.7)
+    tracemalloc.start()
+    found = index.copies(ngrams(hashed_words(equal), 5))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.texts_N) == 200 * 200
+    assert set(found.jaccard_N.tolist()) == {1.0}
+    assert peak < 200 * 200 * 32 * 16  # a pair of indices for each band
 
 
 def test_signatures_estimate_the_similarity() -> None:

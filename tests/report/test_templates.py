@@ -18,7 +18,7 @@ from jinja2 import nodes
 from jinja2.runtime import Undefined
 from margin_facts import CURVE, manifests, margin_table
 from outline import Outline
-from run_facts import example, manifest, report_inputs
+from run_facts import evaluation_set, example, manifest, report_inputs
 
 from davir_ray import schema
 from davir_ray.config.compare import TrialName
@@ -188,6 +188,12 @@ RUN: Options = {
             replace(inputs, rejects=schema.REJECTS.empty_table())
         ),
         "of an unknown reason": with_manifest("prepare", counts={"empty_response": 0}),
+    },
+    "evaluation sets": {
+        "none": unchanged,
+        "two": with_manifest(
+            "prepare", details={"evaluation_sets": {"a": evaluation_set(), "b": evaluation_set(rows=0)}}
+        ),
     },
     "examples": {
         "with tokens": unchanged,
