@@ -12,6 +12,7 @@ from typing import Any
 
 from davir_ray.config.run import RunConfig
 from davir_ray.config.yaml import dump, load
+from davir_ray.data.evaluation import decontamination, list_evaluation_sets
 from davir_ray.data.files import digests_of, list_files
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
@@ -89,6 +90,9 @@ def _unchanged(config: RunConfig) -> Run | None:
     if read != {
         source.name: digests_of(list_files(source, written_by(run, config.score))) for source in config.all_sources()
     }:
+        return None
+    sets = list_evaluation_sets(config.evaluation_sets, written_by(run, config.score))
+    if manifests["prepare"].fingerprint.get("decontaminate") != decontamination(sets).get("decontaminate"):
         return None
     config.warn_without_effect()
     for stage in manifests:

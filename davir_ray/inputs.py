@@ -63,7 +63,12 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
     template = read_template(config.chat_template)
     check_chat_template(template, config.all_sources(), config.prepare)
     preparation = Preparation(
-        base=base, config=config.prepare, chat_template=template, keep_record=config.keep_record, limit=config.limit
+        base=base,
+        config=config.prepare,
+        chat_template=template,
+        keep_record=config.keep_record,
+        limit=config.limit,
+        evaluation_sets=tuple(config.evaluation_sets),
     )
     check_base(preparation, config.all_sources())
     return run, preparation

@@ -27,6 +27,7 @@ class RejectReason(StrEnum):
     UNREAD_COLUMN = "unread_column"  # a column that changes the prompt, and that the format has no place for
     NOT_TEXT = "not_text"  # the row has images, audio or video
     BAD_CONVERSATION = "bad_conversation"  # the chat template rejects the messages, or no assistant turn is found
+    IN_EVALUATION_SET = "in_evaluation_set"  # shares words in a row with an evaluation set (decontaminate); not bad
     EMPTY_FILE = "empty_file"  # a file of no bytes; source_row is 0
     UNREADABLE_FILE = "unreadable_file"  # reading stopped at source_row; what follows in the file is lost
 

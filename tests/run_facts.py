@@ -59,6 +59,11 @@ def source(**facts: Any) -> dict[str, Any]:
     return counts | tokens | columns | recorded | facts
 
 
+def evaluation_set(**counts: int) -> dict[str, int]:
+    """What prepare records of an evaluation set."""
+    return {"records": 90, "too_short": 5, "only_common": 2, "ngrams": 700, "common": 30, "rows": 4} | counts
+
+
 def manifest(counts: dict[str, int], **details: Any) -> dict[str, Any]:
     """A stage's manifest with the given counts."""
     facts = {"fingerprint": {"weights": "sha256:abc"}, "versions": {"python": "3.11"}, "seconds": 12.5, "files": [{}]}
@@ -96,6 +101,7 @@ def evil_inputs() -> ReportInputs:
     shown = {"source_file": EVIL, "source_row": 1, "truncated": True, "pieces": [[EVIL, False], [EVIL, True]]}
     columns = {"columns_used": {EVIL: 1}, "columns_not_used": {EVIL: 1}, "role_tokens": {EVIL: 1}}
     prepared = manifest({"read": 43}, by_source={EVIL: source(format=EVIL, shown=[shown], **columns)})
+    prepared["details"]["evaluation_sets"] = {EVIL: evaluation_set()}
     planted_class = {"name": EVIL, "share_of_all": 1, "share_of_selected": 1, "share_of_random": 1, "mean_davir": 0}
     return report_inputs(
         config={EVIL: EVIL, "base": EVIL, "reference": EVIL, "rank": {"order": EVIL}, "sources": [{"name": EVIL}]},

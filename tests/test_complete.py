@@ -34,7 +34,9 @@ def config(
     (folder / "data").mkdir()
     with gzip.open(data_folder / "alpaca_9k.jsonl.gz", "rt") as rows:
         (folder / "data" / "rows.jsonl").write_text("".join(next(rows) for _ in range(ROWS)))
+    (folder / "evaluation.jsonl").write_text('{"question": "This question of eight words is not there"}\n')
     return RunConfig(
+        decontaminate=str(folder / "evaluation.jsonl"),
         output=str(folder / "run"),
         base=str(folder / "base"),
         reference=str(folder / "reference"),
@@ -64,6 +66,7 @@ SETTINGS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "one that only config.yaml would say": lambda config: replace(config, score=replace(config.score, num_actors=2)),
     "another rule": lambda config: replace(config, select=SelectConfig(top_k=6)),
     "another order": lambda config: replace(config, rank=RankConfig(order="base_nll")),
+    "no evaluation set": lambda config: replace(config, decontaminate=None),
     "no reference": lambda config: replace(config, reference=None),
     "a tracker, which gets the results": lambda config: replace(config, track="tensorboard"),
     "the code of a model, which may do anything": lambda config: replace(config, trust_remote_code=True),
@@ -84,6 +87,7 @@ def _appended(text: str) -> Callable[[bytes], bytes]:
 FILES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "a row more": ("data/rows.jsonl", _appended('{"instruction": "Say no.", "input": "", "output": "No."}\n')),
     "another file of data": ("data/more.jsonl", _appended('{"instruction": "Say no.", "output": "No."}\n')),
+    "another evaluation set": ("evaluation.jsonl", _appended('{"question": "Eight"}\n')),
     "the base's tokenizer": ("base/tokenizer_config.json", _appended("\n")),
     "a chat template beside the base": ("base/chat_template.jinja", _appended("{{ messages }}")),
     "the base's settings": ("base/config.json", _appended("\n")),

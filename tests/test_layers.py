@@ -1,4 +1,4 @@
-"""Imports run one way: errors, schema, text ← config ← run ← data, formulas ← models ← engine ← stages ← the rest."""
+"""Imports run one way: errors, schema, text ← config ← run, formulas ← data ← models ← engine ← stages ← the rest."""
 
 import ast
 import subprocess
@@ -25,7 +25,7 @@ ABOVE: dict[str, set[str]] = {
     "terminal": {"run", "text"},
     "cli": {"errors", "text", "config", "run", "terminal"},
     "formulas": set(),
-    "data": {"errors", "schema", "text", "config", "run"},
+    "data": {"errors", "schema", "text", "config", "run", "formulas"},
     "models": {"errors", "schema", "text", "versions", "config", "run", "data", "formulas"},
     "report": {"errors", "schema", "config", "run", "data", "formulas"},
     "engine": {"errors", "schema", "text", "config", "run", "formulas", "terminal"},

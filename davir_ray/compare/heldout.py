@@ -1,47 +1,40 @@
-"""Held-out data: which rows may be used for measuring, and the models' losses and answers on them."""
+"""Held-out data: whether rows are left to measure on, and the models' losses and answers on them."""
 
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from davir_ray.compare.copies import LeftOut, Reason
 from davir_ray.data.reader import stable_id
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import collect, gather
+from davir_ray.engine.shuffle import gather
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import each
 
-_HASHES = pa.schema([("content_hash", pa.int64())])
-
-_LEFT = pa.schema([*_HASHES, ("source", pa.string())])
+_SOURCES = pa.schema([("source", pa.string())])
 
 _COLUMNS = ["example_id", "content_hash", "source", "num_response_tokens", "base_nll", "reference_nll"]
 
 _MATCH_COLUMNS = ["example_id", "expected", "strict", "flexible"]
 
 
-def in_training_pool(run: Run, heldout: Run) -> npt.NDArray[np.int64]:
-    """Content hashes of held-out rows that are also rows of the run, so that they may have been trained on."""
-    hashes = gather(_examples(heldout, _HASHES), _HASHES)["content_hash"].unique()
-    found = collect(
-        _examples(run, _HASHES), lambda table: table.filter(pc.is_in(table["content_hash"], value_set=hashes)), _HASHES
-    )
-    return np.unique(np.asarray(found["content_hash"]).astype(np.int64))
-
-
-def check_left(heldout: Run, left_out: npt.NDArray[np.int64]) -> None:
+def check_left(heldout: Run, left_out: LeftOut) -> None:
     """DataError if a held-out source has no row left to measure on; called before anything is trained."""
-    rows = gather(_examples(heldout, _LEFT), _LEFT)
-    sources = np.asarray(rows["source"].to_pylist(), dtype=np.str_)
-    leaked = np.isin(np.asarray(rows["content_hash"]), left_out)
-    for source in np.unique(sources):
-        if leaked[sources == source].all():
+    rows = gather(_examples(heldout, _SOURCES), _SOURCES)
+    num_rows = Counter(rows["source"].to_pylist())
+    reasons: dict[str, Counter[str]] = {}
+    for row in left_out.rows.select(["source", "reason"]).to_pylist():
+        reasons.setdefault(row["source"], Counter())[row["reason"]] += 1
+    for source, counts in sorted(reasons.items()):
+        if counts.total() == num_rows[source]:
+            by_reason = ", ".join(f"{reason} {counts[reason]}" for reason in Reason)
             raise DataError(
-                f"all {int((sources == source).sum())} held-out rows of {source} are in the run's training pool; give "
+                f"all {num_rows[source]} held-out rows of {source} are in the run's training pool ({by_reason}); give "
                 "data that the run has not seen (the folder or hub name of a data set is read from its split `train`; "
                 "to read another, set `split` in heldout_sources)"
             )

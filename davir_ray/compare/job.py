@@ -9,7 +9,8 @@ finished runs ─► sets of rows ─► a fine-tune for each arm, size, schedul
   arms/               a folder for each fine-tune: its manifests, scores/ of the held-out examples and, on request,
                       their generations/ and matches/, and answers/ with outputs.json for alpaca_eval
   base_cache/         losses of the base, computed once
-  left_out.parquet    held-out rows that are in the run's training pool
+  left_out.parquet    held-out rows that are in the run's training pool: word for word, by their prompt or as near
+                      copies
   comparison.json, comparison.html, results.parquet, tests.parquet, comparison.parquet, and their manifest
   manifests/compare.json
 """
@@ -22,11 +23,10 @@ from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
-import pyarrow as pa
-
 from davir_ray.compare.arms import FinishedRun
+from davir_ray.compare.copies import LeftOut, Reason, find_left_out
 from davir_ray.compare.exact_match import check_expected
-from davir_ray.compare.heldout import check_left, in_training_pool
+from davir_ray.compare.heldout import check_left
 from davir_ray.compare.outputs import prepare_instructions
 from davir_ray.compare.report import LEFT_OUT, report_comparison
 from davir_ray.compare.sets import RowSets
@@ -45,7 +45,7 @@ from davir_ray.errors import ConfigError, DataError, ModelError, OutputError
 from davir_ray.inputs import check_base, last_config, scored_with
 from davir_ray.places import read_template, written_by
 from davir_ray.run.access import check_readable, probe_output
-from davir_ray.run.files import digest, read_parquet, write_parquet
+from davir_ray.run.files import digest, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import differences
 from davir_ray.run.progress import Progress
@@ -94,10 +94,9 @@ def compare(config: CompareConfig) -> Run:
         )
         if "exact_match" in config.measures:
             check_expected(heldout, config.generate.sources)
-        left_out = in_training_pool(run, heldout)
-        if len(left_out):
-            log.warning("compare: %d held-out texts are in the run's training pool and are left out", len(left_out))
-        write_parquet(output / LEFT_OUT, pa.table({"content_hash": pa.array(left_out, pa.int64())}))
+        sources = {"run": run_config.all_sources(), "heldout": config.all_heldout()}
+        left_out = find_left_out(output / LEFT_OUT, run, heldout, sources, run_config.prepare)
+        _tell_left_out(left_out)
         check_left(heldout, left_out)
         planned = plan_training(preparation.base, recipe).config
         one_each = recipe.num_workers is None and planned.strategy == "ddp"  # then several arms train at once
@@ -121,6 +120,23 @@ def compare(config: CompareConfig) -> Run:
         if config.track is not None:
             _track_measures(output, trials, config.track)
     return output
+
+
+def _tell_left_out(left_out: LeftOut) -> None:
+    """Log the held-out rows that are left out, and the rows of the pool whose text is not known."""
+    if left_out.rows.num_rows:
+        counts = left_out.counts
+        log.warning(
+            "compare: %d held-out rows are in the run's training pool and are left out: %d word for word, %d by their "
+            "prompt, %d as near copies",
+            left_out.rows.num_rows, *(counts[reason] for reason in Reason),
+        )  # fmt: skip
+    if left_out.num_not_read:
+        log.warning(
+            "compare: of %d rows of the pool only the rendered text is compared, because a chat template rendered them "
+            "and the run kept no records (--keep_record false)",
+            left_out.num_not_read,
+        )
 
 
 def _with_formats(config: CompareConfig, run_config: RunConfig, output: Run) -> CompareConfig:

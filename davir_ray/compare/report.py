@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from davir_ray.compare.copies import LeftOut
 from davir_ray.compare.heldout import read_losses, read_matches, read_prompts
 from davir_ray.compare.trials import Trial
 from davir_ray.config.compare import CompareConfig, TrialName
@@ -33,19 +34,19 @@ from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 
 LEFT_OUT = "left_out.parquet"
-"""File of the content hashes of held-out rows that are not measured on."""
+"""File of the held-out rows that are not measured on; see davir_ray.compare.copies."""
 
 
 def report_comparison(
     config: CompareConfig, base: str, recipe: FinetuneConfig, output: Run, trials: list[Trial],
-    left_out: npt.NDArray[np.int64],
+    left_out: LeftOut,
 ) -> None:  # fmt: skip
     """Write the tables, the facts and the page."""
     started, heldout = time.monotonic(), trials[0].settings.heldout
     prepared = heldout.require("prepare")
     losses = {trial.name: read_losses(trial.run, heldout) for trial in trials}
     first = losses[trials[0].name]
-    leaked = np.isin(np.asarray(first["content_hash"]), left_out)
+    leaked = np.isin(np.asarray(first["example_id"]), np.asarray(left_out.rows["example_id"]))
     prompts = read_prompts(heldout)
     measures = _losses_of(losses, first, prompts, leaked) if "loss" in config.measures else []
     if "exact_match" in config.measures:
@@ -59,6 +60,8 @@ def report_comparison(
             recipe=dataclasses.asdict(recipe),
             heldout=prepared.counts,
             in_training_pool=int(leaked.sum()),
+            in_pool_by_reason=left_out.counts,
+            num_pool_rows_not_read=left_out.num_not_read,
             trials={trial.name: _facts_of(trial) for trial in trials},
             pairs=config.contrasts(),
             margins=config.all_margins(),

@@ -109,6 +109,10 @@ class InputConfig(OutputConfig):
     """Columns of --data that are not read although they may change the prompt, such as '[tools]'."""
     sources: list[Source] = field(default_factory=list)
     """Several named sources, instead of --data."""
+    decontaminate: str | list[str] | None = None
+    """Evaluation sets that no example may come from: a file, folder, glob or hub name, or a list, each a set. A row
+    that has 13 words in a row with a record of one (or the whole of a string of 8 to 12 words) is a reject,
+    in_evaluation_set, which is not a bad row. None: none."""
     chat_template: str | None = None
     """File with a chat template (Jinja) for the format messages. None: the base's own."""
     keep_record: bool = True
@@ -141,12 +145,20 @@ class InputConfig(OutputConfig):
         }  # fmt: skip
         for name in (name for name, given in of_data.items() if given and self.data is None):
             raise ConfigError(f"{name} is given without data; give --data, or the {name} of each source")
-        for name in ("base", "chat_template", "data"):
+        for name in ("base", "chat_template", "data", "decontaminate"):
             check_no_secret(name, getattr(self, name))
+        for path in self.evaluation_sets:
+            check(bool(path.strip()), "decontaminate", self.decontaminate, "a path, or a list of paths")
+            check(self.evaluation_sets.count(path) == 1, "decontaminate", self.decontaminate, "without repetition")
         check_no_secret("score.base_cache", self.score.base_cache)
         names = [source.name for source in self.sources]
         for name in names:
             check(names.count(name) == 1, "source name", name, "unique, because example_id depends on it")
+
+    @property
+    def evaluation_sets(self) -> list[str]:
+        """The evaluation sets as a list, also where there is one or none."""
+        return [self.decontaminate] if isinstance(self.decontaminate, str) else self.decontaminate or []
 
     def all_sources(self) -> list[Source]:
         """The sources, with --data and --format as one source named after its format."""

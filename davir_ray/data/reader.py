@@ -16,8 +16,10 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import ChatTemplate
 from davir_ray.data.conversation import is_filled
+from davir_ray.data.evaluation import EvaluationWords
 from davir_ray.data.files import Slice
-from davir_ray.data.formats import render, render_prompt
+from davir_ray.data.formats import columns, render, render_prompt
+from davir_ray.data.own_text import texts_of
 from davir_ray.data.records import LeftOut, Record, Reject, read_records
 from davir_ray.data.rendered import LeftOutError, Rendered, RowError
 from davir_ray.data.roles import tokens_by_role
@@ -64,13 +66,18 @@ class ExampleReader:
         keep_record: bool,
         prompts_only: bool = False,
         options: PrepareConfig | None = None,
+        evaluation: EvaluationWords | None = None,
     ) -> None:
-        """With `prompts_only` the records have no response, and the examples have none either."""
+        """With `prompts_only` the records have no response, and the examples have none either.
+
+        A record that shares words in a row with the evaluation sets is a reject.
+        """
         self._encoder = encoder
         self._render = render_prompt if prompts_only else render
         self._chat = chat
         self._keep_record = keep_record
         self._options = options or PrepareConfig()
+        self._evaluation = evaluation
         self.report = TaskReport()
         """What is counted on the way; a task sets its own."""
 
@@ -90,6 +97,8 @@ class ExampleReader:
         records = islice(items, limit)
         while batch := list(islice(records, BATCH_ROWS)):  # a tokenizer encodes many texts faster than one at a time
             rendered = [item if isinstance(item, Reject) else self._rendered(item, source) for item in batch]
+            if self._evaluation is not None:
+                rendered = self._decontaminated(self._evaluation, source, batch, rendered)
             texts = [text for found in rendered if not isinstance(found, Reject | LeftOut) for text in found]
             encoded = iter(self._encoder.encode(texts))
             for record, found in zip(batch, rendered, strict=True):
@@ -111,6 +120,33 @@ class ExampleReader:
             return _reject(record, error.reason, error.detail)
         except LeftOutError:
             return LeftOut(record.source_file, record.source_row)
+
+    def _decontaminated(
+        self,
+        evaluation: EvaluationWords,
+        source: Source,
+        batch: Sequence[Record | Reject],
+        rendered: Sequence[tuple[Rendered, ...] | Reject | LeftOut],
+    ) -> list[tuple[Rendered, ...] | Reject | LeftOut]:
+        """The rendered records, with a reject for each that shares words in a row with an evaluation set."""
+        read = columns(source).keys() - set(source.ignore_columns)
+        texts: list[list[str]] = [
+            [text for name, value in record.fields.items() if name in read for text in texts_of(value)]
+            if isinstance(record, Record) and isinstance(found, tuple)
+            else []
+            for record, found in zip(batch, rendered, strict=True)
+        ]
+        result = list(rendered)
+        for index, match in evaluation.find(texts).items():
+            place = batch[index]
+            self.report.in_evaluation_sets.update(match.sets)
+            result[index] = Reject(
+                source_file=place.source_file,
+                source_row=place.source_row,
+                reason=RejectReason.IN_EVALUATION_SET,
+                detail=match.detail,
+            )
+        return result
 
     def _rows(
         self, source: Source, record: Record, rendered: Sequence[Rendered], results: Sequence[Encoded | RowError]

@@ -10,7 +10,7 @@ from davir_ray.data.records import LeftOut, Reject
 from davir_ray.data.task_report import COUNTED, TaskReport
 from davir_ray.run.files import write_parquet
 from davir_ray.run.location import Location
-from davir_ray.schema import EXAMPLES, REJECTS
+from davir_ray.schema import EXAMPLES, REJECTS, RejectReason
 
 SHARD_ROWS = 4096
 """Maximum number of rows in a shard unless settings say otherwise."""
@@ -100,7 +100,7 @@ class ShardWriter:
         if len(self._rejects) >= _REJECT_ROWS:
             self._write_rejects()
         self.report.reasons[row["reason"]] += 1
-        if self.report.first_reject is None:
+        if self.report.first_reject is None and reject.reason != RejectReason.IN_EVALUATION_SET:
             first = f"{reject.source_file} row {reject.source_row}: {reject.reason} ({reject.detail[:200]})"
             self.report.first_reject = " ".join(first.split())  # one line, whatever the data contain
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from davir_ray.errors import DataError
 from davir_ray.run.files import FileEntry
+from davir_ray.schema import RejectReason
 
 _MIN_BYTES = 16 * 2**20
 """Fewer bytes say little about the rest of the data: buffers are ahead of the rows by up to a megabyte."""
@@ -19,7 +20,7 @@ COUNTED = ("num_prompt_tokens", "num_response_tokens", "truncated")
 TEXT_BYTES = "text_bytes_per_row"
 """Key in the details of prepare's manifest: the field of the report."""
 
-_COUNTERS = ("reasons", "sums", "replaced", "columns", "role_tokens")
+_COUNTERS = ("reasons", "in_evaluation_sets", "sums", "replaced", "columns", "role_tokens")
 
 
 @dataclass(kw_only=True)
@@ -39,11 +40,14 @@ class TaskReport:
     """Bytes of the text of a row in memory: the largest mean of a shard that is not small."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Number of rejected rows by reason."""
+    in_evaluation_sets: Counter[str] = field(default_factory=Counter)
+    """Number of rows that share words in a row with an evaluation set, by its name; a row may count in several."""
     sums: Counter[str] = field(default_factory=Counter)
     """Sums of the COUNTED columns, and `text_bytes`, of the text in memory."""
     replaced: Counter[str] = field(default_factory=Counter)
     """Number of values that were replaced in the JSON of the records: NOT_FINITE and BYTES."""
     first_reject: str | None = None
+    """Of the bad rows."""
     columns: Counter[str] = field(default_factory=Counter)
     """Number of records in which a column of the data says something, by its name."""
     num_sampled: int = 0
@@ -62,6 +66,7 @@ class TaskReport:
         self.files += other.files
         self.text_bytes_per_row = max(self.text_bytes_per_row, other.text_bytes_per_row)
         self.reasons.update(other.reasons)
+        self.in_evaluation_sets.update(other.in_evaluation_sets)
         self.sums.update(other.sums)
         self.replaced.update(other.replaced)
         self.first_reject = self.first_reject or other.first_reject
@@ -80,11 +85,11 @@ class TaskReport:
         """The report that `to_json` wrote."""
         values = json.loads(text)
         files = [FileEntry(**entry) for entry in values["files"]]
-        counters = {name: Counter(values[name]) for name in _COUNTERS}
+        counters = {name: Counter(values.get(name)) for name in _COUNTERS}  # an earlier version had fewer
         return cls(**{**values, **counters, "files": files})
 
     def check_rejects(self, max_bad_fraction: float, total_bytes: int | None = None) -> None:
-        """Raise DataError with a count of the reasons if too many rows are bad.
+        """Raise DataError with a count of the reasons if too many rows are bad; those of evaluation sets are not.
 
         While reading is in progress, `total_bytes` is the size of all sources. The error is then raised only if the bad
         rows exceed the allowed share of twice the total number of rows estimated from the bytes read so far.
@@ -94,11 +99,12 @@ class TaskReport:
             if self.num_bytes < _MIN_BYTES:
                 return
             allowed *= 2 * total_bytes / self.num_bytes
-        if self.reasons.total() <= allowed:
+        num_bad = self.reasons.total() - self.reasons[RejectReason.IN_EVALUATION_SET]
+        if num_bad <= allowed:
             return
         so_far = "" if total_bytes is None else f"the first {self.num_bytes / total_bytes:.0%} of the data, "
         raise DataError(
-            f"{self.reasons.total()} of {self.num_read} rows are bad ({so_far}{self.reason_counts}), more than "
+            f"{num_bad} of {self.num_read} rows are bad ({so_far}{self.reason_counts}), more than "
             f"--max_bad_fraction {max_bad_fraction:g}; the first: {self.first_reject}. "
             "Correct the data (rejects/ has every bad row) or raise the fraction"
         )

@@ -32,7 +32,7 @@ from davir_ray.formulas.statistics import Interval, holm
 from davir_ray.report import charts
 from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment, p_value
-from davir_ray.report.sources import source_facts
+from davir_ray.report.sources import evaluation_facts, source_facts
 from davir_ray.run.files import digest
 from davir_ray.run.manifest import differences
 from davir_ray.schema import MARGINS
@@ -112,6 +112,7 @@ def alignment_facts(
         "curves": {"loss": aligned["loss_by_step"], **aligned["measures_by_step"]},
         "limits": LIMITS,
         "sources": source_facts(manifests["prepare"], settings),
+        "evaluation_sets": evaluation_facts(manifests["prepare"]),
         "settings": named_values(settings),
         "stages": stage_facts(manifests),
     }

@@ -64,8 +64,9 @@ LIMITS = [
     "Intervals are of 95 % each, not adjusted for the number of intervals. All p-values but the primary test’s are.",
     "Models of different arms that have the same seed are taken for independent. If they are alike, the tests are "
     "cautious.",
-    "Held-out rows that occur word for word in the run’s training pool are left out. Paraphrases and near copies are "
-    "not found.",
+    "Held-out rows are left out if the run’s training pool has the same text, the same prompt (of five words or more), "
+    "or a near copy (5-grams of words with a Jaccard similarity of at least 0.7). Paraphrases, translations and shared "
+    "passages of longer texts are not found.",
 ]
 
 _SECTIONS = [
@@ -264,6 +265,10 @@ class ComparisonInputs:
     """Counts of the held-out data's prepare stage."""
     in_training_pool: int
     """Number of held-out rows that are left out because the run contains them too."""
+    in_pool_by_reason: Mapping[str, int]
+    """These rows by the reason, one of davir_ray.compare.copies.Reason."""
+    num_pool_rows_not_read: int
+    """Number of rows of the run of which only the rendered text is compared."""
     trials: Mapping[TrialName, TrialFacts]
     measures: list[Measured]
 
@@ -344,6 +349,8 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
             "rejected": inputs.heldout["rejected"],
             "in_training_pool": inputs.in_training_pool,
             "chosen_on": 0 if chosen is None else chosen["num_heldout"],
+            "in_pool_by_reason": dict(inputs.in_pool_by_reason),
+            "pool_rows_not_read": inputs.num_pool_rows_not_read,
             "measured": len(measures[0].sources),
             "prompts": len(np.unique(measures[0].prompts)),
             "sources": [{"source": name, "rows": rows} for name, rows in zip(sources, num_rows, strict=True)],

@@ -17,7 +17,7 @@ import pyarrow as pa
 from davir_ray.config.selection import SELECT_RULES
 from davir_ray.report import distributions, prose
 from davir_ray.report.distributions import Scored
-from davir_ray.report.sources import source_facts
+from davir_ray.report.sources import evaluation_facts, source_facts
 from davir_ray.schema import RejectReason, Status
 
 Manifests = dict[str, dict[str, Any]]
@@ -104,6 +104,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "with_tokens": {place: [_example(row) for row in rows] for place, rows in inputs.with_tokens.items()},
         "planted": inputs.planted,
         "sources": source_facts(inputs.manifests.get("prepare") or {}, inputs.config),
+        "evaluation_sets": evaluation_facts(inputs.manifests.get("prepare") or {}),
         "limits": prose.LIMITS,
         "settings": named_values(inputs.config),
         "stages": stage_facts(inputs.manifests),

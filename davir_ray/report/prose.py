@@ -19,6 +19,7 @@ REASON_MEANING: dict[str, str] = {
     RejectReason.UNREAD_COLUMN: "a column would change the prompt, and the format has no place for it",
     RejectReason.NOT_TEXT: "the row has images, audio or video",
     RejectReason.BAD_CONVERSATION: "the chat template rejects the messages, or no assistant turn is found",
+    RejectReason.IN_EVALUATION_SET: "shares words in a row with a record of an evaluation set (decontaminate)",
     RejectReason.EMPTY_FILE: "an empty file",
     RejectReason.UNREADABLE_FILE: "reading stopped at this row; the rest of the file is lost",
 }

@@ -38,6 +38,16 @@ def source_facts(prepared: Mapping[str, Any], config: Mapping[str, Any]) -> list
     ]
 
 
+def evaluation_facts(prepared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Counts of each evaluation set that no example may come from, by prepare's manifest; none without these sets.
+
+    `rows` are those of the data that were left out because of it; the others are of davir_ray.data.evaluation.
+    """
+    sets = (prepared.get("details") or {}).get("evaluation_sets") or {}
+    counts = ("records", "too_short", "only_common", "ngrams", "common", "rows")
+    return [{"name": name, **{count: found.get(count) for count in counts}} for name, found in sets.items()]
+
+
 def _rendering(chat: str | None, config: Mapping[str, Any], digest: str | None) -> str | None:
     """What made text of a source's records; `chat` says when the chat template does."""
     if chat in (None, "never"):

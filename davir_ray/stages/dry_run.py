@@ -12,6 +12,7 @@ import torch
 from davir_ray.config.run import EstimateConfig, InputConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.data.evaluation import EvaluationWords, list_evaluation_sets
 from davir_ray.data.files import list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, uses_chat
 from davir_ray.data.records import LeftOut, Reject, estimate_rows
@@ -25,7 +26,7 @@ from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.stages.prepare import UNLIMITED, Preparation
+from davir_ray.stages.prepare import UNLIMITED, Preparation, evaluation_line
 from davir_ray.stages.training_plan import plan_training
 from davir_ray.text import format_bytes
 
@@ -98,7 +99,8 @@ def preview(
     Returns lines for the user, with the scored tokens of examples between ⟦ and ⟧, and the size of the sources.
     """
     tokenizer = preparation.base.tokenizer()
-    reader = preparation.reader(sources)
+    evaluation = EvaluationWords.read(list_evaluation_sets(preparation.evaluation_sets, written))
+    reader = preparation.reader(sources, evaluation if evaluation.names else None)
     lines, num_rows, num_examples, num_prompt, num_scored = [], 0, 0.0, 0.0, 0.0
     for source in sources:
         files = list_files(source, written)
@@ -124,6 +126,7 @@ def preview(
         num_examples += scale * len(examples)
         num_prompt += scale * sum(row["num_prompt_tokens"] for row in examples)
         num_scored += scale * sum(row["num_response_tokens"] for row in examples)
+    lines += [f"evaluation set {name}: {evaluation_line(counts)}" for name, counts in evaluation.counts.items()]
     return lines, DataSize(
         num_rows=num_rows,
         num_examples=round(num_examples),

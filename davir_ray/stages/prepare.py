@@ -10,12 +10,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
+import ray
 import ray.data
 from ray import cloudpickle
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import TODAY, ChatTemplate
+from davir_ray.data.evaluation import (
+    MAX_RECORDS,
+    MIN_WORDS,
+    EvaluationSet,
+    EvaluationWords,
+    decontamination,
+    list_evaluation_sets,
+)
 from davir_ray.data.files import Slice, SourceFile, digests_of, list_files, plan_tasks
 from davir_ray.data.formats import are_pairs, columns, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
@@ -59,6 +68,10 @@ _CHECK_ROWS = 1000
 TOKENIZER_CLASS = "tokenizer_class"
 """Key in the manifest's details of the class of the base's tokenizer, with which it is loaded without torch."""
 
+EVALUATION_SETS = "evaluation_sets"
+"""Key in the manifest's details of the counts of each evaluation set: EvaluationWords.counts, and `rows`, the number of
+rows of the data that share words in a row with it (a row may share some with several)."""
+
 _HASHED_HERE = 2**30
 """Bytes of local files up to which the driver reads them for their digests."""
 
@@ -86,9 +99,11 @@ class Preparation:
     """The records are instructions without a response, of the format alpaca or messages (see render_prompt)."""
     tokenizer_class: str | None = None
     """The class of the base's tokenizer, where it is known; see Checkpoint.tokenizer."""
+    evaluation_sets: tuple[str, ...] = ()
+    """Paths of the evaluation sets that no example may come from."""
 
-    def reader(self, sources: list[Source]) -> ExampleReader:
-        """The reader that turns records of these sources into examples."""
+    def reader(self, sources: list[Source], evaluation: EvaluationWords | None = None) -> ExampleReader:
+        """The reader that turns records of these sources into examples; `evaluation` has the evaluation sets."""
         tokenizer = self.base.tokenizer(self.tokenizer_class)
         has_template = (self.chat_template or tokenizer.chat_template) is not None
         # Strings need no template; conversations do, and a base without one is refused here.
@@ -101,6 +116,7 @@ class Preparation:
             keep_record=self.keep_record,
             prompts_only=self.prompts_only,
             options=self.config,
+            evaluation=evaluation,
         )
 
 
@@ -124,6 +140,8 @@ class Work:
     """Folder that a task writes its report to when it has finished."""
     sources: list[Source]
     preparation: Preparation
+    evaluation: Any
+    """Reference to the EvaluationWords in Ray's object store, which a node holds once; None without evaluation sets."""
     max_bad_fraction: float
     total_bytes: int
     """Bytes of all sources as they are stored, compressed or not."""
@@ -147,10 +165,12 @@ def prepare(
     started = time.monotonic()
     if files is None:
         files = [list_files(source, [run.folder, *written]) for source in sources]
-    fingerprint = _fingerprint(sources, files, preparation)
+    evaluation_sets = list_evaluation_sets(preparation.evaluation_sets, [run.folder, *written])
+    fingerprint = _fingerprint(sources, files, preparation) | decontamination(evaluation_sets)
     if complete := run.completed("prepare", fingerprint):
         (run / TASKS).remove()  # a driver may have died after writing the manifest and before this
         return complete
+    evaluation = _read_evaluation(evaluation_sets)
     # With a limit each source is one task, which stops after that many records.
     task_bytes = _TASK_BYTES if preparation.limit is None else UNLIMITED
     tasks = [
@@ -186,6 +206,7 @@ def prepare(
                 reports=reports,
                 sources=sources,
                 preparation=replace(preparation, tokenizer_class=tokenizer_class),
+                evaluation=None if evaluation is None else ray.put(evaluation),
                 max_bad_fraction=max_bad_fraction,
                 total_bytes=sum(sizes),
                 counter=counter,
@@ -208,12 +229,36 @@ def prepare(
             TEXT_BYTES: max(report.text_bytes_per_row, report.sums["text_bytes"] // counts["prepared"]),
             "first_reject": report.first_reject,
             "by_source": _by_source(sources, preparation.config, tasks, reports_of_tasks),
+            **({} if evaluation is None else {EVALUATION_SETS: _evaluation_counts(evaluation, report)}),
         },
         seconds=time.monotonic() - started,
     )
     manifest = run.commit(manifest)
     (run / TASKS).remove()
     return manifest
+
+
+def _read_evaluation(sets: Sequence[EvaluationSet]) -> EvaluationWords | None:
+    """What is looked for of the evaluation sets, after a log line about each; None without any."""
+    if not sets:
+        return None
+    evaluation = EvaluationWords.read(sets)
+    for name, counts in evaluation.counts.items():
+        log.info("prepare: evaluation set %s: %s", name, evaluation_line(counts))
+    return evaluation
+
+
+def evaluation_line(counts: dict[str, int]) -> str:
+    """What is looked for of an evaluation set, for the user."""
+    return (
+        f"{counts['records']} records, {counts['ngrams'] - counts['common']} n-grams to look for; not looked for: "
+        f"{counts['too_short']} records without a string of {MIN_WORDS} words, {counts['common']} n-grams of more than "
+        f"{MAX_RECORDS} records, and {counts['only_common']} records that have no others"
+    )
+
+
+def _evaluation_counts(evaluation: EvaluationWords, report: TaskReport) -> dict[str, dict[str, int]]:
+    return {name: {**counts, "rows": report.in_evaluation_sets[name]} for name, counts in evaluation.counts.items()}
 
 
 def _finished(run: Run, reports: Location) -> dict[int, TaskReport]:
@@ -421,7 +466,8 @@ class Preparer:
         # A task has one CPU, and a tokenizer would start a thread for each CPU of the machine.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._work = work
-        self._reader = work.preparation.reader(work.sources)
+        evaluation = None if work.evaluation is None else ray.get(work.evaluation)
+        self._reader = work.preparation.reader(work.sources, evaluation)
         self._schema = PAIRS if are_pairs(work.sources) else EXAMPLES
         given = work.preparation.config.shard_rows
         self._shard_rows = max(given or SHARD_ROWS, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)

@@ -10,6 +10,7 @@ from outline import Outline
 from run_facts import EVIL
 from scipy import stats
 
+from davir_ray.compare.copies import Reason
 from davir_ray.config.compare import TrialName
 from davir_ray.errors import DataError
 from davir_ray.report.comparison import (
@@ -140,6 +141,19 @@ def test_the_tests_are_the_pairs_that_were_asked_for() -> None:
     facts, _ = summarise_comparison(comparison_inputs(pairs=[("lowest", "full"), ("selection", "rho")]))
     pairs = {(row["arm"], row["against"]) for row in facts["contrasts"]}
     assert pairs == {("lowest", "full")}  # rho was not trained
+
+
+def test_rows_in_the_pool_are_counted_by_reason_and_every_reason_is_explained() -> None:
+    by_reason = dict(zip(Reason, (1204, 31, 5), strict=True))
+    inputs = replace(comparison_inputs(), in_training_pool=1240, in_pool_by_reason=by_reason, num_pool_rows_not_read=9)
+    facts, _ = summarise_comparison(inputs)
+    assert facts["heldout"]["in_pool_by_reason"] == {"word_for_word": 1204, "same_prompt": 31, "near_copy": 5}
+    assert facts["heldout"]["pool_rows_not_read"] == 9
+    text = section(render_comparison(facts), "heldout")
+    for shown in ("training pool1,240", "word for word1,204", "another response31", "at least 0.7)5", "Of 9 rows"):
+        assert shown in " ".join(text.split())
+    limits = " ".join(section(render_comparison(facts), "limits").split())
+    assert "Paraphrases, translations and shared passages of longer texts are not found." in limits
 
 
 def holm_by_hand(p: dict[Any, float]) -> dict[Any, float]:

@@ -51,6 +51,21 @@ def test_the_page_shows_columns_roles_and_examples_with_their_scored_text_marked
     assert "scored 60.0 %" in page
 
 
+def test_what_was_left_out_because_of_each_evaluation_set_is_shown() -> None:
+    inputs = run_facts.report_inputs()
+    prepared = inputs.manifests["prepare"]
+    sets = {"s3://evals/mmlu.jsonl": run_facts.evaluation_set(rows=1204), "b": run_facts.evaluation_set(rows=0)}
+    details = prepared["details"] | {"evaluation_sets": sets}
+    facts = summarise(
+        run_facts.report_inputs(manifests=inputs.manifests | {"prepare": prepared | {"details": details}})
+    )
+    assert facts["evaluation_sets"] == [{"name": name, **counts} for name, counts in sets.items()]
+    page = render_page(facts)
+    cells = "".join(f"<td>{count}</td>" for count in ("1,204", "90", "5", "2", "700", "30"))
+    assert f"s3://evals/mmlu.jsonl</th>{cells}" in page
+    assert "Evaluation sets" not in render_page(summarise(inputs))
+
+
 def test_a_run_of_an_earlier_version_has_no_such_section() -> None:
     facts = facts_of()
     assert facts["sources"] == []

@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.runtime import Undefined
 from margin_facts import CURVE, manifests, margin_table
 from outline import Outline
-from run_facts import example, manifest, report_inputs
+from run_facts import evaluation_set, example, manifest, report_inputs
 
 from davir_ray import schema
 from davir_ray.config.compare import TrialName
@@ -189,6 +189,12 @@ RUN: Options = {
             replace(inputs, rejects=schema.REJECTS.empty_table())
         ),
         "of an unknown reason": with_manifest("prepare", counts={"empty_response": 0}),
+    },
+    "evaluation sets": {
+        "none": unchanged,
+        "two": with_manifest(
+            "prepare", details={"evaluation_sets": {"a": evaluation_set(), "b": evaluation_set(rows=0)}}
+        ),
     },
     "examples": {
         "with tokens": unchanged,
@@ -454,7 +460,11 @@ COMPARISON: Options = {
     "left out": {
         "some": unchanged,
         "none": lambda inputs: replace(
-            inputs, in_training_pool=0, measures=[replace(m, without_value=0) for m in inputs.measures]
+            inputs,
+            in_training_pool=0,
+            in_pool_by_reason={},
+            num_pool_rows_not_read=0,
+            measures=[replace(m, without_value=0) for m in inputs.measures],
         ),
     },
     "training": {
