@@ -19,7 +19,7 @@ from davir_ray.config.selection import Order, RankConfig, SelectConfig
 from davir_ray.engine.shuffle import Change
 from davir_ray.errors import ConfigError
 from davir_ray.formulas.shares import prefix_rows
-from davir_ray.stages.rank import value_column
+from davir_ray.stages.rank import value_columns
 from davir_ray.stages.select.candidates import reaches
 from davir_ray.stages.select.limits import GroupCount, limits_by_file
 
@@ -72,7 +72,7 @@ def select(
     if top_tokens is not None:
         columns.append("num_response_tokens")
     if min_score is not None:
-        columns.append(value_column(rank_config))
+        columns += value_columns(rank_config)
     if not isinstance(ranked, datasets.Dataset):
         return _select_on_ray(ranked, columns, rank_config, config)
     _check_columns(ranked.column_names, columns)

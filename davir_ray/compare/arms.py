@@ -31,7 +31,7 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
 from davir_ray.stages.rank import key_columns, order_keys
-from davir_ray.stages.select.candidates import Candidates, Choice
+from davir_ray.stages.select.candidates import Candidates, Choice, num_skipped
 from davir_ray.stages.select.duplicates import files_with_duplicates
 from davir_ray.stages.select.limits import limits_by_file
 
@@ -137,7 +137,15 @@ class FinishedRun:
 
     def _candidates(self, config: SelectConfig, *also: str) -> Candidates:
         duplicates = files_with_duplicates(self.run, self.run.require("select"))
-        return Candidates(run=self.run, rank_config=self.rank, config=config, duplicates=duplicates, also=also)
+        skipped = num_skipped(config, self.run.require("rank"))
+        return Candidates(
+            run=self.run,
+            rank_config=self.rank,
+            config=config,
+            duplicates=duplicates,
+            num_skipped=skipped,
+            also=also,
+        )
 
     def _resized(self, size: int) -> SelectConfig:
         """The rule for another number of rows."""
@@ -241,7 +249,7 @@ class FinishedRun:
         split into ranges of length.
         """
         columns = sorted({"source", *_LENGTHS.values(), "example_id", *key_columns(order)})
-        candidates = self._candidates(replace(self.select, min_score=None), *columns)
+        candidates = self._candidates(replace(self.select, min_score=None, max_score=None, skip_top=None), *columns)
         scores = self._scores(candidates, columns)
         keys = partial(
             _keys,

@@ -33,6 +33,7 @@ from davir_ray.compare.sets import RowSets
 from davir_ray.compare.trials import Trial, TrialSettings, plan_trials, run_trials
 from davir_ray.config.compare import FULL, MAX_PASSES, CompareConfig, TrialName
 from davir_ray.config.run import RunConfig, Tracker
+from davir_ray.config.selection import SelectConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
 from davir_ray.data.detection import with_format
@@ -162,7 +163,8 @@ def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
     """The run, after checking that it was ranked, selected and trained as its configuration says."""
     for stage, own in (("rank", run_config.rank), ("select", run_config.select)):
         made_with = run.require(stage).fingerprint
-        now = json.loads(json.dumps(dataclasses.asdict(own)))
+        settings = own.as_rule() if isinstance(own, SelectConfig) else dataclasses.asdict(own)
+        now = json.loads(json.dumps(settings))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
             raise OutputError(
                 f"{run} was not {stage}ed with the settings in its config.yaml; run jobs/rank.py with them"

@@ -72,16 +72,17 @@ class RankOptions:
         values["output_is_shared"] |= self.output_is_shared
         config = load(RunConfig, yaml.safe_dump(values))
         refuse_without_effect(config, self.on_command_line)
-        min_score, own_order = config.select.min_score, (own.rank.order, own.rank.lowest)
-        if (
-            min_score is not None
-            and "select.min_score" not in self.changes
-            and own_order != (config.rank.order, config.rank.lowest)
-        ):
-            raise ConfigError(
-                f"select.min_score is {min_score}, which the run has for another order ({own.rank.order}); give a rule "
-                f"for the order {config.rank.order}"
-            )
+        for name in ("min_score", "max_score"):
+            score, own_order = getattr(config.select, name), (own.rank.order, own.rank.lowest)
+            if (
+                score is not None
+                and f"select.{name}" not in self.changes
+                and own_order != (config.rank.order, config.rank.lowest)
+            ):
+                raise ConfigError(
+                    f"select.{name} is {score}, which the run has for another order ({own.rank.order}); give one for "
+                    f"the order {config.rank.order}"
+                )
         return config
 
     def _check_stated(self, own: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any, Literal
@@ -10,9 +10,20 @@ from typing import Any, Literal
 from davir_ray.config.checks import check, check_fields
 from davir_ray.errors import ConfigError
 
-Order = Literal["davir", "rho_sum", "rho_mean", "base_nll", "reference_nll", "length", "random"]
+Order = Literal[
+    "davir",
+    "rho_sum",
+    "rho_mean",
+    "base_nll",
+    "reference_nll",
+    "base_mean_nll",
+    "reference_mean_nll",
+    "length",
+    "random",
+]
 SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score", "quotas", "mixture")
 PART_RULES = ("top_k", "top_fraction", "top_tokens")
+_LATER_FILTERS = ("max_score", "skip_top")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +31,8 @@ class RankConfig:
     """The order of the ranking; every baseline of the paper is one option away."""
 
     order: Order = "davir"
-    """Column to rank by (length = num_response_tokens), or random."""
+    """Column to rank by (length = num_response_tokens), random, or a loss by response token (base_mean_nll,
+    reference_mean_nll), whose order is that of the perplexity."""
     lowest: bool = False
     """Rank the lowest value first."""
     seed: int = 0
@@ -73,6 +85,11 @@ class SelectConfig:
     """The longest prefix of the ranking with at most this many scored tokens."""
     min_score: float | None = None
     """Every row whose value in rank.order is at least this (at most, with rank.lowest)."""
+    max_score: float | None = None
+    """Filter: a value in rank.order of at most this (at least, with rank.lowest): the other end of a window."""
+    skip_top: float | None = None
+    """Filter: without this share of the ranked rows, the first ones, rounded down; what a reference has learnt by heart
+    may be there."""
     min_response_tokens: int | None = None
     """Filter: at least this many scored tokens in a response."""
     max_response_tokens: int | None = None
@@ -97,7 +114,8 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         _check_sizes("select.", self)
-        check_fields(self, "select.", ["min_score"], lambda score: not math.isnan(score), "a number")
+        check_fields(self, "select.", ["min_score", "max_score"], lambda score: not math.isnan(score), "a number")
+        check_fields(self, "select.", ["skip_top"], lambda share: 0 <= share < 1, "at least 0 and below 1")
         if len(self.rules) > 1:
             raise ConfigError(f"select has {' and '.join(self.rules)}; give exactly one rule")
         shortest, longest = self.min_response_tokens, self.max_response_tokens
@@ -120,8 +138,14 @@ class SelectConfig:
 
     def check_fits(self, rank: RankConfig, sources: Sequence[str]) -> None:
         """Raise ConfigError if the rule contradicts the ranking or names a source not in `sources`, if known."""
-        if self.min_score is not None and rank.order == "random":
-            raise ConfigError("select.min_score has no meaning with rank.order random; choose top_k or top_fraction")
+        for name in ("min_score", "max_score"):
+            if getattr(self, name) is not None and rank.order == "random":
+                raise ConfigError(f"select.{name} has no meaning with rank.order random; choose top_k or top_fraction")
+        if rank.most is not None and self.skip_top:
+            raise ConfigError(
+                f"rank.most is {rank.most}, but select.skip_top is a share of every ranked row; leave rank.most out "
+                "(null)"
+            )
         if rank.most is not None and self.rules:  # the rows beyond rank.most are unknown
             if not (self.quotas or (self.top_k is not None and not self.balance)):
                 raise ConfigError(
@@ -152,6 +176,11 @@ class SelectConfig:
                     f"select.quotas has {group!r}, whose range of lengths is {parts['length']!r}; the ranges are "
                     f"{', '.join(self.length_ranges)} (select.length_edges)"
                 )
+
+    def as_rule(self) -> dict[str, Any]:
+        """The settings for a fingerprint; filters that earlier versions did not have are there only if they are set."""
+        settings = asdict(self)
+        return {name: value for name, value in settings.items() if name not in _LATER_FILTERS or value is not None}
 
     @property
     def rules(self) -> list[str]:

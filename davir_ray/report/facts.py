@@ -41,6 +41,8 @@ _LEFT_OUT = {
     "too_short": "fewer response tokens than the filter asks for",
     "too_long": "more response tokens than the filter allows",
     "beyond_min_score": "the score does not reach min_score",
+    "beyond_max_score": "the score is beyond max_score",
+    "skipped": "among the first ranks, by skip_top",
 }
 
 

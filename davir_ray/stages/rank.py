@@ -37,6 +37,9 @@ BIN_ROWS = 200_000
 _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
 
+_BY_TOKEN = {"base_mean_nll": "base_nll", "reference_mean_nll": "reference_nll"}
+"""Orders by a loss per response token, and the column of the loss."""
+
 _SAMPLED = pa.schema({"key": pa.uint64(), "example_id": pa.int64()})
 _COUNTED = pa.schema({"bin": pa.int64(), "rows": pa.int64()})
 
@@ -199,7 +202,7 @@ def order_keys(
 ) -> tuple[npt.NDArray[np.bool_], hashing.Keys, hashing.Ids]:
     """Whether each row is rankable (its value is neither null nor NaN), and the keys and ids of those that are."""
     ids = np.asarray(pc.fill_null(table[id_column], 0))  # an id is null only where the value is null, too
-    values = table[value_column(config)].to_numpy().astype(np.float64)
+    values = order_values(table, config)
     rankable = ~np.isnan(values)
     if config.order in ("random", "length"):
         rankable = np.asarray(pc.equal(table["status"], "ok").fill_null(False))
@@ -211,12 +214,22 @@ def order_keys(
 def key_columns(config: RankConfig, id_column: str = "example_id") -> list[str]:
     """The columns that `order_keys` reads."""
     status = ["status"] if config.order in ("random", "length") else []
-    return [id_column, value_column(config), *status]
+    return [id_column, *value_columns(config), *status]
 
 
-def value_column(config: RankConfig) -> str:
-    """The column whose values are ranked; for a random order, which has none, the length is used."""
-    return "num_response_tokens" if config.order in ("length", "random") else config.order
+def value_columns(config: RankConfig) -> list[str]:
+    """The columns that `order_values` reads; for a random order, which has no value, the length is used."""
+    if config.order in _BY_TOKEN:
+        return [_BY_TOKEN[config.order], "num_response_tokens"]
+    return ["num_response_tokens" if config.order in ("length", "random") else config.order]
+
+
+def order_values(table: pa.Table, config: RankConfig) -> npt.NDArray[np.float64]:
+    """The value of each row that the order is by; NaN where there is none."""
+    values, *tokens = (table[name].to_numpy().astype(np.float64) for name in value_columns(config))
+    if not tokens:
+        return np.asarray(values)
+    return np.asarray(np.divide(values, tokens[0], out=np.full_like(values, np.nan), where=tokens[0] > 0))
 
 
 def file_metadata(run: Run, config: RankConfig, fingerprint: dict[str, Any]) -> dict[bytes, bytes]:

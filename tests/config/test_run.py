@@ -115,6 +115,11 @@ def test_exactly_one_selection_rule() -> None:
         SelectConfig().require_rule()
 
 
+def test_skip_top_needs_every_rank() -> None:
+    with pytest.raises(ConfigError, match=r"rank\.most is 50, but select\.skip_top is a share of every ranked row"):
+        RunConfig(rank=RankConfig(most=50), select=SelectConfig(top_k=5, skip_top=0.1))
+
+
 def test_min_score_has_no_meaning_for_a_random_order() -> None:
     with pytest.raises(ConfigError, match="random"):
         RunConfig(rank=RankConfig(order="random"), select=SelectConfig(min_score=0.5))

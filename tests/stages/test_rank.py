@@ -136,6 +136,19 @@ def test_every_order_ranks_by_its_column(make_scores: MakeScores, order: str) ->
     check(run, manifest, expected_ids(values.astype(float), ids))
 
 
+@pytest.mark.parametrize("column", ["base_nll", "reference_nll"])
+def test_a_loss_by_token_is_ranked_and_a_row_without_tokens_or_loss_is_not(
+    make_scores: MakeScores, column: str
+) -> None:
+    rng = np.random.default_rng(4)
+    nll, tokens, ids = rng.gamma(2.0, 30.0, ROWS), rng.integers(0, 9, ROWS), ids_of(ROWS)
+    nll[::7] = np.nan
+    run = make_scores(rng.normal(size=ROWS), example_id=ids, num_response_tokens=tokens, **{column: nll})
+    manifest = rank(run, RankConfig(order=f"{column.removesuffix('nll')}mean_nll", lowest=True))  # type: ignore[arg-type]
+    known = [(n / t, i) for n, t, i in zip(nll, tokens, ids, strict=True) if t and not np.isnan(n)]
+    check(run, manifest, [i for _, i in sorted(known)])
+
+
 def test_length_and_random_rank_scored_rows_only(make_scores: MakeScores) -> None:
     run = make_scores([0.1, None, 0.3, None], num_response_tokens=[1, 9, 2, 8])
     check(run, rank(run, RankConfig(order="length")), [2, 0])

@@ -1,7 +1,8 @@
 """Which rows of ranked/ may be selected, how many of each group there are in each file, and which are selected."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,8 @@ from davir_ray.engine.shuffle import collect
 from davir_ray.formulas.shares import prefix_rows
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
-from davir_ray.stages.rank import key_columns, value_column
+from davir_ray.run.manifest import Manifest
+from davir_ray.stages.rank import key_columns, order_values
 from davir_ray.stages.select.duplicates import read_duplicates
 from davir_ray.stages.select.limits import GroupCount, Limits
 
@@ -36,6 +38,8 @@ class Candidates:
     config: SelectConfig
     duplicates: frozenset[str]
     """Files of ranked/ that contain duplicates."""
+    num_skipped: int = 0
+    """Number of the first ranks that select.skip_top leaves out."""
     also: tuple[str, ...] = ()
     """Columns that are read besides those that a selection depends on."""
 
@@ -50,7 +54,8 @@ class Candidates:
         """The filters that the configuration asks for, by the reason for leaving a row out."""
         filters: dict[str, Filter] = {}
         shortest, longest = self.config.min_response_tokens, self.config.max_response_tokens
-        min_score = self.config.min_score
+        min_score, max_score, num_skipped = self.config.min_score, self.config.max_score, self.num_skipped
+        lowest = self.rank_config.lowest
         if self.config.drop_duplicates:
             filters["duplicates"] = self._is_duplicate
         if shortest is not None:
@@ -59,6 +64,11 @@ class Candidates:
             filters["too_long"] = lambda table: np.asarray(table["num_response_tokens"]) > longest
         if min_score is not None:
             filters["beyond_min_score"] = lambda table: ~reaches(table, self.rank_config, min_score)
+        if max_score is not None:
+            beyond = replace(self.rank_config, lowest=not lowest)
+            filters["beyond_max_score"] = lambda table: ~reaches(table, beyond, max_score)
+        if num_skipped:
+            filters["skipped"] = lambda table: np.asarray(table["rank"]) <= num_skipped
         return filters
 
     def outcomes(self, table: pa.Table) -> npt.NDArray[np.object_]:
@@ -131,9 +141,14 @@ class Choice:
         return table.filter(pa.array(self.selected(table)))
 
 
+def num_skipped(config: SelectConfig, ranked: Manifest) -> int:
+    """Number of the first ranks that select.skip_top leaves out: floor of the exact decimal times the ranked rows."""
+    return int(Decimal(str(config.skip_top or 0)) * ranked.counts["rankable"])
+
+
 def reaches(table: pa.Table, rank_config: RankConfig, min_score: float) -> npt.NDArray[np.bool_]:
     """Whether each row's value is at least `min_score`, or at most if the lowest come first; false without a value."""
-    values = table[value_column(rank_config)].to_numpy().astype(np.float64)
+    values = order_values(table, rank_config)
     return np.asarray(values <= min_score if rank_config.lowest else values >= min_score)
 
 

@@ -8,7 +8,7 @@ and only those are exchanged with their text. The result is exact for any number
 import logging
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,8 @@ from davir_ray.run.files import FileEntry, in_folder, read_parquet, total_rows, 
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SELECTED
-from davir_ray.stages.rank import file_metadata, order_keys, value_column
-from davir_ray.stages.select.candidates import Candidates, Choice
+from davir_ray.stages.rank import file_metadata, order_keys, order_values, value_columns
+from davir_ray.stages.select.candidates import Candidates, Choice, num_skipped
 from davir_ray.stages.select.duplicates import FOLDER as DUPLICATES
 from davir_ray.stages.select.duplicates import find_duplicates
 from davir_ray.stages.select.limits import GroupCount, limits_by_file
@@ -41,7 +41,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
     """Apply the filters and the rule, and write the selected rows in rank order, with their text."""
     started = time.monotonic()
     ranked, scored = run.require("rank"), run.require("score")
-    fingerprint = {"ranked": ranked.content, "rule": asdict(config)}
+    fingerprint = {"ranked": ranked.content, "rule": config.as_rule()}
     if done := run.completed("select", fingerprint):
         return done
     check_count(config, ranked.counts["rankable"], "ranked")
@@ -50,7 +50,11 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
 
     duplicates = find_duplicates(run, files) if config.drop_duplicates else []
     candidates = Candidates(
-        run=run, rank_config=rank_config, config=config, duplicates=frozenset(entry.name for entry in duplicates)
+        run=run,
+        rank_config=rank_config,
+        config=config,
+        duplicates=frozenset(entry.name for entry in duplicates),
+        num_skipped=num_skipped(config, ranked),
     )
     eligible, left_out = candidates.count(files)
     choice = Choice(candidates, limits_by_file(eligible, config))
@@ -164,5 +168,5 @@ def _cut_value(candidates: Candidates, last: FileEntry) -> float | None:
     config, rank_config = candidates.config, candidates.rank_config
     if rank_config.order == "random" or config.balance or config.mixture:
         return None
-    table = read_parquet(candidates.run / "selected" / last.name, [value_column(rank_config)])
-    return float(table.column(0)[-1].as_py())
+    table = read_parquet(candidates.run / "selected" / last.name, value_columns(rank_config))
+    return float(order_values(table, rank_config)[-1])

@@ -123,6 +123,41 @@ def test_min_score_is_of_the_ordering_key(make_scores: MakeScores) -> None:
     check_prefix(run, select(run, config, SelectConfig(min_score=91)), 10)
 
 
+@pytest.mark.parametrize("lowest", [False, True])
+def test_max_score_and_skip_top_cut_the_other_end(make_scores: MakeScores, lowest: bool) -> None:
+    config = RankConfig(lowest=lowest)
+    run = ranked_run(make_scores, config=config)
+    ranked = table_of(run, "ranked")
+    within = ranked["davir"] >= 0.2 if lowest else ranked["davir"] <= 0.8
+    skipped = ranked["rank"] <= 29
+    for settings, kept in (
+        ({"max_score": 0.2 if lowest else 0.8}, within),
+        ({"skip_top": 0.29}, ~skipped),
+        ({"max_score": 0.2 if lowest else 0.8, "skip_top": 0.29}, within & ~skipped),
+    ):
+        manifest = select(run, config, SelectConfig(top_k=30, **settings))
+        selected = table_of(run, "selected")
+        assert selected["rank"].tolist() == ranked[kept]["rank"].tolist()[:30]
+        left_out = [manifest.counts.get(name, 0) for name in ("beyond_max_score", "skipped")]
+        assert sum(left_out) == int((~kept).sum())
+        assert manifest.counts["eligible"] == int(kept.sum())
+
+
+def test_a_selection_without_the_new_filters_is_that_of_an_earlier_version(make_scores: MakeScores) -> None:
+    run = ranked_run(make_scores)
+    rule = select(run, BY_DAVIR, SelectConfig(top_k=10)).fingerprint["rule"]
+    assert not {"max_score", "skip_top"} & set(rule)
+    assert select(run, BY_DAVIR, SelectConfig(top_k=10, skip_top=0.1)).fingerprint["rule"]["skip_top"] == 0.1
+
+
+def test_the_cut_of_a_loss_by_token_is_in_nats_per_token(make_scores: MakeScores) -> None:
+    config = RankConfig(order="base_mean_nll")
+    run = ranked_run(make_scores, config=config, base_nll=np.arange(100.0), num_response_tokens=np.full(100, 4))
+    manifest = select(run, config, SelectConfig(min_score=20.0))
+    check_prefix(run, manifest, 20)
+    assert manifest.details["cut"] == 20.0
+
+
 def test_a_random_order_has_no_cut_value(make_scores: MakeScores) -> None:
     config = RankConfig(order="random")
     run = ranked_run(make_scores, config=config)
