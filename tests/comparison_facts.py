@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from davir_ray.config.compare import TrialName
-from davir_ray.report.comparison import LOSS, ComparisonInputs, Measured, TrialFacts
+from davir_ray.report.measured import LOSS, ComparisonInputs, Measured, TrialFacts
 
 TRIAL = TrialFacts(
     row_set=0, num_examples=100, num_shared=7, num_response_tokens=3000, num_trained_tokens=9000, num_steps=12,

@@ -16,19 +16,9 @@ from davir_ray.config.compare import CompareConfig, TrialName
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.formulas.statistics import Ints
 from davir_ray.models.training.loop import rows_in
-from davir_ray.report.comparison import (
-    FLEXIBLE,
-    LOSS,
-    LOSS_BY_EXAMPLE,
-    STRICT,
-    ComparisonInputs,
-    Measured,
-    TrialFacts,
-    contrasts_table,
-    render_comparison,
-    results_table,
-    summarise_comparison,
-)
+from davir_ray.report.comparison import contrasts_table, results_table, summarise_comparison
+from davir_ray.report.comparison_page import render_comparison
+from davir_ray.report.measured import FLEXIBLE, LOSS, LOSS_BY_EXAMPLE, STRICT, ComparisonInputs, Measured, TrialFacts
 from davir_ray.run.files import committed_parquet, write_file, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest

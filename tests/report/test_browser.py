@@ -22,7 +22,8 @@ from davir_ray.config.selection import SelectConfig
 from davir_ray.pipeline import run_all
 from davir_ray.report import ReportInputs, render_page, summarise
 from davir_ray.report.alignment import render_alignment
-from davir_ray.report.comparison import render_comparison, summarise_comparison
+from davir_ray.report.comparison import summarise_comparison
+from davir_ray.report.comparison_page import render_comparison
 
 PLANTED = "<script>document.title='run by a script'</script><img src=x onerror=\"document.title='run by an image'\">"
 

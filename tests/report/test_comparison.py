@@ -13,20 +13,9 @@ from scipy import stats
 from davir_ray.compare.copies import Reason
 from davir_ray.config.compare import TrialName
 from davir_ray.errors import DataError
-from davir_ray.report.comparison import (
-    FLEXIBLE,
-    LOSS,
-    LOSS_BY_EXAMPLE,
-    STRICT,
-    ComparisonInputs,
-    Measure,
-    Measured,
-    contrasts_table,
-    render_comparison,
-    replicates,
-    results_table,
-    summarise_comparison,
-)
+from davir_ray.report.comparison import contrasts_table, results_table, summarise_comparison
+from davir_ray.report.comparison_page import render_comparison, replicates
+from davir_ray.report.measured import FLEXIBLE, LOSS, LOSS_BY_EXAMPLE, STRICT, ComparisonInputs, Measure, Measured
 
 ARMS, SIZE, SEEDS = ("selection", "random", "lowest"), 100, range(3)
 

@@ -25,14 +25,9 @@ from davir_ray import schema
 from davir_ray.config.compare import TrialName
 from davir_ray.report import ReportInputs, charts, render_page, summarise
 from davir_ray.report.alignment import Trained, alignment_facts, measured_pairs, render_alignment, sweep_table
-from davir_ray.report.comparison import (
-    FLEXIBLE,
-    STRICT,
-    ComparisonInputs,
-    Measured,
-    render_comparison,
-    summarise_comparison,
-)
+from davir_ray.report.comparison import summarise_comparison
+from davir_ray.report.comparison_page import render_comparison
+from davir_ray.report.measured import FLEXIBLE, STRICT, ComparisonInputs, Measured
 from davir_ray.report.page import environment
 from davir_ray.schema import Status
 
