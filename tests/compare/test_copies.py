@@ -87,6 +87,7 @@ def test_a_question_is_found_in_every_rendering_and_a_row_is_named_with_its_reas
     plain = [
         {"instruction": OTHER, "output": "At three."},
         {"instruction": "Nobody asked them.", "input": "", "output": f"So: {LONG} and more"},
+        {"instruction": "Nobody asked them.", "input": "", "output": f"{LONG} is less similar"},
     ]
     found = pools.found(pools.run("alpaca", "alpaca", plain), heldout)
     assert reasons(found) == {1: Reason.SAME_PROMPT, 2: Reason.NEAR_COPY}
