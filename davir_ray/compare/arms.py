@@ -135,6 +135,23 @@ class FinishedRun:
         choice = Choice(candidates, limits_by_file(pools, config))
         return collect(choice.shards(files), partial(_rows, by_source=bool(config.mixture)), _ROWS)
 
+    def mean_tokens(self) -> dict[str, float] | None:
+        """For each group the mean response tokens of the rows that an arm may take; None if not all ranks are known."""
+        ranked = self.run.require("rank")
+        if ranked.counts["ranked"] < ranked.counts["rankable"]:
+            return None
+        pools, _ = self._candidates(replace(self._filters, balance=[], quotas={})).count(ranked.files_in("ranked"))
+        rows, tokens = Counter[str](), Counter[str]()
+        for pool in pools:
+            rows[pool.group] += pool.rows
+            tokens[pool.group] += pool.tokens
+        return {group: tokens[group] / number for group, number in rows.items()}
+
+    @property
+    def _filters(self) -> SelectConfig:
+        """The selection's settings without what depends on the score."""
+        return replace(self.select, min_score=None, max_score=None, skip_top=None)
+
     def _candidates(self, config: SelectConfig, *also: str) -> Candidates:
         duplicates = files_with_duplicates(self.run, self.run.require("select"))
         skipped = num_skipped(config, self.run.require("rank"))
@@ -249,7 +266,7 @@ class FinishedRun:
         split into ranges of length.
         """
         columns = sorted({"source", *_LENGTHS.values(), "example_id", *key_columns(order)})
-        candidates = self._candidates(replace(self.select, min_score=None, max_score=None, skip_top=None), *columns)
+        candidates = self._candidates(self._filters, *columns)
         scores = self._scores(candidates, columns)
         keys = partial(
             _keys,

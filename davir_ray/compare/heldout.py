@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from davir_ray.compare.copies import LeftOut, Reason
+from davir_ray.compare.copies import MAX_SAME_PROMPT, LeftOut, Reason
 from davir_ray.data.reader import stable_id
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import gather
@@ -61,10 +61,20 @@ def read_losses(trial: Run, heldout: Run) -> pa.Table:
 
 
 def read_prompts(heldout: Run) -> npt.NDArray[np.int64]:
-    """A hash of the prompt of each held-out example, in the order of the files."""
+    """A hash of the prompt of each held-out example, in the order of the files; equal for those that are one question.
+
+    An empty prompt, and one of more than MAX_SAME_PROMPT examples, is no question: their hashes are of the examples.
+    """
     names = [entry.name for entry in heldout.require("prepare").files_in("examples")]
-    prompts = each(lambda name: read_parquet(heldout / "examples" / name, ["prompt"])["prompt"].to_pylist(), names)
-    return np.array([stable_id(prompt) for of_shard in prompts for prompt in of_shard], dtype=np.int64)
+    tables = each(lambda name: read_parquet(heldout / "examples" / name, ["prompt", "example_id"]), names)
+    rows = pa.concat_tables(tables)
+    counts = Counter(prompts := rows["prompt"].to_pylist())
+    no_question = {prompt for prompt, number in counts.items() if number > MAX_SAME_PROMPT} | {""}
+    hashes = [
+        stable_id("example", example_id) if prompt in no_question else stable_id(prompt)
+        for prompt, example_id in zip(prompts, rows["example_id"].to_pylist(), strict=True)
+    ]
+    return np.array(hashes, dtype=np.int64)
 
 
 def read_matches(trial: Run) -> pa.Table:

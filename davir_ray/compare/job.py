@@ -285,7 +285,7 @@ def _trials(
                 rows, num_rows = sets.of(arm, size, model), size
             for schedule in schedules:
                 name = TrialName(arm, num_rows, schedule, model)
-                steps = sets.max_steps(schedule, rows, recipe)
+                steps = sets.max_steps(schedule, size, rows, recipe)
                 trials[name] = Trial(
                     name=name,
                     run=output.within(f"arms/{name}"),

@@ -14,6 +14,7 @@ from davir_ray.compare.heldout import read_losses, read_matches, read_prompts
 from davir_ray.compare.trials import Trial
 from davir_ray.config.compare import CompareConfig, TrialName
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import TrainingError
 from davir_ray.formulas.statistics import Ints
 from davir_ray.models.training.loop import rows_in
 from davir_ray.report.comparison import contrasts_table, results_table, summarise_comparison
@@ -84,6 +85,12 @@ def _losses_of(
     """
     base = first["base_nll"].to_numpy()
     nll = {name: table["reference_nll"].to_numpy() for name, table in losses.items()}
+    for name, values in nll.items():
+        if not np.isfinite(values).any():
+            raise TrainingError(
+                f"{name} has no finite loss on any held-out row: it diverged; lower the learning rate with --recipe, "
+                "or leave the arm out of --arms"
+            )
     valued = np.isfinite(np.stack([base, *nll.values()])).all(axis=0)
     kept = ~leaked & valued
     num_tokens = first["num_response_tokens"].to_numpy()[kept].astype(np.int64)

@@ -5,6 +5,7 @@ random_matched) are drawn from the first run's pool; the full set is the first r
 """
 
 import logging
+from collections import Counter, defaultdict
 from functools import cached_property
 
 import numpy as np
@@ -88,20 +89,34 @@ class RowSets:
             write_set(examples, first, None)
         return _row_set(0, examples, first, self.selections(self.sizes[0])[0].num_rows)
 
-    def max_steps(self, reading: str, rows: RowSet, recipe: FinetuneConfig) -> int | None:
+    def max_steps(self, reading: str, size: int, rows: RowSet, recipe: FinetuneConfig) -> int | None:
         """Number of steps of a schedule on a set; None: those of the recipe's epochs.
 
-        `tokens`: the expected response tokens of as many random rows in the recipe's epochs, so that an arm of short
-        responses takes more steps.
+        `tokens`: the expected response tokens of as many rows drawn as those of `random`, in the recipe's epochs, so
+        that an arm of short responses takes more steps.
         """
         if reading == "epochs":
             return None
         full = self.full
         if reading == "steps":
             return num_steps(full.num_trainable, recipe.batch_size, recipe.epochs)
-        budget = rows.num_rows * recipe.epochs * full.num_response_tokens / max(1, full.num_trainable)
+        budget = rows.num_rows * recipe.epochs * self._mean_tokens(size)
         per_row = max(1, rows.num_response_tokens) / max(1, rows.num_trainable)
         return steps_for(budget / per_row, max(1, rows.num_trainable), recipe.batch_size)
+
+    @cached_property
+    def _mean_by_group(self) -> dict[str, float]:
+        full = self.full.num_response_tokens / max(1, self.full.num_trainable)
+        return defaultdict(lambda: full, self._runs[0].mean_tokens() or {})
+
+    def _mean_tokens(self, size: int) -> float:
+        """The expected response tokens of a row, with a mixture's repeats; the full set's if not all are ranked."""
+        repeats = self._runs[0].repeats
+        rows = {
+            group: number * repeats.get(group, 1)
+            for group, number in Counter(self.selections(size)[0]["group"].to_pylist()).items()
+        }
+        return sum(number * self._mean_by_group[group] for group, number in rows.items()) / sum(rows.values())
 
     def readings(self, size: int, recipe: FinetuneConfig) -> list[str]:
         """The schedules at a size: without `steps` where it takes more than MAX_PASSES passes over a set."""

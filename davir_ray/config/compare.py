@@ -168,6 +168,7 @@ class CompareConfig(OutputConfig):
             for name, number in self.seeds.items():
                 check(name in known, "an arm of seeds", name, f"one of {', '.join(known)}")
                 check(number >= 1, f"seeds of {name}", number, "at least 1")
+                check(name in (*self.arms, "default"), "an arm of seeds", name, "one of the arms, or default")
             for arm in self.arms:
                 if not {arm, "default"} & set(self.seeds):
                     raise ConfigError(f"seeds is {self.seeds!r}, with no number for {arm}; add it, or a default")

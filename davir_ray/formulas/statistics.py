@@ -12,22 +12,22 @@ McCulloch, Variance Components, 1992, chapter 4). So
 
 - The variance over examples is that of the difference of the arms' mean values, whose ratio is linearised (Cochran,
   Sampling Techniques, 1977, chapter 6). Examples with the same prompt are one cluster, and the sources are strata. Each
-  residual is divided by one minus its share of the weight, because a few long responses would else fit their own
-  ratio: with one source this is the jackknife. The degrees of freedom are those of the effective number of clusters
-  (Kish, Survey Sampling, 1965).
+  residual is divided by one minus its share of the weight: a long response pulls the ratio towards itself, so that its
+  residual is too small. With one source this is the jackknife. The degrees of freedom are those of the effective
+  number of clusters (Kish, Survey Sampling, 1965).
 - MS is the variance between the units of an arm, and I the part of it that is noise over the examples, which the
   variance over examples contains already: it is counted once. q is a unit's share of the arm's models.
 - A unit is a model where all of an arm's models have the same rows. Where the rows vary (draws, or selections of
-  several runs), all models of one set of rows are a unit, as they share its luck.
-- Arms whose units are of one kind (seeds, draws or runs), in one size and schedule, share one estimate of MS and of I:
-  from three seeds each, no arm alone could say how much models vary.
+  several runs), a unit is a set of rows with all of its models: a lucky set makes all of them better.
+- Arms of one group whose units are seeds share one estimate of MS and of I: from three seeds, no arm alone could say
+  how much models vary. Draws and selections vary in their own ways, so such an arm is a group of its own.
 
 The letters in names are dimensions: S models, E examples, C clusters, U units.
 """
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -42,10 +42,21 @@ MIN_DIFFERING = 10
 """Number of examples on which two arms must differ before a share of right answers is tested."""
 
 _NUM_FLIPS = 9999
-"""Number of random assignments of signs: the least p-value is 1e-4."""
+"""Number of random assignments of signs."""
+
+_FEW_BEYOND = 10
 
 _LEAST_P = 1e-300
 """A p-value is never 0: Student's tail is not, where its number underflows."""
+
+_ROUNDING = 1e-12
+"""Standard errors up to this, relative to the mean, are rounding errors."""
+
+_MIN_SEEDS = 5
+"""Number of seeds that a correlation between arms is estimated from; fewer show anything."""
+
+_MIN_DRAWS = 3
+"""Number of draws from which the variance of one draw is estimated: of two, it could be anything."""
 
 _TAIL = 0.975
 
@@ -80,6 +91,12 @@ class Examples:
         """Examples of one source with prompts of their own."""
         num = len(weights_E)
         return cls(weights_E=weights_E, clusters_E=np.arange(num), strata_E=np.zeros(num, np.int64))
+
+    def of(self, there_E: npt.NDArray[np.bool_]) -> "Examples":
+        """Some of the examples alone."""
+        return Examples(
+            weights_E=self.weights_E[there_E], clusters_E=self.clusters_E[there_E], strata_E=self.strata_E[there_E]
+        )
 
     @cached_property
     def cluster_shares(self) -> Floats:
@@ -149,7 +166,7 @@ class Outcome:
     kind: Kind = "seeds"
     """What a set of rows is, where they vary."""
     group: Hashable = None
-    """Arms of the same group and kind share the estimate of how much their units vary: of one size and schedule."""
+    """Arms of the same group and kind of units share the estimate of how much these vary."""
 
     @property
     def num_models(self) -> int:
@@ -233,8 +250,8 @@ class Difference:
     """The first arm minus one more draw of the second, None where the draws' own variance is not known."""
     num_differing: int
     """Number of examples on which the arms' means differ."""
-    one_unit_each: bool
-    """Whether nothing is known of how much models vary: the p-value is then for these particular models."""
+    lone: Literal["one model", "one draw"] | None
+    """What one of the arms has only one of, so that it is not known how much it varies; None if neither has."""
     p_flips: float | None
     """For shares of right answers: the p-value of random signs over the examples, for these particular models."""
 
@@ -269,6 +286,11 @@ class Panel:
             groups.setdefault((outcome.group, outcome.units), []).append(outcome)
         self._between = {group: self._pooled(found) for group, found in groups.items()}
 
+    @property
+    def num_clusters(self) -> int:
+        """The number of examples that count on their own."""
+        return self._examples.num_clusters
+
     def mean(self, name: Hashable) -> Estimate:
         """The arm's mean over its models."""
         outcome = self._outcomes[name]
@@ -279,8 +301,23 @@ class Panel:
         return np.asarray(self._outcomes[name].values_SE.sum(axis=1) / self._examples.weights_E.sum())
 
     def share(self, name: Hashable) -> Interval:
-        """The interval of an arm's share of right answers."""
-        return share_interval(self.mean(name), self._examples.num_clusters)
+        """The interval of an arm's share of right answers.
+
+        That of several sources is made of theirs (MOVER: Zou and Donner, 2008), because a source with all answers
+        right, or all wrong, shows no variance.
+        """
+        outcome, examples = self._outcomes[name], self._examples
+        mean, ends = self.mean(name).mean, []
+        for stratum in np.unique(examples.strata_E):
+            there_E = examples.strata_E == stratum
+            part = replace(outcome, values_SE=outcome.values_SE[:, there_E])
+            panel = Panel({name: part}, examples.of(there_E)) if not there_E.all() else self
+            found = panel.mean(name)
+            low, high = share_interval(found, panel.num_clusters, outcome.num_models)
+            weight = float(examples.weights_E[there_E].sum() / examples.weights_E.sum())
+            ends.append((weight * (found.mean - low), weight * (high - found.mean)))
+        below, above = (math.sqrt(sum(end**2 for end in side)) for side in zip(*ends, strict=True))
+        return Interval(mean - below, mean + above)
 
     def difference_of_shares(self, name: Hashable, other: Hashable) -> Interval:
         """The interval of a difference of shares from those of the two (Newcombe's hybrid score, 1998).
@@ -304,9 +341,14 @@ class Panel:
             of_models=self._estimate(difference_E),
             another_draw=None if more is None else self._estimate(difference_E, [*between, *more]),
             num_differing=int((difference_E != 0).sum()),
-            one_unit_each=not any(self._between[one.group, one.units].degrees for one in (arm, against)),
+            lone=self._lone(arm) or self._lone(against),
             p_flips=sign_flips(self._examples.summed(difference_E)) if shares else None,
         )
+
+    def _lone(self, outcome: Outcome) -> Literal["one model", "one draw"] | None:
+        if outcome.kind == "draws" and outcome.units != "draws":
+            return "one draw"  # its luck is not known, however many models it has
+        return None if self._between[outcome.group, outcome.units].degrees else "one model"
 
     def _between_units(self, outcomes: Sequence[Outcome]) -> list[_Part]:
         """The parts of the variance of a mean, or of a difference, that come from the units of these arms."""
@@ -322,7 +364,7 @@ class Panel:
 
     def _one_more(self, arm: Outcome, against: Outcome) -> list[_Part] | None:
         """The variance of one draw: between draws, less what a draw's seeds explain; None where it is not known."""
-        if against.units != "draws" or arm.units == "draws":
+        if against.units != "draws" or arm.units == "draws" or against.num_units < _MIN_DRAWS:
             return None
         by_model, unit_of_S = against.values_SE.sum(axis=1) / self._examples.weights_E.sum(), against.unit_of
         models_U = np.bincount(unit_of_S)
@@ -351,7 +393,9 @@ class Panel:
         if not examples.degrees or not over_examples + squares:
             return Estimate(mean=mean, variance=variance, degrees=examples.degrees)
         degrees = variance**2 / (over_examples**2 / examples.degrees + squares)
-        return Estimate(mean=mean, variance=variance, degrees=degrees)
+        if variance <= (_ROUNDING * max(1.0, abs(mean))) ** 2:
+            variance = 0.0
+        return Estimate(mean=mean, variance=variance, degrees=max(1.0, degrees))
 
     def _pooled(self, outcomes: list[Outcome]) -> _Between:
         """The variance between the units of each arm, and its noise, pooled over the arms."""
@@ -370,31 +414,30 @@ class Panel:
         return _Between(squares / degrees, noise / degrees, degrees)
 
 
-def share_interval(estimate: Estimate, num_clusters: int) -> Interval:
+def share_interval(estimate: Estimate, num_clusters: int, num_models: int = 1) -> Interval:
     """The interval of a share of right answers: Jeffreys' on the effective number of questions, never a point.
 
     So many independent questions would give the estimate's variance, fewer where t is wider than with all clusters'
-    degrees of freedom (Korn and Graubard, Survey Methodology 24, 1998). Where all answers are right, or all wrong, no
-    variance is seen, and it is the number of clusters.
+    degrees of freedom (Korn and Graubard, Survey Methodology 24, 1998), and not more than the answers. Where all
+    answers are right, or all wrong, no variance is seen, and it is the number of clusters.
     """
     share = min(max(estimate.mean, 0.0), 1.0)
     number = float(num_clusters)
     if estimate.variance > 0 and 0 < share < 1:
-        number = share * (1 - share) / estimate.variance
-        number *= (
-            float(stats.t.ppf(_TAIL, max(1, num_clusters - 1)) / stats.t.ppf(_TAIL, max(1.0, estimate.degrees))) ** 2
-        )
+        wider = stats.t.ppf(_TAIL, max(1, num_clusters - 1)) / stats.t.ppf(_TAIL, max(1.0, estimate.degrees))
+        number = min(share * (1 - share) / estimate.variance * float(wider) ** 2, float(num_clusters * num_models))
     right, wrong = share * number, (1 - share) * number
     low = float(stats.beta.ppf(1 - _TAIL, right + 0.5, wrong + 0.5)) if share > 0 else 0.0
     high = float(stats.beta.ppf(_TAIL, right + 0.5, wrong + 0.5)) if share < 1 else 1.0
-    return Interval(low, high)
+    return Interval(min(low, share), max(high, share))
 
 
 def sign_flips(differences_C: Floats, seed: int = 0) -> float:
-    """The p-value of the hypothesis that each difference might as well have the other sign; at least 1e-4.
+    """The p-value of the hypothesis that each difference might as well have the other sign.
 
     The share of random assignments of signs whose sum is at least as far from 0 (Fisher, 1935), the observed one
-    included (Phipson and Smyth, 2010).
+    included (Phipson and Smyth, 2010). Where fewer than ten of them are, the tail of the normal distribution with the
+    signs' variance is finer, down to the share of one assignment of all and its opposite.
     """
     sizes_C = np.abs(differences_C[differences_C != 0])
     observed = abs(float(differences_C.sum())) * (1 - 1e-12)  # equal sums may differ in their last bit
@@ -404,16 +447,20 @@ def sign_flips(differences_C: Floats, seed: int = 0) -> float:
         signs = draw.integers(0, 2, (rows, len(sizes_C)), dtype=np.int8) * 2 - 1
         num_beyond += int((np.abs(signs @ sizes_C) >= observed).sum())
         left -= rows
-    return (1 + num_beyond) / (1 + _NUM_FLIPS)
+    counted = (1 + num_beyond) / (1 + _NUM_FLIPS)
+    if num_beyond >= _FEW_BEYOND:
+        return counted
+    tail = 2 * float(stats.norm.sf(observed / math.sqrt(float((sizes_C**2).sum())))) if len(sizes_C) else 1.0
+    return min(counted, max(tail, 2.0 ** (1 - len(sizes_C)), _LEAST_P))
 
 
 def seed_correlation(arms: Sequence[Mapping[int, float]]) -> float | None:
-    """The correlation between arms of what a seed adds, from the measures of models by seed; None if it is not known.
+    """The correlation between arms of what a seed adds, from the measures of models by seed; None with few.
 
     Tests take it for 0. A positive one, as of adapters that begin with the same values, makes them cautious.
     """
     seeds = sorted(set.intersection(*(set(arm) for arm in arms))) if len(arms) > 1 else []
-    if len(seeds) < 2:
+    if len(seeds) < _MIN_SEEDS:
         return None
     values_AS = np.array([[arm[seed] for seed in seeds] for arm in arms])
     covariances_AA = np.atleast_2d(np.cov(values_AS))

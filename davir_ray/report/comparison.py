@@ -5,7 +5,8 @@ size (`rows`) and a schedule (`reading`: equal tokens, equal epochs, or as many 
 are nats per token; the other measures have units of their own.
 
 Where there are several sizes, the best is chosen on one half of the held-out prompts, and everything is reported on the
-other: a size that is the best by luck is not reported with its luck.
+other, so that a size is not reported with the luck of its examples. The luck of its models it keeps: they are the same
+on both halves.
 """
 
 import math
@@ -36,8 +37,8 @@ LIMITS = [
     "A loss is not a judgement: a lower loss on held-out answers means that such answers became likelier, not that "
     "a person would prefer what the model writes.",
     "With few seeds the spread between models is uncertain. Intervals and p-values account for it by Student’s t, with "
-    "one estimate for all arms of a size and schedule, so with two or three seeds only large differences are detected; "
-    "“not resolved” does not mean that there is none.",
+    "one estimate for the arms of a size and schedule whose models have the same rows, so with two or three seeds only "
+    "large differences are detected; “not resolved” does not mean that there is none.",
     "Models of several seeds on one set of rows say whether these rows train a better model, not whether the method "
     "would choose such rows again: with another reference or another pool, other rows would be selected. Several runs, "
     "whose references are trained anew, say that.",
@@ -104,6 +105,7 @@ TESTS = pa.schema(
         *((name, pa.float64()) for name in ("p", "p_holm", "p_level", "p_level_holm", "p_models")),
         ("untested", pa.string()),
         ("verdict", pa.string()),
+        ("within_margin", pa.bool_()),
     ]
 )
 """tests.parquet: a row for each difference on the page, see Contrast."""
@@ -135,7 +137,7 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         for source in [None, *names] if len(names) > 1 else [None]:
             part = measured if source is None else measured.of(measured.sources == source)
             name = {"measure": measured.measure.name, "source": source}
-            outcomes = _outcomes(inputs.trials, part.values)
+            outcomes = _outcomes(inputs, part.values)
             panel = Panel(outcomes, part.examples)
             results += [name | row for row in _results(part, panel, outcomes, reported.settings)]
             contrasts += _contrasts(inputs, part, source, panel, outcomes, reported.settings)
@@ -152,10 +154,12 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         lambda one: (
             [(one.arm, one.against)] == inputs.pairs[:1]
             and one.question == ON_AVERAGE
-            and (one.measure, one.source) == (first.measure.name, None)
+            and (one.measure, one.source) == (inputs.measures[0].measure.name, None)
             and (one.rows, one.reading) == reported.primary
         ),
+        num_sizes=1 if reported.chosen is None else len(reported.chosen["by_size"]),
     )
+    shown = [measured.measure for measured in reported.measures]
     by_loss = next((measured for measured in reported.measures if measured.measure is LOSS), None)
     facts = {
         "format": 2,
@@ -166,6 +170,7 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         "equal_models": _equal_models(inputs),
         "outside_selection": bool(inputs.settings.get("outside_selection")),
         "match_prompts": bool(inputs.settings.get("match_prompts")),
+        "not_measured": [one.measure.title for one in inputs.measures if one.measure not in shown],
         "measures": [
             {
                 **asdict(measured.measure),
@@ -178,7 +183,7 @@ def summarise_comparison(inputs: ComparisonInputs) -> tuple[dict[str, Any], pa.T
         "heldout": _heldout(inputs, first, reported.chosen),
         "results": results,
         "base_results": base_results,
-        "contrasts": [asdict(one) | {"verdict": one.verdict} for one in tested],
+        "contrasts": [asdict(one) | {"verdict": one.verdict, "within_margin": one.within_margin} for one in tested],
         "num_tests": sum(one.p is not None and not one.primary for one in tested),
         "chosen": reported.chosen,
         "too_few_to_choose": reported.too_few_to_choose,
@@ -204,9 +209,11 @@ def _reported(inputs: ComparisonInputs) -> _Reported:
     # The full set is compared with every size and schedule.
     settings = {(name.rows, name.reading) for name in inputs.trials if name.arm != FULL}
     settings = settings or {(name.rows, name.reading) for name in inputs.trials}
-    sizes, reading = sorted({rows for rows, _ in settings}), _primary_reading(inputs, settings)
-    if len(sizes) == 1:
-        return _Reported(measures, sorted(settings), (sizes[0], reading), None, too_few_to_choose=False)
+    reading = next(iter(inputs.settings.get("readings", [])), min(reading for _, reading in settings))
+    sizes = sorted(rows for rows, its_reading in settings if its_reading == reading)
+    if len(sizes) < 2:
+        rows = sizes[0] if sizes else min(settings)[0]
+        return _Reported(measures, sorted(settings), (rows, reading), None, too_few_to_choose=False)
     halves = [drawn(measured.prompts, 0.5, "choosing half") for measured in measures]
     if min(len(np.unique(measures[0].prompts[half])) for half in (halves[0], ~halves[0])) < 2:
         return _Reported(measures, sorted(settings), (sizes[0], reading), None, too_few_to_choose=True)
@@ -233,18 +240,11 @@ def _heldout(inputs: ComparisonInputs, first: Measured, chosen: dict[str, Any] |
     }
 
 
-def _primary_reading(inputs: ComparisonInputs, settings: set[tuple[int, str]]) -> str:
-    """The first of the configured readings that was trained."""
-    trained = {reading for _, reading in settings}
-    configured: list[str] = inputs.settings.get("readings", [])
-    return next(reading for reading in [*configured, *sorted(trained)] if reading in trained)
-
-
 def _chosen(inputs: ComparisonInputs, half: Measured, sizes: Sequence[int], reading: str) -> dict[str, Any]:
     """The size with which the primary test's first arm, or else the first one there is, does best on this half."""
     trained = [name.arm for name in inputs.trials if name.arm != FULL]
     arm = next(arm for arm in [*(arm for arm, _ in inputs.pairs[:1]), *trained] if arm in trained)
-    outcomes = _outcomes(inputs.trials, half.values)
+    outcomes = _outcomes(inputs, half.values)
     panel = Panel(outcomes, half.examples)
     by_size = [
         {"rows": rows, "mean": panel.mean(key).mean} for rows in sizes if (key := (arm, rows, reading)) in outcomes
@@ -254,20 +254,29 @@ def _chosen(inputs: ComparisonInputs, half: Measured, sizes: Sequence[int], read
     return {"rows": best["rows"], "arm": arm, "reading": reading, "by_size": by_size, "num_heldout": len(half.weights)}
 
 
-def _outcomes(trials: Mapping[TrialName, TrialFacts], values: Mapping[TrialName, Floats]) -> dict[Hashable, Outcome]:
-    """The models of each arm, size and schedule, in the order of their seeds."""
+def _outcomes(inputs: ComparisonInputs, values: Mapping[TrialName, Floats]) -> dict[Hashable, Outcome]:
+    """The models of each arm, size and schedule, in the order of their seeds; of models that are equal, the first.
+
+    Arms whose models have the same rows share the estimate of how much models vary; the others vary in their own ways.
+    """
     models: dict[Key, list[TrialName]] = {}
     for trial in sorted(values, key=lambda trial: trial.seed):
         models.setdefault((trial.arm, trial.rows, trial.reading), []).append(trial)
-    return {
-        key: Outcome(
+    equal = {(row["arm"], row["rows"]) for row in _equal_models(inputs)}
+    outcomes: dict[Hashable, Outcome] = {}
+    for key, found in models.items():
+        sets = [inputs.trials[trial].row_set for trial in found]
+        if key[:2] in equal:
+            sets, firsts = (part.tolist() for part in np.unique(sets, return_index=True))
+            found = [found[first] for first in firsts]
+        own = key[0] == FULL or key[0] in DRAWN or len(set(sets)) > 1
+        outcomes[key] = Outcome(
             values_SE=np.stack([values[trial] for trial in found]),
-            row_sets=[trials[trial].row_set for trial in found],
+            row_sets=sets,
             kind="draws" if key[0] in DRAWN else "runs",
-            group=FULL if key[0] == FULL else key[1:],
+            group=key if own else key[1:],
         )
-        for key, found in models.items()
-    }
+    return outcomes
 
 
 def _compared(outcomes: Mapping[Hashable, Outcome], setting: tuple[int, str]) -> dict[str, Key]:
@@ -330,7 +339,7 @@ def _by_length(
     against = inputs.pairs[0][1] if inputs.pairs else ""
     for place in np.unique(range_E).tolist():
         some = part.of(range_E == place)
-        outcomes = _outcomes(inputs.trials, some.values)
+        outcomes = _outcomes(inputs, some.values)
         panel = Panel(outcomes, some.examples)
         for setting in settings:
             arms = _compared(outcomes, setting)
@@ -416,16 +425,17 @@ def contrasts_table(facts: dict[str, Any]) -> pa.Table:
 
 
 def columns_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each measure on each of its sources; `key` finds its row among the results of an arm."""
-    return [
-        {
-            "measure": measure,
-            "source": source,
-            "key": (measure["name"], source if len(measure["sources"]) > 1 else None),
-        }
-        for measure in facts["measures"]
-        for source in measure["sources"]
-    ]
+    """Each measure on all sources together and, where there are several, on each; `key` finds it in the results."""
+    columns = []
+    for measure in facts["measures"]:
+        sources = measure["sources"]
+        if len(sources) > 1:
+            columns.append({"measure": measure, "source": "all sources", "key": (measure["name"], None)})
+        for source in sources:
+            columns.append(
+                {"measure": measure, "source": source, "key": (measure["name"], source if len(sources) > 1 else None)}
+            )
+    return columns
 
 
 def _by_arm(facts: dict[str, Any]) -> dict[tuple[Any, ...], dict[Any, dict[str, Any]]]:

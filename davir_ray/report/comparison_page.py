@@ -19,8 +19,9 @@ ARM_MEANING = {
     "full": "every prepared example",
 }
 READING_MEANING = {
-    "tokens": "every arm is trained for as many response tokens, to the nearest step, as random rows of its size have "
-    "in the recipe’s number of epochs, so an arm of short responses takes more steps",
+    "tokens": "every arm but full is trained for as many response tokens, to the nearest step, as random rows of its "
+    "size have in the recipe’s number of epochs, so an arm of short responses takes more steps; full is trained for "
+    "the recipe’s epochs",
     "epochs": "every arm is trained for the recipe’s number of epochs, so a smaller set takes fewer steps",
     "steps": "every arm is trained for the number of optimiser steps that the full set takes, so a smaller set is "
     "repeated",

@@ -18,9 +18,8 @@ ON_AVERAGE, ANOTHER_DRAW = "on average", "another draw"
 
 BETTER, WORSE, LEVEL, NOT_RESOLVED = "better", "worse", "level", "not resolved"
 
-NOT_TESTED, ONE_MODEL = "shown only", "one model each"
-FEW_DIFFER, NO_VARIANCE = f"fewer than {MIN_DIFFERING} differ", "no variance"
-"""Why a difference is not tested."""
+NOT_TESTED, FEW_DIFFER, NO_VARIANCE = "shown only", f"fewer than {MIN_DIFFERING} differ", "no variance"
+"""Why a difference is not tested, besides an arm of one model or one draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +48,28 @@ class Contrast:
     p: float | None
     """p-value, not corrected; None where there is no test, for the reason in `untested`."""
     p_holm: float | None = None
-    """p of the primary test, of the others p with Holm's correction over all of the page but the primary."""
+    """p of the primary test, times the sizes that it was chosen from; of the others p with Holm's correction over all
+    of the page but the primary."""
     p_level: float | None
     """p-value of equivalence within the margin, not corrected."""
     p_level_holm: float | None = None
     """Likewise of p_level."""
     p_models: float | None
-    """p-value for these particular models: from the variance over the examples alone."""
+    """p-value for these particular models: from the variance over the examples alone. None where there is none."""
     untested: str | None
     lower_is_better: bool
+
+    @property
+    def within_margin(self) -> bool:
+        """Whether a test of equivalence shows that the difference is smaller than the margin."""
+        return self.p_level_holm is not None and self.p_level_holm < SIGNIFICANT
 
     @property
     def verdict(self) -> str:
         """What the page may say of the first arm; empty where there is no test."""
         if self.p_holm is not None and self.p_holm < SIGNIFICANT:
             return BETTER if (self.mean < 0) == self.lower_is_better else WORSE
-        if self.p_level_holm is not None and self.p_level_holm < SIGNIFICANT:
+        if self.within_margin:
             return LEVEL
         return "" if self.untested else NOT_RESOLVED
 
@@ -98,15 +103,22 @@ def contrasts_of(
         interval = found.estimate.interval
         if scope.is_share and found.num_differing < MIN_DIFFERING:
             interval = panel.difference_of_shares(arms[arm], arms[against])
-        alone = NOT_TESTED if not scope.tested else ONE_MODEL if found.one_unit_each else None
-        yield _contrast(scope, (arm, against, ON_AVERAGE), found, found.estimate, interval, alone)
-        if found.another_draw is not None:
+        untested = found.lone if scope.tested else NOT_TESTED
+        yield _contrast(scope, (arm, against, ON_AVERAGE), found, found.estimate, interval, untested)
+        few = scope.is_share and found.num_differing < MIN_DIFFERING
+        if found.another_draw is not None and not few:
             another = found.another_draw
-            yield _contrast(scope, (arm, against, ANOTHER_DRAW), found, another, another.interval, alone)
+            yield _contrast(scope, (arm, against, ANOTHER_DRAW), found, another, another.interval, untested)
 
 
-def corrected(contrasts: Sequence[Contrast], is_primary: Callable[[Contrast], bool]) -> list[Contrast]:
-    """The contrasts with their corrected p-values; `is_primary(contrast)` is true of the declared test."""
+def corrected(
+    contrasts: Sequence[Contrast], is_primary: Callable[[Contrast], bool], num_sizes: int = 1
+) -> list[Contrast]:
+    """The contrasts with their corrected p-values; `is_primary(contrast)` is true of the declared test.
+
+    If its size was chosen among several, its p-values are multiplied by their number (Bonferroni): the choice is made
+    on other examples, but on the same models, whose luck it keeps.
+    """
     marked = [replace(one, primary=is_primary(one)) for one in contrasts]
     p, p_level = (
         holm([math.nan if one.primary or found is None else found for one, found in zip(marked, of, strict=True)])
@@ -115,8 +127,8 @@ def corrected(contrasts: Sequence[Contrast], is_primary: Callable[[Contrast], bo
     return [
         replace(
             one,
-            p_holm=one.p if one.primary else _known(p[place]),
-            p_level_holm=one.p_level if one.primary else _known(p_level[place]),
+            p_holm=_times(one.p, num_sizes) if one.primary else _known(p[place]),
+            p_level_holm=_times(one.p_level, num_sizes) if one.primary else _known(p_level[place]),
         )
         for place, one in enumerate(marked)
     ]
@@ -153,10 +165,14 @@ def _contrast(
         degrees=estimate.degrees,
         p=None if untested else p,
         p_level=None if untested else _known(estimate.p_beyond(scope.margin)),
-        p_models=_known(found.of_models.p if found.p_flips is None else found.p_flips),
+        p_models=None if few or not scope.tested else _known(found.p_flips or found.of_models.p),
         untested=untested,
         lower_is_better=scope.lower_is_better,
     )
+
+
+def _times(p: float | None, number: int) -> float | None:
+    return None if p is None else min(1.0, p * number)
 
 
 def _known(p: float) -> float | None:
