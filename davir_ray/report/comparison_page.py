@@ -14,8 +14,8 @@ ARM_MEANING = {
     "random": "the same number of rows, drawn by hash",
     "random_matched": "drawn rows with the same histogram of response lengths and the same number of response tokens",
     "lowest": "the same number of rows, from the other end of the ranking",
-    "rho": "the same number of rows, the highest by RHO summed over the response (base minus reference loss, not "
-    "divided)",
+    "rho": "the same number of rows, the highest by rho_sum: the base’s loss of the whole response minus the "
+    "reference’s",
     "full": "every prepared example",
 }
 READING_MEANING = {

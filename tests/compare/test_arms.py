@@ -137,6 +137,17 @@ def test_the_filters_of_the_selection_bind_every_arm(
         assert len({tuple(rows) for rows in draws}) == 3
 
 
+def test_the_mean_length_is_that_of_the_rows_that_an_arm_may_take(make_scores: Any) -> None:
+    config = SelectConfig(top_k=9, max_response_tokens=120, max_score=1.0, balance=["length"])
+    run = finished(make_scores, config)
+    assert run.mean_tokens() == {"": pytest.approx(TOKENS[TOKENS <= 120].mean())}
+    parts = [Part(source="alpaca", top_k=5), Part(source="gsm8k", all=True)]
+    run = finished(make_scores, SelectConfig(mixture=parts, min_response_tokens=50), name="mixture")
+    means = {name: TOKENS[(name == SOURCES) & (TOKENS >= 50)].mean() for name in ("alpaca", "gsm8k")}
+    assert run.mean_tokens() == pytest.approx(means)
+    assert finished(make_scores, SelectConfig(top_k=9), RankConfig(most=50), name="most").mean_tokens() is None
+
+
 def test_a_content_with_many_copies_is_drawn_no_more_often_than_another(make_scores: Any) -> None:
     """Half of the rows are copies of one: of the others every second is drawn, and so is it."""
     copied = np.where(np.arange(ROWS) < ROWS // 2, 0, np.arange(ROWS))

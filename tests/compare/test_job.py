@@ -36,6 +36,8 @@ class Made:
 
     runs: list[FinishedRun]
     output: Run
+    mean_tokens: dict[str, float] | None = None
+    """Of the rows that an arm may take; None: it is that of all."""
     written: dict[str, Any] = field(default_factory=dict)
     """Arm, run, number of rows, draw and options of each set, by its name."""
 
@@ -70,6 +72,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
         Manifest(stage="prepare", fingerprint={}, counts=counts, files=[]).write(run.folder)
 
     monkeypatch.setattr(FinishedRun, "selection", selection)
+    monkeypatch.setattr(FinishedRun, "mean_tokens", lambda run: found.mean_tokens)
     monkeypatch.setattr(FinishedRun, "rows_of", rows_of)
     monkeypatch.setattr(sets, "write_set", write_set)
     return found
