@@ -172,6 +172,12 @@ class CompareConfig(OutputConfig):
             for arm in self.arms:
                 if not {arm, "default"} & set(self.seeds):
                     raise ConfigError(f"seeds is {self.seeds!r}, with no number for {arm}; add it, or a default")
+        for arm in DRAWN:
+            if arm in self.arms and 1 < self.num_models(arm) <= self.seeds_per_draw:
+                raise ConfigError(
+                    f"seeds_per_draw is {self.seeds_per_draw}, so all {self.num_models(arm)} models of {arm} have one "
+                    "draw, which says nothing of others; give it more seeds, or fewer on a draw"
+                )
         for arm in RANKED:
             if arm in self.arms and self.num_models(arm) < len(self.runs):
                 raise ConfigError(

@@ -144,7 +144,7 @@ def test_without_sizes_the_runs_own_is_taken_and_one_that_cannot_be_reached_is_r
 
 def test_seeds_by_arm_and_several_models_on_a_draw(made: Made) -> None:
     arms = ["selection", "random", "random_matched"]
-    seeds = {"random": 5, "default": 2}
+    seeds = {"random": 5, "random_matched": 3, "default": 2}
     found = made.trials(arms=arms, seeds=seeds, seeds_per_draw=2, readings=["tokens"])
     of_arm = {
         arm: [(trial.name.seed, trial.recipe.seed, trial.rows.number) for trial in found if trial.name.arm == arm]
@@ -153,7 +153,7 @@ def test_seeds_by_arm_and_several_models_on_a_draw(made: Made) -> None:
     assert of_arm == {
         "selection": [(0, 0, 0), (1, 1, 0)],
         "random": [(0, 0, 0), (1, 1, 0), (2, 2, 1), (3, 3, 1), (4, 4, 2)],
-        "random_matched": [(0, 0, 0), (1, 1, 0)],
+        "random_matched": [(0, 0, 0), (1, 1, 0), (2, 2, 1)],
     }
     assert [trial.name.seed for trial in found] == sorted(trial.name.seed for trial in found)
     drawn = {name: chosen.asked[-1] for name, chosen in made.written.items() if name.startswith("random-")}
@@ -250,7 +250,7 @@ def test_steps_are_left_out_where_they_would_pass_too_often_over_a_set(
         ({"batch_size": 29}, {}, None),
         ({"batch_size": 30, "lora_rank": 2}, {}, None),
         ({"batch_size": 30}, {"seeds": 1}, None),
-        ({"batch_size": 30}, {"seeds_per_draw": 2}, "random-30, selection-30"),
+        ({"batch_size": 30}, {"seeds": 3, "seeds_per_draw": 2}, "random-30, selection-30"),
         ({"batch_size": 96}, {"arms": ["full"]}, "full-100"),
     ],
 )

@@ -39,6 +39,19 @@ def test_runs_and_seeds_by_arm_by_command_line() -> None:
     CompareConfig(run=["run1", "run2"], arms=["random", "full"], seeds=1)
 
 
+def test_the_first_test_is_of_the_selection_against_random() -> None:
+    assert CompareConfig().contrasts() == [
+        ("selection", "random"), ("selection", "random_matched"), ("selection", "lowest"), ("selection", "rho"),
+        ("selection", "full"), ("random_matched", "random"), ("lowest", "random"), ("rho", "random"),
+        ("full", "random"),
+    ]  # fmt: skip
+    assert CompareConfig(arms=["random", "full"]).contrasts() == [("random", "full")]
+    assert CompareConfig(arms=["full"]).contrasts() == []
+    given = CompareConfig(tests=["lowest vs rho", "selection vs random"])
+    assert given.contrasts() == [("lowest", "rho"), ("selection", "random")]
+    assert CompareConfig(margins={"loss": 0.005}).all_margins() == {"loss": 0.005, "exact_match": 0.02}
+
+
 def test_settings_of_draws_without_a_drawn_arm_have_no_effect() -> None:
     config = CompareConfig(arms=["selection"], seeds_per_draw=2, outside_selection=True, match_prompts=True)
     assert config.without_effect().keys() == {"seeds_per_draw", "outside_selection", "match_prompts"}
@@ -61,6 +74,13 @@ def test_settings_of_draws_without_a_drawn_arm_have_no_effect() -> None:
         ({"seeds": {"default": 3, "rand": 8}}, "an arm of seeds is 'rand'; it must be one of selection, random, "),
         ({"seeds": {"random": 8}, "arms": ["random", "full"]}, "with no number for full; add it, or a default"),
         ({"seeds_per_draw": 0}, "seeds_per_draw is 0"),
+        ({"seeds_per_draw": 3}, "all 3 models of random have one draw"),
+        ({"seeds": {"rho": 2, "default": 3}, "arms": ["selection", "random"]}, "an arm of seeds is 'rho'"),
+        ({"tests": ["selection vs full"], "arms": ["selection", "random"]}, "a test is 'selection vs full'"),
+        ({"tests": ["selection-random"]}, "a test is 'selection-random'"),
+        ({"tests": ["rho vs full", "rho vs full"]}, "without repetition"),
+        ({"margins": {"loss": 0.0}}, "margins.loss is 0.0"),
+        ({"margins": {"accuracy": 0.1}}, "a measure in margins is 'accuracy'"),
         ({"run": ["run1", "run1"]}, "a run is 'run1'; it must be given once"),
         ({"run": ["run1", "run2"], "seeds": 1}, "so selection has fewer models than there are runs"),
         ({"run": ["run1", "run2"], "seeds": {"rho": 1, "default": 2}}, "so rho has fewer models than there are runs"),
