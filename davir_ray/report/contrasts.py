@@ -1,6 +1,7 @@
 """The tests of a comparison: which arms are compared, on what, with what correction, and what the page may say of it.
 
-One test is primary, declared by the settings before anything is trained: it is not corrected. All others on the page
+One test is primary, declared by the settings before anything is trained: it is corrected at most for the sizes that
+were chosen from. All others on the page
 are corrected together (Holm), whatever arms, sizes, schedules, measures and sources they are of; so are the tests of
 equivalence, which alone allow a page to call two arms level.
 """
@@ -100,12 +101,10 @@ def contrasts_of(
         if arm not in arms or against not in arms:
             continue
         found = panel.difference(arms[arm], arms[against], shares=scope.is_share)
-        interval = found.estimate.interval
-        if scope.is_share and found.num_differing < MIN_DIFFERING:
-            interval = panel.difference_of_shares(arms[arm], arms[against])
+        few = scope.is_share and found.num_differing < MIN_DIFFERING
+        interval = panel.difference_of_shares(arms[arm], arms[against]) if few else found.estimate.interval
         untested = found.lone if scope.tested else NOT_TESTED
         yield _contrast(scope, (arm, against, ON_AVERAGE), found, found.estimate, interval, untested)
-        few = scope.is_share and found.num_differing < MIN_DIFFERING
         if found.another_draw is not None and not few:
             another = found.another_draw
             yield _contrast(scope, (arm, against, ANOTHER_DRAW), found, another, another.interval, untested)
