@@ -14,9 +14,9 @@ def run_two_ranks(script: str, folder: Path, seconds: float = 400) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=seconds)
-            assert process.returncode == 0, errors
+        # Of both: a rank whose peer has ended says no more than that.
+        errors = [process.communicate(timeout=seconds)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     finally:
         for process in processes:
             process.kill()
