@@ -97,7 +97,7 @@ def compare(config: CompareConfig) -> Run:
             check_expected(heldout, config.generate.sources)
         sources = {"run": run_config.all_sources(), "heldout": config.all_heldout()}
         left_out = find_left_out(output / LEFT_OUT, run, heldout, sources, run_config.prepare)
-        _tell_left_out(left_out)
+        _log_left_out(left_out)
         check_left(heldout, left_out)
         planned = plan_training(preparation.base, recipe).config
         one_each = recipe.num_workers is None and planned.strategy == "ddp"  # then several arms train at once
@@ -123,7 +123,7 @@ def compare(config: CompareConfig) -> Run:
     return output
 
 
-def _tell_left_out(left_out: LeftOut) -> None:
+def _log_left_out(left_out: LeftOut) -> None:
     """Log the held-out rows that are left out, and the rows of the pool whose text is not known."""
     if left_out.rows.num_rows:
         counts = left_out.counts

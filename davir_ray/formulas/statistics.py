@@ -139,11 +139,14 @@ class Examples:
             return np.asarray(np.bincount(self._cluster_of, weights=values_E), dtype=np.float64)
         return np.stack([np.bincount(self._cluster_of, weights=row) for row in values_E])
 
+    def ratios(self, values_E: Floats) -> Floats:
+        """The measure: the sum of the values along the last axis, divided by the sum of the weights."""
+        return np.asarray(values_E.sum(axis=-1) / self.weights_E.sum(), dtype=np.float64)
+
     def residuals(self, values_E: Floats) -> Floats:
         """What each cluster adds to the ratio: sums of (value - ratio × weight) / total weight, of shape C or UC."""
-        total = self.weights_E.sum()
-        ratio = values_E.sum(axis=-1, keepdims=True) / total
-        return self.summed((values_E - ratio * self.weights_E) / total)
+        ratios = self.ratios(values_E)[..., None]
+        return self.summed((values_E - ratios * self.weights_E) / self.weights_E.sum())
 
     def variance(self, residuals_C: Floats) -> float:
         """The variance over the examples of a ratio, or of a difference of ratios, with these residuals."""
@@ -183,6 +186,11 @@ class Outcome:
     def units(self) -> Kind:
         """What the units are."""
         return self.kind if len(set(self.row_sets)) > 1 else "seeds"
+
+    @property
+    def pool(self) -> Hashable:
+        """Arms with the same pool share the estimate of how much their units vary."""
+        return self.group, self.units
 
     @cached_property
     def unit_values(self) -> Floats:
@@ -283,7 +291,7 @@ class Panel:
         self._outcomes, self._examples = outcomes, examples
         groups: dict[Hashable, list[Outcome]] = {}
         for outcome in outcomes.values():
-            groups.setdefault((outcome.group, outcome.units), []).append(outcome)
+            groups.setdefault(outcome.pool, []).append(outcome)
         self._between = {group: self._pooled(found) for group, found in groups.items()}
 
     @property
@@ -298,7 +306,7 @@ class Panel:
 
     def by_model(self, name: Hashable) -> Floats:
         """The measure of each model of an arm."""
-        return np.asarray(self._outcomes[name].values_SE.sum(axis=1) / self._examples.weights_E.sum())
+        return self._examples.ratios(self._outcomes[name].values_SE)
 
     def share(self, name: Hashable) -> Interval:
         """The interval of an arm's share of right answers.
@@ -348,14 +356,13 @@ class Panel:
     def _lone(self, outcome: Outcome) -> Literal["one model", "one draw"] | None:
         if outcome.kind == "draws" and outcome.units != "draws":
             return "one draw"  # its luck is not known, however many models it has
-        return None if self._between[outcome.group, outcome.units].degrees else "one model"
+        return None if self._between[outcome.pool].degrees else "one model"
 
     def _between_units(self, outcomes: Sequence[Outcome]) -> list[_Part]:
         """The parts of the variance of a mean, or of a difference, that come from the units of these arms."""
         times: dict[Hashable, float] = {}
         for outcome in outcomes:
-            its_group = (outcome.group, outcome.units)
-            times[its_group] = times.get(its_group, 0.0) + outcome.squared_shares
+            times[outcome.pool] = times.get(outcome.pool, 0.0) + outcome.squared_shares
         return [
             _Part(between.mean_square, share, between.degrees, between.noise)
             for group, share in times.items()
@@ -366,14 +373,14 @@ class Panel:
         """The variance of one draw: between draws, less what a draw's seeds explain; None where it is not known."""
         if against.units != "draws" or arm.units == "draws" or against.num_units < _MIN_DRAWS:
             return None
-        by_model, unit_of_S = against.values_SE.sum(axis=1) / self._examples.weights_E.sum(), against.unit_of
+        by_model, unit_of_S = self._examples.ratios(against.values_SE), against.unit_of
         models_U = np.bincount(unit_of_S)
         within = int((models_U - 1).sum())
         if not within:
             return None
         means_U = np.bincount(unit_of_S, weights=by_model) / models_U
         seeds = float(((by_model - means_U[unit_of_S]) ** 2).sum()) / within
-        between, share = self._between[against.group, against.units], float((1 / models_U).mean())
+        between, share = self._between[against.pool], float((1 / models_U).mean())
         if between.mean_square <= share * seeds:
             return []
         return [_Part(between.mean_square, 1.0, between.degrees), _Part(seeds, -share, within)]
@@ -381,7 +388,7 @@ class Panel:
     def _estimate(self, mean_E: Floats, between: Sequence[_Part] = ()) -> Estimate:
         """A mean, or a difference of means, with the variance over examples and these parts between units."""
         examples = self._examples
-        mean = float(mean_E.sum() / examples.weights_E.sum())
+        mean = float(examples.ratios(mean_E))
         over_examples = examples.variance(examples.residuals(mean_E))
         counted_twice = min(over_examples, sum(part.times * part.noise for part in between))
         variance = over_examples - counted_twice + sum(part.times * part.mean_square for part in between)
@@ -404,7 +411,7 @@ class Panel:
             if (free := outcome.num_units - 1) == 0:
                 continue
             values_UE = outcome.unit_values
-            by_unit = values_UE.sum(axis=1) / self._examples.weights_E.sum()
+            by_unit = self._examples.ratios(values_UE)
             residuals_UC = self._examples.residuals(values_UE)
             squares += float(((by_unit - by_unit.mean()) ** 2).sum())
             noise += sum(self._examples.variance(row) for row in residuals_UC - residuals_UC.mean(axis=0))

@@ -30,6 +30,7 @@ from davir_ray.formulas.clusters import (
 )
 from davir_ray.formulas.statistics import Interval, holm
 from davir_ray.report import charts
+from davir_ray.report.contrasts import SIGNIFICANT
 from davir_ray.report.facts import json_ready, named_values, stage_facts
 from davir_ray.report.page import environment, p_value
 from davir_ray.report.sources import evaluation_facts, source_facts
@@ -68,7 +69,6 @@ _CORRELATIONS = ("pearson", "spearman", "plain", "plain_spearman")
 _COMPARED = ("accuracy", "pearson", "spearman", "plain")
 """Measures in which the settings of a sweep are compared. Margins of different losses have different units."""
 
-_SIGNIFICANT = 0.05
 _NEAR_CERTAIN_NATS = 1.0
 """DavIR-DPO divides by the frozen loss: below this value, rounding errors have a large effect."""
 
@@ -359,7 +359,7 @@ def _shown(test: Comparison) -> dict[str, Any]:
 def _verdict(difference: float, p_holm: float) -> str:
     if np.isnan(p_holm):
         return "not tested"
-    if p_holm >= _SIGNIFICANT:
+    if p_holm >= SIGNIFICANT:
         return "no difference shown"
     return "higher" if difference > 0 else "lower"
 

@@ -18,15 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from davir_ray.config.compare import DRAWN, TrialName
+from davir_ray.config.compare import DRAWN, FULL, TrialName
 from davir_ray.errors import DataError
 from davir_ray.formulas.hashing import drawn
 from davir_ray.formulas.statistics import Floats, Outcome, Panel, seed_correlation
 from davir_ray.report.contrasts import ON_AVERAGE, Contrast, Scope, contrasts_of, corrected
 from davir_ray.report.facts import json_ready, named_values
 from davir_ray.report.measured import LOSS, ComparisonInputs, Measure, Measured, TrialFacts
-
-SELECTION, FULL, RANDOM = "selection", "full", "random"
 
 Key = tuple[str, int, str]
 """An arm, its size and its schedule."""
