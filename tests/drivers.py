@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +67,15 @@ class Driver:
             assert self.process.poll() is None, f"the job ended before {what}:\n{self.output}"
             assert time.monotonic() < deadline, f"{what} did not come:\n{self.output}"
             time.sleep(0.02)
+
+    def actors(self) -> set[int]:
+        """The process ids of scoring actors that it has shown so far."""
+        return {int(pid) for pid in re.findall(r"ShardWorker\S+ pid=(\d+)", self.output)}
+
+    def wait_for_actors(self) -> set[int]:
+        """Wait for the lines of an actor: Ray brings them later than the actor's files."""
+        self.wait_for(lambda: bool(self.actors()), "a line of an actor")
+        return self.actors()
 
     def kill(self) -> None:
         """As a machine that is taken away does."""

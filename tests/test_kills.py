@@ -156,12 +156,12 @@ def test_an_actor_that_dies_and_a_second_driver_on_one_output(
     first.wait_for(lambda: (run / "lease.json").exists(), "the lease")
     second = Driver("score.py", {**options, "output": run}, tmp_path / "second.log", address=ray_address)
     first.wait_for(lambda: bool((run / "scores").names()), "the first scores")
-    (pid,) = set(re.findall(r"ShardWorker\S+ pid=(\d+)", first.output))
-    os.kill(int(pid), signal.SIGKILL)
+    (pid,) = first.wait_for_actors()
+    os.kill(pid, signal.SIGKILL)
     assert second.finish() == 2, second.output
     assert f"is being written by process {first.process.pid}" in second.output
     assert first.finish() == 0, first.output
-    assert len(set(re.findall(r"ShardWorker\S+ pid=(\d+)", first.output))) == 2
+    assert len(first.actors()) == 2
     assert_same_content(run, undisturbed)
 
 
@@ -180,8 +180,7 @@ def test_of_hundreds_of_small_shards_a_kill_loses_one_for_each_actor_at_most(
     second = Driver("score.py", wanted, tmp_path / "second.log", address=ray_address)
     moment = len(committed) + random.randint(1, 60)
     second.wait_for(lambda: len((run / "scores").names()) >= moment, f"{moment} scores")
-    pids = sorted(set(re.findall(r"ShardWorker\S+ pid=(\d+)", second.output)))
-    os.kill(int(random.choice(pids)), signal.SIGKILL)
+    os.kill(random.choice(sorted(second.wait_for_actors())), signal.SIGKILL)
     assert second.finish() == 0, second.output
     to_do, done = shards_of(second.output)
     assert done == len(committed) < to_do

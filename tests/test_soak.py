@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import signal
 import tempfile
 from collections.abc import Callable
@@ -39,10 +38,6 @@ def load(pid: int) -> Load:
     return Load(process.memory_info().rss / 2**20, process.num_fds())
 
 
-def actors(driver: Driver) -> set[str]:
-    return set(re.findall(r"ShardWorker\S+ pid=(\d+)", driver.output))
-
-
 def scored(run: Run, count: int) -> Callable[[], bool]:
     """Whether so many shards are scored by now."""
     return lambda: len(list(Path(run.folder.path, "scores").glob("*.parquet"))) >= count
@@ -72,7 +67,7 @@ def test_many_shards_leave_no_trace_in_memory(options: dict[str, Any], tmp_path:
         )
         # The actors are far ahead of what is written, and end when they are done.
         driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS // 4, "a quarter of the shards", 600)
-        pids = {"driver": driver.process.pid} | {f"actor {pid}": int(pid) for pid in actors(driver)}
+        pids = {"driver": driver.process.pid} | {f"actor {pid}": pid for pid in driver.actors()}
         first, first_files = {name: load(pid) for name, pid in pids.items()}, temporary_files(temporary)
         driver.wait_for(lambda: driver.output.count(" rows, ") >= NUM_SHARDS * 3 // 4, "three quarters", 600)
         last = {name: load(pid) for name, pid in pids.items()}
@@ -98,15 +93,15 @@ def temporary_files(folder: str) -> int:
 
 def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], ray_address: str, tmp_path: Path) -> None:
     run = Run.at(options["output"])
-    options |= {"limit": 400, "prepare.shard_rows": 4, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
+    options |= {"prepare.shard_rows": 1, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
     driver = Driver("score.py", options, tmp_path / "log", address=ray_address)
     driver.wait_for(scored(run, 3), "the first shards")
-    (pid,) = actors(driver)
-    os.kill(int(pid), signal.SIGSTOP)
+    (pid,) = driver.wait_for_actors()
+    os.kill(pid, signal.SIGSTOP)
     try:
         assert driver.finish() == 1, driver.output
     finally:
-        if psutil.pid_exists(int(pid)):
-            os.kill(int(pid), signal.SIGKILL)
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
     told = driver.output.splitlines()
     assert any("no_progress_timeout_s" in line and "20" in line and line.startswith("score.py: ") for line in told)
