@@ -16,7 +16,9 @@ from davir_ray.data.evaluation import decontamination, list_evaluation_sets
 from davir_ray.data.files import digests_of, list_files
 from davir_ray.errors import DavirError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.reference import Reference, content_of
 from davir_ray.places import check_places, read_template, written_by
+from davir_ray.references import given_reference
 from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run
 from davir_ray.run.lease import LEASE_FILE
@@ -44,11 +46,11 @@ def complete_run(config: RunConfig) -> Run | None:
         return None
 
 
-def found_inputs(base: Checkpoint, reference: Checkpoint | None, chat_template: str | None) -> dict[str, Any]:
+def found_inputs(base: Checkpoint, reference: Reference | None, chat_template: str | None) -> dict[str, Any]:
     """What a run is made from, apart from its settings and its data, which config.yaml and a manifest say."""
     return {
         "base": base.content(),
-        "reference": None if reference is None else reference.content(),
+        "reference": None if reference is None else content_of(reference),
         "chat_template": chat_template,
         "prepare": PREPARE_VERSION,
         "numerics": NUMERICS_VERSION,
@@ -78,8 +80,7 @@ def _unchanged(config: RunConfig) -> Run | None:
         return None
     check_places(config, run, config.reference)
     base = Checkpoint.find(config.base or "")
-    reference = None if config.reference is None else Checkpoint.find(config.reference)
-    inputs = found_inputs(base, reference, read_template(config.chat_template))
+    inputs = found_inputs(base, given_reference(config), read_template(config.chat_template))
     manifests = {stage: manifest for stage in STAGES if (manifest := run.manifest(stage))}
     checksums = {stage: manifest.checksum for stage, manifest in manifests.items()}
     if record != json.loads(json.dumps({**inputs, "stages": checksums})):

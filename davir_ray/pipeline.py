@@ -21,10 +21,13 @@ from davir_ray.inputs import (
     with_formats,
 )
 from davir_ray.models.checkpoint import Checkpoint
+from davir_ray.models.reference import Reference
 from davir_ray.places import written_by
+from davir_ray.references import check_same_folds, given_reference, trained_reference
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
+from davir_ray.stages.folds import Folds
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
 from davir_ray.stages.rank import rank
 from davir_ray.stages.report import report
@@ -52,13 +55,12 @@ def run_all(config: RunConfig) -> Run:
     ):
         examples = prepare_inputs(run, config, preparation, files)
         check_count(config.select, examples.counts["prepared"], "prepared")
-        from davir_ray.stages.finetune import finetune
+        check_same_folds(config, examples)
+        if reference is None:
+            _finetune(run, config, preparation, tracking)
+            reference = trained_reference(run, config.trust_remote_code)
         from davir_ray.stages.score import score
 
-        if reference is None:
-            spec = scoring_spec(preparation, config.all_sources())
-            finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
-            reference = Checkpoint.find(str(run / "reference"), config.trust_remote_code)
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
@@ -82,10 +84,7 @@ def finetune_only(config: RunConfig) -> Run:
         Tracking(run, config.track) as tracking,
     ):
         prepare_inputs(run, config, preparation, files)
-        from davir_ray.stages.finetune import finetune
-
-        spec = scoring_spec(preparation, config.all_sources())
-        finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
+        _finetune(run, config, preparation, tracking)
         run.remember(dump(config))
     return run
 
@@ -114,7 +113,7 @@ def dry_run(config: RunConfig) -> list[str]:
     reference = _given_reference(config, preparation)
     training = None if reference else config.finetune
     lines = describe_run(run, config, preparation, training, written_by(run, config.score))
-    return [*lines, f"reference: {reference.uri if reference else 'fine-tuned in this run'}"]
+    return [*lines, f"reference: {config.reference or 'fine-tuned in this run'}"]
 
 
 def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: bool = False) -> Verification:
@@ -129,9 +128,24 @@ def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: boo
     run.require("score")
     config = last_config(run)
     base = scored_with(run, "base", config.base or "", trust_remote_code)
-    reference = scored_with(run, "reference", config.reference or str(run / "reference"), trust_remote_code)
+    if Folds.of(run.require("prepare")):
+        reference = trained_reference(Run.at(config.reference or output), trust_remote_code)
+    else:
+        reference = scored_with(run, "reference", config.reference or str(run / "reference"), trust_remote_code)
     with connected_to(run, is_shared=config.output_is_shared):
         return verify(run, base, reference, num_rows, seed)
+
+
+def _finetune(run: Run, config: RunConfig, preparation: Preparation, tracking: Tracking) -> None:
+    """Fine-tune the reference on all prepared examples, or that of each fold on the others."""
+    from davir_ray.stages.finetune import finetune
+    from davir_ray.stages.fold_training import finetune_folds
+
+    spec = scoring_spec(preparation, config.all_sources())
+    if folds := Folds.of(run.require("prepare")):
+        finetune_folds(run, preparation.base, config.finetune, spec, folds, track=config.track)
+    else:
+        finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
 
 
 def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> None:
@@ -154,10 +168,10 @@ def _tokenizer(run: Run, config: RunConfig, trust_remote_code: bool) -> Any:
         return None
 
 
-def _given_reference(config: RunConfig, preparation: Preparation) -> Checkpoint | None:
+def _given_reference(config: RunConfig, preparation: Preparation) -> Reference | None:
     """The user's reference, after checking that it belongs to the base; None if the run fine-tunes one."""
-    if config.reference is None:
-        return None
-    reference = Checkpoint.find(config.reference, config.trust_remote_code)
-    check_reference(reference, preparation, config.all_sources())
+    reference = given_reference(config)
+    given = {} if reference is None else {0: reference} if isinstance(reference, Checkpoint) else reference
+    for checkpoint in given.values():
+        check_reference(checkpoint, preparation, config.all_sources())
     return reference

@@ -19,7 +19,7 @@ def main(config: RunConfig) -> None:
     from davir_ray.pipeline import finetune_only
 
     run = finetune_only(config)
-    print(f"reference: {run / 'reference'}")
+    print(f"reference: {run / ('reference' if config.prepare.folds == 1 else 'reference_folds')}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ from ray import cloudpickle
 
 from davir_ray.compare.trials import Trial
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine.progress import ProgressCounter
 from davir_ray.run.location import Location
+from davir_ray.run.manifest import Manifest
 from davir_ray.stages import finetune, training_worker
+from davir_ray.stages.fold_training import FoldTraining
 
 # By name a worker could not import it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -49,3 +52,9 @@ def run_trial(trial: Trial) -> None:
     """In place of the function that is a trial's task."""
     with without_ray_train():
         trial.train_and_measure()
+
+
+def train_fold(training: FoldTraining, counter: ProgressCounter) -> tuple[int, Manifest]:
+    """In place of the function that is the task of a fold's training."""
+    with without_ray_train():
+        return training.fold, training(counter)

@@ -9,8 +9,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -45,8 +45,10 @@ _GROUPS_PER_ACTOR = 16
 class Model(Protocol):
     """The model in an actor, called with columns of examples; it returns columns of the stage."""
 
-    numerics: dict[str, Any]
-    """The arithmetic used, such as types and versions, as JSON-ready values."""
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """The arithmetic of the last call, such as types and versions, as JSON-ready values."""
+        ...
 
     def __call__(self, examples: pa.Table) -> pa.Table:
         """Return one row for each example, in the same order."""
@@ -75,6 +77,8 @@ class Stream:
     """Name of the manifest's count of rows whose status is ok."""
     new_detail: str
     """Name of the manifest's detail that says how many shards this driver did."""
+    order: Mapping[str, int] = field(default_factory=dict)
+    """Where the model changes between shards: shards of a smaller number are sent first; others have 0."""
     count_tokens: Callable[[pa.Table], int] = num_tokens
     """Counts the tokens that the rows of a file took, for the progress."""
 
@@ -89,7 +93,10 @@ class Stream:
         committed = self._committed(folder, notes)
         done = {shard.entry.name for shard in committed}
         # Longest first, so that the pool does not end on one long shard.
-        pending = sorted((shard for shard in self.shards if shard.name not in done), key=lambda shard: -shard.bytes)
+        pending = sorted(
+            (shard for shard in self.shards if shard.name not in done),
+            key=lambda shard: (self.order.get(shard.name, 0), -shard.bytes),
+        )
         log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
         num_rows, rows_before = total_rows(self.shards), total_rows(shard.entry for shard in committed)
         start = Progress(
@@ -214,7 +221,6 @@ class ShardWorker:
         configure_worker_logging()
         self._stream, self._counter, self._folder = stream, counter, folder
         self._model = load()
-        self._numerics = json.dumps(self._model.numerics)
         gc.freeze()  # or Python looks through all of torch's objects once more at its end, for a second
         log.info("%s: an actor is ready on node %s", stream.stage, ray.get_runtime_context().get_node_id()[:8])
 
@@ -234,7 +240,7 @@ class ShardWorker:
         started, stream = time.monotonic(), self._stream
         self._counter.begin(name)
         table = self._model(examples.select(stream.columns))
-        shard = self._folder.commit(name, table, self._numerics)
+        shard = self._folder.commit(name, table, json.dumps(self._model.numerics))
         log.debug("%s: %s, %d rows, %.1f s", stream.stage, name, table.num_rows, time.monotonic() - started)
         unscored = table.num_rows - shard.statuses.get("ok", 0)
         tokens = stream.count_tokens(table)

@@ -73,6 +73,7 @@ class _StageCounter:
 
     def __init__(self, total: int | None) -> None:
         self._total = total
+        self._totals: dict[str, int] = {}
         self._work: dict[str, WorkDone] = {}
         self._begun = set[str]()
         self._retries = 0
@@ -93,7 +94,8 @@ class _StageCounter:
         """Record how much of this piece of work is done; returns what is new for the metrics."""
         before = self._work.get(key, WorkDone(0))
         self._work[key] = work
-        self._total = total or self._total
+        if total is not None:
+            self._totals[key] = total
         self._tokens += work.tokens - before.tokens
         self._last = (time.monotonic() - self._started, self._tokens)
         if self._num_reports % self._every == 0:
@@ -107,8 +109,9 @@ class _StageCounter:
         """The sum of all reports."""
         work = WorkDone(*(sum(column) for column in zip(WorkDone(0), *self._work.values(), strict=True)))
         points = self._points if not self._points or self._points[-1] == self._last else [*self._points, self._last]
+        total = sum(self._totals.values()) or self._total
         throughput = {"seconds": [at for at, _ in points], "tokens": [float(tokens) for _, tokens in points]}
-        return Totals(work=work, retries=self._retries, throughput=throughput, total=self._total)
+        return Totals(work=work, retries=self._retries, throughput=throughput, total=total)
 
 
 class _CounterActor:
@@ -179,7 +182,7 @@ class ProgressCounter:
         self._actor.begin.remote(self._stage, key)
 
     def report(self, key: str, work: WorkDone, total: int | None = None) -> None:
-        """Report how much of a piece of work is done, and `total` where the driver cannot know the stage's."""
+        """Report how much of a piece of work is done, and its `total` where the driver cannot know the stage's."""
         # Waits, so that the last report arrives before the stage ends, but only briefly for an actor without answer.
         ray.wait([self._actor.report.remote(self._stage, key, work, total)], timeout=_REPORT_S)
 

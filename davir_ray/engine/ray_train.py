@@ -39,11 +39,11 @@ def trains_on_gpus(config: FinetuneConfig) -> bool:
 def with_workers(config: FinetuneConfig) -> FinetuneConfig:
     """The settings with the number of workers and their device, where they follow the cluster."""
     use_gpu = trains_on_gpus(config)
-    room = _room(config.num_cpus, use_gpu=True) if use_gpu else 1
+    room = room_for_workers(config.num_cpus, use_gpu=True) if use_gpu else 1
     return replace(config, use_gpu=use_gpu, num_workers=config.num_workers or max(1, room))
 
 
-def _room(num_cpus: int, *, use_gpu: bool) -> int:
+def room_for_workers(num_cpus: int, *, use_gpu: bool) -> int:
     """The number of training workers that fit the nodes."""
     wanted = {"CPU": num_cpus} | ({"GPU": 1} if use_gpu else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -53,7 +53,7 @@ def _room(num_cpus: int, *, use_gpu: bool) -> int:
 def check_workers(config: FinetuneConfig) -> None:
     """Raise ClusterError if the nodes cannot hold the workers."""
     config = with_workers(config)
-    num_workers, room = config.num_workers or 1, _room(config.num_cpus, use_gpu=bool(config.use_gpu))
+    num_workers, room = config.num_workers or 1, room_for_workers(config.num_cpus, use_gpu=bool(config.use_gpu))
     if num_workers > room:
         resources = ray.cluster_resources()
         gpu = ", each with a GPU," if config.use_gpu else ""

@@ -102,7 +102,7 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
     # Another base of the same shape would give meaningless losses.
     if named and Path(named).name != Path(model.name_or_path).name:
         log.warning("the adapter %s was trained on %s; the base here is %s", folder, named, model.name_or_path)
-    before = {name: _Weight.of(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    before = {_base_name(name): _Weight.of(value) for name, value in model.named_parameters(remove_duplicate=False)}
     try:
         info = model.load_adapter(folder, adapter_name=_NAME)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -113,10 +113,15 @@ def attach_adapter(model: PreTrainedModel, folder: str) -> None:
                 f"the adapter {folder} does not fit the base: {problem.replace('_', ' ')} such as {min(map(str, keys))}"
             )
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        weight = before.get(name.replace(".base_layer.", ".").replace(".original_module.", "."))
+        weight = before.get(_base_name(name))
         if weight is not None and weight.differs(parameter):
             raise ModelError(f"the adapter {folder} would replace the base's own {name}; {_MERGE}")
     model.eval()
+
+
+def detach_adapter(model: PreTrainedModel) -> None:
+    """Remove the adapter; what is left of its layers computes what the base does."""
+    model.delete_adapter(_NAME)
 
 
 @contextmanager
@@ -179,6 +184,11 @@ def check_shapes(folder: Path, shapes: dict[str, torch.Size], base: str) -> None
                 f"the adapter {folder} has {name} of shape {list(shape)}, but {base} has {list(expected)}; give the "
                 "base that it was trained on, with the embeddings resized as they were then"
             )
+
+
+def _base_name(name: str) -> str:
+    """The name that a parameter of the base has in a model that never had an adapter."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 class _Weight(NamedTuple):

@@ -3,8 +3,9 @@
 An ordinary class: the same object serves a unit test, a notebook and a Ray actor.
 """
 
+import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import transformers
 from davir_ray.errors import ModelError
 from davir_ray.formulas import scores as formulas
 from davir_ray.formulas.hashing import seed_from
-from davir_ray.models.adapter import adapter_switched_off
+from davir_ray.models.adapter import adapter_switched_off, detach_adapter
 from davir_ray.models.base_cache import BaseCache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import DeviceKind, device_name, resolve_dtype, uses_autocast, worker_device
@@ -36,6 +37,9 @@ INPUT_COLUMNS = [
     "input_ids", "response_spans",
 ]  # fmt: skip
 """Columns of examples that scoring reads; the text is not needed."""
+
+FOLD = "fold"
+"""Column of examples that scoring with folds reads, too."""
 
 _PASSED_ON = INPUT_COLUMNS[:6]
 
@@ -83,20 +87,36 @@ class Scorer:
         self._settings = settings
         self._cache = base_cache
         device = worker_device(settings.device, settings.gpu_share)
-        dtype = resolve_dtype(settings.precision, device)
+        self._device, self._dtype = device, resolve_dtype(settings.precision, device)
         self._autocast = uses_autocast(settings.autocast, device)
         self._budget = TokenBudget(settings.tokens_per_pack or TOKENS_PER_PACK[device.type])
-        self._base = self._likelihood(base, dtype, device)
-        base_attention = self_check(self._base, autocast=self._autocast)
+        self._base = self._likelihood(base)
+        self._base_attention = self_check(self._base, autocast=self._autocast)
         self._reference: Likelihood | None = None
         if reference is not None:
-            adapted = reference.is_adapter
-            self._reference = self._attach(reference) if adapted else self._likelihood(reference, dtype, device)
-        reference_attention = base_attention
+            self._load(reference)
+        self._note_numerics()
+
+    def use(self, reference: Checkpoint) -> None:
+        """Score with another reference from now on; the one before is given up first, and the base stays."""
+        if self._reference is self._base:
+            detach_adapter(self._base.model)
+        self._reference = None
+        gc.collect()
+        self._load(reference)
+        self._note_numerics()
+
+    def _load(self, reference: Checkpoint) -> None:
+        self._reference = self._attach(reference) if reference.is_adapter else self._likelihood(reference)
+
+    def _note_numerics(self) -> None:
+        """Check the losses of the models, and note in `numerics` the arithmetic that they are computed in."""
+        base_attention = reference_attention = self._base_attention
         if self._reference is not None:
             reference_attention = self_check(self._reference, autocast=self._autocast)
         if self._reference is self._base:  # one model with an adapter: its last check holds for both
             base_attention = reference_attention
+        device, dtype = self._device, self._dtype
         # Every file of scores holds this text: in another order of its keys, a resumed run would have other bytes.
         self._base_numerics = {
             "version": NUMERICS_VERSION,
@@ -111,7 +131,7 @@ class Scorer:
             "transformers": transformers.__version__,
             "base_attention": base_attention,
         }
-        if settings.compile:  # without it the text is that of earlier versions, whose cached losses stay valid
+        if self._settings.compile:  # without it the text is that of earlier versions, whose cached losses stay valid
             self._base_numerics["compile"] = True
         fell_back = {base_attention, reference_attention} != {"packed"}
         self.numerics = {**self._base_numerics, "reference_attention": reference_attention, "fell_back": fell_back}
@@ -127,8 +147,8 @@ class Scorer:
         reference = None if self._reference is None else self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, index, base, reference)
 
-    def _likelihood(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Likelihood:
-        likelihood = Likelihood(checkpoint.model(dtype, device))
+    def _likelihood(self, checkpoint: Checkpoint) -> Likelihood:
+        likelihood = Likelihood(checkpoint.model(self._dtype, self._device))
         if self._settings.compile:
             likelihood.compile_layers()
         return likelihood
@@ -223,6 +243,38 @@ class Scorer:
             for example_id, at in zip(examples["example_id"].to_pylist(), index, strict=True)
         ]
         return pa.array(values, pa.list_(pa.float32()))
+
+
+class FoldScorer:
+    """Scores each table of one fold with that fold's reference; the base stays loaded, and one reference at a time."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        references: Mapping[int, Checkpoint],
+        settings: ScorerSettings,
+        base_cache: BaseCache | None = None,
+    ) -> None:
+        self._references = references
+        self._fold = 0
+        self._scorer = Scorer(base, references[0], settings, base_cache)
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """The arithmetic used with the reference that is loaded; see Scorer."""
+        return self._scorer.numerics
+
+    def __call__(self, examples: pa.Table) -> pa.Table:
+        """Score a table with INPUT_COLUMNS and FOLD, which is the same in every row."""
+        fold, *others = pc.unique(examples[FOLD]).to_pylist()
+        if others:
+            raise ValueError(f"a shard has rows of one fold, and this one of {len(others) + 1}")
+        fold = max(0, fold)  # the first has not seen the anchor, either
+        if fold != self._fold:
+            log.info("score: the reference of fold %d", fold)
+            self._scorer.use(self._references[fold])
+            self._fold = fold
+        return self._scorer(examples)
 
 
 def is_sampled(example_id: int, share: float) -> bool:

@@ -36,7 +36,8 @@ _STAGES = (
         shown_counts=("pairs", "steps"), takes_hours=True,
     ),
     Stage(
-        name="finetune", writes=("checkpoints", "reference", "reference_epochs"), reads=("prepare",),
+        name="finetune", reads=("prepare",),
+        writes=("checkpoints", "reference", "reference_epochs", "reference_folds", "reference_folds_epochs"),
         shown_counts=("steps",), takes_hours=True,
     ),
     Stage(

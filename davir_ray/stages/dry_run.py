@@ -68,10 +68,12 @@ def describe_run(
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
-    found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
+    size, (shard_rows, num_folds) = ModelSize.of(preparation.base), (config.prepare.shard_rows, config.prepare.folds)
+    found = estimate(size, data, shard_rows, training, examples_per_unit, num_folds)
     lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
     if plan is not None:
-        lines.append(f"fine-tune: {plan}")
+        of_folds = f" (one of {num_folds} references, each on the rows outside one fold)" if num_folds > 1 else ""
+        lines.append(f"fine-tune: {plan}{of_folds}")
     return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
 
@@ -171,9 +173,17 @@ class Estimate:
 
 
 def estimate(
-    size: ModelSize, data: DataSize, shard_rows: int | None, finetune: FinetuneConfig | None, examples_per_unit: int = 1
+    size: ModelSize,
+    data: DataSize,
+    shard_rows: int | None,
+    finetune: FinetuneConfig | None,
+    examples_per_unit: int = 1,
+    num_folds: int = 1,
 ) -> Estimate:
-    """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair."""
+    """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair.
+
+    With folds there is a reference for each, trained on the rows of the others.
+    """
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
     epochs, passes, trained = 0.0, 0, 0
@@ -183,16 +193,17 @@ def estimate(
         else:  # the frozen weights get no gradient of their own
             trained, passes = finetune.lora_rank * size.linear_edges, 2
         passes += bool(finetune.gradient_checkpointing)
-        epochs = float(finetune.epochs)
+        epochs = finetune.epochs * max(1.0, num_folds - 1.0)  # of all rows, by all references together
         if finetune.max_steps is not None:
-            epochs = finetune.max_steps * finetune.batch_size * examples_per_unit / max(1, data.num_examples)
+            trained_rows = finetune.max_steps * finetune.batch_size * examples_per_unit * num_folds
+            epochs = trained_rows / max(1, data.num_examples)
     return Estimate(
         data=data,
         num_shards=_num_shards(data, shard_rows),
         finetune_flops=epochs * passes * forward,
         score_flops=2 * forward,
-        checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
-        reference_bytes=4.0 * trained,
+        checkpoint_bytes=2.0 * _ADAM_BYTES * trained * num_folds,
+        reference_bytes=4.0 * trained * num_folds,
     )
 
 

@@ -63,6 +63,10 @@ class Training:
     """Whether the base keeps its dropout, if it has any."""
     steps: StepLog | None = None
     """Where rank 0 reports its steps for tracking."""
+    checkpoints: str = "checkpoints"
+    """Folder of the run for what an unfinished training needs."""
+    part: str = ""
+    """Tells the trainings of one stage apart in logs and progress, such as `fold 1`."""
     name: str = ""
     """Digest of all that the result depends on; given by `train`."""
 
@@ -88,7 +92,7 @@ def finetune(
         run=run,
         base=base,
         config=config,
-        write=partial(_write_examples, holder / "examples", shards),
+        write=partial(write_shards_of, holder / "examples", shards),
         objective=TrainingSet.mapped,
         spec=spec,
         folder="reference",
@@ -98,7 +102,8 @@ def finetune(
     return train(training, fingerprint, "examples", rejects=prepared.counts["rejected"])
 
 
-def _write_examples(examples: Location, shards: list[str], folder: Path) -> None:
+def write_shards_of(examples: Location, shards: list[str], folder: Path) -> None:
+    """Write the training data of these shards of examples to a local folder."""
     write_examples(folder, each_in_turn(lambda name: read_parquet(examples / name, TRAINING_COLUMNS), shards))
 
 
@@ -117,48 +122,53 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 
     A training that an earlier attempt began is continued.
     """
-    started = time.monotonic()
-    run, stage, checkpoints = training.run, training.stage, training.run / "checkpoints"
+    run, stage, checkpoints = training.run, training.stage, training.run / training.checkpoints
     if done := run.completed(stage, fingerprint):
         checkpoints.remove()  # left behind if the driver died just after writing the manifest
         return done
-    if not run.continues_attempt(stage, "checkpoints", fingerprint):
+    if not run.continues_attempt(stage, training.checkpoints, fingerprint):
         checkpoints.remove()
-    run.note_attempt("checkpoints", fingerprint)
+    run.note_attempt(training.checkpoints, fingerprint)
     try:
         with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
-            # The name is also that of Ray Train's folder: the same training continues, another one starts over.
-            name = digest(fingerprint)[:16]
-            training = replace(training, name=name, config=_planned(training, checkpoints, name))
-            work = partial(_train_on_rank, training, counter)
-            result = run_on_workers(work, training.config, checkpoints, training.name)
+            manifest = run_training(training, fingerprint, unit, counter)
     except UserError:
-        run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
+        run.note_attempt(training.checkpoints, fingerprint, binding=False)  # the error asks for other settings
         raise
-    curves = result["by_step"]
-    manifest = Manifest(
-        stage=stage,
-        fingerprint=fingerprint,
-        counts={unit: result["num_rows"], "steps": result["step"]},
-        files=in_folder(training.folder, [FileEntry(**entry) for entry in result["files"]]),
-        details={
-            "loss_by_step": curves.pop("loss"),
-            "final_loss": result["loss"],
-            "workers": training.config.num_workers,
-            "strategy": training.config.strategy,
-            "gradient_checkpointing": training.config.gradient_checkpointing,
-            **({"measures_by_step": curves} if curves else {}),
-            **result["details"],
-        },
-        seconds=time.monotonic() - started,
-    )
     manifest = run.commit(manifest)
     # Checkpoints have three times the model's size, and only an unfinished training needs them.
     checkpoints.remove()
     return manifest
 
 
-def _planned(training: Training, checkpoints: Location, name: str) -> FinetuneConfig:
+def run_training(training: Training, fingerprint: dict[str, Any], unit: str, counter: ProgressCounter) -> Manifest:
+    """Train on Ray Train's workers, by a plan for this cluster; returns the manifest, which is not committed yet."""
+    started, checkpoints = time.monotonic(), training.run / training.checkpoints
+    # The name is also that of Ray Train's folder: the same training continues, another one starts over.
+    name = digest(fingerprint)[:16]
+    config = planned(training, checkpoints, name)
+    work = partial(_train_on_rank, replace(training, name=name, config=config), counter)
+    result = run_on_workers(work, config, checkpoints, name)
+    curves = result["by_step"]
+    return Manifest(
+        stage=training.stage,
+        fingerprint=fingerprint,
+        counts={unit: result["num_rows"], "steps": result["step"]},
+        files=in_folder(training.folder, [FileEntry(**entry) for entry in result["files"]]),
+        details={
+            "loss_by_step": curves.pop("loss"),
+            "final_loss": result["loss"],
+            "workers": config.num_workers,
+            "strategy": config.strategy,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            **({"measures_by_step": curves} if curves else {}),
+            **result["details"],
+        },
+        seconds=time.monotonic() - started,
+    )
+
+
+def planned(training: Training, checkpoints: Location, name: str) -> FinetuneConfig:
     """The settings of the plan. Unless it is given, the strategy is that which this training began with, as noted:
     checkpoints of another could not be continued from, and the cluster may be another now.
     """

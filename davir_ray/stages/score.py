@@ -1,5 +1,6 @@
 """score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -11,10 +12,12 @@ from davir_ray.engine.resources import device_of, num_gpus_of
 from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
-from davir_ray.models.scorer import INPUT_COLUMNS, Scorer, ScorerSettings
+from davir_ray.models.reference import Reference, weights_of
+from davir_ray.models.scorer import FOLD, INPUT_COLUMNS, FoldScorer, Scorer, ScorerSettings
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SCORES
+from davir_ray.stages.folds import Folds
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.versions import NUMERICS_VERSION
 
@@ -25,7 +28,7 @@ _SAMPLED_ROWS = 200
 def score(
     run: Run,
     base: Checkpoint,
-    reference: Checkpoint | None,
+    reference: Reference | None,
     config: ScoreConfig,
     *,
     keep_token_nll: str = "sample",
@@ -36,6 +39,8 @@ def score(
 ) -> Manifest:
     """Score every example with both models; rows of scores/ are in the order of examples/.
 
+    With folds each is scored with the reference of its fold, which has not seen it, and the anchor with the first.
+
     `examples` is the run that holds the examples; None: this one. The last three parameters are for `freeze`, which has
     no reference.
     """
@@ -45,6 +50,7 @@ def score(
     sample_share = min(1.0, 2 * _SAMPLED_ROWS / prepared.counts["prepared"])
     settings = replace(scorer_settings(config, keep_token_nll, sample_share), autocast=autocast)
     fingerprint = _fingerprint(base, reference, prepared, settings)
+    folds = Folds.of(prepared) if isinstance(reference, Mapping) else None
     if done := run.completed(stage, fingerprint):
         return done
     if not prepared.details.get(IDS_CHECKED):  # prepared by a version that checked them here
@@ -57,11 +63,15 @@ def score(
         fingerprint=fingerprint,
         examples=examples,
         shards=prepared.files_in("examples"),
-        columns=INPUT_COLUMNS,
+        columns=INPUT_COLUMNS if folds is None else [*INPUT_COLUMNS, FOLD],
+        order={} if folds is None else folds.of_file,
         ok_count="scored",
         new_detail="shards_scored_by_this_driver",
     )
-    return stream.fill(partial(Scorer, base, reference, settings, base_cache(base, config)), config)
+    cache = base_cache(base, config)
+    if isinstance(reference, Mapping):
+        return stream.fill(partial(FoldScorer, base, reference, settings, cache), config)
+    return stream.fill(partial(Scorer, base, reference, settings, cache), config)
 
 
 def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:
@@ -91,7 +101,7 @@ def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: floa
 
 
 def _fingerprint(
-    base: Checkpoint, reference: Checkpoint | None, prepared: Manifest, settings: ScorerSettings
+    base: Checkpoint, reference: Reference | None, prepared: Manifest, settings: ScorerSettings
 ) -> dict[str, Any]:
     """What the scores depend on."""
     kept = asdict(settings)
@@ -102,12 +112,13 @@ def _fingerprint(
         del kept["compile"]
     fingerprint: dict[str, Any] = {
         "base": base.weights_digest(),
-        "reference": None if reference is None else reference.weights_digest(),
+        "reference": None if reference is None else weights_of(reference),
         "examples": prepared.content,
         "settings": kept,
         "numerics": NUMERICS_VERSION,
     }
     # Scores without this entry were computed without these modules, and must not count as complete.
-    if reference is not None and (modules := reference.modules_to_save()):
+    first = min(reference.items())[1] if isinstance(reference, Mapping) else reference  # all have the same recipe
+    if first is not None and (modules := first.modules_to_save()):
         fingerprint["modules_to_save"] = modules
     return fingerprint

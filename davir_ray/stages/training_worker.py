@@ -128,7 +128,7 @@ def _noted_budget(training: Training, model: Any) -> Location:
     """Where a worker that runs out of memory notes a smaller budget, for workers of the same kind alone."""
     device = next(model.parameters()).device
     kind = [training.name, training.config.strategy, training.config.num_workers, device_name(device)]
-    return training.run / "checkpoints" / f"{digest(kind)[:16]}.tokens_per_pack"
+    return training.run / training.checkpoints / f"{digest(kind)[:16]}.tokens_per_pack"
 
 
 def _load(training: Training) -> Any:
@@ -160,15 +160,16 @@ def _take_steps(
 ) -> None:
     """Take the remaining steps; after each, export the epoch, save a checkpoint and log, when due."""
     config, before, num_tokens = training.config, trainer.step, 0
+    key = training.part or "steps"
     if is_first:
-        counter.begin("steps")
-        counter.report("steps", WorkDone(0, before=before))
+        counter.begin(key)
+        counter.report(key, WorkDone(0, before=before))
     for report in trainer.steps():
         is_last = report.step == report.total_steps
         num_tokens += report.num_tokens
         if is_first:
             work = WorkDone(report.step - before, tokens=num_tokens, before=before)
-            counter.report("steps", work, report.total_steps)
+            counter.report(key, work, report.total_steps)
             if training.steps is not None:
                 training.steps.add(Step(training.name, report.step, _tracked_values(report)))
         if config.export_epochs and report.ends_epoch:
@@ -179,7 +180,7 @@ def _take_steps(
         if is_first and (is_last or report.step % max(1, report.total_steps // _NUM_LOGGED) == 0):
             log.info(
                 "%s: step %d of %d, epoch %d, %s, %.0f tokens/s",
-                training.stage, report.step, report.total_steps, report.epoch,
+                f"{training.stage} {training.part}".strip(), report.step, report.total_steps, report.epoch,
                 ", ".join(f"{name} {value:.4f}" for name, value in report.measures.items()), report.tokens_per_second,
             )  # fmt: skip
 
@@ -246,7 +247,7 @@ class Checkpoints:
             with storage_errors(folder):
                 self._trainer.save_state(Path(folder))
             self._idle.clear()
-            with storage_errors(self._training.run / "checkpoints"):
+            with storage_errors(self._training.run / self._training.checkpoints):
                 ray.train.report(
                     metrics,
                     checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -268,14 +269,14 @@ class Checkpoints:
             self._end_if_not_needed()
             with storage_errors(checkpoint.path):
                 add_checksums(Path(checkpoint.path))
-            with storage_errors(self._training.run / "checkpoints"):
+            with storage_errors(self._training.run / self._training.checkpoints):
                 filesystem.create_dir(target, recursive=False)  # Ray Train's folder exists on every node
                 for file in sorted(Path(checkpoint.path).iterdir()):
                     self._copy(file, filesystem, f"{target}/{file.name}")
         except StorageError as error:
             if not self.steps_are_taken:
                 raise
-            place = self._training.run / "checkpoints"
+            place = self._training.run / self._training.checkpoints
             log.warning("the last checkpoint in %s was not written; training ends without: %s", place, explain(error))
             self._given_up = True
             raise SystemExit from error

@@ -25,12 +25,14 @@ from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import DeviceKind, worker_device
 from davir_ray.models.kernel.eager import eager_nll
+from davir_ray.models.reference import Reference, weights_of
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.stages import STAGES
 from davir_ray.schema import EXAMPLES, SCORES, Status
+from davir_ray.stages.folds import Folds
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
@@ -45,7 +47,10 @@ Correct float32 losses differed by at most 7e-5; one wrong token or mask makes a
 _SCORE_COLUMNS = ["example_id", "num_response_tokens", "base_nll", "reference_nll", "davir"]
 _TOKEN_COLUMNS = ["input_ids", "response_spans"]
 _DRAWN = pa.schema([("name", pa.string()), SCORES.field("example_id")])
-_SCORED = pa.schema([*map(SCORES.field, _SCORE_COLUMNS), *map(EXAMPLES.field, _TOKEN_COLUMNS)])
+_SCORED = pa.schema(
+    [*map(SCORES.field, _SCORE_COLUMNS), *map(EXAMPLES.field, _TOKEN_COLUMNS), pa.field("scored_by", pa.int64())]
+)
+"""`scored_by` is the fold of the reference that scored the row; 0 without folds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +84,14 @@ class Verification:
         ]
 
 
-def verify(run: Run, base: Checkpoint, reference: Checkpoint, num_rows: int, seed: int) -> Verification:
+def verify(run: Run, base: Checkpoint, reference: Reference, num_rows: int, seed: int) -> Verification:
     """Check every committed file, and score some rows again; raises IntegrityError that names what differs."""
     num_files = _check_files(run)
     scored = run.require("score")
-    for name, checkpoint in (("base", base), ("reference", reference)):
-        if changed := differences(scored.fingerprint[name], checkpoint.weights_digest()):
-            raise OutputError(f"{checkpoint.uri} is not the {name} that the run was scored with ({changed[0]})")
+    for name, model in (("base", base), ("reference", reference)):
+        if changed := differences(scored.fingerprint[name], weights_of(model)):
+            uri = model.uri if isinstance(model, Checkpoint) else next(iter(model.values())).uri
+            raise OutputError(f"{uri} is not the {name} that the run was scored with ({changed[0]})")
     rows = _draw(run, scored, num_rows, seed)
     with own_errors():
         score_again = ray.remote(num_gpus=1 if has_gpu() else 0)(_score_again)
@@ -126,7 +132,9 @@ def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     wanted: dict[str, list[int]] = {}
     for row in chosen.to_pylist():
         wanted.setdefault(row["name"], []).append(row["example_id"])
-    needed = Shards([entry for entry in files if entry.name in wanted], partial(_read_rows, run, wanted))
+    folds = Folds.of(run.require("prepare"))
+    read = partial(_read_rows, run, wanted, {} if folds is None else folds.of_file)
+    needed = Shards([entry for entry in files if entry.name in wanted], read)
     return gather(needed, _SCORED).sort_by("example_id")
 
 
@@ -136,18 +144,27 @@ def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.T
     return pa.table({"name": [name] * len(ids), "example_id": ids}, schema=_DRAWN)
 
 
-def _read_rows(run: Run, wanted: dict[str, list[int]], name: str) -> pa.Table:
+def _read_rows(run: Run, wanted: dict[str, list[int]], fold_of: dict[str, int], name: str) -> pa.Table:
     scores = read_parquet(run / "scores" / name, _SCORE_COLUMNS)
     tokens = read_parquet(run / "examples" / name, _TOKEN_COLUMNS)
     for column in _TOKEN_COLUMNS:
         scores = scores.append_column(column, tokens[column])
+    scored_by = max(0, fold_of.get(name, 0))  # the anchor is scored by the first
+    scores = scores.append_column("scored_by", pa.array([scored_by] * scores.num_rows, pa.int64()))
     mask = np.isin(np.asarray(scores["example_id"]), wanted[name])
     return scores.filter(pa.array(mask)).select(_SCORED.names).cast(_SCORED)
 
 
-def _score_again(base: Checkpoint, reference: Checkpoint, rows: pa.Table, device: DeviceKind) -> tuple[Floats, Floats]:
+def _score_again(base: Checkpoint, reference: Reference, rows: pa.Table, device: DeviceKind) -> tuple[Floats, Floats]:
     configure_worker_logging()
-    return plain_losses(base, reference, rows, worker_device(device))
+    base_nll, reference_nll = np.empty(rows.num_rows), np.empty(rows.num_rows)
+    references = {0: reference} if isinstance(reference, Checkpoint) else reference
+    for fold, checkpoint in references.items():
+        at = np.flatnonzero(np.asarray(rows["scored_by"]) == fold)
+        if len(at):
+            found = plain_losses(base, checkpoint, rows.take(pa.array(at)), worker_device(device))
+            base_nll[at], reference_nll[at] = found
+    return base_nll, reference_nll
 
 
 def plain_losses(

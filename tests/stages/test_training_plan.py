@@ -158,7 +158,7 @@ def test_a_training_keeps_the_strategy_that_it_began_with(
     def planned(num_bytes: int, given: str | None = None) -> str | None:
         monkeypatch.setattr(training_plan, "smallest_gpu", partial(Gpu, num_bytes, True))
         training.config = replace(training.config, strategy=given)
-        return finetune._planned(training, Location.of(tmp_path), "name").strategy  # type: ignore[arg-type]
+        return finetune.planned(training, Location.of(tmp_path), "name").strategy  # type: ignore[arg-type]
 
     assert planned(10**12) == "ddp"
     assert planned(10**6) == "fsdp"  # nothing has begun
