@@ -103,6 +103,10 @@ PAIR_COLUMNS = [
     ),
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair are adjacent, in this order"),
 ]
+FOLD_COLUMNS = [
+    Column("fold", pa.int8(), "the row's fold, from 0 (prepare.folds); -1: none, all references score it"),
+    Column("fold_key", pa.int64(), "first 63 bits of SHA-256 of the value of prepare.fold_by; null where it has none"),
+]
 _MARGINS = [
     *PAIR_COLUMNS[:2],
     _ID[2],
@@ -167,6 +171,8 @@ def _schema(folder: str) -> pa.Schema:
 EXAMPLES = _schema("examples")
 PAIRS = pa.schema([*EXAMPLES, *(pa.field(column.name, column.type) for column in PAIR_COLUMNS)])
 """The schema of examples/ for preference data; example_id also depends on the role."""
+FOLDED_EXAMPLES = EXAMPLES.append(pa.field(FOLD_COLUMNS[0].name, FOLD_COLUMNS[0].type))
+"""The schema of examples/ with folds; with prepare.fold_by, `fold_key` follows."""
 MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")
