@@ -20,7 +20,7 @@ from davir_ray.config.align import AlignRunConfig
 from davir_ray.config.compare import CompareConfig
 from davir_ray.config.export import ExportOptions
 from davir_ray.config.run import OutputConfig, RunConfig
-from davir_ray.schema import COLUMNS, RejectReason, Status
+from davir_ray.schema import COLUMNS, FOLD_COLUMNS, RejectReason, Status
 
 DOCS = PACKAGE / "docs"
 DOCUMENTS = [
@@ -132,7 +132,7 @@ def test_the_page_of_options_has_every_setting_as_it_is() -> None:
 def test_every_column_status_and_reason_is_explained() -> None:
     lines = (DOCS / "columns.md").read_text().splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| `")}
-    for folder, columns in COLUMNS.items():
+    for folder, columns in [*COLUMNS.items(), ("examples", FOLD_COLUMNS)]:
         for column in columns:
             told = rows[f"`{column.name}`"]
             assert folder in told

@@ -421,7 +421,9 @@ def _read_chosen(folder: Location, sources: list[str], ids: ray.ObjectRef[Ints |
         chosen = pc.is_in(there["source"], value_set=pa.array(sources, pa.string()))
     else:
         chosen = pa.array(np.isin(np.asarray(there["example_id"]), wanted))
-    return read_parquet(folder / name).filter(chosen) if pc.any(chosen).as_py() else EXAMPLES.empty_table()
+    if not pc.any(chosen).as_py():
+        return EXAMPLES.empty_table()
+    return read_parquet(folder / name, EXAMPLES.names).filter(chosen)  # a set of rows has no folds
 
 
 def _write_repeated(folder: Location, repeats: dict[str, int], name: str, chosen: pa.Table) -> Written | None:

@@ -32,6 +32,7 @@ from davir_ray.compare.report import LEFT_OUT, report_comparison
 from davir_ray.compare.sets import RowSets
 from davir_ray.compare.trials import Trial, TrialSettings, plan_trials, run_trials
 from davir_ray.config.compare import FULL, MAX_PASSES, CompareConfig, TrialName
+from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import RunConfig, Tracker
 from davir_ray.config.selection import SelectConfig
 from davir_ray.config.training import FinetuneConfig
@@ -233,7 +234,11 @@ def _preparation(run: Run, run_config: RunConfig, config: CompareConfig) -> Prep
         raise ModelError(f"{base.uri} is not the base that {run} was scored with ({'; '.join(changed)})")
     template = read_template(run_config.chat_template)
     shard_rows = min(_SHARD_ROWS, run_config.prepare.shard_rows or _SHARD_ROWS)
-    small = dataclasses.replace(run_config.prepare, shard_rows=shard_rows)
+    every = PrepareConfig()  # held-out rows are not dealt, and none is left out as a near duplicate
+    small = dataclasses.replace(
+        run_config.prepare, shard_rows=shard_rows, folds=every.folds, fold_by=every.fold_by, anchor=every.anchor,
+        near_duplicates=every.near_duplicates,
+    )  # fmt: skip
     preparation = Preparation(base=base, config=small, chat_template=template, limit=config.heldout_limit)
     check_base(preparation, config.all_heldout())
     spec, own = run.require("prepare").fingerprint["encoding"], scoring_spec(preparation, config.all_heldout())

@@ -75,3 +75,6 @@ class AlignRunConfig(InputConfig):
         check_no_secret("beside", self.beside)
         need = "marked: of a pair, every turn after the common prompt is scored"
         check(self.prepare.score_turns == "marked", "prepare.score_turns", self.prepare.score_turns, need)
+        check(self.prepare.folds == 1, "prepare.folds", self.prepare.folds, "1: the rows of a pair stay side by side")
+        need = "keep: without one of its rows a pair is none"
+        check(self.prepare.near_duplicates == "keep", "prepare.near_duplicates", self.prepare.near_duplicates, need)

@@ -34,6 +34,14 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (PrepareConfig, {"max_tokens": 1}, "prepare.max_tokens is 1"),
     (PrepareConfig, {"shard_rows": 0}, "prepare.shard_rows is 0"),
     (PrepareConfig, {"shard_rows": 4097}, "prepare.shard_rows is 4097"),
+    (PrepareConfig, {"folds": 0}, "prepare.folds is 0"),
+    (PrepareConfig, {"folds": 65}, "prepare.folds is 65"),
+    (PrepareConfig, {"folds": 2, "fold_by": " "}, "prepare.fold_by is ' '"),
+    (PrepareConfig, {"folds": 2, "anchor": 1.0}, "prepare.anchor is 1.0"),
+    (PrepareConfig, {"fold_by": "user"}, "prepare.fold_by is 'user', but prepare.folds is 1"),
+    (PrepareConfig, {"anchor": 0.1}, "prepare.anchor is 0.1, but prepare.folds is 1"),
+    (AlignRunConfig, {"prepare": PrepareConfig(folds=2)}, "prepare.folds is 2"),
+    (AlignRunConfig, {"prepare": PrepareConfig(near_duplicates="drop")}, "prepare.near_duplicates is 'drop'"),
     *[
         (FinetuneConfig, {name: 0}, f"finetune.{name} is 0")
         for name in ("epochs", "batch_size", "tokens_per_pack", "num_workers", "num_cpus", "checkpoint_every_steps")
