@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from davir_ray.complete import found_inputs, record_complete
@@ -59,9 +60,11 @@ def run_all(config: RunConfig) -> Run:
         if reference is None:
             _finetune(run, config, preparation, tracking)
             reference = trained_reference(run, config.trust_remote_code)
-        from davir_ray.stages.score import score
+        from davir_ray.stages.score import score, score_seen
 
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
+        if config.score.both and isinstance(reference, Mapping):
+            score_seen(run, preparation.base, reference, config.score)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
         record_complete(run, inputs)

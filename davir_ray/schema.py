@@ -157,6 +157,10 @@ COLUMNS = {
     "margins": [*_MARGINS, _LOSSES[-1]],
     "rejects": [_ID[2], *_ORIGIN, *_REJECT],
     "scores": _SCORES,
+    "extra/davir_aligned": [
+        _ID[0],
+        Column("davir_aligned", pa.float64(), "share of the fold's scored rows that davir is above, from 0 to 1"),
+    ],
     "ranked": [*_RANK, *_SCORES],
     "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],
     "generations": [_ID[0], _ID[2], *_GENERATED, _STATUS],
@@ -176,6 +180,7 @@ FOLDED_EXAMPLES = EXAMPLES.append(pa.field(FOLD_COLUMNS[0].name, FOLD_COLUMNS[0]
 MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")
+ALIGNED = _schema("extra/davir_aligned")
 RANKED = _schema("ranked")
 SELECTED = _schema("selected")
 GENERATIONS = _schema("generations")

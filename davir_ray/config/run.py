@@ -209,6 +209,11 @@ class RunConfig(InputConfig):
         check_no_secret("reference", self.reference)
         if self.data is None or self.format not in ("auto", None):  # a source is named after its format
             self.select.check_fits(self.rank, [source.name for source in self.all_sources()])
+        if self.score.both and self.prepare.folds != 2:
+            raise ConfigError(
+                f"score.both is given, but prepare.folds is {self.prepare.folds}; with 2 folds one reference has seen "
+                "each row and one has not"
+            )
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 

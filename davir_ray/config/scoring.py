@@ -33,6 +33,9 @@ class ScoreConfig:
     base_cache: str | None = None
     """Folder (local or s3://…) of base losses for later runs: scoring the same examples with a second reference then
     needs only the reference's pass. None: no cache."""
+    both: bool = False
+    """With two folds, also score each row with the reference that has seen it (extra/seen/): what it gains there is
+    memorised."""
     no_progress_timeout_s: int = 1800
     """Seconds without a finished task after which the run fails instead of hanging."""
 

@@ -44,6 +44,11 @@ _STAGES = (
         name="score", writes=("scores", "scores_commits"), reads=("prepare", "align", "finetune"),
         shown_counts=("scored",), takes_hours=True,
     ),
+    Stage(
+        name="seen", writes=("extra/seen", "extra/seen_commits"), reads=("prepare", "finetune"),
+        shown_counts=("scored",), takes_hours=True,
+    ),
+    Stage(name="davir_aligned", writes=("extra/davir_aligned",), reads=("prepare", "score")),
     Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
     Stage(name="rank", writes=("ranked",), reads=("score",), shown_counts=("ranked",)),
     Stage(

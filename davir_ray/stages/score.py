@@ -42,7 +42,7 @@ def score(
     With folds each is scored with the reference of its fold, which has not seen it, and the anchor with the first.
 
     `examples` is the run that holds the examples; None: this one. The last three parameters are for `freeze`, which has
-    no reference.
+    no reference, and `score_seen`.
     """
     examples = examples or run
     prepared = examples.require("prepare")
@@ -72,6 +72,15 @@ def score(
     if isinstance(reference, Mapping):
         return stream.fill(partial(FoldScorer, base, reference, settings, cache), config)
     return stream.fill(partial(Scorer, base, reference, settings, cache), config)
+
+
+def score_seen(run: Run, base: Checkpoint, references: Mapping[int, Checkpoint], config: ScoreConfig) -> Manifest:
+    """Score every example of two folds with the reference that has seen it; extra/seen/ has the columns of scores/.
+
+    The base's losses are computed once more, unless there is a base cache.
+    """
+    has_seen = {fold: references[1 - fold] for fold in references}
+    return score(run, base, has_seen, config, keep_token_nll="none", stage="seen", folder="extra/seen")
 
 
 def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:
