@@ -26,7 +26,7 @@ from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
-from davir_ray.stages.rank import rank
+from davir_ray.stages.rank import rank, require_extra
 from davir_ray.stages.report import report
 from davir_ray.stages.select.rule import check_count, select
 
@@ -53,13 +53,15 @@ def run_all(config: RunConfig) -> Run:
         examples = prepare_inputs(run, config, preparation, files)
         check_count(config.select, examples.counts["prepared"], "prepared")
         from davir_ray.stages.finetune import finetune
-        from davir_ray.stages.score import score
+        from davir_ray.stages.score import ifd, score
 
         if reference is None:
             spec = scoring_spec(preparation, config.all_sources())
             finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
             reference = Checkpoint.find(str(run / "reference"), config.trust_remote_code)
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
+        if "ifd" in config.score.also:
+            ifd(run, preparation.base, config.score)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
         record_complete(run, inputs)
@@ -98,6 +100,7 @@ def rank_only(options: RankOptions) -> Run:
     config = options.applied_to(last_config(run))
     config.select.require_rule()
     check_count(config.select, scored, "scored")
+    require_extra(run, config.rank)
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
         _rank_and_report(run, config, options.trust_remote_code)
     return run

@@ -75,3 +75,7 @@ class AlignRunConfig(InputConfig):
         check_no_secret("beside", self.beside)
         need = "marked: of a pair, every turn after the common prompt is scored"
         check(self.prepare.score_turns == "marked", "prepare.score_turns", self.prepare.score_turns, need)
+
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """See OutputConfig."""
+        return {**super().reasons_without_effect(), "score.also": "preference training ranks nothing"}

@@ -43,8 +43,12 @@ _STAGES = (
         name="score", writes=("scores", "scores_commits"), reads=("prepare", "align", "finetune"),
         shown_counts=("scored",), takes_hours=True,
     ),
+    Stage(
+        name="ifd", writes=("extra/ifd", "extra/ifd_commits"), reads=("prepare", "score"), shown_counts=("scored",),
+        takes_hours=True,
+    ),
     Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
-    Stage(name="rank", writes=("ranked",), reads=("score",), shown_counts=("ranked",)),
+    Stage(name="rank", writes=("ranked",), reads=("score", "ifd"), shown_counts=("ranked",)),
     Stage(
         name="select", writes=("selected", "duplicates", "mixture", "jsonl"), reads=("rank",),
         shown_counts=("selected",),

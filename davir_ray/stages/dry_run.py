@@ -68,7 +68,14 @@ def describe_run(
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
-    found = estimate(ModelSize.of(preparation.base), data, config.prepare.shard_rows, training, examples_per_unit)
+    found = estimate(
+        ModelSize.of(preparation.base),
+        data,
+        config.prepare.shard_rows,
+        training,
+        examples_per_unit,
+        num_extra_passes=len(config.score.also),
+    )
     lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
     if plan is not None:
         lines.append(f"fine-tune: {plan}")
@@ -171,11 +178,21 @@ class Estimate:
 
 
 def estimate(
-    size: ModelSize, data: DataSize, shard_rows: int | None, finetune: FinetuneConfig | None, examples_per_unit: int = 1
+    size: ModelSize,
+    data: DataSize,
+    shard_rows: int | None,
+    finetune: FinetuneConfig | None,
+    examples_per_unit: int = 1,
+    num_extra_passes: int = 0,
 ) -> Estimate:
-    """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair."""
+    """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair.
+
+    An extra pass (score.also) is one over the responses alone, each after a start token.
+    """
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
+    num_alone = data.num_scored + data.num_examples
+    alone = size.forward_flops(num_alone, data.num_scored, num_alone / max(1, data.num_examples))
     epochs, passes, trained = 0.0, 0, 0
     if finetune is not None:
         if finetune.lora_rank is None:
@@ -190,7 +207,7 @@ def estimate(
         data=data,
         num_shards=_num_shards(data, shard_rows),
         finetune_flops=epochs * passes * forward,
-        score_flops=2 * forward,
+        score_flops=2 * forward + num_extra_passes * alone,
         checkpoint_bytes=2.0 * _ADAM_BYTES * trained,
         reference_bytes=4.0 * trained,
     )
