@@ -30,7 +30,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
-from davir_ray.stages.rank import rank
+from davir_ray.stages.rank import rank, require_extra
 from davir_ray.stages.report import report
 from davir_ray.stages.select.rule import check_count, select
 
@@ -60,11 +60,13 @@ def run_all(config: RunConfig) -> Run:
         if reference is None:
             _finetune(run, config, preparation, tracking)
             reference = trained_reference(run, config.trust_remote_code)
-        from davir_ray.stages.score import score, score_seen
+        from davir_ray.stages.score import ifd, score, score_seen
 
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
         if config.score.both and isinstance(reference, Mapping):
             score_seen(run, preparation.base, reference, config.score)
+        if "ifd" in config.score.also:
+            ifd(run, preparation.base, config.score)
         run.remember(dump(config))
         _rank_and_report(run, config, config.trust_remote_code)
         record_complete(run, inputs)
@@ -100,6 +102,7 @@ def rank_only(options: RankOptions) -> Run:
     config = options.applied_to(last_config(run))
     config.select.require_rule()
     check_count(config.select, scored, "scored")
+    require_extra(run, config.rank)
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
         _rank_and_report(run, config, options.trust_remote_code)
     return run

@@ -1,7 +1,7 @@
 """Every column that a stage writes, with its Arrow type, unit and meaning; every reject reason and every status.
 
 The stages exchange Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
-`GENERATIONS`, `MATCHES`), so this file is the contract between stages, and with readers of the output.
+`IFD`, `GENERATIONS`, `MATCHES`), so this file is the contract between stages, and with readers of the output.
 """
 
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ class Status(StrEnum):
     OK = "ok"
     NO_PREDICTOR = "no_predictor"  # the first token has nothing before it (empty prompt, model without BOS)
     ZERO_BASE_NLL = "zero_base_nll"  # base_nll is 0: the ratio is not defined
+    ZERO_ALONE_NLL = "zero_alone_nll"  # alone_nll is 0: IFD is not defined
     NON_FINITE_NLL = "non_finite_nll"  # a model returned NaN or infinity
     OUT_OF_MEMORY = "out_of_memory"  # the example alone did not fit the device
 
@@ -151,12 +152,21 @@ _MATCHED = [
     Column("flexible", pa.bool_(), "flexible_answer equals expected; null without expected or output"),
 ]
 
+_IFD = [
+    Column("alone_nll", pa.float64(), "nats, summed over the scored tokens, under the base, without the prompt"),
+    Column("ifd", pa.float64(), "base_nll / alone_nll, the ratio of mean losses; null unless status is ok"),
+    Column(
+        "ifd_perplexity", pa.float64(), "exp((base_nll - alone_nll) / num_response_tokens), the ratio of perplexities"
+    ),
+]
+
 _SCORES = [*_ID, *_COUNTS, *_LOSSES, *_TOKEN_LOSSES]
 COLUMNS = {
     "examples": [*_ID, *_ORIGIN, *_TEXT, *_TOKENS, *_COUNTS],
     "margins": [*_MARGINS, _LOSSES[-1]],
     "rejects": [_ID[2], *_ORIGIN, *_REJECT],
     "scores": _SCORES,
+    "extra/ifd": [_ID[0], _COUNTS[1], *_IFD, _STATUS],
     "extra/davir_aligned": [
         _ID[0],
         Column("davir_aligned", pa.float64(), "share of the fold's scored rows that davir is above, from 0 to 1"),
@@ -180,6 +190,7 @@ FOLDED_EXAMPLES = EXAMPLES.append(pa.field(FOLD_COLUMNS[0].name, FOLD_COLUMNS[0]
 MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")
+IFD = _schema("extra/ifd")
 ALIGNED = _schema("extra/davir_aligned")
 RANKED = _schema("ranked")
 SELECTED = _schema("selected")

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from davir_ray.config.compare import order_of
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import Written, collect, write_shards
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.hashing import sample_rows, seed_from
@@ -30,7 +31,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES
-from davir_ray.stages.rank import key_columns, order_keys
+from davir_ray.stages.rank import key_columns, order_keys, read_scores
 from davir_ray.stages.select.candidates import Candidates, Choice, num_skipped
 from davir_ray.stages.select.duplicates import files_with_duplicates
 from davir_ray.stages.select.limits import limits_by_file
@@ -209,6 +210,8 @@ class FinishedRun:
                 cut = self._best(arm, cut, RankConfig(order="rho_sum"))
             case "lowest":
                 cut = self._best(arm, cut, replace(self.rank, lowest=not self.rank.lowest, most=None))
+            case _ if (order := order_of(arm)) is not None:
+                cut = self._best(arm, cut, RankConfig(order=order))
         ids = np.concatenate([np.asarray(table["example_id"]).astype(np.int64) for table in (kept, cut)])
         if len(ids) != selection.num_rows or len(np.unique(ids)) != len(ids):
             raise IntegrityError(f"the arm {arm} has {len(ids)} rows, the selection {selection.num_rows}")
@@ -267,7 +270,7 @@ class FinishedRun:
         """
         columns = sorted({"source", *_LENGTHS.values(), "example_id", *key_columns(order)})
         candidates = self._candidates(self._filters, *columns)
-        scores = self._scores(candidates, columns)
+        scores = self._scores(candidates, columns, order)
         keys = partial(
             _keys,
             candidates=candidates,
@@ -289,11 +292,16 @@ class FinishedRun:
             found = collect(scores, lambda table: _up_to(last, keys(table)), _FOUND, merge=fewest)
         return found.sort_by(_IN_ORDER)
 
-    def _scores(self, candidates: Candidates, columns: list[str]) -> Shards:
+    def _scores(self, candidates: Candidates, columns: list[str], order: RankConfig) -> Shards:
         """The scored rows: those of ranked/ where duplicates are dropped, which are known by their rank."""
         if not self.select.drop_duplicates:
             files = self.run.require("score").files_in("scores")
-            return Shards(files, partial(read_columns, self.run / "scores", columns))
+            return Shards(files, partial(read_scores, self.run, order, columns))
+        if order.extra not in (None, self.rank.extra):
+            raise ConfigError(
+                f"{self.run} drops duplicates, which only ranked/ knows, and ranked/ has no {order.extra}; give "
+                f"jobs/rank.py --rank.order {order.extra}, or leave the arm order:{order.extra} out"
+            )
         ranked = self.run.require("rank")
         if ranked.counts["ranked"] < ranked.counts["rankable"]:
             raise ConfigError(

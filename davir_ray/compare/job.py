@@ -31,10 +31,10 @@ from davir_ray.compare.outputs import prepare_instructions
 from davir_ray.compare.report import LEFT_OUT, report_comparison
 from davir_ray.compare.sets import RowSets
 from davir_ray.compare.trials import Trial, TrialSettings, plan_trials, run_trials
-from davir_ray.config.compare import FULL, MAX_PASSES, CompareConfig, TrialName
+from davir_ray.config.compare import FULL, MAX_PASSES, CompareConfig, TrialName, order_of
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import RunConfig, Tracker
-from davir_ray.config.selection import SelectConfig
+from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.config.yaml import dump, load
 from davir_ray.data.detection import with_format
@@ -53,6 +53,7 @@ from davir_ray.run.manifest import differences
 from davir_ray.run.progress import Progress
 from davir_ray.stages.finetune import what_matters
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
+from davir_ray.stages.rank import require_extra
 from davir_ray.stages.training_plan import plan_training
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ def compare(config: CompareConfig) -> Run:
     run, run_config = runs[0], run_configs[0]
     config = _with_formats(config, run_config, output)
     finished = [_finished(*of_run) for of_run in zip(runs, run_configs, strict=True)]
+    for one, arm in product(runs, config.arms):
+        if (order := order_of(arm)) is not None:
+            require_extra(one, RankConfig(order=order))
     _check_replicates(runs, run_configs)
     recipe = _recipe(run_config, config.recipe)
     preparation = _preparation(run, run_config, config)

@@ -1,6 +1,6 @@
 """The sets of rows of a comparison: which of them a model is trained on, how long, and how they overlap.
 
-The rows of a ranked arm (selection, lowest, rho) come from each run in turn, those of a drawn arm (random,
+The rows of a ranked arm (selection, lowest, rho, order:ORDER) come from each run in turn, those of a drawn arm (random,
 random_matched) are drawn from the first run's pool; the full set is the first run's own examples.
 """
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from davir_ray.compare.arms import FinishedRun, RowSet, write_set
-from davir_ray.config.compare import DRAWN, MAX_PASSES, CompareConfig
+from davir_ray.config.compare import DRAWN, MAX_PASSES, CompareConfig, folder_name
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
 from davir_ray.models.training.loop import num_steps, steps_for
@@ -57,7 +57,7 @@ class RowSets:
         """The set that a model of an arm is trained on at a size of the selection."""
         number = self._config.row_set(arm, model)
         suffix = f"-seed{number}" if arm in DRAWN else f"-run{number}" if number else ""
-        name = f"{arm}-{size}{suffix}"
+        name = f"{folder_name(arm)}-{size}{suffix}"
         if name not in self._written:
             self._written[name] = self._write(name, arm, size, number)
         return self._written[name]

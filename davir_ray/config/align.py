@@ -78,3 +78,7 @@ class AlignRunConfig(InputConfig):
         check(self.prepare.folds == 1, "prepare.folds", self.prepare.folds, "1: the rows of a pair stay side by side")
         need = "keep: without one of its rows a pair is none"
         check(self.prepare.near_duplicates == "keep", "prepare.near_duplicates", self.prepare.near_duplicates, need)
+
+    def reasons_without_effect(self) -> dict[str, str | None]:
+        """See OutputConfig."""
+        return {**super().reasons_without_effect(), "score.also": "preference training ranks nothing"}

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from davir_ray.config.checks import check, check_fields, check_no_secret
 from davir_ray.config.run import GenerateConfig, OutputConfig
+from davir_ray.config.selection import Order
 from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
@@ -14,12 +15,22 @@ Reading = Literal["tokens", "epochs", "steps"]
 DRAWN: tuple[ArmName, ...] = ("random", "random_matched")
 """Arms whose rows are drawn."""
 FULL: ArmName = "full"
-RANKED: tuple[ArmName, ...] = ("selection", "lowest", "rho")
-"""Arms whose rows follow from the scores of a run."""
+_RANKED: tuple[ArmName, ...] = ("selection", "lowest", "rho")
+_ORDER = "order:"
 MAX_PASSES = 20
 """Maximum number of passes over a set of rows in the schedule `steps`: with more, a model would be compared for how it
 memorises."""
 MeasureName = Literal["loss", "exact_match"]
+
+
+def order_of(arm: str) -> Order | None:
+    """The order whose highest rows an arm has, if it is named order:ORDER; else None."""
+    return next((order for order in get_args(Order) if arm == f"{_ORDER}{order}" and order != "random"), None)
+
+
+def is_ranked(arm: str) -> bool:
+    """Whether the rows of an arm follow from the scores of a run."""
+    return arm in _RANKED or order_of(arm) is not None
 
 
 class TrialName(NamedTuple):
@@ -32,7 +43,12 @@ class TrialName(NamedTuple):
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.arm}-{self.rows}-{self.reading}-seed{self.seed}"
+        return f"{folder_name(self.arm)}-{self.rows}-{self.reading}-seed{self.seed}"
+
+
+def folder_name(arm: str) -> str:
+    """The name of an arm in names of folders, without the colon, which not every file system takes."""
+    return arm.replace(":", "_")
 
 
 _MARGIN = 0.02
@@ -61,12 +77,11 @@ class CompareConfig(OutputConfig):
     """Run Python code that comes with the run's base, whatever the run's own configuration says."""
     max_bad_fraction: float = 0.01
     """Maximum share of rejected held-out rows; above it the job stops and reports the reasons with their counts."""
-    arms: list[ArmName] = field(
-        default_factory=lambda: ["selection", "random", "random_matched", "lowest", "rho", "full"]
-    )
+    arms: list[str] = field(default_factory=lambda: ["selection", "random", "random_matched", "lowest", "rho", "full"])
     """The sets of rows to train on. selection: the run's selection (its mixture, if there is one). random: as many
     rows, drawn by hash. random_matched: drawn rows with the same histogram of response lengths and as many response
-    tokens. lowest: the lowest ranked. rho: the highest by rho_sum. full: every prepared example. Rows are drawn and
+    tokens. lowest: the lowest ranked. rho: the highest by rho_sum. order:ORDER: the highest by another order of
+    rank.order, such as order:base_mean_nll. full: every prepared example. Rows are drawn and
     ranked among the scored rows that pass the selection's filters (min_response_tokens, max_response_tokens,
     drop_duplicates), without its min_score, balance and quotas. With a mixture, each arm takes as many rows of each
     source as the mixture; full takes all rows of these sources and repeats them as the mixture does."""
@@ -119,6 +134,10 @@ class CompareConfig(OutputConfig):
         for name in ("run", "instructions", "heldout"):
             check_no_secret(name, getattr(self, name))
         self._check_heldout()
+        arms = get_args(ArmName)
+        for arm in self.arms:
+            need = f"one of {', '.join(arms)}, or order: and an order of rank.order that is not random"
+            check(arm in arms or order_of(arm) is not None, "an arm", arm, need)
         self._check_models()
         check_fields(self, "", ["max_bad_fraction"], lambda share: 0 <= share <= 1, "from 0 to 1")
         check_fields(
@@ -146,7 +165,7 @@ class CompareConfig(OutputConfig):
             pairs = [self._pair(test) for test in self.tests]
             check(len(set(pairs)) == len(pairs), "tests", self.tests, "without repetition")
             return pairs
-        first: ArmName = "selection" if "selection" in self.arms else self.arms[0]
+        first = "selection" if "selection" in self.arms else self.arms[0]
         others = sorted((arm for arm in self.arms if arm != first), key=lambda arm: arm != "random")
         against = [(arm, "random") for arm in others[1:]] if others[:1] == ["random"] else []
         return [*((first, arm) for arm in others), *against]
@@ -166,7 +185,9 @@ class CompareConfig(OutputConfig):
         else:
             known = [*get_args(ArmName), "default"]
             for name, number in self.seeds.items():
-                check(name in known, "an arm of seeds", name, f"one of {', '.join(known)}")
+                check(
+                    name in known or order_of(name) is not None, "an arm of seeds", name, f"one of {', '.join(known)}"
+                )
                 check(number >= 1, f"seeds of {name}", number, "at least 1")
                 check(name in (*self.arms, "default"), "an arm of seeds", name, "one of the arms, or default")
             for arm in self.arms:
@@ -178,8 +199,8 @@ class CompareConfig(OutputConfig):
                     f"seeds_per_draw is {self.seeds_per_draw}, so all {self.num_models(arm)} models of {arm} have one "
                     "draw, which says nothing of others; give it more seeds, or fewer on a draw"
                 )
-        for arm in RANKED:
-            if arm in self.arms and self.num_models(arm) < len(self.runs):
+        for arm in self.arms:
+            if is_ranked(arm) and self.num_models(arm) < len(self.runs):
                 raise ConfigError(
                     f"seeds is {self.seeds!r}, so {arm} has fewer models than there are runs ({len(self.runs)}), and "
                     f"some selections would not be trained on; give {arm} {len(self.runs)} models, or fewer runs"
@@ -229,7 +250,7 @@ class CompareConfig(OutputConfig):
         """Number of the draw, or of the run, whose rows a model of an arm is trained on."""
         if arm in DRAWN:
             return model // self.seeds_per_draw
-        return model % max(1, len(self.runs)) if arm in RANKED else 0
+        return model % max(1, len(self.runs)) if is_ranked(arm) else 0
 
     def all_heldout(self) -> list[Source]:
         """The held-out sources, with --heldout as one source named after its format."""

@@ -217,6 +217,15 @@ class RunConfig(InputConfig):
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 
+    def require_input(self) -> None:
+        """See InputConfig; the order's extra score must be computed, too."""
+        super().require_input()
+        extra = self.rank.extra
+        if extra is not None and extra not in self.score.also:
+            raise ConfigError(
+                f"rank.order is {extra}, which takes another pass of the base; add --score.also '[{extra}]'"
+            )
+
     def reasons_without_effect(self) -> dict[str, str | None]:
         """See OutputConfig."""
         order, has_mixture, by_length = self.rank.order, bool(self.select.mixture), "length" in self.select.balance

@@ -1,12 +1,14 @@
 """Settings of the scoring pool."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from davir_ray.config.checks import check, check_fields
 from davir_ray.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
+ExtraScore = Literal["ifd"]
+"""Scores that take a pass of their own; each has its stage, its folder extra/NAME and its order, of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,10 @@ class ScoreConfig:
     base_cache: str | None = None
     """Folder (local or s3://…) of base losses for later runs: scoring the same examples with a second reference then
     needs only the reference's pass. None: no cache."""
+    also: list[ExtraScore] = field(default_factory=list)
+    """Scores that take another pass, each written to a folder of its own. ifd: the base's losses of the responses
+    without their prompts, for rank.order ifd, in extra/ifd. With the settings of a complete run, only that pass is
+    made."""
     both: bool = False
     """With two folds, also score each row with the reference that has seen it (extra/seen/): what it gains there is
     memorised."""
@@ -44,6 +50,7 @@ class ScoreConfig:
         check_fields(self, "score.", counts, lambda count: count >= 1, "at least 1")
         check_fields(self, "score.", ["num_cpus"], lambda count: count > 0, "above 0")
         check_fields(self, "score.", ["num_gpus"], lambda count: count >= 0, "0 or more")
+        check(len(set(self.also)) == len(self.also), "score.also", self.also, "without repetition")
         if self.autoscale is not None:
             ascending = len(self.autoscale) == 2 and 1 <= self.autoscale[0] <= self.autoscale[1]
             check(ascending, "score.autoscale", self.autoscale, "[min, max], two ascending numbers from 1")

@@ -5,9 +5,10 @@ from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from davir_ray.config.checks import check, check_fields
+from davir_ray.config.scoring import ExtraScore
 from davir_ray.errors import ConfigError
 
 Order = Literal[
@@ -20,6 +21,7 @@ Order = Literal[
     "reference_mean_nll",
     "length",
     "random",
+    "ifd",
 ]
 SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score", "quotas", "mixture")
 PART_RULES = ("top_k", "top_fraction", "top_tokens")
@@ -31,8 +33,8 @@ class RankConfig:
     """The order of the ranking; every baseline of the paper is one option away."""
 
     order: Order = "davir"
-    """Column to rank by (length = num_response_tokens), random, or a loss by response token (base_mean_nll,
-    reference_mean_nll), whose order is that of the perplexity."""
+    """Column to rank by (length = num_response_tokens), random, a loss by response token (base_mean_nll,
+    reference_mean_nll), whose order is that of the perplexity, or ifd, which needs score.also [ifd]."""
     lowest: bool = False
     """Rank the lowest value first."""
     seed: int = 0
@@ -42,6 +44,11 @@ class RankConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "rank.", ["most"], lambda count: count >= 1, "at least 1")
+
+    @property
+    def extra(self) -> ExtraScore | None:
+        """The extra score (score.also) that the order is by; None if scores/ have all that it needs."""
+        return next((name for name in get_args(ExtraScore) if name == self.order), None)
 
 
 @dataclass(frozen=True, kw_only=True)

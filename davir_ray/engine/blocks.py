@@ -15,10 +15,8 @@ from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from davir_ray.engine.shards import read_columns
 from davir_ray.errors import IntegrityError
 from davir_ray.run.files import FileEntry
-from davir_ray.run.location import Location
 
 _READ_CPUS = 0.5
 """Differs from an actor's CPUs on purpose: with equal ones Ray fuses reading into the actor, and nothing overlaps."""
@@ -66,9 +64,9 @@ def _read_group(read: Callable[[str], pa.Table], names: list[str]) -> Iterable[p
     return [pa.concat_tables([read(name) for name in names])]
 
 
-def read_named(folder: Location, columns: list[str], name: str) -> pa.Table:
-    """The columns of one shard, and the NAMED ones."""
-    table = read_columns(folder, columns, name)
+def read_named(read: Callable[[str], pa.Table], name: str) -> pa.Table:
+    """One shard as it is read, and the NAMED columns."""
+    table = read(name)
     for column, value in zip(NAMED, (name, table.num_rows), strict=True):
         table = table.append_column(column, pa.repeat(value, table.num_rows))
     return table

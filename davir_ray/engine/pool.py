@@ -19,12 +19,12 @@ import ray
 import ray.data
 
 from davir_ray.config.scoring import ScoreConfig
-from davir_ray.engine.blocks import ShardBlocks, num_tokens, read_named, whole_shards
+from davir_ray.engine.blocks import NAMED, ShardBlocks, num_tokens, read_named, whole_shards
 from davir_ray.engine.connect import own_errors, whole_block_context
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.resources import actor_cpus, num_gpus_of, plan_pool, side_cpus
-from davir_ray.engine.shards import grouped
+from davir_ray.engine.shards import grouped, read_columns, read_side_by_side
 from davir_ray.errors import IntegrityError, StorageError
 from davir_ray.run.commits import CommitNotes, CommittedShard, ShardFolder
 from davir_ray.run.files import FileEntry, in_folder, total_rows
@@ -79,6 +79,8 @@ class Stream:
     """Name of the manifest's detail that says how many shards this driver did."""
     order: Mapping[str, int] = field(default_factory=dict)
     """Where the model changes between shards: shards of a smaller number are sent first; others have 0."""
+    score_columns: list[str] = field(default_factory=list)
+    """Columns of the run's scores that are sent with them."""
     count_tokens: Callable[[pa.Table], int] = num_tokens
     """Counts the tokens that the rows of a file took, for the progress."""
 
@@ -143,6 +145,12 @@ class Stream:
         notes.remove()
         return manifest
 
+    def _read(self, name: str) -> pa.Table:
+        examples = self.examples / "examples"
+        if not self.score_columns:
+            return read_columns(examples, self.columns, name)
+        return read_side_by_side(examples, self.columns, self.run / "scores", self.score_columns, name)
+
     @property
     def _rows(self) -> dict[str, int]:
         """Number of rows of each shard, by name."""
@@ -178,7 +186,7 @@ class Stream:
         pool = plan_pool(config)
         max_shards = max(1, len(pending) // (_GROUPS_PER_ACTOR * pool.max_size))
         groups = grouped(pending, max_shards=max_shards, max_bytes=_GROUP_BYTES)
-        source = ShardBlocks(groups, partial(read_named, self.examples / "examples", self.columns))
+        source = ShardBlocks(groups, partial(read_named, self._read))
         pool = pool.at_most(len(groups))
         log.info("%s: %s of %g CPUs and %g GPUs", self.stage, pool, num_cpus, num_gpus)
         context = whole_block_context(config.no_progress_timeout_s)
@@ -239,7 +247,7 @@ class ShardWorker:
     def _commit(self, name: str, examples: pa.Table) -> CommittedShard:
         started, stream = time.monotonic(), self._stream
         self._counter.begin(name)
-        table = self._model(examples.select(stream.columns))
+        table = self._model(examples.drop_columns(NAMED))
         shard = self._folder.commit(name, table, json.dumps(self._model.numerics))
         log.debug("%s: %s, %d rows, %.1f s", stream.stage, name, table.num_rows, time.monotonic() - started)
         unscored = table.num_rows - shard.statuses.get("ok", 0)

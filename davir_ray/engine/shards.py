@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from davir_ray.errors import IntegrityError
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.location import Location
 
@@ -38,3 +39,18 @@ def grouped(shards: list[FileEntry], *, max_shards: int, max_bytes: float) -> li
 def read_columns(folder: Location, columns: list[str] | None, name: str) -> pa.Table:
     """The columns of one shard; None: all of them."""
     return read_parquet(folder / name, columns)
+
+
+def read_side_by_side(
+    folder: Location, columns: list[str] | None, beside: Location, more: list[str], name: str
+) -> pa.Table:
+    """The columns of one shard, and more columns from the file of the same name in another folder.
+
+    Raises IntegrityError unless both have the same rows in the same order. `columns` has example_id; None: all.
+    """
+    table, other = read_columns(folder, columns, name), read_columns(beside, ["example_id", *more], name)
+    if not table["example_id"].equals(other["example_id"]):
+        raise IntegrityError(f"{folder / name} and {beside / name} do not hold the same rows; redo with --overwrite")
+    for column in more:
+        table = table.append_column(other.schema.field(column), other[column])
+    return table

@@ -1,4 +1,4 @@
-"""The scores of an example from its two losses (arXiv 2310.13008).
+"""The scores of an example from its two losses (arXiv 2310.13008), and from one loss with and without the prompt.
 
 A loss is the negative log-likelihood of the response given the prompt, in nats, summed over the scored tokens. The
 paper does not state whether losses are summed or averaged over tokens. For DavIR both give the same; RHO has both.
@@ -31,3 +31,18 @@ def rho_mean(base_nll: Floats, reference_nll: Floats, num_response_tokens: npt.N
     tokens = num_response_tokens.astype(np.float64)
     out = np.full_like(base_nll, np.nan)
     return np.asarray(np.divide(base_nll - reference_nll, tokens, out=out, where=tokens > 0))
+
+
+def ifd(base_nll: Floats, alone_nll: Floats) -> Floats:
+    """IFD, instruction-following difficulty: L(y|x) / L(y), with and without the prompt (arXiv 2308.12032).
+
+    The paper's losses are means over tokens; both are over the same tokens, so their ratio is that of the sums. Above 1
+    the prompt makes the response less likely. Where alone_nll is 0 the ratio is not defined, and the score is NaN.
+    """
+    out = np.full_like(base_nll, np.nan)
+    return np.asarray(np.divide(base_nll, alone_nll, out=out, where=alone_nll != 0))
+
+
+def ifd_perplexity(base_nll: Floats, alone_nll: Floats, num_response_tokens: npt.NDArray[np.int32]) -> Floats:
+    """The ratio of perplexities, exp(mean L(y|x) - mean L(y)) (arXiv 2402.00530); NaN where there are no tokens."""
+    return np.asarray(np.exp(rho_mean(base_nll, alone_nll, num_response_tokens)))

@@ -147,6 +147,13 @@ class Scorer:
         reference = None if self._reference is None else self._token_nlls(self._reference, distinct, ids)
         return self._score_table(examples, index, base, reference)
 
+    def base_nll(
+        self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
+        """The base's loss of each sequence, in nats, and its status; the losses are cached as those of examples are."""
+        rows, index = _distinct(sequences)
+        return _sums(self._base_token_nlls([sequences[row] for row in rows], ids[rows]), index)
+
     def _likelihood(self, checkpoint: Checkpoint) -> Likelihood:
         likelihood = Likelihood(checkpoint.model(self._dtype, self._device))
         if self._settings.compile:
@@ -223,11 +230,11 @@ class Scorer:
         num_tokens = np.asarray(examples["num_response_tokens"])
         known = np.isin(status, [Status.OK, Status.ZERO_BASE_NLL]) & (reference is not None)
         columns = {name: examples[name] for name in _PASSED_ON} | {
-            "base_nll": _nullable(base_nll, np.isfinite(base_nll)),
-            "reference_nll": _nullable(reference_nll, np.isfinite(reference_nll)),
-            "davir": _nullable(davir, (status == Status.OK) & (reference is not None)),
-            "rho_sum": _nullable(formulas.rho_sum(base_nll, reference_nll), known),
-            "rho_mean": _nullable(formulas.rho_mean(base_nll, reference_nll, num_tokens), known),
+            "base_nll": nullable(base_nll, np.isfinite(base_nll)),
+            "reference_nll": nullable(reference_nll, np.isfinite(reference_nll)),
+            "davir": nullable(davir, (status == Status.OK) & (reference is not None)),
+            "rho_sum": nullable(formulas.rho_sum(base_nll, reference_nll), known),
+            "rho_mean": nullable(formulas.rho_mean(base_nll, reference_nll, num_tokens), known),
             "status": pa.array(status.tolist(), pa.string()),
             "base_token_nll": self._kept(examples, base, index),
             "reference_token_nll": self._kept(examples, reference or [None] * len(base), index),
@@ -323,7 +330,7 @@ def _sums(nlls: TokenNlls, index: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np
     return np.array(totals)[index], np.array(statuses, dtype=object)[index]
 
 
-def _nullable(values: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_]) -> pa.Array:
+def nullable(values: npt.NDArray[np.float64], valid: npt.NDArray[np.bool_]) -> pa.Array:
     """The values, null where they are not valid or NaN: a score is never made up."""
     array = pa.array(values, pa.float64(), mask=~np.asarray(valid, dtype=bool))
     return pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)

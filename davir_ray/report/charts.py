@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -241,6 +242,8 @@ _ARM_STYLES: dict[str, dict[str, Any]] = {
     "rho": {"color": REFERENCE, "marker": "v"},
     "full": {"color": INK, "marker": "*", "linestyle": (0, (4, 3))},
 }
+_ORDER_MARKERS = "PXdphH"
+"""Markers of the arms order:ORDER, in turn."""
 
 
 def comparison(results: list[dict[str, Any]], unit: str, name: str) -> Markup:
@@ -257,15 +260,22 @@ def comparison(results: list[dict[str, Any]], unit: str, name: str) -> Markup:
         return _svg(figure, name, f"{label}, over the size of the selection.")
 
 
+def _arm_styles(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The style of each arm there is: those of _ARM_STYLES, in its order, then the arms order:ORDER."""
+    names = {row["arm"] for row in results}
+    styles = {arm: style for arm, style in _ARM_STYLES.items() if arm in names}
+    others = zip(sorted(names - styles.keys()), cycle(_ORDER_MARKERS), strict=False)
+    return styles | {arm: {"color": INK, "marker": marker, "linestyle": (0, (1, 2))} for arm, marker in others}
+
+
 def _draw_arms(axes: Axes, results: list[dict[str, Any]], unit: str) -> None:
-    """A line for each arm, in the order of _ARM_STYLES."""
-    rows = {row["arm"]: row for row in results}
-    arms = [arm for arm in _ARM_STYLES if arm in rows]
-    for place, arm in enumerate(arms):
-        row, style = rows[arm], _ARM_STYLES[arm]
+    """A line for each arm."""
+    rows, arms = {row["arm"]: row for row in results}, _arm_styles(results)
+    for place, (arm, style) in enumerate(arms.items()):
+        row = rows[arm]
         axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=2)
         axes.plot([row["mean"]], [place], color=style["color"], marker=style["marker"], markersize=8)
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), list(arms))
     axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel=unit)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x")
@@ -275,9 +285,8 @@ def _draw_arms(axes: Axes, results: list[dict[str, Any]], unit: str) -> None:
 def _draw_curves(axes: Axes, results: list[dict[str, Any]], sizes: list[int]) -> None:
     """A curve for each arm, shifted a little so that the intervals of the arms do not overlap."""
     axes.set_xscale("log")
-    arms = [arm for arm in _ARM_STYLES if any(row["arm"] == arm for row in results)]
-    for place, arm in enumerate(arms):
-        style = _ARM_STYLES[arm]
+    arms = _arm_styles(results)
+    for place, (arm, style) in enumerate(arms.items()):
         rows = sorted((row for row in results if row["arm"] == arm), key=lambda row: row["rows"])
         shift = 1.0 if arm == "full" else (sizes[-1] / sizes[0]) ** (0.012 * (place - len(arms) / 2))
         at = [row["rows"] * shift for row in rows]

@@ -4,7 +4,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from davir_ray.config.compare import DRAWN, MAX_PASSES
+from davir_ray.config.compare import DRAWN, MAX_PASSES, is_ranked, order_of
 from davir_ray.report import charts
 from davir_ray.report.comparison import columns_of
 from davir_ray.report.page import decimal, environment, number, p_value
@@ -44,6 +44,8 @@ def render_comparison(facts: dict[str, Any]) -> str:
     """Return the page as HTML; the same facts give the same bytes."""
     functions = {"p_value": p_value, "replicates": replicates, "number": number, "decimal": decimal}
     template = environment().get_template("comparison.html.j2", globals=functions)
+    names = {row["arm"] for row in facts["arms"]}
+    by_order = {arm: f"the same number of rows, the highest by {order}" for arm in names if (order := order_of(arm))}
     return template.render(
         facts=facts,
         sections=[(id, name) for id, name in _SECTIONS if id != "lengths" or facts["by_length"]],
@@ -56,7 +58,8 @@ def render_comparison(facts: dict[str, Any]) -> str:
         findings=_by_setting(_findings(facts)),
         lengths=_lengths(facts),
         drawn=DRAWN,
-        arm_meaning=ARM_MEANING,
+        ranked_arms=[arm for arm in names if is_ranked(arm)],
+        arm_meaning=ARM_MEANING | by_order,
         reading_meaning=READING_MEANING,
         max_passes=MAX_PASSES,
     )

@@ -132,7 +132,7 @@ class Run:
             if manifest_file(self.folder, name).name in manifests:
                 self.uncommit(name)
         for folder in dict.fromkeys(folder for name in from_stage(stage) for folder in STAGES[name].writes):
-            if folder in there:
+            if folder.partition("/")[0] in there:
                 (self / folder).remove()
 
     # Unfinished stages
@@ -194,7 +194,7 @@ class Run:
                     raise OutputError(f"{config} was not written by davir_ray; choose an empty or a new --output")
                 return True
             names = [name for stage in STAGES.values() for name in stage.writes]
-            taken = [name for name in (*names, "manifests") if name in there]
+            taken = [name for name in (*names, "manifests") if name.partition("/")[0] in there]
         if taken:
             raise OutputError(f"{self} holds {taken[0]} but no run of davir_ray; choose an empty or a new --output")
         return False

@@ -48,9 +48,13 @@ _STAGES = (
         name="seen", writes=("extra/seen", "extra/seen_commits"), reads=("prepare", "finetune"),
         shown_counts=("scored",), takes_hours=True,
     ),
+    Stage(
+        name="ifd", writes=("extra/ifd", "extra/ifd_commits"), reads=("prepare", "score"), shown_counts=("scored",),
+        takes_hours=True,
+    ),
     Stage(name="davir_aligned", writes=("extra/davir_aligned",), reads=("prepare", "score")),
     Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
-    Stage(name="rank", writes=("ranked",), reads=("score",), shown_counts=("ranked",)),
+    Stage(name="rank", writes=("ranked",), reads=("score", "ifd", "davir_aligned"), shown_counts=("ranked",)),
     Stage(
         name="select", writes=("selected", "duplicates", "mixture", "jsonl"), reads=("rank",),
         shown_counts=("selected",),

@@ -60,7 +60,7 @@ def describe_run(
     lines, data = preview(config.all_sources(), preparation, written=written)
     with connected_to(run, is_shared=config.output_is_shared):
         run.check_claim()
-        plan = None
+        plan, num_folds = None, config.prepare.folds
         if training is not None:
             check_workers(training)
             plan = plan_training(preparation.base, training, with_memory=True)
@@ -68,8 +68,15 @@ def describe_run(
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
     examples_per_unit = 2 if are_pairs(config.all_sources()) else 1
-    size, (shard_rows, num_folds) = ModelSize.of(preparation.base), (config.prepare.shard_rows, config.prepare.folds)
-    found = estimate(size, data, shard_rows, training, examples_per_unit, num_folds)
+    found = estimate(
+        ModelSize.of(preparation.base),
+        data,
+        config.prepare.shard_rows,
+        training,
+        examples_per_unit,
+        num_folds=num_folds,
+        num_extra_passes=len(config.score.also),
+    )
     lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
     if plan is not None:
         of_folds = f" (one of {num_folds} references, each on the rows outside one fold)" if num_folds > 1 else ""
@@ -178,14 +185,19 @@ def estimate(
     shard_rows: int | None,
     finetune: FinetuneConfig | None,
     examples_per_unit: int = 1,
+    *,
     num_folds: int = 1,
+    num_extra_passes: int = 0,
 ) -> Estimate:
     """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair.
 
-    With folds there is a reference for each, trained on the rows of the others.
+    With folds there is a reference for each, trained on the rows of the others. An extra pass (score.also) is one over
+    the responses alone, each after a start token.
     """
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
+    num_alone = data.num_scored + data.num_examples
+    alone = size.forward_flops(num_alone, data.num_scored, num_alone / max(1, data.num_examples))
     epochs, passes, trained = 0.0, 0, 0
     if finetune is not None:
         if finetune.lora_rank is None:
@@ -201,7 +213,7 @@ def estimate(
         data=data,
         num_shards=_num_shards(data, shard_rows),
         finetune_flops=epochs * passes * forward,
-        score_flops=2 * forward,
+        score_flops=2 * forward + num_extra_passes * alone,
         checkpoint_bytes=2.0 * _ADAM_BYTES * trained * num_folds,
         reference_bytes=4.0 * trained * num_folds,
     )

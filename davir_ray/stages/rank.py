@@ -18,16 +18,16 @@ import pyarrow.compute as pc
 
 from davir_ray import __version__
 from davir_ray.config.selection import RankConfig
-from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shards import Shards, read_columns, read_side_by_side
 from davir_ray.engine.shuffle import Change, collect, exchange
-from davir_ray.errors import DataError, IntegrityError
+from davir_ray.errors import DataError, IntegrityError, OutputError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
 from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, in_folder, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.schema import RANKED
+from davir_ray.schema import IFD, RANKED
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +87,18 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     started = time.monotonic()
     scored = run.require("score")
     fingerprint = {"scores": scored.content, **asdict(config)}
+    if (extra := require_extra(run, config)) is not None:
+        fingerprint["extra"] = extra.content
     if done := run.completed("rank", fingerprint):
         return done
     shards = scored.files_in("scores")
-    keys = Shards(shards, partial(read_columns, run / "scores", key_columns(config)))
+    keys = Shards(shards, partial(read_scores, run, config, key_columns(config)))
     bins = find_bins(partial(collect, keys), total_rows(shards), config, BIN_ROWS)
     rows_by_bin = count_bins(partial(collect, keys), bins)
     num_rankable = int(rows_by_bin.sum())
     if not num_rankable:
-        raise DataError(f"no example can be ranked by {config.order}; statuses: {scored.counts}")
+        statuses = scored.counts if extra is None else extra.counts
+        raise DataError(f"no example can be ranked by {config.order}; statuses: {statuses}")
     last_rank = min(config.most or num_rankable, num_rankable)
     last_bin = int(np.searchsorted(np.cumsum(rows_by_bin), last_rank))
     num_examples = scored.counts["examples"]
@@ -111,7 +114,7 @@ def rank(run: Run, config: RankConfig) -> Manifest:
         last_rank=last_rank,
         metadata=file_metadata(run, config, fingerprint),
     )
-    scores = Shards(shards, partial(read_columns, run / "scores", None))
+    scores = Shards(shards, partial(read_scores, run, config, None))
     kept = rows_by_bin[: last_bin + 1].sum() / num_examples
     files = exchange(scores, partial(bins.assign, last_bin=last_bin), last_bin + 1, write, kept=kept)
     if total_rows(files) != last_rank:
@@ -130,6 +133,34 @@ def rank(run: Run, config: RankConfig) -> Manifest:
         seconds=time.monotonic() - started,
     )
     return run.commit(manifest)
+
+
+def require_extra(run: Run, config: RankConfig) -> Manifest | None:
+    """The manifest of the extra score that the order is by; None if it needs none.
+
+    Raises OutputError if the score was not computed.
+    """
+    if config.extra is None:
+        return None
+    if (manifest := run.manifest(config.extra)) is None:
+        raise OutputError(
+            f"{run} has no complete extra/{config.extra}, which the order {config.extra} is by; give its command of "
+            f"jobs/score.py again and add --score.also '[{config.extra}]'"
+        )
+    return manifest
+
+
+def read_scores(run: Run, config: RankConfig, columns: list[str] | None, name: str) -> pa.Table:
+    """Columns of a shard's scores, and the extra score that the order is by; None: all columns."""
+    if config.extra is None:
+        return read_columns(run / "scores", columns, name)
+    own = None if columns is None else [column for column in columns if column != config.extra]
+    return read_side_by_side(run / "scores", own, run / "extra" / config.extra, [config.extra], name)
+
+
+def with_order(schema: pa.Schema, config: RankConfig) -> pa.Schema:
+    """The schema of ranked/ or selected/: the extra score that the order is by comes last."""
+    return schema if config.extra is None else schema.append(IFD.field(config.extra))
 
 
 def find_bins(
@@ -193,7 +224,8 @@ def write_bin(
     first_rank = 1 + int(rows_by_bin[:number].sum())
     ranks = np.arange(first_rank, first_rank + rows.num_rows)
     table = rows.take(pa.array(by_rank)).append_column("rank", pa.array(ranks, pa.int64()))
-    table = table.slice(0, last_rank - first_rank + 1).select(RANKED.names).cast(RANKED)
+    schema = with_order(RANKED, config)
+    table = table.slice(0, last_rank - first_rank + 1).select(schema.names).cast(schema)
     return write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
 
 

@@ -5,13 +5,14 @@ import json
 import logging
 import time
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config.run import RunConfig
+from davir_ray.config.scoring import ExtraScore
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
@@ -61,12 +62,15 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     known truth about the demo's data.
     """
     started = time.monotonic()
-    stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
+    # What the page does not depend on: a given reference was not trained here, and only its order shows an extra score.
+    others = {"finetune"} if config.reference else set[str]()
+    others |= set(get_args(ExtraScore)) - {config.rank.extra}
+    stages = [stage for stage in leading_to("report") if stage not in others]
     manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
     settings = dataclasses.asdict(config)
     fingerprint = {
         "stages": {stage: manifest.checksum for stage, manifest in manifests.items()},
-        "config": settings,
+        "config": settings | {"score": {name: value for name, value in settings["score"].items() if name != "also"}},
         "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
         "planted": planted,
         "versions": library_versions(),
@@ -173,7 +177,7 @@ def _around(run: Run, ranked: list[FileEntry], rank: int, num_with_tokens: int) 
     distance = np.maximum(0, np.maximum(starts - rank, rank - ends))
     shown = kept = RANKED.empty_table()
     for place in np.argsort(distance, kind="stable")[:_MAX_RANKED_FILES]:
-        table = read_parquet(run / "ranked" / ranked[place].name)
+        table = read_parquet(run / "ranked" / ranked[place].name, RANKED.names)
         has_losses = pc.and_(*(pc.is_valid(table[name]) for name in _TOKEN_LOSSES))
         shown = _nearest(pa.concat_tables([shown, table]), rank, _SHOWN)
         kept = _nearest(pa.concat_tables([kept, table.filter(has_losses)]), rank, num_with_tokens)

@@ -1,9 +1,15 @@
-"""score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors."""
+"""score: examples + base + reference → scores/, one file for each shard, through a pool of Ray actors.
+
+Two other stages score with the base alone: `freeze` for preference training, and `ifd` after a run was scored.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
@@ -13,10 +19,11 @@ from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
 from davir_ray.models.reference import Reference, weights_of
+from davir_ray.models.response_scorer import EXAMPLE_COLUMNS, SCORE_COLUMNS, ResponseScorer, start_id_of
 from davir_ray.models.scorer import FOLD, INPUT_COLUMNS, FoldScorer, Scorer, ScorerSettings
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.schema import SCORES
+from davir_ray.schema import IFD, SCORES
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.versions import NUMERICS_VERSION
@@ -93,6 +100,39 @@ def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneCo
     return score(
         run, base, None, config, keep_token_nll="none", stage="freeze", folder="frozen", autocast=training.precision
     )
+
+
+def ifd(run: Run, base: Checkpoint, config: ScoreConfig) -> Manifest:
+    """Compute IFD of every scored example by one more pass of the base; rows of extra/ifd are in the order of scores/.
+
+    The base, the settings and so the arithmetic are those of scores/, which has the losses with the prompt.
+    """
+    prepared, scored = run.require("prepare"), run.require("score")
+    start_id = start_id_of(base.tokenizer())
+    settings = scorer_settings(config, "none")
+    fingerprint = _fingerprint(base, None, prepared, settings) | {"scores": scored.content, "start_id": start_id}
+    if done := run.completed("ifd", fingerprint):
+        return done
+    stream = Stream(
+        stage="ifd",
+        run=run,
+        folder="extra/ifd",
+        schema=IFD,
+        fingerprint=fingerprint,
+        examples=run,
+        shards=prepared.files_in("examples"),
+        columns=EXAMPLE_COLUMNS,
+        score_columns=SCORE_COLUMNS,
+        ok_count="scored",
+        new_detail="shards_scored_by_this_driver",
+        count_tokens=_num_alone_tokens,
+    )
+    return stream.fill(partial(ResponseScorer, base, settings, start_id, base_cache(base, config)), config)
+
+
+def _num_alone_tokens(table: pa.Table) -> int:
+    """Tokens of responses alone, their start tokens included."""
+    return int(table.num_rows + np.asarray(table["num_response_tokens"]).sum())
 
 
 def scorer_settings(config: ScoreConfig, keep_token_nll: str, sample_share: float = 0.0) -> ScorerSettings:

@@ -13,7 +13,6 @@ from davir_ray.formulas.hashing import random_keys, seed_from
 from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, total_rows, write_file, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.schema import SELECTED
 from davir_ray.stages.select.plan import rows_with_text
 
 BIN_ROWS = 50_000
@@ -21,9 +20,9 @@ BIN_ROWS = 50_000
 
 
 def write_mixture(
-    run: Run, files: list[FileEntry], config: SelectConfig, fingerprint: dict[str, Any]
+    run: Run, files: list[FileEntry], config: SelectConfig, schema: pa.Schema, fingerprint: dict[str, Any]
 ) -> list[FileEntry]:
-    """Write mixture/: each selected row as often as its source's part says, in a random order.
+    """Write mixture/: each selected row as often as its source's part says, in a random order; `schema` is selected/'s.
 
     A copy's place depends on (seed, example_id, number of the copy) alone, so the same mixture has the same bytes.
     """
@@ -33,7 +32,12 @@ def write_mixture(
         Shards(files, partial(read_columns, run / "selected", None)),
         partial(_repeat, repeats=repeats, seed=config.shuffle_seed, num_bins=num_bins),
         num_bins,
-        partial(_write_bin, folder=run / "mixture", metadata={FINGERPRINT_KEY: digest(fingerprint).encode()}),
+        partial(
+            _write_bin,
+            folder=run / "mixture",
+            schema=schema,
+            metadata={FINGERPRINT_KEY: digest(fingerprint).encode()},
+        ),
     )
 
 
@@ -51,10 +55,12 @@ def _repeat(table: pa.Table, repeats: dict[str, int], seed: int, num_bins: int) 
     return table.append_column("copy", pa.array(copies, pa.int64())).append_column("bin", pa.array(numbers, pa.int64()))
 
 
-def _write_bin(number: int, rows: pa.Table, folder: Location, metadata: dict[bytes, bytes]) -> FileEntry:
+def _write_bin(
+    number: int, rows: pa.Table, folder: Location, schema: pa.Schema, metadata: dict[bytes, bytes]
+) -> FileEntry:
     # Two places are equal only by chance; then the id and the copy decide, in the same way in every run.
     by_place = np.lexsort(tuple(np.asarray(rows[name]) for name in ("copy", "example_id", "place")))
-    table = rows.take(pa.array(by_place)).select(SELECTED.names).cast(SELECTED)
+    table = rows.take(pa.array(by_place)).select(schema.names).cast(schema)
     return write_parquet(folder / f"part-{number:05d}.parquet", table, metadata)
 
 

@@ -24,7 +24,7 @@ from davir_ray.run.files import FileEntry, in_folder, read_parquet, total_rows, 
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import SELECTED
-from davir_ray.stages.rank import file_metadata, order_keys, order_values, value_columns
+from davir_ray.stages.rank import file_metadata, order_keys, order_values, read_scores, value_columns, with_order
 from davir_ray.stages.select.candidates import Candidates, Choice, num_skipped
 from davir_ray.stages.select.duplicates import FOLDER as DUPLICATES
 from davir_ray.stages.select.duplicates import find_duplicates
@@ -73,7 +73,8 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         raise IntegrityError(f"{plan.num_rows} rows were to be selected but {total_rows(selected)} were written")
     written = {"selected": selected, DUPLICATES: duplicates}
     if config.mixture:
-        written["mixture"] = write_mixture(run, selected, config, fingerprint)
+        schema = with_order(SELECTED, rank_config)
+        written["mixture"] = write_mixture(run, selected, config, schema, fingerprint)
     if config.jsonl:
         source = "mixture" if config.mixture else "selected"
         written["jsonl"] = write_jsonl(run, source, written[source])
@@ -114,7 +115,7 @@ def _read_with_text(candidates: Candidates, plan: Plan, name: str) -> pa.Table:
     Rows that a filter left out may be among them. Both folders hold the same rows in the same order.
     """
     run = candidates.run
-    scores = read_parquet(run / "scores" / name)
+    scores = read_scores(run, candidates.rank_config, None, name)
     rankable, keys, ids = order_keys(scores, candidates.rank_config)
     groups = candidates.groups(scores)[rankable]
     wanted = np.zeros(len(ids), bool)
@@ -147,7 +148,8 @@ def _write_range(
             f"{wanted.rows} rows of ranked/{wanted.file} are selected, of which {at.null_count} came without text; "
             "rank again"
         )
-    table = with_text.take(at).append_column("rank", ranked["rank"]).select(SELECTED.names).cast(SELECTED)
+    schema = with_order(SELECTED, choice.candidates.rank_config)
+    table = with_text.take(at).append_column("rank", ranked["rank"]).select(schema.names).cast(schema)
     return write_parquet(choice.candidates.run / "selected" / f"part-{number:05d}.parquet", table, metadata)
 
 
