@@ -28,6 +28,7 @@ from davir_ray.references import check_same_folds, given_reference, trained_refe
 from davir_ray.run.access import check_readable, probe_output
 from davir_ray.run.folder import Run
 from davir_ray.run.progress import Progress
+from davir_ray.stages.aligned_scores import align_scores
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
 from davir_ray.stages.rank import rank, require_extra
@@ -156,6 +157,8 @@ def _finetune(run: Run, config: RunConfig, preparation: Preparation, tracking: T
 
 def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> None:
     run.write_progress(Progress(stage="rank"))
+    if folds := Folds.of(run.require("prepare")):
+        align_scores(run, folds)
     rank(run, config.rank)
     run.write_progress(Progress(stage="select"))
     select(run, config.rank, config.select)

@@ -192,6 +192,8 @@ REJECTS = _schema("rejects")
 SCORES = _schema("scores")
 IFD = _schema("extra/ifd")
 ALIGNED = _schema("extra/davir_aligned")
+EXTRA = {"ifd": IFD, "davir_aligned": ALIGNED}
+"""The schemas of scores in folders of their own, extra/<name>/, by the column that rows can be ranked by."""
 RANKED = _schema("ranked")
 SELECTED = _schema("selected")
 GENERATIONS = _schema("generations")

@@ -99,14 +99,14 @@ def _check_columns(names: Iterable[str], config: RankConfig) -> None:
     for name in key_columns(config, _TIES):
         if name not in there:
             raise ConfigError(
-                f"the dataset has no column {name!r}, which the order {config.order} needs; rank what score returns"
+                f"the dataset has no column {name!r}, which the order {config.by} needs; rank what score returns"
             )
     if "rank" in there:
         raise ConfigError("the dataset has a column 'rank' already; drop it to rank again")
 
 
 def _no_value(config: RankConfig) -> DataError:
-    return DataError(f"no row can be ranked by {config.order}; the column status says why")
+    return DataError(f"no row can be ranked by {config.by}; the column status says why")
 
 
 def _rank_bin(block: pa.Table, bins: Bins, first_ranks: npt.NDArray[np.int64]) -> pa.Table:

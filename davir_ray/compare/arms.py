@@ -228,7 +228,7 @@ class FinishedRun:
                 where = f" of {group}" if group else ""
                 raise ConfigError(
                     f"the arm {arm} needs {rows} rows{where}, but only {there.num_rows} that pass the selection's "
-                    f"filters {_OUTSIDE if without is not None else 'can be ranked by ' + order.order}; leave the arm "
+                    f"filters {_OUTSIDE if without is not None else 'can be ranked by ' + order.by}; leave the arm "
                     "out, or select fewer rows"
                 )
             tables.append(there)

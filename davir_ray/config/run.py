@@ -5,13 +5,13 @@ never the whole configuration.
 """
 
 import logging
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from davir_ray.config.checks import changed, check, check_fields, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
-from davir_ray.config.scoring import ScoreConfig
-from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.scoring import ExtraScore, ScoreConfig
+from davir_ray.config.selection import ALIGNED, RankConfig, SelectConfig
 from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
@@ -207,8 +207,12 @@ class RunConfig(InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_secret("reference", self.reference)
+        self._check_order()
         if self.data is None or self.format not in ("auto", None):  # a source is named after its format
             self.select.check_fits(self.rank, [source.name for source in self.all_sources()])
+        if self.rank.order is None:  # from here on, it is known
+            order = "davir" if self.prepare.folds == 1 else ALIGNED
+            object.__setattr__(self, "rank", replace(self.rank, order=order))
         if self.score.both and self.prepare.folds != 2:
             raise ConfigError(
                 f"score.both is given, but prepare.folds is {self.prepare.folds}; with 2 folds one reference has seen "
@@ -217,18 +221,29 @@ class RunConfig(InputConfig):
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 
+    def _check_order(self) -> None:
+        has_folds = self.prepare.folds > 1
+        if self.rank.order == ALIGNED and not has_folds:
+            raise ConfigError(f"rank.order is {ALIGNED}, but prepare.folds is 1: there is nothing to align; give davir")
+        for name in ("min_score", "max_score"):
+            if has_folds and self.rank.order is None and getattr(self.select, name) is not None:
+                raise ConfigError(
+                    f"select.{name} is given, and with folds the order is {ALIGNED}, a place between 0 and 1; give "
+                    f"--rank.order {ALIGNED} or davir, so that it is clear what it bounds"
+                )
+
     def require_input(self) -> None:
         """See InputConfig; the order's extra score must be computed, too."""
         super().require_input()
-        extra = self.rank.extra
-        if extra is not None and extra not in self.score.also:
+        order = self.rank.order
+        if order in get_args(ExtraScore) and order not in self.score.also:
             raise ConfigError(
-                f"rank.order is {extra}, which takes another pass of the base; add --score.also '[{extra}]'"
+                f"rank.order is {order}, which takes another pass of the base; add --score.also '[{order}]'"
             )
 
     def reasons_without_effect(self) -> dict[str, str | None]:
         """See OutputConfig."""
-        order, has_mixture, by_length = self.rank.order, bool(self.select.mixture), "length" in self.select.balance
+        order, has_mixture, by_length = self.rank.by, bool(self.select.mixture), "length" in self.select.balance
         return {
             **super().reasons_without_effect(),
             "finetune": None if self.reference is None else "a reference is given, so nothing is trained",

@@ -22,7 +22,9 @@ Order = Literal[
     "length",
     "random",
     "ifd",
+    "davir_aligned",
 ]
+ALIGNED: Order = "davir_aligned"
 SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score", "quotas", "mixture")
 PART_RULES = ("top_k", "top_fraction", "top_tokens")
 _LATER_FILTERS = ("max_score", "skip_top")
@@ -32,9 +34,10 @@ _LATER_FILTERS = ("max_score", "skip_top")
 class RankConfig:
     """The order of the ranking; every baseline of the paper is one option away."""
 
-    order: Order = "davir"
+    order: Order | None = None
     """Column to rank by (length = num_response_tokens), random, a loss by response token (base_mean_nll,
-    reference_mean_nll), whose order is that of the perplexity, or ifd, which needs score.also [ifd]."""
+    reference_mean_nll), whose order is that of the perplexity, or ifd, which needs score.also [ifd]. None: davir, and
+    with folds davir_aligned, the place of davir within the row's fold."""
     lowest: bool = False
     """Rank the lowest value first."""
     seed: int = 0
@@ -46,9 +49,14 @@ class RankConfig:
         check_fields(self, "rank.", ["most"], lambda count: count >= 1, "at least 1")
 
     @property
-    def extra(self) -> ExtraScore | None:
-        """The extra score (score.also) that the order is by; None if scores/ have all that it needs."""
-        return next((name for name in get_args(ExtraScore) if name == self.order), None)
+    def by(self) -> Order:
+        """The order; davir where none is given."""
+        return self.order or "davir"
+
+    @property
+    def extra(self) -> str | None:
+        """The score in a folder of its own (extra/) that the order is by; None if scores/ have all that it needs."""
+        return self.by if self.by in (*get_args(ExtraScore), ALIGNED) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +154,7 @@ class SelectConfig:
     def check_fits(self, rank: RankConfig, sources: Sequence[str]) -> None:
         """Raise ConfigError if the rule contradicts the ranking or names a source not in `sources`, if known."""
         for name in ("min_score", "max_score"):
-            if getattr(self, name) is not None and rank.order == "random":
+            if getattr(self, name) is not None and rank.by == "random":
                 raise ConfigError(f"select.{name} has no meaning with rank.order random; choose top_k or top_fraction")
         if rank.most is not None and self.skip_top:
             raise ConfigError(

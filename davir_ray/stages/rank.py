@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray import __version__
-from davir_ray.config.selection import RankConfig
+from davir_ray.config.selection import ALIGNED, RankConfig
 from davir_ray.engine.shards import Shards, read_columns, read_side_by_side
 from davir_ray.engine.shuffle import Change, collect, exchange
 from davir_ray.errors import DataError, IntegrityError, OutputError
@@ -27,7 +27,7 @@ from davir_ray.run.files import FINGERPRINT_KEY, FileEntry, digest, in_folder, t
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
-from davir_ray.schema import IFD, RANKED
+from davir_ray.schema import EXTRA, RANKED
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +98,11 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     num_rankable = int(rows_by_bin.sum())
     if not num_rankable:
         statuses = scored.counts if extra is None else extra.counts
-        raise DataError(f"no example can be ranked by {config.order}; statuses: {statuses}")
+        raise DataError(f"no example can be ranked by {config.by}; statuses: {statuses}")
     last_rank = min(config.most or num_rankable, num_rankable)
     last_bin = int(np.searchsorted(np.cumsum(rows_by_bin), last_rank))
     num_examples = scored.counts["examples"]
-    log.info(
-        "rank: %d of %d rows by %s, in %d of %d bins", last_rank, num_examples, config.order, last_bin + 1, len(bins)
-    )
+    log.info("rank: %d of %d rows by %s, in %d of %d bins", last_rank, num_examples, config.by, last_bin + 1, len(bins))
     run.clear("rank")
     write = partial(
         write_bin,
@@ -143,9 +141,11 @@ def require_extra(run: Run, config: RankConfig) -> Manifest | None:
     if config.extra is None:
         return None
     if (manifest := run.manifest(config.extra)) is None:
+        has_none = f"{run} has no complete extra/{config.extra}, which the order {config.extra} is by"
+        if config.extra == ALIGNED:
+            raise OutputError(f"{has_none}; only a run with folds has it (--prepare.folds)")
         raise OutputError(
-            f"{run} has no complete extra/{config.extra}, which the order {config.extra} is by; give its command of "
-            f"jobs/score.py again and add --score.also '[{config.extra}]'"
+            f"{has_none}; give its command of jobs/score.py again and add --score.also '[{config.extra}]'"
         )
     return manifest
 
@@ -160,7 +160,7 @@ def read_scores(run: Run, config: RankConfig, columns: list[str] | None, name: s
 
 def with_order(schema: pa.Schema, config: RankConfig) -> pa.Schema:
     """The schema of ranked/ or selected/: the extra score that the order is by comes last."""
-    return schema if config.extra is None else schema.append(IFD.field(config.extra))
+    return schema if config.extra is None else schema.append(EXTRA[config.extra].field(config.extra))
 
 
 def find_bins(
@@ -236,24 +236,24 @@ def order_keys(
     ids = np.asarray(pc.fill_null(table[id_column], 0))  # an id is null only where the value is null, too
     values = order_values(table, config)
     rankable = ~np.isnan(values)
-    if config.order in ("random", "length"):
+    if config.by in ("random", "length"):
         rankable = np.asarray(pc.equal(table["status"], "ok").fill_null(False))
-    if config.order == "random":
+    if config.by == "random":
         return rankable, hashing.random_keys(ids[rankable], config.seed, lowest=config.lowest), ids[rankable]
     return rankable, ranking.value_keys(values[rankable], lowest=config.lowest), ids[rankable]
 
 
 def key_columns(config: RankConfig, id_column: str = "example_id") -> list[str]:
     """The columns that `order_keys` reads."""
-    status = ["status"] if config.order in ("random", "length") else []
+    status = ["status"] if config.by in ("random", "length") else []
     return [id_column, *value_columns(config), *status]
 
 
 def value_columns(config: RankConfig) -> list[str]:
     """The columns that `order_values` reads; for a random order, which has no value, the length is used."""
-    if config.order in _BY_TOKEN:
-        return [_BY_TOKEN[config.order], "num_response_tokens"]
-    return ["num_response_tokens" if config.order in ("length", "random") else config.order]
+    if config.by in _BY_TOKEN:
+        return [_BY_TOKEN[config.by], "num_response_tokens"]
+    return ["num_response_tokens" if config.by in ("length", "random") else config.by]
 
 
 def order_values(table: pa.Table, config: RankConfig) -> npt.NDArray[np.float64]:
@@ -269,6 +269,6 @@ def file_metadata(run: Run, config: RankConfig, fingerprint: dict[str, Any]) -> 
     return {
         FINGERPRINT_KEY: digest(fingerprint).encode(),
         b"davir_ray.run": str(run).encode(),
-        b"davir_ray.order": config.order.encode(),
+        b"davir_ray.order": config.by.encode(),
         b"davir_ray.version": __version__.encode(),
     }

@@ -5,14 +5,13 @@ import json
 import logging
 import time
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config.run import RunConfig
-from davir_ray.config.scoring import ExtraScore
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
@@ -23,7 +22,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, library_versions
 from davir_ray.run.stages import leading_to
-from davir_ray.schema import EXAMPLES, RANKED, REJECTS, SCORES, RejectReason
+from davir_ray.schema import EXAMPLES, EXTRA, RANKED, REJECTS, SCORES, RejectReason
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     started = time.monotonic()
     # What the page does not depend on: a given reference was not trained here, and only its order shows an extra score.
     others = {"finetune"} if config.reference else set[str]()
-    others |= set(get_args(ExtraScore)) - {config.rank.extra}
+    others |= EXTRA.keys() - {config.rank.extra}
     stages = [stage for stage in leading_to("report") if stage not in others]
     manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
     settings = dataclasses.asdict(config)

@@ -168,7 +168,7 @@ def _group_details(plan: Plan, counts: list[GroupCount]) -> list[dict[str, Any]]
 def _cut_value(candidates: Candidates, last: FileEntry) -> float | None:
     """The value of the last selected row; None for a random order, or if each group was cut at a value of its own."""
     config, rank_config = candidates.config, candidates.rank_config
-    if rank_config.order == "random" or config.balance or config.mixture:
+    if rank_config.by == "random" or config.balance or config.mixture:
         return None
     table = read_parquet(candidates.run / "selected" / last.name, value_columns(rank_config))
     return float(order_values(table, rank_config)[-1])
