@@ -35,6 +35,7 @@ class Exported:
     """Counts of the run's stages."""
     base: str
     reference: str | None
+    num_folds: int
     sources: list[dict[str, Any]]
     rank: dict[str, Any]
     select: dict[str, Any]
@@ -98,6 +99,14 @@ def _llamafactory(facts: Exported) -> dict[str, Any]:
     return place | {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
 
 
+def _reference(facts: Exported) -> str:
+    if facts.reference:
+        return f"`{_shown(facts.reference)}`"
+    if facts.num_folds > 1:
+        return f"for each of {facts.num_folds} folds the base, fine-tuned on the rows outside of it"
+    return "the base, fine-tuned on all rows"
+
+
 def card(facts: Exported) -> str:
     """README.md: the head that the hub and `datasets` read, and what the rows are."""
     head: dict[str, Any] = {} if facts.licence is None else {"license": facts.licence}
@@ -123,7 +132,7 @@ def card(facts: Exported) -> str:
 | | |
 |---|---|
 | base | `{_shown(facts.base)}` |
-| reference | {f"`{_shown(facts.reference)}`" if facts.reference else "the base, fine-tuned on all rows"} |
+| reference | {_reference(facts)} |
 | order of the ranking | {_settings(facts.rank)} |
 | selection | {"not applied" if scored else _settings(facts.select)} |
 | order of the rows | {_order(facts)} |

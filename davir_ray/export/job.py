@@ -228,6 +228,7 @@ def _facts(
         counts={stage: run.require(stage).counts for stage in ("prepare", "score", "rank", "select")},
         base=config.base or "",
         reference=config.reference,
+        num_folds=config.prepare.folds,
         sources=[asdict(source) for source in config.all_sources()],
         rank=asdict(config.rank),
         select=asdict(config.select),

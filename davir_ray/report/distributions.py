@@ -81,6 +81,33 @@ def davir(scored: Scored, cut: float | None) -> dict[str, Any]:
     return {"all": _distribution(values), "selected": _distribution(chosen), "cut": cut, "histogram": histogram}
 
 
+def folds(table: pa.Table) -> list[dict[str, Any]]:
+    """For each fold its scored rows, their mean DavIR, and the selected ones beside what chance gives.
+
+    `expected` is the fold's share of the selection by its number of rows, `sd` the standard deviation of that number in
+    random draws of as many rows without replacement. Empty without folds.
+    """
+    if "fold" not in table.column_names:
+        return []
+    has_score = np.isfinite(table["davir"].to_numpy().astype(np.float64))
+    fold, davir, chosen = (table[name].to_numpy()[has_score] for name in ("fold", "davir", "selected"))
+    total, num_chosen, found = len(fold), int(chosen.sum()), []
+    for number in np.unique(fold):
+        of_fold = fold == number
+        share = of_fold.mean()
+        found.append(
+            {
+                "fold": int(number),
+                "rows": int(of_fold.sum()),
+                "mean_davir": float(davir[of_fold].mean()),
+                "selected": int(chosen[of_fold].sum()),
+                "expected": float(num_chosen * share),
+                "sd": float(np.sqrt(num_chosen * share * (1 - share) * (total - num_chosen) / max(1, total - 1))),
+            }
+        )
+    return found
+
+
 def losses(scored: Scored) -> dict[str, Any]:
     """Mean loss of each response under both models, nats per token, over the pool and over the selection.
 

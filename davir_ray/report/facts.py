@@ -62,7 +62,8 @@ class ReportInputs:
     manifests: Manifests
     """The manifests of the complete stages; finetune is absent when the reference was given."""
     scores: pa.Table
-    """The columns of schema.SCORES without the token losses, plus bool `selected`: all rows, or a uniform sample."""
+    """The columns of schema.SCORES without the token losses, plus bool `selected` and, with folds, int8 `fold`: all
+    rows, or a uniform sample."""
     num_scored: int
     """Number of rows that the table represents."""
     top: list[dict[str, Any]]
@@ -88,7 +89,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
     facts = {
         "format": 1,
         "headline": headline,
-        "explanation": prose.explanation(headline["reference_trained_here"]),
+        "explanation": prose.explanation(headline["reference_trained_here"], headline["num_folds"]),
         "books": _row_counts(headline, rejects, statuses),
         "rejects": rejects,
         "statuses": statuses,
@@ -96,6 +97,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "training": _training(inputs.manifests),
         "throughput": _throughput(inputs.manifests),
         "davir": distributions.davir(scored, _cut(scored, headline["rule"], inputs.manifests)),
+        "folds": distributions.folds(inputs.scores),
         "losses": distributions.losses(scored),
         "length": distributions.length_panels(scored),
         "composition": distributions.composition(scored, is_sample),
@@ -107,7 +109,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "planted": inputs.planted,
         "sources": source_facts(inputs.manifests.get("prepare") or {}, inputs.config),
         "evaluation_sets": evaluation_facts(inputs.manifests.get("prepare") or {}),
-        "limits": prose.LIMITS,
+        "limits": prose.limits(headline["num_folds"]),
         "settings": named_values(inputs.config),
         "stages": stage_facts(inputs.manifests),
     }
@@ -131,6 +133,7 @@ def _headline(inputs: ReportInputs) -> dict[str, Any]:
         "base": inputs.config.get("base"),
         "reference": reference,
         "reference_trained_here": reference is None,
+        "num_folds": (inputs.config.get("prepare") or {}).get("folds", 1),
         "rule": _rule(inputs.config),
     }
 

@@ -37,13 +37,25 @@ SCORE_EXPLAINED = [
     "0 means that the fine-tune changed nothing, 1 that the reference predicts the response perfectly (it has "
     "memorised it), and a negative score that the reference predicts it worse than the base did.",
 ]
+OF_FOLDS = (
+    "The rows are dealt to {num_folds} folds, and each has a reference of its own: the base model fine-tuned on the "
+    "rows outside the fold, so that no example is scored by a model that was trained on it. Each example’s score is "
+    "DavIR = (L_base − L_ref) / L_base, the share of the base’s loss on the response (in nats, given the prompt) that "
+    "the fine-tune removed. `davir_aligned` is the share of the fold’s scored rows that it is above."
+)
 REFERENCE_GIVEN = (
     "This run did not train its reference. Whether that model was trained on these examples is not known here; the "
     "score has the meaning above only if it was."
 )
-LIMITS = [
+SEEN = (
     "The reference was trained on what it scores. It can memorise duplicates and label noise, whose score then rises "
-    "towards 1, so a high score alone does not show that an example is good.",
+    "towards 1, so a high score alone does not show that an example is good."
+)
+UNSEEN = (
+    "No reference was trained on the rows that it scores, nor on their copies. Paraphrases and translations are no "
+    "copies: what two folds share in other words can still be learnt by heart."
+)
+LIMITS = [
     "A small base loss makes the ratio noisy: answers of one or two tokens, or answers that the base already knew, "
     "can get extreme scores in either direction.",
     "Nothing in the score keeps the selection diverse. Before you rely on it, train on a random selection of the same "
@@ -61,9 +73,16 @@ MANY_REJECTS = 0.01
 MANY_TRUNCATED = 0.01
 
 
-def explanation(reference_trained_here: bool) -> list[str]:
+def explanation(reference_trained_here: bool, num_folds: int) -> list[str]:
     """What the score of this run means."""
+    if num_folds > 1:
+        return [OF_FOLDS.format(num_folds=num_folds), *SCORE_EXPLAINED[1:]]
     return SCORE_EXPLAINED if reference_trained_here else [*SCORE_EXPLAINED, REFERENCE_GIVEN]
+
+
+def limits(num_folds: int) -> list[str]:
+    """What the score of this run does not show."""
+    return [UNSEEN if num_folds > 1 else SEEN, *LIMITS]
 
 
 def rule_text(name: str | None, value: Any, order: str, lowest: bool, balance: list[str]) -> str:

@@ -40,9 +40,9 @@ class RunStatus:
                 shown = ", ".join(
                     f"{counts[name]:,} {name.replace('_', ' ')}" for name in row.shown_counts if name in counts
                 )
-                lines.append(f"  {stage:<9} complete  {duration(counts['seconds']):>7}  {shown}".rstrip())
+                lines.append(f"  {stage:<13} complete  {duration(counts['seconds']):>7}  {shown}".rstrip())
             elif self.progress is not None and self.progress.stage == stage and self.state != "complete":
-                lines.append(f"  {stage:<9} {self.state:<8}  {str(self.progress).partition(': ')[2]}".rstrip())
+                lines.append(f"  {stage:<13} {self.state:<8}  {str(self.progress).partition(': ')[2]}".rstrip())
         return [*lines, self._conclusion()]
 
     def to_json(self) -> str:

@@ -23,6 +23,7 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, library_versions
 from davir_ray.run.stages import leading_to
 from davir_ray.schema import EXAMPLES, EXTRA, RANKED, REJECTS, SCORES, RejectReason
+from davir_ray.stages.folds import Folds
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +111,18 @@ def write_report(run: Run, facts: dict[str, Any], page: str, fingerprint: dict[s
 
 
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
-    """Score columns of all rows, or of a sample drawn by hash, with a column `selected`."""
+    """Score columns of all rows, or of a sample drawn by hash, with a column `selected`, and with folds `fold`."""
     share = min(1.0, MAX_ROWS / scored.counts["examples"])
-    scores = Shards(scored.files_in("scores"), partial(read_columns, run / "scores", _SCORE_COLUMNS.names))
-    table = sampled(scores, _SCORE_COLUMNS, share)
+    folds = Folds.of(run.require("prepare"))
+
+    def read(name: str) -> pa.Table:
+        table = read_columns(run / "scores", _SCORE_COLUMNS.names, name)
+        if folds is None:
+            return table
+        return table.append_column("fold", pa.array([folds.of_file[name]] * table.num_rows, pa.int8()))
+
+    schema = _SCORE_COLUMNS if folds is None else _SCORE_COLUMNS.append(pa.field("fold", pa.int8()))
+    table = sampled(Shards(scored.files_in("scores"), read), schema, share)
     ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", _IDS.names))
     chosen = sampled(ids, _IDS, share)
     return table.append_column(

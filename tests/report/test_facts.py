@@ -246,7 +246,7 @@ def test_reasons_come_with_their_count_meaning_and_rows() -> None:
 
 def test_every_reason_and_status_has_words() -> None:
     assert REASON_MEANING.keys() == set(schema.RejectReason)
-    assert STATUS_MEANING.keys() == set(schema.Status)
+    assert STATUS_MEANING.keys() == set(schema.Status) - {schema.Status.ZERO_ALONE_NLL}  # of IFD, not of a score
 
 
 def test_statuses_are_counted_in_the_table_when_no_manifest_has_them() -> None:
@@ -254,6 +254,37 @@ def test_statuses_are_counted_in_the_table_when_no_manifest_has_them() -> None:
     inputs = report_inputs(10, manifests={}, scores=scores_table(10, status=status))
     assert [(row["status"], row["count"]) for row in summarise(inputs)["statuses"]] == [("ok", 8), ("no_predictor", 2)]
     assert summarise(replace(inputs, num_scored=1000))["statuses"] == []
+
+
+def test_folds_stand_beside_what_chance_gives() -> None:
+    """Against the hypergeometric distribution; a row without a score counts nowhere."""
+    fold = np.random.default_rng(3).choice([-1, 0, 1], 400, p=[0.1, 0.6, 0.3])
+    table = scores_table(400)
+    davir, chosen = table["davir"].to_numpy().copy(), table["selected"].to_numpy()
+    davir[0] = np.nan
+    table = table.set_column(table.column_names.index("davir"), "davir", pa.array(davir))
+    table = table.append_column("fold", pa.array(fold, pa.int8()))
+    config = {"prepare": {"folds": 2}, "rank": {"order": "davir_aligned"}, "select": {"top_fraction": 0.1}}
+    inputs = report_inputs(scores=table, config=config)
+    facts = summarise(inputs)
+    assert [row["fold"] for row in facts["folds"]] == [-1, 0, 1]
+    for row in facts["folds"]:
+        of_fold = (fold == row["fold"]) & ~np.isnan(davir)
+        by_chance = stats.hypergeom(399, of_fold.sum(), chosen[1:].sum())
+        assert (row["rows"], row["selected"]) == (of_fold.sum(), chosen[of_fold].sum())
+        assert row["mean_davir"] == pytest.approx(davir[of_fold].mean())
+        assert (row["expected"], row["sd"]) == (pytest.approx(by_chance.mean()), pytest.approx(by_chance.std()))
+    page = " ".join(render_page(facts).split())
+    assert "The rows are dealt to 2 folds" in page
+    assert "No reference was trained on the rows that it scores" in page
+    assert "trained on what it scores" not in page
+    assert "none (anchor)" in page
+
+
+def test_without_folds_the_reference_has_seen_what_it_scores() -> None:
+    facts = summarise(report_inputs())
+    assert facts["folds"] == []
+    assert "trained on what it scores" in " ".join(render_page(facts).split())
 
 
 def test_copies_are_counted_only_where_every_row_is_seen() -> None:

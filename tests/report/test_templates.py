@@ -135,6 +135,11 @@ UNTOLD = example(tokens=None, base_token_nll=None, reference_token_nll=None, ran
 EMPTY = example(tokens=[], prompt="", response=None, num_response_tokens=0, rank=40)
 TORN = example(base_token_nll=[None, 2.0, 1.0], prompt="long " * 400, response="long " * 4000, rank=20)
 
+
+def _folds(inputs: Any) -> list[int]:
+    return [row % 3 - 1 for row in range(inputs.scores.num_rows)]
+
+
 RUN: Options = {
     "reference": {
         "trained": unchanged,
@@ -155,6 +160,12 @@ RUN: Options = {
         "none usable": with_scores(status=Status.NON_FINITE_NLL.value, davir=float("nan"), rho_sum=None, rho_mean=None),
         "all equal": with_scores(davir=0.25, base_nll=8.0, reference_nll=6.0, num_response_tokens=4),
         "nothing selected": with_scores(selected=False),
+    },
+    "folds": {
+        "none": unchanged,
+        "two and an anchor": lambda inputs: with_config(prepare={"folds": 2})(
+            replace(inputs, scores=inputs.scores.append_column("fold", pa.array(_folds(inputs), pa.int8())))
+        ),
     },
     "rule": {
         "top_fraction": unchanged,
