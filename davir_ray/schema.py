@@ -185,8 +185,11 @@ def _schema(folder: str) -> pa.Schema:
 EXAMPLES = _schema("examples")
 PAIRS = pa.schema([*EXAMPLES, *(pa.field(column.name, column.type) for column in PAIR_COLUMNS)])
 """The schema of examples/ for preference data; example_id also depends on the role."""
-FOLDED_EXAMPLES = EXAMPLES.append(pa.field(FOLD_COLUMNS[0].name, FOLD_COLUMNS[0].type))
+_FOLD, _FOLD_KEY = (pa.field(column.name, column.type) for column in FOLD_COLUMNS)
+FOLDED_EXAMPLES = EXAMPLES.append(_FOLD)
 """The schema of examples/ with folds; with prepare.fold_by, `fold_key` follows."""
+KEYED_EXAMPLES = EXAMPLES.append(_FOLD_KEY)
+"""The schema of shards that are to be dealt by prepare.fold_by."""
 MARGINS = _schema("margins")
 REJECTS = _schema("rejects")
 SCORES = _schema("scores")

@@ -8,7 +8,6 @@ source record, whatever the format and the template (davir_ray.data.own_text), s
 differently are compared by what they have in common.
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -23,9 +22,7 @@ import pyarrow as pa
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
-from davir_ray.data.formats import uses_chat
-from davir_ray.data.own_text import OwnText, own_text, without_frame
-from davir_ray.data.rendered import RowError
+from davir_ray.data.own_text import own_text_of_example
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect
 from davir_ray.formulas.ngrams import (
@@ -173,22 +170,12 @@ class _Reader:
         by_name = {source.name: source for source in self.sources}
         prompts, words, num_not_read = [], [], 0
         for row in table.select(["source", "prompt", "response", "record"]).to_pylist():
-            own = self._own(row, by_name[row["source"]])
+            own = own_text_of_example(row, by_name[row["source"]], self.options)
             num_not_read += own is None
             prompt, response = ([], []) if own is None else (words_of(own.prompt), words_of(own.response))
             prompts.append(text_hash(prompt) if len(prompt) >= MIN_PROMPT_WORDS else -1)
             words.append(prompt + response)
         return _Said(np.array(prompts, np.int64), ngrams(hashed_words(words), NUM_WORDS)), num_not_read
-
-    def _own(self, row: dict[str, Any], source: Source) -> OwnText | None:
-        if row["record"] is not None:
-            try:
-                return own_text(json.loads(row["record"]), source)
-            except RowError:  # a value that JSON cannot express was replaced in the record
-                pass
-        if uses_chat(source, self.options):
-            return None
-        return OwnText(without_frame(row["prompt"]), row["response"])
 
 
 def _heldout_rows(reader: _Reader, table: pa.Table) -> pa.Table:

@@ -5,13 +5,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.formats import (
     ALPACA_PROMPT_WITH_INPUT,
     ALPACA_PROMPT_WITHOUT_INPUT,
     GSM8K_PROMPT,
     conversation_of,
+    uses_chat,
 )
+from davir_ray.data.rendered import RowError
 
 
 class OwnText(NamedTuple):
@@ -39,6 +42,21 @@ def own_text(fields: Mapping[str, Any], source: Source) -> OwnText:
         for role in ("user", "assistant")
     }
     return OwnText(without_frame(said["user"]), said["assistant"])
+
+
+def own_text_of_example(row: Mapping[str, Any], source: Source, options: PrepareConfig) -> OwnText | None:
+    """What is said in a row of examples; None where a chat template rendered it and no record was kept.
+
+    The row has prompt, response and record.
+    """
+    if row["record"] is not None:
+        try:
+            return own_text(json.loads(row["record"]), source)
+        except RowError:  # a value that JSON cannot express was replaced in the record
+            pass
+    if uses_chat(source, options):
+        return None
+    return OwnText(without_frame(row["prompt"]), row["response"])
 
 
 def without_frame(prompt: str) -> str:

@@ -180,6 +180,10 @@ class ExampleReader:
             }
             for one, tokens in zip(rendered, encoded, strict=True)
         ]
+        if (column := self._options.fold_by) is not None:
+            value = record.fields.get(column)
+            key = None if value is None else stable_id(column, json.dumps(value, sort_keys=True, default=str))
+            rows = [{**row, "fold_key": key} for row in rows]
         if len(rows) == 2:
             for row, role in zip(rows, Role, strict=True):
                 row |= {

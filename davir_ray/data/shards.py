@@ -56,13 +56,14 @@ class ShardWriter:
         schema: pa.Schema = EXAMPLES,
         *,
         shard_tokens: int = _MAX_SHARD_TOKENS,
+        folder: str = "examples",
         report: TaskReport | None = None,
     ) -> None:
-        """Write below the folder of a run; the rows and files are counted in the report."""
+        """Write below the folder of a run, the shards in its `folder`; rows and files are counted in the report."""
         self.report = report or TaskReport()
         self._schema = schema
         self._run = run
-        self._task = f"part-{task:05d}"
+        self._folder, self._task = folder, f"part-{task:05d}"
         self._source = source
         self._shard_rows, self._shard_tokens = shard_rows, shard_tokens
         self._rows: list[ExampleRow] = []
@@ -106,7 +107,7 @@ class ShardWriter:
 
     def _write_shard(self) -> None:
         table = pa.Table.from_pylist(self._rows, self._schema)
-        self._write(f"examples/{self._task}-{self._num_shards:05d}.parquet", table)
+        self._write(f"{self._folder}/{self._task}-{self._num_shards:05d}.parquet", table)
         text_bytes = sum(table[column].nbytes for column in _TEXT_COLUMNS)
         self.report.sums["text_bytes"] += text_bytes
         if table.num_rows >= _MANY_ROWS or text_bytes >= _MUCH_TEXT:  # else one long row would be the mean

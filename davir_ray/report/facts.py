@@ -125,6 +125,7 @@ def _headline(inputs: ReportInputs) -> dict[str, Any]:
         "read": prepare.get("read"),
         "prepared": prepare.get("prepared"),
         "left_out": prepare.get("left_out", 0),  # absent in runs of 0.2
+        "near_duplicates": prepare.get("near_duplicates", 0),  # there with prepare.near_duplicates drop
         "rejected": prepare.get("rejected"),
         "scored": score.get("scored", score.get(Status.OK)),
         "ranked": ranked,
@@ -159,9 +160,10 @@ def _row_counts(
     reasons = [row["count"] for row in rejects]
     if headline["rejected"] and not reasons:
         reasons = [None]  # neither counts by reason nor rejected rows are recorded
+    of_read = ["prepared", "left_out", *(["near_duplicates"] if headline["near_duplicates"] else []), "rejected"]
     equations = []
     for left_text, right_text, parts in (
-        ("read", "prepared + left out + rejected", [headline[name] for name in ("prepared", "left_out", "rejected")]),
+        ("read", " + ".join(of_read).replace("_", " "), [headline[name] for name in of_read]),
         ("rejected", "sum over the reasons", reasons),
         ("prepared", "scored + without a score", [headline["scored"], *without_score]),
     ):

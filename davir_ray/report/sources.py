@@ -8,7 +8,7 @@ ROLE_NAMES = {"assistant": "assistant, not scored", "template": "the template’
 
 
 _COUNTS = (
-    "read", "prepared", "left_out", "rejected", "turns_left_out", "truncated", "num_prompt_tokens",
+    "read", "prepared", "left_out", "near_duplicates", "rejected", "turns_left_out", "truncated", "num_prompt_tokens",
     "num_response_tokens",
 )  # fmt: skip
 

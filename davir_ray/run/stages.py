@@ -25,7 +25,7 @@ class Stage:
 _STAGES = (
     Stage(
         name="prepare", writes=("examples", "rejects", "prepare_tasks"),
-        shown_counts=("prepared", "left_out", "rejected"), takes_hours=True,
+        shown_counts=("prepared", "left_out", "near_duplicates", "rejected"), takes_hours=True,
     ),
     Stage(
         name="freeze", writes=("frozen", "frozen_commits", "frozen_cache"), reads=("prepare",),

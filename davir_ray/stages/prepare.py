@@ -38,12 +38,13 @@ from davir_ray.engine.tasks import each_in_tasks, in_tasks
 from davir_ray.errors import ClusterError, DataError, IntegrityError, StorageError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import class_name, tokenizer_digest
-from davir_ray.run.files import digest, keep_digest, read_digest, takes_reading
+from davir_ray.run.files import FileEntry, digest, keep_digest, read_digest, takes_reading, total_rows
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest, damaged
 from davir_ray.run.progress import Progress
-from davir_ray.schema import EXAMPLES, PAIRS
+from davir_ray.schema import EXAMPLES, KEYED_EXAMPLES, PAIRS
+from davir_ray.stages.deal import NEAR_DUPLICATES, Dealing, Dealt, dealing_settings, has_dealing, in_groups
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.stages.lines import rows_of_parts
 from davir_ray.text import format_bytes
@@ -54,6 +55,9 @@ log = logging.getLogger(__name__)
 _TASK_BYTES = 32 * 2**20
 TASKS = "prepare_tasks"
 """Folder of the reports of finished tasks while the stage runs; a restarted driver does not repeat these tasks."""
+
+_UNDEALT, _DEALING = f"{TASKS}/undealt", f"{TASKS}/dealing"
+"""Folders of the shards before they are dealt, and of what the dealing writes meanwhile."""
 
 UNLIMITED = 2**62
 """A number above the rows or bytes of any source."""
@@ -214,7 +218,14 @@ def prepare(
             reports_of_tasks = _run(work, [task.with_rows(rows) for task in tasks], done)
         report = _sum(reports_of_tasks)
         counts = _checked_counts(report, max_bad_fraction, rows_per_record=2 if are_pairs(sources) else 1)
-        check_ids(run.folder, [entry for entry in report.files if entry.name.startswith("examples/")])
+        check_ids(run.folder, _shards(report))
+        by_source = _by_source(sources, preparation.config, tasks, reports_of_tasks)
+        results, details = report.files, dict[str, Any]()
+        if has_dealing(preparation.config):
+            dealt = _deal(run, sources, preparation.config, tasks, reports_of_tasks)
+            results = [entry for entry in results if entry.name.startswith("rejects/")] + dealt.files
+            _count_dropped(dealt, counts, by_source)
+            details |= dealt.details
     except (DataError, IntegrityError):
         run.note_attempt(TASKS, attempt, binding=False)  # the user is about to correct the data
         raise
@@ -222,13 +233,14 @@ def prepare(
         stage="prepare",
         fingerprint=fingerprint,
         counts=counts,
-        files=sorted(report.files, key=lambda entry: entry.name),
+        files=sorted(results, key=lambda entry: entry.name),
         details={
             IDS_CHECKED: True,
             TOKENIZER_CLASS: tokenizer_class,
-            TEXT_BYTES: max(report.text_bytes_per_row, report.sums["text_bytes"] // counts["prepared"]),
+            TEXT_BYTES: max(report.text_bytes_per_row, report.sums["text_bytes"] // total_rows(_shards(report))),
             "first_reject": report.first_reject,
-            "by_source": _by_source(sources, preparation.config, tasks, reports_of_tasks),
+            "by_source": by_source,
+            **details,
             **({} if evaluation is None else {EVALUATION_SETS: _evaluation_counts(evaluation, report)}),
         },
         seconds=time.monotonic() - started,
@@ -313,6 +325,7 @@ def _fingerprint(sources: list[Source], files: Sequence[list[SourceFile]], prepa
         **({"prompts_only": True} if preparation.prompts_only else {}),
         **({"chat": TODAY.isoformat()} if preparation.config.chat else {}),
         **({"score_turns": score_turns} if score_turns != "marked" else {}),
+        **dealing_settings(preparation.config),
     }
 
 
@@ -386,7 +399,7 @@ def _understood(source: Source, config: PrepareConfig, report: TaskReport, *, sh
         "format": source.format,
         "chat": chat,
         "read": report.num_read,
-        "prepared": sum(entry.rows for entry in report.files if entry.name.startswith("examples/")),
+        "prepared": total_rows(_shards(report)),
         "left_out": report.num_left_out,
         "rejected": report.reasons.total(),
         "turns_left_out": report.num_turns_left_out,
@@ -397,6 +410,43 @@ def _understood(source: Source, config: PrepareConfig, report: TaskReport, *, sh
         "role_tokens": dict(report.role_tokens),
         "shown": report.shown if shows else [],
     }
+
+
+def _shards(report: TaskReport) -> list[FileEntry]:
+    """The files of examples that tasks wrote."""
+    return [entry for entry in report.files if not entry.name.startswith("rejects/")]
+
+
+def _deal(
+    run: Run, sources: list[Source], config: PrepareConfig, tasks: list[Task], reports: dict[int, TaskReport]
+) -> Dealt:
+    """Write examples/ from the shards of the tasks: dealt to folds, or without near duplicates."""
+    shards: dict[str, list[FileEntry]] = {}
+    for number in sorted(reports):
+        named = [replace(entry, name=entry.name.removeprefix(f"{_UNDEALT}/")) for entry in _shards(reports[number])]
+        shards.setdefault(tasks[number].source.name, []).extend(named)
+    return Dealing(
+        run=run,
+        scratch=run / _DEALING,
+        undealt=run / _UNDEALT,
+        groups=in_groups(shards, config),
+        sources=sources,
+        config=config,
+    ).deal()
+
+
+def _count_dropped(dealt: Dealt, counts: dict[str, int], by_source: dict[str, dict[str, Any]]) -> None:
+    """Take the near duplicates that were dropped out of the counts, and count them instead."""
+    if NEAR_DUPLICATES not in dealt.counts:
+        return
+    counts[NEAR_DUPLICATES] = dealt.counts[NEAR_DUPLICATES]
+    for name, lost in dealt.dropped.items():
+        for counted in (counts, by_source[name]):
+            counted["prepared"] -= lost["rows"]
+            for column in COUNTED:
+                counted[column] -= lost[column]
+        by_source[name][NEAR_DUPLICATES] = lost["rows"]
+    log.info("prepare: %d near duplicates dropped, %d rows left", counts[NEAR_DUPLICATES], counts["prepared"])
 
 
 def _run(work: Work, tasks: list[Task], done: dict[int, TaskReport]) -> dict[int, TaskReport]:
@@ -416,7 +466,7 @@ def _run(work: Work, tasks: list[Task], done: dict[int, TaskReport]) -> dict[int
 
 def _checked_counts(report: TaskReport, max_bad_fraction: float, rows_per_record: int) -> dict[str, int]:
     """The manifest's counts. Raises IntegrityError if rows were lost, DataError if none is left or too many are bad."""
-    prepared = sum(entry.rows for entry in report.files if entry.name.startswith("examples/"))
+    prepared = total_rows(_shards(report))
     rejected, left_out = report.reasons.total(), report.num_left_out
     if (report.num_read - left_out - rejected) * rows_per_record != prepared:
         raise IntegrityError(
@@ -468,7 +518,9 @@ class Preparer:
         self._work = work
         evaluation = None if work.evaluation is None else ray.get(work.evaluation)
         self._reader = work.preparation.reader(work.sources, evaluation)
-        self._schema = PAIRS if are_pairs(work.sources) else EXAMPLES
+        config = work.preparation.config
+        self._schema = PAIRS if are_pairs(work.sources) else EXAMPLES if config.fold_by is None else KEYED_EXAMPLES
+        self._folder = _UNDEALT if has_dealing(config) else "examples"
         given = work.preparation.config.shard_rows
         self._shard_rows = max(given or SHARD_ROWS, work.total_bytes // _BYTES_PER_ROW // _MAX_SHARDS)
         # With a limit of rows the bytes say nothing of what will be read.
@@ -482,7 +534,7 @@ class Preparer:
         work.counter.begin(str(number))
         writer = ShardWriter(
             work.run.folder, number, task.source.name, self._shard_rows, self._schema,
-            report=reader.report, **self._limits,
+            folder=self._folder, report=reader.report, **self._limits,
         )  # fmt: skip
         for item in reader.read(task.source, task.slices, work.preparation.limit):
             writer.write(item)

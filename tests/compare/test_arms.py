@@ -14,9 +14,10 @@ from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.engine import shuffle
 from davir_ray.errors import ConfigError, IntegrityError
 from davir_ray.formulas.length_matching import length_bins
-from davir_ray.run.files import FileEntry, in_folder, read_parquet
+from davir_ray.run.files import FileEntry, in_folder, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
+from davir_ray.schema import EXAMPLES
 from davir_ray.stages.rank import rank
 from davir_ray.stages.select.rule import select
 
@@ -272,6 +273,19 @@ def test_the_full_set_of_a_mixture_has_all_of_its_sources_as_often_as_it_takes_t
     assert sorted(ids_of(run.run.within("set"), "examples")) == sorted(gsm8k * 3)
     assert manifest.counts["prepared"] == 3 * len(gsm8k)
     assert manifest.counts["trainable"] == 0  # in these constructed examples nothing precedes what is scored
+
+
+def test_a_set_of_a_run_with_folds_has_no_folds(make_scores: Any) -> None:
+    run = finished(make_scores, SelectConfig(top_k=30))
+    for name in (run.run / "examples").names():
+        table = read_parquet(run.run / "examples" / name)
+        folds = pa.array(np.arange(table.num_rows) % 3, pa.int8())
+        write_parquet(run.run / "examples" / name, table.append_column("fold", folds))
+    place = run.run.within("set")
+    ids = run.rows_of("selection", run.selection(None), 0)
+    for entry in write_set(place, run, ids).files:
+        assert read_parquet(place / entry.name).schema.equals(EXAMPLES)
+    assert sorted(ids_of(place, "examples")) == sorted(ids.tolist())
 
 
 def test_another_size_keeps_filters_and_balance(make_scores: Any) -> None:

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from davir_ray.compare import job, sets
 from davir_ray.compare.arms import FinishedRun
 from davir_ray.compare.trials import Trial
 from davir_ray.config.compare import CompareConfig
+from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import RunConfig
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.config.training import FinetuneConfig
@@ -289,3 +291,16 @@ def test_runs_that_differ_in_more_than_the_reference_are_refused(made: Made, tmp
     replace(second.require("prepare"), files=pool).write(second.folder)
     with pytest.raises(ConfigError, match="differs in prepared examples: "):
         job._check_replicates([first, second], [config, other_seed])
+
+
+def test_held_out_rows_have_no_folds_and_lose_no_near_duplicates(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made.runs[0].run
+    fingerprint = {"encoding": {"chat_template": None}}
+    Manifest(stage="prepare", fingerprint=fingerprint, counts={}, files=[]).write(run.folder)
+    base = SimpleNamespace(weights_digest=lambda: {"model": "base"}, uri="base")
+    monkeypatch.setattr(job, "scored_with", lambda *given: base)
+    monkeypatch.setattr(job, "check_base", lambda *given: None)
+    monkeypatch.setattr(job, "scoring_spec", lambda *given: {"chat_template": None})
+    own = PrepareConfig(max_tokens=99, chat=True, folds=3, fold_by="user", anchor=0.1, near_duplicates="drop")
+    heldout = job._preparation(run, RunConfig(prepare=own), CompareConfig())
+    assert heldout.config == PrepareConfig(max_tokens=99, chat=True, shard_rows=heldout.config.shard_rows)

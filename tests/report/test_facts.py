@@ -419,6 +419,18 @@ def test_a_reference_that_is_no_better_is_a_finding() -> None:
     assert finding["look"]
 
 
+def test_near_duplicates_count_among_the_rows_that_were_read() -> None:
+    inputs = report_inputs()
+    before = summarise(inputs)["books"][0]
+    assert before["right_text"] == "prepared + left out + rejected"
+    counts = inputs.manifests["prepare"]["counts"]
+    counts |= {"read": counts["read"] + 7, "near_duplicates": 7}
+    found = summarise(inputs)["books"][0]
+    assert found["right_text"] == "prepared + left out + near duplicates + rejected"
+    assert found["balanced"]
+    assert found["left"] == found["right"] == before["left"] + 7
+
+
 def test_many_rejects_are_a_finding() -> None:
     inputs = report_inputs()
     inputs.manifests["prepare"]["counts"] = {"read": 403, "prepared": 382, "rejected": 21, "empty_response": 21}
