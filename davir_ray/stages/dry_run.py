@@ -26,7 +26,8 @@ from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.stages.prepare import UNLIMITED, Preparation, evaluation_line
+from davir_ray.stages.prepare import UNLIMITED, Preparation
+from davir_ray.stages.sources import evaluation_line
 from davir_ray.stages.training_plan import plan_training
 from davir_ray.text import format_bytes
 
@@ -59,7 +60,6 @@ def describe_run(
     """
     lines, data = preview(config.all_sources(), preparation, written=written)
     with connected_to(run, is_shared=config.output_is_shared):
-        run.check_claim()
         plan, num_folds = None, config.prepare.folds
         if training is not None:
             check_workers(training)

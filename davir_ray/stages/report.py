@@ -65,8 +65,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     # What the page does not depend on: a given reference was not trained here, and only its order shows an extra score.
     others = {"finetune"} if config.reference else set[str]()
     others |= EXTRA.keys() - {config.rank.extra}
-    stages = [stage for stage in leading_to("report") if stage not in others]
-    manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
+    manifests = run.manifests(stage for stage in leading_to("report") if stage not in others)
     settings = dataclasses.asdict(config)
     fingerprint = {
         "stages": {stage: manifest.checksum for stage, manifest in manifests.items()},
