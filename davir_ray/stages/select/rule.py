@@ -64,7 +64,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
     with_text = [replace(entry, bytes=entry.bytes + text_bytes[entry.name]) for entry in scored.files_in("scores")]
     selected = exchange(
         Shards(with_text, partial(_read_with_text, candidates, plan)),
-        partial(plan.bins(rank_config).assign, last_bin=len(plan.ranges) - 1),
+        plan.bins(rank_config).assign,
         len(plan.ranges),
         partial(_write_range, choice=choice, plan=plan, metadata=file_metadata(run, rank_config, fingerprint)),
         kept=plan.num_rows / scored.counts["examples"],
