@@ -77,7 +77,7 @@ def _rank_on_ray(dataset: ray.data.Dataset, config: RankConfig) -> ray.data.Data
         first_ranks = 1 + np.cumsum(rows_by_bin) - rows_by_bin
         ranked = (
             rows.map_batches(
-                lambda block: bins.assign(block, len(bins) - 1, _BIN) if block.num_rows else block,
+                lambda block: bins.assign(block, _BIN) if block.num_rows else block,
                 batch_size=None,
                 batch_format="pyarrow",
             )

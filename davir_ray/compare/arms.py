@@ -132,7 +132,7 @@ class FinishedRun:
         config = self.select if size is None else self._resized(size)
         files = self.run.require("rank").files_in("ranked")
         candidates = self._candidates(config, "num_prompt_tokens")
-        pools, _ = candidates.count(files)
+        pools, _ = candidates.count(files, tokens=config.top_tokens is not None)
         choice = Choice(candidates, limits_by_file(pools, config))
         return collect(choice.shards(files), partial(_rows, by_source=bool(config.mixture)), _ROWS)
 

@@ -125,24 +125,70 @@ def regroup(shards: Shards, assign: Change, *rounds: Round, kept: float = 1.0) -
     `assign` adds the first round's column to the table of a shard, and drops what is not needed; `kept` is the share of
     the shards' bytes that is left.
     """
+    first, *following = rounds
+    return deal(shards, assign, first.column, first.num_groups, kept=kept).make(first.work, *following)
+
+
+def deal(
+    shards: Shards, assign: Change, column: str, num_groups: int, *, num_needed: int | None = None, kept: float = 1.0
+) -> "Dealt":
+    """Start tasks that count the rows of each group, and deal those of the first `num_needed` to tasks that group them.
+
+    `assign` and `kept` are those of `regroup`. None: all groups are needed.
+    """
+    num_needed = num_groups if num_needed is None else num_needed
+    num_bytes = kept * shards.num_bytes
     groups = _grouped_for_tasks(shards, max_bytes=_KEPT_BYTES / kept)
-    shuffles = [_Shuffle(each, _edges(each.num_groups, kept * shards.num_bytes, len(groups))) for each in rounds]
-    first = shuffles[0]
-    made = _of_groups(
-        shards,
-        lambda names, read: first.parts([assign(read(name)) for name in names]),
-        groups=groups,
-        num_returns=1 + first.num_parts,
-    )
-    tasks = [ended for ended, *_ in made]
-    for shuffle, following in zip(shuffles, [*shuffles[1:], None], strict=True):
-        job = ray.put(partial(shuffle.work, following=following))
-        start = call if following is None else call.options(num_returns=1 + following.num_parts)
-        # Each task takes its part of what every task before it made.
-        parts = zip(*(of_task[1:] for of_task in made), strict=True)
-        made = [start.remote(job, number, *of_all) for number, of_all in enumerate(parts)]
-        tasks += made if following is None else [ended for ended, *_ in made]
-    return [result for results in _results(made, tasks) for result in results]
+    parts = _Parts(column, _edges(num_needed, num_bytes, len(groups)))
+
+    def work(names: list[str], read: Callable[[str], pa.Table]) -> list[Any]:
+        rows_by_group, tables = np.zeros(num_groups, np.int64), []
+        for name in names:
+            table = assign(read(name))
+            numbers = _group_numbers(table, column, num_groups)
+            rows_by_group += np.bincount(numbers[numbers >= 0], minlength=num_groups)
+            needed = numbers < num_needed
+            tables.append(table if needed.all() else table.filter(pa.array(needed)))
+        return [rows_by_group, *parts.cut(tables)]
+
+    refs = _of_groups(shards, work, groups=groups, num_returns=1 + parts.num_tasks)
+    return Dealt(num_groups=num_groups, num_bytes=num_bytes, parts=parts, refs=refs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealt:
+    """Rows of shards in Ray's object store, in a part for each task that will group them."""
+
+    num_groups: int
+    """Number of groups, needed or not."""
+    num_bytes: float
+    """Bytes on disk of the rows."""
+    parts: "_Parts"
+    refs: list[Any]
+    """For each task that reads, references to its counts and to each of its parts."""
+
+    def rows_by_group(self) -> npt.NDArray[np.int64]:
+        """The number of rows of each group, needed or not, when all shards are read."""
+        rows_by_group = np.zeros(self.num_groups, np.int64)
+        for counts in results_of([counts for counts, *_ in self.refs]):
+            rows_by_group += counts
+        return rows_by_group
+
+    def make(self, work: Callable[[pa.Table], Any], *rounds: Round) -> list[Any]:
+        """Call `work` on each needed group that has rows, and go on with the rounds; returns what the last one made."""
+        works, parts, made = [work], [self.parts], self.refs
+        for each in rounds:
+            works.append(each.work)
+            parts.append(_Parts(each.column, _edges(each.num_groups, self.num_bytes, len(self.refs))))
+        tasks = [ended for ended, *_ in made]
+        for of_round, grouped_by, following in zip(works, parts, [*parts[1:], None], strict=True):
+            job = ray.put(partial(grouped_by.make, of_round, following))
+            start = call if following is None else call.options(num_returns=1 + following.num_tasks)
+            # Each task takes its part of what every task before it made.
+            given = zip(*(of_task[1:] for of_task in made), strict=True)
+            made = [start.remote(job, number, *of_all) for number, of_all in enumerate(given)]
+            tasks += made if following is None else [ended for ended, *_ in made]
+        return [result for results in _results(made, tasks) for result in results]
 
 
 def assign_part(table: pa.Table, column: str, num_parts: int) -> pa.Table:
@@ -172,46 +218,52 @@ def exchange(
 
 
 @dataclass(frozen=True)
-class _Shuffle:
-    """A round, and which groups each of its tasks makes."""
+class _Parts:
+    """The groups that a column numbers, in a part for each of the tasks that make them."""
 
-    round: Round
+    column: str
     edges: npt.NDArray[np.int64]
     """Task t makes the groups from edges[t] up to edges[t + 1]."""
 
     @property
-    def num_parts(self) -> int:
+    def num_tasks(self) -> int:
         return len(self.edges) - 1
 
-    def parts(self, tables: list[pa.Table]) -> list[pa.Table | None]:
-        """The rows for each task, sorted by group, after a None that tells the driver that they are made.
-
-        IntegrityError if there is a number that no group has.
-        """
+    def cut(self, tables: list[pa.Table]) -> list[pa.Table | None]:
+        """The rows for each task, sorted by group."""
         if not tables:
-            return [None] * (1 + self.num_parts)
+            return [None] * self.num_tasks
         table = _as_one(tables)
-        numbers = np.asarray(table[self.round.column])
-        if len(numbers) and not numbers.max() < self.edges[-1]:
-            raise IntegrityError(
-                f"the column {self.round.column} has {numbers.max()}, above its {self.edges[-1]} groups"
-            )
+        numbers = _group_numbers(table, self.column, self.edges[-1])
         order = np.argsort(numbers, kind="stable")
         starts = np.searchsorted(numbers[order], self.edges)
         # Copies: a slice would be stored with all of its buffers.
-        return [None, *(table.take(pa.array(order[start:end])) for start, end in pairwise(starts))]
+        return [table.take(pa.array(order[start:end])) for start, end in pairwise(starts)]
 
-    def work(self, part: int, *given: pa.Table | None, following: "_Shuffle | None") -> Any:
-        """Make the groups of a task from its rows of all tasks before; returns them, or their parts to follow."""
+    def make(
+        self, work: Callable[[pa.Table], Any], following: "_Parts | None", part: int, *given: pa.Table | None
+    ) -> list[Any]:
+        """Make the groups of a task from its rows of all tasks before.
+
+        Returns them, or None, which tells the driver that they are made, and the parts of them that follow.
+        """
         tables = [table for table in given if table is not None]
-        by_table = [np.asarray(table[self.round.column]) for table in tables]
+        by_table = [np.asarray(table[self.column]) for table in tables]
         made = []
         for number in range(self.edges[part], self.edges[part + 1]):
             ends = [np.searchsorted(numbers, [number, number + 1]) for numbers in by_table]
             rows = [table.slice(start, end - start) for table, (start, end) in zip(tables, ends, strict=True)]
             if group := [table for table in rows if table.num_rows]:
-                made.append(self.round.work(_as_one(group)))
-        return made if following is None else following.parts(made)
+                made.append(work(_as_one(group)))
+        return made if following is None else [None, *following.cut(made)]
+
+
+def _group_numbers(table: pa.Table, column: str, num_groups: int) -> npt.NDArray[np.int64]:
+    """The group of each row; IntegrityError if there is a number that no group has."""
+    numbers = np.asarray(table[column])
+    if len(numbers) and not numbers.max() < num_groups:
+        raise IntegrityError(f"the column {column} has {numbers.max()}, above its {num_groups} groups")
+    return numbers
 
 
 def _edges(num_groups: int, num_bytes: float, num_reading: int) -> npt.NDArray[np.int64]:

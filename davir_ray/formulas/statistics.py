@@ -277,6 +277,8 @@ class _Between(NamedTuple):
 class _Part(NamedTuple):
     """A mean square, how often it is in a variance, and its degrees of freedom."""
 
+    name: Hashable
+    """What the mean square estimates: parts of one name are one random number."""
     mean_square: float
     times: float
     degrees: float
@@ -364,7 +366,7 @@ class Panel:
         for outcome in outcomes:
             times[outcome.pool] = times.get(outcome.pool, 0.0) + outcome.squared_shares
         return [
-            _Part(between.mean_square, share, between.degrees, between.noise)
+            _Part(group, between.mean_square, share, between.degrees, between.noise)
             for group, share in times.items()
             if (between := self._between[group]).mean_square > between.noise
         ]
@@ -383,7 +385,8 @@ class Panel:
         between, share = self._between[against.pool], float((1 / models_U).mean())
         if between.mean_square <= share * seeds:
             return []
-        return [_Part(between.mean_square, 1.0, between.degrees), _Part(seeds, -share, within)]
+        of_seeds = (against.pool, "seeds of a draw")
+        return [_Part(against.pool, between.mean_square, 1.0, between.degrees), _Part(of_seeds, seeds, -share, within)]
 
     def _estimate(self, mean_E: Floats, between: Sequence[_Part] = ()) -> Estimate:
         """A mean, or a difference of means, with the variance over examples and these parts between units."""
@@ -392,11 +395,11 @@ class Panel:
         over_examples = examples.variance(examples.residuals(mean_E))
         counted_twice = min(over_examples, sum(part.times * part.noise for part in between))
         variance = over_examples - counted_twice + sum(part.times * part.mean_square for part in between)
-        times: dict[tuple[float, float], float] = {}  # a mean square that occurs twice is one random number
+        merged: dict[Hashable, _Part] = {}
         for part in between:
-            key = (part.mean_square, part.degrees)
-            times[key] = times.get(key, 0.0) + part.times
-        squares = sum((square * number) ** 2 / free for (square, free), number in times.items())
+            before = merged[part.name].times if part.name in merged else 0.0
+            merged[part.name] = part._replace(times=before + part.times)
+        squares = sum((part.times * part.mean_square) ** 2 / part.degrees for part in merged.values())
         if not examples.degrees or not over_examples + squares:
             return Estimate(mean=mean, variance=variance, degrees=examples.degrees)
         degrees = variance**2 / (over_examples**2 / examples.degrees + squares)

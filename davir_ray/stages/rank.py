@@ -1,11 +1,13 @@
 """rank: scores/ → ranked/, an exact total order in files, rank 1 first.
 
-There is no global sort. A sample of composite keys gives the boundaries of bins, one scan gives the exact count of each
-bin, then only the bins that are needed are exchanged, and each is sorted and written by one task that knows its first
-rank. The ranks are the same for any number of ties, shards and workers, and the driver holds a few numbers per bin.
+There is no global sort. A sample of composite keys gives the boundaries of bins. One scan counts the rows of every bin
+exactly and exchanges those of the bins that are needed, then each bin is sorted and written by one task that knows its
+first rank. The ranks are the same for any number of ties, shards and workers, and the driver holds a few numbers per
+bin.
 """
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +21,7 @@ import pyarrow.compute as pc
 from davir_ray import __version__
 from davir_ray.config.selection import ALIGNED, RankConfig
 from davir_ray.engine.shards import Shards, read_columns, read_side_by_side
-from davir_ray.engine.shuffle import Change, collect, exchange
+from davir_ray.engine.shuffle import Change, Dealt, collect, deal
 from davir_ray.errors import DataError, IntegrityError, OutputError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
@@ -36,6 +38,9 @@ BIN_ROWS = 200_000
 
 _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
+
+_DEVIATIONS = 5
+"""Standard deviations by which the first bins may hold fewer rows than on average before they are dealt again."""
 
 _BY_TOKEN = {"base_mean_nll": "base_nll", "reference_mean_nll": "reference_nll"}
 """Orders by a loss per response token, and the column of the loss."""
@@ -71,15 +76,12 @@ class Bins:
         """The bin of each composite key, from 0."""
         return ranking.bins(keys, ids, self.boundary_keys, self.boundary_ids)
 
-    def assign(self, table: pa.Table, last_bin: int, column: str = "bin") -> pa.Table:
-        """The rankable rows of the bins up to `last_bin`, with their bin in an additional column."""
+    def assign(self, table: pa.Table, column: str = "bin") -> pa.Table:
+        """The rankable rows, with their bin in an additional column."""
         rankable, keys, ids = order_keys(table, self.config, self.id_column)
-        numbers = self.numbers(keys, ids)
-        needed = rankable.copy()
-        needed[rankable] = numbers <= last_bin
-        if not needed.all():  # else the table need not be copied
-            table = table.filter(pa.array(needed))
-        return table.append_column(column, pa.array(numbers[numbers <= last_bin], pa.int64()))
+        if not rankable.all():  # else the table need not be copied
+            table = table.filter(pa.array(rankable))
+        return table.append_column(column, pa.array(self.numbers(keys, ids), pa.int64()))
 
 
 def rank(run: Run, config: RankConfig) -> Manifest:
@@ -94,7 +96,9 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     shards = scored.files_in("scores")
     keys = Shards(shards, partial(read_scores, run, config, key_columns(config)))
     bins = find_bins(partial(collect, keys), total_rows(shards), config, BIN_ROWS)
-    rows_by_bin = count_bins(partial(collect, keys), bins)
+    dealt, rows_by_bin = _deal(
+        Shards(shards, partial(read_scores, run, config, None)), bins, config.most, scored.counts["scored"]
+    )
     num_rankable = int(rows_by_bin.sum())
     if not num_rankable:
         statuses = scored.counts if extra is None else extra.counts
@@ -112,9 +116,8 @@ def rank(run: Run, config: RankConfig) -> Manifest:
         last_rank=last_rank,
         metadata=file_metadata(run, config, fingerprint),
     )
-    scores = Shards(shards, partial(read_scores, run, config, None))
-    kept = rows_by_bin[: last_bin + 1].sum() / num_examples
-    files = exchange(scores, partial(bins.assign, last_bin=last_bin), last_bin + 1, write, kept=kept)
+    written = dealt.make(lambda rows: write(int(rows["bin"][0].as_py()), rows))
+    files = sorted((entry for entry in written if entry), key=lambda entry: entry.name)
     if total_rows(files) != last_rank:
         raise IntegrityError(f"{last_rank} rows were to be ranked but {total_rows(files)} were written")
     manifest = Manifest(
@@ -163,13 +166,36 @@ def with_order(schema: pa.Schema, config: RankConfig) -> pa.Schema:
     return schema if config.extra is None else schema.append(EXTRA[config.extra].field(config.extra))
 
 
+def _deal(scores: Shards, bins: Bins, most: int | None, num_ok: int) -> tuple[Dealt, npt.NDArray[np.int64]]:
+    """Count the rows of each bin, and deal those of the bins that hold the first `most` ranks; returns both.
+
+    One scan does it: how many bins that takes is estimated for `num_ok` rankable rows, with a margin for the sample
+    that the bins are cut by. Where it takes more, a second scan deals as many as the counts say.
+    """
+    num_needed = len(bins)
+    if most is not None:
+        bins_of_ranks = most * len(bins) / max(1, num_ok)
+        slack = _DEVIATIONS * math.sqrt(bins_of_ranks / _SAMPLES_PER_BIN)
+        num_needed = min(len(bins), math.ceil(bins_of_ranks + slack))
+    while True:
+        dealt = deal(scores, bins.assign, "bin", len(bins), num_needed=num_needed, kept=num_needed / len(bins))
+        rows_by_bin = dealt.rows_by_group()
+        last_rank = min(rows_by_bin.sum(), most or rows_by_bin.sum())
+        if rows_by_bin[:num_needed].sum() >= last_rank:
+            return dealt, rows_by_bin
+        num_needed = 1 + int(np.searchsorted(np.cumsum(rows_by_bin), last_rank))
+
+
 def find_bins(
     collected: Collect, num_rows: int, config: RankConfig, bin_rows: int, id_column: str = "example_id"
 ) -> Bins:
     """Cut an order into bins of about so many rows, by a sample of the keys."""
     num_bins = -(-num_rows // bin_rows)
     keys, ids = np.empty(0, np.uint64), np.empty(0, np.int64)
-    if num_bins > 1:
+    if num_bins > 1 and config.order == "random":  # its keys are spread evenly
+        keys = np.arange(1, num_bins, dtype=np.uint64) * np.uint64(2**64 // num_bins)
+        ids = np.zeros(num_bins - 1, np.int64)
+    elif num_bins > 1:
         share = min(1.0, _SAMPLES_PER_BIN * num_bins / num_rows)
 
         def drawn_keys(table: pa.Table) -> pa.Table:
@@ -213,15 +239,17 @@ def write_bin(
     rows_by_bin: npt.NDArray[np.int64],
     last_rank: int,
     metadata: dict[bytes, bytes],
-) -> FileEntry:
-    """Sort one bin, give its rows their ranks, and write the file of those up to `last_rank`."""
+) -> FileEntry | None:
+    """Sort one bin, give its rows their ranks, and write the file of those up to `last_rank`, if there are any."""
     if rows.num_rows != rows_by_bin[number]:
         raise IntegrityError(f"bin {number} was counted at {rows_by_bin[number]} rows but has {rows.num_rows}")
+    first_rank = 1 + int(rows_by_bin[:number].sum())
+    if first_rank > last_rank:
+        return None
     _, keys, ids = order_keys(rows, config)
     by_rank = ranking.order(keys, ids)
     if (np.diff(ids[by_rank]) == 0).any():
         raise IntegrityError(f"two rows of bin {number} have the same example_id; rename a source to draw new ids")
-    first_rank = 1 + int(rows_by_bin[:number].sum())
     ranks = np.arange(first_rank, first_rank + rows.num_rows)
     table = rows.take(pa.array(by_rank)).append_column("rank", pa.array(ranks, pa.int64()))
     schema = with_order(RANKED, config)

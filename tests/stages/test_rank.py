@@ -20,14 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from davir_ray.config.selection import RankConfig
-from davir_ray.engine.shards import Shards
-from davir_ray.engine.shuffle import collect
+from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shuffle import collect, exchange
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
-from davir_ray.stages.rank import count_bins, exchange, find_bins, rank, write_bin
+from davir_ray.stages.rank import count_bins, find_bins, rank, write_bin
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
@@ -101,6 +102,80 @@ def test_ranks_equal_one_plain_sort(make_scores: MakeScores, kind: str, lowest: 
     run = make_scores([None if np.isnan(value) else value for value in values], example_id=ids)
     manifest = rank(run, RankConfig(lowest=lowest))
     check(run, manifest, expected_ids(values, ids, lowest=lowest))
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_the_first_ranks_equal_those_of_one_plain_sort(make_scores: MakeScores, kind: str) -> None:
+    values = VALUES[kind](np.random.default_rng(1))
+    ids = ids_of(len(values))
+    run = make_scores([None if np.isnan(value) else value for value in values], example_id=ids, num_shards=11)
+    expected = expected_ids(values, ids)
+    manifest = rank(run, RankConfig(most=70))
+    assert table_of(run)["example_id"].tolist() == expected[:70]
+    assert manifest.counts["rankable"] == len(expected)
+    assert sum(manifest.details["rows_by_bin"]) == len(expected)
+
+
+def note_read(folder: Location, columns: list[str] | None, name: str) -> pa.Table:
+    """Read, and add what was read to a list beside the folder."""
+    with open(f"{folder.path}.reads", "a", encoding="utf-8") as file:
+        file.write(f"{name} {'all' if columns is None else 'keys'}\n")
+    return read_columns(folder, columns, name)
+
+
+def reads_of(run: Run) -> dict[str, str]:
+    """What was read of each shard, one reading after another."""
+    lines = [line.split() for line in Path(f"{run}/scores.reads").read_text().splitlines()]
+    return {name: " ".join(what for of, what in lines if of == name) for name, _ in lines}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "reads"),
+    [
+        ({}, {}, "keys all"),
+        ({"most": 70}, {}, "keys all"),
+        ({"order": "random"}, {}, "all"),
+        ({"order": "random", "most": 70}, {}, "all"),
+        ({}, {"BIN_ROWS": ROWS}, "all"),
+        ({"most": 70}, {"BIN_ROWS": ROWS}, "all"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_no_shard_is_read_more_often_than_it_must(
+    make_scores: MakeScores,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    changes: dict[str, int],
+    reads: str,
+) -> None:
+    """The keys for a sample where there are several bins, then all columns once."""
+    for name, value in changes.items():
+        monkeypatch.setattr(ranking, name, value)
+    monkeypatch.setattr(ranking, "read_columns", note_read)
+    run = make_scores(np.random.default_rng(1).normal(size=ROWS), example_id=ids_of(ROWS), num_shards=5)
+    rank(run, RankConfig(**settings))
+    assert reads_of(run) == dict.fromkeys((run / "scores").names(), reads)
+
+
+def test_bins_that_hold_fewer_rows_than_was_thought_are_dealt_again(
+    make_scores: MakeScores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of five rows are ok but have no value."""
+    monkeypatch.setattr(ranking, "read_columns", note_read)
+    values, ids = np.random.default_rng(1).normal(size=ROWS), ids_of(ROWS)
+    values[np.arange(ROWS) % 5 > 0] = np.nan
+    run = make_scores(values, example_id=ids, status=["ok"] * ROWS)
+    manifest = rank(run, RankConfig(most=50))
+    assert set(reads_of(run).values()) == {"keys all all"}
+    assert table_of(run)["example_id"].tolist() == expected_ids(values, ids)[:50]
+    assert (manifest.counts["rankable"], manifest.counts["ranked"]) == (ROWS // 5, 50)
+
+
+def test_random_bins_are_about_equal(make_scores: MakeScores) -> None:
+    run = make_scores(np.zeros(ROWS), example_id=range(ROWS))
+    rows_by_bin = rank(run, RankConfig(order="random")).details["rows_by_bin"]
+    assert len(rows_by_bin) == -(-ROWS // BIN_ROWS)
+    assert max(rows_by_bin) <= 1.5 * BIN_ROWS
 
 
 def test_many_rows_fall_into_many_bins(make_scores: MakeScores) -> None:
@@ -216,20 +291,20 @@ def test_a_bin_that_is_not_as_counted_is_found(make_scores: MakeScores, wrong: i
     with pytest.raises(IntegrityError, match="bin 1 was counted"):
         exchange(
             Shards(shards, partial(read_scores, run)),
-            partial(bins.assign, last_bin=len(bins) - 1),
+            bins.assign,
             len(bins),
             partial(write_bin, rows_by_bin=rows_by_bin, **options),
         )
 
 
 def write_once_killed(
-    number: int, rows: pa.Table, write: Callable[[int, pa.Table], FileEntry], mark: Path
-) -> FileEntry:
+    number: int, rows: pa.Table, *, write: Callable[..., FileEntry | None], mark: Path, **options: Any
+) -> FileEntry | None:
     """The first process that gets here says who it is and waits to be killed."""
     if not mark.exists():
         mark.write_text(str(os.getpid()))
         time.sleep(60)
-    return write(number, rows)
+    return write(number, rows, **options)
 
 
 def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores, tmp_path: Path) -> None:
@@ -243,17 +318,10 @@ def test_a_worker_killed_while_it_writes_changes_nothing(make_scores: MakeScores
         killed.append(int(mark.read_text()))
         os.kill(killed[0], signal.SIGKILL)
 
-    exchange_as_it_is = ranking.exchange
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ranking,
-            "exchange",
-            lambda shards, assign, num_bins, write, **more: exchange_as_it_is(
-                shards, assign, num_bins, partial(write_once_killed, write=write, mark=mark), **more
-            ),
-        )
+        patch.setattr(ranking, "write_bin", partial(write_once_killed, write=write_bin, mark=mark))
         manifest = rank(run, RankConfig())
     killer.join()
     assert len(killed) == 1
@@ -266,6 +334,7 @@ import sys
 import ray
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.stages import rank
 from davir_ray.stages.select import plan, rule
 ray.init(logging_level="ERROR", **json.loads(sys.argv[2]))

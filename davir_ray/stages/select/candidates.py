@@ -21,6 +21,7 @@ from davir_ray.stages.select.duplicates import read_duplicates
 from davir_ray.stages.select.limits import GroupCount, Limits
 
 _ELIGIBLE = "eligible"
+_SKIPPED = "skipped"
 _COUNTED = pa.schema({
     "file": pa.string(), "outcome": pa.string(), "group": pa.string(), "rows": pa.int64(), "tokens": pa.int64()
 })  # fmt: skip
@@ -68,7 +69,7 @@ class Candidates:
             beyond = replace(self.rank_config, lowest=not lowest)
             filters["beyond_max_score"] = lambda table: ~reaches(table, beyond, max_score)
         if num_skipped:
-            filters["skipped"] = lambda table: np.asarray(table["rank"]) <= num_skipped
+            filters[_SKIPPED] = lambda table: np.asarray(table["rank"]) <= num_skipped
         return filters
 
     def outcomes(self, table: pa.Table) -> npt.NDArray[np.object_]:
@@ -89,8 +90,13 @@ class Candidates:
             return np.full(table.num_rows, "", dtype=np.str_)
         return parts[0] if len(parts) == 1 else np.char.add(np.char.add(parts[0], "/"), parts[1])
 
-    def count(self, files: list[FileEntry]) -> tuple[list[GroupCount], dict[str, int]]:
-        """The rows that may be selected, in rank order, and how many rows each filter leaves out."""
+    def count(self, files: list[FileEntry], *, tokens: bool = True) -> tuple[list[GroupCount], dict[str, int]]:
+        """The rows that may be selected, in rank order, and how many rows each filter leaves out.
+
+        Without the scored tokens, which are then 0, no file is read where ranks alone decide.
+        """
+        if not (tokens or self.config.balance or self.config.mixture or set(self.filters) - {_SKIPPED}):
+            return self._count_ranks(files)
         counted = collect(Shards(files, self.read), partial(_count_file, candidates=self), _COUNTED)
         counts, left_out = [], dict.fromkeys(self.filters, 0)
         for row in counted.sort_by("file").to_pylist():
@@ -100,6 +106,15 @@ class Candidates:
             else:
                 left_out[outcome] += row["rows"]
         return counts, left_out
+
+    def _count_ranks(self, files: list[FileEntry]) -> tuple[list[GroupCount], dict[str, int]]:
+        counts, skipped = [], self.num_skipped
+        for entry in files:
+            rows = max(0, entry.rows - skipped)
+            skipped -= entry.rows - rows
+            if rows:
+                counts.append(GroupCount(file=entry.name, group="", rows=rows, tokens=0))
+        return counts, dict.fromkeys(self.filters, self.num_skipped)
 
     def _is_duplicate(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         file = table["file"][0].as_py()

@@ -23,7 +23,7 @@ class GroupCount(NamedTuple):
 
 
 def limits_by_file(counts: Iterable[GroupCount], config: SelectConfig) -> dict[str, Limits]:
-    """The limit of each group in each file, from the counts in rank order.
+    """The limit of each group in each file that it is taken from, from the counts in rank order.
 
     Raises ConfigError if the rule asks for more rows than there are, or leaves none.
     """
@@ -37,7 +37,8 @@ def limits_by_file(counts: Iterable[GroupCount], config: SelectConfig) -> dict[s
         found = by_group[group]
         parts = by_file(limit, [count.rows for count in found], [count.tokens for count in found])
         for count, part in zip(found, parts, strict=True):
-            limits[count.file][group] = part
+            if 0 not in (part.rows, part.tokens):  # else nothing is taken: every row has a token
+                limits[count.file][group] = part
     return dict(limits)
 
 

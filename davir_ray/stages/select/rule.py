@@ -1,8 +1,9 @@
 """select: ranked/ + text → selected/, by filters and then one rule, applied to each group if there are groups.
 
 The files of ranked/ are in rank order, so the selected rows of a group are a prefix of it. One scan counts the rows of
-each group in each file, from which the driver computes a limit for each file; a second scan finds the selected rows,
-and only those are exchanged with their text. The result is exact for any number of files and workers.
+each group in each file, from which the driver computes a limit for each file; where ranks alone decide, the ranking's
+manifest has the counts. A second scan, of the files up to the limit, finds the selected rows, and only those are
+exchanged with their text. The result is exact for any number of files and workers.
 """
 
 import logging
@@ -56,7 +57,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
         duplicates=frozenset(entry.name for entry in duplicates),
         num_skipped=num_skipped(config, ranked),
     )
-    eligible, left_out = candidates.count(files)
+    eligible, left_out = candidates.count(files, tokens=config.top_tokens is not None)
     choice = Choice(candidates, limits_by_file(eligible, config))
     plan = Plan.of(choice, files)
 
@@ -64,7 +65,7 @@ def select(run: Run, rank_config: RankConfig, config: SelectConfig) -> Manifest:
     with_text = [replace(entry, bytes=entry.bytes + text_bytes[entry.name]) for entry in scored.files_in("scores")]
     selected = exchange(
         Shards(with_text, partial(_read_with_text, candidates, plan)),
-        partial(plan.bins(rank_config).assign, last_bin=len(plan.ranges) - 1),
+        plan.bins(rank_config).assign,
         len(plan.ranges),
         partial(_write_range, choice=choice, plan=plan, metadata=file_metadata(run, rank_config, fingerprint)),
         kept=plan.num_rows / scored.counts["examples"],

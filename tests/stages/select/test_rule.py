@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 
 from davir_ray.config.selection import RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.formulas.shares import Limit
 from davir_ray.run.files import read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
@@ -17,6 +19,7 @@ from davir_ray.schema import SELECTED
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import rank
 from davir_ray.stages.select import plan
+from davir_ray.stages.select.limits import GroupCount, limits_by_file
 from davir_ray.stages.select.plan import rows_with_text
 from davir_ray.stages.select.rule import select
 
@@ -164,6 +167,55 @@ def test_a_random_order_has_no_cut_value(make_scores: MakeScores) -> None:
     manifest = select(run, config, SelectConfig(top_k=20))
     check_prefix(run, manifest, 20)
     assert manifest.details["cut"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "last"),
+    [
+        ({"top_k": 12}, 1, 12),
+        ({"top_fraction": 0.12}, 1, 12),
+        ({"top_k": 12, "skip_top": 0.5}, 51, 62),
+        ({"top_fraction": 0.5, "skip_top": 0.5}, 51, 75),
+        ({"top_k": 50, "skip_top": 0.5}, 51, 100),
+    ],
+)
+def test_where_ranks_alone_decide_only_the_files_of_the_selected_ones_are_read(
+    make_scores: MakeScores, settings: dict[str, Any], first: int, last: int
+) -> None:
+    run = ranked_run(make_scores)
+    ranked = table_of(run, "ranked")
+    files = run.require("rank").files_in("ranked")
+    ends = np.cumsum([entry.rows for entry in files])
+    useless = [entry.name for entry, end in zip(files, ends, strict=True) if end < first or end - entry.rows >= last]
+    assert useless
+    for name in useless:
+        (run / "ranked" / name).remove()
+    manifest = select(run, BY_DAVIR, SelectConfig(**settings))
+    selected = table_of(run, "selected")
+    pd.testing.assert_frame_equal(selected[ranked.columns], ranked[first - 1 : last].reset_index(drop=True))
+    assert manifest.counts["eligible"] == 101 - first
+    assert manifest.counts.get("skipped", 0) == first - 1
+    tokens = int(selected["num_response_tokens"].sum())
+    assert manifest.details["groups"] == [
+        {"group": "", "eligible": 101 - first, "selected": len(selected), "tokens": tokens}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": 5}, {"a": Limit(rows=5), "b": Limit(rows=1)}),
+        ({"top_k": 4}, {"a": Limit(rows=4)}),
+        ({"top_tokens": 90}, {"a": Limit(tokens=90), "b": Limit(tokens=50), "c": Limit(tokens=10)}),
+        ({"top_tokens": 80}, {"a": Limit(tokens=80), "b": Limit(tokens=40)}),
+        ({"min_score": 0.5}, {"a": Limit(), "b": Limit(), "c": Limit()}),
+    ],
+)
+def test_only_files_that_something_is_taken_from_have_a_limit(
+    settings: dict[str, Any], expected: dict[str, Limit]
+) -> None:
+    counts = [GroupCount(file=file, group="", rows=4, tokens=40) for file in "abc"]
+    assert limits_by_file(counts, SelectConfig(**settings)) == {file: {"": limit} for file, limit in expected.items()}
 
 
 def test_more_than_all_is_refused_with_the_count(make_scores: MakeScores) -> None:
