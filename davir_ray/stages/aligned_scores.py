@@ -6,7 +6,6 @@ scored rows that it is better than.
 """
 
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,7 +14,7 @@ import pyarrow as pa
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import Round, collect, regroup
+from davir_ray.engine.shuffle import Round, collect, deal
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas import order as ranking
 from davir_ray.run.files import FileEntry, in_folder, total_rows, write_parquet
@@ -24,7 +23,7 @@ from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import ALIGNED
 from davir_ray.stages.folds import Folds
-from davir_ray.stages.rank import BIN_ROWS, Bins, count_bins, find_bins, key_columns, order_keys
+from davir_ray.stages.rank import BIN_ROWS, Bins, find_bins, key_columns, order_keys
 
 STAGE = "davir_aligned"
 FOLDER = f"extra/{STAGE}"
@@ -51,9 +50,9 @@ def align_scores(run: Run, folds: Folds) -> Manifest:
         by_fold.setdefault(folds.of_file[entry.name], []).append(entry)
     num_aligned, files = 0, list[FileEntry]()
     for _, shards in sorted(by_fold.items()):
-        aligned = _Alignment.of(run, shards)
-        num_aligned += aligned.num_rows
-        files += aligned.write()
+        num_rows, written = _align_fold(run, shards)
+        num_aligned += num_rows
+        files += written
     if total_rows(files) != scored.counts["examples"]:
         raise IntegrityError(f"{scored.counts['examples']} rows were scored but {total_rows(files)} aligned")
     manifest = Manifest(
@@ -66,72 +65,44 @@ def align_scores(run: Run, folds: Folds) -> Manifest:
     return run.commit(manifest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Alignment:
-    """The places of one fold's rows: they are sorted in bins, as for a ranking, and go back to their shards."""
+def _align_fold(run: Run, shards: list[FileEntry]) -> tuple[int, list[FileEntry]]:
+    """Write the files of one fold's shards; returns the number of rows that have a score, and the entries.
 
-    scores: Location
-    target: Location
-    shards: list[FileEntry]
-    bins: Bins
-    rows_by_bin: npt.NDArray[np.int64]
+    The rows are sorted in bins, as for a ranking, and go back to their shards.
+    """
+    keys = Shards(shards, partial(read_columns, run / "scores", key_columns(_DAVIR)))
+    bins = find_bins(partial(collect, keys), total_rows(shards), _DAVIR, BIN_ROWS)
+    numbers = {shard.name: number for number, shard in enumerate(shards)}
+    placed = Shards(shards, lambda name: _with_bins(keys.read(name), bins, numbers[name]))
+    kept = min(1.0, _ROW_BYTES * total_rows(shards) / max(1, keys.num_bytes))
+    dealt = deal(placed, lambda table: table, "bin", len(bins) + 1, kept=kept)
+    rows_by_bin = dealt.rows_by_group()[:-1]  # without those that have no score
+    names = [shard.name for shard in shards]
+    back = Round("shard", len(shards), partial(_write_shard, run / FOLDER, names))
+    return int(rows_by_bin.sum()), dealt.make(partial(_placed, rows_by_bin), back)
 
-    @classmethod
-    def of(cls, run: Run, shards: list[FileEntry]) -> "_Alignment":
-        keys = Shards(shards, partial(read_columns, run / "scores", key_columns(_DAVIR)))
-        bins = find_bins(partial(collect, keys), total_rows(shards), _DAVIR, BIN_ROWS)
-        rows_by_bin = count_bins(partial(collect, keys), bins)
-        return cls(scores=run / "scores", target=run / FOLDER, shards=shards, bins=bins, rows_by_bin=rows_by_bin)
 
-    @property
-    def num_rows(self) -> int:
-        """The rows of the fold that have a score."""
-        return int(self.rows_by_bin.sum())
+def _with_bins(table: pa.Table, bins: Bins, number: int) -> pa.Table:
+    """The rows of a shard with their keys, bins and places; those without a score are in a bin after the last."""
+    rankable, keys, ids = order_keys(table, _DAVIR)
+    key, bin_ = np.zeros(table.num_rows, np.uint64), np.full(table.num_rows, len(bins))
+    key[rankable], bin_[rankable] = keys, bins.numbers(keys, ids)
+    places = {"shard": np.full(table.num_rows, number), "row": np.arange(table.num_rows)}
+    return pa.table({"bin": bin_, "key": key, "example_id": table["example_id"], **places})
 
-    def write(self) -> list[FileEntry]:
-        """Write a file for each shard; returns their entries."""
-        numbers = {shard.name: number for number, shard in enumerate(self.shards)}
-        keys = Shards(self.shards, lambda name: self._keys(name, numbers[name]))
-        kept = min(1.0, _ROW_BYTES * total_rows(self.shards) / max(1, keys.num_bytes))
-        return regroup(
-            keys,
-            lambda table: table,
-            Round("bin", len(self.bins) + 1, self._place),  # rows without a score are in a bin after the last
-            Round("shard", len(self.shards), self._write_shard),
-            kept=kept,
-        )
 
-    def _keys(self, name: str, number: int) -> pa.Table:
-        """A shard's rows with their keys and bins."""
-        table = read_columns(self.scores, key_columns(_DAVIR), name)
-        rankable, keys, ids = order_keys(table, _DAVIR)
-        key, bin_ = np.zeros(table.num_rows, np.uint64), np.full(table.num_rows, len(self.bins))
-        key[rankable], bin_[rankable] = keys, self.bins.numbers(keys, ids)
-        return pa.table(
-            {
-                "bin": bin_,
-                "key": key,
-                "example_id": table["example_id"],
-                "shard": np.full(table.num_rows, number),
-                "row": np.arange(table.num_rows),
-            }
-        )
+def _placed(rows_by_bin: npt.NDArray[np.int64], rows: pa.Table) -> pa.Table:
+    """The rows of one bin with their scores on the common scale."""
+    number = int(rows["bin"][0].as_py())
+    aligned = pa.nulls(rows.num_rows, pa.float64())
+    if number < len(rows_by_bin):
+        places = np.empty(rows.num_rows)
+        places[ranking.order(np.asarray(rows["key"]), np.asarray(rows["example_id"]))] = np.arange(rows.num_rows)
+        aligned = pa.array(1 - (rows_by_bin[:number].sum() + places + 0.5) / rows_by_bin.sum())
+    return rows.select(["shard", "row", "example_id"]).append_column(STAGE, aligned)
 
-    def _place(self, rows: pa.Table) -> pa.Table:
-        """The rows of one bin with their scores on the common scale."""
-        number = int(rows["bin"][0].as_py())
-        aligned = pa.nulls(rows.num_rows, pa.float64())
-        if number < len(self.bins):
-            if rows.num_rows != self.rows_by_bin[number]:
-                raise IntegrityError(f"a bin was counted at {self.rows_by_bin[number]} rows but has {rows.num_rows}")
-            before = int(self.rows_by_bin[:number].sum())
-            places = np.empty(rows.num_rows)
-            places[ranking.order(np.asarray(rows["key"]), np.asarray(rows["example_id"]))] = np.arange(rows.num_rows)
-            aligned = pa.array(1 - (before + places + 0.5) / self.num_rows)
-        return rows.select(["shard", "row", "example_id"]).append_column(STAGE, aligned)
 
-    def _write_shard(self, rows: pa.Table) -> FileEntry:
-        """Write the file of one shard, its rows in the order of scores/."""
-        name = self.shards[int(rows["shard"][0].as_py())].name
-        table = rows.sort_by("row")
-        return write_parquet(self.target / name, table.select(ALIGNED.names).cast(ALIGNED))
+def _write_shard(folder: Location, names: list[str], rows: pa.Table) -> FileEntry:
+    """Write the file of one shard, its rows in the order of scores/."""
+    name = names[int(rows["shard"][0].as_py())]
+    return write_parquet(folder / name, rows.sort_by("row").select(ALIGNED.names).cast(ALIGNED))
