@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from davir_ray.complete import found_inputs, record_complete
 from davir_ray.config.rank import RankOptions
 from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import ALIGNED
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.tracking import Tracking, counts_of
@@ -21,8 +23,7 @@ from davir_ray.inputs import (
     scored_with,
     with_formats,
 )
-from davir_ray.models.checkpoint import Checkpoint
-from davir_ray.models.reference import Reference
+from davir_ray.models.reference import Reference, by_fold
 from davir_ray.places import written_by
 from davir_ray.references import check_same_folds, given_reference, trained_reference
 from davir_ray.run.access import check_readable, probe_output
@@ -103,7 +104,8 @@ def rank_only(options: RankOptions) -> Run:
     config = options.applied_to(last_config(run))
     config.select.require_rule()
     check_count(config.select, scored, "scored")
-    require_extra(run, config.rank)
+    if config.rank.by != ALIGNED:  # which is computed here, if it is not there yet
+        require_extra(run, config.rank)
     with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
         _rank_and_report(run, config, options.trust_remote_code)
     return run
@@ -136,7 +138,8 @@ def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: boo
     config = last_config(run)
     base = scored_with(run, "base", config.base or "", trust_remote_code)
     if Folds.of(run.require("prepare")):
-        reference = trained_reference(Run.at(config.reference or output), trust_remote_code)
+        given = given_reference(replace(config, trust_remote_code=trust_remote_code))
+        reference = given or trained_reference(run, trust_remote_code)
     else:
         reference = scored_with(run, "reference", config.reference or str(run / "reference"), trust_remote_code)
     with connected_to(run, is_shared=config.output_is_shared):
@@ -180,7 +183,7 @@ def _tokenizer(run: Run, config: RunConfig, trust_remote_code: bool) -> Any:
 def _given_reference(config: RunConfig, preparation: Preparation) -> Reference | None:
     """The user's reference, after checking that it belongs to the base; None if the run fine-tunes one."""
     reference = given_reference(config)
-    given = {} if reference is None else {0: reference} if isinstance(reference, Checkpoint) else reference
-    for checkpoint in given.values():
-        check_reference(checkpoint, preparation, config.all_sources())
+    if reference is not None:
+        for checkpoint in by_fold(reference).values():
+            check_reference(checkpoint, preparation, config.all_sources())
     return reference

@@ -1,11 +1,15 @@
 """Where a run finds its reference, or its references of folds: in the run itself, or in what the user gave."""
 
+from pathlib import Path
+
 from davir_ray.config.run import RunConfig
-from davir_ray.errors import ConfigError, OutputError
+from davir_ray.errors import ConfigError, ModelError, OutputError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.reference import Reference
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
+from davir_ray.run.storage_errors import user_errors
 from davir_ray.stages.folds import REFERENCES, Folds
 
 
@@ -28,7 +32,7 @@ def given_reference(config: RunConfig) -> Reference | None:
         return None
     if config.prepare.folds == 1:
         return Checkpoint.find(config.reference, config.trust_remote_code)
-    run = Run.at(config.reference)
+    run = Run(_place(config.reference))
     trained = run.manifest("finetune")
     num_folds = None if trained is None else trained.fingerprint.get("folds")
     if num_folds != config.prepare.folds:
@@ -47,9 +51,14 @@ def check_same_folds(config: RunConfig, examples: Manifest) -> None:
     """
     if config.reference is None or Folds.of(examples) is None:
         return
-    trained = Run.at(config.reference).require("finetune")
+    trained = Run(_place(config.reference)).require("finetune")
     if changed := differences({"examples": trained.fingerprint["examples"]}, {"examples": examples.content}):
         raise OutputError(
             f"the references in {config.reference} were trained on other folds ({changed[0]}), so they may have seen "
             "what they would score; give the same data and settings of prepare, or leave --reference out"
         )
+
+
+def _place(reference: str) -> Location:
+    with user_errors(reference, ModelError):
+        return Location.of(reference if "://" in reference else Path(reference).expanduser().resolve())

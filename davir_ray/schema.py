@@ -169,7 +169,11 @@ COLUMNS = {
     "extra/ifd": [_ID[0], _COUNTS[1], *_IFD, _STATUS],
     "extra/davir_aligned": [
         _ID[0],
-        Column("davir_aligned", pa.float64(), "share of the fold's scored rows that davir is above, from 0 to 1"),
+        Column(
+            "davir_aligned",
+            pa.float64(),
+            "place of davir in the fold: the share of its scored rows below, and half the row",
+        ),
     ],
     "ranked": [*_RANK, *_SCORES],
     "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],

@@ -81,4 +81,5 @@ class AlignRunConfig(InputConfig):
 
     def reasons_without_effect(self) -> dict[str, str | None]:
         """See OutputConfig."""
-        return {**super().reasons_without_effect(), "score.also": "preference training ranks nothing"}
+        why = "preference training ranks nothing"
+        return {**super().reasons_without_effect(), "score.also": why, "score.both": why}

@@ -195,8 +195,8 @@ class RunConfig(InputConfig):
     """Score instruction data by DavIR and select the best part of it."""
 
     reference: str | None = None
-    """A fine-tune of the base to score with: a checkpoint, or a folder with a peft adapter. None: fine-tune one on the
-    whole set."""
+    """A fine-tune of the base to score with: a checkpoint, or a folder with a peft adapter; with folds, the output of a
+    run that has trained theirs. None: fine-tune one on the whole set, or one for each fold."""
     keep_token_nll: Literal["sample", "all", "none"] = "sample"
     """Rows whose token losses are kept in scores: sample (about 200 rows or more, chosen by hash), all or none."""
     rank: RankConfig = RankConfig()
@@ -222,6 +222,7 @@ class RunConfig(InputConfig):
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 
     def _check_order(self) -> None:
+        """Raise ConfigError if the order, or what bounds its values, does not suit the number of folds."""
         has_folds = self.prepare.folds > 1
         if self.rank.order == ALIGNED and not has_folds:
             raise ConfigError(f"rank.order is {ALIGNED}, but prepare.folds is 1: there is nothing to align; give davir")

@@ -42,7 +42,7 @@ class FinetuneConfig:
     """Arithmetic; auto is bfloat16 autocast over float32 weights where the device has it, else float32."""
     num_workers: int | None = None
     """Data-parallel workers (Ray Train). The steps are the same for any number. None: as many as the cluster has GPUs,
-    1 without GPUs and for each fine-tune of a comparison."""
+    with folds an equal share of them, 1 without GPUs and for each fine-tune of a comparison."""
     strategy: Literal["ddp", "fsdp"] | None = None
     """ddp: each worker holds weights, gradients and AdamW's moments, 16 bytes per parameter. fsdp: these are sharded
     over the workers (FSDP2), for models that do not fit one GPU. The steps are the same. None: ddp if it is
@@ -69,7 +69,7 @@ class FinetuneConfig:
     lora_targets: str = "all-linear"
     """Modules with an adapter: all-linear (every linear layer but the head), or a regular expression for full names."""
     export_epochs: bool = False
-    """Also write the model after each epoch, to reference_epochs/<epoch>/."""
+    """Also write the model after each epoch, to reference_epochs/<epoch>/ (reference_folds_epochs/<fold>/<epoch>/)."""
 
     def __post_init__(self) -> None:
         counts = ["epochs", "max_steps", "batch_size", "tokens_per_pack", "num_workers", "num_cpus"]

@@ -77,8 +77,8 @@ class Stream:
     """Name of the manifest's count of rows whose status is ok."""
     new_detail: str
     """Name of the manifest's detail that says how many shards this driver did."""
-    order: Mapping[str, int] = field(default_factory=dict)
-    """Where the model changes between shards: shards of a smaller number are sent first; others have 0."""
+    turn_of: Mapping[str, int] = field(default_factory=dict)
+    """Where the model changes between shards: those of a smaller number are sent first; those not named have 0."""
     score_columns: list[str] = field(default_factory=list)
     """Columns of the run's scores that are sent with them."""
     count_tokens: Callable[[pa.Table], int] = num_tokens
@@ -97,7 +97,7 @@ class Stream:
         # Longest first, so that the pool does not end on one long shard.
         pending = sorted(
             (shard for shard in self.shards if shard.name not in done),
-            key=lambda shard: (self.order.get(shard.name, 0), -shard.bytes),
+            key=lambda shard: (self.turn_of.get(shard.name, 0), -shard.bytes),
         )
         log.info("%s: %d shards to do, %d already done", self.stage, len(pending), len(committed))
         num_rows, rows_before = total_rows(self.shards), total_rows(shard.entry for shard in committed)

@@ -71,8 +71,9 @@ class Totals:
 class _StageCounter:
     """Sums the workers' reports of one stage. A shard that is reported twice counts once: it was done again."""
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None, num_parts: int) -> None:
         self._total = total
+        self._num_parts = num_parts
         self._totals: dict[str, int] = {}
         self._work: dict[str, WorkDone] = {}
         self._begun = set[str]()
@@ -109,7 +110,9 @@ class _StageCounter:
         """The sum of all reports."""
         work = WorkDone(*(sum(column) for column in zip(WorkDone(0), *self._work.values(), strict=True)))
         points = self._points if not self._points or self._points[-1] == self._last else [*self._points, self._last]
-        total = sum(self._totals.values()) or self._total
+        total = self._total
+        if self._totals:  # the parts that have not begun count as the others do
+            total = round(sum(self._totals.values()) * max(1, self._num_parts / len(self._totals)))
         throughput = {"seconds": [at for at, _ in points], "tokens": [float(tokens) for _, tokens in points]}
         return Totals(work=work, retries=self._retries, throughput=throughput, total=total)
 
@@ -128,8 +131,8 @@ class _CounterActor:
             for name in _METRICS
         }
 
-    def start(self, stage: str, total: int | None) -> None:
-        self._stages[stage] = _StageCounter(total)
+    def start(self, stage: str, total: int | None, num_parts: int) -> None:
+        self._stages[stage] = _StageCounter(total, num_parts)
 
     def begin(self, stage: str, key: str) -> None:
         self._count(stage, self._counter(stage).begin(key))
@@ -150,7 +153,7 @@ class _CounterActor:
         return self._steps.pop(training, [])
 
     def _counter(self, stage: str) -> _StageCounter:
-        return self._stages.setdefault(stage, _StageCounter(None))
+        return self._stages.setdefault(stage, _StageCounter(None, 1))
 
     def _count(self, stage: str, news: dict[str, int]) -> None:
         for name, more in news.items():
@@ -172,10 +175,10 @@ def _actor_of(job: str) -> Any:
 class ProgressCounter:
     """A handle to the counter of a stage, for workers and the driver. A lost report only makes the progress inexact."""
 
-    def __init__(self, stage: str, total: int | None) -> None:
+    def __init__(self, stage: str, total: int | None, num_parts: int = 1) -> None:
         self._actor: Any = counter_actor()
         self._stage = f"{stage} {uuid.uuid4().hex}"
-        self._actor.start.remote(self._stage, total)
+        self._actor.start.remote(self._stage, total, num_parts)
 
     def begin(self, key: str) -> None:
         """Report that a piece of work begins; if it has begun before, this is a retry."""
@@ -200,12 +203,13 @@ class ProgressCounter:
 
 
 @contextmanager
-def tracked(run: Run, start: Progress) -> Iterator[ProgressCounter]:
+def tracked(run: Run, start: Progress, *, num_parts: int = 1) -> Iterator[ProgressCounter]:
     """A counter for a stage; during the block its totals go to progress.json, and to a bar or log lines.
 
-    `start` names the stage, its unit and total, and holds what was done before.
+    `start` names the stage, its unit and total, and holds what was done before. Where the total is not known, it is
+    that of `num_parts` pieces of work, which report their own.
     """
-    counter = ProgressCounter(start.stage, start.total)
+    counter = ProgressCounter(start.stage, start.total, num_parts)
     display = _Display(run, start, counter)
     try:
         yield counter

@@ -36,14 +36,14 @@ call: Any = ray.remote(max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")(_
 """A task that calls its first argument with the others."""
 
 
-def results_of(refs: Iterable[Any], at_once: int | None = None) -> Generator[Any]:
+def results_of(refs: Iterable[Any], at_once: int | None = None, limit_s: float | None = None) -> Generator[Any]:
     """Yield what tasks return, as they end; close the iterator to cancel those that have not ended.
 
     With `at_once`, at most so many references are pending: a lazy iterator starts a task only when another has ended.
-    Raises the error of the first task that fails, and ProgressError if none ends for too long. The limit is Ray Data's
-    own.
+    Raises the error of the first task that fails, and ProgressError if none ends for `limit_s` (0: no limit; None: Ray
+    Data's own).
     """
-    limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s
+    limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s if limit_s is None else limit_s
     waiting, pending, last = iter(refs), list[Any](), time.monotonic()
     try:
         with own_errors():

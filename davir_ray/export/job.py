@@ -38,6 +38,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.storage_errors import user_errors
 from davir_ray.schema import REJECTS, SELECTED
+from davir_ray.stages.rank import with_order
 from davir_ray.stages.select.plan import rows_with_text
 
 log = logging.getLogger(__name__)
@@ -56,17 +57,19 @@ class _Writer:
 
     output: Location
     form: Form | None
+    schema: pa.Schema
+    """The columns of selected/ in this run."""
     sources: dict[str, Source]
 
     def write(self, number: int, rows: pa.Table) -> Written:
         """Write the rows in their order; those that have no place in the form go to rejects/."""
         name, rejects = f"part-{number:05d}", list[dict[str, Any]]()
         if self.form is None:
-            kept = rows.select(SELECTED.names).cast(SELECTED)
+            kept = rows.select(self.schema.names).cast(self.schema)
             entry = write_parquet(self.output / "data" / f"{name}.parquet", kept)
         else:
             lines, places = [], []
-            for place, row in enumerate(rows.select([*SCORE_COLUMNS, *_TEXT_COLUMNS]).to_pylist()):
+            for place, row in enumerate(rows.select([*self._score_columns, *_TEXT_COLUMNS]).to_pylist()):
                 try:
                     lines.append(f"{self._line(row, self.form)}\n")
                     places.append(place)
@@ -87,10 +90,15 @@ class _Writer:
         }
         return Written(entry, facts)
 
+    @property
+    def _score_columns(self) -> list[str]:
+        """The score that the rows are ranked by is one of them, or comes last, from a folder of its own."""
+        return [*SCORE_COLUMNS, *self.schema.names[len(SELECTED) :]]
+
     def _line(self, row: dict[str, Any], form: Form) -> str:
         record = {} if row["record"] is None else json.loads(row["record"])
         text = exported_text(form, row["prompt"], row["response"], record, self.sources[row["source"]])
-        return json.dumps(text | {name: row[name] for name in SCORE_COLUMNS}, ensure_ascii=False, allow_nan=False)
+        return json.dumps(text | {name: row[name] for name in self._score_columns}, ensure_ascii=False, allow_nan=False)
 
 
 def export(options: ExportOptions) -> Location:
@@ -109,7 +117,12 @@ def export(options: ExportOptions) -> Location:
         for name in (EXPORT_FILE, "data", "rejects"):
             (output / name).remove()
         (output / EXPORT_FILE).write_text(json.dumps({"unfinished": asdict(options)}))  # so that it may be repeated
-        writer = _Writer(output=output, form=form, sources={source.name: source for source in config.all_sources()})
+        writer = _Writer(
+            output=output,
+            form=form,
+            schema=with_order(SELECTED, config.rank),
+            sources={source.name: source for source in config.all_sources()},
+        )
         written = _write(run, files, options, writer)
         facts = _facts(run, config, options, form, written, licence)
         if facts.num_rows == 0:
@@ -161,21 +174,21 @@ def _write(run: Run, files: list[FileEntry], options: ExportOptions, writer: _Wr
         seed = options.seed if options.shuffle else None
         texts = run.require("prepare").files_in("examples")
         both = [*in_folder("ranked", files), *in_folder("examples", texts)]
-        shards = Shards(both, partial(_ranked_or_text, run))
+        shards = Shards(both, partial(_ranked_or_text, run, writer.schema))
         assign = partial(assign_part, column="example_id", num_parts=num_bins)
         rounds = [Round("part", num_bins, partial(_joined, num_rows=total_rows(files), num_bins=num_bins, seed=seed))]
     return regroup(shards, assign, *rounds, Round("bin", num_bins, partial(_write_bin, writer)))
 
 
-def _ranked_or_text(run: Run, name: str) -> pa.Table:
+def _ranked_or_text(run: Run, schema: pa.Schema, name: str) -> pa.Table:
     """A file of ranked/ or of examples/, with the columns of both; those that the other has are null."""
     folder = name.partition("/")[0]
-    own = [column for column in SELECTED.names if (column in _TEXT_COLUMNS) == (folder == "examples")]
+    own = [column for column in schema.names if (column in _TEXT_COLUMNS) == (folder == "examples")]
     table = read_parquet(run.folder / name, list(dict.fromkeys(["example_id", *own])))
-    absent = [field for field in SELECTED if field.name not in table.column_names]
+    absent = [field for field in schema if field.name not in table.column_names]
     for field in absent:
         table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(SELECTED.names).cast(SELECTED)
+    return table.select(schema.names).cast(schema)
 
 
 def _joined(table: pa.Table, num_rows: int, num_bins: int, seed: int | None) -> pa.Table:

@@ -9,6 +9,11 @@ Reference = Checkpoint | Mapping[int, Checkpoint]
 """One model, or the model of each fold."""
 
 
+def by_fold(reference: Reference) -> Mapping[int, Checkpoint]:
+    """The model of each fold; the only one counts as that of fold 0."""
+    return {0: reference} if isinstance(reference, Checkpoint) else reference
+
+
 def weights_of(reference: Reference) -> dict[str, Any]:
     """The digest of a reference's weights, or for each fold that of its reference; see Checkpoint.weights_digest."""
     if isinstance(reference, Checkpoint):

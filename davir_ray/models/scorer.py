@@ -102,6 +102,7 @@ class Scorer:
         if self._reference is self._base:
             detach_adapter(self._base.model)
         self._reference = None
+        gc.unfreeze()  # a model with compiled layers is a cycle, which is not seen while it is frozen
         gc.collect()
         self._load(reference)
         self._note_numerics()
@@ -263,12 +264,12 @@ class FoldScorer:
         base_cache: BaseCache | None = None,
     ) -> None:
         self._references = references
-        self._fold = 0
-        self._scorer = Scorer(base, references[0], settings, base_cache)
+        self._fold: int | None = None
+        self._scorer = Scorer(base, None, settings, base_cache)
 
     @property
     def numerics(self) -> dict[str, Any]:
-        """The arithmetic used with the reference that is loaded; see Scorer."""
+        """The arithmetic of the last call; see Scorer."""
         return self._scorer.numerics
 
     def __call__(self, examples: pa.Table) -> pa.Table:

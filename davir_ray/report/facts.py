@@ -214,8 +214,10 @@ def _statuses(inputs: ReportInputs, is_sample: bool) -> list[dict[str, Any]]:
 
 
 def _training(manifests: Manifests) -> dict[str, Any] | None:
-    """The fine-tune's loss by step, nats per token; None where none is recorded."""
-    recorded = _details(manifests, "finetune").get("loss_by_step") or []
+    """The fine-tune's loss by step, nats per token, with folds the first one's; None where none is recorded."""
+    details = _details(manifests, "finetune")
+    of_folds = details.get("by_fold") or []
+    recorded = (of_folds[0] if of_folds else details).get("loss_by_step") or []
     curve = [[step, loss] for step, loss in recorded if loss is not None and math.isfinite(loss)]
     if not curve:
         return None
@@ -223,6 +225,7 @@ def _training(manifests: Manifests) -> dict[str, Any] | None:
     tenth = max(1, len(curve) // 10)  # the loss of a single step is that of one batch: too noisy to quote
     return {
         "steps": curve[-1][0],
+        "num_folds": len(of_folds),
         "first": float(np.mean([loss for _, loss in curve[:tenth]])),
         "last": float(np.mean([loss for _, loss in curve[-tenth:]])),
         "loss_by_step": [*curve[:-1:stride], curve[-1]],

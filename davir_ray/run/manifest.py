@@ -65,15 +65,19 @@ class Manifest:
 
         Raises IntegrityError if a file is missing or its size is not the one that was written.
         """
+        marked = self.marked(run)
+        marked.write(run)
+        return marked
+
+    def marked(self, run: Location) -> Self:
+        """The manifest with the marks of the files, by which they are known to be unchanged; raises as `commit`."""
         there = _listed(run, self.files)
         for entry, found in _other_sizes(self.files, there):
             raise IntegrityError(
                 f"{run / entry.name} was written with {entry.bytes} bytes and is now {found}; "
                 "does something else write there?"
             )
-        marked = replace(self, files=[replace(entry, mark=there[entry.name].mark) for entry in self.files])
-        marked.write(run)
-        return marked
+        return replace(self, files=[replace(entry, mark=there[entry.name].mark) for entry in self.files])
 
     def write(self, run: Location) -> None:
         """Write manifests/<stage>.json, with a checksum of itself."""

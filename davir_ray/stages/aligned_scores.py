@@ -2,7 +2,7 @@
 
 The scores of two folds are of two references, one of which may have learnt more. Where rows were dealt at random, the
 folds are alike, so a row's place within its fold says how learnable it is: `davir_aligned` is the share of the fold's
-scored rows that it is better than.
+scored rows below it, and half of the row itself. Of equal scores that of the smaller example_id is above.
 """
 
 import time

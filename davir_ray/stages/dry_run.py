@@ -28,7 +28,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.stages.prepare import UNLIMITED, Preparation
 from davir_ray.stages.sources import evaluation_line
-from davir_ray.stages.training_plan import plan_training
+from davir_ray.stages.training_plan import plan_training, share_plan
 from davir_ray.text import format_bytes
 
 PEAK_TFLOPS = {
@@ -60,10 +60,13 @@ def describe_run(
     """
     lines, data = preview(config.all_sources(), preparation, written=written)
     with connected_to(run, is_shared=config.output_is_shared):
-        plan, num_folds = None, config.prepare.folds
+        plan, num_folds, at_once = None, config.prepare.folds, 1
         if training is not None:
+            if num_folds > 1:
+                training, at_once = share_plan(preparation.base, training, num_folds)
             check_workers(training)
             plan = plan_training(preparation.base, training, with_memory=True)
+            plan.warn_if_too_large()
             training = plan.config
         pool = plan_pool(config.score)
         rate = device_rate(config.estimate)
@@ -75,11 +78,13 @@ def describe_run(
         training,
         examples_per_unit,
         num_folds=num_folds,
+        at_once=at_once,
+        score_passes=4 if config.score.both else 2,
         num_extra_passes=len(config.score.also),
     )
     lines += estimate_lines(found, *rate, pool.initial_size, config.estimate.price_per_device_hour)
     if plan is not None:
-        of_folds = f" (one of {num_folds} references, each on the rows outside one fold)" if num_folds > 1 else ""
+        of_folds = f" (each of {num_folds} references, {at_once} at a time)" if num_folds > 1 else ""
         lines.append(f"fine-tune: {plan}{of_folds}")
     return [*lines, f"cluster: {pool} to score", f"output: {run}"]
 
@@ -187,12 +192,14 @@ def estimate(
     examples_per_unit: int = 1,
     *,
     num_folds: int = 1,
+    at_once: int = 1,
+    score_passes: int = 2,
     num_extra_passes: int = 0,
 ) -> Estimate:
     """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair.
 
-    With folds there is a reference for each, trained on the rows of the others. An extra pass (score.also) is one over
-    the responses alone, each after a start token.
+    With folds there is a reference for each, trained on the rows of the others, `at_once` at a time. An extra pass
+    (score.also) is one over the responses alone, each after a start token.
     """
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
@@ -213,8 +220,8 @@ def estimate(
         data=data,
         num_shards=_num_shards(data, shard_rows),
         finetune_flops=epochs * passes * forward,
-        score_flops=2 * forward + num_extra_passes * alone,
-        checkpoint_bytes=2.0 * _ADAM_BYTES * trained * num_folds,
+        score_flops=score_passes * forward + num_extra_passes * alone,
+        checkpoint_bytes=2.0 * _ADAM_BYTES * trained * at_once,
         reference_bytes=4.0 * trained * num_folds,
     )
 

@@ -29,6 +29,9 @@ from davir_ray.versions import NUMERICS_VERSION
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run for what unfinished trainings need."""
+
 _NOT_CONTENT = (
     "tokens_per_pack",
     "gradient_checkpointing",
@@ -63,8 +66,10 @@ class Training:
     """Whether the base keeps its dropout, if it has any."""
     steps: StepLog | None = None
     """Where rank 0 reports its steps for tracking."""
-    checkpoints: str = "checkpoints"
+    checkpoints: str = CHECKPOINTS
     """Folder of the run for what an unfinished training needs."""
+    epochs_folder: str | None = None
+    """Folder of the run with the models after each epoch. None: that of the model, with `_epochs`."""
     part: str = ""
     """Tells the trainings of one stage apart in logs and progress, such as `fold 1`."""
     name: str = ""
@@ -122,18 +127,27 @@ def train(training: Training, fingerprint: dict[str, Any], unit: str, *, rejects
 
     A training that an earlier attempt began is continued.
     """
-    run, stage, checkpoints = training.run, training.stage, training.run / training.checkpoints
+
+    def work() -> Manifest:
+        with tracked(training.run, Progress(stage=training.stage, unit="steps", rejects=rejects)) as counter:
+            return run_training(training, fingerprint, unit, counter)
+
+    return train_once(training.run, training.stage, fingerprint, work)
+
+
+def train_once(run: Run, stage: str, fingerprint: dict[str, Any], work: Callable[[], Manifest]) -> Manifest:
+    """Commit the manifest that `work` returns, unless the stage is complete; checkpoints are kept until then."""
+    checkpoints = run / CHECKPOINTS
     if done := run.completed(stage, fingerprint):
         checkpoints.remove()  # left behind if the driver died just after writing the manifest
         return done
-    if not run.continues_attempt(stage, training.checkpoints, fingerprint):
+    if not run.continues_attempt(stage, CHECKPOINTS, fingerprint):
         checkpoints.remove()
-    run.note_attempt(training.checkpoints, fingerprint)
+    run.note_attempt(CHECKPOINTS, fingerprint)
     try:
-        with tracked(run, Progress(stage=stage, unit="steps", rejects=rejects)) as counter:
-            manifest = run_training(training, fingerprint, unit, counter)
+        manifest = work()
     except UserError:
-        run.note_attempt(training.checkpoints, fingerprint, binding=False)  # the error asks for other settings
+        run.note_attempt(CHECKPOINTS, fingerprint, binding=False)  # the error asks for other settings
         raise
     manifest = run.commit(manifest)
     # Checkpoints have three times the model's size, and only an unfinished training needs them.

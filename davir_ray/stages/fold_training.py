@@ -13,24 +13,23 @@ from functools import partial
 from typing import Any
 
 import ray
-import ray.data
 
 from davir_ray.config.run import Tracker
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine.connect import whole_block_context
 from davir_ray.engine.console import configure_worker_logging
-from davir_ray.engine.progress import ProgressCounter, tracked
-from davir_ray.engine.ray_train import room_for_workers, trains_on_gpus
+from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
 from davir_ray.engine.tasks import call, results_of
 from davir_ray.engine.tracking import Tracking
-from davir_ray.errors import DavirError, UserError
+from davir_ray.errors import DavirError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.examples import TrainingSet
 from davir_ray.run.folder import Run
+from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.progress import Progress
-from davir_ray.stages.finetune import Training, recipe_of, run_training, write_shards_of
+from davir_ray.stages.finetune import CHECKPOINTS, Training, recipe_of, run_training, train_once, write_shards_of
 from davir_ray.stages.folds import REFERENCES, Folds
+from davir_ray.stages.training_plan import share_plan
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +50,11 @@ def finetune_folds(
 
     With a tracker, each training has a tracking run of its own.
     """
-    started, prepared, checkpoints = time.monotonic(), run.require("prepare"), run / "checkpoints"
+    prepared = run.require("prepare")
     fingerprint = {
         "base": base.weights_digest(), "examples": prepared.content, "folds": folds.num_folds, **recipe_of(config)
     }  # fmt: skip
-    if done := run.completed("finetune", fingerprint):
-        checkpoints.remove()  # left behind if the driver died just after writing the manifest
-        return done
-    if not run.continues_attempt("finetune", "checkpoints", fingerprint):
-        checkpoints.remove()
-    run.note_attempt("checkpoints", fingerprint)
-    config, at_once = _share(config, folds.num_folds)
-    log.info("finetune: %d references, each of the rows outside one fold, %d at a time", folds.num_folds, at_once)
-    pending = [
+    trainings = [
         FoldTraining(
             fold=fold,
             training=Training(
@@ -77,42 +68,32 @@ def finetune_folds(
                 objective=TrainingSet.mapped,
                 spec=spec,
                 folder=f"{REFERENCES}/{fold}",
-                checkpoints=f"checkpoints/{fold}",
+                checkpoints=f"{CHECKPOINTS}/{fold}",
+                epochs_folder=f"{REFERENCES}_epochs/{fold}",
                 part=f"fold {fold}",
             ),
             fingerprint={**fingerprint, "fold": fold},
         )
         for fold in range(folds.num_folds)
     ]
-    try:
-        with tracked(run, Progress(stage="finetune", unit="steps", rejects=prepared.counts["rejected"])) as counter:
-            trained = _side_by_side(pending, counter, at_once, track)
-    except UserError:
-        run.note_attempt("checkpoints", fingerprint, binding=False)  # the error asks for other settings
-        raise
-    counts = Counter[str]({"references": len(trained)})
-    for manifest in trained:
-        counts.update(manifest.counts)
-    manifest = run.commit(
-        Manifest(
+
+    def work() -> Manifest:
+        started, start = time.monotonic(), Progress(stage="finetune", unit="steps", rejects=prepared.counts["rejected"])
+        with tracked(run, start, num_parts=folds.num_folds) as counter:
+            trained = _side_by_side(trainings, counter, track)
+        counts = Counter[str]({"references": len(trained)})
+        for manifest in trained:
+            counts.update(manifest.counts)
+        return Manifest(
             stage="finetune",
             fingerprint=fingerprint,
             counts=dict(counts),
             files=[entry for manifest in trained for entry in manifest.files],
-            details={**trained[0].details, "by_fold": [manifest.details for manifest in trained]},
+            details={"by_fold": [manifest.details for manifest in trained]},
             seconds=time.monotonic() - started,
         )
-    )
-    checkpoints.remove()
-    return manifest
 
-
-def _share(config: FinetuneConfig, num_folds: int) -> tuple[FinetuneConfig, int]:
-    """The settings of each training, and how many run at a time: on GPUs each gets an equal share, at least one."""
-    use_gpu = trains_on_gpus(config)
-    room = room_for_workers(config.num_cpus, use_gpu=use_gpu)
-    num_workers = config.num_workers or (max(1, room // num_folds) if use_gpu else 1)
-    return replace(config, use_gpu=use_gpu, num_workers=num_workers), max(1, min(num_folds, room // num_workers))
+    return train_once(run, "finetune", fingerprint, work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +105,24 @@ class FoldTraining:
     fingerprint: dict[str, Any]
 
     def __call__(self, counter: ProgressCounter) -> Manifest:
-        """Train, in a task that waits for Ray Train's workers; notes the manifest where a later driver finds it."""
+        """Train, in a task that waits for Ray Train's workers, unless that is done; returns the manifest."""
         configure_worker_logging()
-        training, folder = self.training, self.training.run / self.training.checkpoints
+        if done := self.finished():  # before this task's worker was lost
+            return done
+        training = self.training
         try:
             manifest = run_training(training, self.fingerprint, "examples", counter)
         except DavirError as error:
             raise type(error)(f"the reference of {training.part}: {error}") from error
-        folder.remove()  # the checkpoints, which have three times the model's size
-        manifest.write(folder)
+        manifest = manifest.marked(training.run.folder)
+        manifest.write(self._noted)
+        (training.run / training.checkpoints).remove()
         return manifest
 
     def finished(self) -> Manifest | None:
         """The manifest of an earlier attempt that finished, if its model is unchanged."""
         training = self.training
-        manifest = Manifest.read(training.run / training.checkpoints, training.stage)
+        manifest = Manifest.read(self._noted, training.stage)
         if manifest is None or differences(manifest.fingerprint, self.fingerprint):
             return None
         if damage := manifest.damage(training.run.folder):
@@ -146,39 +130,46 @@ class FoldTraining:
             return None
         return manifest
 
+    @property
+    def _noted(self) -> Location:
+        """Where the manifest is until the references of all folds are trained."""
+        return self.training.run / CHECKPOINTS / "trained" / str(self.fold)
 
-def _side_by_side(
-    trainings: Sequence[FoldTraining], counter: ProgressCounter, at_once: int, track: Tracker | None
-) -> list[Manifest]:
-    """The manifests of all trainings, in their order; those that are not finished are run, `at_once` at a time."""
+
+def _side_by_side(trainings: Sequence[FoldTraining], counter: ProgressCounter, track: Tracker | None) -> list[Manifest]:
+    """The manifests of all trainings, in their order; those that are not finished run side by side."""
     manifests = {each.fold: manifest for each in trainings if (manifest := each.finished())}
-    if manifests:
-        log.info("finetune: %d of %d references are there already", len(manifests), len(trainings))
+    for fold, manifest in manifests.items():
+        steps = manifest.counts["steps"]
+        counter.report(f"fold {fold}", WorkDone(0, before=steps), steps)
+    pending = [each for each in trainings if each.fold not in manifests]
+    config, at_once = share_plan(trainings[0].training.base, trainings[0].training.config, max(1, len(pending)))
+    log.info(
+        "finetune: %d references to train, each on the rows outside one fold, %d done, %d at a time (%d workers of %d "
+        "CPUs each)", len(pending), len(manifests), at_once, config.num_workers or 1, config.num_cpus,
+    )  # fmt: skip
     refs: list[Any] = []
     open_tracking: dict[int, Tracking] = {}
 
     def started() -> Iterator[Any]:
-        for each in trainings:
-            if each.fold not in manifests:
-                run = each.training.run.within(f"tracking_folds/{each.fold}") if track else each.training.run
-                tracking = open_tracking[each.fold] = Tracking(run, track, each.training.part)
-                work = replace(each, training=replace(each.training, steps=tracking.steps))
-                # A training's own task waits for its workers, and needs no CPU.
-                refs.append(call.options(num_cpus=0).remote(train_fold, work, counter))
-                yield refs[-1]
+        for each in pending:
+            training = each.training
+            run = training.run.within(f"tracking_folds/{each.fold}") if track else training.run
+            tracking = Tracking(run, track, f"{training.run.folder.name} {training.part}")
+            open_tracking[each.fold] = tracking
+            work = replace(each, training=replace(training, config=config, steps=tracking.steps))
+            # A training's own task waits for its workers, and needs no CPU.
+            refs.append(call.options(num_cpus=0).remote(train_fold, work, counter))
+            yield refs[-1]
 
-    failed = True
     try:
-        # A training may take longer than a task may that makes no progress.
-        with ray.data.DataContext.current(whole_block_context(0)), closing(results_of(started(), at_once)) as results:
+        with closing(results_of(started(), at_once, limit_s=0)) as results:
             for fold, manifest in results:
                 manifests[fold] = manifest
                 open_tracking.pop(fold).close(failed=False)
-                done = len(manifests)
-                log.info("finetune: the reference of fold %d is trained (%d of %d)", fold, done, len(trainings))
-        failed = False
+                log.info("finetune: the reference of fold %d is trained", fold)
     finally:
-        if failed and refs:  # none may write once the lease is released
+        if refs:  # after an error none may write once the lease is released
             ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_S)
         for tracking in open_tracking.values():
             tracking.close(failed=True)

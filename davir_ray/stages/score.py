@@ -71,7 +71,7 @@ def score(
         examples=examples,
         shards=prepared.files_in("examples"),
         columns=INPUT_COLUMNS if folds is None else [*INPUT_COLUMNS, FOLD],
-        order={} if folds is None else folds.of_file,
+        turn_of={} if folds is None else folds.of_file,
         ok_count="scored",
         new_detail="shards_scored_by_this_driver",
     )
@@ -82,9 +82,10 @@ def score(
 
 
 def score_seen(run: Run, base: Checkpoint, references: Mapping[int, Checkpoint], config: ScoreConfig) -> Manifest:
-    """Score every example of two folds with the reference that has seen it; extra/seen/ has the columns of scores/.
+    """Score every example of two folds with the other fold's reference; extra/seen/ has the columns of scores/.
 
-    The base's losses are computed once more, unless there is a base cache.
+    That reference has seen it, but for the anchor, which none has. The base's losses are computed once more, unless
+    there is a base cache.
     """
     has_seen = {fold: references[1 - fold] for fold in references}
     return score(run, base, has_seen, config, keep_token_nll="none", stage="seen", folder="extra/seen")

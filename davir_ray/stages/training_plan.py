@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from davir_ray.config.training import SAVE_MEMORY, FinetuneConfig
-from davir_ray.engine.ray_train import with_workers
-from davir_ray.engine.resources import smallest_gpu
+from davir_ray.engine.ray_train import room_for_workers, trains_on_gpus, with_workers
+from davir_ray.engine.resources import room_for, smallest_gpu
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.text import format_bytes
@@ -36,6 +36,19 @@ class TrainingPlan:
     """None: it is not known, or was not needed."""
     capacity: int | None = None
     """Bytes of the smallest GPU. None: not known, or the fine-tune is on CPUs."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits the smallest GPU, as far as that is known."""
+        return self.memory is None or self.capacity is None or self.memory.total <= _USABLE * self.capacity
+
+    def warn_if_too_large(self) -> None:
+        """Say what to change where the fine-tune does not fit."""
+        if not self.fits and self.memory is not None and self.capacity is not None:
+            log.warning(
+                "the fine-tune needs about %s on each GPU, and the smallest has %s; packs are halved until they fit, "
+                "and if none does, %s", format_bytes(self.memory.total), format_bytes(self.capacity), SAVE_MEMORY,
+            )  # fmt: skip
 
     def __str__(self) -> str:
         config, memory = self.config, self.memory
@@ -68,8 +81,30 @@ def plan_training(base: Checkpoint, config: FinetuneConfig, *, with_memory: bool
     model = TrainedModel(base, config, "cuda" if config.use_gpu else "cpu", has_bfloat16=has_bfloat16)
     plan = choose(model, config, gpu and gpu.num_bytes)
     if not with_memory:
+        plan.warn_if_too_large()
         log.info("the fine-tune's plan: %s", plan)
     return plan
+
+
+def share_plan(base: Checkpoint, config: FinetuneConfig, num_trainings: int) -> tuple[FinetuneConfig, int]:
+    """The settings of each of several trainings that share the cluster, and how many run at a time.
+
+    On GPUs each gets an equal share, but at least one, and more where it would not fit so few. With workers of a given
+    number, and on CPUs, where each has one, as many run as fit; one CPU is left for what starts them.
+    """
+    use_gpu = trains_on_gpus(config)
+    if not use_gpu:
+        room = room_for(config.num_cpus, 0)
+        num_workers = config.num_workers or 1
+    else:
+        room = room_for_workers(config.num_cpus, use_gpu=True)
+        num_workers = config.num_workers or max(1, room // num_trainings)
+        while config.num_workers is None and num_workers < room:
+            if plan_training(base, replace(config, num_workers=num_workers), with_memory=True).fits:
+                break
+            num_workers = min(room, 2 * num_workers)
+    at_once = max(1, min(num_trainings, room // num_workers))
+    return replace(config, use_gpu=use_gpu, num_workers=num_workers), at_once
 
 
 def choose(model: TrainedModel, config: FinetuneConfig, capacity: int | None) -> TrainingPlan:
@@ -99,11 +134,6 @@ def choose(model: TrainedModel, config: FinetuneConfig, capacity: int | None) ->
             log.warning("the memory of the fine-tune is not known: %s", error)
             return TrainingPlan(config=safest, capacity=capacity)
         plan = replace(plan, config=replace(safest, gradient_checkpointing=recompute), memory=memory)
-        if capacity is None or memory.total <= _USABLE * capacity:
+        if plan.fits:
             return plan
-    if plan.memory is not None and capacity is not None:
-        log.warning(
-            "the fine-tune needs about %s on each GPU, and the smallest has %s; packs are halved until they fit, and "
-            "if none does, %s", format_bytes(plan.memory.total), format_bytes(capacity), SAVE_MEMORY,
-        )  # fmt: skip
     return plan

@@ -173,7 +173,7 @@ def _take_steps(
             if training.steps is not None:
                 training.steps.add(Step(training.name, report.step, _tracked_values(report)))
         if config.export_epochs and report.ends_epoch:
-            name = f"{training.folder}_epochs/{report.epoch}"
+            name = f"{training.epochs_folder or f'{training.folder}_epochs'}/{report.epoch}"
             together(partial(_export, training, trainer, name, is_first=is_first))
         if not is_last and checkpoints.is_due(report):  # after the last step the model itself is written
             checkpoints.save(report)

@@ -25,7 +25,7 @@ from davir_ray.formulas.scores import Floats, davir
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import DeviceKind, worker_device
 from davir_ray.models.kernel.eager import eager_nll
-from davir_ray.models.reference import Reference, weights_of
+from davir_ray.models.reference import Reference, by_fold, weights_of
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -89,8 +89,8 @@ def verify(run: Run, base: Checkpoint, reference: Reference, num_rows: int, seed
     scored = run.require("score")
     for name, model in (("base", base), ("reference", reference)):
         if changed := differences(scored.fingerprint[name], weights_of(model)):
-            uri = model.uri if isinstance(model, Checkpoint) else next(iter(model.values())).uri
-            raise OutputError(f"{uri} is not the {name} that the run was scored with ({changed[0]})")
+            uris = ", ".join(checkpoint.uri for checkpoint in by_fold(model).values())
+            raise OutputError(f"{uris} is not the {name} that the run was scored with ({changed[0]})")
     rows = _draw(run, scored, num_rows, seed)
     with own_errors():
         score_again = ray.remote(num_gpus=1 if has_gpu() else 0)(_score_again)
@@ -157,8 +157,7 @@ def _read_rows(run: Run, wanted: dict[str, list[int]], fold_of: dict[str, int], 
 def _score_again(base: Checkpoint, reference: Reference, rows: pa.Table, device: DeviceKind) -> tuple[Floats, Floats]:
     configure_worker_logging()
     base_nll, reference_nll = np.empty(rows.num_rows), np.empty(rows.num_rows)
-    references = {0: reference} if isinstance(reference, Checkpoint) else reference
-    for fold, checkpoint in references.items():
+    for fold, checkpoint in by_fold(reference).items():
         at = np.flatnonzero(np.asarray(rows["scored_by"]) == fold)
         if len(at):
             found = plain_losses(base, checkpoint, rows.take(pa.array(at)), worker_device(device))

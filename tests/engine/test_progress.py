@@ -48,6 +48,17 @@ def test_a_total_may_come_from_a_worker() -> None:
     assert totals_of(counter, lambda totals: totals.work.done == 3).total == 12
 
 
+def test_parts_that_have_not_begun_count_as_the_others_do() -> None:
+    counter = ProgressCounter("finetune", None, num_parts=4)
+    counter.report("fold 0", WorkDone(0, before=10), total=10)
+    counter.report("fold 1", WorkDone(3, tokens=9), total=12)
+    totals = totals_of(counter, lambda totals: totals.work.done == 3)
+    assert (totals.work.before, totals.total) == (10, 44)
+    for fold in (2, 3):
+        counter.report(f"fold {fold}", WorkDone(1), total=11)
+    assert totals_of(counter, lambda totals: totals.work.done == 5).total == 44
+
+
 def test_the_throughput_of_a_long_stage_stays_short() -> None:
     counter = ProgressCounter("score", None)
     for shard in range(1000):

@@ -17,7 +17,6 @@ from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.engine import ray_train
 from davir_ray.errors import OutputError, TrainingError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.run.files import FileEntry, read_parquet
@@ -118,7 +117,7 @@ def test_each_is_continued_by_itself_and_a_changed_one_is_trained_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(fold_training, "train_fold", failing)
-        patch.setattr(fold_training, "_share", lambda config, _: (replace(config, num_workers=1), 1))
+        patch.setattr(fold_training, "share_plan", lambda _, config, number: (replace(config, num_workers=1), 1))
         with pytest.raises(TrainingError, match="diverged"):
             train(run, base_folder)
     assert run.manifest("finetune") is None
@@ -157,18 +156,3 @@ def test_rows_are_scored_by_the_reference_that_has_not_seen_them(run: Run, base_
     assert verify(run, base, references, num_rows=40, seed=0).num_rows == 40
     with pytest.raises(OutputError, match="is not the reference"):
         verify(run, base, {**references, 0: references[1], 1: references[0]}, num_rows=40, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "wanted", "num_folds", "expected"),
-    [(8, None, 2, (4, 2)), (8, None, 3, (2, 3)), (1, None, 2, (1, 1)), (8, 8, 2, (8, 1)), (2, None, 4, (1, 2))],
-)
-def test_folds_share_the_gpus(
-    num_gpus: int, wanted: int | None, num_folds: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": float(num_gpus)}}
-    monkeypatch.setattr(ray_train.ray, "nodes", lambda: [node])
-    monkeypatch.setattr(ray_train, "has_gpu", lambda: True)
-    config, at_once = fold_training._share(FinetuneConfig(num_workers=wanted), num_folds)
-    assert (config.num_workers, at_once) == expected
-    assert config.use_gpu

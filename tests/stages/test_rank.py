@@ -20,15 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from davir_ray.config.selection import RankConfig
-from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect, exchange
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
-from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import count_bins, find_bins, rank, write_bin
+from davir_ray.stages.rank import read_scores as read_of_rank
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
 
@@ -116,11 +116,11 @@ def test_the_first_ranks_equal_those_of_one_plain_sort(make_scores: MakeScores, 
     assert sum(manifest.details["rows_by_bin"]) == len(expected)
 
 
-def note_read(folder: Location, columns: list[str] | None, name: str) -> pa.Table:
+def note_read(run: Run, config: RankConfig, columns: list[str] | None, name: str) -> pa.Table:
     """Read, and add what was read to a list beside the folder."""
-    with open(f"{folder.path}.reads", "a", encoding="utf-8") as file:
+    with open(f"{run}/scores.reads", "a", encoding="utf-8") as file:
         file.write(f"{name} {'all' if columns is None else 'keys'}\n")
-    return read_columns(folder, columns, name)
+    return read_of_rank(run, config, columns, name)
 
 
 def reads_of(run: Run) -> dict[str, str]:
@@ -151,7 +151,7 @@ def test_no_shard_is_read_more_often_than_it_must(
     """The keys for a sample where there are several bins, then all columns once."""
     for name, value in changes.items():
         monkeypatch.setattr(ranking, name, value)
-    monkeypatch.setattr(ranking, "read_columns", note_read)
+    monkeypatch.setattr(ranking, "read_scores", note_read)
     run = make_scores(np.random.default_rng(1).normal(size=ROWS), example_id=ids_of(ROWS), num_shards=5)
     rank(run, RankConfig(**settings))
     assert reads_of(run) == dict.fromkeys((run / "scores").names(), reads)
@@ -161,7 +161,7 @@ def test_bins_that_hold_fewer_rows_than_was_thought_are_dealt_again(
     make_scores: MakeScores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four of five rows are ok but have no value."""
-    monkeypatch.setattr(ranking, "read_columns", note_read)
+    monkeypatch.setattr(ranking, "read_scores", note_read)
     values, ids = np.random.default_rng(1).normal(size=ROWS), ids_of(ROWS)
     values[np.arange(ROWS) % 5 > 0] = np.nan
     run = make_scores(values, example_id=ids, status=["ok"] * ROWS)

@@ -13,13 +13,14 @@ import pytest
 import ray
 
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.engine import ray_train
 from davir_ray.engine.resources import Gpu, smallest_gpu
 from davir_ray.errors import ModelError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.memory import TrainingMemory
 from davir_ray.run.location import Location
 from davir_ray.stages import finetune, training_plan
-from davir_ray.stages.training_plan import choose, plan_training
+from davir_ray.stages.training_plan import choose, plan_training, share_plan
 
 GPUS = FinetuneConfig(num_workers=8, use_gpu=True)
 
@@ -94,9 +95,9 @@ def test_what_cannot_be_estimated_is_recomputed_and_said(
 
 def test_too_little_memory_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        choose(Model(), GPUS, 20_000_000)  # type: ignore[arg-type]
+        choose(Model(), GPUS, 20_000_000).warn_if_too_large()  # type: ignore[arg-type]
         assert not caplog.text
-        choose(Model(), GPUS, 20)  # type: ignore[arg-type]
+        choose(Model(), GPUS, 20).warn_if_too_large()  # type: ignore[arg-type]
     assert "needs about 0.034 kB on each GPU, and the smallest has 0.02 kB; packs are halved" in caplog.text
 
 
@@ -166,6 +167,44 @@ def test_a_training_keeps_the_strategy_that_it_began_with(
     assert planned(10**12) == "fsdp"
     assert planned(10**6, given="ddp") == "ddp"
     assert (tmp_path / "name.strategy").read_text() == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "wanted", "num_trainings", "num_bytes", "expected"),
+    [
+        (8, None, 2, 10**12, (4, 2)),
+        (8, None, 3, 10**12, (2, 3)),
+        (1, None, 2, 10**12, (1, 1)),
+        (8, 8, 2, 10**12, (8, 1)),
+        (2, None, 4, 10**12, (1, 2)),
+        (8, None, 8, 10**12, (1, 8)),
+        (8, None, 8, 10**6, (8, 1)),  # one GPU is too small, and so are two and four
+    ],
+)
+def test_trainings_share_the_gpus_and_get_more_where_they_need_them(
+    num_gpus: int,
+    wanted: int | None,
+    num_trainings: int,
+    num_bytes: int,
+    expected: tuple[int, int],
+    base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": float(num_gpus)}}
+    monkeypatch.setattr(ray_train.ray, "nodes", lambda: [node])
+    monkeypatch.setattr(ray_train, "has_gpu", lambda: True)
+    monkeypatch.setattr(training_plan, "smallest_gpu", partial(Gpu, num_bytes, True))
+    base = Checkpoint.find(str(base_folder))
+    config, at_once = share_plan(base, FinetuneConfig(num_workers=wanted, tokens_per_pack=64), num_trainings)
+    assert (config.num_workers, at_once) == expected
+    assert config.use_gpu
+
+
+def test_on_cpus_one_is_left_for_what_starts_the_trainings(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_train.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 9.0}}])
+    base = Checkpoint.find(str(base_folder))
+    config, at_once = share_plan(base, FinetuneConfig(num_cpus=2, use_gpu=False), 10)
+    assert (config.num_workers, at_once) == (1, 4)
 
 
 def test_where_nothing_is_open_nothing_is_asked(
