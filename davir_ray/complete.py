@@ -19,10 +19,9 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.places import check_places, read_template, written_by
 from davir_ray.run.access import check_readable
 from davir_ray.run.folder import Run
-from davir_ray.run.lease import LEASE_FILE
+from davir_ray.run.lease import LEASE_FILE, Holder
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, library_versions
 from davir_ray.run.progress import Progress
-from davir_ray.run.stages import STAGES
 from davir_ray.versions import NUMERICS_VERSION, PREPARE_VERSION
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def found_inputs(base: Checkpoint, reference: Checkpoint | None, chat_template: 
 
 def record_complete(run: Run, inputs: dict[str, Any]) -> None:
     """Record that every stage is complete; `inputs` are what was found before any stage began."""
-    checksums = {stage: manifest.checksum for stage in STAGES if (manifest := run.manifest(stage))}
+    checksums = {stage: manifest.checksum for stage, manifest in run.manifests().items()}
     (run / RECORD).write_text(json.dumps({**inputs, "stages": checksums}, indent=1) + "\n")
 
 
@@ -70,7 +69,7 @@ def _unchanged(config: RunConfig) -> Run | None:
     check_readable([(str(run), OutputError)])
     record = json.loads((run / RECORD).read_bytes())
     progress = Progress.read(run.folder)
-    if progress is None or progress.state != "complete" or (run / LEASE_FILE).exists():
+    if progress is None or progress.state != "complete" or Holder.read(run / LEASE_FILE) is not None:
         return None
     noted = (run / CONFIG_FILE).read_text()
     config = _with_formats_of(load(RunConfig, noted), config)
@@ -80,7 +79,7 @@ def _unchanged(config: RunConfig) -> Run | None:
     base = Checkpoint.find(config.base or "")
     reference = None if config.reference is None else Checkpoint.find(config.reference)
     inputs = found_inputs(base, reference, read_template(config.chat_template))
-    manifests = {stage: manifest for stage in STAGES if (manifest := run.manifest(stage))}
+    manifests = run.manifests()
     checksums = {stage: manifest.checksum for stage, manifest in manifests.items()}
     if record != json.loads(json.dumps({**inputs, "stages": checksums})):
         return None

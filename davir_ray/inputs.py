@@ -1,6 +1,7 @@
 """The checks at the start of a job: settings, paths, tokenizers and templates, before any slow work begins."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TypeVar
 
@@ -74,14 +75,17 @@ def check_inputs(config: InputConfig, *models: str | None) -> tuple[Run, Prepara
     return run, preparation
 
 
-def prepare_inputs(run: Run, config: InputConfig, preparation: Preparation, files: list[list[SourceFile]]) -> Manifest:
-    """Prepare the job's sources, each of which has these files."""
+def prepare_inputs(
+    run: Run, config: InputConfig, preparation: Preparation, files: list[list[SourceFile]], there: Collection[str]
+) -> Manifest:
+    """Prepare the job's sources, each of which has these files; `there` is what Run.writing found in the folder."""
     return prepare(
         run,
         config.all_sources(),
         preparation,
         max_bad_fraction=config.max_bad_fraction,
         files=files,
+        there=there,
     )
 
 

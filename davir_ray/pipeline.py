@@ -47,10 +47,10 @@ def run_all(config: RunConfig) -> Run:
     inputs = found_inputs(preparation.base, reference, preparation.chat_template)
     with (
         connected_to(run, is_shared=config.output_is_shared),
-        run.writing(dump(config)),
+        run.writing(dump(config)) as there,
         Tracking(run, config.track) as tracking,
     ):
-        examples = prepare_inputs(run, config, preparation, files)
+        examples = prepare_inputs(run, config, preparation, files, there)
         check_count(config.select, examples.counts["prepared"], "prepared")
         from davir_ray.stages.finetune import finetune
         from davir_ray.stages.score import score
@@ -78,10 +78,10 @@ def finetune_only(config: RunConfig) -> Run:
     run, preparation = check_inputs(config)
     with (
         connected_to(run, is_shared=config.output_is_shared),
-        run.writing(dump(config)),
+        run.writing(dump(config)) as there,
         Tracking(run, config.track) as tracking,
     ):
-        prepare_inputs(run, config, preparation, files)
+        prepare_inputs(run, config, preparation, files, there)
         from davir_ray.stages.finetune import finetune
 
         spec = scoring_spec(preparation, config.all_sources())

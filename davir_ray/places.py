@@ -10,12 +10,12 @@ from davir_ray.run.storage_errors import user_errors
 
 
 def check_places(config: InputConfig, run: Run, *models: str | None) -> None:
-    """Check that the files and models that the settings name can be read, and the output be written."""
+    """Check that the files and models that the settings name can be read, and the output be written by a run."""
     paths = [path for source in config.all_sources() for path in source.paths] + config.evaluation_sets
     places: list[tuple[str, type[UserError]]] = [(path, DataError) for path in paths]
     places += [(model, ModelError) for model in (config.base, *models) if model]
     places += [(place, ConfigError) for place in (config.chat_template, config.score.base_cache) if place]
-    probe_output(run.folder)
+    run.check_claim(probe_output(run.folder))
     check_readable(places)
 
 

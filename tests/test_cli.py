@@ -244,7 +244,7 @@ def test_the_output_of_another_run_is_one_line_that_names_the_difference(
     assert "limit: null → 1" in fails(words(good | {"--limit": "1"}))
 
 
-def test_somebodys_folder_is_one_line(good: dict[str, str], fails: Fails, ray_session: None) -> None:
+def test_somebodys_folder_is_one_line_before_ray_starts(good: dict[str, str], fails: Fails, no_ray: None) -> None:
     Path(good["--output"], "examples").mkdir(parents=True)
     assert "holds examples but no run" in fails(words(good))
 

@@ -205,5 +205,5 @@ def test_a_runs_own_configuration_may_be_saved_by_an_editor(tmp_path: Path) -> N
     run.remember(dump(config))
     for save in SAVED.values():
         (tmp_path / "config.yaml").write_bytes(save(CONFIG_HEAD + dump(config)))
-        assert run.check_claim()
+        assert run.check_claim({"config.yaml"})
         assert last_config(run) == config

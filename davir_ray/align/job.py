@@ -35,13 +35,13 @@ def run_alignment(config: AlignRunConfig) -> Run:
     scoring = replace(config.score, base_cache=config.score.base_cache or str(run / FROZEN_CACHE))
     with (
         connected_to(run, is_shared=config.output_is_shared),
-        run.writing(dump(config)),
+        run.writing(dump(config)) as there,
         Tracking(run, config.track) as tracking,
     ):
         if run.manifest("align") is None:
             check_workers(config.finetune)
             check_arithmetic(config.finetune, config.score)
-        prepare_inputs(run, config, preparation, files)
+        prepare_inputs(run, config, preparation, files, there)
         check_comparable(run, others, is_shared=config.output_is_shared)
         freeze(run, base, scoring, config.finetune)
         align(run, base, config.finetune, config.align, spec, tracking.steps)

@@ -22,7 +22,7 @@ def report_margins(run: Run, config: AlignRunConfig, others: Sequence[Run]) -> N
     `others` are finished trainings that the page compares with this one.
     """
     started = time.monotonic()
-    manifests = {stage: found for stage in leading_to("report") if (found := run.manifest(stage))}
+    manifests = run.manifests(leading_to("report"))
     pairs = _pairs(run)
     trained = [_trained(run, pairs), *(_trained(other, _pairs(other)) for other in others)]
     facts = alignment_facts(

@@ -70,7 +70,7 @@ def compare(config: CompareConfig) -> Run:
     inputs = [path for source in config.all_heldout() for path in source.paths]
     inputs += [config.instructions] if config.instructions else []
     check_readable([*((str(run), OutputError) for run in runs), *((path, DataError) for path in inputs)])
-    probe_output(output.folder)
+    output.check_claim(probe_output(output.folder))
     run_configs = [last_config(run) for run in runs]
     run, run_config = runs[0], run_configs[0]
     config = _with_formats(config, run_config, output)

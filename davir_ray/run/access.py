@@ -34,29 +34,31 @@ def check_readable(places: Iterable[tuple[str, type[UserError]]]) -> None:
                 in_time(partial(_list, uri))
 
 
-def probe_output(run: Location) -> None:
+def probe_output(run: Location) -> set[str]:
     """Write, list, read and delete a small file in the output; raises OutputError that names the step that failed.
 
-    Nothing is left behind: a folder that did not exist is removed again.
+    Returns the names of what else is there. Nothing is left behind: a folder that did not exist is removed again.
     """
     place = _quick(run)
     folders = (Path(place.path), *Path(place.path).parents) if place.is_local else ()
     absent = [folder for folder in folders if not folder.exists()]
     name, content = f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-    file = place / name
+    file, there = place / name, set[str]()
     try:
         _step(run, "written", lambda: file.write_bytes(content))
-        _step(run, "listed", lambda: _expect(name in place.listed(), "a new file does not appear in the listing"))
+        _step(run, "listed", lambda: there.update(place.entries()))
+        _step(run, "listed", lambda: _expect(name in there, "a new file does not appear in the listing"))
         _step(run, "read", lambda: _expect(file.read_bytes() == content, "a file does not hold what was written"))
-        _step(run, "deleted from", lambda: place.fs.rm_file(file.path))
+        _step(run, "deleted from", file.remove_file)
     except BaseException:
         with suppress(Exception):  # where a step failed, deleting may fail, too
-            place.fs.rm_file(file.path)
+            file.remove_file()
         raise
     finally:
         for folder in absent:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+    return there - {name}
 
 
 def _step(run: Location, verb: str, work: Callable[[], None]) -> None:

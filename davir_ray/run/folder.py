@@ -7,7 +7,7 @@ if it takes hours it is redone only with --overwrite, and refused without.
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,10 @@ class Run:
             raise OutputError(f"{self} has no complete {stage} stage; run jobs/score.py with this --output first")
         return manifest
 
+    def manifests(self, stages: Iterable[str] = STAGES) -> dict[str, Manifest]:
+        """The manifests of those stages that are complete, by name."""
+        return Manifest.read_all(self.folder, stages)
+
     def completed(self, stage: str, fingerprint: dict[str, Any]) -> Manifest | None:
         """The manifest of a stage that is complete under this fingerprint, with unchanged files; None if it must run.
 
@@ -124,9 +128,12 @@ class Run:
         """Remove the manifest of a stage, if there is one, so that the stage no longer counts as complete."""
         manifest_file(self.folder, stage).remove()
 
-    def clear(self, stage: str) -> None:
-        """Remove a stage and all that follow it, manifests first, so that no half-removed stage looks complete."""
-        there = self.folder.entries()  # one request, where each name would take two
+    def clear(self, stage: str, there: Collection[str] | None = None) -> None:
+        """Remove a stage and all that follow it, manifests first, so that no half-removed stage looks complete.
+
+        `there` are the names of what is in the folder, which is listed if they are not given.
+        """
+        there = self.folder.entries() if there is None else there
         manifests = (self / "manifests").entries() if "manifests" in there else {}
         for name in reversed(from_stage(stage)):
             if manifest_file(self.folder, name).name in manifests:
@@ -170,31 +177,37 @@ class Run:
     # The driver
 
     @contextmanager
-    def writing(self, config: str) -> Iterator[None]:
+    def writing(self, config: str) -> Iterator[set[str]]:
         """Hold the run as its only driver during the block; `config` is the resolved configuration of the command.
 
-        Unfinished files of drivers that died are removed first; at the end progress.json says how the block ended.
-        Raises OutputError if the folder holds something other than a run, or another driver holds it.
+        The value is the names of what is in the folder, which nobody but this driver changes from then on. Unfinished
+        files of drivers that died are removed first, in a new run last; at the end progress.json says how the block
+        ended. Raises OutputError if the folder holds something other than a run, or another driver holds it.
         """
-        self.check_claim()
-        with Lease(self.folder), self._outcome():
-            if not self.check_claim():
+        with Lease(self.folder) as there, self._outcome():
+            is_new = not self.check_claim(there)
+            if is_new:
                 with user_errors(self, OutputError):
                     self.remember(config)
-            remove_leftovers(self.folder)
-            yield
+            else:
+                remove_leftovers(self.folder)
+            yield {*there, CONFIG_FILE}
+            if is_new:  # no listing shows parts of uploads, which may be left where somebody deleted the files of a run
+                remove_leftovers(self.folder)
 
-    def check_claim(self) -> bool:
-        """Whether the folder is a run already; raises OutputError if it has other files, which a stage might delete."""
+    def check_claim(self, there: Collection[str]) -> bool:
+        """Whether the folder, which has entries of these names, is a run already.
+
+        Raises OutputError if it has other files, which a stage might delete.
+        """
         config = self / CONFIG_FILE
         with user_errors(self, OutputError):
-            there = self.folder.entries()
             if CONFIG_FILE in there:
                 if not config.read_text().startswith(CONFIG_HEAD):
                     raise OutputError(f"{config} was not written by davir_ray; choose an empty or a new --output")
                 return True
-            names = [name for stage in STAGES.values() for name in stage.writes]
-            taken = [name for name in (*names, "manifests") if name in there]
+        names = [name for stage in STAGES.values() for name in stage.writes]
+        taken = [name for name in (*names, "manifests") if name in there]
         if taken:
             raise OutputError(f"{self} holds {taken[0]} but no run of davir_ray; choose an empty or a new --output")
         return False

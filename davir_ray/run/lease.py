@@ -6,11 +6,12 @@ lease while it does.
 
 If several drivers start at the same moment, one continues. Where the store refuses to create a file twice, that is the
 first to create the lease. Elsewhere it is the last to write it: every driver waits as long as a write may take (see
-_SETTLE_S), then reads the lease again. A write of a new lease or of a heartbeat that took longer is undone; the driver
-that holds the run writes its own lease again at its next heartbeat. One case is not covered: a store that carries out a
-write after its client gave up on it. The heartbeat then ends one of the two drivers within BEAT_S.
+_SETTLE_S), then looks whose lease is there. A write of a new lease or of a heartbeat that took longer is undone; the
+driver that holds the run writes its own lease again at its next heartbeat. One case is not covered: a store that
+carries out a write after its client gave up on it. The heartbeat then ends one of the two drivers within BEAT_S.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -19,16 +20,17 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
 from davir_ray.errors import OutputError, StorageError
-from davir_ray.run.location import Location
+from davir_ray.run.location import Location, file_info
 from davir_ray.run.storage_errors import CONTINUES, explain, user_errors
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ MISSED_BEATS = 4
 
 _SETTLE_S = 1.0
 """Seconds in which a driver that sees no lease must write its own; a slower write does not count. The driver then waits
-as long again and reads the lease to see whose it is."""
+as long again and looks whose lease is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,10 @@ def _machine() -> str:
 
 
 class Lease:
-    """Context manager that holds a run's lease; raises OutputError if another driver holds it or takes it over."""
+    """Context manager that holds a run's lease; raises OutputError if another driver holds it or takes it over.
+
+    Its value is what is in the folder of the run, by name, listed when the lease was this driver's.
+    """
 
     def __init__(self, run: Location) -> None:
         self._place = run / LEASE_FILE
@@ -120,16 +125,16 @@ class Lease:
         self._ignores_interrupts = False
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> dict[str, dict[str, Any]]:
         with user_errors(self._place, OutputError):
-            self._acquire()
+            there = self._acquire()
         # A shell script's background process ignores SIGINT, and with it the interrupt that a loss causes.
         is_main = threading.current_thread() is threading.main_thread()
         self._ignores_interrupts = is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         if self._ignores_interrupts:
             signal.signal(signal.SIGINT, self._stop_if_lost)
         self._heart.start()
-        return self
+        return there
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._ended.set()
@@ -140,10 +145,13 @@ class Lease:
             raise OutputError(f"{self._place.parent} {self._loss}; this run ends here. {CONTINUES}") from error
         with suppress(StorageError):  # a lease that is left behind has no heartbeat
             if self._is_ours():
-                self._place.remove()
+                self._place.remove_file()
 
-    def _acquire(self) -> None:
-        """Write the lease, after waiting for another holder to be dead; raises OutputError if it is alive or faster."""
+    def _acquire(self) -> dict[str, dict[str, Any]]:
+        """Write the lease, after waiting for another holder to be dead; raises OutputError if it is alive or faster.
+
+        Returns what is in the folder of the run.
+        """
         taken_over = False
         while True:
             begun = time.monotonic()
@@ -155,21 +163,22 @@ class Lease:
                 if Holder.read(self._place) != holder:  # another driver was faster, or the holder has ended
                     continue
                 log.warning("taking over the run from %s, which has died", holder)
-                self._place.remove()
+                self._place.remove_file()
             # If the store's answer was lost and the request repeated, the lease that exists is our own.
             if not self._place.create(self._content()) and not self._is_ours():
                 continue
             if self._place.is_local and not taken_over:  # a disk never creates a file twice; a store may
-                return
+                return self._place.parent.entries()
             if time.monotonic() - begun <= _SETTLE_S:
                 time.sleep(_SETTLE_S)
-                now = Holder.read(self._place)
+                there = self._place.parent.entries()
+                now = self._holder if self._shown_by(there) else Holder.read(self._place)
                 if now is not None and now.token != self._holder.token:
                     raise _refusal(self._place, now)
                 if now is not None:
-                    return
+                    return there
             elif not taken_over and not self._place.create(self._content()) and self._is_ours():
-                return  # this store refuses to create a file twice
+                return self._place.parent.entries()  # this store refuses to create a file twice
             self._undo()
             taken_over = False
 
@@ -177,7 +186,7 @@ class Lease:
         """Remove a lease that was written too late, and wait long enough for its holder to write its own again."""
         log.warning("writing the lease %s took too long to know who holds it; trying again", self._place)
         if self._is_ours():
-            self._place.remove()
+            self._place.remove_file()
         time.sleep(BEAT_S + _SETTLE_S)
 
     def _wait_for_end_of(self, holder: Holder) -> None:
@@ -213,7 +222,7 @@ class Lease:
                 # A driver that took the lease after we read it sees this write within _SETTLE_S, and gives up. If our
                 # write came later, that driver may be at work already.
                 if _is_overdue(renewed) and time.monotonic() - seen > _SETTLE_S:
-                    self._place.remove()
+                    self._place.remove_file()
                     self._lose("may have been taken over by another driver, because the heartbeat came too late")
                     return
                 renewed = begun
@@ -236,6 +245,14 @@ class Lease:
     def _is_ours(self) -> bool:
         holder = Holder.read(self._place)
         return holder is not None and holder.token == self._holder.token
+
+    def _shown_by(self, there: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether a listing of the folder shows that the lease is ours.
+
+        S3's etag of a small file is the MD5 of its content, except under some encryptions: then the lease must be read.
+        """
+        content = hashlib.md5(self._content(), usedforsecurity=False).hexdigest()
+        return LEASE_FILE in there and file_info(there[LEASE_FILE]).mark == content
 
     def _content(self) -> bytes:
         return json.dumps(asdict(self._holder)).encode()

@@ -9,6 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -177,8 +178,10 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file; raises FileNotFoundError if it does not exist."""
+        # s3fs would first ask for the size, to read a large file in parts side by side.
+        options = {"max_concurrency": 1} if "s3" in self.fs.protocol else {}
         with storage_errors(self, may_be_absent=True):
-            return bytes(self.fs.cat_file(self.path))
+            return bytes(self.fs.cat_file(self.path, **options))
 
     def read_text(self) -> str:
         """The text of the file, in any encoding of `decoded`; raises FileNotFoundError if it does not exist."""
@@ -227,9 +230,14 @@ class Location:
     def remove(self) -> None:
         """Delete the file or folder, if it is there; a link is deleted itself, never what it points to."""
         self.fs.invalidate_cache()
-        with storage_errors(self):
-            if self.fs.lexists(self.path):
+        with suppress(FileNotFoundError), storage_errors(self, may_be_absent=True):
+            if not self.is_local or self.fs.lexists(self.path):
                 self.fs.rm(self.path, recursive=True)
+
+    def remove_file(self) -> None:
+        """Delete the file, if it is there: one request, where `remove` looks for a folder, too."""
+        with suppress(FileNotFoundError), storage_errors(self, may_be_absent=True):
+            self.fs.rm_file(self.path)
 
 
 def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:

@@ -98,6 +98,13 @@ class Manifest:
             raise IntegrityError(f"{place} does not match its own checksum; delete it to redo the stage {stage}")
         return cls(**{**body, "files": [FileEntry(**entry) for entry in body["files"]]})
 
+    @classmethod
+    def read_all(cls, run: Location, stages: Iterable[str]) -> dict[str, Self]:
+        """The manifests of those stages that are complete, in the same order; what a listing lacks is not asked for."""
+        there = (run / "manifests").entries()
+        names = [stage for stage in stages if manifest_file(run, stage).name in there]
+        return {stage: found for stage in names if (found := cls.read(run, stage))}
+
 
 def damaged(run: Location, files: list[FileEntry], *, trust_marks: bool = True) -> dict[str, str]:
     """What has become of each file that is missing or has changed, by name; see `Manifest.damage`."""

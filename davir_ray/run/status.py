@@ -65,7 +65,7 @@ def status(output: str) -> RunStatus:
     with user_errors(output, OutputError):
         run = Location.of(output)
     check_readable([(output, OutputError)])
-    manifests = {stage: found for stage in STAGES if (found := Manifest.read(run, stage))}
+    manifests = Manifest.read_all(run, STAGES)
     progress, holder = Progress.read(run), Holder.read(run / LEASE_FILE)
     if not manifests and progress is None and holder is None:
         raise OutputError(f"{run} holds no run of davir_ray; give the --output of one")

@@ -59,7 +59,6 @@ def describe_run(
     """
     lines, data = preview(config.all_sources(), preparation, written=written)
     with connected_to(run, is_shared=config.output_is_shared):
-        run.check_claim()
         plan = None
         if training is not None:
             check_workers(training)

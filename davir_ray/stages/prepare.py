@@ -4,7 +4,7 @@ import logging
 import operator
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
@@ -156,19 +156,22 @@ def prepare(
     max_bad_fraction: float,
     written: Sequence[Location] = (),
     files: Sequence[list[SourceFile]] | None = None,
+    there: Collection[str] | None = None,
 ) -> Manifest:
     """Turn the sources into tokenised shards and named rejects.
 
     `files` are those of each source. None: they are listed, without those in the run or in other places `written` by
-    the job.
+    the job. `there` are the names of what is in the run's folder, which is listed if they are not given.
     """
     started = time.monotonic()
+    there = run.folder.entries() if there is None else there
     if files is None:
         files = [list_files(source, [run.folder, *written]) for source in sources]
     evaluation_sets = list_evaluation_sets(preparation.evaluation_sets, [run.folder, *written])
     fingerprint = _fingerprint(sources, files, preparation) | decontamination(evaluation_sets)
-    if complete := run.completed("prepare", fingerprint):
-        (run / TASKS).remove()  # a driver may have died after writing the manifest and before this
+    if "manifests" in there and (complete := run.completed("prepare", fingerprint)):
+        if TASKS in there:  # a driver died after writing the manifest and before this
+            (run / TASKS).remove()
         return complete
     evaluation = _read_evaluation(evaluation_sets)
     # With a limit each source is one task, which stops after that many records.
@@ -180,10 +183,11 @@ def prepare(
     ]
     attempt = _attempt(fingerprint, tasks)
     reports = run / TASKS / digest(attempt)[:16]
-    if not run.continues_attempt("prepare", TASKS, attempt):
-        run.clear("prepare")
+    continues = TASKS in there and run.continues_attempt("prepare", TASKS, attempt)
+    if not continues:
+        run.clear("prepare", there)
     run.note_attempt(TASKS, attempt)
-    done = _finished(run, reports)
+    done = _finished(run, reports) if continues else {}
     sizes = [file.num_bytes for listed in files for file in listed]
     log.info("prepare: %d tasks (%d already done), %d input files", len(tasks), len(done), len(sizes))
     tokenizer_class = class_name(preparation.base.tokenizer())

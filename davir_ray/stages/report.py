@@ -62,7 +62,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     """
     started = time.monotonic()
     stages = [stage for stage in leading_to("report") if not (stage == "finetune" and config.reference)]
-    manifests = {stage: manifest for stage in stages if (manifest := run.manifest(stage))}
+    manifests = run.manifests(stages)
     settings = dataclasses.asdict(config)
     fingerprint = {
         "stages": {stage: manifest.checksum for stage, manifest in manifests.items()},

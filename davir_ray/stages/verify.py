@@ -29,7 +29,6 @@ from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
-from davir_ray.run.stages import STAGES
 from davir_ray.schema import EXAMPLES, SCORES, Status
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
@@ -102,7 +101,7 @@ def _check_files(run: Run) -> int:
     enough, which depends on the content.
     """
     run.require("prepare")  # without the manifest, its files would not be checked
-    manifests = [manifest for stage in STAGES if (manifest := run.manifest(stage))]
+    manifests = run.manifests().values()
     damaged = [
         line for manifest in manifests for line in manifest.damage(run.folder, trust_marks=not run.folder.is_local)
     ]
