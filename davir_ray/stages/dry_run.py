@@ -26,7 +26,8 @@ from davir_ray.models.device import gemm_flops
 from davir_ray.models.size import ModelSize
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
-from davir_ray.stages.prepare import UNLIMITED, Preparation, evaluation_line
+from davir_ray.stages.prepare import UNLIMITED, Preparation
+from davir_ray.stages.sources import evaluation_line
 from davir_ray.stages.training_plan import plan_training
 from davir_ray.text import format_bytes
 

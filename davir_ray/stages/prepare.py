@@ -4,41 +4,32 @@ import logging
 import operator
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import ray
-import ray.data
 from ray import cloudpickle
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.sources import Source
 from davir_ray.data.chat import TODAY, ChatTemplate
-from davir_ray.data.evaluation import (
-    MAX_RECORDS,
-    MIN_WORDS,
-    EvaluationSet,
-    EvaluationWords,
-    decontamination,
-    list_evaluation_sets,
-)
-from davir_ray.data.files import Slice, SourceFile, digests_of, list_files, plan_tasks
+from davir_ray.data.evaluation import EvaluationWords, decontamination, list_evaluation_sets
+from davir_ray.data.files import Slice, SourceFile, list_files
 from davir_ray.data.formats import are_pairs, columns, needs_chat, rendering, uses_chat
 from davir_ray.data.reader import BYTES, NOT_FINITE, ExampleReader
 from davir_ray.data.shards import SHARD_ROWS, ShardWriter, shard_tokens
 from davir_ray.data.task_report import COUNTED, TEXT_BYTES, TaskReport
 from davir_ray.data.tokens import Encoder
-from davir_ray.engine.connect import whole_block_context
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.progress import ProgressCounter, WorkDone, tracked
-from davir_ray.engine.tasks import each_in_tasks, in_tasks
-from davir_ray.errors import ClusterError, DataError, IntegrityError, StorageError
+from davir_ray.engine.tasks import in_tasks
+from davir_ray.errors import DataError, IntegrityError
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.tokenizer import class_name, tokenizer_digest
-from davir_ray.run.files import digest, keep_digest, read_digest, takes_reading
+from davir_ray.run.files import digest
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location, each
 from davir_ray.run.manifest import Manifest, damaged
@@ -46,7 +37,7 @@ from davir_ray.run.progress import Progress
 from davir_ray.schema import EXAMPLES, PAIRS
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.stages.lines import rows_of_parts
-from davir_ray.text import format_bytes
+from davir_ray.stages.sources import digests, plan, read_evaluation
 from davir_ray.versions import PREPARE_VERSION
 
 log = logging.getLogger(__name__)
@@ -71,12 +62,6 @@ TOKENIZER_CLASS = "tokenizer_class"
 EVALUATION_SETS = "evaluation_sets"
 """Key in the manifest's details of the counts of each evaluation set: EvaluationWords.counts, and `rows`, the number of
 rows of the data that share words in a row with it (a row may share some with several)."""
-
-_HASHED_HERE = 2**30
-"""Bytes of local files up to which the driver reads them for their digests."""
-
-_CUT_PER_TASK = 256
-"""Files that one task looks into, to cut them."""
 
 _SHOWN_SOURCES = 4
 """Number of sources of which the manifest keeps examples, for the report to show."""
@@ -173,13 +158,13 @@ def prepare(
         if TASKS in there:  # a driver died after writing the manifest and before this
             (run / TASKS).remove()
         return complete
-    evaluation = _read_evaluation(evaluation_sets)
+    evaluation = read_evaluation(evaluation_sets)
     # With a limit each source is one task, which stops after that many records.
     task_bytes = _TASK_BYTES if preparation.limit is None else UNLIMITED
     tasks = [
         Task(source, slices)
         for source, listed in zip(sources, files, strict=True)
-        for slices in plan_tasks(listed, task_bytes, _cut_side_by_side)
+        for slices in plan(listed, task_bytes)
     ]
     attempt = _attempt(fingerprint, tasks)
     reports = run / TASKS / digest(attempt)[:16]
@@ -242,25 +227,6 @@ def prepare(
     return manifest
 
 
-def _read_evaluation(sets: Sequence[EvaluationSet]) -> EvaluationWords | None:
-    """What is looked for of the evaluation sets, after a log line about each; None without any."""
-    if not sets:
-        return None
-    evaluation = EvaluationWords.read(sets)
-    for name, counts in evaluation.counts.items():
-        log.info("prepare: evaluation set %s: %s", name, evaluation_line(counts))
-    return evaluation
-
-
-def evaluation_line(counts: dict[str, int]) -> str:
-    """What is looked for of an evaluation set, for the user."""
-    return (
-        f"{counts['records']} records, {counts['ngrams'] - counts['common']} n-grams to look for; not looked for: "
-        f"{counts['too_short']} records without a string of {MIN_WORDS} words, {counts['common']} n-grams of more than "
-        f"{MAX_RECORDS} records, and {counts['only_common']} records that have no others"
-    )
-
-
 def _evaluation_counts(evaluation: EvaluationWords, report: TaskReport) -> dict[str, dict[str, int]]:
     return {name: {**counts, "rows": report.in_evaluation_sets[name]} for name, counts in evaluation.counts.items()}
 
@@ -304,7 +270,7 @@ def _fingerprint(sources: list[Source], files: Sequence[list[SourceFile]], prepa
             source.name: {
                 "format": source.format,
                 "rendering": rendering(source),
-                "files": _digests(listed),
+                "files": digests(listed),
             }
             for source, listed in zip(sources, files, strict=True)
         },
@@ -318,28 +284,6 @@ def _fingerprint(sources: list[Source], files: Sequence[list[SourceFile]], prepa
         **({"chat": TODAY.isoformat()} if preparation.config.chat else {}),
         **({"score_turns": score_turns} if score_turns != "marked" else {}),
     }
-
-
-def _digests(files: list[SourceFile]) -> dict[str, str]:
-    """The digest of each file, by relative path; many bytes that must be read for it are read in tasks."""
-    places = [Location.of(file.uri) for file in files]
-    unread = {place: file.num_bytes for place, file in zip(places, files, strict=True) if takes_reading(place)}
-    if (num_bytes := sum(unread.values())) > _HASHED_HERE:
-        log.info("prepare: reading %s of %d files for their digests", format_bytes(num_bytes), len(unread))
-        try:
-            # A large file may take longer than a task may that makes no progress.
-            with ray.data.DataContext.current(whole_block_context(0)):
-                for place, found in zip(unread, each_in_tasks(read_digest, list(unread), per_task=1), strict=True):
-                    keep_digest(place, found)
-        except (StorageError, ClusterError) as error:
-            log.warning("the nodes do not read the data for their digests; the driver does (%s)", error)
-    return digests_of(files)
-
-
-def _cut_side_by_side(cut: Callable[[SourceFile], Any], files: list[SourceFile]) -> list[Any]:
-    """Cut files, which takes a look into large ones: into many in tasks."""
-    num_large = sum(file.num_bytes > _TASK_BYTES for file in files)
-    return each_in_tasks(cut, files, per_task=_CUT_PER_TASK, worthwhile=num_large > _CUT_PER_TASK)
 
 
 def _attempt(fingerprint: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from davir_ray.run.progress import Progress
 from davir_ray.schema import REJECTS, RejectReason
 from davir_ray.stages import lines as counting
 from davir_ray.stages import prepare as module
+from davir_ray.stages import sources as sources_module
 from davir_ray.stages.dry_run import preview
 from davir_ray.stages.prepare import TASKS, Preparation, prepare
 from davir_ray.stages.select.mixture import write_jsonl
@@ -619,8 +620,8 @@ def test_many_bytes_and_many_files_are_looked_into_in_tasks(
     monkeypatch.setattr(run_files, "_KEPT_FROM_BYTES", 1)
     here = prepare(Run.at(tmp_path / "here"), [data], options, max_bad_fraction=0)
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_HASHED_HERE", 0)
-    monkeypatch.setattr(module, "_CUT_PER_TASK", 2)
+    monkeypatch.setattr(sources_module, "_HASHED_HERE", 0)
+    monkeypatch.setattr(sources_module, "_CUT_PER_TASK", 2)
     run_files._KNOWN.clear()
     used: list[int] = []
 
@@ -628,7 +629,7 @@ def test_many_bytes_and_many_files_are_looked_into_in_tasks(
         used.append(len(items))
         return each_in_tasks(work, items, **how)
 
-    monkeypatch.setattr(module, "each_in_tasks", noted)
+    monkeypatch.setattr(sources_module, "each_in_tasks", noted)
     monkeypatch.setattr(run_files, "content_digest", lambda place: pytest.fail(f"the driver reads {place}"))
     if not is_kept:  # then it is remembered all the same
         (tmp_path / "cache").write_text("not a folder")
@@ -647,14 +648,14 @@ def test_data_that_the_nodes_cannot_read_is_read_by_the_driver(
     data, options, run = source(tmp_path / "a.jsonl"), settings(base_folder, max_tokens=200), Run.at(tmp_path / "run")
     complete = prepare(run, [data], options, max_bad_fraction=0)
     monkeypatch.setattr(run_files, "_KEPT_FROM_BYTES", 1)
-    monkeypatch.setattr(module, "_HASHED_HERE", 0)
+    monkeypatch.setattr(sources_module, "_HASHED_HERE", 0)
     monkeypatch.setenv("DAVIR_RAY_CACHE", str(tmp_path / "cache"))
     run_files._KNOWN.clear()
 
     def unseen(place: Any) -> Any:
         raise StorageError(f"{place}: it does not exist")
 
-    monkeypatch.setattr(module, "read_digest", unseen)
+    monkeypatch.setattr(sources_module, "read_digest", unseen)
     assert prepare(run, [data], options, max_bad_fraction=0) == complete
     assert "the driver does" in caplog.text
 
