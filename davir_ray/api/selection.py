@@ -131,6 +131,8 @@ def _last_rank(collected: Collect, config: SelectConfig) -> int:
     counts = [GroupCount(str(number), "", rows, tokens) for number, rows, tokens in zip(*bins.values(), strict=True)]
     limits = limits_by_file(counts, config)
     for count in counts:
+        if count.file not in limits:  # the rule cuts where the bin begins
+            return int(count.file) * length
         limit = limits[count.file][""]
         if (limit.rows is None or limit.rows >= count.rows) and (limit.tokens is None or limit.tokens >= count.tokens):
             continue  # the whole bin is taken

@@ -18,7 +18,6 @@ Shape letters: N pairs, C clusters, S policies.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -27,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from davir_ray.formulas.statistics import Interval
+from davir_ray.formulas import statistics
+from davir_ray.formulas.statistics import Interval, critical
 
 Floats = npt.NDArray[np.float64]
 
-_LEVEL = 0.95
 _LEAST_CLUSTERS = 4
 """Without one of three clusters, a correlation is often ±1, which Fisher's z cannot express."""
 
@@ -227,7 +226,7 @@ def share_interval(share: Estimate, clusters: Clusters) -> Interval:
     else:
         largest = float(clusters.num_pairs * len(share.values_S))
         effective = min(largest, p * (1 - p) / variance) if variance else largest
-    squared = _critical(degrees) ** 2 / effective
+    squared = critical(degrees) ** 2 / effective
     centre = (p + squared / 2) / (1 + squared)
     half = math.sqrt(squared * p * (1 - p) + squared**2 / 4) / (1 + squared)
     return Interval(centre - half, centre + half).clipped(0.0, 1.0)
@@ -235,7 +234,8 @@ def share_interval(share: Estimate, clusters: Clusters) -> Interval:
 
 def mean_interval(estimate: Estimate) -> Interval | None:
     """The interval of a mean of values without bounds; None where it cannot be estimated."""
-    return _around(estimate.mean, [_pairs(estimate.errors()), estimate.seeds()])
+    found = _estimated(estimate.mean, [_pairs(estimate.errors()), estimate.seeds()])
+    return None if found is None else found.interval
 
 
 def correlation_interval(z: Estimate) -> Interval | None:
@@ -279,27 +279,18 @@ def compare_correlations(z: Estimate, other: Estimate) -> Comparison:
 
 
 def _compared(difference: float, centre: float, parts: Sequence[Component], bound: float) -> Comparison:
-    interval = _around(centre, parts)
-    if interval is None:
+    found = _estimated(centre, parts)
+    if found is None:
         return Comparison(difference, None, math.nan)
+    if abs(centre) < _ROUNDING and found.variance < _ROUNDING**2:  # the same policies
+        return Comparison(difference, found.interval, 1.0)
+    return Comparison(difference, found.interval.clipped(-bound, bound), found.p)
+
+
+def _estimated(centre: float, parts: Sequence[Component]) -> statistics.Estimate | None:
     variance, degrees = _sum(parts)
-    if abs(centre) < _ROUNDING and variance < _ROUNDING**2:  # the same policies
-        return Comparison(difference, interval, 1.0)
-    p = 2 * float(stats.t.sf(abs(centre) / math.sqrt(variance), degrees))
-    # Far in the tail the value is too small for a float, but it is not 0.
-    return Comparison(difference, interval.clipped(-bound, bound), max(p, sys.float_info.min))
-
-
-def _around(centre: float, parts: Sequence[Component]) -> Interval | None:
-    variance, degrees = _sum(parts)
-    if not math.isfinite(centre) or not math.isfinite(variance):
-        return None
-    half = _critical(degrees) * math.sqrt(variance)
-    return Interval(centre - half, centre + half)
-
-
-def _critical(degrees: float) -> float:
-    return float(stats.t.ppf((1 + _LEVEL) / 2, degrees))
+    known = math.isfinite(centre) and math.isfinite(variance)
+    return statistics.Estimate(mean=centre, variance=variance, degrees=degrees) if known else None
 
 
 def _pairs(errors_C: Floats) -> Component:

@@ -75,6 +75,11 @@ class Interval(NamedTuple):
         return Interval(*(float(min(max(end, lowest), highest)) for end in self))
 
 
+def critical(degrees: float) -> float:
+    """Half the width of a 95 % interval in standard errors: a quantile of Student's t."""
+    return float(stats.t.ppf(_TAIL, degrees))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """The held-out examples that every arm is measured on."""
@@ -222,7 +227,7 @@ class Estimate:
         """The mean ± t(degrees) × √variance."""
         if not self.degrees:
             return Interval(math.nan, math.nan)
-        half = float(stats.t.ppf(_TAIL, self.degrees)) * math.sqrt(self.variance)
+        half = critical(self.degrees) * math.sqrt(self.variance)
         return Interval(self.mean - half, self.mean + half)
 
     @property
@@ -434,8 +439,8 @@ def share_interval(estimate: Estimate, num_clusters: int, num_models: int = 1) -
     share = min(max(estimate.mean, 0.0), 1.0)
     number = float(num_clusters)
     if estimate.variance > 0 and 0 < share < 1:
-        wider = stats.t.ppf(_TAIL, max(1, num_clusters - 1)) / stats.t.ppf(_TAIL, max(1.0, estimate.degrees))
-        number = min(share * (1 - share) / estimate.variance * float(wider) ** 2, float(num_clusters * num_models))
+        wider = critical(max(1, num_clusters - 1)) / critical(max(1.0, estimate.degrees))
+        number = min(share * (1 - share) / estimate.variance * wider**2, float(num_clusters * num_models))
     right, wrong = share * number, (1 - share) * number
     low = float(stats.beta.ppf(1 - _TAIL, right + 0.5, wrong + 0.5)) if share > 0 else 0.0
     high = float(stats.beta.ppf(_TAIL, right + 0.5, wrong + 0.5)) if share < 1 else 1.0
