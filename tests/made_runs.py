@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from davir_ray.run.files import in_folder, write_parquet
+from davir_ray.run.files import in_folder, read_parquet, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.schema import EXAMPLES, SCORES
+from davir_ray.schema import EXAMPLES, IFD, SCORES
 
 MakeScores = Callable[..., Run]
 
@@ -64,3 +64,14 @@ def make_scores(tmp_path: Path) -> MakeScores:
         return run
 
     return make
+
+
+def add_ifd(run: Run, ifd: dict[int, float | None]) -> None:
+    """Write extra/ifd/ of a made run, with the rows of scores/ and the value of each id, and its manifest."""
+    files = []
+    for name in (run / "scores").names():
+        ids = read_parquet(run / "scores" / name, ["example_id"])["example_id"].to_pylist()
+        columns = {"example_id": ids, "ifd": [ifd[example_id] for example_id in ids]}
+        files.append(write_parquet(run / "extra/ifd" / name, _table(len(ids), IFD, columns)))
+    content = {"made": str(sorted(ifd.items()))}
+    Manifest(stage="ifd", fingerprint=content, counts={}, files=in_folder("extra/ifd", files)).write(run.folder)

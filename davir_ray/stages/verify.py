@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from davir_ray.engine.connect import own_errors
 from davir_ray.engine.console import configure_worker_logging
 from davir_ray.engine.resources import has_gpu
-from davir_ray.engine.shards import Shards
+from davir_ray.engine.shards import Shards, read_side_by_side
 from davir_ray.engine.shuffle import gather
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
 from davir_ray.formulas.hashing import random_keys, sample_rows, seed_from
@@ -26,11 +26,13 @@ from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import DeviceKind, worker_device
 from davir_ray.models.kernel.eager import eager_nll
 from davir_ray.models.reference import Reference, by_fold, weights_of
+from davir_ray.models.response_scorer import response_alone
+from davir_ray.models.scorer import Tokenised
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
-from davir_ray.schema import EXAMPLES, SCORES, Status
+from davir_ray.schema import EXAMPLES, IFD, SCORES, Status
 from davir_ray.stages.folds import Folds
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
@@ -47,7 +49,12 @@ _SCORE_COLUMNS = ["example_id", "num_response_tokens", "base_nll", "reference_nl
 _TOKEN_COLUMNS = ["input_ids", "response_spans"]
 _DRAWN = pa.schema([("name", pa.string()), SCORES.field("example_id")])
 _SCORED = pa.schema(
-    [*map(SCORES.field, _SCORE_COLUMNS), *map(EXAMPLES.field, _TOKEN_COLUMNS), pa.field("scored_by", pa.int64())]
+    [
+        *map(SCORES.field, _SCORE_COLUMNS),
+        *map(EXAMPLES.field, _TOKEN_COLUMNS),
+        IFD.field("alone_nll"),
+        pa.field("scored_by", pa.int64()),
+    ]
 )
 """`scored_by` is the fold of the reference that scored the row; 0 without folds."""
 
@@ -63,7 +70,7 @@ class Verification:
     """Dtype in which the stored scores were computed."""
     largest_davir_difference: float
     largest_nll_difference: float
-    """Nats per token, the larger of both models."""
+    """Nats per token, the largest of both models and, with IFD, of the responses alone."""
     rank_correlation: float
     """Spearman's correlation of stored and plain scores."""
     top_k: int
@@ -91,10 +98,12 @@ def verify(run: Run, base: Checkpoint, reference: Reference, num_rows: int, seed
         if changed := differences(scored.fingerprint[name], weights_of(model)):
             uris = ", ".join(checkpoint.uri for checkpoint in by_fold(model).values())
             raise OutputError(f"{uris} is not the {name} that the run was scored with ({changed[0]})")
-    rows = _draw(run, scored, num_rows, seed)
+    ifd = run.manifest("ifd")
+    rows = _draw(run, scored, num_rows, seed, with_ifd=ifd is not None)
+    start_id = None if ifd is None else ifd.fingerprint["start_id"]
     with own_errors():
         score_again = ray.remote(num_gpus=1 if has_gpu() else 0)(_score_again)
-        losses = ray.get(score_again.remote(base, reference, rows, "cuda" if has_gpu() else "cpu"))
+        losses = ray.get(score_again.remote(base, reference, rows, start_id, "cuda" if has_gpu() else "cpu"))
     selected = run.manifest("select")
     share = selected.counts["selected"] / scored.counts["scored"] if selected else 0.1
     return _compare(rows, losses, scored, num_files, share)
@@ -118,8 +127,8 @@ def _check_files(run: Run) -> int:
     return sum(len(manifest.files) for manifest in manifests)
 
 
-def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
-    """Random rows that have a score, with their tokens; the choice depends on the seed only."""
+def _draw(run: Run, scored: Manifest, num_rows: int, seed: int, *, with_ifd: bool) -> pa.Table:
+    """Random rows that have a score, with their tokens; the choice depends on the seed only. alone_nll may be null."""
     files, purpose = scored.files_in("scores"), f"verify {seed}"
     # Three times as many in expectation: a sample by hash may be smaller than its mean.
     share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
@@ -132,7 +141,7 @@ def _draw(run: Run, scored: Manifest, num_rows: int, seed: int) -> pa.Table:
     for row in chosen.to_pylist():
         wanted.setdefault(row["name"], []).append(row["example_id"])
     folds = Folds.of(run.require("prepare"))
-    read = partial(_read_rows, run, wanted, {} if folds is None else folds.of_file)
+    read = partial(_read_rows, run, wanted, {} if folds is None else folds.of_file, with_ifd)
     needed = Shards([entry for entry in files if entry.name in wanted], read)
     return gather(needed, _SCORED).sort_by("example_id")
 
@@ -143,8 +152,12 @@ def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.T
     return pa.table({"name": [name] * len(ids), "example_id": ids}, schema=_DRAWN)
 
 
-def _read_rows(run: Run, wanted: dict[str, list[int]], fold_of: dict[str, int], name: str) -> pa.Table:
-    scores = read_parquet(run / "scores" / name, _SCORE_COLUMNS)
+def _read_rows(run: Run, wanted: dict[str, list[int]], fold_of: dict[str, int], with_ifd: bool, name: str) -> pa.Table:
+    if with_ifd:
+        scores = read_side_by_side(run / "scores", _SCORE_COLUMNS, run / "extra/ifd", ["alone_nll"], name)
+    else:
+        scores = read_parquet(run / "scores" / name, _SCORE_COLUMNS)
+        scores = scores.append_column("alone_nll", pa.nulls(scores.num_rows, pa.float64()))
     tokens = read_parquet(run / "examples" / name, _TOKEN_COLUMNS)
     for column in _TOKEN_COLUMNS:
         scores = scores.append_column(column, tokens[column])
@@ -154,21 +167,24 @@ def _read_rows(run: Run, wanted: dict[str, list[int]], fold_of: dict[str, int], 
     return scores.filter(pa.array(mask)).select(_SCORED.names).cast(_SCORED)
 
 
-def _score_again(base: Checkpoint, reference: Reference, rows: pa.Table, device: DeviceKind) -> tuple[Floats, Floats]:
+def _score_again(
+    base: Checkpoint, reference: Reference, rows: pa.Table, start_id: int | None, device: DeviceKind
+) -> tuple[Floats, ...]:
     configure_worker_logging()
-    base_nll, reference_nll = np.empty(rows.num_rows), np.empty(rows.num_rows)
+    losses = np.empty((2 if start_id is None else 3, rows.num_rows))
     for fold, checkpoint in by_fold(reference).items():
         at = np.flatnonzero(np.asarray(rows["scored_by"]) == fold)
         if len(at):
-            found = plain_losses(base, checkpoint, rows.take(pa.array(at)), worker_device(device))
-            base_nll[at], reference_nll[at] = found
-    return base_nll, reference_nll
+            losses[:, at] = plain_losses(base, checkpoint, rows.take(pa.array(at)), worker_device(device), start_id)
+    return tuple(losses)
 
 
 def plain_losses(
-    base: Checkpoint, reference: Checkpoint, rows: pa.Table, device: torch.device
-) -> tuple[Floats, Floats]:
+    base: Checkpoint, reference: Checkpoint, rows: pa.Table, device: torch.device, start_id: int | None = None
+) -> tuple[Floats, ...]:
     """Summed nats of each row's response under both models: float32, one at a time, transformers' own forward.
+
+    With a start token, there is a third array: the base's losses of the responses alone.
 
     The models are loaded one after the other, as both may not fit. An adapter is loaded by peft and never switched off:
     how scoring loads and switches it is what is checked.
@@ -178,28 +194,34 @@ def plain_losses(
         for row in rows.select(_TOKEN_COLUMNS).to_pylist()
     ]
 
-    @torch.no_grad()
-    def losses(model: PreTrainedModel) -> Floats:
-        return np.array([float(eager_nll(model, ids, spans).double().sum()) for ids, spans in examples])
+    alone = [] if start_id is None else [response_alone(*example, start_id) for example in examples]
 
-    base_nll = losses(base.model(torch.float32, device))
+    @torch.no_grad()
+    def losses(model: PreTrainedModel, sequences: list[Tokenised]) -> Floats:
+        return np.array([float(eager_nll(model, ids, spans).double().sum()) for ids, spans in sequences])
+
+    model = base.model(torch.float32, device)
+    base_nll, alone_nll = losses(model, examples), losses(model, alone)
+    del model
     gc.collect()
-    if reference.is_adapter:
-        return base_nll, losses(reference.as_peft(base.model(torch.float32, device)))
-    return base_nll, losses(reference.model(torch.float32, device))
+    adapted = reference.is_adapter
+    model = reference.as_peft(base.model(torch.float32, device)) if adapted else reference.model(torch.float32, device)
+    reference_nll = losses(model, examples)
+    return (base_nll, reference_nll, alone_nll) if alone else (base_nll, reference_nll)
 
 
 def _compare(
-    rows: pa.Table, losses: tuple[Floats, Floats], scored: Manifest, num_files: int, share: float
+    rows: pa.Table, losses: tuple[Floats, ...], scored: Manifest, num_files: int, share: float
 ) -> Verification:
-    base_nll, reference_nll = losses
+    base_nll, reference_nll, *alone_nll = losses
     # The coarsest dtype that any shard was computed in.
     precision = max((str(one["weights"]) for one in scored.details["numerics"]), key=lambda name: _TOLERANCE[name])
     num_tokens = np.asarray(rows["num_response_tokens"]).astype(np.float64)
-    differences_2N = np.abs(
-        np.stack([np.asarray(rows["base_nll"]) - base_nll, np.asarray(rows["reference_nll"]) - reference_nll])
-    )
-    worst = differences_2N.max(axis=0) / num_tokens
+    differences_N = [np.asarray(rows["base_nll"]) - base_nll, np.asarray(rows["reference_nll"]) - reference_nll]
+    for plain in alone_nll:
+        stored_alone = rows["alone_nll"].to_numpy()  # null where the pass has no loss, and says why
+        differences_N.append(np.where(np.isnan(stored_alone), 0.0, stored_alone - plain))
+    worst = np.abs(np.stack(differences_N)).max(axis=0) / num_tokens
     stored, plain = np.asarray(rows["davir"]), davir(base_nll, reference_nll)
     top_k = max(1, round(share * len(stored)))
     top_stored, top_plain = (np.argsort(-values, kind="stable")[:top_k] for values in (stored, plain))

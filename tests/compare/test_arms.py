@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from made_runs import add_ifd
 
 from davir_ray.compare import arms as row_sets
 from davir_ray.compare.arms import FinishedRun, write_set
@@ -92,6 +93,44 @@ def test_the_worst_rows_of_a_run_that_takes_the_lowest_are_the_highest(make_scor
     selection = run.selection(None)
     chosen = {arm: set(run.rows_of(arm, selection, 0).tolist()) for arm in ("selection", "lowest")}
     assert chosen == {"selection": best(-DAVIR, 60), "lowest": best(DAVIR, 60)}
+
+
+@pytest.mark.parametrize("sampled", [20_000, 40])
+def test_an_arm_of_another_order_has_its_highest_rows(
+    make_scores: Any, sampled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the selection; rows without a value in that order are left out, as they are of a ranking by it."""
+    monkeypatch.setattr(row_sets, "_SAMPLED_KEYS", sampled)
+    draw = np.random.default_rng(5)
+    losses, ifd = draw.gamma(2, 40, ROWS), draw.normal(1, 0.1, ROWS)
+    ifd[draw.random(ROWS) < 0.2] = np.nan
+    run = finished(make_scores, SelectConfig(top_k=60, min_response_tokens=20), base_nll=losses)
+    add_ifd(run.run, {row: None if np.isnan(value) else float(value) for row, value in enumerate(ifd)})
+    selection, pool = run.selection(None), np.flatnonzero(TOKENS >= 20)
+    chosen = {
+        arm: set(run.rows_of(f"order:{arm}", selection, 0).tolist()) for arm in ("base_mean_nll", "ifd", "length")
+    }
+    assert chosen["base_mean_nll"] == best(losses / TOKENS, 60, pool)
+    assert chosen["ifd"] == best(ifd, 60, pool[~np.isnan(ifd[pool])])
+    assert chosen["length"] == best(TOKENS, 60, pool)
+    assert chosen["base_mean_nll"] != best(losses, 60, pool)
+
+
+def test_an_arm_by_ifd_of_a_run_that_drops_duplicates_needs_its_ranking(make_scores: Any) -> None:
+    config, ifd = SelectConfig(top_k=40, drop_duplicates=True), np.random.default_rng(6).normal(size=ROWS)
+    run = finished(make_scores, config, content_hash=COPIES)
+    add_ifd(run.run, dict(enumerate(ifd.tolist())))
+    with pytest.raises(ConfigError, match=r"ranked/ has no ifd; give jobs/rank.py --rank.order ifd"):
+        run.rows_of("order:ifd", run.selection(None), 0)
+    rank(run.run, RankConfig(order="ifd"))
+    select(run.run, RankConfig(order="ifd"), config)
+    ranked = FinishedRun(run.run, RankConfig(order="ifd"), config)
+    selection = ranked.selection(None)
+    firsts = {copy: max(np.flatnonzero(copy == COPIES), key=lambda row: ifd[row]) for copy in set(COPIES.tolist())}
+    pool = np.array(sorted(firsts.values()))
+    assert set(ranked.rows_of("order:ifd", selection, 0).tolist()) == best(ifd, 40, pool)
+    assert set(ranked.rows_of("lowest", selection, 0).tolist()) == best(-ifd, 40, pool)
+    assert set(ranked.rows_of("order:davir", selection, 0).tolist()) == best(DAVIR, 40, pool)
 
 
 COPIES = np.random.default_rng(3).integers(0, 200, ROWS)

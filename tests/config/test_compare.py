@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from davir_ray.cli import parse_as
-from davir_ray.config.compare import CompareConfig
+from davir_ray.config.compare import CompareConfig, TrialName
 from davir_ray.config.sources import Source
 from davir_ray.config.yaml import dump, load
 from davir_ray.errors import ConfigError
@@ -59,6 +59,18 @@ def test_settings_of_draws_without_a_drawn_arm_have_no_effect() -> None:
     assert drawn.without_effect().keys() == {"match_prompts"}
 
 
+def test_an_arm_may_be_any_other_order() -> None:
+    arms = ["selection", "random", "order:ifd", "order:base_mean_nll"]
+    seeds = {"order:ifd": 4, "default": 2}
+    config = parse_as(CompareConfig, ["--arms", "[selection, random, order:ifd, order:base_mean_nll]"])
+    assert config.arms == arms
+    config = CompareConfig(run=["run1", "run2"], arms=arms, seeds=seeds, tests=["order:ifd vs random"])
+    assert config.contrasts() == [("order:ifd", "random")]
+    assert [config.num_models(arm) for arm in arms] == [2, 2, 4, 2]
+    assert [config.row_set("order:ifd", model) for model in range(4)] == [0, 1, 0, 1]
+    assert str(TrialName("order:ifd", 60, "epochs", 1)) == "order_ifd-60-epochs-seed1"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -68,6 +80,10 @@ def test_settings_of_draws_without_a_drawn_arm_have_no_effect() -> None:
         ({"recipe": {"seed": 1}}, "'seed', which the comparison sets itself"),
         ({"arms": []}, "arms is"),
         ({"arms": ["random", "random"]}, "without repetition"),
+        ({"arms": ["selection", "rand"]}, "an arm is 'rand'; it must be one of selection, random, "),
+        ({"arms": ["order:loss"]}, "an arm is 'order:loss'"),
+        ({"arms": ["order:random"]}, "an order of rank.order that is not random"),
+        ({"run": ["run1", "run2"], "arms": ["order:ifd"], "seeds": 1}, "so order:ifd has fewer models than there are"),
         ({"sizes": [0]}, "a size is 0"),
         ({"seeds": 0}, "seeds is 0"),
         ({"seeds": {"default": 3, "lowest": 0}}, "seeds of lowest is 0"),

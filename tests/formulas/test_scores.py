@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from davir_ray.formulas.scores import Floats, davir, rho_mean, rho_sum
+from davir_ray.formulas.scores import Floats, davir, ifd, ifd_perplexity, rho_mean, rho_sum
 
 LOSSES = st.floats(min_value=1e-6, max_value=1e6)
 PAIRS = st.lists(st.tuples(LOSSES, LOSSES), min_size=1, max_size=20)
@@ -84,3 +84,19 @@ def test_rho_mean_of_no_tokens_is_nan() -> None:
         mean = rho_mean(np.array([3.0, 3.0]), np.array([1.0, 1.0]), np.array([0, 4], dtype=np.int32))
     assert np.isnan(mean[0])
     assert mean[1] == 0.5
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(0.1, 1e3)), min_size=1), st.integers(100, 10_000))
+def test_ifd_is_the_ratio_of_mean_losses_or_of_perplexities(pairs: list[tuple[float, float]], tokens: int) -> None:
+    base, alone = columns(pairs)
+    counts = np.full(len(base), tokens, np.int32)
+    np.testing.assert_allclose(ifd(base, alone), (base / tokens) / (alone / tokens), rtol=1e-12)
+    perplexities = np.exp(base / tokens) / np.exp(alone / tokens)
+    np.testing.assert_allclose(ifd_perplexity(base, alone, counts), perplexities, rtol=1e-12)
+    assert np.all((ifd(base, alone) > 1) == (base > alone))
+
+
+def test_ifd_of_a_response_that_is_certain_without_its_prompt_is_not_defined() -> None:
+    found = ifd(np.array([2.0, 0.0, 0.0]), np.array([0.0, 0.0, 3.0]))
+    np.testing.assert_array_equal(found, [np.nan, np.nan, 0.0])
+    assert np.isnan(ifd_perplexity(np.array([1.0]), np.array([1.0]), np.array([0], np.int32))).all()

@@ -13,6 +13,7 @@ from scipy import stats
 from davir_ray.compare.copies import Reason
 from davir_ray.config.compare import TrialName
 from davir_ray.errors import DataError
+from davir_ray.report import charts
 from davir_ray.report.comparison import contrasts_table, results_table, summarise_comparison
 from davir_ray.report.comparison_page import render_comparison, replicates
 from davir_ray.report.measured import FLEXIBLE, LOSS, LOSS_BY_EXAMPLE, STRICT, ComparisonInputs, Measure, Measured
@@ -529,6 +530,19 @@ def test_the_page_says_which_rules_of_the_selection_bind_the_other_arms() -> Non
     matched = [TrialName("random_matched", SIZE, "tokens", seed) for seed in SEEDS]
     assert "prompt lengths" not in arms_of(matched)
     assert "as many rows in each range of prompt lengths, too" in arms_of(matched, settings={"match_prompts": True})
+
+
+def test_an_arm_of_another_order_is_explained_and_drawn() -> None:
+    arms = ("selection", "random", "order:ifd", "order:base_mean_nll")
+    names = [TrialName(arm, SIZE, "tokens", seed) for arm in arms for seed in SEEDS]
+    text = arms_of(names)
+    for order in ("ifd", "base_mean_nll"):
+        assert f">order:{order}</th><td>the same number of rows, the highest by {order}</td>" in text
+    assert "selection, order:ifd, order:base_mean_nll: every model of an arm has the same rows" in text
+    facts, _ = summarise_comparison(comparison_inputs(names))
+    drawn = charts.comparison([row for row in facts["results"] if row["source"] is None], "nats", "loss")
+    assert "order:ifd" in drawn
+    assert "order:base_mean_nll" in drawn
 
 
 def test_the_page_says_what_the_models_of_an_arm_are_replicates_of() -> None:

@@ -57,6 +57,9 @@ def test_the_parts_add_up(size: ModelSize) -> None:
     assert estimate(size, DATA, 100, FinetuneConfig(epochs=1)).finetune_flops == 3 * forward
     recomputed = FinetuneConfig(epochs=1, gradient_checkpointing=True)
     assert estimate(size, DATA, 100, recomputed).finetune_flops == 4 * forward
+    also = estimate(size, DATA, 100, None, num_extra_passes=1).score_flops - 2 * forward
+    alone = DATA.num_scored + DATA.num_examples
+    assert also == pytest.approx(size.forward_flops(alone, DATA.num_scored, alone / DATA.num_examples))
     large = DataSize(num_rows=52_000, num_examples=52_000, num_tokens=6_400_000, num_scored=1)
     assert estimate(size, large, None, None).num_shards == 64
     assert estimate(size, DATA, None, None).num_shards == 2

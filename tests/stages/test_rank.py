@@ -18,14 +18,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_runs import add_ifd
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import collect, exchange
-from davir_ray.errors import DataError, IntegrityError
+from davir_ray.errors import DataError, IntegrityError, OutputError
 from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
+from davir_ray.schema import RANKED
 from davir_ray.stages import rank as ranking
 from davir_ray.stages.rank import count_bins, find_bins, rank, write_bin
 from davir_ray.stages.rank import read_scores as read_of_rank
@@ -209,6 +211,39 @@ def test_every_order_ranks_by_its_column(make_scores: MakeScores, order: str) ->
     run = make_scores(rng.normal(size=ROWS), example_id=ids, **{column: values})
     manifest = rank(run, RankConfig(order=order))  # type: ignore[arg-type]
     check(run, manifest, expected_ids(values.astype(float), ids))
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_ifd_is_ranked_from_its_own_folder_and_comes_last(make_scores: MakeScores, lowest: bool) -> None:
+    values, ids = _some_missing(np.random.default_rng(3)), ids_of(ROWS)
+    run, config = make_scores(np.zeros(ROWS), example_id=ids), RankConfig(order="ifd", lowest=lowest)
+    with pytest.raises(OutputError, match=r"no complete extra/ifd, .*add --score\.also '\[ifd\]'"):
+        rank(run, config)
+    of_id = {
+        example_id: None if np.isnan(value) else float(value) for example_id, value in zip(ids, values, strict=True)
+    }
+    add_ifd(run, of_id)
+    manifest = rank(run, config)
+    check(run, manifest, expected_ids(values, ids, lowest=lowest))
+    assert len(manifest.files) > 3
+    table = table_of(run)
+    assert table["ifd"].tolist() == [of_id[example_id] for example_id in table["example_id"]]
+    for entry in manifest.files:
+        assert pq.read_schema(f"{run}/{entry.name}").names == [*RANKED.names, "ifd"]
+    assert rank(run, config) == manifest, "complete, skipped"
+    add_ifd(run, {example_id: 1 - (value or 0) for example_id, value in of_id.items()})
+    assert rank(run, config).counts["ranked"] == ROWS, "other values are ranked again"
+    rank(run, RankConfig())
+    assert "ifd" not in table_of(run)
+
+
+def test_ifd_of_other_rows_is_not_taken(make_scores: MakeScores) -> None:
+    run = make_scores(np.zeros(30), num_shards=2)
+    add_ifd(run, dict.fromkeys(range(30), 1.0))
+    first, second = (run / "extra/ifd").names()
+    (run / "extra/ifd" / first).write_bytes((run / "extra/ifd" / second).read_bytes())
+    with pytest.raises(IntegrityError, match="do not hold the same rows"):
+        rank(run, RankConfig(order="ifd"))
 
 
 @pytest.mark.parametrize("column", ["base_nll", "reference_nll"])

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from made_runs import add_ifd
 
-from davir_ray.config.selection import RankConfig, SelectConfig
+from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
 from davir_ray.formulas.shares import Limit
 from davir_ray.run.files import read_parquet, write_parquet
@@ -236,6 +237,43 @@ def test_selected_has_the_schema_of_the_contract(make_scores: MakeScores) -> Non
     select(run, BY_DAVIR, SelectConfig(top_k=30))
     for name in (run / "selected").names():
         assert read_parquet(run / "selected" / name).schema.remove_metadata().equals(SELECTED)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (SelectConfig(top_k=30), range(99, 69, -1)),
+        (SelectConfig(min_score=1.5), range(99, 74, -1)),
+        (SelectConfig(max_score=1, top_k=7), range(50, 43, -1)),
+        (SelectConfig(top_k=9, drop_duplicates=True), range(99, 81, -2)),
+    ],
+)
+def test_a_selection_by_ifd_has_its_column(make_scores: MakeScores, rule: SelectConfig, expected: range) -> None:
+    """IFD of row i is i/50; two neighbouring rows, 98 and 99, have the same content."""
+    run, config = make_scores(np.zeros(100), content_hash=np.arange(100) // 2), RankConfig(order="ifd")
+    add_ifd(run, {row: row / 50 for row in range(100)})
+    rank(run, config)
+    manifest = select(run, config, rule)
+    table = table_of(run, "selected")
+    assert table["example_id"].tolist() == list(expected)
+    assert table.columns.tolist() == [*SELECTED.names, "ifd"]
+    assert table["ifd"].tolist() == [row / 50 for row in expected]
+    assert manifest.details["cut"] == expected[-1] / 50
+
+
+def test_a_mixture_by_ifd_has_its_column(make_scores: MakeScores) -> None:
+    run, config = make_scores(np.zeros(100), source=["a", "b"] * 50), RankConfig(order="ifd")
+    add_ifd(run, {row: row / 50 for row in range(100)})
+    rank(run, config)
+    select(run, config, SelectConfig(mixture=[Part(source="a", top_k=20, repeat=2), Part(source="b", top_k=5)]))
+    table = table_of(run, "mixture")
+    assert sorted(table["ifd"]) == sorted(
+        [
+            *(row / 50 for row in range(60, 100, 2)),
+            *(row / 50 for row in range(60, 100, 2)),
+            *(row / 50 for row in range(91, 100, 2)),
+        ]
+    )
 
 
 def test_a_smaller_selection_leaves_no_file_of_the_larger(make_scores: MakeScores) -> None:
