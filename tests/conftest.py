@@ -39,6 +39,13 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(120_000))
 # An actor less for each fine-tune: nobody announces that a machine of the tests will be taken away.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
+# How a training goes is looked at every other second, and each would end a second late. A group may start slowly.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+
+# A node counts as dead after five checks without an answer, every three seconds if nothing is said.
+os.environ.setdefault("RAY_health_check_period_ms", "500")
+
 # What watches a node and its logs takes some percent of a core. Nobody reads the node's load; and a new log is found in
 # half a second, instead of being looked for ten times a second.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", str(120_000))

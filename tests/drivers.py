@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pyarrow as pa
 
 import davir_ray
@@ -81,6 +83,16 @@ class Driver:
         """As a machine that is taken away does."""
         self.process.kill()
         self.process.wait()
+
+    def kill_all(self) -> None:
+        """With the Ray that it started and all its workers, as a power cut does."""
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(processes, timeout=300)
+        assert not alive
 
     def finish(self, seconds: float = 900) -> int:
         """Wait for the end; returns the exit status."""

@@ -1,4 +1,4 @@
-"""Ten thousand hostile rows through the whole chain: each ends once, as a score, a status or a reject."""
+"""Three thousand hostile rows through the whole chain: each ends once, as a score, a status or a reject."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ from davir_ray.schema import RejectReason, Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
-NUM_LINES = 10_000
+NUM_LINES = 3_000
 
 
 def test_every_row_of_a_hostile_corpus_ends_once(base_folder: Path, reference_folder: Path, tmp_path: Path) -> None:

@@ -163,8 +163,9 @@ def test_the_benchmark_of_scaling_writes_its_result(ray_address: str, tmp_path: 
 
 @pytest.mark.slow
 def test_the_main_job_end_to_end_and_ranked_again(
-    data_folder: Path, base_folder: Path, ray_address: str, tmp_path: Path
+    data_folder: Path, base_folder: Path, reference_folder: Path, ray_address: str, tmp_path: Path
 ) -> None:
+    """With a reference; the guide and the demo run the job with its fine-tune."""
     output = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(
         json.dumps(
@@ -172,9 +173,9 @@ def test_the_main_job_end_to_end_and_ranked_again(
                 "data": str(data_folder / "gsm8k_train.jsonl.gz"),
                 "format": "gsm8k",
                 "base": str(base_folder),
+                "reference": str(reference_folder),
                 "limit": 50,
                 "max_bad_fraction": 0.1,
-                "finetune": {"epochs": 1, "batch_size": 25},
                 "score": {"num_actors": 1},
                 "select": {"top_k": 49},
             }

@@ -123,7 +123,9 @@ def kill_at(
             driver.wait_for(condition, what)
             driver.kill()
         if "shards to do" in driver.output:
-            assert shards_of(driver.output) == (NUM_SHARDS - len(committed), len(committed))
+            to_do, done = shards_of(driver.output)
+            assert to_do + done == NUM_SHARDS
+            assert done >= len(committed)  # an actor may have outlived its driver by another shard
         assert_left_as_it_was(run, committed)
 
 
@@ -171,6 +173,7 @@ def test_of_hundreds_of_small_shards_a_kill_loses_one_for_each_actor_at_most(
     """Shards are sent in groups, but committed one by one: at a random moment, first the driver, then an actor."""
     run = Run.at(tmp_path / "run")
     wanted = {**options, "output": run, "prepare.shard_rows": 1, "score.num_actors": 2, "debug": "true"}
+    wanted |= {"limit": 2 * NUM_ROWS // 3}
     first = Driver("score.py", wanted, tmp_path / "first.log", address=ray_address)
     moment = random.randint(1, 60)
     first.wait_for(lambda: len((run / "scores").names()) >= moment, f"{moment} scores")
@@ -183,7 +186,8 @@ def test_of_hundreds_of_small_shards_a_kill_loses_one_for_each_actor_at_most(
     os.kill(random.choice(sorted(second.wait_for_actors())), signal.SIGKILL)
     assert second.finish() == 0, second.output
     to_do, done = shards_of(second.output)
-    assert done == len(committed) < to_do
+    assert done >= len(committed)
+    assert to_do > 0
     scored = run.require("score")
     assert len(scored.files) == to_do + done == run.require("prepare").counts["prepared"]
     assert scored.details["retries"] <= 1

@@ -1,11 +1,13 @@
 """Six hundred small shards: memory, open files and temporary folders of every process stay what they were."""
 
+import itertools
 import json
 import logging
-import os
-import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,12 @@ from typing import Any
 import psutil
 import pytest
 from drivers import Driver
+from ray.data._internal.execution.no_progress_guard import NoProgressGuard
 
+from davir_ray.cli import parse_as
+from davir_ray.config.run import RunConfig
+from davir_ray.errors import ProgressError
+from davir_ray.pipeline import run_all
 from davir_ray.run.folder import Run
 
 log = logging.getLogger(__name__)
@@ -91,17 +98,39 @@ def temporary_files(folder: str) -> int:
     return sum("/logs/" not in str(path) for path in Path(folder).rglob("*"))
 
 
-def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], ray_address: str, tmp_path: Path) -> None:
+def scoring_actor() -> psutil.Process:
+    """The only one of this process's Ray."""
+    while True:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "ShardWorker" in " ".join(child.cmdline()):
+                    return child
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_stuck_run_ends_with_its_reason(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only actor is stopped. Until then the clock of the limit stands; then each look at it takes a second."""
+    looks, stopped = itertools.count(), list[psutil.Process]()
+    defaults = NoProgressGuard.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "clock", lambda: float(next(looks)) if stopped else 0.0)
     run = Run.at(options["output"])
-    options |= {"prepare.shard_rows": 1, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
-    driver = Driver("score.py", options, tmp_path / "log", address=ray_address)
-    driver.wait_for(scored(run, 3), "the first shards")
-    (pid,) = driver.wait_for_actors()
-    os.kill(pid, signal.SIGSTOP)
+    is_scored = scored(run, 3)
+    options |= {"limit": 60, "prepare.shard_rows": 1, "score.num_actors": 1, "score.no_progress_timeout_s": 20}
+
+    def stop() -> None:
+        while not is_scored():
+            time.sleep(0.02)
+        actor = scoring_actor()
+        actor.suspend()
+        stopped.append(actor)
+
+    threading.Thread(target=stop, daemon=True).start()
     try:
-        assert driver.finish() == 1, driver.output
+        with pytest.raises(ProgressError, match=r"stuck \(score\.no_progress_timeout_s\): .*timeout: 20s"):
+            run_all(parse_as(RunConfig, [f"--{name}={value}" for name, value in options.items()]))
     finally:
-        if psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGKILL)
-    told = driver.output.splitlines()
-    assert any("no_progress_timeout_s" in line and "20" in line and line.startswith("score.py: ") for line in told)
+        for actor in stopped:
+            with suppress(psutil.NoSuchProcess):
+                actor.kill()
+    assert stopped
+    assert run.manifest("score") is None

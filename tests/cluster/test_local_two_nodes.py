@@ -75,7 +75,7 @@ def test_a_job_runs_on_both_and_nothing_stays(
     assert Path(told["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
 
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{address}/api/jobs/", timeout=60)
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=PATIENCE_S)
     assert refused.value.code == 401
 
     (command,) = re.findall(r"ray job submit .+", nodes.output)
@@ -101,7 +101,7 @@ def test_a_job_runs_on_both_and_nothing_stays(
 
     nodes.process.send_signal(signal.SIGTERM)
     assert nodes.process.wait(PATIENCE_S) == 0
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=PATIENCE_S)
     assert alive == []
     assert not folder.exists()
 

@@ -114,7 +114,7 @@ def table_of(output: Path) -> pd.DataFrame:
 
 
 def test_the_right_selection_wins_and_a_shuffled_one_does_not(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine fine-tunes, of which none needs Ray Train; those of the other tests do."""
+    """Nine fine-tunes, of which none needs Ray Train: a driver that dies and an arm that fails have it below."""
     monkeypatch.setattr(trials, "_run_trial", run_trial)
     compare(settings(planted))
     output = planted / "compare"
@@ -222,12 +222,13 @@ SHRUGGED_AT = ["rivers", "stars", "hats", "songs", "roads", "eggs"]
 
 
 def test_a_mixture_whose_models_answer_and_whose_answers_are_compared(
-    make_checkpoint: Callable[..., Path], ray_session: None, tmp_path: Path
+    make_checkpoint: Callable[..., Path], ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained on one count and twelve shrugs a model shrugs more often than on forty counts and the same shrugs.
 
     The held-out questions have seven for an answer nine times in twelve. Turns end as the template ends them.
     """
+    monkeypatch.setattr(trials, "_run_trial", run_trial)
     template, counts, shrugs = (tmp_path / name for name in ("chat.jinja", "counts.jsonl", "shrugs.jsonl"))
     template.write_text(TEMPLATE)
     counts.write_text(conversations(PEOPLE, COUNTED))

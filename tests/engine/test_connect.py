@@ -121,7 +121,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
     started = time.monotonic()
     with pytest.raises(ClusterError, match=f"RAY_ADDRESS is {address}") as caught:
         cluster._start()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 120, "Ray itself would keep trying for ten minutes"
     return str(caught.value)
 
 
@@ -164,7 +164,7 @@ def refused(*settings: str, **environment: str) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "RAY_TMPDIR"))}
     ended = subprocess.run(
         [sys.executable, "-c", CONNECT, *settings],
-        env=kept | environment, capture_output=True, text=True, timeout=100, check=False,
+        env=kept | environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
     assert "Traceback" not in ended.stderr

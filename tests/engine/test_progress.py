@@ -18,13 +18,21 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 def totals_of(counter: ProgressCounter, condition: Any) -> Totals:
     """The totals once they meet the condition: reports are sent, not answered."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         totals = counter.totals()
         if totals is not None and condition(totals):
             return totals
         time.sleep(0.05)
     raise AssertionError(f"never came: {totals}")
+
+
+def wait_for_file(run: Run, done: int) -> None:
+    """Return when progress.json says that so much is done."""
+    deadline = time.monotonic() + 300
+    while (found := Progress.read(run.folder)) is None or found.done != done:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
 
 
 def test_a_second_report_replaces_the_first_and_a_second_start_is_a_retry() -> None:
@@ -79,8 +87,7 @@ def test_progress_follows_the_tally(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert first is not None
         assert (first.done, first.tokens_per_second) == (40, None)
         counter.report("a", WorkDone(10, rows=10, tokens=500))
-        totals_of(counter, lambda totals: totals.work.done == 10)
-        time.sleep(0.5)
+        wait_for_file(run, done=50)
         counter.report("b", WorkDone(20, rows=20, tokens=1000, unscored=1, before=2))
         totals_of(counter, lambda totals: totals.work.done == 30)
     last = Progress.read(run.folder)

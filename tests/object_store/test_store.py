@@ -114,10 +114,10 @@ def test_a_lease_is_held_by_one_and_taken_from_the_dead(place: Location, monkeyp
     with Lease(place):
         with pytest.raises(OutputError, match="being written by process"), Lease(place):
             pass
-        time.sleep(0.5)
-        holder = Holder.read(place / LEASE_FILE)
-        assert holder is not None
-        assert holder.beat >= 1
+        deadline = time.monotonic() + 300
+        while (holder := Holder.read(place / LEASE_FILE)) is None or holder.beat < 1:
+            assert time.monotonic() < deadline, "it has no heartbeat"
+            time.sleep(0.05)
     assert not (place / LEASE_FILE).exists()
     (place / LEASE_FILE).write_text('{"machine": "elsewhere"}')
     with Lease(place):
@@ -220,7 +220,7 @@ def test_wrong_credentials_are_told(
         probe_output(Location.of(str(place)))
     with pytest.raises(DataError, match="wrong credentials"):
         check_readable([(f"{place}/data", DataError)])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert "not-the-right-one" not in str(caught.value)
 
 
@@ -259,7 +259,7 @@ def test_an_unreachable_store_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -
     started = time.monotonic()
     with pytest.raises(OutputError, match="cannot be written: unreachable"):
         probe_output(Location.of("s3://bucket/run"))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_throttling_is_told_in_time(used: Store, place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_throttling_is_told_in_time(used: Store, place: Location, monkeypatch: p
         started = time.monotonic()
         with pytest.raises(OutputError, match="cannot be written: throttled"):
             probe_output(Location.of(str(place)))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
         assert proxy.counts["refused"] >= 2
 
 
