@@ -126,13 +126,13 @@ def regroup(shards: Shards, assign: Change, *rounds: Round, kept: float = 1.0) -
     the shards' bytes that is left.
     """
     first, *following = rounds
-    return deal(shards, assign, first.column, first.num_groups, kept=kept).make(first.work, *following)
+    return scatter(shards, assign, first.column, first.num_groups, kept=kept).make(first.work, *following)
 
 
-def deal(
+def scatter(
     shards: Shards, assign: Change, column: str, num_groups: int, *, num_needed: int | None = None, kept: float = 1.0
-) -> "Dealt":
-    """Start tasks that count the rows of each group, and deal those of the first `num_needed` to tasks that group them.
+) -> "Scattered":
+    """Start tasks that count the rows of each group, and send those of the first `num_needed` to tasks that group them.
 
     `assign` and `kept` are those of `regroup`. None: all groups are needed.
     """
@@ -152,11 +152,11 @@ def deal(
         return [rows_by_group, *parts.cut(tables)]
 
     refs = _of_groups(shards, work, groups=groups, num_returns=1 + parts.num_tasks)
-    return Dealt(num_groups=num_groups, num_bytes=num_bytes, parts=parts, refs=refs)
+    return Scattered(num_groups=num_groups, num_bytes=num_bytes, parts=parts, refs=refs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dealt:
+class Scattered:
     """Rows of shards in Ray's object store, in a part for each task that will group them."""
 
     num_groups: int

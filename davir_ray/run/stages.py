@@ -38,7 +38,7 @@ _STAGES = (
     Stage(
         name="finetune", reads=("prepare",),
         writes=("checkpoints", "reference", "reference_epochs", "reference_folds", "reference_folds_epochs"),
-        shown_counts=("steps",), takes_hours=True,
+        shown_counts=("references", "steps"), takes_hours=True,
     ),
     Stage(
         name="score", writes=("scores", "scores_commits"), reads=("prepare", "align", "finetune"),

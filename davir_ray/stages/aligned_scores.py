@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
-from davir_ray.engine.shuffle import Round, collect, deal
+from davir_ray.engine.shuffle import Round, collect, scatter
 from davir_ray.errors import IntegrityError
 from davir_ray.formulas import order as ranking
 from davir_ray.run.files import FileEntry, in_folder, total_rows, write_parquet
@@ -75,11 +75,11 @@ def _align_fold(run: Run, shards: list[FileEntry]) -> tuple[int, list[FileEntry]
     numbers = {shard.name: number for number, shard in enumerate(shards)}
     placed = Shards(shards, lambda name: _with_bins(keys.read(name), bins, numbers[name]))
     kept = min(1.0, _ROW_BYTES * total_rows(shards) / max(1, keys.num_bytes))
-    dealt = deal(placed, lambda table: table, "bin", len(bins) + 1, kept=kept)
-    rows_by_bin = dealt.rows_by_group()[:-1]  # without those that have no score
+    scattered = scatter(placed, lambda table: table, "bin", len(bins) + 1, kept=kept)
+    rows_by_bin = scattered.rows_by_group()[:-1]  # without those that have no score
     names = [shard.name for shard in shards]
     back = Round("shard", len(shards), partial(_write_shard, run / FOLDER, names))
-    return int(rows_by_bin.sum()), dealt.make(partial(_placed, rows_by_bin), back)
+    return int(rows_by_bin.sum()), scattered.make(partial(_placed, rows_by_bin), back)
 
 
 def _with_bins(table: pa.Table, bins: Bins, number: int) -> pa.Table:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from davir_ray import __version__
 from davir_ray.config.selection import ALIGNED, RankConfig
 from davir_ray.engine.shards import Shards, read_columns, read_side_by_side
-from davir_ray.engine.shuffle import Change, Dealt, collect, deal
+from davir_ray.engine.shuffle import Change, Scattered, collect, scatter
 from davir_ray.errors import DataError, IntegrityError, OutputError
 from davir_ray.formulas import hashing
 from davir_ray.formulas import order as ranking
@@ -40,7 +40,7 @@ _SAMPLES_PER_BIN = 200
 """Keys drawn for each bin: the largest bin is then within a third of the mean, whatever the distribution."""
 
 _DEVIATIONS = 5
-"""Standard deviations by which the first bins may hold fewer rows than on average before they are dealt again."""
+"""Standard deviations by which the first bins may hold fewer rows than on average before they are sent again."""
 
 _BY_TOKEN = {"base_mean_nll": "base_nll", "reference_mean_nll": "reference_nll"}
 """Orders by a loss per response token, and the column of the loss."""
@@ -96,7 +96,7 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     shards = scored.files_in("scores")
     keys = Shards(shards, partial(read_scores, run, config, key_columns(config)))
     bins = find_bins(partial(collect, keys), total_rows(shards), config, BIN_ROWS)
-    dealt, rows_by_bin = _deal(
+    scattered, rows_by_bin = _scatter(
         Shards(shards, partial(read_scores, run, config, None)), bins, config.most, scored.counts["scored"]
     )
     num_rankable = int(rows_by_bin.sum())
@@ -116,7 +116,7 @@ def rank(run: Run, config: RankConfig) -> Manifest:
         last_rank=last_rank,
         metadata=file_metadata(run, config, fingerprint),
     )
-    written = dealt.make(lambda rows: write(int(rows["bin"][0].as_py()), rows))
+    written = scattered.make(lambda rows: write(int(rows["bin"][0].as_py()), rows))
     files = sorted((entry for entry in written if entry), key=lambda entry: entry.name)
     if total_rows(files) != last_rank:
         raise IntegrityError(f"{last_rank} rows were to be ranked but {total_rows(files)} were written")
@@ -166,11 +166,11 @@ def with_order(schema: pa.Schema, config: RankConfig) -> pa.Schema:
     return schema if config.extra is None else schema.append(EXTRA[config.extra].field(config.extra))
 
 
-def _deal(scores: Shards, bins: Bins, most: int | None, num_ok: int) -> tuple[Dealt, npt.NDArray[np.int64]]:
-    """Count the rows of each bin, and deal those of the bins that hold the first `most` ranks; returns both.
+def _scatter(scores: Shards, bins: Bins, most: int | None, num_ok: int) -> tuple[Scattered, npt.NDArray[np.int64]]:
+    """Count the rows of each bin, and send those of the bins that hold the first `most` ranks; returns both.
 
     One scan does it: how many bins that takes is estimated for `num_ok` rankable rows, with a margin for the sample
-    that the bins are cut by. Where it takes more, a second scan deals as many as the counts say.
+    that the bins are cut by. Where it takes more, a second scan sends as many as the counts say.
     """
     num_needed = len(bins)
     if most is not None:
@@ -178,11 +178,11 @@ def _deal(scores: Shards, bins: Bins, most: int | None, num_ok: int) -> tuple[De
         slack = _DEVIATIONS * math.sqrt(bins_of_ranks / _SAMPLES_PER_BIN)
         num_needed = min(len(bins), math.ceil(bins_of_ranks + slack))
     while True:
-        dealt = deal(scores, bins.assign, "bin", len(bins), num_needed=num_needed, kept=num_needed / len(bins))
-        rows_by_bin = dealt.rows_by_group()
+        scattered = scatter(scores, bins.assign, "bin", len(bins), num_needed=num_needed, kept=num_needed / len(bins))
+        rows_by_bin = scattered.rows_by_group()
         last_rank = min(rows_by_bin.sum(), most or rows_by_bin.sum())
         if rows_by_bin[:num_needed].sum() >= last_rank:
-            return dealt, rows_by_bin
+            return scattered, rows_by_bin
         num_needed = 1 + int(np.searchsorted(np.cumsum(rows_by_bin), last_rank))
 
 

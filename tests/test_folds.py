@@ -1,0 +1,155 @@
+"""The main job with folds: no row is scored by a model that has seen it or a copy, also after a death."""
+
+import json
+import random
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from drivers import Driver
+from transformers import AutoModelForCausalLM
+
+from davir_ray.run.files import read_parquet
+from davir_ray.run.folder import Run
+
+pytestmark = pytest.mark.slow
+
+NUM_ROWS = 60
+NUM_COPIES = 8
+
+
+def rows() -> list[dict[str, str]]:
+    """Each an own text of forty words; eight of them four times, as a near copy and two exact ones."""
+    draw = random.Random(0)
+    made = []
+    for row in range(NUM_ROWS):
+        words = [draw.choice("abcdefghij") + str(draw.randrange(10**6)) for _ in range(40)]
+        answer = " ".join(words)
+        made.append({"prompt": f"Say what {row} is.", "response": answer})
+        if row < NUM_COPIES:
+            near = " ".join([*words[:-1], "otherwise"])
+            made += [{"prompt": f"Say what {row} is!", "response": text} for text in (near, answer, answer)]
+    return made
+
+
+@pytest.fixture(scope="module")
+def options(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows())))
+    return {
+        "data": data, "format": "prompt_response", "base": base_folder, "prepare.folds": 2, "prepare.shard_rows": 8,
+        "prepare.max_tokens": 512, "finetune.epochs": 2, "finetune.batch_size": 8, "finetune.learning_rate": 1e-2,
+        "finetune.precision": "float32", "score.num_actors": 1, "score.both": "true", "select.top_k": 12,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(options: dict[str, Any], ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose driver was killed when it had one of two references, and started again."""
+    folder = tmp_path_factory.mktemp("folds")
+    run = Run.at(folder / "run")
+    given = {**options, "output": run, "finetune.num_workers": 2}  # so that one follows the other
+    first = Driver("score.py", given, folder / "first.log", address=ray_address)
+    noted = [run / "checkpoints" / "trained" / str(fold) / "manifests" / "finetune.json" for fold in range(2)]
+    first.wait_for(lambda: any(place.exists() for place in noted), "the first reference")
+    first.kill()
+    done = [fold for fold, place in enumerate(noted) if place.exists()]
+    assert len(done) == 1
+    before = (run / "reference_folds" / str(done[0])).listed()
+    second = Driver("score.py", given, folder / "second.log", address=ray_address)
+    assert second.finish() == 0, second.output
+    assert "1 references to train, each on the rows outside one fold, 1 done" in second.output
+    assert (run / "reference_folds" / str(done[0])).listed() == before
+    return run
+
+
+def table(run: Run, folder: str) -> pa.Table:
+    return pa.concat_tables([read_parquet(run / folder / name) for name in (run / folder).names(".parquet")])
+
+
+def test_no_reference_has_seen_what_it_scores_or_a_copy_of_it(finished: Run) -> None:
+    """By the losses of transformers, and copies by comparing every pair of texts."""
+    examples = table(finished, "examples").to_pylist()
+    scores = {row["example_id"]: row for row in table(finished, "scores").to_pylist()}
+    seen = {row["example_id"]: row for row in table(finished, "extra/seen").to_pylist()}
+    folds = defaultdict(list)
+    for row in examples:
+        folds[row["fold"]].append(row)
+    assert sorted(folds) == [0, 1]
+    assert abs(len(folds[0]) - len(folds[1])) <= NUM_COPIES
+    for left, right in combinations(examples, 2):
+        words = [set(row["response"].split()) for row in (left, right)]
+        if len(words[0] & words[1]) > 20:
+            assert left["fold"] == right["fold"]
+    for fold, other in ((0, 1), (1, 0)):
+        place = Path(finished.folder.path, "reference_folds")
+        models = [AutoModelForCausalLM.from_pretrained(place / str(of)).eval() for of in (fold, other)]
+        for row in folds[fold][::6]:
+            ids, (start, end) = torch.tensor([row["input_ids"]]), row["response_spans"]
+            with torch.no_grad():
+                logprobs = [model(input_ids=ids).logits[0].double().log_softmax(-1) for model in models]
+            sums = [-sum(float(of[at - 1, ids[0, at]]) for at in range(start, end)) for of in logprobs]
+            found = [of[row["example_id"]]["reference_nll"] for of in (scores, seen)]
+            assert found == pytest.approx(sums, rel=1e-4)
+    gain = [seen[key]["davir"] - scores[key]["davir"] for key in scores]
+    assert sum(gain) > 0, "what a reference has seen it knows better"
+
+
+def test_the_order_is_the_place_within_the_fold(finished: Run) -> None:
+    aligned = {row["example_id"]: row["davir_aligned"] for row in table(finished, "extra/davir_aligned").to_pylist()}
+    ranked = table(finished, "ranked")
+    assert ranked.column_names[-1] == "davir_aligned"
+    expected = sorted(aligned, key=lambda key: (-aligned[key], key))
+    assert ranked["example_id"].to_pylist() == expected
+    fold_of = dict(
+        zip(*(table(finished, "examples")[name].to_pylist() for name in ("example_id", "fold")), strict=True)
+    )
+    davir = dict(zip(*(ranked[name].to_pylist() for name in ("example_id", "davir")), strict=True))
+    for fold in (0, 1):
+        in_fold = [davir[key] for key in expected if fold_of[key] == fold]
+        assert in_fold == sorted(in_fold, reverse=True)
+
+
+def test_it_is_complete_verified_ranked_again_and_exported(
+    finished: Run, options: dict[str, Any], ray_address: str, tmp_path: Path
+) -> None:
+    def job(name: str, **given: Any) -> str:
+        driver = Driver(
+            name, {key.replace("__", "."): value for key, value in given.items()}, tmp_path / name, address=ray_address
+        )
+        assert driver.finish() == 0, driver.output
+        return driver.output
+
+    again = Driver("score.py", {**options, "output": finished, "finetune.num_workers": 2}, tmp_path / "again")
+    assert again.finish() == 0, again.output
+    assert "seen: complete, skipped" in again.output
+    assert "Started a local Ray" not in again.output
+    assert "computed again one at a time" in job("verify.py", output=finished)
+    assert "2 references" in job("status.py", output=finished)
+    job("rank.py", output=finished, rank__order="davir", select__top_k=5)
+    assert (
+        table(finished, "ranked")["davir"].to_pylist() == sorted(table(finished, "ranked")["davir"].to_pylist())[::-1]
+    )
+    job("rank.py", output=finished, rank__order="davir_aligned", select__top_k=5)
+    job("export.py", run=finished, to="sharegpt", output=tmp_path / "exported")
+    line = json.loads(next((tmp_path / "exported" / "data").iterdir()).read_text().splitlines()[0])
+    assert line["davir_aligned"] > 0.9
+    assert "for each of 2 folds" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_its_references_serve_the_same_folds_alone(
+    finished: Run, options: dict[str, Any], ray_address: str, tmp_path: Path
+) -> None:
+    given = {name: value for name, value in options.items() if not name.startswith("finetune") and name != "score.both"}
+    other = Run.at(tmp_path / "other")
+    same = Driver("score.py", {**given, "reference": finished, "output": other}, tmp_path / "log", address=ray_address)
+    assert same.finish() == 0, same.output
+    assert table(other, "scores").equals(table(finished, "scores"))
+    fewer = {**given, "reference": finished, "output": tmp_path / "fewer", "limit": 40}
+    refused = Driver("score.py", fewer, tmp_path / "fewer.log", address=ray_address)
+    assert refused.finish() == 2, refused.output
+    assert "were trained on other folds" in refused.output
