@@ -17,15 +17,13 @@ ROOT = Path(davir_ray.__file__).parent.parent
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
 
 
-def run_script(
-    name: str, *argv: str, timeout: float = 60, address: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *argv: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a job to its end, with a Ray of its own or the running one at `address`."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"RAY_ADDRESS": address} if address else {}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "jobs" / name), *argv]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_main_jobs_have_their_fixed_names() -> None:
@@ -136,7 +134,7 @@ def test_the_benchmark_of_the_kernel_writes_its_result(ray_address: str, tmp_pat
     tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     ended = run_script(
         "benchmark.py", "likelihood", "--json", str(tmp_path / "result.json"), "--random_init", json.dumps(tiny),
-        "--lengths", "[20, 30]", "--rows", "50", "--repeats", "1", "--pipeline_shards", "2", timeout=200,
+        "--lengths", "[20, 30]", "--rows", "50", "--repeats", "1", "--pipeline_shards", "2",
         address=ray_address,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -151,7 +149,7 @@ def test_the_benchmark_of_scaling_writes_its_result(ray_address: str, tmp_path: 
     tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     ended = run_script(
         "benchmark.py", "scaling", "--json", str(tmp_path / "result.json"), "--random_init", json.dumps(tiny),
-        "--rows", "20", "--actors", "[1, 2]", "--shards_per_actor", "2", "--first_shards", "1", timeout=300,
+        "--rows", "20", "--actors", "[1, 2]", "--shards_per_actor", "2", "--first_shards", "1",
         address=ray_address,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -183,7 +181,7 @@ def test_the_main_job_end_to_end_and_ranked_again(
     )
     ended = run_script(
         "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--select.top_fraction", "0.06",
-        timeout=300, address=ray_address,
+        address=ray_address,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [f"selected: {output}/selected", f"report:   {output}/report.html"]
@@ -191,7 +189,7 @@ def test_the_main_job_end_to_end_and_ranked_again(
     assert len(pd.read_parquet(output / "scores")) == 50
 
     again = run_script(
-        "rank.py", "--output", str(output), "--select.top_k", "5", "--rank.order", "length", timeout=120,
+        "rank.py", "--output", str(output), "--select.top_k", "5", "--rank.order", "length",
         address=ray_address,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
@@ -200,7 +198,7 @@ def test_the_main_job_end_to_end_and_ranked_again(
     assert selected["num_response_tokens"].tolist() == sorted(selected["num_response_tokens"], reverse=True)
 
     refused = run_script(
-        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--limit", "40", timeout=120,
+        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--limit", "40",
         address=ray_address,
     )  # fmt: skip
     assert refused.returncode == 2

@@ -31,7 +31,7 @@ def scores_of(run: Path) -> dict[int, tuple[float, float]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_every_shard_is_scored_once_and_a_resume_scores_the_rest(tmp_path: Path) -> None:
-    settings = ControlBenchmark(shards=40, rows=2)
+    settings = ControlBenchmark(shards=40, rows=2, actors=1)
     result = control.measure(tmp_path, settings)
     assert json.loads(json.dumps(result)) == result
     assert {name for name in FIXED if not (math.isfinite(result[name]) and result[name] >= 0)} == set()

@@ -82,12 +82,12 @@ start() {
 start mon ceph-mon -f -i a
 if [ -n "$new" ]; then
   uuid="$(cat /proc/sys/kernel/random/uuid)"
-  PYTHONPATH="$ROOT/usr/lib/python3/dist-packages" timeout 20 /usr/bin/python3 "$ROOT/usr/bin/ceph" osd new "$uuid"
+  PYTHONPATH="$ROOT/usr/lib/python3/dist-packages" timeout 120 /usr/bin/python3 "$ROOT/usr/bin/ceph" osd new "$uuid"
   ceph-osd -i 0 --mkfs --osd-uuid "$uuid" > "$DATA/log/mkfs.out" 2>&1
 fi
 start osd ceph-osd -f -i 0
 if [ -n "$new" ]; then
-  timeout 60 radosgw-admin user create --uid=tests --display-name=tests \
+  timeout 300 radosgw-admin user create --uid=tests --display-name=tests \
     --access-key="$ACCESS_KEY" --secret-key="$SECRET_KEY" > "$DATA/log/user.json" 2> "$DATA/log/user.err"
 fi
 start rgw radosgw -f -n client.rgw

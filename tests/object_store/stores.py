@@ -96,7 +96,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_until_listening(endpoint: str, seconds: float = 90) -> None:
+def wait_until_listening(endpoint: str, seconds: float = 300) -> None:
     """Return when something answers there."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -188,7 +188,7 @@ def _run_ceph_script(store: Store) -> None:
     environment = {"ROOT": str(find_ceph()), "DATA": str(store.data), **ports}
     environment |= {"ACCESS_KEY": store.key, "SECRET_KEY": store.secret}
     done = subprocess.run(
-        ["bash", str(HERE / "ceph.sh")], env={**os.environ, **environment}, capture_output=True, text=True, timeout=150
+        ["bash", str(HERE / "ceph.sh")], env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
     if done.returncode:
         raise RuntimeError(f"the store did not start: {done.stdout}{done.stderr}")

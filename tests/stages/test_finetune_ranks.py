@@ -146,7 +146,7 @@ CASES = {
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=600))
     for case in CASES:
         with pytest.raises(DavirError) as raised:
             case(folder, rank)

@@ -182,7 +182,7 @@ def continue_sharded(name: str, folder: Path, rank: int) -> None:
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=600))
     for name in CASES:
         train_replicated(name, folder, rank)
         train_sharded(name, folder, rank)
