@@ -45,7 +45,9 @@ def render_comparison(facts: dict[str, Any]) -> str:
     functions = {"p_value": p_value, "replicates": replicates, "number": number, "decimal": decimal}
     template = environment().get_template("comparison.html.j2", globals=functions)
     names = {row["arm"] for row in facts["arms"]}
-    by_order = {arm: f"the same number of rows, the highest by {order}" for arm in names if (order := order_of(arm))}
+    by_order = {
+        arm: f"the same number of rows, the highest by {order}" for arm in sorted(names) if (order := order_of(arm))
+    }
     return template.render(
         facts=facts,
         sections=[(id, name) for id, name in _SECTIONS if id != "lengths" or facts["by_length"]],

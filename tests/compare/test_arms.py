@@ -146,7 +146,7 @@ FILTERS: list[tuple[SelectConfig, RankConfig]] = [
 
 def may_be_taken(config: SelectConfig, order: RankConfig) -> np.ndarray:
     """The rows that pass the filters, one by one: of each content the first of the run's ranking, and its length."""
-    values = {"davir": DAVIR, "rho_sum": RHO}[order.order] * (-1 if order.lowest else 1)
+    values = {"davir": DAVIR, "rho_sum": RHO}[order.by] * (-1 if order.lowest else 1)
     seen: set[int] = set()
     kept = []
     for row in np.lexsort((np.arange(ROWS), -values)).tolist():
@@ -169,7 +169,7 @@ def test_the_filters_of_the_selection_bind_every_arm(
     size = selection.num_rows
     assert size < len(pool) < ROWS
     assert set(run.rows_of("rho", selection, 0).tolist()) == best(RHO, size, pool)
-    values = {"davir": DAVIR, "rho_sum": RHO}[order.order] * (-1 if order.lowest else 1)
+    values = {"davir": DAVIR, "rho_sum": RHO}[order.by] * (-1 if order.lowest else 1)
     assert set(run.rows_of("lowest", selection, 0).tolist()) == best(-values, size, pool)
     for arm in ("random", "random_matched"):
         draws = [run.rows_of(arm, selection, draw).tolist() for draw in range(3)]

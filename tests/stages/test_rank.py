@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_runs import add_ifd
+from ray import cloudpickle
 
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards
@@ -33,6 +34,9 @@ from davir_ray.stages.rank import count_bins, find_bins, rank, write_bin
 from davir_ray.stages.rank import read_scores as read_of_rank
 
 pytestmark = pytest.mark.usefixtures("ray_session", "small_bins")
+
+# By name a worker could not import it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MakeScores = Callable[..., Run]
 Floats = npt.NDArray[np.float64]
