@@ -24,7 +24,7 @@ from davir_ray.run.folder import Run
 from davir_ray.run.lease import LEASE_FILE, Holder
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, library_versions
 from davir_ray.run.progress import Progress
-from davir_ray.versions import NUMERICS_VERSION, PREPARE_VERSION
+from davir_ray.versions import DEAL_VERSION, NUMERICS_VERSION, PREPARE_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def found_inputs(base: Checkpoint, reference: Reference | None, chat_template: s
         "reference": None if reference is None else content_of(reference),
         "chat_template": chat_template,
         "prepare": PREPARE_VERSION,
+        "deal": DEAL_VERSION,
         "numerics": NUMERICS_VERSION,
         "versions": library_versions(),
     }

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, time
@@ -181,8 +182,7 @@ class ExampleReader:
             for one, tokens in zip(rendered, encoded, strict=True)
         ]
         if (column := self._options.fold_by) is not None:
-            value = record.fields.get(column)
-            key = None if value is None else stable_id(column, json.dumps(value, sort_keys=True, default=str))
+            key = _fold_key(column, record.fields.get(column))
             rows = [{**row, "fold_key": key} for row in rows]
         if len(rows) == 2:
             for row, role in zip(rows, Role, strict=True):
@@ -243,3 +243,15 @@ def record_text(record: Record, replaced: Counter[str]) -> str:
 
 def _reject(record: Record, reason: RejectReason, detail: str) -> Reject:
     return Reject(source_file=record.source_file, source_row=record.source_row, reason=reason, detail=detail)
+
+
+def _fold_key(column: str, value: Any) -> int | None:
+    """The hash of a value of prepare.fold_by, whatever the file's layout makes of it; None if there is no value.
+
+    7, 7.0 and "7" are one value: a column of integers is one of floats where a file lacks some, and of text in CSV.
+    """
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if not is_filled(value):
+        return None
+    return stable_id(column, value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str))

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from davir_ray.config.sources import Source
 from davir_ray.data.task_report import COUNTED
 from davir_ray.engine.shards import Shards, grouped, read_columns
 from davir_ray.engine.shuffle import Round, regroup
+from davir_ray.engine.tasks import in_tasks
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas.components import Ids, Strength
 from davir_ray.formulas.dealing import Floats, by_stratum, deal, shares
@@ -44,17 +46,17 @@ from davir_ray.stages.joins import (
     part_of,
     write_keys,
 )
+from davir_ray.versions import DEAL_VERSION
 
 log = logging.getLogger(__name__)
-
-DEAL_VERSION = 1
-"""To be increased when other rows may get other folds, or be dropped."""
 
 NEAR_DUPLICATES = "near_duplicates"
 """Name of the count of dropped rows."""
 
-_CUT_SHARE, _NEVER_CUT = 10, 10
-"""A component of more rows than a tenth of a fold is cut, unless it has no more than ten."""
+_CUT_SHARE = 10
+"""A component of more rows than this part of a fold is cut, unless it has at most _NEVER_CUT."""
+
+_NEVER_CUT = 10
 
 _LARGE_SHARE, _LARGE_ROWS = 1000, 1000
 """A component of more rows than a thousandth of a fold, and than a thousand, is dealt before all parts."""
@@ -142,13 +144,14 @@ def dealing_settings(config: PrepareConfig) -> dict[str, Any]:
 def in_groups(shards: dict[str, list[FileEntry]], config: PrepareConfig) -> list[Group]:
     """The shards of each source in groups, of which each becomes about a file a fold.
 
-    A file has no more rows than the largest shard of its group, so a group has one shard less than there are folds.
+    A file has no more rows and bytes than the largest shard of its group, so a group has one shard less than there are
+    folds.
     """
-    most = max(1, config.folds - 1)
+    max_shards = max(1, config.folds - 1)
     return [
         Group(source, group)
         for source, entries in shards.items()
-        for group in grouped(entries, max_shards=most, max_bytes=_GROUP_BYTES)
+        for group in grouped(entries, max_shards=max_shards, max_bytes=_GROUP_BYTES)
     ]
 
 
@@ -173,10 +176,11 @@ class Dealing:
         num_rows = total_rows(shards)
         texts = Texts(sources=self.sources, options=self.config, needs_text=self.config.fold_by is None or self._drops)
         log.info("prepare: dealing %d rows: reading what they say", num_rows)
-        keys, num_not_read = write_keys(
+        keys, found = write_keys(
             self.scratch, Shards(shards, partial(read_columns, self.undealt, texts.columns)), texts
         )
-        if num_not_read:
+        self._check_column(found["grouped"], num_rows)
+        if num_not_read := found["not_read"]:
             log.warning(
                 "prepare: %d rows were rendered by a chat template, and no record is kept: their text is compared as "
                 "it was rendered, with what the template adds",
@@ -185,6 +189,20 @@ class Dealing:
         counts, labels, kept = self._components(keys, num_rows)
         written = self._write(keys, labels, kept, num_rows)
         return self._summed(written, counts, num_rows)
+
+    def _check_column(self, num_grouped: int, num_rows: int) -> None:
+        """Raise DataError if no row has a value of prepare.fold_by; say how many have none."""
+        if (column := self.config.fold_by) is None:
+            return
+        if not num_grouped:
+            raise DataError(f"prepare.fold_by is {column!r}, but no row has a value in that column; correct the name")
+        if num_grouped < num_rows:
+            log.warning(
+                "prepare: %d of %d rows have no value of %r, and are dealt on their own",
+                num_rows - num_grouped,
+                num_rows,
+                column,
+            )
 
     @property
     def _drops(self) -> bool:
@@ -252,14 +270,16 @@ class Dealing:
         join = Round("part", joins.num_parts, joins.join)
         dealer = _Dealer.of(self.config, len(self.sources) * LENGTHS)
         if joins.num_parts > 1:  # else all components are in one task
-            most = max(_LARGE_ROWS, num_rows / (_LARGE_SHARE * self.config.folds))
-            large = Round("part", joins.num_parts, partial(_large_components, most=most))
+            max_rows = max(_LARGE_ROWS, num_rows / (_LARGE_SHARE * self.config.folds))
+            large = Round("part", joins.num_parts, partial(_large_components, max_rows=max_rows))
             found = pa.concat_tables([_COUNTS.empty_table(), *regroup(shards, _same, join, large, kept=kept_bytes)])
             dealer = dealer.with_large(found, joins.num_parts)
         log.info("prepare: dealing: writing examples/")
         deal_rows = Round("part", joins.num_parts, dealer.deal)
-        write = Round("place", len(self.groups), partial(_write_group, self))
-        return regroup(shards, _same, join, deal_rows, write, kept=kept_bytes)
+        save = Round("place", len(self.groups), partial(_save_folds, self.scratch / "folds"))
+        places = regroup(shards, _same, join, deal_rows, save, kept=kept_bytes)
+        # In tasks of their own: those of the shuffle are as many as its few numbers need, and whole shards are read.
+        return [one for _, one in sorted(in_tasks(partial(_write_group, self), sorted(places)), key=itemgetter(0))]
 
     def _summed(self, written: list["_Written"], counts: dict[str, int], num_rows: int) -> Dealt:
         dropped: dict[str, Counter[str]] = {}
@@ -283,6 +303,10 @@ class Dealing:
         if num_written + num_dropped != num_rows:
             raise IntegrityError(
                 f"rows were lost in the dealing: {num_rows} prepared, {num_written} written, {num_dropped} dropped"
+            )
+        if self.config.anchor and ANCHOR not in dealt.of_file.values():
+            raise DataError(
+                f"prepare.anchor is {self.config.anchor:g}, which is no row of {num_rows}; give more, or leave it out"
             )
         if empty := [fold for fold in range(self.config.folds) if fold not in dealt.of_file.values()]:
             by = self.config.fold_by
@@ -339,12 +363,12 @@ class _Joins:
         return pa.table([rows[name] for name in _ROWS.names], schema=_ROWS)
 
 
-def _large_components(part: pa.Table, most: float) -> pa.Table:
-    """The rows in each stratum of the components of a part that have more than `most` rows."""
+def _large_components(part: pa.Table, max_rows: float) -> pa.Table:
+    """The rows in each stratum of the components of a part that have more than `max_rows` rows."""
     labels, strata = _kept(part)
     labels, strata, rows = by_stratum(labels, strata)
     _, component = np.unique(labels, return_inverse=True)
-    is_large = np.bincount(component, weights=rows)[component] > most
+    is_large = np.bincount(component, weights=rows)[component] > max_rows
     return pa.table([labels[is_large], strata[is_large], rows[is_large]], schema=_COUNTS)
 
 
@@ -356,7 +380,7 @@ def _kept(part: pa.Table) -> tuple[Ids, Ids]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Dealer:
-    """Deals the components of a part, beside the large ones, which are dealt before."""
+    """Deals the components of a part, after the large ones."""
 
     num_folds: int
     shares_F: Floats
@@ -368,14 +392,14 @@ class _Dealer:
 
     @classmethod
     def of(cls, config: PrepareConfig, num_strata: int) -> Self:
-        """Without large components."""
+        """The dealer before any component is dealt."""
         shares_F = shares(config.folds, config.anchor)
         nothing = np.empty(0, np.int64)
         loads_FS = np.zeros((len(shares_F), num_strata))
         return cls(num_folds=config.folds, shares_F=shares_F, labels_C=nothing, folds_C=nothing, loads_FS=loads_FS)
 
     def with_large(self, components: pa.Table, num_parts: int) -> Self:
-        """With large components, whose rows all parts make up for."""
+        """The dealer when these components are dealt, whose rows all parts make up for."""
         labels, strata, rows = (np.asarray(components[name]) for name in _COUNTS.names)
         dealt = deal(labels, strata, rows, self.shares_F, self.loads_FS)
         return replace(self, labels_C=dealt.labels_C, folds_C=dealt.folds_C, loads_FS=dealt.loads_FS / num_parts)
@@ -412,11 +436,20 @@ class _Written(NamedTuple):
     largest: int
 
 
-def _write_group(dealing: Dealing, rows: pa.Table) -> _Written:
+def _save_folds(folder: Location, rows: pa.Table) -> int:
+    """Write the _FOLDS of the rows of a group; returns the group's number."""
+    place = int(rows["place"][0].as_py())
+    write_parquet(folder / f"{place:05d}.parquet", rows)
+    return place
+
+
+def _write_group(dealing: Dealing, place: int) -> _Written:
     """Write the shards of a group again: a file for each fold, or several where it would be larger than a shard."""
-    group, has_folds = dealing.groups[rows["place"][0].as_py()], dealing.config.folds > 1
+    group, has_folds = dealing.groups[place], dealing.config.folds > 1
+    rows = read_parquet(dealing.scratch / "folds" / f"{place:05d}.parquet")
     tables = [read_parquet(dealing.undealt / entry.name) for entry in group.shards]
-    table, most = pa.concat_tables(tables), max(one.num_rows for one in tables)
+    table, max_rows = pa.concat_tables(tables), max(one.num_rows for one in tables)
+    max_bytes = max(one.nbytes for one in tables)
     order = np.argsort(np.asarray(rows["id"]))
     ids, folds = (np.asarray(rows[name])[order] for name in ("id", "fold"))
     found = np.asarray(table["example_id"])
@@ -431,15 +464,16 @@ def _write_group(dealing: Dealing, rows: pa.Table) -> _Written:
     written, of_file = list[FileEntry](), dict[str, int]()
     for fold in np.unique(folds[folds != _DROPPED]).tolist():
         of_fold = table.filter(pa.array(folds == fold))
-        num_files = math.ceil(of_fold.num_rows / most)
+        num_files = math.ceil(max(of_fold.num_rows / max_rows, of_fold.nbytes / max_bytes))
+        num_files = min(num_files, of_fold.num_rows)
         name = group.shards[0].name.removesuffix(".parquet")
         if has_folds:
             name += "-anchor" if fold == ANCHOR else f"-f{fold}"
         for number, (start, end) in enumerate(
             pairwise(of_fold.num_rows * at // num_files for at in range(num_files + 1))
         ):
-            place = dealing.run / "examples" / f"{name}{f'-{number}' if number else ''}.parquet"
-            written.append(write_parquet(place, of_fold.slice(start, end - start)))
+            file = dealing.run / "examples" / f"{name}{f'-{number}' if number else ''}.parquet"
+            written.append(write_parquet(file, of_fold.slice(start, end - start)))
             of_file[written[-1].name] = fold
     lost = table.filter(pa.array(folds == _DROPPED))
     sums = {column: pc.sum(lost[column]).as_py() or 0 for column in COUNTED}

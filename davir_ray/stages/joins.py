@@ -34,7 +34,7 @@ from davir_ray.formulas.components import (
 )
 from davir_ray.formulas.hashing import hash_parts, random_keys, seed_from
 from davir_ray.formulas.ngrams import Grouped, band_keys, hashed_words, jaccard, ngrams, signatures, text_hash, words_of
-from davir_ray.run.files import FileEntry, in_folder, read_parquet, write_parquet
+from davir_ray.run.files import FileEntry, in_folder, read_parquet, total_rows, write_parquet
 from davir_ray.run.location import Location
 
 NUM_WORDS = 5
@@ -47,10 +47,10 @@ WINDOW = 16
 """Rows of a band that a row is compared with: all, where there are at most 17 different ones."""
 
 ROWS_PER_PART = 2_000_000
-"""Rows of a few numbers that one task compares."""
+"""Rows, of a few numbers each, in one part of a shuffle."""
 
 _TEXTS_PER_PART = 50_000
-"""Rows whose n-grams one task compares; about 100 MB."""
+"""Rows, or pairs of rows, whose n-grams one task compares; about 100 MB."""
 
 _HASH_BYTES = 25
 """Bytes of a row of join_equal in a shuffle: the hash, the row, the strength and the part."""
@@ -167,20 +167,25 @@ def part_of(values: Ids, num_parts: int) -> Ids:
 
 
 def kept_share(shards: Shards, num_bytes: float) -> float:
-    """What regroup needs to know of rows of so many bytes in all that are made of these shards."""
-    return num_bytes / max(1, shards.num_bytes)
+    """The share of the shards' bytes that rows of `num_bytes` in all are, above 0: `kept` of regroup."""
+    return max(1, num_bytes) / max(1, shards.num_bytes)
 
 
-def write_keys(scratch: Location, shards: Shards, texts: Texts) -> tuple[list[FileEntry], int]:
-    """Write keys/, a file for each shard; returns the files, and the number of rows read only as they were rendered."""
+def write_keys(scratch: Location, shards: Shards, texts: Texts) -> tuple[list[FileEntry], dict[str, int]]:
+    """Write keys/, a file for each shard; returns the files, and two numbers of rows.
+
+    `not_read`: whose text is known only as it was rendered; `grouped`: that have a value of prepare.fold_by.
+    """
 
     def write(name: str, table: pa.Table) -> Written:
         keys, num_not_read = texts.keys(table)
-        return Written(write_parquet(scratch / "keys" / name, keys), {"not_read": num_not_read})
+        num_grouped = int((np.asarray(keys["group"]) != NONE).sum())
+        facts = {"not_read": num_not_read, "grouped": num_grouped}
+        return Written(write_parquet(scratch / "keys" / name, keys), facts)
 
     written = write_shards(shards, write)
     entries = in_folder("keys", (one.entry for one in written))
-    return entries, sum(one.facts["not_read"] for one in written)
+    return entries, {name: sum(one.facts[name] for one in written) for name in ("not_read", "grouped")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +243,8 @@ def join_near(scratch: Location, keys: list[FileEntry], num_rows: int) -> list[F
     Candidates share a band; the n-grams of both decide.
     """
     pairs = _candidates(scratch, keys, num_rows)
-    num_parts = 1 + num_rows // _TEXTS_PER_PART
+    num_pairs = total_rows(pairs)  # for each, the n-grams of a row are sent to the other
+    num_parts = 1 + max(num_rows, num_pairs) // _TEXTS_PER_PART
 
     def read(name: str) -> pa.Table:
         if name.startswith("keys/"):
@@ -253,7 +259,8 @@ def join_near(scratch: Location, keys: list[FileEntry], num_rows: int) -> list[F
     shards = Shards([*keys, *pairs], read)
     join = partial(_with_text, num_parts=num_parts)
     write = partial(_write_near, scratch / "edges")
-    written = regroup(shards, lambda table: table, Round("part", num_parts, join), Round("part", num_parts, write))
+    rounds = (Round("part", num_parts, join), Round("part", num_parts, write))
+    written = regroup(shards, lambda table: table, *rounds, kept=1 + num_pairs / max(1, num_rows))
     return in_folder("edges", (entry for entry in written if entry is not None))
 
 

@@ -148,10 +148,10 @@ def labels_of(prepared: Prepared, scratch: str, *, strengths: tuple[Strength, ..
     source = Source(name="s", path="unused", format="prompt_response")
     texts = Texts(sources=[source], options=PrepareConfig(), needs_text=True)
     place, num_rows = prepared.run / scratch, sum(entry.rows for entry in files)
-    keys, num_not_read = write_keys(
+    keys, counted = write_keys(
         place, Shards(files, partial(read_columns, prepared.run / "examples", texts.columns)), texts
     )
-    assert num_not_read == 0
+    assert counted == {"not_read": 0, "grouped": 0}
     equal = join_equal(place, keys, num_rows, ["prompt", "response", "copy"], num_rows)
     edges = [*equal.edges, *join_near(place, keys, num_rows)]
     found = Labeller(scratch=place, folder="labels", strengths=strengths, max_rows=num_rows).label(edges)
@@ -319,6 +319,42 @@ def test_rows_of_the_same_value_of_a_column_share_a_fold(make: Maker) -> None:
         make(rows, folds=3, run=prepared.run)
     with pytest.raises(DataError, match=r"fold \d of 2 has no rows: there are 1 values of the column 'user'"):
         make([{**row, "user": 1} for row in rows], folds=2, fold_by="user")
+    with pytest.raises(DataError, match=r"no row has a value in that column; correct the name"):
+        make(rows, folds=2, fold_by="usr")
+    with pytest.raises(DataError, match=r"prepare.anchor is 1e-06, which is no row of \d+; give more"):
+        make(rows, folds=2, anchor=1e-6)
+
+
+@pytest.mark.slow
+def test_a_value_of_a_column_is_the_same_whatever_its_type(make: Maker) -> None:
+    """As files of one corpus have it: integers, floats beside missing ones, text; an empty cell is no value."""
+    values: list[Any] = [7, 7.0, "7", 8, "8", "", "", None, None, "x", "x"]
+    rows = [{**row, "user": value} for row, value in zip(planted(), values, strict=False)]
+    prepared = make(rows, folds=2, fold_by="user")
+    found = prepared.examples()
+    users = found.record.map(lambda record: str(json.loads(record)["user"] or "").removesuffix(".0"))
+    assert found.fold_key[users != ""].groupby(users).nunique().eq(1).all()
+    assert found.fold_key.nunique() == 3
+    assert found.fold_key[users == ""].isna().all()
+    assert prepared.manifest.details[FOLDS]["components"] == 3 + 4
+
+
+@pytest.mark.slow
+def test_a_chain_that_only_its_weakest_copies_join_is_cut_by_the_shuffle_too(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left of it at the next threshold."""
+    words = [f"w{number}" for number in range(400)]
+    chain = [{"prompt": f"p{row}", "response": " ".join(words[6 * row : 6 * row + 60])} for row in range(30)]
+    rows = chain + [{"prompt": f"q{row}", "response": f"answer {row}"} for row in range(60)]
+    found = []
+    for patches in ({}, BY_SHUFFLE):
+        for (module, name), value in patches.items():
+            monkeypatch.setattr(module, name, value)
+        details = make(rows, folds=2).manifest.details[FOLDS]
+        assert details["cut"] == 1
+        found.append({name: value for name, value in details.items() if name != "of_file"})
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
