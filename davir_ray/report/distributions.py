@@ -108,6 +108,28 @@ def folds(table: pa.Table) -> list[dict[str, Any]]:
     return found
 
 
+_COPIES = ((1, 1), (2, 2), (3, 4), (5, 9), (10, None))
+"""Ranges of the number of rows with the same prompt and response."""
+
+
+def memorised(table: pa.Table, is_sample: bool) -> list[dict[str, Any]]:
+    """By the number of exact copies, the mean DavIR by the reference that has seen a row and by the one that has not.
+
+    Empty if the rows were not scored by both, or are a sample, which rarely holds all copies of a row.
+    """
+    if is_sample or "davir_seen" not in table.column_names:
+        return []
+    unseen, seen = (table[name].to_numpy().astype(np.float64) for name in ("davir", "davir_seen"))
+    _, inverse, counts = np.unique(table["content_hash"].to_numpy(), return_inverse=True, return_counts=True)
+    copies, found = counts[inverse], []
+    for first, last in _COPIES:
+        rows = np.isfinite(unseen) & np.isfinite(seen) & (copies >= first) & (copies <= (last or np.inf))
+        if rows.any():
+            means = {"unseen": float(unseen[rows].mean()), "seen": float(seen[rows].mean())}
+            found.append({"from": first, "to": last, "rows": int(rows.sum()), **means})
+    return found
+
+
 def losses(scored: Scored) -> dict[str, Any]:
     """Mean loss of each response under both models, nats per token, over the pool and over the selection.
 

@@ -62,8 +62,8 @@ class ReportInputs:
     manifests: Manifests
     """The manifests of the complete stages; finetune is absent when the reference was given."""
     scores: pa.Table
-    """The columns of schema.SCORES without the token losses, plus bool `selected` and, with folds, int8 `fold`: all
-    rows, or a uniform sample."""
+    """The columns of schema.SCORES without the token losses, plus bool `selected`, with folds int8 `fold`, and
+    double `davir_seen` where the other fold's reference has scored the rows, too: all rows, or a uniform sample."""
     num_scored: int
     """Number of rows that the table represents."""
     top: list[dict[str, Any]]
@@ -98,6 +98,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "throughput": _throughput(inputs.manifests),
         "davir": distributions.davir(scored, _cut(scored, headline["rule"], inputs.manifests)),
         "folds": distributions.folds(inputs.scores),
+        "memorised": distributions.memorised(inputs.scores, is_sample),
         "losses": distributions.losses(scored),
         "length": distributions.length_panels(scored),
         "composition": distributions.composition(scored, is_sample),

@@ -56,6 +56,8 @@ UNSEEN = (
     "copies: what two folds share in other words can still be learnt by heart."
 )
 LIMITS = [
+    "How much of this selection another reference would have selected was not measured: one reference scored each row. "
+    "A run with another finetune.seed shows it.",
     "A small base loss makes the ratio noisy: answers of one or two tokens, or answers that the base already knew, "
     "can get extreme scores in either direction.",
     "Nothing in the score keeps the selection diverse. Before you rely on it, train on a random selection of the same "

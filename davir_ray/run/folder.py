@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from davir_ray.errors import ConfigError, DavirError, OutputError
+from davir_ray.errors import ConfigError, DavirError, OutputError, StorageError
 from davir_ray.run.lease import Lease
 from davir_ray.run.location import Location, remove_leftovers
 from davir_ray.run.manifest import CONFIG_FILE, CONFIG_HEAD, Manifest, differences, manifest_file
@@ -193,7 +193,10 @@ class Run:
                 remove_leftovers(self.folder)
             yield {*there, CONFIG_FILE}
             if is_new:  # no listing shows parts of uploads, which may be left where somebody deleted the files of a run
-                remove_leftovers(self.folder)
+                try:
+                    remove_leftovers(self.folder)
+                except StorageError as error:  # the run is complete without
+                    log.warning("unfinished uploads in %s may be left: %s", self, one_line(error))
 
     def check_claim(self, there: Collection[str]) -> bool:
         """Whether the folder, which has entries of these names, is a run already.

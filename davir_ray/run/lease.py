@@ -126,8 +126,14 @@ class Lease:
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> dict[str, dict[str, Any]]:
-        with user_errors(self._place, OutputError):
-            there = self._acquire()
+        try:
+            with user_errors(self._place, OutputError):
+                there = self._acquire()
+        except BaseException:
+            with suppress(StorageError):  # a refusal leaves the lease of another alone
+                if self._is_ours():
+                    self._place.remove_file()
+            raise
         # A shell script's background process ignores SIGINT, and with it the interrupt that a loss causes.
         is_main = threading.current_thread() is threading.main_thread()
         self._ignores_interrupts = is_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -175,7 +181,7 @@ class Lease:
                 now = self._holder if self._shown_by(there) else Holder.read(self._place)
                 if now is not None and now.token != self._holder.token:
                     raise _refusal(self._place, now)
-                if now is not None:
+                if now is not None and LEASE_FILE in there:  # else the listing is not up to date
                     return there
             elif not taken_over and not self._place.create(self._content()) and self._is_ours():
                 return self._place.parent.entries()  # this store refuses to create a file twice

@@ -230,9 +230,15 @@ class Location:
     def remove(self) -> None:
         """Delete the file or folder, if it is there; a link is deleted itself, never what it points to."""
         self.fs.invalidate_cache()
-        with suppress(FileNotFoundError), storage_errors(self, may_be_absent=True):
-            if not self.is_local or self.fs.lexists(self.path):
-                self.fs.rm(self.path, recursive=True)
+        try:
+            with storage_errors(self, may_be_absent=True):
+                if not self.is_local or self.fs.lexists(self.path):
+                    self.fs.rm(self.path, recursive=True)
+        except FileNotFoundError as error:  # nothing was there; or a part of it vanished; or its name is a pattern
+            self.fs.invalidate_cache()
+            with storage_errors(self):
+                if self.fs.lexists(self.path):
+                    raise error
 
     def remove_file(self) -> None:
         """Delete the file, if it is there: one request, where `remove` looks for a folder, too."""

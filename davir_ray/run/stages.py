@@ -59,7 +59,7 @@ _STAGES = (
         name="select", writes=("selected", "duplicates", "mixture", "jsonl"), reads=("rank",),
         shown_counts=("selected",),
     ),
-    Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select")),
+    Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select", "seen")),
     # The following are stages of a comparison, or of one of its fine-tunes.
     Stage(name="generate", writes=("generations", "generations_commits"), reads=("prepare",), takes_hours=True),
     Stage(name="match", writes=("matches",), reads=("generate",)),

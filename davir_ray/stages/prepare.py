@@ -174,7 +174,8 @@ def prepare(
     reports = run / TASKS / digest(attempt)[:16]
     continues = TASKS in there and run.continues_attempt("prepare", TASKS, attempt)
     if not continues:
-        run.clear("prepare", there)
+        # After an attempt, its tasks may have gone on writing since the listing.
+        run.clear("prepare", None if TASKS in there else there)
     run.note_attempt(TASKS, attempt)
     done = _finished(run, reports) if continues else {}
     sizes = [file.num_bytes for listed in files for file in listed]

@@ -110,17 +110,23 @@ def write_report(run: Run, facts: dict[str, Any], page: str, fingerprint: dict[s
 
 
 def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
-    """Score columns of all rows, or of a sample drawn by hash, with a column `selected`, and with folds `fold`."""
+    """Score columns of all rows, or of a sample by hash, with `selected`, and with folds `fold` and `davir_seen`."""
     share = min(1.0, MAX_ROWS / scored.counts["examples"])
-    folds = Folds.of(run.require("prepare"))
+    folds, has_seen = Folds.of(run.require("prepare")), run.manifest("seen") is not None
+    schema = _SCORE_COLUMNS
+    if folds is not None:
+        schema = schema.append(pa.field("fold", pa.int8()))
+    if has_seen:
+        schema = schema.append(pa.field("davir_seen", pa.float64()))
 
     def read(name: str) -> pa.Table:
         table = read_columns(run / "scores", _SCORE_COLUMNS.names, name)
-        if folds is None:
-            return table
-        return table.append_column("fold", pa.array([folds.of_file[name]] * table.num_rows, pa.int8()))
+        if folds is not None:
+            table = table.append_column("fold", pa.array([folds.of_file[name]] * table.num_rows, pa.int8()))
+        if has_seen:  # its files have the rows of scores/ in their order
+            table = table.append_column("davir_seen", read_columns(run / "extra/seen", ["davir"], name)["davir"])
+        return table
 
-    schema = _SCORE_COLUMNS if folds is None else _SCORE_COLUMNS.append(pa.field("fold", pa.int8()))
     table = sampled(Shards(scored.files_in("scores"), read), schema, share)
     ids = Shards(selected.files_in("selected"), partial(read_columns, run / "selected", _IDS.names))
     chosen = sampled(ids, _IDS, share)

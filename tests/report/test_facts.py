@@ -281,6 +281,29 @@ def test_folds_stand_beside_what_chance_gives() -> None:
     assert "none (anchor)" in page
 
 
+def test_what_having_seen_a_row_is_worth_stands_by_its_number_of_copies() -> None:
+    """Not where the rows are a sample, which lacks most copies."""
+    draw = np.random.default_rng(4)
+    hashes = np.repeat(np.arange(100), draw.choice([1, 2, 3, 6, 12], 100))
+    table = scores_table(len(hashes), content_hash=hashes)
+    unseen = table["davir"].to_numpy().copy()
+    seen = unseen + draw.random(len(hashes))
+    seen[:3], unseen[3] = np.nan, np.nan
+    table = table.set_column(table.column_names.index("davir"), "davir", pa.array(unseen))
+    table = table.append_column("davir_seen", pa.array(seen))
+    facts = summarise(report_inputs(scores=table, num_scored=len(hashes)))
+    copies = np.array([(hashes == one).sum() for one in hashes])
+    expected = []
+    for first, last in ((1, 1), (2, 2), (3, 4), (5, 9), (10, 999)):
+        rows = (copies >= first) & (copies <= last) & ~np.isnan(seen) & ~np.isnan(unseen)
+        expected.append((rows.sum(), pytest.approx(unseen[rows].mean()), pytest.approx(seen[rows].mean())))
+    assert [(row["rows"], row["unseen"], row["seen"]) for row in facts["memorised"]] == expected
+    page = " ".join(render_page(facts).split())
+    assert ">10 and more<" in page
+    assert ">3 to 4<" in page
+    assert summarise(report_inputs(scores=table, num_scored=10**9))["memorised"] == []
+
+
 def test_without_folds_the_reference_has_seen_what_it_scores() -> None:
     facts = summarise(report_inputs())
     assert facts["folds"] == []

@@ -166,6 +166,9 @@ RUN: Options = {
         "two and an anchor": lambda inputs: with_config(prepare={"folds": 2})(
             replace(inputs, scores=inputs.scores.append_column("fold", pa.array(_folds(inputs), pa.int8())))
         ),
+        "two, and what has seen the rows": lambda inputs: with_config(prepare={"folds": 2})(
+            replace(inputs, scores=inputs.scores.append_column("davir_seen", inputs.scores["davir"]))
+        ),
     },
     "rule": {
         "top_fraction": unchanged,
