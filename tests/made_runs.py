@@ -14,6 +14,7 @@ from davir_ray.run.manifest import Manifest
 from davir_ray.schema import EXAMPLES, IFD, SCORES
 
 MakeScores = Callable[..., Run]
+AddIfd = Callable[[Run, dict[int, float | None]], None]
 
 
 def _column(values: Any, field: pa.Field) -> pa.Array:
@@ -66,12 +67,17 @@ def make_scores(tmp_path: Path) -> MakeScores:
     return make
 
 
-def add_ifd(run: Run, ifd: dict[int, float | None]) -> None:
+@pytest.fixture
+def add_ifd() -> AddIfd:
     """Write extra/ifd/ of a made run, with the rows of scores/ and the value of each id, and its manifest."""
-    files = []
-    for name in (run / "scores").names():
-        ids = read_parquet(run / "scores" / name, ["example_id"])["example_id"].to_pylist()
-        columns = {"example_id": ids, "ifd": [ifd[example_id] for example_id in ids]}
-        files.append(write_parquet(run / "extra/ifd" / name, _table(len(ids), IFD, columns)))
-    content = {"made": str(sorted(ifd.items()))}
-    Manifest(stage="ifd", fingerprint=content, counts={}, files=in_folder("extra/ifd", files)).write(run.folder)
+
+    def add(run: Run, ifd: dict[int, float | None]) -> None:
+        files = []
+        for name in (run / "scores").names():
+            ids = read_parquet(run / "scores" / name, ["example_id"])["example_id"].to_pylist()
+            columns = {"example_id": ids, "ifd": [ifd[example_id] for example_id in ids]}
+            files.append(write_parquet(run / "extra/ifd" / name, _table(len(ids), IFD, columns)))
+        content = {"made": str(sorted(ifd.items()))}
+        Manifest(stage="ifd", fingerprint=content, counts={}, files=in_folder("extra/ifd", files)).write(run.folder)
+
+    return add

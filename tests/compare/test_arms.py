@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from made_runs import add_ifd
 
 from davir_ray.compare import arms as row_sets
 from davir_ray.compare.arms import FinishedRun, write_set
@@ -97,7 +96,7 @@ def test_the_worst_rows_of_a_run_that_takes_the_lowest_are_the_highest(make_scor
 
 @pytest.mark.parametrize("sampled", [20_000, 40])
 def test_an_arm_of_another_order_has_its_highest_rows(
-    make_scores: Any, sampled: int, monkeypatch: pytest.MonkeyPatch
+    make_scores: Any, add_ifd: Any, sampled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as the selection; rows without a value in that order are left out, as they are of a ranking by it."""
     monkeypatch.setattr(row_sets, "_SAMPLED_KEYS", sampled)
@@ -116,7 +115,7 @@ def test_an_arm_of_another_order_has_its_highest_rows(
     assert chosen["base_mean_nll"] != best(losses, 60, pool)
 
 
-def test_an_arm_by_ifd_of_a_run_that_drops_duplicates_needs_its_ranking(make_scores: Any) -> None:
+def test_an_arm_by_ifd_of_a_run_that_drops_duplicates_needs_its_ranking(make_scores: Any, add_ifd: Any) -> None:
     config, ifd = SelectConfig(top_k=40, drop_duplicates=True), np.random.default_rng(6).normal(size=ROWS)
     run = finished(make_scores, config, content_hash=COPIES)
     add_ifd(run.run, dict(enumerate(ifd.tolist())))

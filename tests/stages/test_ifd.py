@@ -73,12 +73,10 @@ def complete(config: RunConfig, ray_session: None) -> Path:
 
 @pytest.fixture(scope="module")
 def added(config: RunConfig, complete: Path) -> tuple[RunConfig, dict[str, bytes], dict[str, int]]:
-    """A copy of it to which the pass was added; and the content and the time of each file before."""
-    output = complete.parent / "added"
-    shutil.copytree(complete, output)
-    config = also_ifd(config, output=str(output))
-    before = files_of(output)
-    times = {name: (output / name).stat().st_mtime_ns for name in before}
+    """The same run after the pass was added; and the content and the time of each file before."""
+    shutil.copytree(complete, complete.parent / "without")
+    config, before = also_ifd(config), files_of(complete)
+    times = {name: (complete / name).stat().st_mtime_ns for name in before}
     run_all(config)
     return config, before, times
 
@@ -173,7 +171,7 @@ def test_rows_are_ranked_and_selected_by_ifd(
         return RankOptions.of(given, given)
 
     with pytest.raises(OutputError, match=r"no complete extra/ifd.*--score.also '\[ifd\]'"):
-        rank_only(options(complete))
+        rank_only(options(complete.parent / "without"))
     output = tmp_path / "run"
     shutil.copytree(Path(str(added[0].output)), output)
     scores = files_of(output / "scores")

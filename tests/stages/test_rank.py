@@ -18,7 +18,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_runs import add_ifd
 from ray import cloudpickle
 
 from davir_ray.config.selection import RankConfig
@@ -218,7 +217,9 @@ def test_every_order_ranks_by_its_column(make_scores: MakeScores, order: str) ->
 
 
 @pytest.mark.parametrize("lowest", [False, True])
-def test_ifd_is_ranked_from_its_own_folder_and_comes_last(make_scores: MakeScores, lowest: bool) -> None:
+def test_ifd_is_ranked_from_its_own_folder_and_comes_last(
+    make_scores: MakeScores, add_ifd: Callable[..., None], lowest: bool
+) -> None:
     values, ids = _some_missing(np.random.default_rng(3)), ids_of(ROWS)
     run, config = make_scores(np.zeros(ROWS), example_id=ids), RankConfig(order="ifd", lowest=lowest)
     with pytest.raises(OutputError, match=r"no complete extra/ifd, .*add --score\.also '\[ifd\]'"):
@@ -241,7 +242,7 @@ def test_ifd_is_ranked_from_its_own_folder_and_comes_last(make_scores: MakeScore
     assert "ifd" not in table_of(run)
 
 
-def test_ifd_of_other_rows_is_not_taken(make_scores: MakeScores) -> None:
+def test_ifd_of_other_rows_is_not_taken(make_scores: MakeScores, add_ifd: Callable[..., None]) -> None:
     run = make_scores(np.zeros(30), num_shards=2)
     add_ifd(run, dict.fromkeys(range(30), 1.0))
     first, second = (run / "extra/ifd").names()

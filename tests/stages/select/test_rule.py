@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from made_runs import add_ifd
 
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.errors import ConfigError, IntegrityError, OutputError
@@ -248,7 +247,9 @@ def test_selected_has_the_schema_of_the_contract(make_scores: MakeScores) -> Non
         (SelectConfig(top_k=9, drop_duplicates=True), range(99, 81, -2)),
     ],
 )
-def test_a_selection_by_ifd_has_its_column(make_scores: MakeScores, rule: SelectConfig, expected: range) -> None:
+def test_a_selection_by_ifd_has_its_column(
+    make_scores: MakeScores, add_ifd: Callable[..., None], rule: SelectConfig, expected: range
+) -> None:
     """IFD of row i is i/50; two neighbouring rows, 98 and 99, have the same content."""
     run, config = make_scores(np.zeros(100), content_hash=np.arange(100) // 2), RankConfig(order="ifd")
     add_ifd(run, {row: row / 50 for row in range(100)})
@@ -261,7 +262,7 @@ def test_a_selection_by_ifd_has_its_column(make_scores: MakeScores, rule: Select
     assert manifest.details["cut"] == expected[-1] / 50
 
 
-def test_a_mixture_by_ifd_has_its_column(make_scores: MakeScores) -> None:
+def test_a_mixture_by_ifd_has_its_column(make_scores: MakeScores, add_ifd: Callable[..., None]) -> None:
     run, config = make_scores(np.zeros(100), source=["a", "b"] * 50), RankConfig(order="ifd")
     add_ifd(run, {row: row / 50 for row in range(100)})
     rank(run, config)
