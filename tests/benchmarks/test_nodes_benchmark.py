@@ -15,14 +15,14 @@ from davir_ray.errors import ConfigError
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")  # first, as a process has either tokens or none
 def test_nodes_that_are_lost_or_come_late_lose_and_double_nothing(tmp_path: Path) -> None:
-    settings = NodesBenchmark(nodes=3, shards_per_node=12, seconds=1, lost=1, lost_every_seconds=1, autoscaled=2)
+    settings = NodesBenchmark(nodes=3, shards_per_node=20, seconds=1, lost=1, lost_every_seconds=1, autoscaled=2)
     result = nodes.measure(tmp_path, settings)
     assert json.loads(json.dumps(result)) == result
     for name, num_nodes in (("lost", 3), ("autoscaled", 2)):
         files = sorted((tmp_path / name / "run" / "scores").glob("*.parquet"))
         ids = [row["example_id"] for file in files for row in pq.read_table(file).to_pylist()]
-        assert sorted(ids) == list(range(12 * num_nodes))
-        assert result[name]["shards"] == 12 * num_nodes
+        assert sorted(ids) == list(range(20 * num_nodes))
+        assert result[name]["shards"] == 20 * num_nodes
         assert result[name]["most_at_once_on_a_node"] == 1, "a node has one GPU"
         assert 0 < result[name]["busy_share"] <= 1
         assert result[name]["shards_begun_twice"] <= (name == "lost")
