@@ -105,7 +105,7 @@ PAIR_COLUMNS = [
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair are adjacent, in this order"),
 ]
 FOLD_COLUMNS = [
-    Column("fold", pa.int8(), "the row's fold, from 0 (prepare.folds); -1: none, all references score it"),
+    Column("fold", pa.int8(), "the row's fold, from 0 (prepare.folds); -1: none, the first scores it"),
     Column("fold_key", pa.int64(), "first 63 bits of SHA-256 of the value of prepare.fold_by; null where it has none"),
 ]
 _MARGINS = [

@@ -1,6 +1,6 @@
 """Which fold each file of a run's examples is in: what prepare has dealt, for training and scoring.
 
-Reference `fold` is trained on `files_outside(prepared, fold)` and scores `files(prepared, fold)`, and every reference
+Reference `fold` is trained on `files_outside(prepared, fold)` and scores `files(prepared, fold)`, and the first
 scores the anchor. Each file holds rows of one fold.
 """
 
@@ -16,7 +16,7 @@ FOLDS = "folds"
 rows by fold, as text; "-1" is the anchor) and the counts of the dealing (davir_ray.stages.deal)."""
 
 ANCHOR = -1
-"""The fold of rows that no reference is trained on and all score."""
+"""The fold of rows that no reference is trained on; the first scores them."""
 
 REFERENCES = "reference_folds"
 """Folder of a run with a reference for each fold, in a folder of the fold's number."""
