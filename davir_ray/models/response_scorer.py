@@ -1,4 +1,4 @@
-"""IFD in one worker: the base's losses of the responses without their prompts, beside those that it has with them."""
+"""IFD in one worker: the base's losses of the responses without their prompts, and IFD from those with them."""
 
 from typing import Any
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from davir_ray.config.selection import ALIGNED as ORDER
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, collect, scatter
@@ -25,7 +26,7 @@ from davir_ray.schema import ALIGNED
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.rank import BIN_ROWS, Bins, find_bins, key_columns, order_keys
 
-STAGE = "davir_aligned"
+STAGE: str = ORDER
 FOLDER = f"extra/{STAGE}"
 
 _DAVIR = RankConfig(order="davir")

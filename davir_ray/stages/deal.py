@@ -272,12 +272,14 @@ class Dealing:
         if joins.num_parts > 1:  # else all components are in one task
             max_rows = max(_LARGE_ROWS, num_rows / (_LARGE_SHARE * self.config.folds))
             large = Round("part", joins.num_parts, partial(_large_components, max_rows=max_rows))
-            found = pa.concat_tables([_COUNTS.empty_table(), *regroup(shards, _same, join, large, kept=kept_bytes)])
+            found = pa.concat_tables(
+                [_COUNTS.empty_table(), *regroup(shards, _unchanged, join, large, kept=kept_bytes)]
+            )
             dealer = dealer.with_large(found, joins.num_parts)
         log.info("prepare: dealing: writing examples/")
         deal_rows = Round("part", joins.num_parts, dealer.deal)
         save = Round("place", len(self.groups), partial(_save_folds, self.scratch / "folds"))
-        places = regroup(shards, _same, join, deal_rows, save, kept=kept_bytes)
+        places = regroup(shards, _unchanged, join, deal_rows, save, kept=kept_bytes)
         # In tasks of their own: those of the shuffle are as many as its few numbers need, and whole shards are read.
         return [one for _, one in sorted(in_tasks(partial(_write_group, self), sorted(places)), key=itemgetter(0))]
 
@@ -285,7 +287,7 @@ class Dealing:
         dropped: dict[str, Counter[str]] = {}
         for one in written:
             dropped.setdefault(one.source, Counter()).update(one.dropped)
-        num_dropped = sum(lost["rows"] for lost in dropped.values())
+        num_dropped = sum(of_source["rows"] for of_source in dropped.values())
         dealt = Dealt(
             num_folds=self.config.folds,
             files=[replace(entry, name=f"examples/{entry.name}") for one in written for entry in one.entries],
@@ -320,7 +322,7 @@ class Dealing:
         return dealt
 
 
-def _same(table: pa.Table) -> pa.Table:
+def _unchanged(table: pa.Table) -> pa.Table:
     return table
 
 
@@ -475,14 +477,14 @@ def _write_group(dealing: Dealing, place: int) -> _Written:
             file = dealing.run / "examples" / f"{name}{f'-{number}' if number else ''}.parquet"
             written.append(write_parquet(file, of_fold.slice(start, end - start)))
             of_file[written[-1].name] = fold
-    lost = table.filter(pa.array(folds == _DROPPED))
-    sums = {column: pc.sum(lost[column]).as_py() or 0 for column in COUNTED}
+    dropped = table.filter(pa.array(folds == _DROPPED))
+    sums = {column: pc.sum(dropped[column]).as_py() or 0 for column in COUNTED}
     sizes = np.asarray(rows["rows_of_component"])
     return _Written(
         source=group.source,
         entries=written,
         of_file=of_file,
-        dropped=Counter({"rows": lost.num_rows, **sums}),
+        dropped=Counter({"rows": dropped.num_rows, **sums}),
         num_components=int((sizes > 0).sum()),
         num_several=int((sizes > 1).sum()),
         largest=int(sizes.max()),

@@ -32,12 +32,12 @@ class Folds:
 
     @classmethod
     def of(cls, prepared: Manifest) -> Self | None:
-        """The folds of a prepared run; None if it has one."""
+        """The folds of a prepared run; None without folds (prepare.folds 1)."""
         found = prepared.details.get(FOLDS)
         return None if found is None else cls(num_folds=found["num_folds"], of_file=found["of_file"])
 
     def files(self, prepared: Manifest, fold: int) -> list[FileEntry]:
-        """The files of a fold, or with ANCHOR those of none; names are relative to examples/."""
+        """The files of a fold, or, with ANCHOR, those of the anchor; names are relative to examples/."""
         return self._where(prepared, lambda found: found == fold)
 
     def files_outside(self, prepared: Manifest, fold: int) -> list[FileEntry]:

@@ -163,13 +163,7 @@ def prepare(
             (run / TASKS).remove()
         return complete
     evaluation = read_evaluation(evaluation_sets)
-    # With a limit each source is one task, which stops after that many records.
-    task_bytes = _TASK_BYTES if preparation.limit is None else UNLIMITED
-    tasks = [
-        Task(source, slices)
-        for source, listed in zip(sources, files, strict=True)
-        for slices in plan(listed, task_bytes)
-    ]
+    tasks = _tasks(sources, files, preparation.limit)
     attempt = _attempt(fingerprint, tasks)
     reports = run / TASKS / digest(attempt)[:16]
     continues = TASKS in there and run.continues_attempt("prepare", TASKS, attempt)
@@ -238,6 +232,16 @@ def prepare(
     manifest = run.commit(manifest)
     (run / TASKS).remove()
     return manifest
+
+
+def _tasks(sources: list[Source], files: Sequence[list[SourceFile]], limit: int | None) -> list[Task]:
+    """What the workers are to do; with a limit each source is one task, which stops after that many records."""
+    task_bytes = _TASK_BYTES if limit is None else UNLIMITED
+    return [
+        Task(source, slices)
+        for source, listed in zip(sources, files, strict=True)
+        for slices in plan(listed, task_bytes)
+    ]
 
 
 def _evaluation_counts(evaluation: EvaluationWords, report: TaskReport) -> dict[str, dict[str, int]]:
