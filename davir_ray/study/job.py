@@ -1,0 +1,76 @@
+"""The study from start to end: pools, base, runs, tables; whatever is complete is not done again."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from davir_ray.config.training import FinetuneConfig
+from davir_ray.study.detection import rows_of
+from davir_ray.study.pools import PoolSize, make_pool, read_rows, write_pool
+from davir_ray.study.results import detection_tables
+from davir_ray.study.runs import ADAPTER_RECIPE, SMALL_RECIPE, Plan, make_base, make_runs, run_config
+
+log = logging.getLogger(__name__)
+
+NUM_FOR_BASE = 5000
+NUM_HELD_OUT = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What a study does; the tests do less."""
+
+    pool: PoolSize
+    plan: Plan
+    num_replicates: int
+    recipe: FinetuneConfig
+    base: str | None
+
+
+SMALL = Design(pool=PoolSize(), plan=Plan(), num_replicates=4, recipe=SMALL_RECIPE, base=None)
+
+
+def design_of(base: str | None) -> Design:
+    """The study of the small base that is made here, or that of a given base."""
+    if base is None:
+        return SMALL
+    half = PoolSize(clean=600, clean_copies=25, rare=25, exchanged=50, exchanged_copies=25, exchanged_near=25)
+    plan = Plan(epochs=(3,), four_folds=())
+    return Design(pool=half, plan=plan, num_replicates=2, recipe=ADAPTER_RECIPE, base=base)
+
+
+def run_study(data: Path, rare: Path, output: Path, design: Design) -> str:
+    """Run the whole study in a folder; returns the text to print, which is in results.txt as well."""
+    output = output.expanduser().resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(data, rare, NUM_FOR_BASE, NUM_HELD_OUT)
+    base = design.base
+    if base is None:
+        base = str(output / "base")
+        make_base(Path(base), rows.for_base)
+    replicates = []
+    for replicate in range(design.num_replicates):
+        folder = output / f"replicate-{replicate}"
+        folder.mkdir(exist_ok=True)
+        pool = folder / "pool.jsonl"
+        if not pool.exists():
+            write_pool(pool, make_pool(rows, design.pool, replicate))
+        log.info("study: replicate %d of %d", replicate + 1, design.num_replicates)
+        make_runs(
+            [
+                run_config(way, epochs, pool=pool, base=base, recipe=design.recipe, replicate=replicate, folder=folder)
+                for way, epochs in design.plan.runs
+            ]
+        )
+        replicates.append(rows_of(pool, folder, design.plan))
+        pq.write_table(replicates[-1], folder / "rows.parquet")
+    text = _text(replicates, design)
+    (output / "results.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _text(replicates: list[pa.Table], design: Design) -> str:
+    return detection_tables(replicates, design.plan)
