@@ -143,7 +143,7 @@ def _exchanged(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _versions(row: tuple[str, str], planted: PlantedClass) -> list[tuple[str, str]]:
-    """Give each row the answer of the next in its bin, which has rows with nearly as many words: at least two."""
+    """The row as often as its class has it; a word at the end of a text is in one 5-gram, so versions are near."""
     prompt, response = row
     if planted == "exchanged_near":
         return [
