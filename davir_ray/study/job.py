@@ -1,7 +1,7 @@
 """The study from start to end: pools, base, runs, tables; whatever is complete is not done again."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.study.detection import rows_of
-from davir_ray.study.pools import PoolSize, make_pool, read_rows, write_pool
+from davir_ray.study.losses import loss_tables
+from davir_ray.study.pools import PoolSize, make_pool, read_rows, write_rows
 from davir_ray.study.results import detection_tables
 from davir_ray.study.runs import ADAPTER_RECIPE, SMALL_RECIPE, Plan, make_base, make_runs, run_config
 
@@ -51,13 +52,13 @@ def run_study(data: Path, rare: Path, output: Path, design: Design) -> str:
     if base is None:
         base = str(output / "base")
         make_base(Path(base), rows.for_base)
-    replicates = []
+    replicates = list[tuple[Path, pa.Table]]()
     for replicate in range(design.num_replicates):
         folder = output / f"replicate-{replicate}"
         folder.mkdir(exist_ok=True)
         pool = folder / "pool.jsonl"
         if not pool.exists():
-            write_pool(pool, make_pool(rows, design.pool, replicate))
+            write_rows(pool, map(asdict, make_pool(rows, design.pool, replicate)))
         log.info("study: replicate %d of %d", replicate + 1, design.num_replicates)
         make_runs(
             [
@@ -65,12 +66,13 @@ def run_study(data: Path, rare: Path, output: Path, design: Design) -> str:
                 for way, epochs in design.plan.runs
             ]
         )
-        replicates.append(rows_of(pool, folder, design.plan))
-        pq.write_table(replicates[-1], folder / "rows.parquet")
-    text = _text(replicates, design)
+        table = rows_of(pool, folder, design.plan)
+        pq.write_table(table, folder / "rows.parquet")
+        replicates.append((pool, table))
+    text = detection_tables([table for _, table in replicates], design.plan)
+    if design.base is None:
+        held_out = output / "held_out.jsonl"
+        write_rows(held_out, [{"prompt": prompt, "response": response} for prompt, response in rows.held_out])
+        text += "\n\n" + loss_tables(Path(base), replicates, held_out, design.recipe, output / "losses")
     (output / "results.txt").write_text(text + "\n", encoding="utf-8")
     return text
-
-
-def _text(replicates: list[pa.Table], design: Design) -> str:
-    return detection_tables(replicates, design.plan)

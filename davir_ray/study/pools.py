@@ -14,8 +14,8 @@ and that are not held out.
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,11 +123,11 @@ def make_pool(rows: Rows, size: PoolSize, replicate: int) -> list[PoolRow]:
     return [pool[at] for at in draw.permutation(len(pool))]
 
 
-def write_pool(path: Path, pool: Iterable[PoolRow]) -> None:
-    """Write a pool as JSON Lines for the format prompt_response, with the truth in further columns."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON Lines for the format prompt_response; those of a pool have the truth in further columns."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in pool)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     partial.replace(path)
 
 

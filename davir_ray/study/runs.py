@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 TOP_FRACTION = 0.06
 """Share of a pool that is selected: the paper's."""
 
+MAX_TOKENS = 256
+
 IFD_EPOCHS = 3
 """The run of one reference with so many epochs also has IFD; it does not depend on them."""
 
@@ -82,7 +84,7 @@ def run_config(
         format="prompt_response",
         keep_token_nll="none",
         finetune=replace(recipe, epochs=epochs, seed=replicate),
-        prepare=PrepareConfig(folds=way.folds, max_tokens=256, shard_rows=512),
+        prepare=PrepareConfig(folds=way.folds, max_tokens=MAX_TOKENS, shard_rows=512),
         score=ScoreConfig(
             base_cache=str(folder / "base_cache"),
             both=way == TWO,
