@@ -106,7 +106,7 @@ def test_it_is_complete_verified_and_ranked_again(
     for job, given in (("verify.py", {}), ("rank.py", {"rank.order": "davir_aligned", "select.top_k": 5})):
         driver = Driver(job, {**given, "output": finished}, tmp_path / job, address=ray_address)
         assert driver.finish() == 0, driver.output
-    assert "scores: 132 rows" in (tmp_path / "verify.py").read_text(), "a tenth of the 120 more, of the anchor"
+    assert "scores: 140 rows (20 of extra/anchor), stored" in (tmp_path / "verify.py").read_text()
     place = finished / "extra/anchor" / min(anchored(finished))
     content = place.read_bytes()
     place.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
@@ -130,7 +130,7 @@ def test_the_references_of_a_run_score_the_same_anchor_alike(
 def test_without_an_anchor_it_is_said_that_places_are_quotas_and_too_small_a_one_is_refused(
     options: dict[str, Any], ray_address: str, tmp_path: Path
 ) -> None:
-    quick = {**options, "finetune.max_steps": 1}
+    quick = {name: value for name, value in options.items() if name != "finetune.epochs"} | {"finetune.max_steps": 1}
     without = Driver(
         "score.py", {**quick, "prepare.anchor": 0, "output": tmp_path / "run"}, tmp_path / "log", address=ray_address
     )
@@ -141,3 +141,21 @@ def test_without_an_anchor_it_is_said_that_places_are_quotas_and_too_small_a_one
     assert refused.finish() == 2, refused.output
     assert re.search(r"prepare.anchor is 0.1, which is \d+ of 120 rows, too few to link folds by", refused.output)
     assert not (tmp_path / "small" / "reference_folds").exists()
+
+
+def test_a_run_of_a_version_that_scored_the_anchor_by_one_reference_is_not_complete(
+    finished: Run, options: dict[str, Any], ray_address: str, tmp_path: Path
+) -> None:
+    """Its folder as such a version left it, with a record of all stages that it had."""
+    before, place = table(finished, "extra/davir_aligned"), finished / "manifests/complete.json"
+    again = Driver("score.py", {**options, "output": finished}, tmp_path / "first", address=ray_address)
+    assert again.finish() == 0, again.output  # whatever was ranked last, the record is of this command
+    record = json.loads(place.read_bytes())
+    del record["stages"]["anchor"]
+    place.write_text(json.dumps(record))
+    finished.uncommit("anchor")
+    (finished / "extra/anchor").remove()
+    redone = Driver("score.py", {**options, "output": finished}, tmp_path / "second", address=ray_address)
+    assert redone.finish() == 0, redone.output
+    assert re.search(r"anchor: \d+ shards to do, 0 already done", redone.output)
+    assert table(finished, "extra/davir_aligned").equals(before)

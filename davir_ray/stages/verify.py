@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -81,12 +81,16 @@ class Verification:
     """Number of these rows that the run's selected share amounts to, at least 1."""
     overlap: float
     """Share of the top k rows by stored scores that are also in the top k by plain ones."""
+    num_anchored: int = 0
+    """Number of these rows that are of the anchor, scored by another reference than in scores/."""
 
     def lines(self) -> list[str]:
         """Lines for the user."""
         return [
             f"files: {self.num_files}, unchanged since they were written",
-            f"scores: {self.num_rows} rows, stored in {self.precision}, computed again one at a time in float32",
+            f"scores: {self.num_rows} rows"
+            + (f" ({self.num_anchored} of extra/anchor)" if self.num_anchored else "")
+            + f", stored in {self.precision}, computed again one at a time in float32",
             f"  largest difference: davir {self.largest_davir_difference:.3g}, "
             f"loss {self.largest_nll_difference:.3g} nats per token",
             f"  rank correlation (Spearman): {self.rank_correlation:.6f}",
@@ -104,6 +108,7 @@ def verify(run: Run, base: Checkpoint, reference: Reference, num_rows: int, seed
             raise OutputError(f"{uris} is not the {name} that the run was scored with ({changed[0]})")
     ifd = run.manifest("ifd")
     rows = _draw(run, scored, num_rows, seed, with_ifd=ifd is not None)
+    num_drawn = rows.num_rows
     if (anchored := run.manifest("anchor")) is not None:
         num_anchored = math.ceil(_ANCHORED_SHARE * num_rows)
         rows = pa.concat_tables([rows, _draw_anchored(run, anchored, num_anchored, seed)])
@@ -113,7 +118,7 @@ def verify(run: Run, base: Checkpoint, reference: Reference, num_rows: int, seed
         losses = ray.get(score_again.remote(base, reference, rows, start_id, "cuda" if has_gpu() else "cpu"))
     selected = run.manifest("select")
     share = selected.counts["selected"] / scored.counts["scored"] if selected else 0.1
-    return _compare(rows, losses, scored, num_files, share)
+    return replace(_compare(rows, losses, scored, num_files, share), num_anchored=rows.num_rows - num_drawn)
 
 
 def _check_files(run: Run) -> int:
