@@ -85,6 +85,8 @@ def _unchanged(config: RunConfig) -> Run | None:
     checksums = {stage: manifest.checksum for stage, manifest in manifests.items()}
     if record != json.loads(json.dumps({**inputs, "stages": checksums})):
         return None
+    if config.prepare.anchor > 0 and "anchor" not in manifests:  # of a version that scored it by one reference
+        return None
     if any(manifest.damage(run.folder) for manifest in manifests.values()):
         return None
     read = {name: source["files"] for name, source in manifests["prepare"].fingerprint["sources"].items()}

@@ -14,7 +14,7 @@ from davir_ray.config.selection import ALIGNED
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.tracking import Tracking, counts_of
-from davir_ray.errors import ConfigError, ModelError, OutputError
+from davir_ray.errors import ConfigError, ModelError, OutputError, UserError
 from davir_ray.inputs import (
     check_inputs,
     check_reference,
@@ -49,6 +49,7 @@ def run_all(config: RunConfig) -> Run:
     config.select.require_rule()
     config, files = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
+    _warn_of_quotas(config)
     reference = _given_reference(config, preparation)
     inputs = found_inputs(preparation.base, reference, preparation.chat_template)
     with (
@@ -62,9 +63,11 @@ def run_all(config: RunConfig) -> Run:
         if reference is None:
             _finetune(run, config, preparation, tracking)
             reference = trained_reference(run, config.trust_remote_code)
-        from davir_ray.stages.score import ifd, score, score_seen
+        from davir_ray.stages.score import ifd, score, score_anchor, score_seen
 
         score(run, preparation.base, reference, config.score, keep_token_nll=config.keep_token_nll)
+        if config.prepare.anchor > 0 and isinstance(reference, Mapping):
+            score_anchor(run, preparation.base, reference, config.score)
         if config.score.both and isinstance(reference, Mapping):
             score_seen(run, preparation.base, reference, config.score)
         if "ifd" in config.score.also:
@@ -119,6 +122,7 @@ def dry_run(config: RunConfig) -> list[str]:
     config.select.require_rule()
     config, _ = with_formats(config)
     run, preparation = check_inputs(config, config.reference)
+    _warn_of_quotas(config)
     reference = _given_reference(config, preparation)
     training = None if reference else config.finetune
     lines = describe_run(run, config, preparation, training, written_by(run, config.score))
@@ -146,6 +150,18 @@ def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: boo
         return verify(run, base, reference, num_rows, seed)
 
 
+def _warn_of_quotas(config: RunConfig) -> None:
+    """Warn where the order takes equal shares of folds that may differ in what they have."""
+    column = config.prepare.fold_by
+    if column is not None and not config.prepare.anchor and config.rank.by == ALIGNED:
+        log.warning(
+            "folds by %r without --prepare.anchor: %s is the place within the fold, so a selection takes equal shares "
+            "of every fold, which are quotas where the values of %r differ in what they have; with --prepare.anchor "
+            "0.03 the scores are linked instead",
+            column, ALIGNED, column,
+        )  # fmt: skip
+
+
 def _finetune(run: Run, config: RunConfig, preparation: Preparation, tracking: Tracking) -> None:
     """Fine-tune the reference on all prepared examples, or that of each fold on the others."""
     from davir_ray.stages.finetune import finetune
@@ -161,7 +177,12 @@ def _finetune(run: Run, config: RunConfig, preparation: Preparation, tracking: T
 def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> None:
     run.write_progress(Progress(stage="rank"))
     if folds := Folds.of(run.require("prepare")):
-        align_scores(run, folds)
+        try:
+            align_scores(run, folds)
+        except UserError as error:
+            if config.rank.by == ALIGNED:
+                raise
+            log.warning("extra/%s is not written: %s", ALIGNED, error)
     rank(run, config.rank)
     run.write_progress(Progress(stage="select"))
     select(run, config.rank, config.select)

@@ -1,7 +1,8 @@
 """Every column that a stage writes, with its Arrow type, unit and meaning; every reject reason and every status.
 
 The stages exchange Parquet files with these schemas (`EXAMPLES`, `REJECTS`, `SCORES`, `RANKED`, `SELECTED`,
-`IFD`, `GENERATIONS`, `MATCHES`), so this file is the contract between stages, and with readers of the output.
+`IFD`, `ANCHORED`, `GENERATIONS`, `MATCHES`), so this file is the contract between stages, and with readers of the
+output.
 """
 
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ PAIR_COLUMNS = [
     Column("role", pa.string(), "chosen or rejected; the two rows of a pair are adjacent, in this order"),
 ]
 FOLD_COLUMNS = [
-    Column("fold", pa.int8(), "the row's fold, from 0 (prepare.folds); -1: none, the first scores it"),
+    Column("fold", pa.int8(), "the row's fold, from 0 (prepare.folds); -1: none, every reference scores it"),
     Column("fold_key", pa.int64(), "first 63 bits of SHA-256 of the value of prepare.fold_by; null where it has none"),
 ]
 _MARGINS = [
@@ -172,8 +173,15 @@ COLUMNS = {
         Column(
             "davir_aligned",
             pa.float64(),
-            "place of davir in the fold: the share of its scored rows below, and half the row",
+            "davir on one scale: its place in the fold (share of scored rows below, and half the row), or linked",
         ),
+    ],
+    "extra/anchor": [
+        _ID[0],
+        _COUNTS[1],
+        Column("scored_by", pa.int8(), "the fold whose reference scored the row of the anchor"),
+        *_LOSSES[:3],
+        _STATUS,
     ],
     "ranked": [*_RANK, *_SCORES],
     "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],
@@ -199,6 +207,7 @@ REJECTS = _schema("rejects")
 SCORES = _schema("scores")
 IFD = _schema("extra/ifd")
 ALIGNED = _schema("extra/davir_aligned")
+ANCHORED = _schema("extra/anchor")
 EXTRA = {"ifd": IFD, "davir_aligned": ALIGNED}
 """The schemas of scores in folders of their own, extra/<name>/, by the column that rows can be ranked by."""
 RANKED = _schema("ranked")

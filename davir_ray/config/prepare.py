@@ -36,8 +36,8 @@ class PrepareConfig:
     """Column of the data whose equal values share a fold, instead of copies: a document, a conversation or a user that
     several rows come from. None: copies."""
     anchor: float = 0.0
-    """Share of the rows that are dealt to no fold (fold -1), so that no reference is trained on them; the
-    first scores them."""
+    """Share of the rows that are dealt to no fold (fold -1): no reference is trained on them, and all score them. With
+    fold_by, they link the folds' scores, whose order is else the place within the fold."""
     near_duplicates: NearDuplicates = "keep"
     """drop: of rows with nearly the same prompt and response (5-grams of words, Jaccard similarity of at least 0.7) all
     but one are left out, and counted."""

@@ -229,8 +229,8 @@ class RunConfig(InputConfig):
         for name in ("min_score", "max_score"):
             if has_folds and self.rank.order is None and getattr(self.select, name) is not None:
                 raise ConfigError(
-                    f"select.{name} is given, and with folds the order is {ALIGNED}, a place between 0 and 1; give "
-                    f"--rank.order {ALIGNED} or davir, so that it is clear what it bounds"
+                    f"select.{name} is given, and with folds the order is {ALIGNED}, a score on another scale; "
+                    f"give --rank.order {ALIGNED} or davir, so that it is clear what it bounds"
                 )
 
     def require_input(self) -> None:

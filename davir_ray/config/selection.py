@@ -37,7 +37,7 @@ class RankConfig:
     order: Order | None = None
     """Column to rank by (length = num_response_tokens), random, a loss by response token (base_mean_nll,
     reference_mean_nll), whose order is that of the perplexity, or ifd, which needs score.also [ifd]. None: davir, and
-    with folds davir_aligned, the place of davir within the row's fold."""
+    with folds davir_aligned, davir on one scale for all folds."""
     lowest: bool = False
     """Rank the lowest value first."""
     seed: int = 0

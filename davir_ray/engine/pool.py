@@ -81,6 +81,8 @@ class Stream:
     """Where the model changes between shards: those of a smaller number are sent first; those not named have 0."""
     score_columns: list[str] = field(default_factory=list)
     """Columns of the run's scores that are sent with them."""
+    read: Callable[[str], pa.Table] | None = None
+    """Reads what is sent of a shard, where that is not these columns of the files of its name."""
     count_tokens: Callable[[pa.Table], int] = num_tokens
     """Counts the tokens that the rows of a file took, for the progress."""
 
@@ -146,6 +148,8 @@ class Stream:
         return manifest
 
     def _read(self, name: str) -> pa.Table:
+        if self.read is not None:
+            return self.read(name)
         examples = self.examples / "examples"
         if not self.score_columns:
             return read_columns(examples, self.columns, name)

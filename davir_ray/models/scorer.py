@@ -155,6 +155,15 @@ class Scorer:
         rows, index = _distinct(sequences)
         return _sums(self._base_token_nlls([sequences[row] for row in rows], ids[rows]), index)
 
+    def reference_nll(
+        self, sequences: list[Tokenised], ids: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
+        """The reference's loss of each sequence, in nats, and its status, to the bit as in a table of scores."""
+        if self._reference is None:
+            raise ValueError("there is no reference")
+        rows, index = _distinct(sequences)
+        return _sums(self._token_nlls(self._reference, [sequences[row] for row in rows], ids[rows]), index)
+
     def _likelihood(self, checkpoint: Checkpoint) -> Likelihood:
         likelihood = Likelihood(checkpoint.model(self._dtype, self._device))
         if self._settings.compile:
@@ -274,6 +283,10 @@ class FoldScorer:
 
     def __call__(self, examples: pa.Table) -> pa.Table:
         """Score a table with INPUT_COLUMNS and FOLD, which is the same in every row."""
+        return self.scorer_of(examples)(examples)
+
+    def scorer_of(self, examples: pa.Table) -> Scorer:
+        """The scorer with the reference of the fold of these rows; that of the anchor is the first."""
         fold, *others = pc.unique(examples[FOLD]).to_pylist()
         if others:
             raise ValueError(f"a shard has rows of one fold, and this one of {len(others) + 1}")
@@ -282,7 +295,7 @@ class FoldScorer:
             log.info("score: the reference of fold %d", fold)
             self._scorer.use(self._references[fold])
             self._fold = fold
-        return self._scorer(examples)
+        return self._scorer
 
 
 def is_sampled(example_id: int, share: float) -> bool:

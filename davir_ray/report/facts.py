@@ -86,10 +86,13 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
     scored = distributions.scored_rows(inputs.scores)
     is_sample = inputs.scores.num_rows < inputs.num_scored
     headline, rejects, statuses = _headline(inputs), _rejects(inputs), _statuses(inputs, is_sample)
+    alignment = _alignment(inputs.manifests)
     facts = {
         "format": 1,
         "headline": headline,
-        "explanation": prose.explanation(headline["reference_trained_here"], headline["num_folds"]),
+        "explanation": prose.explanation(
+            headline["reference_trained_here"], headline["num_folds"], is_linked=bool(alignment and alignment["lines"])
+        ),
         "books": _row_counts(headline, rejects, statuses),
         "rejects": rejects,
         "statuses": statuses,
@@ -98,6 +101,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "throughput": _throughput(inputs.manifests),
         "davir": distributions.davir(scored, _cut(scored, headline["rule"], inputs.manifests)),
         "folds": distributions.folds(inputs.scores),
+        "alignment": alignment,
         "memorised": distributions.memorised(inputs.scores, is_sample),
         "losses": distributions.losses(scored),
         "length": distributions.length_panels(scored),
@@ -231,6 +235,14 @@ def _training(manifests: Manifests) -> dict[str, Any] | None:
         "last": float(np.mean([loss for _, loss in curve[-tenth:]])),
         "loss_by_step": [*curve[:-1:stride], curve[-1]],
     }
+
+
+def _alignment(manifests: Manifests) -> dict[str, Any] | None:
+    """How davir_aligned was made, with the line of each reference where it was linked; None if nothing ranks by it."""
+    if "davir_aligned" not in manifests:
+        return None
+    details = _details(manifests, "davir_aligned")
+    return {"way": details.get("way", "place"), "linked_by": details.get("linked_by"), "lines": details.get("lines")}
 
 
 def _throughput(manifests: Manifests) -> dict[str, Any] | None:

@@ -41,7 +41,12 @@ OF_FOLDS = (
     "The rows are dealt to {num_folds} folds, and each has a reference of its own: the base model fine-tuned on the "
     "rows outside the fold, so that no example is scored by a model that was trained on it. Each example’s score is "
     "DavIR = (L_base − L_ref) / L_base, the share of the base’s loss on the response (in nats, given the prompt) that "
-    "the fine-tune removed. `davir_aligned` is the share of the fold’s scored rows that it is above."
+    "the fine-tune removed. "
+)
+PLACE = "`davir_aligned` is the share of the fold’s scored rows that it is above."
+LINKED = (
+    "`davir_aligned` is DavIR on the scale that all references have in common, to which a line for each, fitted on the "
+    "rows that all have scored (the anchor), brings its scores."
 )
 REFERENCE_GIVEN = (
     "This run did not train its reference. Whether that model was trained on these examples is not known here; the "
@@ -75,10 +80,10 @@ MANY_REJECTS = 0.01
 MANY_TRUNCATED = 0.01
 
 
-def explanation(reference_trained_here: bool, num_folds: int) -> list[str]:
+def explanation(reference_trained_here: bool, num_folds: int, *, is_linked: bool = False) -> list[str]:
     """What the score of this run means."""
     if num_folds > 1:
-        return [OF_FOLDS.format(num_folds=num_folds), *SCORE_EXPLAINED[1:]]
+        return [OF_FOLDS.format(num_folds=num_folds) + (LINKED if is_linked else PLACE), *SCORE_EXPLAINED[1:]]
     return SCORE_EXPLAINED if reference_trained_here else [*SCORE_EXPLAINED, REFERENCE_GIVEN]
 
 

@@ -52,7 +52,11 @@ _STAGES = (
         name="ifd", writes=("extra/ifd", "extra/ifd_commits"), reads=("prepare", "score"), shown_counts=("scored",),
         takes_hours=True,
     ),
-    Stage(name="davir_aligned", writes=("extra/davir_aligned",), reads=("prepare", "score")),
+    Stage(
+        name="anchor", writes=("extra/anchor", "extra/anchor_commits"), reads=("prepare", "score"),
+        shown_counts=("scored",), takes_hours=True,
+    ),
+    Stage(name="davir_aligned", writes=("extra/davir_aligned",), reads=("prepare", "score", "anchor")),
     Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
     Stage(name="rank", writes=("ranked",), reads=("score", "ifd", "davir_aligned"), shown_counts=("ranked",)),
     Stage(

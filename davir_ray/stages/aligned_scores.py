@@ -3,10 +3,14 @@
 The scores of two folds are of two references, one of which may have learnt more. Where rows were dealt at random, the
 folds are alike, so a row's place within its fold says how learnable it is: `davir_aligned` is the share of the fold's
 scored rows below it, and half of the row itself. Of equal scores that of the smaller example_id is above.
+
+Folds by a column may differ in what they have, and equal shares of each would be quotas. With an anchor, their scores
+are linked instead (stages/linked_scores.py).
 """
 
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +20,22 @@ from davir_ray.config.selection import ALIGNED as ORDER
 from davir_ray.config.selection import RankConfig
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import Round, collect, scatter
-from davir_ray.errors import IntegrityError
+from davir_ray.errors import IntegrityError, OutputError
 from davir_ray.formulas import order as ranking
 from davir_ray.run.files import FileEntry, in_folder, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest
 from davir_ray.schema import ALIGNED
-from davir_ray.stages.folds import Folds
+from davir_ray.stages.folds import ANCHORED_FOLDER, Folds
+from davir_ray.stages.linked_scores import fit, write_linked
 from davir_ray.stages.rank import BIN_ROWS, Bins, find_bins, key_columns, order_keys
 
 STAGE: str = ORDER
 FOLDER = f"extra/{STAGE}"
+
+WAY, LINKED = "way", "linked"
+"""Key in the details of the manifest, and its value where the scores are linked; else it is "place"."""
 
 _DAVIR = RankConfig(order="davir")
 
@@ -36,16 +44,52 @@ _ROW_BYTES = 32
 
 
 def align_scores(run: Run, folds: Folds) -> Manifest:
-    """Write extra/davir_aligned/, whose rows are in the order of scores/; the anchor counts as a fold of its own.
+    """Write extra/davir_aligned/, whose rows are in the order of scores/: linked with an anchor of folds by a column.
 
-    Of equal scores the row with the smaller example_id is the better one, as in the ranking. A row without a score has
-    none here.
+    Else it is the place within the fold, where the anchor counts as a fold of its own, and of equal scores the row with
+    the smaller example_id is the better one, as in the ranking. A row without a score has none here.
+
+    Raises OutputError if the anchor was not scored by all references, and DataError if it does not link the folds.
     """
     started, scored = time.monotonic(), run.require("score")
-    fingerprint = {"scores": scored.content, "folds": folds.num_folds}
+    fingerprint: dict[str, Any] = {"scores": scored.content, "folds": folds.num_folds}
+    is_linked = folds.by is not None and folds.has_anchor
+    if is_linked:
+        anchored = run.manifest("anchor")
+        fingerprint |= {WAY: LINKED, "anchor": None if anchored is None else anchored.content}
     if done := run.completed(STAGE, fingerprint):
         return done
-    run.clear(STAGE)
+    run.uncommit(STAGE)  # what is there, perhaps by places, is not what this run ranks by
+    if is_linked:
+        if anchored is None:
+            raise OutputError(
+                f"{run} has no complete {ANCHORED_FOLDER}, the anchor's scores by all references; give its command of "
+                "jobs/score.py again, or rank by --rank.order davir"
+            )
+        lines, found = fit(run, folds)
+        run.clear(STAGE)
+        written = write_linked(run, scored, folds, lines, run / FOLDER)
+        files, num_aligned = [one.entry for one in written], sum(one.facts["aligned"] for one in written)
+        details = {WAY: LINKED, **found}
+    else:
+        run.clear(STAGE)
+        num_aligned, files = _place(run, scored, folds)
+        details = {WAY: "place"}
+    if total_rows(files) != scored.counts["examples"]:
+        raise IntegrityError(f"{scored.counts['examples']} rows were scored but {total_rows(files)} aligned")
+    manifest = Manifest(
+        stage=STAGE,
+        fingerprint=fingerprint,
+        counts={"examples": scored.counts["examples"], "aligned": num_aligned},
+        files=in_folder(FOLDER, sorted(files, key=lambda entry: entry.name)),
+        details=details,
+        seconds=time.monotonic() - started,
+    )
+    return run.commit(manifest)
+
+
+def _place(run: Run, scored: Manifest, folds: Folds) -> tuple[int, list[FileEntry]]:
+    """Write the places of all folds; returns the number of rows that have a score, and the entries."""
     by_fold: dict[int, list[FileEntry]] = {}
     for entry in scored.files_in("scores"):
         by_fold.setdefault(folds.of_file[entry.name], []).append(entry)
@@ -54,16 +98,7 @@ def align_scores(run: Run, folds: Folds) -> Manifest:
         num_rows, written = _align_fold(run, shards)
         num_aligned += num_rows
         files += written
-    if total_rows(files) != scored.counts["examples"]:
-        raise IntegrityError(f"{scored.counts['examples']} rows were scored but {total_rows(files)} aligned")
-    manifest = Manifest(
-        stage=STAGE,
-        fingerprint=fingerprint,
-        counts={"examples": scored.counts["examples"], "aligned": num_aligned},
-        files=in_folder(FOLDER, sorted(files, key=lambda entry: entry.name)),
-        seconds=time.monotonic() - started,
-    )
-    return run.commit(manifest)
+    return num_aligned, files
 
 
 def _align_fold(run: Run, shards: list[FileEntry]) -> tuple[int, list[FileEntry]]:

@@ -29,6 +29,7 @@ from davir_ray.engine.tasks import in_tasks
 from davir_ray.errors import DataError, IntegrityError
 from davir_ray.formulas.components import Ids, Strength
 from davir_ray.formulas.dealing import Floats, by_stratum, deal, shares
+from davir_ray.formulas.linking import MIN_ANCHOR_ROWS
 from davir_ray.run.files import FileEntry, read_parquet, total_rows, write_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
@@ -309,6 +310,12 @@ class Dealing:
         if self.config.anchor and ANCHOR not in dealt.of_file.values():
             raise DataError(
                 f"prepare.anchor is {self.config.anchor:g}, which is no row of {num_rows}; give more, or leave it out"
+            )
+        num_anchor = dealt.rows_by_fold.get(str(ANCHOR), 0)
+        if self.config.anchor and self.config.fold_by and num_anchor < MIN_ANCHOR_ROWS:
+            raise DataError(
+                f"prepare.anchor is {self.config.anchor:g}, which is {num_anchor} of {num_rows} rows, too few to link "
+                f"folds by (at least {MIN_ANCHOR_ROWS}, better hundreds); give more, or leave it out"
             )
         if empty := [fold for fold in range(self.config.folds) if fold not in dealt.of_file.values()]:
             by = self.config.fold_by

@@ -79,6 +79,7 @@ def describe_run(
         examples_per_unit,
         num_folds=num_folds,
         at_once=at_once,
+        anchor=config.prepare.anchor,
         score_passes=4 if config.score.both else 2,
         num_extra_passes=len(config.score.also),
     )
@@ -193,13 +194,15 @@ def estimate(
     *,
     num_folds: int = 1,
     at_once: int = 1,
+    anchor: float = 0.0,
     score_passes: int = 2,
     num_extra_passes: int = 0,
 ) -> Estimate:
     """Estimate a run; `finetune` is None where a reference is given. A unit of a batch is an example, or a pair.
 
-    With folds there is a reference for each, trained on the rows of the others, `at_once` at a time. An extra pass
-    (score.also) is one over the responses alone, each after a start token.
+    With folds there is a reference for each, trained on the rows of the others, `at_once` at a time; each but the first
+    also makes a pass over the anchor, a share of the rows that none is trained on. An extra pass (score.also) is one
+    over the responses alone, each after a start token.
     """
     mean_length = data.num_tokens / max(1, data.num_examples)
     forward = size.forward_flops(data.num_tokens, data.num_scored, mean_length)
@@ -212,7 +215,7 @@ def estimate(
         else:  # the frozen weights get no gradient of their own
             trained, passes = finetune.lora_rank * size.linear_edges, 2
         passes += bool(finetune.gradient_checkpointing)
-        epochs = finetune.epochs * max(1.0, num_folds - 1.0)  # of all rows, by all references together
+        epochs = finetune.epochs * (1 - anchor) * max(1.0, num_folds - 1.0)  # of all rows, by all references together
         if finetune.max_steps is not None:
             trained_rows = finetune.max_steps * finetune.batch_size * examples_per_unit * num_folds
             epochs = trained_rows / max(1, data.num_examples)
@@ -220,7 +223,7 @@ def estimate(
         data=data,
         num_shards=_num_shards(data, shard_rows),
         finetune_flops=epochs * passes * forward,
-        score_flops=score_passes * forward + num_extra_passes * alone,
+        score_flops=(score_passes + (num_folds - 1) * anchor) * forward + num_extra_passes * alone,
         checkpoint_bytes=2.0 * _ADAM_BYTES * trained * at_once,
         reference_bytes=4.0 * trained * num_folds,
     )

@@ -1,7 +1,7 @@
 """Which fold each file of a run's examples is in: what prepare has dealt, for training and scoring.
 
-Reference `fold` is trained on `files_outside(prepared, fold)` and scores `files(prepared, fold)`, and the first
-scores the anchor. Each file holds rows of one fold.
+Reference `fold` is trained on `files_outside(prepared, fold)` and scores `files(prepared, fold)`; all score the anchor,
+the first in scores/ and the others in extra/anchor/. Each file holds rows of one fold.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,11 @@ FOLDS = "folds"
 rows by fold, as text; "-1" is the anchor) and the counts of the dealing (davir_ray.stages.deal)."""
 
 ANCHOR = -1
-"""The fold of rows that no reference is trained on; the first scores them."""
+"""The fold of rows that no reference is trained on; all score them."""
+
+ANCHORED_FOLDER = "extra/anchor"
+"""Folder of a run with the scores of the anchor's rows by all references but the first, in a file for each reference
+and file of the anchor."""
 
 REFERENCES = "reference_folds"
 """Folder of a run with a reference for each fold, in a folder of the fold's number."""
@@ -29,12 +33,23 @@ class Folds:
     num_folds: int
     of_file: dict[str, int]
     """The fold of each file, by its name relative to examples/; ANCHOR for a file of no fold."""
+    by: str | None = None
+    """The column whose equal values share a fold (prepare.fold_by): the folds may then differ in what they have. None:
+    the rows were dealt at random."""
 
     @classmethod
     def of(cls, prepared: Manifest) -> Self | None:
         """The folds of a prepared run; None without folds (prepare.folds 1)."""
         found = prepared.details.get(FOLDS)
-        return None if found is None else cls(num_folds=found["num_folds"], of_file=found["of_file"])
+        if found is None:
+            return None
+        by = prepared.fingerprint.get("folds", {}).get("by")
+        return cls(num_folds=found["num_folds"], of_file=found["of_file"], by=by)
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether some rows are in no fold (prepare.anchor)."""
+        return ANCHOR in self.of_file.values()
 
     def files(self, prepared: Manifest, fold: int) -> list[FileEntry]:
         """The files of a fold, or, with ANCHOR, those of the anchor; names are relative to examples/."""
@@ -46,3 +61,14 @@ class Folds:
 
     def _where(self, prepared: Manifest, holds: Callable[[int], bool]) -> list[FileEntry]:
         return [entry for entry in prepared.files_in("examples") if holds(self.of_file[entry.name])]
+
+
+def anchored_file(name: str, fold: int) -> str:
+    """The name in extra/anchor/ of the scores of a file of the anchor by the reference of this fold."""
+    return f"{name.removesuffix('.parquet')}-r{fold}.parquet"
+
+
+def source_of_anchored(name: str) -> tuple[str, int]:
+    """The file of the anchor and the fold that `anchored_file` was named by."""
+    stem, _, fold = name.removesuffix(".parquet").rpartition("-r")
+    return f"{stem}.parquet", int(fold)

@@ -15,6 +15,9 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.engine.pool import Stream
 from davir_ray.engine.resources import device_of, num_gpus_of
+from davir_ray.engine.shards import read_side_by_side
+from davir_ray.models import anchor_scorer
+from davir_ray.models.anchor_scorer import AnchorScorer
 from davir_ray.models.base_cache import base_cache
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.device import weights_precision
@@ -23,8 +26,8 @@ from davir_ray.models.response_scorer import EXAMPLE_COLUMNS, SCORE_COLUMNS, Res
 from davir_ray.models.scorer import FOLD, INPUT_COLUMNS, FoldScorer, Scorer, ScorerSettings
 from davir_ray.run.folder import Run
 from davir_ray.run.manifest import Manifest
-from davir_ray.schema import IFD, SCORES
-from davir_ray.stages.folds import Folds
+from davir_ray.schema import ANCHORED, IFD, SCORES
+from davir_ray.stages.folds import ANCHOR, ANCHORED_FOLDER, Folds, anchored_file, source_of_anchored
 from davir_ray.stages.ids import IDS_CHECKED, check_ids
 from davir_ray.versions import NUMERICS_VERSION
 
@@ -46,7 +49,8 @@ def score(
 ) -> Manifest:
     """Score every example with both models; rows of scores/ are in the order of examples/.
 
-    With folds each is scored with the reference of its fold, which has not seen it, and the anchor with the first.
+    With folds each is scored with the reference of its fold, which has not seen it, and the anchor with the first (see
+    `score_anchor` for the others).
 
     `examples` is the run that holds the examples; None: this one. The last three parameters are for `freeze`, which has
     no reference, and `score_seen`.
@@ -89,6 +93,46 @@ def score_seen(run: Run, base: Checkpoint, references: Mapping[int, Checkpoint],
     """
     has_seen = {fold: references[1 - fold] for fold in references}
     return score(run, base, has_seen, config, keep_token_nll="none", stage="seen", folder="extra/seen")
+
+
+def score_anchor(run: Run, base: Checkpoint, references: Mapping[int, Checkpoint], config: ScoreConfig) -> Manifest:
+    """Score the rows of the anchor with every reference but the first, which has scored them in scores/.
+
+    extra/anchor/ has a file for each reference and file of the anchor, with the rows of scores/ in their order. The
+    settings and so the arithmetic are those of scores/, which has the base's losses.
+    """
+    prepared, scored = run.require("prepare"), run.require("score")
+    folds, settings = Folds.of(prepared), scorer_settings(config, "none")
+    if folds is None or not folds.has_anchor:
+        raise ValueError(f"{run} has no anchor")
+    fingerprint = _fingerprint(base, references, prepared, settings) | {"scores": scored.content}
+    if done := run.completed("anchor", fingerprint):
+        return done
+    anchor, others = folds.files(prepared, ANCHOR), sorted(references)[1:]
+    stream = Stream(
+        stage="anchor",
+        run=run,
+        folder=ANCHORED_FOLDER,
+        schema=ANCHORED,
+        fingerprint=fingerprint,
+        examples=run,
+        shards=[replace(shard, name=anchored_file(shard.name, fold)) for fold in others for shard in anchor],
+        columns=[],
+        read=partial(_read_anchored, run),
+        turn_of={anchored_file(shard.name, fold): fold for fold in others for shard in anchor},
+        ok_count="scored",
+        new_detail="shards_scored_by_this_driver",
+    )
+    return stream.fill(partial(AnchorScorer, base, references, settings), config)
+
+
+def _read_anchored(run: Run, name: str) -> pa.Table:
+    """The rows of a file of the anchor, and in the column `fold` the reference that is to score them."""
+    source, fold = source_of_anchored(name)
+    table = read_side_by_side(
+        run / "examples", anchor_scorer.EXAMPLE_COLUMNS, run / "scores", anchor_scorer.SCORE_COLUMNS, source
+    )
+    return table.append_column(FOLD, pa.array([fold] * table.num_rows, pa.int8()))
 
 
 def freeze(run: Run, base: Checkpoint, config: ScoreConfig, training: FinetuneConfig) -> Manifest:

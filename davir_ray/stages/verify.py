@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,12 @@ from davir_ray.models.kernel.eager import eager_nll
 from davir_ray.models.reference import Reference, by_fold, weights_of
 from davir_ray.models.response_scorer import response_alone
 from davir_ray.models.scorer import Tokenised
-from davir_ray.run.files import read_parquet
+from davir_ray.run.files import FileEntry, read_parquet
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, differences
 from davir_ray.schema import EXAMPLES, IFD, SCORES, Status
-from davir_ray.stages.folds import Folds
+from davir_ray.stages.folds import ANCHORED_FOLDER, Folds, source_of_anchored
 
 if TYPE_CHECKING:  # transformers' models take seconds to import, and a driver loads none
     from transformers import PreTrainedModel
@@ -44,6 +45,9 @@ _TOLERANCE = {"float64": 2e-3, "float32": 2e-3, "bfloat16": 0.3}
 """Nats per token by which a stored loss may differ from the plain one, by the dtype of the stored one.
 
 Correct float32 losses differed by at most 7e-5; one wrong token or mask makes a difference of whole nats."""
+
+_ANCHORED_SHARE = 0.1
+"""Rows of the anchor that are scored again by references other than the first, as a share of the other rows."""
 
 _SCORE_COLUMNS = ["example_id", "num_response_tokens", "base_nll", "reference_nll", "davir"]
 _TOKEN_COLUMNS = ["input_ids", "response_spans"]
@@ -77,12 +81,16 @@ class Verification:
     """Number of these rows that the run's selected share amounts to, at least 1."""
     overlap: float
     """Share of the top k rows by stored scores that are also in the top k by plain ones."""
+    num_anchored: int = 0
+    """Number of these rows that are of the anchor, scored by another reference than in scores/."""
 
     def lines(self) -> list[str]:
         """Lines for the user."""
         return [
             f"files: {self.num_files}, unchanged since they were written",
-            f"scores: {self.num_rows} rows, stored in {self.precision}, computed again one at a time in float32",
+            f"scores: {self.num_rows} rows"
+            + (f" ({self.num_anchored} of extra/anchor)" if self.num_anchored else "")
+            + f", stored in {self.precision}, computed again one at a time in float32",
             f"  largest difference: davir {self.largest_davir_difference:.3g}, "
             f"loss {self.largest_nll_difference:.3g} nats per token",
             f"  rank correlation (Spearman): {self.rank_correlation:.6f}",
@@ -100,13 +108,17 @@ def verify(run: Run, base: Checkpoint, reference: Reference, num_rows: int, seed
             raise OutputError(f"{uris} is not the {name} that the run was scored with ({changed[0]})")
     ifd = run.manifest("ifd")
     rows = _draw(run, scored, num_rows, seed, with_ifd=ifd is not None)
+    num_drawn = rows.num_rows
+    if (anchored := run.manifest("anchor")) is not None:
+        num_anchored = math.ceil(_ANCHORED_SHARE * num_rows)
+        rows = pa.concat_tables([rows, _draw_anchored(run, anchored, num_anchored, seed)])
     start_id = None if ifd is None else ifd.fingerprint["start_id"]
     with own_errors():
         score_again = ray.remote(num_gpus=1 if has_gpu() else 0)(_score_again)
         losses = ray.get(score_again.remote(base, reference, rows, start_id, "cuda" if has_gpu() else "cpu"))
     selected = run.manifest("select")
     share = selected.counts["selected"] / scored.counts["scored"] if selected else 0.1
-    return _compare(rows, losses, scored, num_files, share)
+    return replace(_compare(rows, losses, scored, num_files, share), num_anchored=rows.num_rows - num_drawn)
 
 
 def _check_files(run: Run) -> int:
@@ -129,21 +141,36 @@ def _check_files(run: Run) -> int:
 
 def _draw(run: Run, scored: Manifest, num_rows: int, seed: int, *, with_ifd: bool) -> pa.Table:
     """Random rows that have a score, with their tokens; the choice depends on the seed only. alone_nll may be null."""
-    files, purpose = scored.files_in("scores"), f"verify {seed}"
-    # Three times as many in expectation: a sample by hash may be smaller than its mean.
-    share = min(1.0, 3 * num_rows / scored.counts["scored"]) if scored.counts["scored"] else 0.0
-    found = gather(Shards(files, partial(_read_drawn, run / "scores", share, purpose)), _DRAWN)
-    keys = random_keys(np.asarray(found["example_id"]), seed_from(purpose))
-    chosen = found.take(pa.array(np.argsort(keys)[:num_rows]))
-    if chosen.num_rows == 0:
+    files = scored.files_in("scores")
+    wanted = _drawn(run / "scores", files, scored.counts["scored"], num_rows, f"verify {seed}")
+    if not wanted:
         raise ConfigError(f"no row of {run} has a score; there is nothing to verify")
-    wanted: dict[str, list[int]] = {}
-    for row in chosen.to_pylist():
-        wanted.setdefault(row["name"], []).append(row["example_id"])
     folds = Folds.of(run.require("prepare"))
     read = partial(_read_rows, run, wanted, {} if folds is None else folds.of_file, with_ifd)
     needed = Shards([entry for entry in files if entry.name in wanted], read)
     return gather(needed, _SCORED).sort_by("example_id")
+
+
+def _draw_anchored(run: Run, anchored: Manifest, num_rows: int, seed: int) -> pa.Table:
+    """Random rows of the anchor with their scores by references other than the first, and with their tokens."""
+    files = anchored.files_in(ANCHORED_FOLDER)
+    wanted = _drawn(run / ANCHORED_FOLDER, files, anchored.counts["scored"], num_rows, f"verify anchor {seed}")
+    needed = Shards([entry for entry in files if entry.name in wanted], partial(_read_anchored, run, wanted))
+    return gather(needed, _SCORED).sort_by("example_id")
+
+
+def _drawn(
+    folder: Location, files: list[FileEntry], num_scored: int, num_rows: int, purpose: str
+) -> dict[str, list[int]]:
+    """The ids of random rows that have a score, by their file."""
+    # Three times as many in expectation: a sample by hash may be smaller than its mean.
+    share = min(1.0, 3 * num_rows / num_scored) if num_scored else 0.0
+    found = gather(Shards(files, partial(_read_drawn, folder, share, purpose)), _DRAWN)
+    keys = random_keys(np.asarray(found["example_id"]), seed_from(purpose))
+    wanted: dict[str, list[int]] = {}
+    for row in found.take(pa.array(np.argsort(keys)[:num_rows])).to_pylist():
+        wanted.setdefault(row["name"], []).append(row["example_id"])
+    return wanted
 
 
 def _read_drawn(folder: Location, share: float, purpose: str, name: str) -> pa.Table:
@@ -158,12 +185,23 @@ def _read_rows(run: Run, wanted: dict[str, list[int]], fold_of: dict[str, int], 
     else:
         scores = read_parquet(run / "scores" / name, _SCORE_COLUMNS)
         scores = scores.append_column("alone_nll", pa.nulls(scores.num_rows, pa.float64()))
+    scored_by = max(0, fold_of.get(name, 0))  # of the anchor, scores/ have those by the first
+    scores = scores.append_column("scored_by", pa.array([scored_by] * scores.num_rows, pa.int64()))
+    return _with_tokens(run, scores, name, wanted[name])
+
+
+def _read_anchored(run: Run, wanted: dict[str, list[int]], name: str) -> pa.Table:
+    scores = read_parquet(run / ANCHORED_FOLDER / name, [*_SCORE_COLUMNS, "scored_by"])
+    scores = scores.append_column("alone_nll", pa.nulls(scores.num_rows, pa.float64()))
+    return _with_tokens(run, scores, source_of_anchored(name)[0], wanted[name])
+
+
+def _with_tokens(run: Run, scores: pa.Table, name: str, wanted: list[int]) -> pa.Table:
+    """The wanted rows of scores, with the tokens that a file of examples has for them, in the same order."""
     tokens = read_parquet(run / "examples" / name, _TOKEN_COLUMNS)
     for column in _TOKEN_COLUMNS:
         scores = scores.append_column(column, tokens[column])
-    scored_by = max(0, fold_of.get(name, 0))  # the anchor is scored by the first
-    scores = scores.append_column("scored_by", pa.array([scored_by] * scores.num_rows, pa.int64()))
-    mask = np.isin(np.asarray(scores["example_id"]), wanted[name])
+    mask = np.isin(np.asarray(scores["example_id"]), wanted)
     return scores.filter(pa.array(mask)).select(_SCORED.names).cast(_SCORED)
 
 

@@ -281,6 +281,30 @@ def test_folds_stand_beside_what_chance_gives() -> None:
     assert "none (anchor)" in page
 
 
+def test_the_way_of_the_common_scale_is_said_with_its_lines() -> None:
+    table = scores_table(400)
+    table = table.append_column("fold", pa.array(np.arange(400) % 3 - 1, pa.int8()))
+    config = {"prepare": {"folds": 2}, "rank": {"order": "davir_aligned"}, "select": {"top_fraction": 0.1}}
+    lines = [{"reference": k, "intercept": 0.25 - k / 2, "slope": 0.75 + k / 2, "residual_sd": 0.125} for k in range(2)]
+    for details, said, unsaid in (
+        ({"way": "linked", "linked_by": 133, "lines": lines}, "on 133 rows in no fold", "same share of every fold"),
+        ({"way": "place"}, "by the place within the fold", "residual SD"),
+        ({}, "by the place within the fold", "residual SD"),  # of an earlier version
+    ):
+        inputs = report_inputs(scores=table, config=config)
+        aligned = {"counts": {}, "details": details}
+        facts = summarise(replace(inputs, manifests={**inputs.manifests, "davir_aligned": aligned}))
+        assert facts["alignment"]["way"] == details.get("way", "place")
+        page = " ".join(render_page(facts).split())
+        assert said in page
+        assert unsaid not in page
+        for line in details.get("lines", []):
+            assert f"<td>{line['slope']:.4f}</td><td>{line['residual_sd']:.4f}</td>" in page
+        share = "share of the fold’s scored rows that it is above"
+        assert (share in page) == (details.get("way") != "linked")
+    assert summarise(report_inputs(scores=table, config=config))["alignment"] is None
+
+
 def test_what_having_seen_a_row_is_worth_stands_by_its_number_of_copies() -> None:
     """Not where the rows are a sample, which lacks most copies."""
     draw = np.random.default_rng(4)

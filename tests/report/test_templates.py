@@ -129,6 +129,7 @@ GROUPS = [
     {"group": name, "eligible": 20, "selected": rows, "tokens": 9} for name, rows in (("alpaca", 4), ("gsm8k", 0))
 ]
 SOURCES = [{"source": name, "rows": 2, "tokens": 9, "repeat": repeat} for name, repeat in (("alpaca", 1), ("gsm8k", 2))]
+LINES = [{"reference": k, "intercept": 0.1 - 0.2 * k, "slope": 1.1, "residual_sd": 0.05} for k in range(2)]
 MIXTURE = [{"source": "alpaca", "top_fraction": 0.1}, {"source": "gsm8k", "all": True, "repeat": 2}]
 PLANTED = {"name": "good", "share_of_all": 0.5, "share_of_selected": None, "share_of_random": 0.5, "mean_davir": None}
 UNTOLD = example(tokens=None, base_token_nll=None, reference_token_nll=None, rank=None, davir=None, rho_mean=None)
@@ -165,6 +166,16 @@ RUN: Options = {
         "none": unchanged,
         "two and an anchor": lambda inputs: with_config(prepare={"folds": 2})(
             replace(inputs, scores=inputs.scores.append_column("fold", pa.array(_folds(inputs), pa.int8())))
+        ),
+        "two, linked": lambda inputs: replace(
+            with_config(prepare={"folds": 2})(inputs),
+            scores=inputs.scores.append_column("fold", pa.array(_folds(inputs), pa.int8())),
+            manifests={**inputs.manifests, "davir_aligned": manifest({}, way="linked", linked_by=40, lines=LINES)},
+        ),
+        "two, by places": lambda inputs: replace(
+            with_config(prepare={"folds": 2})(inputs),
+            scores=inputs.scores.append_column("fold", pa.array(_folds(inputs), pa.int8())),
+            manifests={**inputs.manifests, "davir_aligned": manifest({}, way="place")},
         ),
         "two, and what has seen the rows": lambda inputs: with_config(prepare={"folds": 2})(
             replace(inputs, scores=inputs.scores.append_column("davir_seen", inputs.scores["davir"]))

@@ -60,6 +60,10 @@ def test_the_parts_add_up(size: ModelSize) -> None:
     also = estimate(size, DATA, 100, None, num_extra_passes=1).score_flops - 2 * forward
     alone = DATA.num_scored + DATA.num_examples
     assert also == pytest.approx(size.forward_flops(alone, DATA.num_scored, alone / DATA.num_examples))
+    anchored = estimate(size, DATA, 100, None, num_folds=5, anchor=0.03)
+    assert anchored.score_flops == pytest.approx((2 + 4 * 0.03) * forward)
+    trained = estimate(size, DATA, 100, FinetuneConfig(epochs=1), num_folds=5, anchor=0.03)
+    assert trained.finetune_flops == pytest.approx(4 * 0.97 * 3 * forward)
     large = DataSize(num_rows=52_000, num_examples=52_000, num_tokens=6_400_000, num_scored=1)
     assert estimate(size, large, None, None).num_shards == 64
     assert estimate(size, DATA, None, None).num_shards == 2

@@ -27,7 +27,7 @@ from davir_ray.stages.finetune import finetune
 from davir_ray.stages.fold_training import finetune_folds
 from davir_ray.stages.folds import ANCHOR, Folds
 from davir_ray.stages.prepare import Preparation, prepare, scoring_spec
-from davir_ray.stages.score import score
+from davir_ray.stages.score import score, score_anchor
 from davir_ray.stages.verify import verify
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -133,6 +133,40 @@ def test_each_is_continued_by_itself_and_a_changed_one_is_trained_again(
     assert train(run, base_folder).counts["references"] == 3  # complete
 
 
+def check_anchor(run: Run, base: Checkpoint, references: dict[int, Checkpoint], models: dict[int, Any]) -> None:
+    """Every other reference scores the anchor, also by transformers; a lost file alone is made again."""
+    manifest = score_anchor(run, base, references, ScoreConfig(num_actors=1))
+    files = [entry.name for entry in manifest.files_in("extra/anchor")]
+    assert len(files) == 2
+    (source,) = {file.rpartition("-r")[0] for file in files}
+    examples, scores = (read_parquet(run / folder / f"{source}.parquet") for folder in ("examples", "scores"))
+    for fold in (1, 2):
+        found = read_parquet(run / "extra/anchor" / f"{source}-r{fold}.parquet")
+        expected = [plain_loss(models[fold], row) for row in examples.to_pylist()]
+        assert found["reference_nll"].to_pylist() == pytest.approx(expected, rel=1e-5)
+        for column in ("example_id", "base_nll"):
+            assert found[column].equals(scores[column])
+        assert set(found["scored_by"].to_pylist()) == {fold}
+    assert manifest.counts["scored"] == 2 * examples.num_rows
+    lost = run / "extra/anchor" / files[1]
+    content = lost.read_bytes()
+    lost.remove()
+    run.uncommit("anchor")
+    again = score_anchor(run, base, references, ScoreConfig(num_actors=1))
+    assert (lost.read_bytes(), again.details["shards_scored_by_this_driver"]) == (content, 1)
+    with pytest.raises(OutputError, match="anchor differs in reference"):
+        score_anchor(run, base, {**references, 1: references[2]}, ScoreConfig(num_actors=1))
+
+
+def plain_loss(model: Any, row: dict[str, Any]) -> float:
+    """Nats of a response by transformers, alone in the batch."""
+    ids = torch.tensor([row["input_ids"]])
+    with torch.no_grad():
+        logprobs_TV = model(input_ids=ids).logits[0].log_softmax(-1)
+    start, end = row["response_spans"]
+    return -sum(float(logprobs_TV[at - 1, ids[0, at]]) for at in range(start, end))
+
+
 @pytest.mark.slow
 def test_rows_are_scored_by_the_reference_that_has_not_seen_them(run: Run, base_folder: Path) -> None:
     """Against transformers, one row at a time in float64; the anchor is scored by the first reference."""
@@ -145,14 +179,9 @@ def test_rows_are_scored_by_the_reference_that_has_not_seen_them(run: Run, base_
     }
     for entry, fold in zip(scored.files_in("scores"), FOLD_OF_SHARD, strict=True):
         examples, scores = (read_parquet(run / folder / entry.name) for folder in ("examples", "scores"))
-        expected = []
-        for row in examples.to_pylist():
-            ids = torch.tensor([row["input_ids"]])
-            with torch.no_grad():
-                logprobs_TV = models[max(0, fold)](input_ids=ids).logits[0].log_softmax(-1)
-            start, end = row["response_spans"]
-            expected.append(-sum(float(logprobs_TV[at - 1, ids[0, at]]) for at in range(start, end)))
+        expected = [plain_loss(models[max(0, fold)], row) for row in examples.to_pylist()]
         assert scores["reference_nll"].to_pylist() == pytest.approx(expected, rel=1e-5)
-    assert verify(run, base, references, num_rows=40, seed=0).num_rows == 40
+    check_anchor(run, base, references, models)
+    assert verify(run, base, references, num_rows=40, seed=0).num_rows == 40 + 4
     with pytest.raises(OutputError, match="is not the reference"):
         verify(run, base, {**references, 0: references[1], 1: references[0]}, num_rows=40, seed=0)
