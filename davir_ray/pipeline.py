@@ -33,7 +33,7 @@ from davir_ray.stages.aligned_scores import align_scores
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
 from davir_ray.stages.rank import rank, require_extra
-from davir_ray.stages.repeats import check_repeats, open_repeats, repeat_scores
+from davir_ray.stages.repeats import check_prepared, check_repeats, open_repeats, repeat_scores
 from davir_ray.stages.report import report
 from davir_ray.stages.select.rule import check_count, select
 from davir_ray.stages.stability import measure_stability
@@ -62,6 +62,7 @@ def run_all(config: RunConfig) -> Run:
         examples = prepare_inputs(run, config, preparation, files, there)
         check_count(config.select, examples.counts["prepared"], "prepared")
         check_same_folds(config, examples)
+        check_prepared(run, repeats)
         if reference is None:
             _finetune(run, config, preparation, tracking)
             reference = trained_reference(run, config.trust_remote_code)

@@ -10,10 +10,10 @@ MOSTLY_NOISE = 0.3
 
 
 def stability_facts(manifest: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The facts of the stage stability; None where there is one reference."""
-    if manifest is None or not manifest.get("details"):
+    """The facts of the stage stability; None where there is one reference, or nothing is recorded."""
+    counts, found = ((manifest or {}).get(name) for name in ("counts", "details"))
+    if not counts or not found:
         return None
-    counts, found = manifest["counts"], manifest["details"]
     return {
         **found,
         "num_runs": len(found["runs"]),

@@ -44,7 +44,7 @@ FOLDER = f"extra/{STAGE}"
 PLACES = f"{FOLDER}_places"
 """Folder of the places in runs that have none, until they are joined."""
 
-_ROW_BYTES = 48
+_ROW_BYTES = 56
 """Bytes of a row of _ROWS."""
 
 _NOT_OF_ROWS = ("shard_rows", "keep_record", "deal_version")
@@ -79,15 +79,19 @@ def open_repeats(run: Run, places: Sequence[str]) -> list[Run]:
     return repeats
 
 
+def check_prepared(run: Run, repeats: Sequence[Run]) -> None:
+    """Raise OutputError unless each repeat was prepared as the run was; to be called before anything slow begins."""
+    own = _rows_of(run)
+    for other in repeats:
+        _check_same(run, other, own, _rows_of(other))
+
+
 def check_repeats(run: Run, repeats: Sequence[Run]) -> None:
     """Raise OutputError unless each repeat has scored the same rows under the same base, by a reference of its own."""
-    own = _made_of(run)
+    check_prepared(run, repeats)
+    own = {"base": run.require("score").fingerprint["base"]}
     for other in repeats:
-        if changed := differences(own, _made_of(other)):
-            raise OutputError(
-                f"rank.repeats: {other} is no repeat of {run} ({'; '.join(changed[:3])}); give runs of the same data, "
-                "base and settings of prepare (but prepare.fold_seed)"
-            )
+        _check_same(run, other, own, {"base": other.require("score").fingerprint["base"]})
         if not other.require("score").counts["scored"]:
             raise OutputError(f"rank.repeats: no row of {other} has a score; leave it out")
     for one, other in combinations([run, *repeats], 2):
@@ -162,12 +166,20 @@ def _manifests(run: Run) -> dict[str, Manifest]:
     return found if Folds.of(run.require("prepare")) is None else {**found, ALIGNED: run.require(ALIGNED)}
 
 
-def _made_of(run: Run) -> dict[str, Any]:
-    """What the rows of a run are, and what they were scored with besides a reference.
+def _check_same(run: Run, other: Run, own: dict[str, Any], found: dict[str, Any]) -> None:
+    if changed := differences(own, found):
+        raise OutputError(
+            f"rank.repeats: {other} is no repeat of {run} ({'; '.join(changed[:3])}); give runs of the same data, "
+            "base and settings of prepare (but prepare.fold_seed)"
+        )
+
+
+def _rows_of(run: Run) -> dict[str, Any]:
+    """What the rows of a run are made of, and their number.
 
     The files of the data are not in it: they may lie elsewhere, and what the rows say is compared one by one.
     """
-    prepared, scored = run.require("prepare"), run.require("score")
+    prepared = run.require("prepare")
     made = {name: value for name, value in prepared.fingerprint.items() if name not in _NOT_OF_ROWS}
     made["sources"] = {
         name: {key: value for key, value in source.items() if key != "files"}
@@ -175,7 +187,7 @@ def _made_of(run: Run) -> dict[str, Any]:
     }
     if "folds" in made:
         made["folds"] = {name: value for name, value in made["folds"].items() if name != "seed"}
-    return {"examples": scored.counts["examples"], "base": scored.fingerprint["base"], "prepare": made}
+    return {"examples": prepared.counts["prepared"], "prepare": made}
 
 
 def _placed(run: Run, scratch: Location) -> Location:

@@ -169,7 +169,7 @@ def _cut(run: Run, files: list[FileEntry], places: Change, num_best: int, config
     ends = np.cumsum(count_bins(collected, bins))
     last = min(num_best, int(ends[-1]))  # a run may have scored fewer rows
     number = int(np.searchsorted(ends, last))
-    place = last - 1 - (int(ends[number - 1]) if number else 0)
+    index = last - 1 - (int(ends[number - 1]) if number else 0)
 
     def of_bin(table: pa.Table) -> pa.Table:
         has_place, keys, ids = order_keys(table, config)
@@ -178,7 +178,7 @@ def _cut(run: Run, files: list[FileEntry], places: Change, num_best: int, config
         return pa.table([keys[there], ids[there], found[there]], schema=_KEYS)
 
     def pick(found: pa.Table) -> pa.Table:
-        at = ranking.order(np.asarray(found["key"]), np.asarray(found["example_id"]))[place]
+        at = ranking.order(np.asarray(found["key"]), np.asarray(found["example_id"]))[index]
         return found.slice(int(at), 1)
 
     (row,) = collected(of_bin, _KEYS, finish=pick).to_pylist()
