@@ -34,9 +34,9 @@ RECORD = "manifests/complete.json"
 def complete_run(config: RunConfig) -> Run | None:
     """The run of these settings, if it is complete and nothing that it was made from has changed; None if it may not.
 
-    With a tracker or code of a model the answer is None: what these do is not known without them.
+    With a tracker, code of a model or repeats the answer is None: what these do, or are, is not known without them.
     """
-    if config.track is not None or config.trust_remote_code:
+    if config.track is not None or config.trust_remote_code or config.rank.repeats:
         return None
     try:
         return _unchanged(config)

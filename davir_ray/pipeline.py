@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from davir_ray.complete import found_inputs, record_complete
 from davir_ray.config.rank import RankOptions
 from davir_ray.config.run import RunConfig
-from davir_ray.config.selection import ALIGNED
+from davir_ray.config.selection import ALIGNED, NOT_MEASURED, REPEATED
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.tracking import Tracking, counts_of
@@ -33,8 +33,10 @@ from davir_ray.stages.aligned_scores import align_scores
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
 from davir_ray.stages.rank import rank, require_extra
+from davir_ray.stages.repeats import check_prepared, check_repeats, open_repeats, repeat_scores
 from davir_ray.stages.report import report
 from davir_ray.stages.select.rule import check_count, select
+from davir_ray.stages.stability import measure_stability
 
 # Stages that load a model are imported by the functions that run them, because torch takes seconds to import.
 if TYPE_CHECKING:
@@ -51,15 +53,17 @@ def run_all(config: RunConfig) -> Run:
     run, preparation = check_inputs(config, config.reference)
     _warn_of_quotas(config)
     reference = _given_reference(config, preparation)
+    repeats = _repeats(run, config)
     inputs = found_inputs(preparation.base, reference, preparation.chat_template)
     with (
-        connected_to(run, is_shared=config.output_is_shared),
+        connected_to(run, *repeats, is_shared=config.output_is_shared),
         run.writing(dump(config)) as there,
         Tracking(run, config.track) as tracking,
     ):
         examples = prepare_inputs(run, config, preparation, files, there)
         check_count(config.select, examples.counts["prepared"], "prepared")
         check_same_folds(config, examples)
+        check_prepared(run, repeats)
         if reference is None:
             _finetune(run, config, preparation, tracking)
             reference = trained_reference(run, config.trust_remote_code)
@@ -73,7 +77,7 @@ def run_all(config: RunConfig) -> Run:
         if "ifd" in config.score.also:
             ifd(run, preparation.base, config.score)
         run.remember(dump(config))
-        _rank_and_report(run, config, config.trust_remote_code)
+        _rank_and_report(run, config, repeats, config.trust_remote_code)
         record_complete(run, inputs)
         tracking.log_results(counts_of(run, "score", "rank", "select"))
     return run
@@ -107,10 +111,12 @@ def rank_only(options: RankOptions) -> Run:
     config = options.applied_to(last_config(run))
     config.select.require_rule()
     check_count(config.select, scored, "scored")
-    if config.rank.by != ALIGNED:  # which is computed here, if it is not there yet
+    if config.rank.by not in (ALIGNED, REPEATED):  # which are computed here, if they are not there yet
         require_extra(run, config.rank)
-    with connected_to(run, is_shared=config.output_is_shared), run.writing(dump(config)):
-        _rank_and_report(run, config, options.trust_remote_code)
+    repeats = _repeats(run, config)
+    check_repeats(run, repeats)
+    with connected_to(run, *repeats, is_shared=config.output_is_shared), run.writing(dump(config)):
+        _rank_and_report(run, config, repeats, options.trust_remote_code)
     return run
 
 
@@ -124,6 +130,7 @@ def dry_run(config: RunConfig) -> list[str]:
     run, preparation = check_inputs(config, config.reference)
     _warn_of_quotas(config)
     reference = _given_reference(config, preparation)
+    _repeats(run, config)
     training = None if reference else config.finetune
     lines = describe_run(run, config, preparation, training, written_by(run, config.score))
     return [*lines, f"reference: {config.reference or 'fine-tuned in this run'}"]
@@ -174,18 +181,29 @@ def _finetune(run: Run, config: RunConfig, preparation: Preparation, tracking: T
         finetune(run, preparation.base, config.finetune, spec, steps=tracking.steps)
 
 
-def _rank_and_report(run: Run, config: RunConfig, trust_remote_code: bool) -> None:
+def _repeats(run: Run, config: RunConfig) -> list[Run]:
+    """The repeats of a run, each complete; none where the order takes no account of them."""
+    return open_repeats(run, config.rank.repeats) if config.rank.is_by_davir else []
+
+
+def _rank_and_report(run: Run, config: RunConfig, repeats: list[Run], trust_remote_code: bool) -> None:
     run.write_progress(Progress(stage="rank"))
     if folds := Folds.of(run.require("prepare")):
         try:
             align_scores(run, folds)
         except UserError as error:
-            if config.rank.by == ALIGNED:
+            if config.rank.by == ALIGNED or repeats:
                 raise
             log.warning("extra/%s is not written: %s", ALIGNED, error)
+    if repeats:
+        repeat_scores(run, repeats)
     rank(run, config.rank)
     run.write_progress(Progress(stage="select"))
     select(run, config.rank, config.select)
+    if repeats:
+        measure_stability(run, config.rank)
+    else:
+        log.info(NOT_MEASURED)
     run.remember(dump(config))
     run.write_progress(Progress(stage="report"))
     report(run, config, _tokenizer(run, config, trust_remote_code))

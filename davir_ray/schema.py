@@ -183,6 +183,13 @@ COLUMNS = {
         *_LOSSES[:3],
         _STATUS,
     ],
+    "extra/repeats": [
+        _ID[0],
+        Column("davir_repeated", pa.float64(), "mean of the row's places in all runs that have scored it"),
+        Column("place_sd", pa.float64(), "standard deviation of the row's places; null with fewer than two"),
+        Column("num_repeats", pa.int16(), "number of runs that have scored the row, this one included"),
+        Column("places", pa.list_(pa.float64()), "the row's place in this run and in each of rank.repeats"),
+    ],
     "ranked": [*_RANK, *_SCORES],
     "selected": [*_RANK, *_SCORES, *_TEXT, *_ORIGIN],
     "generations": [_ID[0], _ID[2], *_GENERATED, _STATUS],
@@ -208,8 +215,9 @@ SCORES = _schema("scores")
 IFD = _schema("extra/ifd")
 ALIGNED = _schema("extra/davir_aligned")
 ANCHORED = _schema("extra/anchor")
-EXTRA = {"ifd": IFD, "davir_aligned": ALIGNED}
-"""The schemas of scores in folders of their own, extra/<name>/, by the column that rows can be ranked by."""
+REPEATS = _schema("extra/repeats")
+EXTRA = {"ifd": IFD, "davir_aligned": ALIGNED, "repeats": REPEATS}
+"""The schemas of scores that rows can be ranked by, by the name of their folder in extra/."""
 RANKED = _schema("ranked")
 SELECTED = _schema("selected")
 GENERATIONS = _schema("generations")

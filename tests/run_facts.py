@@ -112,3 +112,26 @@ def evil_inputs() -> ReportInputs:
         rejects=pa.Table.from_pylist([reject], schema=schema.REJECTS),
         planted={"classes": [planted_class], "note": EVIL},
     )
+
+
+def stability_manifest(
+    overlap: float | None, over: str = "references", num_runs: int = 3, **changed: Any
+) -> dict[str, Any]:
+    """What the stage stability records: 40 selected rows of 1,000, chosen by no run, by one, and so on."""
+    pairs = [
+        {"first": first, "second": second, "common": 7, "overlap": overlap}
+        for second in range(num_runs)
+        for first in range(second)
+    ]
+    details = {
+        "runs": [f"runs/<{number}>" for number in range(num_runs)],
+        "overlap": overlap,
+        "interval": None if overlap is None else [overlap - 0.1, overlap + 0.1],
+        "interval_over": None if overlap is None else over,
+        "pairs": pairs,
+        "times_chosen": [4, 6, 10, 20][-num_runs - 1 :],
+        "place_sd": 0.125,
+        "cut": 0.96,
+        **changed,
+    }
+    return manifest({"selected": 40, "rows": 1000, "near_cut": 333}, **details)

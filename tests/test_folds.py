@@ -153,3 +153,62 @@ def test_its_references_serve_the_same_folds_alone(
     refused = Driver("score.py", fewer, tmp_path / "fewer.log", address=ray_address)
     assert refused.finish() == 2, refused.output
     assert "were trained on other folds" in refused.output
+
+
+def test_a_repeat_has_another_deal_and_is_averaged(
+    finished: Run, options: dict[str, Any], ray_address: str, tmp_path: Path
+) -> None:
+    """No row is scored by a reference that has seen it, in either deal; the mean is that of the two places."""
+    second = Run.at(tmp_path / "second")
+    given = {name: value for name, value in options.items() if name != "score.both"}
+    given |= {"output": second, "prepare.fold_seed": 1, "finetune.seed": 1}
+
+    def job(name: str, expected: int = 0, **options: Any) -> str:
+        words = {key.replace("__", "."): value for key, value in options.items()}
+        driver = Driver(name, words, tmp_path / name, address=ray_address)
+        assert driver.finish() == expected, driver.output
+        return driver.output
+
+    assert "not measured (one reference); score again with another seed" in job("score.py", **given)
+    folds = [
+        dict(zip(*(table(run, "examples")[name].to_pylist() for name in ("example_id", "fold")), strict=True))
+        for run in (finished, second)
+    ]
+    assert folds[0].keys() == folds[1].keys()
+    assert 0.25 < sum(folds[0][row] == folds[1][row] for row in folds[0]) / len(folds[0]) < 0.75
+    scores = {row["example_id"]: row for row in table(second, "scores").to_pylist()}
+    for fold in (0, 1):
+        rows = [row for row in table(second, "examples").to_pylist() if row["fold"] == fold]
+        place = Path(second.folder.path, "reference_folds", str(fold))
+        assert (place.parent / str(1 - fold)).is_dir()
+        model = AutoModelForCausalLM.from_pretrained(place).eval()
+        for row in rows[::8]:
+            ids, (start, end) = torch.tensor([row["input_ids"]]), row["response_spans"]
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            expected = -sum(float(logprobs[at - 1, ids[0, at]]) for at in range(start, end))
+            assert scores[row["example_id"]]["reference_nll"] == pytest.approx(expected, rel=1e-4)
+    trained = [run.require("finetune").fingerprint for run in (finished, second)]
+    assert trained[0]["examples"] != trained[1]["examples"]
+
+    said = job("rank.py", output=second, rank__repeats=f"[{finished}]")
+    assert "the selections of two references overlap by" in said
+    aligned = [
+        {row["example_id"]: row["davir_aligned"] for row in table(run, "extra/davir_aligned").to_pylist()}
+        for run in (finished, second)
+    ]
+    means = {row: (aligned[0][row] + aligned[1][row]) / 2 for row in aligned[0]}
+    ranked = table(second, "ranked")
+    found = dict(zip(*(ranked[name].to_pylist() for name in ("example_id", "davir_repeated")), strict=True))
+    assert found == pytest.approx(means)
+    assert list(found) == sorted(found, key=lambda row: (-found[row], row))
+    page = (second / "report.html").read_text()
+    assert "not measured (one reference)" not in page
+    assert "it does not include how much references vary" in page
+    assert "computed again one at a time" in job("verify.py", output=second)
+    assert "2 runs" in job("status.py", output=second)
+    assert "repeats: complete, skipped" in job("rank.py", output=second, select__top_k=6)
+    for other in (second, tmp_path / "nothing"):
+        assert len(job("rank.py", 2, output=second, rank__repeats=f"[{other}]").splitlines()) == 1
+    assert "stability: " not in job("rank.py", output=second, rank__repeats="[]")
+    assert "not measured (one reference)" in (second / "report.html").read_text()

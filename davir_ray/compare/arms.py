@@ -299,8 +299,8 @@ class FinishedRun:
             return Shards(files, partial(read_scores, self.run, order, columns))
         if order.extra not in (None, self.rank.extra):
             raise ConfigError(
-                f"{self.run} drops duplicates, which only ranked/ knows, and ranked/ has no {order.extra}; give "
-                f"jobs/rank.py --rank.order {order.extra}, or leave the arm order:{order.extra} out"
+                f"{self.run} drops duplicates, which only ranked/ knows, and ranked/ has no {order.by}; give "
+                f"jobs/rank.py --rank.order {order.by}, or leave the arm order:{order.by} out"
             )
         ranked = self.run.require("rank")
         if ranked.counts["ranked"] < ranked.counts["rankable"]:

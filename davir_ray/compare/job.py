@@ -168,7 +168,7 @@ def _finished(run: Run, run_config: RunConfig) -> FinishedRun:
     """The run, after checking that it was ranked, selected and trained as its configuration says."""
     for stage, own in (("rank", run_config.rank), ("select", run_config.select)):
         made_with = run.require(stage).fingerprint
-        settings = own.as_rule() if isinstance(own, SelectConfig) else dataclasses.asdict(own)
+        settings = own.as_rule() if isinstance(own, SelectConfig) else own.as_order()
         now = json.loads(json.dumps(settings))
         if (made_with["rule"] if stage == "select" else {name: made_with[name] for name in now}) != now:
             raise OutputError(

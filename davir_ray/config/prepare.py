@@ -35,6 +35,8 @@ class PrepareConfig:
     fold_by: str | None = None
     """Column of the data whose equal values share a fold, instead of copies: a document, a conversation or a user that
     several rows come from. None: copies."""
+    fold_seed: int = 0
+    """Seed of the deal: another one deals the same rows to other folds, for a repeat (rank.repeats)."""
     anchor: float = 0.0
     """Share of the rows that are dealt to no fold (fold -1): no reference is trained on them, and all score them. With
     fold_by, they link the folds' scores, whose order is else the place within the fold."""
@@ -48,9 +50,10 @@ class PrepareConfig:
             check(1 <= self.shard_rows <= 4096, "prepare.shard_rows", self.shard_rows, "from 1 to 4096")
         check(1 <= self.folds <= MAX_FOLDS, "prepare.folds", self.folds, f"from 1 to {MAX_FOLDS}")
         check(self.fold_by is None or bool(self.fold_by.strip()), "prepare.fold_by", self.fold_by, "a column's name")
+        check(self.fold_seed >= 0, "prepare.fold_seed", self.fold_seed, "0 or more")
         check(0 <= self.anchor < 1, "prepare.anchor", self.anchor, "from 0 to below 1")
-        for name, given in (("fold_by", self.fold_by is not None), ("anchor", self.anchor > 0)):
-            if given and self.folds == 1:
+        for name, unset in (("fold_by", None), ("fold_seed", 0), ("anchor", 0.0)):
+            if getattr(self, name) != unset and self.folds == 1:
                 raise ConfigError(
                     f"prepare.{name} is {getattr(self, name)!r}, but prepare.folds is 1; give --prepare.folds, or "
                     f"leave prepare.{name} out"

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from davir_ray.config.checks import changed, check, check_fields, check_no_secret
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.scoring import ExtraScore, ScoreConfig
-from davir_ray.config.selection import ALIGNED, RankConfig, SelectConfig
+from davir_ray.config.selection import ALIGNED, REPEATED, Order, RankConfig, SelectConfig
 from davir_ray.config.sources import FormatOption, Source
 from davir_ray.config.training import FinetuneConfig
 from davir_ray.errors import ConfigError
@@ -211,8 +211,7 @@ class RunConfig(InputConfig):
         if self.data is None or self.format not in ("auto", None):  # a source is named after its format
             self.select.check_fits(self.rank, [source.name for source in self.all_sources()])
         if self.rank.order is None:  # from here on, it is known
-            order = "davir" if self.prepare.folds == 1 else ALIGNED
-            object.__setattr__(self, "rank", replace(self.rank, order=order))
+            object.__setattr__(self, "rank", replace(self.rank, order=self._default_order))
         if self.score.both and self.prepare.folds != 2:
             raise ConfigError(
                 f"score.both is given, but prepare.folds is {self.prepare.folds}; with 2 folds one reference has seen "
@@ -221,16 +220,30 @@ class RunConfig(InputConfig):
         if self.select.jsonl and not self.keep_record:
             raise ConfigError("select.jsonl writes the source records, which keep_record false leaves out")
 
+    @property
+    def _default_order(self) -> Order:
+        """The order where none is given."""
+        if self.rank.repeats:
+            return REPEATED
+        return "davir" if self.prepare.folds == 1 else ALIGNED
+
     def _check_order(self) -> None:
-        """Raise ConfigError if the order, or what bounds its values, does not suit the number of folds."""
+        """Raise ConfigError if the order, or what bounds its values, does not suit the folds and repeats."""
         has_folds = self.prepare.folds > 1
+        if self.rank.order == REPEATED and not self.rank.repeats:
+            raise ConfigError(
+                f"rank.order is {REPEATED}, but rank.repeats is empty: there is nothing to average; give "
+                "--rank.repeats, or another order"
+            )
         if self.rank.order == ALIGNED and not has_folds:
             raise ConfigError(f"rank.order is {ALIGNED}, but prepare.folds is 1: there is nothing to align; give davir")
         for name in ("min_score", "max_score"):
-            if has_folds and self.rank.order is None and getattr(self.select, name) is not None:
+            order = self._default_order
+            if order != "davir" and self.rank.order is None and getattr(self.select, name) is not None:
+                given = "repeats" if order == REPEATED else "folds"
                 raise ConfigError(
-                    f"select.{name} is given, and with folds the order is {ALIGNED}, a score on another scale; "
-                    f"give --rank.order {ALIGNED} or davir, so that it is clear what it bounds"
+                    f"select.{name} is given, and with {given} the order is {order}, on a scale of its own; give "
+                    f"--rank.order {order} or davir, so that it is clear what it bounds"
                 )
 
     def require_input(self) -> None:
@@ -248,6 +261,7 @@ class RunConfig(InputConfig):
         return {
             **super().reasons_without_effect(),
             "finetune": None if self.reference is None else "a reference is given, so nothing is trained",
+            "rank.repeats": None if self.rank.is_by_davir else f"rank.order is {order}, not a score by davir",
             "rank.seed": None if order == "random" else f"rank.order is {order}, not random",
             "select.shuffle_seed": None if has_mixture else "there is no select.mixture",
             "select.length_edges": None if by_length else "select.balance has no length",

@@ -7,7 +7,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from davir_ray.config.checks import check, check_fields
+from davir_ray.config.checks import check, check_fields, check_no_secret
 from davir_ray.config.scoring import ExtraScore
 from davir_ray.errors import ConfigError
 
@@ -23,8 +23,13 @@ Order = Literal[
     "random",
     "ifd",
     "davir_aligned",
+    "davir_repeated",
 ]
 ALIGNED: Order = "davir_aligned"
+REPEATED: Order = "davir_repeated"
+_PLACES = {ALIGNED: "davir_aligned", REPEATED: "repeats"}
+"""Orders by a place of davir, and the folder in extra/ that has it."""
+NOT_MEASURED = "Stability: not measured (one reference); score again with another seed and rank with --rank.repeats."
 SELECT_RULES = ("top_k", "top_fraction", "top_tokens", "min_score", "quotas", "mixture")
 PART_RULES = ("top_k", "top_fraction", "top_tokens")
 _LATER_FILTERS = ("max_score", "skip_top")
@@ -37,16 +42,23 @@ class RankConfig:
     order: Order | None = None
     """Column to rank by (length = num_response_tokens), random, a loss by response token (base_mean_nll,
     reference_mean_nll), whose order is that of the perplexity, or ifd, which needs score.also [ifd]. None: davir, and
-    with folds davir_aligned, davir on one scale for all folds."""
+    with folds davir_aligned, davir on one scale for all folds; with repeats davir_repeated."""
     lowest: bool = False
     """Rank the lowest value first."""
     seed: int = 0
     """Seed of the random order."""
     most: int | None = None
     """Number of ranks to write; the rest of a large corpus is never moved. None: every rank."""
+    repeats: list[str] = field(default_factory=list)
+    """Finished runs (folders or s3://…) of the same data, base and settings of prepare with other references, by
+    another seed of the training or of the folds. davir_repeated is the mean of a row's places in all runs, and the
+    report says how stable the selection is. Empty: none."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rank.", ["most"], lambda count: count >= 1, "at least 1")
+        check_no_secret("rank.repeats", self.repeats)
+        distinct = len(set(self.repeats)) == len(self.repeats) and all(place.strip() for place in self.repeats)
+        check(distinct, "rank.repeats", self.repeats, "folders of different runs")
 
     @property
     def by(self) -> Order:
@@ -55,8 +67,17 @@ class RankConfig:
 
     @property
     def extra(self) -> str | None:
-        """The score in a folder of its own (extra/) that the order is by; None if scores/ have all that it needs."""
-        return self.by if self.by in (*get_args(ExtraScore), ALIGNED) else None
+        """The folder in extra/ with the score that the order is by; None if scores/ have all that it needs."""
+        return self.by if self.by in get_args(ExtraScore) else _PLACES.get(self.by)
+
+    @property
+    def is_by_davir(self) -> bool:
+        """Whether the order is by davir, as it is or as a place; the others take no account of repeats."""
+        return self.by in ("davir", *_PLACES)
+
+    def as_order(self) -> dict[str, Any]:
+        """The settings for a fingerprint; the content of repeats counts, wherever they are."""
+        return {name: value for name, value in asdict(self).items() if name != "repeats"}
 
 
 @dataclass(frozen=True, kw_only=True)

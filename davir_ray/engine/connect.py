@@ -69,13 +69,14 @@ def connected() -> Iterator[None]:
 
 
 @contextmanager
-def connected_to(run: Run, *, is_shared: bool) -> Iterator[None]:
-    """Connect to Ray for a block that writes a run; raises ConfigError if some node cannot see its folder."""
+def connected_to(run: Run, *others: Run, is_shared: bool) -> Iterator[None]:
+    """Connect to Ray for a block that writes a run, and may read others; ConfigError if a node cannot see one."""
     with connected():
-        if run.folder.is_local and num_nodes() > 1 and not is_shared:
+        local = [each for each in (run, *others) if each.folder.is_local]
+        if local and num_nodes() > 1 and not is_shared:
             raise ConfigError(
-                f"output {run} is local, but the cluster has {num_nodes()} nodes; give s3://…, or --output_is_shared "
-                "if every node sees this path"
+                f"output {local[0]} is local, but the cluster has {num_nodes()} nodes; give s3://…, or "
+                "--output_is_shared if every node sees this path"
             )
         yield
 

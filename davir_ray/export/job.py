@@ -243,7 +243,7 @@ def _facts(
         reference=config.reference,
         num_folds=config.prepare.folds,
         sources=[asdict(source) for source in config.all_sources()],
-        rank=asdict(config.rank),
+        rank=config.rank.as_order(),
         select=asdict(config.select),
         licence=licence,
     )

@@ -13,8 +13,6 @@ from davir_ray.formulas.hashing import Ids, random_keys, seed_from
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-_SEED = seed_from("folds")
-
 _ROUNDING = 1e-6
 """Rows below which two loads are equal: sums of shares are not exact."""
 
@@ -45,16 +43,18 @@ def by_stratum(labels_M: Ids, strata_M: Ids) -> tuple[Ids, Ids, Counts]:
     return labels[starts], strata[starts], np.diff(np.append(starts, len(order)))
 
 
-def deal(labels_N: Ids, strata_N: Counts, rows_N: Counts, shares_F: Floats, loads_FS: Floats) -> Dealt:
+def deal(
+    labels_N: Ids, strata_N: Counts, rows_N: Counts, shares_F: Floats, loads_FS: Floats, *, seed: int = 0
+) -> Dealt:
     """Deal components, given by their rows in each stratum (see by_stratum), to folds with these loads.
 
     Components of several rows come first, the largest first, each to the fold that has the least of its strata. Single
     rows fill up, stratum by stratum: the loads then differ by at most one row, if there are enough of them. The order
-    and ties follow hashes of the labels, so that the result depends on the set of entries alone.
+    and ties follow hashes of the labels and the seed, so that the result depends on the set of entries alone.
     """
     labels_C, component_N = np.unique(labels_N, return_inverse=True)
     sizes_C = np.bincount(component_N, weights=rows_N, minlength=len(labels_C)).astype(np.int64)
-    keys_C, num_folds = random_keys(labels_C, _SEED), len(shares_F)
+    keys_C, num_folds = random_keys(labels_C, _seed(seed)), len(shares_F)
     folds_C, loads_FS, totals_F = np.zeros(len(labels_C), np.int64), loads_FS.copy(), loads_FS.sum(axis=1)
     by_component = np.argsort(component_N, kind="stable")
     starts_C = np.searchsorted(component_N[by_component], np.arange(len(labels_C) + 1))
@@ -78,6 +78,11 @@ def deal(labels_N: Ids, strata_N: Counts, rows_N: Counts, shares_F: Floats, load
         loads_FS[:, stratum] += quotas_F
         totals_F += loads_FS[:, stratum]
     return Dealt(labels_C, folds_C, loads_FS)
+
+
+def _seed(seed: int) -> int:
+    """The seed of the hashes; 0 deals as versions did that had no seed."""
+    return seed_from("folds", seed) if seed else seed_from("folds")
 
 
 def _quotas(num_rows: int, loads_F: Floats, shares_F: Floats, totals_F: Floats, first: int) -> Counts:

@@ -3,6 +3,7 @@
     ReportInputs ─facts.summarise─► facts (report.json) ─page.render_page─► report.html
                       │                                      ├─ charts.py draws the SVGs
                       ├─ distributions.py: of the scores     └─ templates/run*.html.j2, a file for each part of the page
+                      ├─ stability.py: of the repeats
                       └─ prose.py: findings, fixed texts
 
 alignment.py and comparison.py do both steps for their own pages, with the same charts and templates. Nothing here reads

@@ -18,6 +18,7 @@ from davir_ray.config.selection import SELECT_RULES
 from davir_ray.report import distributions, prose
 from davir_ray.report.distributions import Scored
 from davir_ray.report.sources import evaluation_facts, source_facts
+from davir_ray.report.stability import stability_facts
 from davir_ray.schema import RejectReason, Status
 
 Manifests = dict[str, dict[str, Any]]
@@ -107,6 +108,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "length": distributions.length_panels(scored),
         "composition": distributions.composition(scored, is_sample),
         "selection": _selection(inputs.manifests),
+        "stability": stability_facts(inputs.manifests.get("stability")),
         "top": [_example(row) for row in inputs.top],
         "middle": [_example(row) for row in inputs.middle],
         "bottom": [_example(row) for row in inputs.bottom],

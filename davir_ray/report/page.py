@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from davir_ray.config.selection import NOT_MEASURED
 from davir_ray.report import charts
 
 NOT_RECORDED = "not recorded"
@@ -56,7 +57,7 @@ def environment() -> Environment:
         "shown_sources": fold_sources,
         "is_long": lambda text: len(text or "") > LONG_TEXT_CHARS,
     }
-    environment.globals |= {"shade_steps": SHADE_STEPS, "max_rows": MAX_ROWS}
+    environment.globals |= {"shade_steps": SHADE_STEPS, "max_rows": MAX_ROWS, "stability_not_measured": NOT_MEASURED}
     return environment
 
 
@@ -82,6 +83,7 @@ def _sections(facts: dict[str, Any], drawn: dict[str, Any]) -> list[tuple[str, s
         "losses": "Losses" if drawn["losses"] else None,
         "length": "Length",
         "selection": "Selection",
+        "stability": "Stability",
         "planted": "Planted truth" if facts["planted"] else None,
         "examples": "Examples",
         "sources": "Data" if facts["sources"] else None,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from davir_ray.report.stability import stability_finding
 from davir_ray.schema import RejectReason, Status
 
 REASON_MEANING: dict[str, str] = {
@@ -61,8 +62,8 @@ UNSEEN = (
     "copies: what two folds share in other words can still be learnt by heart."
 )
 LIMITS = [
-    "How much of this selection another reference would have selected was not measured: one reference scored each row. "
-    "A run with another finetune.seed shows it.",
+    "How much of a selection is luck of the one reference that scored its rows is known only where others have scored "
+    "them, too (Stability).",
     "A small base loss makes the ratio noisy: answers of one or two tokens, or answers that the base already knew, "
     "can get extreme scores in either direction.",
     "Nothing in the score keeps the selection diverse. Before you rely on it, train on a random selection of the same "
@@ -124,6 +125,7 @@ def findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     found += [_favoured_group(group) for group in facts["composition"]["signs"]]
     found += [_truncated(source) for source in facts["sources"]]
+    found.append(stability_finding(facts["stability"]))
     return [finding for finding in found if finding]
 
 

@@ -57,13 +57,20 @@ _STAGES = (
         shown_counts=("scored",), takes_hours=True,
     ),
     Stage(name="davir_aligned", writes=("extra/davir_aligned",), reads=("prepare", "score", "anchor")),
+    Stage(
+        name="repeats", writes=("extra/repeats", "extra/repeats_places"), reads=("prepare", "score", "davir_aligned"),
+        shown_counts=("runs",),
+    ),
     Stage(name="margins", writes=("margins",), reads=("score",), shown_counts=("measured",)),
-    Stage(name="rank", writes=("ranked",), reads=("score", "ifd", "davir_aligned"), shown_counts=("ranked",)),
+    Stage(
+        name="rank", writes=("ranked",), reads=("score", "ifd", "davir_aligned", "repeats"), shown_counts=("ranked",),
+    ),
     Stage(
         name="select", writes=("selected", "duplicates", "mixture", "jsonl"), reads=("rank",),
         shown_counts=("selected",),
     ),
-    Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select", "seen")),
+    Stage(name="stability", reads=("repeats", "select"), shown_counts=("near_cut",)),
+    Stage(name="report", writes=("report.html", "report.json"), reads=("margins", "select", "seen", "stability")),
     # The following are stages of a comparison, or of one of its fine-tunes.
     Stage(name="generate", writes=("generations", "generations_commits"), reads=("prepare",), takes_hours=True),
     Stage(name="match", writes=("matches",), reads=("generate",)),

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from davir_ray.config.selection import ALIGNED as ORDER
 from davir_ray.config.selection import RankConfig
-from davir_ray.engine.shards import Shards, read_columns
+from davir_ray.engine.shards import Shards
 from davir_ray.engine.shuffle import Round, collect, scatter
 from davir_ray.errors import IntegrityError, OutputError
 from davir_ray.formulas import order as ranking
@@ -29,7 +29,7 @@ from davir_ray.run.manifest import Manifest
 from davir_ray.schema import ALIGNED
 from davir_ray.stages.folds import ANCHORED_FOLDER, Folds
 from davir_ray.stages.linked_scores import fit, write_linked
-from davir_ray.stages.rank import BIN_ROWS, Bins, find_bins, key_columns, order_keys
+from davir_ray.stages.rank import BIN_ROWS, Bins, find_bins, key_columns, order_keys, read_scores
 
 STAGE: str = ORDER
 FOLDER = f"extra/{STAGE}"
@@ -95,32 +95,34 @@ def _place(run: Run, scored: Manifest, folds: Folds) -> tuple[int, list[FileEntr
         by_fold.setdefault(folds.of_file[entry.name], []).append(entry)
     num_aligned, files = 0, list[FileEntry]()
     for _, shards in sorted(by_fold.items()):
-        num_rows, written = _align_fold(run, shards)
+        num_rows, written = align_shards(run, shards, run / FOLDER)
         num_aligned += num_rows
         files += written
     return num_aligned, files
 
 
-def _align_fold(run: Run, shards: list[FileEntry]) -> tuple[int, list[FileEntry]]:
-    """Write the files of one fold's shards; returns the number of rows that have a score, and the entries.
+def align_shards(
+    run: Run, shards: list[FileEntry], folder: Location, order: RankConfig = _DAVIR
+) -> tuple[int, list[FileEntry]]:
+    """Write the files of one fold's shards, or of all; returns the number of rows that have a score, and the entries.
 
     The rows are sorted in bins, as for a ranking, and go back to their shards.
     """
-    keys = Shards(shards, partial(read_columns, run / "scores", key_columns(_DAVIR)))
-    bins = find_bins(partial(collect, keys), total_rows(shards), _DAVIR, BIN_ROWS)
+    keys = Shards(shards, partial(read_scores, run, order, key_columns(order)))
+    bins = find_bins(partial(collect, keys), total_rows(shards), order, BIN_ROWS)
     numbers = {shard.name: number for number, shard in enumerate(shards)}
     placed = Shards(shards, lambda name: _with_bins(keys.read(name), bins, numbers[name]))
     kept = min(1.0, _ROW_BYTES * total_rows(shards) / max(1, keys.num_bytes))
     scattered = scatter(placed, lambda table: table, "bin", len(bins) + 1, kept=kept)
     rows_by_bin = scattered.rows_by_group()[:-1]  # without those that have no score
     names = [shard.name for shard in shards]
-    back = Round("shard", len(shards), partial(_write_shard, run / FOLDER, names))
+    back = Round("shard", len(shards), partial(_write_shard, folder, names))
     return int(rows_by_bin.sum()), scattered.make(partial(_placed, rows_by_bin), back)
 
 
 def _with_bins(table: pa.Table, bins: Bins, number: int) -> pa.Table:
     """The rows of a shard with their keys, bins and places; those without a score are in a bin after the last."""
-    rankable, keys, ids = order_keys(table, _DAVIR)
+    rankable, keys, ids = order_keys(table, bins.config)
     key, bin_ = np.zeros(table.num_rows, np.uint64), np.full(table.num_rows, len(bins))
     key[rankable], bin_[rankable] = keys, bins.numbers(keys, ids)
     places = {"shard": np.full(table.num_rows, number), "row": np.arange(table.num_rows)}

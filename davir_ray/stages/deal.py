@@ -136,7 +136,8 @@ def dealing_settings(config: PrepareConfig) -> dict[str, Any]:
     if config.folds > 1:
         by = {} if config.fold_by is None else {"by": config.fold_by}
         anchor = {"anchor": config.anchor} if config.anchor else {}
-        found["folds"] = {"number": config.folds, **by, **anchor}
+        seed = {"seed": config.fold_seed} if config.fold_seed else {}
+        found["folds"] = {"number": config.folds, **by, **anchor, **seed}
     if config.near_duplicates == "drop":
         found["near_duplicates"] = "drop"
     return {**found, "deal_version": DEAL_VERSION} if found else {}
@@ -398,6 +399,7 @@ class _Dealer:
     folds_C: Ids
     loads_FS: Floats
     """What a part begins with: its share of the rows of the large components."""
+    seed: int
 
     @classmethod
     def of(cls, config: PrepareConfig, num_strata: int) -> Self:
@@ -405,19 +407,27 @@ class _Dealer:
         shares_F = shares(config.folds, config.anchor)
         nothing = np.empty(0, np.int64)
         loads_FS = np.zeros((len(shares_F), num_strata))
-        return cls(num_folds=config.folds, shares_F=shares_F, labels_C=nothing, folds_C=nothing, loads_FS=loads_FS)
+        return cls(
+            num_folds=config.folds,
+            shares_F=shares_F,
+            labels_C=nothing,
+            folds_C=nothing,
+            loads_FS=loads_FS,
+            seed=config.fold_seed,
+        )
 
     def with_large(self, components: pa.Table, num_parts: int) -> Self:
         """The dealer when these components are dealt, whose rows all parts make up for."""
         labels, strata, rows = (np.asarray(components[name]) for name in _COUNTS.names)
-        dealt = deal(labels, strata, rows, self.shares_F, self.loads_FS)
+        dealt = deal(labels, strata, rows, self.shares_F, self.loads_FS, seed=self.seed)
         return replace(self, labels_C=dealt.labels_C, folds_C=dealt.folds_C, loads_FS=dealt.loads_FS / num_parts)
 
     def deal(self, part: pa.Table) -> pa.Table:
         """The _FOLDS of the rows of a part, which has whole components."""
         labels, strata = _kept(part)
         is_large = np.isin(labels, self.labels_C)
-        dealt = deal(*by_stratum(labels[~is_large], strata[~is_large]), self.shares_F, self.loads_FS)
+        small = by_stratum(labels[~is_large], strata[~is_large])
+        dealt = deal(*small, self.shares_F, self.loads_FS, seed=self.seed)
         folds = np.full(len(labels), NONE)
         folds[is_large] = self.folds_C[np.searchsorted(self.labels_C, labels[is_large])]
         folds[~is_large] = dealt.folds_C[np.searchsorted(dealt.labels_C, labels[~is_large])]

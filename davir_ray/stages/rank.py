@@ -9,7 +9,7 @@ bin.
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray import __version__
-from davir_ray.config.selection import ALIGNED, RankConfig
+from davir_ray.config.selection import ALIGNED, REPEATED, RankConfig
 from davir_ray.engine.shards import Shards, read_columns, read_side_by_side
 from davir_ray.engine.shuffle import Change, Scattered, collect, scatter
 from davir_ray.errors import DataError, IntegrityError, OutputError
@@ -88,7 +88,7 @@ def rank(run: Run, config: RankConfig) -> Manifest:
     """Rank every row that has a value in the chosen order; the others stay in scores/ only."""
     started = time.monotonic()
     scored = run.require("score")
-    fingerprint = {"scores": scored.content, **asdict(config)}
+    fingerprint = {"scores": scored.content, **config.as_order()}
     if (extra := require_extra(run, config)) is not None:
         fingerprint["extra"] = extra.content
     if done := run.completed("rank", fingerprint):
@@ -144,9 +144,11 @@ def require_extra(run: Run, config: RankConfig) -> Manifest | None:
     if config.extra is None:
         return None
     if (manifest := run.manifest(config.extra)) is None:
-        has_none = f"{run} has no complete extra/{config.extra}, which the order {config.extra} is by"
-        if config.extra == ALIGNED:
+        has_none = f"{run} has no complete extra/{config.extra}, which the order {config.by} is by"
+        if config.by == ALIGNED:
             raise OutputError(f"{has_none}; only a run with folds has it (--prepare.folds)")
+        if config.by == REPEATED:
+            raise OutputError(f"{has_none}; give jobs/rank.py --rank.repeats")
         raise OutputError(
             f"{has_none}; give its command of jobs/score.py again and add --score.also '[{config.extra}]'"
         )
@@ -157,13 +159,13 @@ def read_scores(run: Run, config: RankConfig, columns: list[str] | None, name: s
     """Columns of a shard's scores, and the extra score that the order is by; None: all columns."""
     if config.extra is None:
         return read_columns(run / "scores", columns, name)
-    own = None if columns is None else [column for column in columns if column != config.extra]
-    return read_side_by_side(run / "scores", own, run / "extra" / config.extra, [config.extra], name)
+    own = None if columns is None else [column for column in columns if column != config.by]
+    return read_side_by_side(run / "scores", own, run / "extra" / config.extra, [config.by], name)
 
 
 def with_order(schema: pa.Schema, config: RankConfig) -> pa.Schema:
     """The schema of ranked/ or selected/: the extra score that the order is by comes last."""
-    return schema if config.extra is None else schema.append(EXTRA[config.extra].field(config.extra))
+    return schema if config.extra is None else schema.append(EXTRA[config.extra].field(config.by))
 
 
 def _scatter(scores: Shards, bins: Bins, most: int | None, num_ok: int) -> tuple[Scattered, npt.NDArray[np.int64]]:

@@ -65,6 +65,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     # What the page does not depend on: a given reference was not trained here, and only its order shows an extra score.
     others = {"finetune"} if config.reference else set[str]()
     others |= EXTRA.keys() - {config.rank.extra}
+    others |= set() if config.rank.repeats and config.rank.is_by_davir else {"stability"}
     manifests = run.manifests(stage for stage in leading_to("report") if stage not in others)
     settings = dataclasses.asdict(config)
     fingerprint = {

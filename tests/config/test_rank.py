@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from davir_ray.cli import parse_as, parse_rank
+from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import RunConfig
 from davir_ray.config.selection import Part, RankConfig, SelectConfig
 from davir_ray.config.sources import Source
@@ -126,6 +127,22 @@ def test_every_option_of_the_main_job_that_is_not_taken_is_refused() -> None:
 def test_an_output_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="--output"):
         parse_rank(["--select.top_k", "3"])
+
+
+def test_the_order_follows_from_the_repeats_unless_it_is_given() -> None:
+    own = RunConfig(select=SelectConfig(top_k=9))
+    repeated = applied("--rank.repeats", "[b, s3://bucket/c]", own=own)
+    assert repeated.rank == RankConfig(order="davir_repeated", repeats=["b", "s3://bucket/c"])
+    assert applied("--select.top_k", "3", own=repeated).rank == repeated.rank
+    assert applied("--rank.repeats", "[b]", "--rank.order", "davir", own=own).rank.order == "davir"
+    assert applied("--rank.repeats", "[]", own=repeated).rank == RankConfig(order="davir")
+    folds = RunConfig(prepare=PrepareConfig(folds=2), rank=RankConfig(repeats=["b"]))
+    assert folds.rank.order == "davir_repeated"
+    assert applied("--select.top_k", "1", "--rank.repeats", "[]", own=folds).rank.order == "davir_aligned"
+    with pytest.raises(ConfigError, match=r"min_score is 0\.5.*another order \(davir\)|with repeats the order"):
+        applied("--rank.repeats", "[b]", own=RunConfig(select=SelectConfig(min_score=0.5)))
+    with pytest.raises(ConfigError, match=r"--rank\.repeats has no effect: rank\.order is length"):
+        applied("--rank.repeats", "[b]", "--rank.order", "length", own=own)
 
 
 def test_a_score_of_another_order_is_not_compared_with_the_runs_min_score() -> None:

@@ -40,6 +40,8 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (PrepareConfig, {"folds": 2, "anchor": 1.0}, "prepare.anchor is 1.0"),
     (PrepareConfig, {"fold_by": "user"}, "prepare.fold_by is 'user', but prepare.folds is 1"),
     (PrepareConfig, {"anchor": 0.1}, "prepare.anchor is 0.1, but prepare.folds is 1"),
+    (PrepareConfig, {"folds": 2, "fold_seed": -1}, "prepare.fold_seed is -1"),
+    (PrepareConfig, {"fold_seed": 1}, "prepare.fold_seed is 1, but prepare.folds is 1"),
     (AlignRunConfig, {"prepare": PrepareConfig(folds=2)}, "prepare.folds is 2"),
     (AlignRunConfig, {"prepare": PrepareConfig(near_duplicates="drop")}, "prepare.near_duplicates is 'drop'"),
     *[
@@ -65,6 +67,23 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (SelectConfig, {"top_fraction": 1.0001}, "select.top_fraction"),
     (SelectConfig, {"top_fraction": float("nan")}, "select.top_fraction"),
     (SelectConfig, {"min_score": float("nan")}, "select.min_score"),
+    (RankConfig, {"repeats": ["a", "b", "a"]}, "rank.repeats is"),
+    (RankConfig, {"repeats": [" "]}, "rank.repeats is"),
+    (
+        RankConfig,
+        {"repeats": ["a", "s3://user:secret@host/b"]},
+        "rank.repeats is 's3://…@host/b', with a password in it",
+    ),
+    (
+        RunConfig,
+        {"rank": RankConfig(order="davir_repeated")},
+        "rank.order is davir_repeated, but rank.repeats is empty",
+    ),
+    (
+        RunConfig,
+        {"rank": RankConfig(repeats=["a"]), "select": SelectConfig(min_score=0.5)},
+        "with repeats the order is davir_repeated, a place between 0 and 1; give --rank.order davir_repeated or davir",
+    ),
     (RunConfig, {"max_bad_fraction": -0.01}, "max_bad_fraction"),
     (RunConfig, {"max_bad_fraction": 1.01}, "max_bad_fraction"),
     (RunConfig, {"limit": 0}, "limit"),

@@ -1,6 +1,7 @@
 """Components are dealt whole, in equal shares of each stratum."""
 
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,20 @@ def test_the_order_of_the_rows_changes_nothing() -> None:
     again, _ = dealt(labels[order], strata[order], 5)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_another_seed_is_another_deal() -> None:
+    """As good as the first, and independent of it: about a third of the rows stay in their fold."""
+    labels, strata = rows_of(3, 2000, 100)
+    shares_F, empty_FS = shares(3, 0.0), np.zeros((3, STRATA))
+    deals = [deal(*by_stratum(labels, strata), shares_F, empty_FS, seed=seed) for seed in (0, 1, 2)]
+    for found in deals:
+        fold_of = dict(zip(found.labels_C.tolist(), found.folds_C.tolist(), strict=True))
+        folds = np.array([fold_of[label] for label in labels.tolist()])
+        counts = np.array([np.bincount(strata[folds == fold], minlength=STRATA) for fold in range(3)])
+        assert np.ptp(counts, axis=0).max() <= 2
+    for one, other in combinations(deals, 2):
+        assert 0.28 < (one.folds_C == other.folds_C).mean() < 0.39
 
 
 def test_large_components_go_to_different_folds() -> None:

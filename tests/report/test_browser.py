@@ -197,7 +197,7 @@ def test_every_link_of_the_navigation_leads_to_its_section_and_the_navigation_st
 ) -> None:
     tab.open(pages["full"], width, "light")
     links = tab.run(NAVIGATION)
-    assert len(links) == 12
+    assert len(links) == 13
     for link in links:
         assert link["there"], link
         assert link["nav_in_sight"], link

@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.runtime import Undefined
 from margin_facts import CURVE, manifests, margin_table
 from outline import Outline
-from run_facts import evaluation_set, example, manifest, report_inputs
+from run_facts import evaluation_set, example, manifest, report_inputs, stability_manifest
 
 from davir_ray import schema
 from davir_ray.config.compare import TrialName
@@ -141,6 +141,11 @@ def _folds(inputs: Any) -> list[int]:
     return [row % 3 - 1 for row in range(inputs.scores.num_rows)]
 
 
+def with_stability(*options: Any, **changed: Any) -> Change:
+    measured = stability_manifest(*options, **changed)
+    return lambda inputs: replace(inputs, manifests={**inputs.manifests, "stability": measured})
+
+
 RUN: Options = {
     "reference": {
         "trained": unchanged,
@@ -180,6 +185,13 @@ RUN: Options = {
         "two, and what has seen the rows": lambda inputs: with_config(prepare={"folds": 2})(
             replace(inputs, scores=inputs.scores.append_column("davir_seen", inputs.scores["davir"]))
         ),
+    },
+    "stability": {
+        "not measured": unchanged,
+        "of two references": with_stability(0.2, "rows", 2),
+        "of three": with_stability(0.9),
+        "of three that overlap alike": with_stability(0.5, "rows"),
+        "of every row": with_stability(None, place_sd=None),
     },
     "rule": {
         "top_fraction": unchanged,

@@ -285,6 +285,18 @@ def test_an_anchor_is_in_no_fold(make: Maker) -> None:
 
 
 @pytest.mark.slow
+def test_another_seed_deals_the_same_rows_to_other_folds(make: Maker) -> None:
+    prepared = make(planted(), folds=2)
+    first, other = (check_folds(found, 2) for found in (prepared, make(planted(), folds=2, fold_seed=1)))
+    both = first.merge(other, on=["example_id", "content_hash", "prompt", "response"])
+    assert len(both) == len(first) == len(other)
+    assert 0.4 < (both.fold_x == both.fold_y).mean() < 0.6
+    assert other.groupby("prompt").fold.nunique().eq(1).all()
+    with pytest.raises(OutputError, match=r"prepare differs in folds\.seed: null → 1"):
+        make(planted(), folds=2, fold_seed=1, run=prepared.run)
+
+
+@pytest.mark.slow
 def test_equal_prompts_of_too_many_rows_join_none_and_that_is_counted(
     make: Maker, caplog: pytest.LogCaptureFixture
 ) -> None:
