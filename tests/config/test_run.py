@@ -82,7 +82,7 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (
         RunConfig,
         {"rank": RankConfig(repeats=["a"]), "select": SelectConfig(min_score=0.5)},
-        "with repeats the order is davir_repeated, a place between 0 and 1; give --rank.order davir_repeated or davir",
+        "with repeats the order is davir_repeated, on a scale of its own; give --rank.order davir_repeated or davir",
     ),
     (RunConfig, {"max_bad_fraction": -0.01}, "max_bad_fraction"),
     (RunConfig, {"max_bad_fraction": 1.01}, "max_bad_fraction"),
