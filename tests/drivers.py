@@ -52,7 +52,7 @@ class Driver:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command,
-                env={**kept, **(environment or {}), "PYTHONPATH": str(PACKAGE)},
+                env={**kept, "PYTHONPATH": str(PACKAGE), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

@@ -13,8 +13,15 @@ import torch
 from drivers import Driver
 from transformers import AutoModelForCausalLM
 
+from davir_ray.cli import parse_as, parse_rank
+from davir_ray.config.export import ExportOptions
+from davir_ray.config.run import RunConfig
+from davir_ray.errors import OutputError
+from davir_ray.export.job import export
+from davir_ray.pipeline import rank_only, run_all, verify_only
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
+from davir_ray.run.status import status
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +59,7 @@ def finished(options: dict[str, Any], ray_address: str, tmp_path_factory: pytest
     """A run whose driver was killed when it had one of two references, and started again."""
     folder = tmp_path_factory.mktemp("folds")
     run = Run.at(folder / "run")
-    given = {**options, "output": run, "finetune.num_workers": 2}  # so that one follows the other
+    given = {**options, "output": run, "finetune.num_cpus": 3}  # of four, so that one follows the other
     first = Driver("score.py", given, folder / "first.log", address=ray_address)
     noted = [run / "checkpoints" / "trained" / str(fold) / "manifests" / "finetune.json" for fold in range(2)]
     first.wait_for(lambda: any(place.exists() for place in noted), "the first reference")
@@ -117,25 +124,18 @@ def test_the_order_is_the_place_within_the_fold(finished: Run) -> None:
 def test_it_is_complete_verified_ranked_again_and_exported(
     finished: Run, options: dict[str, Any], ray_address: str, tmp_path: Path
 ) -> None:
-    def job(name: str, **given: Any) -> str:
-        driver = Driver(
-            name, {key.replace("__", "."): value for key, value in given.items()}, tmp_path / name, address=ray_address
-        )
-        assert driver.finish() == 0, driver.output
-        return driver.output
-
-    again = Driver("score.py", {**options, "output": finished, "finetune.num_workers": 2}, tmp_path / "again")
+    again = Driver("score.py", {**options, "output": finished, "finetune.num_cpus": 3}, tmp_path / "again")
     assert again.finish() == 0, again.output
     assert "seen: complete, skipped" in again.output
     assert "Started a local Ray" not in again.output
-    assert "computed again one at a time" in job("verify.py", output=finished)
-    assert "2 references" in job("status.py", output=finished)
-    job("rank.py", output=finished, rank__order="davir", select__top_k=5)
+    assert "computed again one at a time" in "\n".join(verify_only(str(finished), 200, 0).lines())
+    assert "2 references" in "\n".join(status(str(finished)).lines())
+    rank_only(parse_rank(["--output", str(finished), "--rank.order", "davir", "--select.top_k", "5"]))
     assert (
         table(finished, "ranked")["davir"].to_pylist() == sorted(table(finished, "ranked")["davir"].to_pylist())[::-1]
     )
-    job("rank.py", output=finished, rank__order="davir_aligned", select__top_k=5)
-    job("export.py", run=finished, to="sharegpt", output=tmp_path / "exported")
+    rank_only(parse_rank(["--output", str(finished), "--rank.order", "davir_aligned", "--select.top_k", "5"]))
+    export(ExportOptions(run=str(finished), to="sharegpt", output=str(tmp_path / "exported")))
     line = json.loads(next((tmp_path / "exported" / "data").iterdir()).read_text().splitlines()[0])
     assert line["davir_aligned"] > 0.9
     assert "for each of 2 folds" in (tmp_path / "exported" / "README.md").read_text()
@@ -145,14 +145,11 @@ def test_its_references_serve_the_same_folds_alone(
     finished: Run, options: dict[str, Any], ray_address: str, tmp_path: Path
 ) -> None:
     given = {name: value for name, value in options.items() if not name.startswith("finetune") and name != "score.both"}
-    other = Run.at(tmp_path / "other")
-    same = Driver("score.py", {**given, "reference": finished, "output": other}, tmp_path / "log", address=ray_address)
-    assert same.finish() == 0, same.output
+    given["reference"] = finished
+    other = run_all(parsed(given, output=tmp_path / "other"))
     assert table(other, "scores").equals(table(finished, "scores"))
-    fewer = {**given, "reference": finished, "output": tmp_path / "fewer", "limit": 40}
-    refused = Driver("score.py", fewer, tmp_path / "fewer.log", address=ray_address)
-    assert refused.finish() == 2, refused.output
-    assert "were trained on other folds" in refused.output
+    with pytest.raises(OutputError, match="were trained on other folds"):
+        run_all(parsed(given, output=tmp_path / "fewer", limit=40))
 
 
 def test_a_repeat_has_another_deal_and_is_averaged(
@@ -212,3 +209,7 @@ def test_a_repeat_has_another_deal_and_is_averaged(
         assert len(job("rank.py", 2, output=second, rank__repeats=f"[{other}]").splitlines()) == 1
     assert "stability: " not in job("rank.py", output=second, rank__repeats="[]")
     assert "not measured (one reference)" in (second / "report.html").read_text()
+
+
+def parsed(options: dict[str, Any], **more: Any) -> RunConfig:
+    return parse_as(RunConfig, [f"--{name}={value}" for name, value in (options | more).items()])

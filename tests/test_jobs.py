@@ -196,10 +196,3 @@ def test_the_main_job_end_to_end_and_ranked_again(
     selected = pd.read_parquet(output / "selected")
     assert selected["rank"].tolist() == [1, 2, 3, 4, 5]
     assert selected["num_response_tokens"].tolist() == sorted(selected["num_response_tokens"], reverse=True)
-
-    refused = run_script(
-        "score.py", "--config", str(tmp_path / "run.yaml"), "--output", str(output), "--limit", "40",
-        address=ray_address,
-    )  # fmt: skip
-    assert refused.returncode == 2
-    assert "limit: 50 → 40" in refused.stderr.splitlines()[-1]

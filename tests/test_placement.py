@@ -6,7 +6,6 @@ ones while the models run on CPUs.
 
 import itertools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +14,9 @@ from typing import Any
 
 import pytest
 import ray
-from drivers import PACKAGE, Driver
-from ray.cluster_utils import Cluster
 
 from davir_ray.config.scoring import ScoreConfig
 from davir_ray.engine.connect import NO_PROGRESS
-from davir_ray.engine.console import LOG_LEVEL
 from davir_ray.engine.resources import Pool, actor_cpus, plan_pool, pool_size, room_for
 from davir_ray.errors import ClusterError, ConfigError
 from davir_ray.run.folder import Run
@@ -34,15 +30,6 @@ NODES = [
     [],
 ]
 
-
-API_ON_A_GPU = """
-import sys, davir_ray, ray
-from davir_ray.config.scoring import ScoreConfig
-rows = ray.data.from_items([{"prompt": "Count.", "response": "one two"}] * 8)
-scored = davir_ray.score(rows, base=sys.argv[1], reference=sys.argv[2], config=ScoreConfig(num_gpus=0.5))
-print(sum(row["status"] == "ok" for row in scored.take_all()))
-"""
-
 ON_ONE_CPU = """
 import sys, ray
 from davir_ray.cli import parse_as
@@ -50,48 +37,6 @@ from davir_ray.config.run import RunConfig
 from davir_ray.pipeline import run_all
 ray.init("local", num_cpus=1, include_dashboard=False)
 run_all(parse_as(RunConfig, sys.argv[1:]))
-"""
-
-
-WITHOUT_A_REAL_ONE = """
-import importlib.abc, importlib.util, itertools, os, pathlib, sys, time
-
-def on_the_cpu(device):
-    device.worker_device = lambda kind, share=1.0: device.torch.device("cpu")
-
-def not_alone(scorer):
-    score, actors, calls = scorer.Scorer.__call__, pathlib.Path(os.environ["ACTORS"]), itertools.count()
-
-    def call(self, examples):
-        while next(calls) >= 3 and len(list(actors.iterdir())) < 2:
-            time.sleep(0.05)
-        (actors / str(os.getpid())).touch()
-        return score(self, examples)
-
-    scorer.Scorer.__call__ = call
-
-CHANGES = {"davir_ray.models.device": on_the_cpu, "davir_ray.models.scorer": not_alone}
-
-class Changed(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        change = CHANGES.pop(name, None)
-        if change is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            change(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Changed())
-"""
-"""For workers on logical GPUs: they compute on the CPU, where they would be refused for want of a real GPU.
-
-The first actor waits after three shards until another has begun one, however late its node comes.
 """
 
 
@@ -192,44 +137,3 @@ def test_one_cpu_runs_the_whole_chain_with_the_defaults(
     manifest = Run.at(tmp_path / "run").manifest("select")
     assert manifest is not None
     assert manifest.counts["selected"] == 5
-
-
-@pytest.mark.slow
-def test_every_gpu_of_the_cluster_is_used_and_a_node_that_joins_late(
-    data_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of the nodes that start here, and so of their workers.
-    monkeypatch.setenv(LOG_LEVEL, "DEBUG")
-    (tmp_path / "site").mkdir()
-    (tmp_path / "actors").mkdir()
-    monkeypatch.setenv("ACTORS", str(tmp_path / "actors"))
-    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_A_REAL_ONE)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(PACKAGE)]))
-    options = {
-        "data": data_folder / "alpaca_9k.jsonl.gz", "format": "alpaca", "limit": 300, "prepare.shard_rows": 10,
-        "base": make_checkpoint(0), "reference": make_checkpoint(1), "max_bad_fraction": 0.1,
-        "output": tmp_path / "run", "output_is_shared": "true", "score.autoscale": "[1, 4]", "select.top_k": 5,
-        "debug": "true",
-    }  # fmt: skip
-    run = Run.at(tmp_path / "run")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        first = cluster.add_node(num_cpus=2, num_gpus=1)
-        environment = {"RAY_ADDRESS": cluster.address}
-        driver = Driver("score.py", options, tmp_path / "log", environment)
-        driver.wait_for(lambda: bool((run / "scores").names()), "the first scores", 400)
-        late = cluster.add_node(num_cpus=2, num_gpus=1)
-        assert driver.finish(800) == 0, driver.output
-        command = [sys.executable, "-c", API_ON_A_GPU, str(options["base"]), str(options["reference"])]
-        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(PACKAGE)}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert ended.stdout.splitlines()[-1:] == ["8"], ended.stderr
-    finally:
-        cluster.shutdown()
-    assert "score: 1 actors (1 to 4) of 1 CPUs and 1 GPUs" in driver.output
-    nodes = dict(re.findall(r"pid=(\d+)\S* score: an actor is ready on node (\w+)", driver.output))
-    scored_by = re.findall(r"pid=(\d+)\S* score: part-\S+ \d+ rows", driver.output)
-    assert {nodes[pid] for pid in scored_by} == {first.node_id[:8], late.node_id[:8]}, "not the head, which has no GPU"
-    manifest = run.manifest("score")
-    assert manifest is not None
-    assert manifest.counts["examples"] == sum(entry.rows for entry in manifest.files)

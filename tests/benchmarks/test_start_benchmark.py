@@ -1,7 +1,9 @@
 """The benchmark of a start times commands from outside; how long they take decides nothing."""
 
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +18,31 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 folder.mkdir()
 (folder / "part-00000.parquet").touch()
-time.sleep(3)
+while not (folder / "seen").exists():
+    time.sleep(0.05)
 (folder / "ended").touch()
 """
 
 
-def test_a_command_counts_to_its_end_or_to_its_first_shard(tmp_path: Path) -> None:
-    written, ended = tmp_path / "a" / "part-00000.parquet", tmp_path / "a" / "ended"
+def test_a_command_counts_to_its_end_or_to_its_first_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands end when their shard was there at two pauses, so that it was looked for between them."""
+    pauses = Counter[Path]()
+
+    def pause(seconds: float) -> None:
+        for shard in tmp_path.glob("*/*.parquet"):
+            pauses[shard] += 1
+            if pauses[shard] == 2:
+                (shard.parent / "seen").touch()
+        time.sleep(seconds)
+
+    monkeypatch.setattr(start, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
     started = time.time()
     first = seconds_of(["-c", WRITES_A_SHARD, str(tmp_path / "a")], tmp_path / "a")
-    assert first >= written.stat().st_mtime - started - 0.1
-    assert first < ended.stat().st_mtime - started, "it waited for the end"
-    assert seconds_of(["-c", WRITES_A_SHARD, str(tmp_path / "b")]) >= 3
+    written, ended = ((tmp_path / "a" / name).stat().st_mtime - started for name in ("part-00000.parquet", "ended"))
+    assert written - 0.1 <= first < ended, "it waited for the end"
+    started = time.time()
+    whole = seconds_of(["-c", WRITES_A_SHARD, str(tmp_path / "b")])
+    assert whole >= (tmp_path / "b" / "ended").stat().st_mtime - started - 0.1
 
 
 def test_a_command_that_fails_is_told_with_its_output(tmp_path: Path) -> None:

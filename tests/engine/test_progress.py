@@ -1,8 +1,10 @@
 """Progress: a piece reported twice counts once, one begun twice is a retry, and the file follows."""
 
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,17 +120,28 @@ def test_a_terminal_shows_a_bar(
 def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run may be another driver's by then."""
     monkeypatch.setattr(module, "EVERY_S", 0.05)
+    pauses = list[float | None]()
+
+    class Watched(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(module, "threading", SimpleNamespace(Event=Watched, Thread=threading.Thread))
     run = Run.at(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        interrupted(run)
+        interrupted(run, pauses)
     assert Progress.read(run.folder) == Progress(stage="of another driver")
 
 
-def interrupted(run: Run) -> None:
+def interrupted(run: Run, pauses: list[float | None]) -> None:
     with tracked(run, Progress(stage="score", unit="rows", total=100)) as counter:
         counter.report("a", WorkDone(10))
         module.EVERY_S = 3600.0
-        time.sleep(1)
+        deadline = time.monotonic() + 300
+        while 3600.0 not in pauses:  # until then a write may be under way
+            assert time.monotonic() < deadline, pauses
+            time.sleep(0.01)
         place = run / PROGRESS_FILE
         place.write_text('{"stage": "of another driver"}')
         raise KeyboardInterrupt

@@ -65,19 +65,19 @@ def location(store: Store, uri: str) -> Run:
 
 
 @pytest.fixture
-def environment(store: Store) -> Iterator[dict[str, str]]:
-    """Of jobs that use the store; one in ten of their requests to moto is throttled."""
+def proxy(store: Store) -> Iterator[FaultyProxy | None]:
+    """What throttles one in ten of the requests to moto; nothing throttles the other store."""
     if store.name != "moto":
-        yield store.environment
+        yield None
         return
     with FaultyProxy(store.endpoint, share=0.1).serving() as proxy:
-        yield {**store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        yield proxy
         assert proxy.counts["refused"] > 10
 
 
 def test_every_path_in_a_store_throttled_or_not(
     store: Store,
-    environment: dict[str, str],
+    proxy: FaultyProxy | None,
     rows: Path,
     base_folder: Path,
     on_disk: Run,
@@ -85,10 +85,12 @@ def test_every_path_in_a_store_throttled_or_not(
     tmp_path: Path,
 ) -> None:
     options = upload(store, rows, base_folder)
-    secret = {**environment, "DAVIR_RAY_CACHE": str(tmp_path / "cache")}
+    secret = {**store.environment, "DAVIR_RAY_CACHE": str(tmp_path / "cache")}
+    if proxy is not None:
+        secret["AWS_ENDPOINT_URL"] = proxy.endpoint
     with tempfile.TemporaryDirectory(prefix="r") as temporary:  # a short path: Ray's sockets lie below it
         # With one of the stores in a Ray of its own, whose files are looked through.
-        alone = {"RAY_TMPDIR": temporary, "TMPDIR": temporary} if store.name == "moto" else {}
+        alone = {"RAY_TMPDIR": temporary, "TMPDIR": temporary} if proxy is not None else {}
         first = Driver("score.py", options, tmp_path / "first.log", secret | alone, None if alone else ray_address)
         assert first.finish() == 0, first.output
         left = [tmp_path, Path(temporary)]
@@ -100,37 +102,37 @@ def test_every_path_in_a_store_throttled_or_not(
         content = run.folder.fs.cat_file(path)
         assert store.secret.encode() not in content, path
         assert store.key.encode() not in content, path
+    assert not (run / "checkpoints").exists()
+    complete = ["prepare", "finetune", "score"]
+    if proxy is not None:
+        score_again_in_a_store_that_only_throttles(run, options, secret, proxy, ray_address, tmp_path)
+        complete.remove("score")
     again = Driver("score.py", options, tmp_path / "again.log", secret, ray_address)
     assert again.finish() == 0, again.output
-    assert [f"{stage}: complete, skipped" in again.output for stage in ("prepare", "finetune", "score")] == [True] * 3
+    assert [stage for stage in complete if f"{stage}: complete, skipped" not in again.output] == []
     assert not (run / "lease.json").exists()
-    assert not (run / "checkpoints").exists()
+    assert_same_content(run, on_disk)
+
+
+def score_again_in_a_store_that_only_throttles(
+    run: Run, options: dict[str, Any], secret: dict[str, str], proxy: FaultyProxy, ray_address: str, logs: Path
+) -> None:
+    """The driver ends with the reason. It begins with one shard, and all is throttled when there is another."""
+    (run / "manifests" / "score.json").remove_file()
+    for name in (run / "scores").names()[1:]:
+        (run / "scores" / name).remove_file()
+    share, proxy.share = proxy.share, 0.0
+    # Fewer attempts than by default, whose waits add up to minutes.
+    driver = Driver("score.py", options, logs / "throttled.log", secret | {"AWS_MAX_ATTEMPTS": "2"}, ray_address)
+    driver.wait_for(lambda: len((run / "scores").names()) > 1, "another scored shard")
+    proxy.share = 1.0
+    assert driver.finish() != 0
+    assert "throttled" in driver.output.splitlines()[-1]
+    proxy.share = share
+    assert run.manifest("score") is None
 
 
 def grep(secret: str, folders: list[Path]) -> list[str]:
     """Files that hold the secret."""
     found = subprocess.run(["grep", "-rlaF", secret, *map(str, folders)], capture_output=True, text=True, check=False)
     return found.stdout.split()
-
-
-def test_a_store_that_only_throttles_ends_the_run_with_the_reason(
-    moto_store: Store, rows: Path, base_folder: Path, reference_folder: Path, ray_address: str, tmp_path: Path
-) -> None:
-    options = upload(moto_store, rows, base_folder)
-    options = {name: value for name, value in options.items() if not name.startswith("finetune.")}
-    options |= {"reference": reference_folder}
-    run = location(moto_store, options["output"])
-    with FaultyProxy(moto_store.endpoint, share=0.0).serving() as proxy:
-        # Fewer attempts than by default, whose waits add up to minutes.
-        environment = {**moto_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint, "AWS_MAX_ATTEMPTS": "2"}
-        driver = Driver("score.py", options, tmp_path / "log", environment, ray_address)
-        driver.wait_for(lambda: bool((run / "scores").names()), "the first scored shard")
-        proxy.share = 1.0
-        assert driver.finish() != 0
-        assert "throttled" in driver.output.splitlines()[-1]
-        proxy.share = 0.0
-        again = Driver("score.py", options, tmp_path / "again.log", environment, ray_address)
-        assert again.finish() == 0, again.output
-    manifest = run.manifest("score")
-    assert manifest is not None
-    assert manifest.counts["examples"] == manifest.counts["scored"]

@@ -455,6 +455,7 @@ def test_batches_of_several_turns_and_ranks_without_a_pack_are_tried() -> None:
     assert [pack is None for pack in turns[1][-1][0]] == [False, True]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     run_two_ranks(__file__, tmp_path)
     for number, config in enumerate(DISTRIBUTED):

@@ -21,7 +21,7 @@ from davir_ray.schema import EXAMPLES, SCORES
 from davir_ray.stages.rank import rank
 from davir_ray.stages.select.rule import select
 
-NUM_SHARDS, SHARD_ROWS, CHARACTERS = 24, 125, 500_000
+NUM_SHARDS, SHARD_ROWS, CHARACTERS = 12, 125, 500_000
 NUM_ROWS = NUM_SHARDS * SHARD_ROWS
 
 
@@ -84,7 +84,7 @@ def largest_worker() -> Iterator[list[int]]:
 
 @pytest.mark.slow
 def test_long_texts_are_selected_in_little_memory(ray_session: None, tmp_path: Path) -> None:
-    """3,000 rows of 500 kB, with each worker below 1.5 GB: as much memory as it takes for more rows."""
+    """1,500 rows of 500 kB, with each worker below 1.5 GB: as much memory as it takes for more rows."""
     run = make_run(tmp_path / "run")
     with largest_worker() as most:
         rank(run, RankConfig())
