@@ -66,6 +66,8 @@ class ReportInputs:
     double `davir_seen` where the other fold's reference has scored the rows, too: all rows, or a uniform sample."""
     num_scored: int
     """Number of rows that the table represents."""
+    texts: pa.Table
+    """The schema of distributions.TEXTS: of all texts, or of a uniform sample."""
     top: list[dict[str, Any]]
     """The best-ranked examples: rank, example_id, source, losses, prompt, response, and tokens where kept."""
     bottom: list[dict[str, Any]]
@@ -86,6 +88,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
     scored = distributions.scored_rows(inputs.scores)
     is_sample = inputs.scores.num_rows < inputs.num_scored
     headline, rejects, statuses = _headline(inputs), _rejects(inputs), _statuses(inputs, is_sample)
+    copies = distributions.copies(inputs.texts, bool((inputs.config.get("select") or {}).get("drop_duplicates")))
     facts = {
         "format": 1,
         "headline": headline,
@@ -99,9 +102,10 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "davir": distributions.davir(scored, _cut(scored, headline["rule"], inputs.manifests)),
         "folds": distributions.folds(inputs.scores),
         "memorised": distributions.memorised(inputs.scores, is_sample),
+        "copies": copies,
         "losses": distributions.losses(scored),
         "length": distributions.length_panels(scored),
-        "composition": distributions.composition(scored, is_sample),
+        "composition": distributions.composition(scored, copies),
         "selection": _selection(inputs.manifests),
         "top": [_example(row) for row in inputs.top],
         "middle": [_example(row) for row in inputs.middle],
