@@ -311,8 +311,9 @@ def test_without_folds_the_reference_has_seen_what_it_scores() -> None:
 
 
 def copied_table(num_rows: int = 400, *, first: int = 40) -> pa.Table:
-    """Rows of which every tenth text has five copies; the first so many by DavIR are selected, copies at the top."""
-    hashes = np.repeat(np.arange(num_rows), np.where(np.arange(num_rows) % 10, 1, 5))[:num_rows]
+    """Rows of which every tenth text has five or two copies; so many by DavIR are selected, copies at the top."""
+    texts = np.arange(num_rows)
+    hashes = np.repeat(texts, np.where(texts % 10, 1, np.where(texts % 20, 2, 5)))[:num_rows]
     is_copy = hashes % 10 == 0
     davir = np.where(is_copy, 0.9, 0.1) + hashes / 10_000  # one score for a text
     selected = np.argsort(np.argsort(-davir, kind="stable")) < first
