@@ -3,10 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from davir_ray import schema
 from davir_ray.report import ReportInputs
+from davir_ray.report.distributions import TEXTS
 
 EVIL = "<script>alert(1)</script>\"'&"
 THROUGHPUT = {"seconds": [20.0, 30.0, 40.0, 60.0], "tokens": [5000, 20000, 40000, 70000]}
@@ -34,6 +36,15 @@ def scores_table(sources: list[str]) -> pa.Table:
     ]
     fields = [field for field in schema.SCORES if not field.name.endswith("token_nll")]
     return pa.Table.from_pylist(rows, schema=pa.schema([*fields, pa.field("selected", pa.bool_())]))
+
+
+def texts_of(scores: pa.Table) -> pa.Table:
+    """What the report gets of the texts of these rows, counted in pandas."""
+    frame = scores.to_pandas()
+    frame = frame[(frame["status"] == "ok") & np.isfinite(frame["davir"].astype(float))]
+    by_text = frame.groupby("content_hash")["selected"].agg(["size", "sum"])
+    rows = [(*of_text, texts) for of_text, texts in by_text.value_counts().items()]
+    return pa.table(list(zip(*rows, strict=True)) or [[], [], []], names=TEXTS.names).cast(TEXTS)
 
 
 def example(**fields: Any) -> dict[str, Any]:
@@ -86,11 +97,13 @@ def report_inputs(**fields: Any) -> ReportInputs:
         },
         scores=scores_table(["alpaca", "gsm8k"]),
         num_scored=40,
+        texts=TEXTS.empty_table(),
         top=[example()],
         bottom=[example(rank=40, tokens=None)],
         rejects=pa.Table.from_pylist([reject], schema=schema.REJECTS),
     )
-    return replace(inputs, **fields)
+    inputs = replace(inputs, **fields)
+    return inputs if "texts" in fields else replace(inputs, texts=texts_of(inputs.scores))
 
 
 def evil_inputs() -> ReportInputs:

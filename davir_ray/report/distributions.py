@@ -53,13 +53,11 @@ class Scored:
     """Nats, summed over the response."""
     selected: Bools
     truncated: Bools
-    content_hash: Ints
 
 
 def scored_rows(table: pa.Table) -> Scored:
-    """Rows of the score table whose status is ok and whose DavIR is finite."""
-    is_scored = pc.and_(pc.equal(table["status"], Status.OK.value), pc.is_finite(table["davir"]))
-    rows = table.filter(pc.fill_null(is_scored, False))
+    """Rows of the score table that have a score."""
+    rows = table.filter(has_score(table))
     return Scored(
         source=rows["source"].fill_null("").to_pylist(),
         length=rows["num_response_tokens"].to_numpy().astype(np.int64),
@@ -68,8 +66,13 @@ def scored_rows(table: pa.Table) -> Scored:
         reference_nll=rows["reference_nll"].to_numpy().astype(np.float64),
         selected=rows["selected"].fill_null(False).to_numpy(),
         truncated=rows["truncated"].fill_null(False).to_numpy(),
-        content_hash=rows["content_hash"].to_numpy().astype(np.int64),
     )
+
+
+def has_score(table: pa.Table) -> pa.ChunkedArray:
+    """Whether each row has a score: its status is ok and its DavIR is finite."""
+    is_scored = pc.and_(pc.equal(table["status"], Status.OK.value), pc.is_finite(table["davir"]))
+    return pc.fill_null(is_scored, False)
 
 
 def davir(scored: Scored, cut: float | None) -> dict[str, Any]:
@@ -106,6 +109,37 @@ def folds(table: pa.Table) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+TEXTS = pa.schema({"copies": pa.int64(), "selected": pa.int64(), "texts": pa.int64()})
+"""How many texts (a prompt with its response) so many scored rows have, of which so many are selected."""
+
+EXACT_COPY = "exact copy of another example"
+
+
+def copies(texts: pa.Table, once: bool) -> dict[str, Any] | None:
+    """The rows with the text of another row: their shares of pool and selection, and what chance gives.
+
+    Copies have one score, so chance draws whole texts: with c rows of a text, of which all are drawn with probability
+    p, the share e of copies in the selection of n rows has the variance p (1 − p) Σ (c (is_copy − e))² / n². With
+    `once`, where duplicates are dropped, c is 1. None if nothing is selected.
+    """
+    copies_T, selected_T, texts_T = (texts[name].to_numpy() for name in TEXTS.names)
+    num_selected = int((texts_T * selected_T).sum())
+    if not num_selected:
+        return None
+    is_copy_T, drawn_T = copies_T > 1, np.minimum(copies_T, 1) if once else copies_T
+    num_rows, num_copies, num_drawn = (int((texts_T * of).sum()) for of in (copies_T, copies_T * is_copy_T, drawn_T))
+    expected, share = float((texts_T * drawn_T * is_copy_T).sum() / num_drawn), num_selected / num_drawn
+    variance = share * (1 - share) * (texts_T * (drawn_T * (is_copy_T - expected)) ** 2).sum()
+    return {
+        "rows": num_copies,
+        "share_of_all": num_copies / num_rows,
+        "share_of_selected": float((texts_T * selected_T * is_copy_T).sum() / num_selected),
+        "expected": expected,
+        "sd": float(np.sqrt(max(0.0, variance)) / num_selected),
+        "once": once,
+    }
 
 
 _COPIES = ((1, 1), (2, 2), (3, 4), (5, 9), (10, None))
@@ -236,7 +270,7 @@ def _percentile_band(length: Ints, values: Floats) -> list[dict[str, Any]]:
     return band
 
 
-def composition(scored: Scored, is_sample: bool) -> dict[str, Any]:
+def composition(scored: Scored, copies: dict[str, Any] | None) -> dict[str, Any]:
     """The share of the pool and of the selection that falls in each source, length decile and suspicious group."""
     return {
         "num_all": scored.length.size,
@@ -244,7 +278,7 @@ def composition(scored: Scored, is_sample: bool) -> dict[str, Any]:
         "sources": _sources(scored),
         "length_deciles": _length_deciles(scored),
         "median_length": {"all": _median(scored.length), "selected": _median(scored.length[scored.selected])},
-        "signs": _suspicious_groups(scored, is_sample),
+        "signs": _suspicious_groups(scored, copies),
     }
 
 
@@ -278,17 +312,15 @@ def _length_deciles(scored: Scored) -> list[dict[str, Any]]:
     return deciles
 
 
-def _suspicious_groups(scored: Scored, is_sample: bool) -> list[dict[str, Any]]:
+def _suspicious_groups(scored: Scored, copies: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Groups that a selection by DavIR can favour for the wrong reason."""
     groups = {
         "truncated response": scored.truncated,
         f"response of at most {SHORT_RESPONSE_TOKENS} tokens": scored.length <= SHORT_RESPONSE_TOKENS,
         "negative DavIR (the reference is worse)": scored.values["davir"] < 0,
     }
-    if not is_sample:  # a sample rarely holds both copies of a duplicate
-        _, inverse, copies = np.unique(scored.content_hash, return_inverse=True, return_counts=True)
-        groups["exact copy of another example"] = copies[inverse] > 1 if copies.size else np.zeros(0, dtype=np.bool_)
-    return [{"name": name, "rows": int(m.sum()), **_shares(m, scored.selected)} for name, m in groups.items()]
+    found = [{"name": name, "rows": int(m.sum()), **_shares(m, scored.selected)} for name, m in groups.items()]
+    return found if copies is None else [*found, {"name": EXACT_COPY, **copies}]
 
 
 def _median(values: Ints) -> float | None:

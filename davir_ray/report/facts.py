@@ -67,6 +67,8 @@ class ReportInputs:
     double `davir_seen` where the other fold's reference has scored the rows, too: all rows, or a uniform sample."""
     num_scored: int
     """Number of rows that the table represents."""
+    texts: pa.Table
+    """The schema of distributions.TEXTS: of all texts, or of a uniform sample."""
     top: list[dict[str, Any]]
     """The best-ranked examples: rank, example_id, source, losses, prompt, response, and tokens where kept."""
     bottom: list[dict[str, Any]]
@@ -88,6 +90,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
     is_sample = inputs.scores.num_rows < inputs.num_scored
     headline, rejects, statuses = _headline(inputs), _rejects(inputs), _statuses(inputs, is_sample)
     alignment = _alignment(inputs.manifests)
+    copies = distributions.copies(inputs.texts, bool((inputs.config.get("select") or {}).get("drop_duplicates")))
     facts = {
         "format": 1,
         "headline": headline,
@@ -104,9 +107,10 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "folds": distributions.folds(inputs.scores),
         "alignment": alignment,
         "memorised": distributions.memorised(inputs.scores, is_sample),
+        "copies": copies,
         "losses": distributions.losses(scored),
         "length": distributions.length_panels(scored),
-        "composition": distributions.composition(scored, is_sample),
+        "composition": distributions.composition(scored, copies),
         "selection": _selection(inputs.manifests),
         "stability": stability_facts(inputs.manifests.get("stability")),
         "top": [_example(row) for row in inputs.top],

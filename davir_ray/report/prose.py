@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from davir_ray.report.distributions import EXACT_COPY
 from davir_ray.report.stability import stability_finding
 from davir_ray.schema import RejectReason, Status
 
@@ -79,6 +80,14 @@ LARGE_RATIO = 2.0
 SMALLEST_SHARE = 0.01
 MANY_REJECTS = 0.01
 MANY_TRUNCATED = 0.01
+BEYOND_CHANCE = 3.0
+"""Standard deviations."""
+
+_MEMORISED_FIRST = {
+    "davir": "highest", "davir_repeated": "highest", "rho_sum": "highest", "rho_mean": "highest",
+    "reference_nll": "lowest", "reference_mean_nll": "lowest",
+}  # fmt: skip
+"""Orders by a loss of the reference, with the end at which a memorised response is."""
 
 
 def explanation(reference_trained_here: bool, num_folds: int, *, is_linked: bool = False) -> list[str]:
@@ -123,7 +132,9 @@ def findings(facts: dict[str, Any]) -> list[dict[str, Any]]:
         _length_correlation(facts["length"]),
         _median_length(facts["composition"]),
     ]
-    found += [_favoured_group(group) for group in facts["composition"]["signs"]]
+    memorised = _memorised_copies(facts["copies"], facts["headline"])
+    groups = [group for group in facts["composition"]["signs"] if not (memorised and group["name"] == EXACT_COPY)]
+    found += [memorised, *(_favoured_group(group) for group in groups)]
     found += [_truncated(source) for source in facts["sources"]]
     found.append(stability_finding(facts["stability"]))
     return [finding for finding in found if finding]
@@ -184,6 +195,24 @@ def _favoured_group(group: dict[str, Any]) -> dict[str, Any] | None:
         return None
     shares = f"{100 * chosen:.1f} % of the selection, {100 * pool:.1f} % of the pool"
     return {"look": True, "text": f"The selection favours one group: {group['name']}, {shares}."}
+
+
+def _memorised_copies(copies: dict[str, Any] | None, headline: dict[str, Any]) -> dict[str, Any] | None:
+    """A warning where the selection has more copies than chance gives, and the reference has seen what it scores."""
+    rule = headline["rule"]
+    by_reference = _MEMORISED_FIRST.get(rule["order"]) == ("lowest" if rule["lowest"] else "highest")
+    if copies is None or headline["num_folds"] > 1 or not by_reference:
+        return None
+    chosen, by_chance, sd = copies["share_of_selected"], copies["expected"], copies["sd"]
+    if chosen < SMALLEST_SHARE or chosen <= by_chance + BEYOND_CHANCE * sd:
+        return None
+    seen = "was trained on them" if headline["reference_trained_here"] else "may have been trained on them"
+    text = (
+        f"Rows that have exact copies are {100 * chosen:.1f} % of the selection, where chance gives "
+        f"{100 * by_chance:.1f} ± {100 * sd:.1f} %: the reference {seen}, and what it has memorised scores high, wrong "
+        "answers too; --prepare.folds 2 scores each row by a reference that has seen neither it nor a copy of it."
+    )
+    return {"look": True, "text": text}
 
 
 def _truncated(source: dict[str, Any]) -> dict[str, Any] | None:

@@ -139,8 +139,11 @@ class Run:
             if manifest_file(self.folder, name).name in manifests:
                 self.uncommit(name)
         for folder in dict.fromkeys(folder for name in from_stage(stage) for folder in STAGES[name].writes):
-            if folder.partition("/")[0] in there:
+            above, _, within = folder.partition("/")
+            if above in there:
                 (self / folder).remove()
+                if within and self.folder.is_local and not (self / above).entries():
+                    (self / above).remove()  # on a disk it would stay, empty
 
     # Unfinished stages
 

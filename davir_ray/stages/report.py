@@ -17,7 +17,7 @@ from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
 from davir_ray.models.kernel.packing import scored_positions
 from davir_ray.models.tokenizer import tokenizer_digest
-from davir_ray.run.files import FileEntry, read_parquet, write_file
+from davir_ray.run.files import FileEntry, in_folder, read_parquet, write_file
 from davir_ray.run.folder import Run
 from davir_ray.run.location import Location
 from davir_ray.run.manifest import Manifest, library_versions
@@ -39,6 +39,8 @@ _MAX_REJECT_FILES = 100
 
 _SCORE_COLUMNS = pa.schema([field for field in SCORES if not field.name.endswith("_token_nll")])
 _IDS = pa.schema([SCORES.field("example_id")])
+
+_ROWS_OF_TEXT = pa.schema({"content_hash": pa.int64(), "copies": pa.int64(), "selected": pa.int64()})
 
 _SHOWN = 20
 """Number of examples shown at each place of the ranking: the best, the middle, the worst."""
@@ -88,6 +90,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
             manifests={stage: dataclasses.asdict(manifest) for stage, manifest in manifests.items()},
             scores=_sampled_scores(run, scored, manifests["select"]),
             num_scored=scored.counts["examples"],
+            texts=_copied_texts(run, scored, manifests["select"]),
             top=shown["best"],
             middle=shown["middle"],
             bottom=shown["worst"],
@@ -134,6 +137,33 @@ def _sampled_scores(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
     return table.append_column(
         "selected", pc.is_in(table["example_id"], value_set=chosen["example_id"].combine_chunks())
     )
+
+
+def _copied_texts(run: Run, scored: Manifest, selected: Manifest) -> pa.Table:
+    """How many scored rows the texts have, and how many of these are selected, as the report's TEXTS.
+
+    A large run is sampled by the hash of the text, so that a text is there with all of its rows or not at all.
+    """
+    from davir_ray.report.distributions import TEXTS, has_score
+
+    share = min(1.0, MAX_ROWS / scored.counts["examples"])
+    entries = [*in_folder("scores", scored.files_in("scores")), *in_folder("selected", selected.files_in("selected"))]
+
+    def read(name: str) -> pa.Table:
+        table = read_parquet(run / name, ["content_hash", "status", "davir"])
+        table = sample_rows(table.filter(has_score(table)), share, "copies", "content_hash")
+        of_selected = np.full(table.num_rows, name.startswith("selected/"))
+        columns = {"copies": pa.array(~of_selected), "selected": pa.array(of_selected)}
+        return pa.table({"content_hash": table["content_hash"], **columns}).cast(_ROWS_OF_TEXT)
+
+    def summed(table: pa.Table) -> pa.Table:
+        sums = table.group_by("content_hash").aggregate([("copies", "sum"), ("selected", "sum")])
+        return sums.rename_columns(_ROWS_OF_TEXT.names)
+
+    def counted(table: pa.Table) -> pa.Table:
+        return table.group_by(["copies", "selected"]).aggregate([([], "count_all")]).rename_columns(TEXTS.names)
+
+    return collect(Shards(entries, read), summed, _ROWS_OF_TEXT, merge=summed, finish=counted).cast(TEXTS)
 
 
 def sampled(shards: Shards, schema: pa.Schema, share: float) -> pa.Table:

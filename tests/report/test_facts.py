@@ -334,12 +334,101 @@ def test_without_folds_the_reference_has_seen_what_it_scores() -> None:
     assert "trained on what it scores" in " ".join(render_page(facts).split())
 
 
-def test_copies_are_counted_only_where_every_row_is_seen() -> None:
-    table = scores_table(10, content_hash=[1, 1, 2, 2, 2, 3, 4, 5, 6, 7])
-    signs = {row["name"]: row["rows"] for row in summarise(report_inputs(10, scores=table))["composition"]["signs"]}
-    assert signs["exact copy of another example"] == 5
-    sampled = summarise(report_inputs(10, scores=table, num_scored=1000))
-    assert "exact copy of another example" not in {row["name"] for row in sampled["composition"]["signs"]}
+def copied_table(num_rows: int = 400, *, first: int = 40) -> pa.Table:
+    """Rows of which every tenth text has five or two copies; so many by DavIR are selected, copies at the top."""
+    texts = np.arange(num_rows)
+    hashes = np.repeat(texts, np.where(texts % 10, 1, np.where(texts % 20, 2, 5)))[:num_rows]
+    is_copy = hashes % 10 == 0
+    davir = np.where(is_copy, 0.9, 0.1) + hashes / 10_000  # one score for a text
+    selected = np.argsort(np.argsort(-davir, kind="stable")) < first
+    return scores_table(num_rows, content_hash=hashes, davir=davir, selected=selected)
+
+
+def test_copies_are_counted_in_pool_and_selection_as_pandas_counts_them() -> None:
+    table = copied_table()
+    davir = table["davir"].to_numpy().copy()
+    davir[0] = NAN  # one of five copies of the first text has no score
+    table = table.set_column(table.column_names.index("davir"), "davir", pa.array(davir))
+    facts = summarise(report_inputs(scores=table))
+    (sign,) = [row for row in facts["composition"]["signs"] if row["name"] == "exact copy of another example"]
+    frame = table.to_pandas().iloc[1:]
+    is_copy = frame.duplicated("content_hash", keep=False)
+    assert sign["rows"] == facts["copies"]["rows"] == is_copy.sum()
+    assert sign["share_of_all"] == pytest.approx(is_copy.mean())
+    assert sign["share_of_selected"] == pytest.approx(is_copy[frame["selected"]].mean())
+    assert facts["copies"]["expected"] == pytest.approx(is_copy.mean())
+    sampled = summarise(report_inputs(scores=table, num_scored=10**9))
+    assert sampled["copies"] == facts["copies"], "texts are sampled whole"
+    assert "copies would be" in render_page(facts)
+    assert summarise(EDGE_CASES["none selected"])["copies"] is None
+
+
+def test_what_chance_gives_is_what_drawing_whole_texts_gives() -> None:
+    facts = summarise(report_inputs(scores=copied_table(2000, first=300)))["copies"]
+    sizes = np.unique(copied_table(2000)["content_hash"].to_numpy(), return_counts=True)[1]
+    draw, shares = np.random.default_rng(0), []
+    for _ in range(4000):
+        order = draw.permutation(sizes)
+        chosen = order[: np.searchsorted(order.cumsum(), 300) + 1]
+        shares.append(chosen[chosen > 1].sum() / chosen.sum())
+    assert facts["expected"] == pytest.approx(np.mean(shares), abs=0.01)
+    assert facts["sd"] == pytest.approx(np.std(shares), rel=0.1)
+
+
+def test_where_duplicates_are_dropped_chance_draws_each_text_once() -> None:
+    """Against the hypergeometric distribution of scipy."""
+    table = copied_table(2000, first=300)
+    frame = table.to_pandas()
+    once = frame["selected"] & ~frame.duplicated("content_hash")
+    table = table.set_column(table.column_names.index("selected"), "selected", pa.array(once))
+    config = {"rank": {"order": "davir"}, "select": {"top_k": 9, "drop_duplicates": True}}
+    facts = summarise(report_inputs(scores=table, config=config))
+    sizes = frame["content_hash"].value_counts()
+    by_chance = stats.hypergeom(len(sizes), (sizes > 1).sum(), once.sum())
+    assert facts["copies"]["expected"] * once.sum() == pytest.approx(by_chance.mean())
+    assert facts["copies"]["sd"] * once.sum() == pytest.approx(by_chance.std(), rel=0.01)
+    assert "each text once" in render_page(facts)
+
+
+def copies_warnings(**fields: Any) -> list[str]:
+    findings = summarise(report_inputs(**fields))["findings"]
+    return [finding["text"] for finding in findings if finding["look"] and "--prepare.folds 2" in finding["text"]]
+
+
+def test_copies_beyond_chance_are_a_warning_where_the_reference_has_seen_them() -> None:
+    table = copied_table()
+    (text,) = copies_warnings(scores=table)
+    is_copy = table.to_pandas().duplicated("content_hash", keep=False).to_numpy()
+    assert is_copy[table["selected"].to_numpy()].all()
+    assert f"100.0 % of the selection, where chance gives {100 * is_copy.mean():.1f} ± " in text
+    assert "the reference was trained on them" in text
+    findings = [row["text"] for row in summarise(report_inputs(scores=table))["findings"]]
+    assert sum("cop" in text for text in findings) == 1
+    config = {"rank": {"order": "reference_nll", "lowest": True}, "reference": "some/model"}
+    (text,) = copies_warnings(scores=table, config=config)
+    assert "the reference may have been trained on them" in text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"scores": copied_table(first=400)}, id="all is selected"),
+        pytest.param({"scores": scores_table(400)}, id="no copies"),
+        pytest.param({"scores": copied_table(), "config": {"rank": {"lowest": True}}}, id="memorised rows come last"),
+        pytest.param({"scores": copied_table(), "config": {"rank": {"order": "length"}}}, id="not by the reference"),
+        pytest.param({"scores": copied_table(), "config": {"prepare": {"folds": 2}}}, id="unseen"),
+        pytest.param(
+            {
+                "scores": scores_table(
+                    400, content_hash=copied_table()["content_hash"].to_numpy(), selected=np.arange(400) % 10 == 0
+                )
+            },
+            id="as many as chance gives",
+        ),
+    ],
+)
+def test_there_is_no_warning_of_copies_elsewhere(fields: dict[str, Any]) -> None:
+    assert copies_warnings(**fields) == []
 
 
 def test_a_group_that_the_selection_favours_is_a_finding() -> None:

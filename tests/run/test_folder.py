@@ -104,6 +104,16 @@ def test_a_removal_takes_the_stage_and_what_follows_it_and_nothing_before(local:
     }
 
 
+def test_the_folder_of_other_scores_goes_with_the_last_of_them(local: Location) -> None:
+    run = Run(local)
+    for name in ("extra/seen", "extra/ifd", "extra/ifd_commits"):
+        (run / name / "part.parquet").write_bytes(b"x")
+    run.clear("ifd")
+    assert sorted((run / "extra").entries()) == ["seen"]
+    run.clear("seen")
+    assert "extra" not in run.folder.entries()
+
+
 def test_an_attempt_binds_the_next_one_unless_it_ended_by_the_users_mistake(local: Location) -> None:
     run = Run(local)
     assert not run.continues_attempt("finetune", "checkpoints", {"rate": 1})
