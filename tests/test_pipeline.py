@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from without_ray_train import without_ray_train
 
 from davir_ray import schema
 from davir_ray.cli import parse_rank
@@ -95,7 +96,8 @@ def config(data_folder: Path, coded_base: Path, tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="module")
 def finished(config: RunConfig, ray_session: None) -> Path:
     """A finished run with a reference that was fine-tuned in it; not to be changed."""
-    run_all(config)
+    with without_ray_train():
+        run_all(config)
     return Path(str(config.output))
 
 

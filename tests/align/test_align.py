@@ -319,6 +319,11 @@ def test_a_sharded_policy_whose_driver_dies_goes_on_and_is_that_of_an_undisturbe
     config: AlignRunConfig, finished: Path, ray_address: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
+    (run / "manifests").mkdir(parents=True)
+    for name in ("examples", "rejects", "frozen"):
+        shutil.copytree(finished / name, run / name)
+    for name in ("config.yaml", "manifests/prepare.json", "manifests/freeze.json"):
+        shutil.copy2(finished / name, run / name)
     recipe = replace(config.finetune, strategy="fsdp", checkpoint_every_steps=2)
     (tmp_path / "config.yaml").write_text(dump(replace(config, output=str(run), finetune=recipe)))
     options = {"config": tmp_path / "config.yaml"}
