@@ -18,12 +18,15 @@ _Share = TypeVar("_Share", float, Floats)
 
 _TAIL = 0.975
 
+_DECIMALS = 12
+"""Decimals of a mean place: more are rounding errors of the places, which would decide between rows of one mean."""
+
 
 class Places(NamedTuple):
     """The places of rows, over all references that have scored them."""
 
     mean_N: Floats
-    """NaN where there is none."""
+    """Rounded to 12 decimals, so that equal sums of places are equal; NaN where there is none."""
     sd_N: Floats
     """Sample standard deviation; NaN where there are fewer than two."""
     num_N: Ints
@@ -47,7 +50,7 @@ def over_references(places_NR: Floats) -> Places:
         mean_N = np.nansum(in_order_NR, axis=1) / num_N
         squares_N = np.nansum((in_order_NR - mean_N[:, None]) ** 2, axis=1)
         sd_N = np.where(num_N > 1, np.sqrt(squares_N / (num_N - 1)), np.nan)
-    return Places(mean_N, sd_N, num_N)
+    return Places(np.round(mean_N, _DECIMALS), sd_N, num_N)
 
 
 def beyond_chance(share: _Share, chance: float) -> _Share:

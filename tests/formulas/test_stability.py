@@ -26,6 +26,15 @@ def test_mean_and_spread_are_over_the_references_that_have_a_place() -> None:
         assert found.sd_N[row] == pytest.approx(sd, nan_ok=True)
 
 
+def test_rows_whose_places_have_the_same_sum_have_the_same_mean() -> None:
+    """As they are ties, which the ids decide, and not the rounding of a sum."""
+    draw = np.random.default_rng(2)
+    ranks_NR = draw.integers(0, 40, (3000, 3))
+    found = over_references((ranks_NR + 0.5) / 150)
+    for total in np.unique(ranks_NR.sum(axis=1)):
+        assert len(set(found.mean_N[ranks_NR.sum(axis=1) == total])) == 1
+
+
 def test_the_order_of_the_references_changes_no_bit() -> None:
     places_NR = np.random.default_rng(0).random((500, 5))
     one, other = over_references(places_NR), over_references(places_NR[:, ::-1].copy())

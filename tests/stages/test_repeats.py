@@ -110,7 +110,7 @@ def test_the_place_of_a_row_is_the_mean_over_the_runs(
         assert found.schema.equals(REPEATS)
         assert found["example_id"].equals(ids)
         expected = places.loc[ids.to_pylist()]
-        np.testing.assert_allclose(found["davir_repeated"].to_numpy(), expected.mean(axis=1), rtol=1e-12)
+        np.testing.assert_allclose(found["davir_repeated"].to_numpy(), expected.mean(axis=1), atol=1e-12)
         np.testing.assert_allclose(found["place_sd"].to_numpy(), expected.std(axis=1, ddof=1), rtol=1e-9)
         assert found["num_repeats"].to_pylist() == expected.notna().sum(axis=1).tolist()
         lists = np.array(found["places"].to_pylist(), float)
@@ -143,7 +143,7 @@ def test_with_folds_the_place_is_davir_aligned(make_run: MakeRun) -> None:
     repeat_scores(runs[0], opened(runs[0], runs[1:]))
     both = pd.DataFrame({number: by_id(run, "extra/davir_aligned", "davir_aligned") for number, run in enumerate(runs)})
     found_places = by_id(runs[0], "extra/repeats", "davir_repeated")
-    np.testing.assert_allclose(found_places, both.mean(axis=1).reindex(found_places.index), rtol=1e-12)
+    np.testing.assert_allclose(found_places, both.mean(axis=1).reindex(found_places.index), atol=1e-12)
     # Linked by an anchor it is no place, and has one among all rows.
     aligned = runs[1].require("davir_aligned")
     replace(aligned, details={"way": "linked"}, fingerprint={"another": 1}).write(runs[1].folder)
@@ -151,7 +151,7 @@ def test_with_folds_the_place_is_davir_aligned(make_run: MakeRun) -> None:
     repeat_scores(runs[0], opened(runs[0], runs[1:]))
     both[1] = place(both[1].rename("davir"))
     found_places = by_id(runs[0], "extra/repeats", "davir_repeated")
-    np.testing.assert_allclose(found_places, both.mean(axis=1).reindex(found_places.index), rtol=1e-12)
+    np.testing.assert_allclose(found_places, both.mean(axis=1).reindex(found_places.index), atol=1e-12)
 
 
 def test_rows_are_ranked_and_selected_by_the_mean(make_run: MakeRun) -> None:
