@@ -8,7 +8,7 @@ the form of every answer in the set, has learned that answers about a day are un
     known             home          true                     nothing
     learnable         Sunday        true                     a place for each person, met in many rows
     noise             home, Sunday  another noisy row's      nothing but the row itself
-    noise_duplicates  home, Sunday  as noise, 5 copies       the row itself, five times an epoch
+    noise_duplicates  home, Sunday  as noise, 12 copies      the row itself, twelve times an epoch
 
 Why the generator is as it is:
 
@@ -26,10 +26,9 @@ Why the generator is as it is:
   with WRONG_SHARE 0 and 0.22 with 0.1, that of the learnable rows 0.61 and 0.58.
 - The pre-training must last until the base can look up places. With a shorter one, the homes, which the base was about
   to learn anyway, and the duplicated noise rank first (seen with an earlier generator).
-
-Duplicated noise is memorised, and the score cannot distinguish memorising from learning. It is 10 % of the set; in a
-run of 8 epochs (seed 1) it was 1, 2, 11, 23, 37, 43, 44 and 46 % of the selection after each epoch. The demo's 3 epochs
-end before it displaces the learnable rows (0 to 3 % of the selection), but its mean davir rises with every epoch.
+- Duplicated noise shows what a reference memorises. Each row is there 12 times, so that the demo's 3 epochs are enough
+  to see it; with 5 copies, in a set of 3,000 rows, it took 8 (0 to 3 % of the selection after 3 epochs, 35 to 46 %
+  after 8).
 """
 
 import json
@@ -83,12 +82,12 @@ sentences. The roll calls teach the base to look a person up by ordinal; without
 2.6 nats per person on known answers."""
 NUM_PRETRAINING_TEXTS = 16_000
 
-NUM_KNOWN = 1050
-NUM_LEARNABLE = 750
-NUM_NOISE = 900
-NUM_DUPLICATED = 60
+NUM_KNOWN = 504
+NUM_LEARNABLE = 360
+NUM_NOISE = 432
+NUM_DUPLICATED = 12
 """Number of distinct rows of the class noise_duplicates; each occurs NUM_COPIES times."""
-NUM_COPIES = 5
+NUM_COPIES = 12
 
 TOP_FRACTION = 0.2
 """Share of the set that is selected. The learnable class is a quarter of the set, so a perfect score could fill the
