@@ -17,6 +17,7 @@ import torch
 
 from davir_ray.config.prepare import PrepareConfig
 from davir_ray.config.run import RunConfig
+from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.selection import SelectConfig
 from davir_ray.demo.base import FINETUNING, pretrain
 from davir_ray.demo.truth import format_truth, way_of
@@ -81,6 +82,7 @@ def demo_config(data: Path, base: Path, output: Path, num_folds: int, *, overwri
         format="prompt_response",
         finetune=FINETUNING,
         prepare=PrepareConfig(shard_rows=512, folds=num_folds),
+        score=ScoreConfig(num_actors=1),  # a second one takes longer to start than it saves
         select=SelectConfig(top_fraction=TOP_FRACTION),
         overwrite=overwrite,
     )
