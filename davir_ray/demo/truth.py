@@ -1,17 +1,15 @@
 """A selection compared with the planted truth: the shares of the classes in it and in a random selection."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import mannwhitneyu
 
-from davir_ray.demo.world import CLASSES, InstructionRow
+from davir_ray.demo.world import CLASSES, NUM_COPIES, InstructionRow
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
-
-MEASURES = ("rho_sum", "rho_mean", "davir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +23,17 @@ class ClassShare:
     share_of_random: float
     mean_davir: float | None
     """Mean over the rows of the class that have a score; None if none has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What one way of scoring selects."""
+
+    title: str
+    run: Run
+    shares: list[ClassShare]
+    auroc: float
+    """Probability that a learnable row has a higher davir than a copy of a wrong answer; 0.5 is chance."""
 
 
 def class_shares(
@@ -57,53 +66,45 @@ def class_shares(
     ]
 
 
-def format_truth(
-    shares: Sequence[ClassShare], correlations: Mapping[str, Mapping[str, float]], run: Run, seconds: float
-) -> str:
-    """The text for the terminal: shares by class, correlations with length, paths of the results."""
-    lines = ["", f"{'class':<18}{'rows':>6}{'of all':>10}{'selected':>10}{'random':>10}{'mean davir':>12}"]
-    for share in shares:
-        parts = (share.share_of_all, share.share_of_selected, share.share_of_random)
-        mean = "-" if share.mean_davir is None else f"{share.mean_davir:+.3f}"
-        lines.append(f"{share.name:<18}{share.rows:>6}{''.join(f'{part:>10.1%}' for part in parts)}{mean:>12}")
-    lines += ["", f"{'Spearman correlation with response length':<44}{''.join(f'{name:>10}' for name in MEASURES)}"]
-    for name, values in correlations.items():
-        lines.append(f"  {name:<42}{''.join(f'{values[measure]:>+10.2f}' for measure in MEASURES)}")
-    lines += ["", f"selected: {run / 'selected'}", f"report:   {run / 'report.html'}", f"{seconds:.0f} seconds in all"]
+def way_of(title: str, run: Run, rows: Sequence[InstructionRow], seed: int) -> Way:
+    """What a finished run selects; `rows` are in the order of the source file."""
+    davir: list[float | None] = [None] * len(rows)
+    for place, score in zip(_column(run, "examples", "source_row"), _column(run, "scores", "davir"), strict=True):
+        davir[place] = score  # both folders have the same rows in the same order
+    selected, planted = set(_column(run, "selected", "source_row")), [row.planted_class for row in rows]
+    of_class = {
+        name: [score for score, own in zip(davir, planted, strict=True) if own == name and score is not None]
+        for name in CLASSES
+    }
+    learnable, copies = of_class["learnable"], of_class["noise_duplicates"]
+    return Way(
+        title=title,
+        run=run,
+        shares=class_shares(planted, davir, [at in selected for at in range(len(rows))], seed),
+        auroc=float(mannwhitneyu(learnable, copies).statistic / (len(learnable) * len(copies))),
+    )
+
+
+def format_truth(ways: Sequence[Way], seconds: float) -> str:
+    """The text for the terminal: what each way selects, and where its report is."""
+    columns = "".join(f"{way.title:>13}" for way in ways)
+    lines = ["", f"{'class':<18}{'rows':>6}{'random':>10}{columns}"]
+    for of_ways in zip(*(way.shares for way in ways), strict=True):
+        parts = "".join(f"{share.share_of_selected:>13.1%}" for share in of_ways)
+        lines.append(f"{of_ways[0].name:<18}{of_ways[0].rows:>6}{of_ways[0].share_of_random:>10.1%}{parts}")
+    lines += [
+        f"{'AUROC, learnable above copies':<34}{''.join(f'{way.auroc:>13.2f}' for way in ways)}",
+        "",
+        f"noise_duplicates are wrong answers, each {NUM_COPIES} times: so many, on purpose, that a fine-tune memorises",
+        "them. The paper's one reference has seen all that it scores. With two folds (--prepare.folds 2), each row is",
+        "scored by a reference that has seen neither it nor a copy of it.",
+        "",
+        *(f"{way.title + ':':<13}{way.run / 'report.html'}" for way in ways),
+        f"{seconds:.0f} seconds in all",
+    ]
     return "\n".join(lines)
 
 
-def shares_of_run(run: Run, rows: Sequence[InstructionRow], seed: int) -> list[ClassShare]:
-    """The shares of the classes in a finished run; `rows` are in the order of the source file."""
-    davir: list[float | None] = [None] * len(rows)
-    for row in _scored_rows(run):
-        davir[row["source_row"]] = row["davir"]
-    selected = {row["source_row"] for row in _rows(run, "selected", ["source_row"])}
-    return class_shares([row.planted_class for row in rows], davir, [i in selected for i in range(len(rows))], seed)
-
-
-def length_correlations(run: Run, rows: Sequence[InstructionRow]) -> dict[str, dict[str, float]]:
-    """Spearman correlation of each measure with response tokens, over all rows and over the learnable ones.
-
-    Over all rows, the classes that the fine-tune makes worse hide the correlation in the class that improves.
-    """
-    scored = _scored_rows(run)
-    learnable = [row for row in scored if rows[row["source_row"]].planted_class == "learnable"]
-    return {"all rows": _correlations(scored), "learnable rows": _correlations(learnable)}
-
-
-def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    lengths = [row["num_response_tokens"] for row in rows]
-    return {name: float(spearmanr(lengths, [row[name] for row in rows]).statistic) for name in MEASURES}
-
-
-def _scored_rows(run: Run) -> list[dict[str, Any]]:
-    """Rows of scores/ that have a score, with their row in the source file; examples/ has the same row order."""
-    scores = _rows(run, "scores", ["num_response_tokens", *MEASURES])
-    places = _rows(run, "examples", ["source_row"])
-    return [score | place for score, place in zip(scores, places, strict=True) if score["davir"] is not None]
-
-
-def _rows(run: Run, folder: str, columns: list[str]) -> list[dict[str, Any]]:
-    place = run / folder
-    return [row for name in place.names(".parquet") for row in read_parquet(place / name, columns).to_pylist()]
+def _column(run: Run, folder: str, column: str) -> list[Any]:
+    tables = [read_parquet(run / folder / name, [column]) for name in (run / folder).names(".parquet")]
+    return [value for table in tables for value in table[column].to_pylist()]

@@ -8,7 +8,7 @@ the form of every answer in the set, has learned that answers about a day are un
     known             home          true                     nothing
     learnable         Sunday        true                     a place for each person, met in many rows
     noise             home, Sunday  another noisy row's      nothing but the row itself
-    noise_duplicates  home, Sunday  as noise, 5 copies       the row itself, five times an epoch
+    noise_duplicates  home, Sunday  as noise, 10 copies      the row itself, ten times an epoch
 
 Why the generator is as it is:
 
@@ -27,9 +27,9 @@ Why the generator is as it is:
 - The pre-training must last until the base can look up places. With a shorter one, the homes, which the base was about
   to learn anyway, and the duplicated noise rank first (seen with an earlier generator).
 
-Duplicated noise is memorised, and the score cannot distinguish memorising from learning. It is 10 % of the set; in a
-run of 8 epochs (seed 1) it was 1, 2, 11, 23, 37, 43, 44 and 46 % of the selection after each epoch. The demo's 3 epochs
-end before it displaces the learnable rows (0 to 3 % of the selection), but its mean davir rises with every epoch.
+- Duplicated noise shows what a reference memorises. Each row is there 10 times, so that the demo's 3 epochs are enough
+  to see it; with 5 copies, in a world of 40 people and 3,000 rows, it took 8 (0 to 3 % of the selection after 3 epochs,
+  35 to 46 % after 8).
 """
 
 import json
@@ -50,8 +50,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 PEOPLE = _words("""
     Adam Agnes Albert Alice Anna Arthur Astrid Basil Bertha Boris Bruno Clara Conrad Cora Daniel Daphne Edgar Edith
-    Elias Elsa Emil Felix Flora Frieda Greta Gustav Hannah Harold Hugo Ida Ivan Jasper Josef Karl Laura Linus Martha
-    Nora Otto Paula
+    Elias Elsa
 """)
 PLACES = _words("""
     mill harbour castle bakery library forest bridge market chapel garden school station tower orchard quarry stable
@@ -81,14 +80,14 @@ HOME_SHARE, DAY_SHARE, ROLL_SHARE = 0.55, 0.3, 0.1
 """Shares of the pre-training texts that ask about homes, ask about other days, and call the roll. The rest are single
 sentences. The roll calls teach the base to look a person up by ordinal; without them the base of seed 1 got stuck at
 2.6 nats per person on known answers."""
-NUM_PRETRAINING_TEXTS = 16_000
+NUM_PRETRAINING_TEXTS = 6_000
 
-NUM_KNOWN = 1050
-NUM_LEARNABLE = 750
-NUM_NOISE = 900
-NUM_DUPLICATED = 60
+NUM_KNOWN = 420
+NUM_LEARNABLE = 300
+NUM_NOISE = 360
+NUM_DUPLICATED = 12
 """Number of distinct rows of the class noise_duplicates; each occurs NUM_COPIES times."""
-NUM_COPIES = 5
+NUM_COPIES = 10
 
 TOP_FRACTION = 0.2
 """Share of the set that is selected. The learnable class is a quarter of the set, so a perfect score could fill the

@@ -26,7 +26,8 @@ from davir_ray.config.scoring import ScoreConfig
 from davir_ray.config.selection import Part, SelectConfig
 from davir_ray.config.sources import Source
 from davir_ray.config.training import FinetuneConfig
-from davir_ray.demo.world import PEOPLE, PLACES
+from davir_ray.demo.world import PEOPLE as SOME_PEOPLE
+from davir_ray.demo.world import PLACES
 from davir_ray.errors import ConfigError, DataError, OutputError, TrainingError
 from davir_ray.pipeline import rank_only, run_all
 from davir_ray.run.folder import Run
@@ -34,6 +35,11 @@ from davir_ray.run.location import Location
 
 pytestmark = pytest.mark.slow
 
+PEOPLE = (
+    *SOME_PEOPLE,
+    "Emil", "Felix", "Flora", "Frieda", "Greta", "Gustav", "Hannah", "Harold", "Hugo", "Ida", "Ivan",
+    "Jasper", "Josef", "Karl", "Laura", "Linus", "Martha", "Nora", "Otto", "Paula",
+)  # fmt: skip
 NOUNS, COLOURS = PEOPLE[:16], PLACES[:8]
 NUM_TRUE, NUM_NOISE, NUM_HELDOUT, NUM_LEAKED = 110, 210, 100, 5
 SELECTED = 100

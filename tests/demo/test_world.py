@@ -245,12 +245,26 @@ def test_class_shares_refuses_an_empty_selection() -> None:
         truth.class_shares(["known"], [0.1], [False], seed=0)
 
 
-def test_the_table_shows_every_class_and_correlation() -> None:
-    shares = truth.class_shares(["known", "noise", "learnable"], [0.1, None, 0.5], [False, False, True], seed=0)
-    correlations = {"all rows": {"rho_sum": 0.5, "rho_mean": 0.0, "davir": -0.25}}
-    table = truth.format_truth(shares, correlations, Run.at("/somewhere"), 12.3)
+def test_the_table_shows_every_class_by_every_way() -> None:
+    planted, davir = ["known", "noise", "learnable"], [0.1, None, 0.5]
+    ways = [
+        truth.Way(
+            title=title,
+            run=Run.at(f"/somewhere/{title}"),
+            shares=truth.class_shares(planted, davir, [at == chosen for at in range(3)], seed=0),
+            auroc=auroc,
+        )
+        for title, chosen, auroc in (("seen", 0, 0.25), ("unseen", 2, 1.0))
+    ]
+    table = truth.format_truth(ways, 12.3)
     lines = [line.split() for line in table.splitlines() if line.strip()]
-    assert [words[0] for words in lines[1:4]] == ["known", "learnable", "noise"]
-    assert "100.0%" in table
-    assert ["all", "rows", "+0.50", "+0.00", "-0.25"] in lines
-    assert "/somewhere/selected" in table
+    assert lines[0] == ["class", "rows", "random", "seen", "unseen"]
+    assert sorted(words[2] for words in lines[1:4]) == ["0.0%", "0.0%", "100.0%"], "one row is drawn at random"
+    assert [[*words[:2], *words[3:]] for words in lines[1:4]] == [
+        ["known", "1", "100.0%", "0.0%"],
+        ["learnable", "1", "0.0%", "100.0%"],
+        ["noise", "1", "0.0%", "0.0%"],
+    ]
+    assert lines[4][-2:] == ["0.25", "1.00"]
+    assert "/somewhere/seen/report.html" in table
+    assert "/somewhere/unseen/report.html" in table
