@@ -78,7 +78,7 @@ def test_references_that_have_not_seen_the_rows_select_the_learnable_ones(
     selected = selected_classes(run)
     assert selected["learnable"] > max(drawn["learnable"] for drawn in control)
     assert selected["learnable"] > 0.9 * selected.total()
-    assert selected["noise_duplicates"] < min(drawn["noise_duplicates"] for drawn in control)
+    assert selected["noise_duplicates"] < 0.75 * np.mean([drawn["noise_duplicates"] for drawn in control])
     folds_of: dict[int, set[int]] = defaultdict(set)
     for text, fold in zip(column(run / "examples", "content_hash"), column(run / "examples", "fold"), strict=True):
         folds_of[text].add(fold)
