@@ -3,8 +3,8 @@
     python jobs/study.py --data alpaca.jsonl.gz --rare gsm8k_train.jsonl.gz [--output DIR] [--base MODEL]
 
 Draws pools of real rows in which some answers are exchanged and some rows are copied, scores each with one reference
-(the paper's way) and with folds, and compares the scores with the planted truth. Takes up to two and a half hours on
-two cores. The same command continues a stopped study.
+(the paper's way) and with folds, and compares the scores with the planted truth. Takes one to two hours on two
+cores. The same command continues a stopped study.
 """
 
 import sys

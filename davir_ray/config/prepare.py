@@ -39,7 +39,7 @@ class PrepareConfig:
     """Seed of the deal: another one deals the same rows to other folds, for a repeat (rank.repeats)."""
     anchor: float = 0.0
     """Share of the rows that are dealt to no fold (fold -1): no reference is trained on them, and all score them. With
-    fold_by, they link the folds' scores, whose order is else the place within the fold."""
+    fold_by, they link the folds' scores; else rows rank by their place in the fold."""
     near_duplicates: NearDuplicates = "keep"
     """drop: of rows with nearly the same prompt and response (5-grams of words, Jaccard similarity of at least 0.7) all
     but one are left out, and counted."""

@@ -50,9 +50,9 @@ class RankConfig:
     most: int | None = None
     """Number of ranks to write; the rest of a large corpus is never moved. None: every rank."""
     repeats: list[str] = field(default_factory=list)
-    """Finished runs (folders or s3://…) of the same data, base and settings of prepare with other references, by
-    another seed of the training or of the folds. davir_repeated is the mean of a row's places in all runs, and the
-    report says how stable the selection is. Empty: none."""
+    """Finished runs (folders or s3://…) of the same data, base and settings of prepare, but another finetune.seed or
+    prepare.fold_seed. davir_repeated is the mean of a row's places in all runs, and the report says how stable the
+    selection is. Empty: none."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rank.", ["most"], lambda count: count >= 1, "at least 1")

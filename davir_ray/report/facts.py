@@ -120,7 +120,7 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
         "planted": inputs.planted,
         "sources": source_facts(inputs.manifests.get("prepare") or {}, inputs.config),
         "evaluation_sets": evaluation_facts(inputs.manifests.get("prepare") or {}),
-        "limits": prose.limits(headline["num_folds"]),
+        "limits": prose.limits(headline["num_folds"], (inputs.config.get("prepare") or {}).get("fold_by")),
         "settings": named_values(inputs.config),
         "stages": stage_facts(inputs.manifests),
     }

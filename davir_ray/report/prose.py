@@ -62,6 +62,10 @@ UNSEEN = (
     "No reference was trained on the rows that it scores, nor on their copies. Paraphrases and translations are no "
     "copies: what two folds share in other words can still be learnt by heart."
 )
+UNSEEN_VALUES = (
+    "No reference was trained on rows with the same `{column}` as those that it scores. It may have been trained on "
+    "copies of them that have another value."
+)
 LIMITS = [
     "How much of a selection is luck of the one reference that scored its rows is known only where others have scored "
     "them, too (Stability).",
@@ -97,9 +101,11 @@ def explanation(reference_trained_here: bool, num_folds: int, *, is_linked: bool
     return SCORE_EXPLAINED if reference_trained_here else [*SCORE_EXPLAINED, REFERENCE_GIVEN]
 
 
-def limits(num_folds: int) -> list[str]:
+def limits(num_folds: int, fold_by: str | None = None) -> list[str]:
     """What the score of this run does not show."""
-    return [UNSEEN if num_folds > 1 else SEEN, *LIMITS]
+    if num_folds == 1:
+        return [SEEN, *LIMITS]
+    return [UNSEEN if fold_by is None else UNSEEN_VALUES.format(column=fold_by), *LIMITS]
 
 
 def rule_text(name: str | None, value: Any, order: str, lowest: bool, balance: list[str]) -> str:

@@ -1,8 +1,8 @@
 """The tables of the study, and what its rules make of them. The rules were written down before it ran:
 
 1. Folds are advised from 3 epochs on if, at 3 epochs, the reference that has not seen a row is better by at least 0.05
-   AUROC (clean above exchanged copies) than the one that has, with an interval above 0; a base that is given must show
-   the same sign. They are not advised if the interval's upper bound is below 0.03.
+   AUROC (clean above exchanged copies) than the one that has, with an interval above 0 on the small base, and has the
+   same sign with a base that is given. They are not advised if the interval's upper bound is below 0.03.
 2. Folds are never the default if they lower the AUROC of the rare class (above all exchanged rows) by more than 0.05.
 """
 
@@ -51,7 +51,7 @@ def verdicts(replicates: Sequence[pa.Table], plan: Plan) -> list[str]:
     against_one = difference(replicates, unseen, one, *COMPARED[PRIMARY])
     rare = difference(replicates, unseen, one, *COMPARED[RARE])
     if gain.mean >= ADVISED and gain.low > 0:
-        advice = "two folds are advised from 3 epochs on"
+        advice = "two folds are advised from 3 epochs on, if a larger base (--base) shows the same sign"
     elif gain.high < NOT_ADVISED:
         advice = "two folds are not advised"
     else:

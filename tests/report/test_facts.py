@@ -344,6 +344,12 @@ def copied_table(num_rows: int = 400, *, first: int = 40) -> pa.Table:
     return scores_table(num_rows, content_hash=hashes, davir=davir, selected=selected)
 
 
+def test_folds_of_a_column_say_that_copies_with_another_value_may_have_been_seen() -> None:
+    for by, words in ((None, "nor on their copies"), ("user", "rows with the same `user` as those that it scores")):
+        facts = summarise(report_inputs(config={"prepare": {"folds": 2, "fold_by": by}}))
+        assert words in facts["limits"][0]
+
+
 def test_copies_are_counted_in_pool_and_selection_as_pandas_counts_them() -> None:
     table = copied_table()
     davir = table["davir"].to_numpy().copy()
