@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from davir_ray.config.selection import ALIGNED, NOT_MEASURED, REPEATED
 from davir_ray.config.yaml import dump
 from davir_ray.engine.connect import connected_to
 from davir_ray.engine.tracking import Tracking, counts_of
-from davir_ray.errors import ConfigError, ModelError, OutputError, UserError
+from davir_ray.errors import ConfigError, DataError, ModelError, OutputError, UserError
 from davir_ray.inputs import (
     check_inputs,
     check_reference,
@@ -33,7 +33,7 @@ from davir_ray.stages.aligned_scores import align_scores
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.prepare import TOKENIZER_CLASS, Preparation, scoring_spec
 from davir_ray.stages.rank import rank, require_extra
-from davir_ray.stages.repeats import check_prepared, check_repeats, open_repeats, repeat_scores
+from davir_ray.stages.repeats import check_prepared, check_recipe, check_repeats, open_repeats, repeat_scores
 from davir_ray.stages.report import report
 from davir_ray.stages.select.rule import check_count, select
 from davir_ray.stages.stability import measure_stability
@@ -65,7 +65,7 @@ def run_all(config: RunConfig) -> Run:
         check_same_folds(config, examples)
         check_prepared(run, repeats)
         if reference is None:
-            _finetune(run, config, preparation, tracking)
+            _finetune(run, config, preparation, tracking, repeats)
             reference = trained_reference(run, config.trust_remote_code)
         from davir_ray.stages.score import ifd, score, score_anchor, score_seen
 
@@ -111,6 +111,7 @@ def rank_only(options: RankOptions) -> Run:
     config = options.applied_to(last_config(run))
     config.select.require_rule()
     check_count(config.select, scored, "scored")
+    _warn_of_quotas(config)
     if config.rank.by not in (ALIGNED, REPEATED):  # which are computed here, if they are not there yet
         require_extra(run, config.rank)
     repeats = _repeats(run, config)
@@ -160,20 +161,26 @@ def verify_only(output: str, num_rows: int, seed: int, *, trust_remote_code: boo
 def _warn_of_quotas(config: RunConfig) -> None:
     """Warn where the order takes equal shares of folds that may differ in what they have."""
     column = config.prepare.fold_by
-    if column is not None and not config.prepare.anchor and config.rank.by == ALIGNED:
+    if column is not None and not config.prepare.anchor and config.rank.by in (ALIGNED, REPEATED):
         log.warning(
-            "folds by %r without --prepare.anchor: %s is the place within the fold, so a selection takes equal shares "
+            "folds by %r without --prepare.anchor: %s is of places within the fold, so a selection takes equal shares "
             "of every fold, which are quotas where the values of %r differ in what they have; with --prepare.anchor "
             "0.03 the scores are linked instead",
-            column, ALIGNED, column,
+            column, config.rank.by, column,
         )  # fmt: skip
 
 
-def _finetune(run: Run, config: RunConfig, preparation: Preparation, tracking: Tracking) -> None:
-    """Fine-tune the reference on all prepared examples, or that of each fold on the others."""
-    from davir_ray.stages.finetune import finetune
+def _finetune(
+    run: Run, config: RunConfig, preparation: Preparation, tracking: Tracking, repeats: Sequence[Run] = ()
+) -> None:
+    """Fine-tune the reference on all prepared examples, or that of each fold on the others.
+
+    Raises OutputError before, if a repeat has been scored with the reference that this would make again.
+    """
+    from davir_ray.stages.finetune import finetune, what_matters
     from davir_ray.stages.fold_training import finetune_folds
 
+    check_recipe(run, repeats, what_matters(config.finetune))
     spec = scoring_spec(preparation, config.all_sources())
     if folds := Folds.of(run.require("prepare")):
         finetune_folds(run, preparation.base, config.finetune, spec, folds, track=config.track)
@@ -192,8 +199,10 @@ def _rank_and_report(run: Run, config: RunConfig, repeats: list[Run], trust_remo
         try:
             align_scores(run, folds)
         except UserError as error:
-            if config.rank.by == ALIGNED or repeats:
+            if config.rank.by == ALIGNED:
                 raise
+            if repeats:
+                raise DataError(f"{error}; or leave the repeats out, with --rank.repeats '[]'") from error
             log.warning("extra/%s is not written: %s", ALIGNED, error)
     if repeats:
         repeat_scores(run, repeats)

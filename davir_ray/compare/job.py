@@ -192,7 +192,7 @@ def _check_replicates(runs: list[Run], configs: list[RunConfig]) -> None:
         return {
             "prepared examples": run.require("prepare").content,
             "base": run.require("score").fingerprint["base"],
-            "rank": dataclasses.asdict(config.rank),
+            "rank": config.rank.as_order(),
             "select": dataclasses.asdict(config.select),
             "finetune": recipe,
         }

@@ -66,7 +66,8 @@ class RankOptions:
         self._check_stated(values)
         if rules := rules_in(self.changes, "select."):
             keep_rules(values["select"], rules)
-        if "rank.repeats" in self.changes:  # the order follows from them, unless it is given
+        if self.changes.get("rank.repeats", own.rank.repeats) != own.rank.repeats:
+            # The order follows from them, unless it is given.
             values["rank"]["order"] = None
         for name, value in self.changes.items():
             section, _, key = name.partition(".")

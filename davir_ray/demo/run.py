@@ -26,6 +26,7 @@ from davir_ray.engine.connect import connected
 from davir_ray.models.checkpoint import Checkpoint
 from davir_ray.models.training.loop import StepReport
 from davir_ray.pipeline import run_all
+from davir_ray.run.manifest import CONFIG_FILE
 from davir_ray.run.progress import Progress
 from davir_ray.stages.report import report
 from davir_ray.terminal import Bar
@@ -54,8 +55,8 @@ def run_demo(output: Path, seed: int = 0, *, overwrite: bool = False) -> str:
     rows = instruction_rows(seed)
     data, base = output / "instructions.jsonl", output / "base"
     write_instructions(data, rows)
-    if overwrite:
-        shutil.rmtree(base, ignore_errors=True)
+    if overwrite and base.is_dir() and (output / "run" / CONFIG_FILE).exists():  # of a demo, and no model of the user's
+        shutil.rmtree(base)
     if not base.is_dir():
         log.info("demo: pre-training a base model of 0.6M parameters on generated text")
         torch.set_num_threads(1)  # matrices this small gain nothing from more threads, and lose much on a busy machine

@@ -74,8 +74,9 @@ def connected_to(run: Run, *others: Run, is_shared: bool) -> Iterator[None]:
     with connected():
         local = [each for each in (run, *others) if each.folder.is_local]
         if local and num_nodes() > 1 and not is_shared:
+            what = "output" if local[0] is run else "the repeat"
             raise ConfigError(
-                f"output {local[0]} is local, but the cluster has {num_nodes()} nodes; give s3://…, or "
+                f"{what} {local[0]} is local, but the cluster has {num_nodes()} nodes; give s3://…, or "
                 "--output_is_shared if every node sees this path"
             )
         yield

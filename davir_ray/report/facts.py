@@ -37,6 +37,11 @@ _STAGES = ("prepare", "finetune", "score", "rank", "select")
 _DRAWN = ("loss_by_step", "throughput", "by_source")
 """Details of a manifest that have a place of their own on the page."""
 
+_NOT_OF_ALL_ROWS = (
+    "mixture", "balance", "min_response_tokens", "max_response_tokens", "max_score", "skip_top"
+)  # fmt: skip
+"""Settings of a selection with which chance would not draw from all rows alike."""
+
 _LEFT_OUT = {
     "duplicates": "same prompt and response as a higher-ranked row",
     "too_short": "fewer response tokens than the filter asks for",
@@ -90,12 +95,15 @@ def summarise(inputs: ReportInputs) -> dict[str, Any]:
     is_sample = inputs.scores.num_rows < inputs.num_scored
     headline, rejects, statuses = _headline(inputs), _rejects(inputs), _statuses(inputs, is_sample)
     alignment = _alignment(inputs.manifests)
-    copies = distributions.copies(inputs.texts, bool((inputs.config.get("select") or {}).get("drop_duplicates")))
+    rule = inputs.config.get("select") or {}
+    copies = distributions.copies(inputs.texts, bool(rule.get("drop_duplicates")))
+    if copies is not None:
+        copies["of_all_rows"] = not any(rule.get(name) for name in _NOT_OF_ALL_ROWS)
     facts = {
         "format": 1,
         "headline": headline,
         "explanation": prose.explanation(
-            headline["reference_trained_here"], headline["num_folds"], is_linked=bool(alignment and alignment["lines"])
+            headline["reference_trained_here"], headline["num_folds"], alignment["way"] if alignment else None
         ),
         "books": _row_counts(headline, rejects, statuses),
         "rejects": rejects,

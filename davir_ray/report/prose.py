@@ -94,10 +94,11 @@ _MEMORISED_FIRST = {
 """Orders by a loss of the reference, with the end at which a memorised response is."""
 
 
-def explanation(reference_trained_here: bool, num_folds: int, *, is_linked: bool = False) -> list[str]:
-    """What the score of this run means."""
+def explanation(reference_trained_here: bool, num_folds: int, way: str | None = None) -> list[str]:
+    """What the score of this run means; `way` is that of davir_aligned, None where there is none."""
     if num_folds > 1:
-        return [OF_FOLDS.format(num_folds=num_folds) + (LINKED if is_linked else PLACE), *SCORE_EXPLAINED[1:]]
+        aligned = {"linked": LINKED, "place": PLACE}.get(way or "", "")
+        return [(OF_FOLDS.format(num_folds=num_folds) + aligned).strip(), *SCORE_EXPLAINED[1:]]
     return SCORE_EXPLAINED if reference_trained_here else [*SCORE_EXPLAINED, REFERENCE_GIVEN]
 
 
@@ -207,7 +208,7 @@ def _memorised_copies(copies: dict[str, Any] | None, headline: dict[str, Any]) -
     """A warning where the selection has more copies than chance gives, and the reference has seen what it scores."""
     rule = headline["rule"]
     by_reference = _MEMORISED_FIRST.get(rule["order"]) == ("lowest" if rule["lowest"] else "highest")
-    if copies is None or headline["num_folds"] > 1 or not by_reference:
+    if copies is None or not copies["of_all_rows"] or headline["num_folds"] > 1 or not by_reference:
         return None
     chosen, by_chance, sd = copies["share_of_selected"], copies["expected"], copies["sd"]
     if chosen < SMALLEST_SHARE or chosen <= by_chance + BEYOND_CHANCE * sd:

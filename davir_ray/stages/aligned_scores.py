@@ -34,8 +34,8 @@ from davir_ray.stages.rank import BIN_ROWS, Bins, find_bins, key_columns, order_
 STAGE: str = ORDER
 FOLDER = f"extra/{STAGE}"
 
-WAY, LINKED = "way", "linked"
-"""Key in the details of the manifest, and its value where the scores are linked; else it is "place"."""
+WAY, LINKED, PLACE = "way", "linked", "place"
+"""Key in the details of the manifest, and its two values."""
 
 _DAVIR = RankConfig(order="davir")
 
@@ -74,7 +74,7 @@ def align_scores(run: Run, folds: Folds) -> Manifest:
     else:
         run.clear(STAGE)
         num_aligned, files = _place(run, scored, folds)
-        details = {WAY: "place"}
+        details = {WAY: PLACE}
     if total_rows(files) != scored.counts["examples"]:
         raise IntegrityError(f"{scored.counts['examples']} rows were scored but {total_rows(files)} aligned")
     manifest = Manifest(

@@ -8,6 +8,7 @@ scored rows below it, and half of the row itself. Where davir_aligned is linked 
 its place among all by that.
 """
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from davir_ray.config.selection import RankConfig
-from davir_ray.engine.shards import Shards, read_side_by_side
-from davir_ray.engine.shuffle import Round, Written, regroup
-from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.engine.shards import Shards, read_columns, read_side_by_side
+from davir_ray.engine.shuffle import Round, Written, collect, regroup
+from davir_ray.errors import ConfigError, DataError, IntegrityError, OutputError
+from davir_ray.formulas.hashing import random_keys
 from davir_ray.formulas.stability import over_references
 from davir_ray.run.access import check_readable
 from davir_ray.run.files import in_folder, total_rows, write_parquet
@@ -32,8 +34,8 @@ from davir_ray.run.manifest import Manifest, differences
 from davir_ray.run.storage_errors import user_errors
 from davir_ray.schema import REPEATS
 from davir_ray.stages.aligned_scores import FOLDER as ALIGNED_FOLDER
+from davir_ray.stages.aligned_scores import LINKED, PLACE, WAY, align_shards
 from davir_ray.stages.aligned_scores import STAGE as ALIGNED
-from davir_ray.stages.aligned_scores import align_shards
 from davir_ray.stages.folds import Folds
 from davir_ray.stages.joins import NONE, ROWS_PER_PART, kept_share, part_of
 
@@ -49,6 +51,8 @@ _ROW_BYTES = 56
 
 _NOT_OF_ROWS = ("shard_rows", "keep_record", "deal_version")
 """What a fingerprint of prepare has, and the rows do not depend on."""
+
+_SUM = pa.schema({"sum": pa.uint64()})
 
 _ROWS = pa.schema(
     {
@@ -95,14 +99,17 @@ def check_repeats(run: Run, repeats: Sequence[Run]) -> None:
         if not other.require("score").counts["scored"]:
             raise OutputError(f"rank.repeats: no row of {other} has a score; leave it out")
     for one, other in combinations([run, *repeats], 2):
-        scored = [each.require("score").fingerprint["reference"] for each in (one, other)]
-        trained = [each.manifest("finetune") for each in (one, other)]
-        recipes = [manifest.fingerprint for manifest in trained if manifest is not None]
-        if scored[0] == scored[1] or (len(recipes) == 2 and recipes[0] == recipes[1]):
-            raise OutputError(
-                f"rank.repeats: {other} was scored with the same reference as {one}, so it repeats nothing; score with "
-                "another finetune.seed, or deal with another prepare.fold_seed"
-            )
+        weights = [each.require("score").fingerprint["reference"] for each in (one, other)]
+        trained = _trained_by(one)
+        if weights[0] == weights[1] or (trained is not None and trained == _trained_by(other)):
+            raise _same_reference(one, other)
+
+
+def check_recipe(run: Run, repeats: Sequence[Run], recipe: dict[str, Any]) -> None:
+    """Raise OutputError if the reference that the run is about to train would be that of a repeat, or was for it."""
+    for other in repeats:
+        if _trained_by(other) == (json.loads(json.dumps(recipe)), _deal_of(run)):
+            raise _same_reference(run, other)
 
 
 def repeat_scores(run: Run, repeats: Sequence[Run]) -> Manifest:
@@ -113,9 +120,16 @@ def repeat_scores(run: Run, repeats: Sequence[Run]) -> Manifest:
     started = time.monotonic()
     check_repeats(run, repeats)
     runs = [run, *repeats]
-    fingerprint = {"runs": [{name: found.content for name, found in _manifests(each).items()} for each in runs]}
+    manifests = [_manifests(each) for each in runs]
+    if len({found[ALIGNED].details.get(WAY, PLACE) for found in manifests if ALIGNED in found}) > 1:
+        raise OutputError(
+            f"rank.repeats: of {', '.join(map(str, runs))} some are linked by their anchor and some are not; give the "
+            "commands of jobs/score.py of those that are not again"
+        )
+    fingerprint = {"runs": [{name: found.content for name, found in of_run.items()} for of_run in manifests]}
     if done := run.completed(STAGE, fingerprint):
         return done
+    _check_rows(run, repeats)
     run.clear(STAGE)
     scored = run.require("score")
     own_shards = scored.files_in("scores")
@@ -160,10 +174,61 @@ def repeat_scores(run: Run, repeats: Sequence[Run]) -> Manifest:
     return manifest
 
 
+def _trained_by(run: Run) -> tuple[Any, Any] | None:
+    """What tells the references of runs with the same rows and base apart: recipe and deal; None: it trained none."""
+    trained = run.manifest("finetune")
+    return None if trained is None else (trained.fingerprint["recipe"], _deal_of(run))
+
+
+def _deal_of(run: Run) -> Any:
+    return run.require("prepare").fingerprint.get("folds")
+
+
+def _same_reference(run: Run, other: Run) -> OutputError:
+    return OutputError(
+        f"rank.repeats: {other} was scored with the same reference as {run}, so it repeats nothing; score with another "
+        "finetune.seed, or deal with another prepare.fold_seed"
+    )
+
+
+def _check_rows(run: Run, repeats: Sequence[Run]) -> None:
+    """Raise DataError unless all runs have the same ids with the same texts: by sums of hashes, made in tasks."""
+    own = _sum_of_rows(run)
+    for other in repeats:
+        if _sum_of_rows(other) != own:
+            raise DataError(
+                f"rank.repeats: {other} does not hold the rows of {run}: some have another id or another text; give "
+                "runs of the same data"
+            )
+
+
+def _sum_of_rows(run: Run) -> int:
+    """A sum over the rows that another row, or another text of a row, changes; modulo 2**64."""
+
+    def summed(table: pa.Table) -> pa.Table:
+        ids, texts = (np.asarray(table[name]) for name in ("example_id", "content_hash"))
+        both = random_keys(ids, 0) ^ random_keys(texts, 1)
+        return pa.table([[random_keys(both.view(np.int64), 2).sum(dtype=np.uint64)]], schema=_SUM)
+
+    def added(sums: pa.Table) -> pa.Table:
+        return pa.table([[np.asarray(sums["sum"]).sum(dtype=np.uint64)]], schema=_SUM)
+
+    read = partial(read_columns, run / "scores", ["example_id", "content_hash"])
+    found = collect(Shards(run.require("score").files_in("scores"), read), summed, _SUM, merge=added, finish=added)
+    return int(found["sum"][0].as_py())
+
+
 def _manifests(run: Run) -> dict[str, Manifest]:
     """The stages of a run that its places are from; raises OutputError if one is not complete."""
     found = {"score": run.require("score")}
-    return found if Folds.of(run.require("prepare")) is None else {**found, ALIGNED: run.require(ALIGNED)}
+    if Folds.of(run.require("prepare")) is None:
+        return found
+    aligned = run.manifest(ALIGNED)
+    if aligned is None:
+        raise OutputError(
+            f"rank.repeats: {run} has no complete {ALIGNED_FOLDER} (its log says why); rank it again, or leave it out"
+        )
+    return {**found, ALIGNED: aligned}
 
 
 def _check_same(run: Run, other: Run, own: dict[str, Any], found: dict[str, Any]) -> None:
@@ -193,7 +258,7 @@ def _rows_of(run: Run) -> dict[str, Any]:
 def _placed(run: Run, scratch: Location) -> Location:
     """The folder with the places of a run's rows, written to `scratch` where it has none."""
     aligned = _manifests(run).get(ALIGNED)
-    if aligned is not None and aligned.details.get("way") != "linked":
+    if aligned is not None and aligned.details.get(WAY) != LINKED:
         return run / ALIGNED_FOLDER
     order = RankConfig(order="davir" if aligned is None else "davir_aligned")
     align_shards(run, run.require("score").files_in("scores"), scratch, order)
@@ -227,20 +292,13 @@ class _Parts:
 
 
 def _joined(names: list[str], part: pa.Table) -> pa.Table:
-    """The rows of this run with the places of all; OutputError names a run that does not have the same rows."""
+    """The rows of this run with the places of all; raises IntegrityError if a run does not have the same rows."""
     runs = np.asarray(part["run"])
     by_run = [part.filter(pa.array(runs == number)).sort_by("example_id") for number in range(len(names))]
     own, *others = (table.select(["example_id", "content_hash"]) for table in by_run)
     for name, other in zip(names[1:], others, strict=True):
         if not own.equals(other):
-            ids, their_ids = (np.asarray(table["example_id"]) for table in (own, other))
-            differing = np.setxor1d(ids, their_ids)
-            if not len(differing):
-                differing = ids[np.asarray(own["content_hash"]) != np.asarray(other["content_hash"])]
-            raise OutputError(
-                f"rank.repeats: {name} does not hold the rows of {names[0]}: that with example_id {differing[0]} is "
-                "only in one of them, or has another text; give runs of the same data"
-            )
+            raise IntegrityError(f"{name} and {names[0]} do not hold the same rows, although their sums are equal")
     places_NR = np.column_stack([table["place"].to_numpy() for table in by_run])
     found = over_references(places_NR)
     lists = pa.ListArray.from_arrays(

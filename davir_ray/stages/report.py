@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from davir_ray.config.run import RunConfig
+from davir_ray.config.selection import ALIGNED
 from davir_ray.engine.shards import Shards, read_columns
 from davir_ray.engine.shuffle import collect, gather
 from davir_ray.formulas.hashing import sample_rows
@@ -66,7 +67,7 @@ def report(run: Run, config: RunConfig, tokenizer: Any = None, planted: dict[str
     started = time.monotonic()
     # What the page does not depend on: a given reference was not trained here, and only its order shows an extra score.
     others = {"finetune"} if config.reference else set[str]()
-    others |= EXTRA.keys() - {config.rank.extra}
+    others |= EXTRA.keys() - {config.rank.extra, ALIGNED if config.rank.is_by_davir else None}
     others |= set() if config.rank.repeats and config.rank.is_by_davir else {"stability"}
     manifests = run.manifests(stage for stage in leading_to("report") if stage not in others)
     settings = dataclasses.asdict(config)

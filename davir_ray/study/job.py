@@ -1,5 +1,7 @@
 """The study from start to end: pools, base, runs, tables; whatever is complete is not done again."""
 
+import hashlib
+import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from davir_ray.config.training import FinetuneConfig
+from davir_ray.errors import OutputError
+from davir_ray.run.manifest import differences
 from davir_ray.study.detection import rows_of
 from davir_ray.study.losses import loss_tables
 from davir_ray.study.pools import PoolSize, make_pool, read_rows, write_rows
@@ -43,10 +47,25 @@ def design_of(base: str | None) -> Design:
     return Design(pool=half, plan=plan, num_replicates=2, recipe=ADAPTER_RECIPE, base=base)
 
 
+def _note_inputs(output: Path, data: Path, rare: Path, design: Design) -> None:
+    """Note what a study is made of; raises OutputError if its folder holds another study."""
+    inputs = {
+        "data": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "rare": hashlib.sha256(rare.read_bytes()).hexdigest(),
+        "design": asdict(design),
+    }
+    noted, inputs = output / "study.json", json.loads(json.dumps(inputs))
+    if not noted.exists():
+        noted.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
+    elif changed := differences(json.loads(noted.read_text(encoding="utf-8")), inputs):
+        raise OutputError(f"{output} holds another study ({changed[0]}); choose another --output")
+
+
 def run_study(data: Path, rare: Path, output: Path, design: Design) -> str:
     """Run the whole study in a folder; returns the text to print, which is in results.txt as well."""
     output = output.expanduser().resolve()
     output.mkdir(parents=True, exist_ok=True)
+    _note_inputs(output, data, rare, design)
     rows = read_rows(data, rare, NUM_FOR_BASE, NUM_HELD_OUT)
     base = design.base
     if base is None:

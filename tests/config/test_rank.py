@@ -136,6 +136,8 @@ def test_the_order_follows_from_the_repeats_unless_it_is_given() -> None:
     assert applied("--select.top_k", "3", own=repeated).rank == repeated.rank
     assert applied("--rank.repeats", "[b]", "--rank.order", "davir", own=own).rank.order == "davir"
     assert applied("--rank.repeats", "[]", own=repeated).rank == RankConfig(order="davir")
+    as_it_is = RunConfig(select=SelectConfig(top_k=9), rank=RankConfig(order="davir", repeats=["b"]))
+    assert applied("--rank.repeats", "[b]", own=as_it_is).rank == as_it_is.rank, "the same repeats change nothing"
     folds = RunConfig(prepare=PrepareConfig(folds=2), rank=RankConfig(repeats=["b"]))
     assert folds.rank.order == "davir_repeated"
     assert applied("--select.top_k", "1", "--rank.repeats", "[]", own=folds).rank.order == "davir_aligned"
@@ -218,4 +220,5 @@ def test_help_shows_what_is_taken(option: str, capsys: pytest.CaptureFixture[str
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "top_k" in out
-    assert "finetune" not in out
+    assert "--finetune" not in out
+    assert "finetune:" not in out

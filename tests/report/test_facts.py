@@ -424,6 +424,10 @@ def test_copies_beyond_chance_are_a_warning_where_the_reference_has_seen_them() 
         pytest.param({"scores": copied_table(), "config": {"rank": {"order": "length"}}}, id="not by the reference"),
         pytest.param({"scores": copied_table(), "config": {"prepare": {"folds": 2}}}, id="unseen"),
         pytest.param(
+            {"scores": copied_table(), "config": {"select": {"top_k": 40, "max_response_tokens": 9}}},
+            id="chance does not draw from all rows",
+        ),
+        pytest.param(
             {
                 "scores": scores_table(
                     400, content_hash=copied_table()["content_hash"].to_numpy(), selected=np.arange(400) % 10 == 0

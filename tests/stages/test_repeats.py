@@ -14,15 +14,16 @@ import pytest
 from made_runs import MakeScores, make_scores
 
 from davir_ray.config.selection import RankConfig, SelectConfig
-from davir_ray.errors import ConfigError, IntegrityError, OutputError
+from davir_ray.errors import ConfigError, DataError, IntegrityError, OutputError
 from davir_ray.run.files import read_parquet
 from davir_ray.run.folder import Run
+from davir_ray.run.manifest import Manifest
 from davir_ray.schema import REPEATS
 from davir_ray.stages import aligned_scores, repeats, stability
 from davir_ray.stages.aligned_scores import align_scores
 from davir_ray.stages.folds import FOLDS, Folds
 from davir_ray.stages.rank import rank
-from davir_ray.stages.repeats import check_repeats, open_repeats, repeat_scores
+from davir_ray.stages.repeats import check_recipe, check_repeats, open_repeats, repeat_scores
 from davir_ray.stages.select.rule import select
 from davir_ray.stages.stability import measure_stability
 
@@ -290,8 +291,19 @@ def test_a_run_of_other_texts_is_refused(make_run: MakeRun, make_scores: MakeSco
     for stage in ("prepare", "score"):
         fingerprint = other.require(stage).fingerprint
         replace(made.require(stage), fingerprint=fingerprint).write(made.folder)
-    with pytest.raises(OutputError, match=rf"/c does not hold the rows of .*/a: .* {scores['example_id'][300]} is"):
+    repeat_scores(run, opened(run, [other]))
+    with pytest.raises(DataError, match=r"/c does not hold the rows of .*/a: some have another id or another text"):
         repeat_scores(run, opened(run, [made]))
+    assert run.manifest("repeats") is not None, "what was there before is lost"
+
+
+def test_a_reference_that_would_be_trained_again_is_refused_before_it_is(make_run: MakeRun) -> None:
+    run, other = make_run("a", drawn(1)), make_run("b", drawn(2))
+    recipe = {"seed": 0, "learning_rate": 1e-3}
+    Manifest(stage="finetune", fingerprint={"recipe": recipe}, counts={}, files=[]).write(other.folder)
+    check_recipe(run, [other], {**recipe, "seed": 1})
+    with pytest.raises(OutputError, match=r"/b was scored with the same reference as .*/a"):
+        check_recipe(run, [other], recipe)
 
 
 def test_the_files_are_checked_as_all_others(make_run: MakeRun, tmp_path: Path) -> None:

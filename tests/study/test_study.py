@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from davir_ray.errors import OutputError
 from davir_ray.study import losses, runs
 from davir_ray.study.job import Design, run_study
 from davir_ray.study.losses import loss_tables
@@ -87,6 +88,8 @@ def test_a_study_says_what_its_files_say_and_does_nothing_twice(
     assert len(matched["rows"]) == len(one["rows"])
     written = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.suffix in (".json", ".safetensors")}
     assert run_study(*data, output, DESIGN) == text
+    with pytest.raises(OutputError, match=r"holds another study .*choose another --output"):
+        run_study(data[1], data[0], output, DESIGN)
     assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
