@@ -45,7 +45,7 @@ def test_nodes_that_are_lost_or_come_late_lose_and_double_nothing(
         assert sorted(ids) == list(range(8 * num_nodes))
         assert result[name]["shards"] == 8 * num_nodes
         assert result[name]["most_at_once_on_a_node"] == 1, "a node has one GPU"
-        assert 0 < result[name]["busy_share"] <= 1
+        assert 0 <= result[name]["busy_share"] <= 1, "of the middle half, in which all may wait for a late node"
         assert result[name]["shards_begun_twice"] <= (name == "lost")
     assert result["lost"]["nodes_lost"] == 1
     assert result["lost"]["nodes_used"] >= 3

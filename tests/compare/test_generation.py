@@ -179,7 +179,7 @@ def test_matches_are_counted_by_source_and_redone_freely(prepared: Path, generat
 
 def test_measures_follow_prepare_and_nothing_else(local: Location) -> None:
     assert from_stage("generate") == ["generate", "match", "outputs"]
-    assert from_stage("rank") == ["rank", "select", "report"]
+    assert from_stage("rank") == ["rank", "select", "stability", "report"]
     assert from_stage("prepare")[-3:] == ["generate", "match", "outputs"]
     (local / "generations" / "a.parquet").write_bytes(b"a")
     Run(local).clear("finetune")
