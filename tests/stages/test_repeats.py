@@ -135,7 +135,7 @@ def test_with_folds_the_place_is_davir_aligned(make_run: MakeRun) -> None:
         details = {FOLDS: {"num_folds": 2, "of_file": of_file}}
         fingerprint = prepared.fingerprint | {"folds": {"number": 2, **({"seed": seed} if seed else {})}}
         replace(prepared, details=details, fingerprint=fingerprint).write(run.folder)
-    with pytest.raises(OutputError, match="b has no complete davir_aligned stage"):
+    with pytest.raises(OutputError, match="b has no complete extra/davir_aligned"):
         opened(runs[0], runs[1:])
     for run in runs:
         found = Folds.of(run.require("prepare"))
