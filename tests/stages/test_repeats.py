@@ -146,11 +146,15 @@ def test_with_folds_the_place_is_davir_aligned(make_run: MakeRun) -> None:
     found_places = by_id(runs[0], "extra/repeats", "davir_repeated")
     np.testing.assert_allclose(found_places, both.mean(axis=1).reindex(found_places.index), atol=1e-12)
     # Linked by an anchor it is no place, and has one among all rows.
-    aligned = runs[1].require("davir_aligned")
-    replace(aligned, details={"way": "linked"}, fingerprint={"another": 1}).write(runs[1].folder)
-    runs[0].clear("repeats")
+    for run in reversed(runs):
+        aligned = run.require("davir_aligned")
+        replace(aligned, details={"way": "linked"}, fingerprint={"another": 1}).write(run.folder)
+        if run == runs[1]:
+            with pytest.raises(OutputError, match="some are linked by their anchor and some are not"):
+                repeat_scores(runs[0], opened(runs[0], runs[1:]))
     repeat_scores(runs[0], opened(runs[0], runs[1:]))
-    both[1] = place(both[1].rename("davir"))
+    for number in both:
+        both[number] = place(both[number].rename("davir"))
     found_places = by_id(runs[0], "extra/repeats", "davir_repeated")
     np.testing.assert_allclose(found_places, both.mean(axis=1).reindex(found_places.index), atol=1e-12)
 
