@@ -152,6 +152,7 @@ def test_with_folds_the_place_is_davir_aligned(make_run: MakeRun) -> None:
         if run == runs[1]:
             with pytest.raises(OutputError, match="some are linked by their anchor and some are not"):
                 repeat_scores(runs[0], opened(runs[0], runs[1:]))
+    runs[0].clear("repeats")
     repeat_scores(runs[0], opened(runs[0], runs[1:]))
     for number in both:
         both[number] = place(both[number].rename("davir"))
